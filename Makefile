@@ -1,0 +1,64 @@
+# The front door. Every target sets up its own virtual environment first and needs nothing but make and Python 3.11+.
+#
+#   make demo                       make test ARGS="-k wire"             make test PYTHON=python3.12
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+# Threads of a step that wait for each other must not spin: on two busy cores that makes a step 50 times slower.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(or $(VERSION),without-python)
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(INSTALLED) ## set up the virtual environment, as every target does by itself
+
+demo: $(INSTALLED) ## train on real digits with the optimizer in a server process (ARGS=--json)
+	$(BIN)/farstep demo $(ARGS)
+
+test: lint ## check style, types and floors, then run the tests (ARGS="-k wire" chooses)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(INSTALLED) ## ruff, mypy --strict, and import-linter for the floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(INSTALLED) ## let ruff sort imports, repair what it can and lay out the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(INSTALLED) ## measure: every tests/benchmarks/bench_*.py in turn
+	@for each in tests/benchmarks/bench_*.py; do \
+	  echo "== $$each"; $(BIN)/python "$$each" $(ARGS) || exit 1; \
+	done
+
+clean: ## remove everything make made, the virtual environment included
+	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find client service tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# The stamp names the Python version, so asking for another Python makes a new environment in the same place.
+$(INSTALLED): pyproject.toml deploy/constraints.txt
+	@if [ -z "$(VERSION)" ]; then \
+	  echo "farstep needs Python 3.11 or newer, and '$(PYTHON)' does not run. Name another one: make $(or $(MAKECMDGOALS),test) PYTHON=python3.12"; exit 1; \
+	fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "farstep needs Python 3.11 or newer, and '$(PYTHON)' is $(VERSION). Name another one: make $(or $(MAKECMDGOALS),test) PYTHON=python3.12"; exit 1; \
+	}
+	@echo "Setting up $(VENV) with Python $(VERSION): torch and what belongs to it, some minutes on the first time."
+	@rm -f $(VENV)/.installed-*
+	@found=$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
+	if [ "$$found" != "$(VERSION)" ]; then $(PYTHON) -m venv --clear $(VENV); fi
+	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[service,demo,dev]'
+	@touch $@
