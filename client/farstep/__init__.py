@@ -1,0 +1,33 @@
+"""Train with an optimizer that lives on another machine.
+
+    optimizer = farstep.optim.Adagrad(model.parameters(), lr=1e-2, server="http://127.0.0.1:7171")
+
+torch is imported when `farstep.optim` is first used, so that the command line answers quickly.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING, Any
+
+from farstep.consistency import Async, Sync
+from farstep.errors import FarstepError
+
+if TYPE_CHECKING:
+    from farstep import optim
+    from farstep.link import StepReport
+    from farstep.settings import RemoteOptions
+
+__all__ = ["Async", "FarstepError", "RemoteOptions", "StepReport", "Sync", "optim"]
+__version__ = _version("farstep")
+
+_LAZY = {"StepReport": "farstep.link", "RemoteOptions": "farstep.settings"}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "optim":
+        return import_module("farstep.optim")
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'farstep' has no attribute {name!r}")

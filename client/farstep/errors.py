@@ -1,0 +1,279 @@
+"""Every error farstep raises, on both sides of the wire.
+
+    FarstepError
+    ├── InvalidRequest            400  a body, header or document that is not what the protocol says
+    │   ├── Truncated             400  it ended early
+    │   ├── LimitExceeded         413  it is larger than a stated limit
+    │   └── UnsupportedMedia      415  another content type or encoding
+    ├── ProtocolMismatch          426  the other side speaks another protocol version
+    ├── Unauthorized              401  no token, or a wrong one
+    ├── InvalidOption             422  an option's value, or an option nobody knows (also a ValueError)
+    ├── TensorMismatch            422  dtype, shape, segment or count differs from the session's layout
+    ├── NonFinite                 422  a gradient holds NaN or Inf
+    ├── Conflict                  409
+    │   ├── OptionsDiffer         409  a session of that name has other options
+    │   ├── NotInitialised        409  the session's first parameters have not arrived
+    │   ├── SequenceGap           409  a push before this one is missing
+    │   ├── Fenced                409  a newer worker has taken this worker's name
+    │   ├── SessionFull           409  every place of a sync session is taken
+    │   └── BarrierTimeout        409  a sync step's deadline passed; nobody's gradients were applied
+    ├── IdempotencyMismatch       422  the same push name with another content
+    ├── UnknownSession            404  no session of that name
+    ├── SessionLost               410  the session this worker joined is gone, with its optimizer state
+    ├── Unavailable               503  the other side cannot answer now; the outcome of the call is unknown
+    │   ├── Busy                  503  a budget is used up for the moment
+    │   └── StepInterrupted       503  a kernel failed midway; the step is finished before anything else happens
+    └── InternalError             500  a defect of ours
+
+There is one class for each thing a caller would do differently. `code` is stable and documented in `docs/errors.md`;
+`status` is the HTTP status the error suggests. On the wire an error is RFC 9457 `application/problem+json`
+(`to_problem`, `from_problem`). A message says what happened, on which side, and what to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
+Side = Literal["client", "server"]
+Scalar = str | int | float | bool | None
+URN = "urn:farstep:error:"
+
+
+class FarstepError(Exception):
+    """Base of every error farstep raises.
+
+    Attributes:
+        detail: what happened, in one sentence.
+        side: where it was found out, `client` or `server`.
+        field: the field, option or tensor that is to blame, where there is one.
+        limit: the bound that was passed, where there is one.
+        remedy: what to do.
+        extra: further facts under stable names (for `sequence_gap`: `expected`).
+    """
+
+    code: ClassVar[str] = "error"
+    status: ClassVar[int] = 500
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        remedy: str = "",
+        field: str | None = None,
+        limit: int | float | str | None = None,
+        side: Side = "server",
+        **extra: Scalar | list[str],
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.remedy = remedy
+        self.field = field
+        self.limit = limit
+        self.side: Side = side
+        self.extra = extra
+
+    def __str__(self) -> str:
+        remedy = f" {self.remedy}" if self.remedy else ""
+        return f"[{self.code}, found by the {self.side}] {self.detail}{remedy}"
+
+    def to_problem(self) -> dict[str, object]:
+        """Return the error as an RFC 9457 problem document."""
+        problem: dict[str, object] = {
+            "type": URN + self.code,
+            "title": (type(self).__doc__ or "").strip().split("\n", 1)[0],
+            "status": self.status,
+            "code": self.code,
+            "detail": self.detail,
+            "side": self.side,
+        }
+        for name in ("field", "limit", "remedy"):
+            if (value := getattr(self, name)) not in (None, ""):
+                problem[name] = value
+        return {**problem, **self.extra}
+
+
+class InvalidRequest(FarstepError):
+    """The request is not what the protocol says."""
+
+    code = "invalid_request"
+    status = 400
+
+
+class Truncated(InvalidRequest):
+    """The message ended before it was complete."""
+
+    code = "truncated"
+
+
+class LimitExceeded(InvalidRequest):
+    """The message is larger than a stated limit."""
+
+    code = "limit_exceeded"
+    status = 413
+
+
+class UnsupportedMedia(InvalidRequest):
+    """The content type or encoding is not the protocol's."""
+
+    code = "unsupported_media"
+    status = 415
+
+
+class ProtocolMismatch(FarstepError):
+    """The other side speaks another version of the protocol."""
+
+    code = "protocol_mismatch"
+    status = 426
+
+
+class Unauthorized(FarstepError):
+    """The token is missing or wrong."""
+
+    code = "unauthorized"
+    status = 401
+
+
+class InvalidOption(FarstepError, ValueError):
+    """An option is unknown or its value is out of range."""
+
+    code = "invalid_option"
+    status = 422
+
+
+class TensorMismatch(FarstepError):
+    """A tensor's dtype, shape or place differs from the session's layout."""
+
+    code = "tensor_mismatch"
+    status = 422
+
+
+class NonFinite(FarstepError):
+    """A gradient holds NaN or Inf."""
+
+    code = "non_finite_gradient"
+    status = 422
+
+
+class Conflict(FarstepError):
+    """The session is not in a state that allows the request."""
+
+    code = "conflict"
+    status = 409
+
+
+class OptionsDiffer(Conflict):
+    """A session of that name exists with other options."""
+
+    code = "options_differ"
+
+
+class NotInitialised(Conflict):
+    """The session's first parameters have not arrived."""
+
+    code = "not_initialised"
+
+
+class SequenceGap(Conflict):
+    """A push before this one is missing."""
+
+    code = "sequence_gap"
+
+
+class Fenced(Conflict):
+    """A newer worker has taken this worker's name."""
+
+    code = "fenced"
+
+
+class SessionFull(Conflict):
+    """Every place of a sync session is taken."""
+
+    code = "session_full"
+
+
+class BarrierTimeout(Conflict):
+    """The deadline of a sync step passed before every worker had pushed."""
+
+    code = "barrier_timeout"
+
+
+class IdempotencyMismatch(FarstepError):
+    """The same push name came with another content."""
+
+    code = "idempotency_mismatch"
+    status = 422
+
+
+class UnknownSession(FarstepError):
+    """No session has that name."""
+
+    code = "unknown_session"
+    status = 404
+
+
+class SessionLost(FarstepError):
+    """The session this worker joined is gone, with its optimizer state."""
+
+    code = "session_lost"
+    status = 410
+
+
+class Unavailable(FarstepError):
+    """The server cannot answer now; the outcome of the call is unknown."""
+
+    code = "unavailable"
+    status = 503
+
+
+class Busy(Unavailable):
+    """A budget of the server is used up for the moment."""
+
+    code = "busy"
+
+
+class StepInterrupted(Unavailable):
+    """A kernel failed midway; the step is finished before anything else happens."""
+
+    code = "step_interrupted"
+
+
+class InternalError(FarstepError):
+    """The server met a defect of its own."""
+
+    code = "internal_error"
+
+
+def _family(root: type[FarstepError]) -> list[type[FarstepError]]:
+    return [root, *(each for child in root.__subclasses__() for each in _family(child))]
+
+
+BY_CODE: Mapping[str, type[FarstepError]] = {each.code: each for each in _family(FarstepError)}
+"""Every error class under its code."""
+
+
+def from_problem(problem: Mapping[str, object], status: int) -> FarstepError:
+    """Return the error that a problem document describes.
+
+    Args:
+        problem: the parsed document; a document of a newer server may carry a code nobody here knows.
+        status: the HTTP status of the answer, which then decides the class.
+    """
+    known = {"type", "title", "status", "code", "detail", "side", "field", "limit", "remedy"}
+    kind = BY_CODE.get(str(problem.get("code")))
+    if kind is None:
+        kind = next((each for each in BY_CODE.values() if each.status == status), FarstepError)
+    field, limit = problem.get("field"), problem.get("limit")
+    extra = {
+        name: value
+        for name, value in problem.items()
+        if name not in known and (value is None or isinstance(value, (str, int, float, bool, list)))
+    }
+    return kind(
+        str(problem.get("detail") or f"The server answered {status}."),
+        remedy=str(problem.get("remedy") or ""),
+        field=None if field is None else str(field),
+        limit=limit if isinstance(limit, (int, float, str)) else None,
+        side="client" if problem.get("side") == "client" else "server",
+        **extra,
+    )

@@ -1,0 +1,176 @@
+"""A worker's way to its session: one interface, over HTTP (`farstep.http_link`) or in this process (embedded).
+
+A link is opened once for a list of parameters and from then on moves their gradients there and their new values back.
+The parameters are updated in place: same storage, same strides, version counter bumped. Gradients are never changed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Literal, cast
+
+from torch import Tensor
+
+from farstep.consistency import Consistency, to_options
+from farstep.errors import FarstepError
+from farstep.settings import KernelChoice, NonFinitePolicy, Place
+
+Options = Mapping[str, Any]
+FieldKind = Literal["element", "number"]
+State = dict[str, Tensor | float]
+"""The state of one parameter: element fields as tensors of its shape, number fields as floats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """Describe one parameter of a session: name, shape, dtype (such as `float32`) and param group."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSpec:
+    """Describe a session completely. Two workers with equal specs share it; with others the second is refused."""
+
+    name: str
+    optimizer: str
+    groups: tuple[Options, ...]
+    parameters: tuple[Parameter, ...]
+    consistency: Consistency
+    nonfinite: NonFinitePolicy
+    kernel: KernelChoice
+
+    def to_document(self) -> dict[str, Any]:
+        """Return the spec as the JSON document of `POST /v1/sessions`."""
+        return {
+            "name": self.name,
+            "optimizer": self.optimizer,
+            "groups": [dict(group) for group in self.groups],
+            "segments": [
+                {"name": each.name, "shape": list(each.shape), "dtype": each.dtype, "group": each.group}
+                for each in self.parameters
+            ],
+            "consistency": to_options(self.consistency),
+            "nonfinite": self.nonfinite,
+            "kernel": self.kernel,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """Say what one `step()` did.
+
+    Attributes:
+        version: the session's version after it.
+        staleness: steps between the version the gradient was computed on and the one it was applied to.
+        applied: whether the parameters changed by it.
+        duplicate: whether the server had seen this push before, so that this answer is the first one's receipt.
+        contributors: the workers whose gradients made the step.
+        divisor: what the sum of the gradients was divided by.
+        kernel: `reference` or `fused`.
+        bytes_sent: payload bytes of the gradients.
+        bytes_received: payload bytes of the parameters.
+        attempts: how often the push was sent.
+        seconds: where the time went: `total`; on the server `queue` (waiting for its turn), `receive`, `barrier`,
+            `kernel`; and `send`, the answer's way back as the client saw it.
+    """
+
+    version: int
+    staleness: int = 0
+    applied: bool = True
+    duplicate: bool = False
+    contributors: tuple[str, ...] = ()
+    divisor: int = 1
+    kernel: str = ""
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    attempts: int = 1
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+class Link(ABC):
+    """One worker's way to one session."""
+
+    @property
+    @abstractmethod
+    def version(self) -> int:
+        """The version of the parameters this worker holds."""
+
+    @property
+    @abstractmethod
+    def fields(self) -> Mapping[str, FieldKind]:
+        """The optimizer's state fields under torch's names."""
+
+    @property
+    @abstractmethod
+    def eager(self) -> bool:
+        """Whether a parameter has state before its first step (Adagrad)."""
+
+    @property
+    @abstractmethod
+    def sees_edits(self) -> bool:
+        """Whether the session reads the parameters' own memory, so that edits between steps need no `write`."""
+
+    @abstractmethod
+    def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
+        """Send one gradient per parameter (None: it has none) and changed group options; update the parameters.
+
+        Raises:
+            FarstepError: what the session refused, or `Unavailable` when no answer came in time. The parameters are
+                then as they were.
+        """
+
+    @abstractmethod
+    def pull(self) -> int:
+        """Bring the parameters to the session's current version and return it."""
+
+    @abstractmethod
+    def write(self, parameters: Sequence[int] = (), state: Sequence[State | None] | None = None) -> int:
+        """Replace the session's values of some parameters by this worker's, or its whole state, in one step.
+
+        Args:
+            parameters: indices of parameters whose values are sent.
+            state: one entry per parameter, None where it has no state.
+        """
+
+    @abstractmethod
+    def read_state(self) -> list[State | None]:
+        """Return a copy of the optimizer state of every parameter, None where it has none."""
+
+    @abstractmethod
+    def rejoin(self, state: Sequence[State | None] | None, version: int | None) -> bool:
+        """Join the session again, creating it anew if it is gone; return whether it was created.
+
+        Args:
+            state: what a new session's optimizer state starts from.
+            version: the version a new session starts at.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Leave; a private session is removed. The link cannot be used afterwards."""
+
+
+def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> Link:
+    """Open the link that `place` asks for: to a server, or embedded in this process.
+
+    Raises:
+        FarstepError: the session exists with other options, or the server does not answer in time.
+    """
+    if place.server is not None:
+        from farstep.http_link import HttpLink
+
+        return HttpLink(spec, parameters, place)
+    for entry in entry_points(group="farstep.hosts", name="embedded"):
+        return cast(Link, entry.load()(spec, parameters, place))
+    raise FarstepError(
+        "No server is named and the embedded host is not installed.",
+        remedy="Give server=..., set FARSTEP_SERVER, or install farstep completely.",
+        side="client",
+    )

@@ -1,0 +1,256 @@
+"""The header maps of the data routes, as records.
+
+A message is a header followed by a payload of raw tensor bytes (`farstep/wire/PROTOCOL.md`). Every write, gradients or
+contents, is named by (session, worker, worker epoch, sequence): that name is what makes a retry harmless.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from farstep.errors import InvalidRequest, ProtocolMismatch
+
+VERSION = 1
+Wanted = Literal["all", "changed", "none"]
+Times = dict[str, float]
+
+
+class Header:
+    """Take values out of a received header map, one checked key after the other."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        if (version := values.get("v")) != VERSION:
+            raise ProtocolMismatch(
+                f"The message is of protocol version {version!r}; this side speaks {VERSION}.",
+                remedy="Bring client and server to releases that share a protocol version.",
+                field="v",
+                limit=VERSION,
+            )
+        self._values = dict(values)
+        del self._values["v"]
+
+    def integer(self, key: str, *, least: int = 0, default: int | None = None) -> int:
+        value = self._values.pop(key, default)
+        if type(value) is not int or not least <= value < 2**63:
+            raise InvalidRequest(
+                f"Header key {key!r} is {value!r:.80}; it must be an int of at least {least}.", field=key
+            )
+        return value
+
+    def text(self, key: str, *, default: str | None = None) -> str:
+        value = self._values.pop(key, default)
+        if type(value) is not str or not 0 < len(value) <= 128 or not value.isprintable():
+            raise InvalidRequest(f"Header key {key!r} is {value!r:.80}; it must be a printable name.", field=key)
+        return value
+
+    def flag(self, key: str) -> bool:
+        value = self._values.pop(key, False)
+        if type(value) is not bool:
+            raise InvalidRequest(f"Header key {key!r} is {value!r:.80}; it must be a bool.", field=key)
+        return value
+
+    def listing(self, key: str) -> list[Any] | None:
+        value = self._values.pop(key, None)
+        if value is not None and type(value) is not list:
+            raise InvalidRequest(f"Header key {key!r} is {value!r:.80}; it must be a list.", field=key)
+        return value
+
+    def mapping(self, key: str) -> dict[str, Any]:
+        value = self._values.pop(key, None)
+        if value is None:
+            return {}
+        if type(value) is not dict:
+            raise InvalidRequest(f"Header key {key!r} is {value!r:.80}; it must be a map.", field=key)
+        return value
+
+    def nothing_left(self) -> None:
+        """Refuse keys nobody knows: an option that is not understood is never ignored."""
+        if self._values:
+            key = sorted(map(str, self._values))[0]
+            raise InvalidRequest(f"Unknown header key {key!r:.80}.", field=key[:80])
+
+
+@dataclass(frozen=True, slots=True)
+class WriteName:
+    """Name one write of one session: who, which life of that worker, which of its writes."""
+
+    worker: str
+    epoch: int
+    sequence: int
+
+    @classmethod
+    def take(cls, header: Header) -> WriteName:
+        return cls(header.text("worker"), header.integer("epoch", least=1), header.integer("seq", least=1))
+
+    def to_header(self) -> dict[str, Any]:
+        return {"worker": self.worker, "epoch": self.epoch, "seq": self.sequence}
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """Announce a sparse gradient: its payload is int64 indices `[dims, nnz]`, then the values."""
+
+    segment: int
+    dims: int
+    nnz: int
+
+
+@dataclass(frozen=True, slots=True)
+class PushHead:
+    """Describe a push: gradients of some segments, computed on version `base`.
+
+    Attributes:
+        groups: changed options by param group, effective from this step on.
+        segments: half-open index ranges that have a gradient, flat and ascending; None for all.
+        wanted: which parameters the answer shall carry.
+        have: the version of the parameters this worker holds, for `wanted="changed"`.
+    """
+
+    name: WriteName
+    incarnation: str
+    base: int
+    wanted: Wanted = "all"
+    have: int = 0
+    segments: list[int] | None = None
+    sparse: tuple[Sparse, ...] = ()
+    groups: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+
+    def to_header(self) -> dict[str, Any]:
+        head: dict[str, Any] = {
+            "v": VERSION,
+            "incarnation": self.incarnation,
+            **self.name.to_header(),
+            "base": self.base,
+            "reply": self.wanted,
+        }
+        if self.wanted == "changed":
+            head["have"] = self.have
+        if self.segments is not None:
+            head["segments"] = self.segments
+        if self.sparse:
+            head["sparse"] = [[each.segment, each.dims, each.nnz] for each in self.sparse]
+        if self.groups:
+            head["groups"] = {str(group): dict(options) for group, options in self.groups.items()}
+        return head
+
+    @classmethod
+    def from_header(cls, values: Mapping[str, Any]) -> PushHead:
+        header = Header(values)
+        name = WriteName.take(header)
+        wanted = header.text("reply", default="all")
+        if wanted not in ("all", "changed", "none"):
+            raise InvalidRequest(f"Header key 'reply' is {wanted!r}; there are all, changed and none.", field="reply")
+        head = cls(
+            name=name,
+            incarnation=header.text("incarnation"),
+            base=header.integer("base"),
+            wanted=wanted,  # type: ignore[arg-type]  # compared just above
+            have=header.integer("have", default=0),
+            segments=header.listing("segments"),
+            sparse=_sparse(header.listing("sparse") or []),
+            groups=_groups(header.mapping("groups")),
+        )
+        header.nothing_left()
+        return head
+
+
+@dataclass(frozen=True, slots=True)
+class PutHead:
+    """Describe contents that replace the session's own: parameters, optimizer state, or both.
+
+    Attributes:
+        fields: `param`, and the update rule's state fields, in the order of the payload.
+        initial: these are the session's first contents; ignored by a session that has some already.
+        version: the version the session is at afterwards, only with `initial` (a resumed training).
+    """
+
+    name: WriteName
+    incarnation: str
+    fields: tuple[str, ...]
+    segments: list[int] | None = None
+    initial: bool = False
+    version: int = 0
+
+    def to_header(self) -> dict[str, Any]:
+        head: dict[str, Any] = {
+            "v": VERSION,
+            "incarnation": self.incarnation,
+            **self.name.to_header(),
+            "fields": list(self.fields),
+        }
+        if self.segments is not None:
+            head["segments"] = self.segments
+        if self.initial:
+            head |= {"initial": True, "version": self.version}
+        return head
+
+    @classmethod
+    def from_header(cls, values: Mapping[str, Any]) -> PutHead:
+        header = Header(values)
+        name = WriteName.take(header)
+        incarnation = header.text("incarnation")
+        fields = header.listing("fields") or []
+        if not fields or not all(type(each) is str for each in fields) or len(set(fields)) != len(fields):
+            raise InvalidRequest("Header key 'fields' must name each field once.", field="fields")
+        segments, initial = header.listing("segments"), header.flag("initial")
+        version = header.integer("version", default=0)
+        header.nothing_left()
+        return cls(name, incarnation, tuple(fields), segments, initial, version)
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Say what became of a write. A retry gets the receipt of the first time.
+
+    Attributes:
+        version: the session's version after the write.
+        base: the version the gradient was computed on.
+        staleness: steps between `base` and the parameters the gradient was applied to.
+        applied: whether the parameters changed by it.
+        contributors: the workers whose gradients made the step, in the order of the reduction.
+        divisor: what the sum of the gradients was divided by.
+        kernel: which kernel ran, so that a replay can give the same bits.
+    """
+
+    version: int
+    base: int
+    staleness: int = 0
+    applied: bool = True
+    contributors: tuple[str, ...] = ()
+    divisor: int = 1
+    kernel: str = ""
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "base": self.base,
+            "staleness": self.staleness,
+            "applied": self.applied,
+            "contributors": list(self.contributors),
+            "divisor": self.divisor,
+            "kernel": self.kernel,
+        }
+
+    @classmethod
+    def from_header(cls, values: Mapping[str, Any]) -> Receipt:
+        return cls(**{**values, "contributors": tuple(values["contributors"])})
+
+
+def _sparse(rows: list[Any]) -> tuple[Sparse, ...]:
+    for row in rows:
+        if type(row) is not list or len(row) != 3 or not all(type(each) is int and each >= 0 for each in row):
+            raise InvalidRequest(
+                f"A row of header key 'sparse' is {row!r:.80}; it must be [segment, dims, nnz].", field="sparse"
+            )
+    return tuple(Sparse(*row) for row in rows)
+
+
+def _groups(values: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    for key, options in values.items():
+        if not key.isdecimal() or len(key) > 6 or type(options) is not dict:
+            raise InvalidRequest(
+                f"Header key 'groups' has {key!r:.80}; it maps group numbers to options.", field="groups"
+            )
+    return {int(key): options for key, options in values.items()}

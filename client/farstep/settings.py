@@ -1,0 +1,134 @@
+"""Where a worker's optimizer lives: arguments first, then `FARSTEP_*` variables, then defaults.
+
+argument       variable             default
+server         FARSTEP_SERVER       none: embedded, in this process
+session        FARSTEP_SESSION      none: a fresh private session
+worker         FARSTEP_WORKER       a fresh name of host, process and a random part
+token          FARSTEP_TOKEN        none
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypedDict
+from urllib.parse import urlsplit
+
+import httpx
+
+from farstep.consistency import Async, Consistency
+from farstep.errors import InvalidOption
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+NonFinitePolicy = Literal["refuse", "allow"]
+KernelChoice = Literal["auto", "reference", "fused"]
+
+
+class RemoteOptions(TypedDict, total=False):
+    """The keyword-only options every farstep optimizer takes beside torch's own.
+
+    server: URL of a farstep server; without one the optimizer runs embedded in this process.
+    session: the name to create or join; without one the session is private to this optimizer and removed with it.
+    worker: this worker's name in the session. A sync step reduces gradients in the order of these names.
+    token: the server's bearer token.
+    consistency: `farstep.Async()` or `farstep.Sync(workers=N, deadline_s=...)`.
+    nonfinite: what the session does with a gradient that holds NaN or Inf: "refuse" it, which is the default of a
+        server, or "allow" it as torch does, which is the default of an embedded optimizer.
+    kernel: "auto" takes fused kernels when they are built, "reference" equals `torch.optim` with `foreach=False` bit
+        for bit, "fused" waits for fused kernels.
+    timeout_s: seconds to go on retrying before an error says that the server does not answer.
+    transport: the httpx transport that carries the conversation, for tests and unusual networks.
+    """
+
+    server: str | None
+    session: str | None
+    worker: str | None
+    token: str | None
+    consistency: Consistency
+    nonfinite: NonFinitePolicy | None
+    kernel: KernelChoice
+    timeout_s: float
+    transport: httpx.BaseTransport | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A checked and completed set of remote options."""
+
+    server: str | None
+    session: str
+    private: bool
+    worker: str
+    token: str | None = field(repr=False)
+    consistency: Consistency
+    nonfinite: NonFinitePolicy
+    kernel: KernelChoice
+    timeout_s: float
+    transport: httpx.BaseTransport | None = None
+
+
+def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:
+    """Complete remote options from the environment and check them.
+
+    Raises:
+        InvalidOption: on an unknown option, a URL that is not http(s), or a name that cannot be one.
+    """
+    unknown = sorted(set(options) - set(RemoteOptions.__annotations__))
+    if unknown:
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
+    server = options.get("server") or environment.get("FARSTEP_SERVER") or None
+    session = options.get("session") or environment.get("FARSTEP_SESSION") or None
+    worker = options.get("worker") or environment.get("FARSTEP_WORKER") or None
+    token = options.get("token") or environment.get("FARSTEP_TOKEN") or None
+    kernel = options.get("kernel", "auto")
+    nonfinite = options.get("nonfinite") or ("refuse" if server else "allow")
+    timeout_s = options.get("timeout_s", 60.0)
+    if server is not None:
+        url = urlsplit(server)
+        if url.scheme not in ("http", "https") or not url.hostname:
+            raise InvalidOption(
+                f"Invalid server: {server!r}.",
+                remedy="Give a URL such as http://127.0.0.1:7171.",
+                field="server",
+                side="client",
+            )
+    for name, value in (("session", session), ("worker", worker)):
+        if value is not None and not NAME.fullmatch(value):
+            raise InvalidOption(
+                f"Invalid {name}: {value!r}. A name has letters, digits, '.', '_' and '-', at most 63.",
+                field=name,
+                side="client",
+            )
+    if kernel not in ("auto", "reference", "fused"):
+        raise InvalidOption(
+            f"Invalid kernel: {kernel!r}. There are auto, reference and fused.", field="kernel", side="client"
+        )
+    if nonfinite not in ("refuse", "allow"):
+        raise InvalidOption(
+            f"Invalid nonfinite: {nonfinite!r}. There are refuse and allow.", field="nonfinite", side="client"
+        )
+    if not 0 < timeout_s < float("inf"):
+        raise InvalidOption(
+            f"Invalid timeout_s: {timeout_s!r}. Must be positive seconds.", field="timeout_s", side="client"
+        )
+    return Place(
+        server=server.rstrip("/") if server else None,
+        session=session or f"private-{secrets.token_hex(8)}",
+        private=session is None,
+        worker=worker or _fresh_worker(),
+        token=token,
+        consistency=options.get("consistency") or Async(),
+        nonfinite=nonfinite,
+        kernel=kernel,
+        timeout_s=timeout_s,
+        transport=options.get("transport"),
+    )
+
+
+def _fresh_worker() -> str:
+    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32].strip("-") or "worker"
+    return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"

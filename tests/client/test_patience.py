@@ -1,0 +1,74 @@
+"""How long and how often a client tries again."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from farstep.errors import NonFinite, Unavailable
+from farstep.patience import LONGEST_WAIT_S, Patience
+
+
+class Clock:
+    """A clock that only waiting moves."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.waits: list[float] = []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.now += seconds
+
+
+def patience(timeout_s: float) -> tuple[Patience, Clock]:
+    clock = Clock()
+    return Patience(timeout_s, clock=clock, wait=clock.wait), clock
+
+
+def test_a_call_is_repeated_until_it_answers() -> None:
+    """Failures to connect and requests to wait are tried again; the answer is returned."""
+    trying, _ = patience(60)
+    failures: list[Exception] = [httpx.ConnectError("refused"), httpx.ReadTimeout("slow"), Unavailable("busy")]
+
+    def attempt() -> str:
+        if failures:
+            raise failures.pop(0)
+        return "answer"
+
+    assert trying.call("Pushing", "http://server", attempt) == "answer"
+    assert trying.attempts == 4
+
+
+def test_the_error_comes_within_the_stated_time_and_says_what_to_do() -> None:
+    """When the time is up, the error names the server, the time, the tries and the reason."""
+    trying, clock = patience(10)
+
+    def attempt() -> str:
+        raise httpx.ConnectError("refused")
+
+    with pytest.raises(Unavailable) as given_up:
+        trying.call("Pushing", "http://server", attempt)
+    assert clock.now <= 10
+    assert max(clock.waits) <= LONGEST_WAIT_S
+    text = str(given_up.value)
+    assert "http://server" in text
+    assert "10 s" in text
+    assert "nothing accepts connections" in text
+    assert given_up.value.side == "client"
+
+
+def test_what_the_server_refused_is_not_repeated() -> None:
+    """An error that trying again cannot change is raised at once."""
+    trying, clock = patience(10)
+
+    def attempt() -> str:
+        raise NonFinite("NaN")
+
+    with pytest.raises(NonFinite):
+        trying.call("Pushing", "http://server", attempt)
+    assert trying.attempts == 1
+    assert not clock.waits

@@ -1,0 +1,75 @@
+"""Where a worker's optimizer lives: arguments, environment, defaults."""
+
+from __future__ import annotations
+
+import pytest
+
+from farstep.consistency import Async, Sync
+from farstep.errors import InvalidOption
+from farstep.settings import NAME, RemoteOptions, resolve
+
+
+def test_nothing_said_means_embedded_private_and_async() -> None:
+    """Without arguments and variables the optimizer is embedded, in a session of its own."""
+    place = resolve({}, {})
+    assert place.server is None
+    assert place.private
+    assert NAME.fullmatch(place.session)
+    assert NAME.fullmatch(place.worker)
+    assert place.consistency == Async()
+    assert place.nonfinite == "allow"
+    assert resolve({}, {}).session != place.session
+    assert resolve({}, {}).worker != place.worker
+
+
+def test_the_environment_fills_in_what_is_not_said() -> None:
+    """FARSTEP_* variables are defaults, and a server refuses non-finite gradients by default."""
+    environment = {
+        "FARSTEP_SERVER": "http://box:7171/",
+        "FARSTEP_SESSION": "digits",
+        "FARSTEP_WORKER": "w0",
+        "FARSTEP_TOKEN": "s" * 32,
+    }
+    place = resolve({}, environment)
+    assert (place.server, place.session, place.worker, place.token) == ("http://box:7171", "digits", "w0", "s" * 32)
+    assert not place.private
+    assert place.nonfinite == "refuse"
+
+
+def test_arguments_win_over_the_environment() -> None:
+    """An argument hides the variable of the same meaning."""
+    said = RemoteOptions(server="https://other", worker="w1", consistency=Sync(workers=2))
+    place = resolve(said, {"FARSTEP_SERVER": "http://box", "FARSTEP_WORKER": "w0"})
+    assert (place.server, place.worker, place.consistency) == ("https://other", "w1", Sync(workers=2))
+
+
+def test_a_token_does_not_appear_in_a_repr() -> None:
+    """What is printed or logged about a place holds no secret."""
+    assert "secret" not in repr(resolve(RemoteOptions(token="secret-secret-secret"), {}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"server": "box:7171"},
+        {"server": "ftp://box"},
+        {"session": "../etc"},
+        {"session": "a" * 64},
+        {"worker": "w 0"},
+        {"kernel": "fastest"},
+        {"nonfinite": "ignore"},
+        {"timeout_s": 0},
+        {"timeout_s": float("nan")},
+    ],
+)
+def test_a_bad_option_is_refused_by_name(options: RemoteOptions) -> None:
+    """The error names the option to blame."""
+    with pytest.raises(InvalidOption) as refused:
+        resolve(options, {})
+    assert refused.value.field in options
+
+
+def test_an_unknown_option_is_a_type_error_as_for_any_function() -> None:
+    """A misspelt keyword is not swallowed."""
+    with pytest.raises(TypeError, match="servr"):
+        resolve({"servr": "http://box"}, {})  # type: ignore[typeddict-unknown-key]
