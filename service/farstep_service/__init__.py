@@ -1,0 +1,1 @@
+"""The farstep server: sessions, update rules, and the HTTP service around them."""

@@ -1,0 +1,121 @@
+"""Exactly once: which writes have happened, and what their makers were told.
+
+A write is named by (worker, epoch, sequence); the session is the one the ledger belongs to.
+
+    incoming                                  answer                       state
+    next in sequence                          it is new                    +1 when it is committed
+    seen before, same content                 the original receipt         unchanged
+    seen before, other content                IdempotencyMismatch          unchanged
+    a gap                                     SequenceGap with the next    unchanged
+    older epoch, or never joined              Fenced                       unchanged
+
+A write that is refused later (validation, a barrier that times out) is never committed, so its sequence is not
+consumed.
+Pure: no clock, no lock, no I/O.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from farstep.errors import Fenced, IdempotencyMismatch, SequenceGap
+from farstep.messages import Receipt, WriteName
+
+RECEIPTS_KEPT = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A committed write: what it held and what its maker was told."""
+
+    fingerprint: str
+    receipt: Receipt
+
+
+@dataclass(slots=True)
+class _Page:
+    epoch: int
+    last: int = 0
+    entries: OrderedDict[int, Entry] = field(default_factory=OrderedDict)
+
+
+class Ledger:
+    """Remember the committed writes of one session, by worker."""
+
+    def __init__(self) -> None:
+        self._pages: dict[str, _Page] = {}
+
+    @property
+    def workers(self) -> list[str]:
+        return sorted(self._pages)
+
+    def join(self, worker: str) -> int:
+        """Begin a new epoch of `worker`, fencing the older ones, and return it."""
+        old = self._pages.get(worker)
+        epoch = old.epoch + 1 if old else 1
+        self._pages[worker] = _Page(epoch)
+        return epoch
+
+    def epoch(self, worker: str) -> int:
+        """Return the current epoch of `worker`, 0 if it never joined."""
+        page = self._pages.get(worker)
+        return page.epoch if page else 0
+
+    def last(self, worker: str) -> int:
+        """Return the sequence of the last committed write in the current epoch, 0 if there is none."""
+        page = self._pages.get(worker)
+        return page.last if page else 0
+
+    def judge(self, name: WriteName, fingerprint: str | None) -> Receipt | None:
+        """Return None for a write that is next in sequence, or the receipt of one that was committed before.
+
+        Args:
+            fingerprint: what identifies the content; None while it is not known yet (before the body).
+
+        Raises:
+            Fenced: the epoch is not the worker's current one.
+            SequenceGap: a write before this one is missing (`extra["expected"]`).
+            IdempotencyMismatch: another content was committed under this name.
+        """
+        page = self._pages.get(name.worker)
+        if page is None or name.epoch != page.epoch:
+            current = f"epoch {page.epoch} is current" if page else "it has not joined"
+            raise Fenced(
+                f"Worker {name.worker!r} writes as epoch {name.epoch}, but {current}.",
+                remedy="Another process joined under the same name: give each worker its own, or join again.",
+                field="epoch",
+                limit=page.epoch if page else 0,
+            )
+        if name.sequence == page.last + 1:
+            return None
+        if name.sequence > page.last:
+            raise SequenceGap(
+                f"Worker {name.worker!r} wrote sequence {name.sequence}, expected {page.last + 1}.",
+                remedy="Send the missing write first.",
+                field="seq",
+                expected=page.last + 1,
+            )
+        entry = page.entries.get(name.sequence)
+        if entry is None:
+            return Receipt(version=0, base=0, applied=True)
+        if fingerprint is not None and fingerprint != entry.fingerprint:
+            raise mismatch(name)
+        return entry.receipt
+
+    def commit(self, name: WriteName, fingerprint: str, receipt: Receipt) -> None:
+        """Record a write that `judge` called new, with what its maker is told."""
+        page = self._pages[name.worker]
+        page.last = name.sequence
+        page.entries[name.sequence] = Entry(fingerprint, receipt)
+        if len(page.entries) > RECEIPTS_KEPT:
+            page.entries.popitem(last=False)
+
+
+def mismatch(name: WriteName) -> IdempotencyMismatch:
+    """Return the error for another content under a name that is taken."""
+    return IdempotencyMismatch(
+        f"Sequence {name.sequence} of worker {name.worker!r} was sent before with another content.",
+        remedy="A retry must repeat the same bytes; a new step needs the next sequence.",
+        field="seq",
+    )

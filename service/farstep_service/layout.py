@@ -1,0 +1,186 @@
+"""Where each parameter of a session lives: segments, back to back in one flat buffer per dtype.
+
+    parameter (user)      segment (wire order)                     flat buffer (server)
+    w   (3, 4) float32    0: float32 [ 0, 12)                      float32   | w w w w w w w w w w w w | z z z z |
+    h   (5,)   bfloat16   1: bfloat16 [ 0,  5)                     bfloat16  | h h h h h |
+    z   (2,) complex64    2: float32 [12, 16), as 2 x 2 reals
+
+A layout is plain data: no tensor and no torch in it. Segments keep the order of the parameters, which is the order on
+the wire. Offsets and lengths count elements of the real dtype in which the segment is stored; there is no padding, so
+neighbouring segments of one dtype are one contiguous span. A layout only grows at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Self
+
+from farstep.errors import LimitExceeded, TensorMismatch
+from farstep.wire.dtypes import segment_dtype
+from farstep.wire.ranges import from_ranges
+
+MAX_SEGMENTS = 100_000
+MAX_DIMENSIONS = 16
+MAX_NAME_BYTES = 256
+MAX_TOTAL_BYTES = 2**60
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentSpec:
+    """What a client says about one parameter; nothing in it has been checked, its types included."""
+
+    name: object
+    shape: Sequence[object]
+    dtype: object
+    group: object = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """One parameter's place.
+
+    Attributes:
+        name: the parameter's name, unique in the session.
+        shape: the parameter's shape; `()` is a scalar.
+        dtype: the parameter's dtype under its wire name.
+        group: the parameter group it belongs to.
+        buffer: the real dtype whose flat buffer holds it.
+        offset: its first element in that buffer.
+        length: its elements in that buffer, two for each complex number.
+        nbytes: its size in bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    group: int
+    buffer: str
+    offset: int
+    length: int
+    nbytes: int
+
+    @property
+    def stop(self) -> int:
+        """Return the element after its last one."""
+        return self.offset + self.length
+
+    @property
+    def is_complex(self) -> bool:
+        """Say whether the parameter is complex, stored as pairs of reals."""
+        return self.dtype != self.buffer
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The segments of a session and the size of each flat buffer.
+
+    Attributes:
+        segments: the segments in the order of the wire.
+        sizes: elements of each flat buffer, by dtype.
+        nbytes: bytes of all parameters together.
+    """
+
+    segments: tuple[Segment, ...]
+    sizes: Mapping[str, int]
+    nbytes: int
+
+    @classmethod
+    def build(cls, specs: Iterable[SegmentSpec]) -> Self:
+        """Lay the parameters out in the order given.
+
+        Raises:
+            TensorMismatch: a name, shape, dtype or group is not acceptable.
+            LimitExceeded: there are more segments, dimensions or bytes than a session may have.
+        """
+        layout = cls((), MappingProxyType({}), 0).append(specs)
+        if not layout.segments:
+            raise TensorMismatch("The session has no parameter.", field="segments", remedy="Name at least one.")
+        return layout
+
+    def append(self, specs: Iterable[SegmentSpec]) -> Self:
+        """Return this layout with more segments at its end; the places of the present ones do not change."""
+        segments, sizes, nbytes = list(self.segments), dict(self.sizes), self.nbytes
+        names = {segment.name for segment in segments}
+        for spec in specs:
+            if len(segments) == MAX_SEGMENTS:
+                raise LimitExceeded(
+                    f"The session has more than {MAX_SEGMENTS} parameters.", field="segments", limit=MAX_SEGMENTS
+                )
+            name, shape, group = _checked(spec, names)
+            names.add(name)
+            dtype = segment_dtype(spec.dtype, field=name)
+            elements = math.prod(shape)
+            length, size = elements * dtype.parts, elements * dtype.itemsize
+            nbytes += size
+            if nbytes > MAX_TOTAL_BYTES:
+                raise LimitExceeded(
+                    f"Tensor {name!r} of shape {shape} makes the session larger than {MAX_TOTAL_BYTES} bytes.",
+                    field=name,
+                    limit=MAX_TOTAL_BYTES,
+                )
+            offset = sizes.get(dtype.real, 0)
+            sizes[dtype.real] = offset + length
+            segments.append(Segment(name, shape, dtype.name, group, dtype.real, offset, length, size))
+        return type(self)(tuple(segments), MappingProxyType(sizes), nbytes)
+
+    @property
+    def groups(self) -> int:
+        """Return the number of parameter groups, the highest group's number plus one."""
+        return 1 + max((segment.group for segment in self.segments), default=-1)
+
+    def chosen(self, ranges: list[int] | None) -> Sequence[int]:
+        """Return the segments that a header's ranges `[start, stop, start, stop, ...]` name; all for None.
+
+        Raises:
+            InvalidRequest: the ranges are not ascending, or reach beyond the last segment.
+        """
+        if ranges is None:
+            return range(len(self.segments))
+        return from_ranges(ranges, len(self.segments))
+
+    def bytes_of(self, segments: Iterable[int]) -> int:
+        """Return the bytes of the payload that carries these segments once."""
+        return sum(self.segments[index].nbytes for index in segments)
+
+    def spans(self, segments: Sequence[int]) -> list[tuple[int, int]]:
+        """Cut a list of segments into spans `(first, last)`, the last excluded, that are contiguous in a flat buffer.
+
+        The spans keep the order given, so their bytes one after the other are the bytes of the segments.
+        """
+        spans: list[tuple[int, int]] = []
+        for index in segments:
+            if spans and spans[-1][1] == index and self.segments[index - 1].buffer == self.segments[index].buffer:
+                spans[-1] = (spans[-1][0], index + 1)
+            else:
+                spans.append((index, index + 1))
+        return spans
+
+
+def _checked(spec: SegmentSpec, names: set[str]) -> tuple[str, tuple[int, ...], int]:
+    """Return a parameter's name, shape and group, or refuse it, saying what is wrong with it."""
+    name = spec.name
+    if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME_BYTES:
+        raise TensorMismatch(
+            f"{name!r:.300} is no name for a parameter.",
+            field="name",
+            limit=MAX_NAME_BYTES,
+            remedy=f"Use 1 to {MAX_NAME_BYTES} bytes of printable text.",
+        )
+    if name in names:
+        raise TensorMismatch(f"Two parameters are called {name!r}.", field=name, remedy="Names are unique.")
+    if len(spec.shape) > MAX_DIMENSIONS:
+        raise LimitExceeded(f"Tensor {name!r} has {len(spec.shape)} dimensions.", field=name, limit=MAX_DIMENSIONS)
+    numbers = [number for number in (*spec.shape, spec.group) if type(number) is int and 0 <= number <= MAX_TOTAL_BYTES]
+    if len(numbers) <= len(spec.shape):
+        raise TensorMismatch(
+            f"Tensor {name!r} has shape {list(spec.shape)!r:.300} and group {spec.group!r:.50}.",
+            field=name,
+            remedy="Dimensions and groups are integers from 0 up.",
+        )
+    *shape, group = numbers
+    if group >= MAX_SEGMENTS:
+        raise LimitExceeded(f"Tensor {name!r} is in group {group}.", field=name, limit=MAX_SEGMENTS)
+    return name, tuple(shape), group

@@ -1,0 +1,66 @@
+"""What a server is told at start: one frozen record, filled by the command line or by code."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from farstep.errors import InvalidOption
+
+DEFAULT_HOST = "127.0.0.1"
+DEFAULT_PORT = 7171
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Configure one server.
+
+    Attributes:
+        host: address to listen on; loopback unless told otherwise.
+        port: TCP port, 0 for any free one.
+        device: torch device of the sessions: `cpu`, `cuda`, `cuda:1`.
+        tokens: accepted bearer tokens; none means that nobody has to show one.
+        insecure_no_auth: allow another address than loopback without a token.
+        max_sessions: how many sessions may exist.
+        max_session_bytes: largest parameters of one session.
+        max_bytes: parameters of all sessions, and of pushes in flight, together.
+        idle_body_s: seconds of silence within a request body after which the connection is given up.
+        threads: threads that run kernels; each uses torch's own threads inside one step.
+    """
+
+    host: str = DEFAULT_HOST
+    port: int = DEFAULT_PORT
+    device: str = "cpu"
+    tokens: tuple[str, ...] = ()
+    insecure_no_auth: bool = False
+    max_sessions: int = 10_000
+    max_session_bytes: int = 64 * GIB
+    max_bytes: int = 256 * GIB
+    idle_body_s: float = 30.0
+    threads: int = 2
+
+    def __post_init__(self) -> None:
+        for token in self.tokens:
+            if len(token) < 16:
+                raise InvalidOption(
+                    "A token is shorter than 16 characters.",
+                    remedy="Make one with `openssl rand -hex 32`.",
+                    field="token",
+                )
+        if not self.tokens and not self.insecure_no_auth and not is_loopback(self.host):
+            raise InvalidOption(
+                f"Refusing to listen on {self.host} without a token: whoever reaches it could change every session.",
+                remedy="Set FARSTEP_TOKEN (or --token-file), listen on 127.0.0.1, or pass --insecure-no-auth.",
+                field="host",
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Say whether an address is reachable from this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
