@@ -1,0 +1,27 @@
+"""The wire format of farstep: a msgpack header map, then the tensors' bytes in bin frames (see `PROTOCOL.md`).
+
+Needs no torch; `farstep.wire.memory` turns tensors into memory.
+"""
+
+from farstep.wire.decoder import Decoder
+from farstep.wire.dtypes import DTYPES, SEGMENT_DTYPES, Dtype, segment_dtype
+from farstep.wire.frames import encode, encoded_size
+from farstep.wire.limits import CONTENT_TYPE, MAX_FRAME_BYTES, MAX_HEADER_BYTES, PROTOCOL_VERSION, Limits
+from farstep.wire.ranges import from_ranges, to_ranges
+
+__all__ = [
+    "CONTENT_TYPE",
+    "DTYPES",
+    "MAX_FRAME_BYTES",
+    "MAX_HEADER_BYTES",
+    "PROTOCOL_VERSION",
+    "SEGMENT_DTYPES",
+    "Decoder",
+    "Dtype",
+    "Limits",
+    "encode",
+    "encoded_size",
+    "from_ranges",
+    "segment_dtype",
+    "to_ranges",
+]

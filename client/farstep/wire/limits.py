@@ -1,0 +1,51 @@
+"""What a reader of the wire accepts, and what a writer therefore never sends.
+
+Every bound is here and in the table of `PROTOCOL.md`; a test compares the two. A bound is checked before the memory it
+speaks of is asked for, so that a body of a few bytes cannot claim more than it brings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+PROTOCOL_VERSION = 1
+CONTENT_TYPE = "application/msgpack"
+MAX_HEADER_BYTES = 1 << 20
+MAX_FRAME_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The bounds of one reader; each is the largest value that is still accepted.
+
+    Attributes:
+        header_bytes: size of the header map.
+        frame_bytes: size of one frame's content, without its prefix.
+        frames: frames of one message; bounds the work that very small frames can cause.
+        depth: nesting of the header; the header map itself is depth 1.
+        map_len: pairs of one map.
+        array_len: elements of one array; segment ranges of 100,000 segments fit.
+        str_bytes: UTF-8 bytes of one string.
+        bin_bytes: size of one binary value inside the header.
+        containers: maps and arrays of the whole header; an empty one costs 1 byte on the wire and 64 in memory.
+    """
+
+    header_bytes: int = MAX_HEADER_BYTES
+    frame_bytes: int = MAX_FRAME_BYTES
+    frames: int = 262_144
+    depth: int = 8
+    map_len: int = 4_096
+    array_len: int = 262_144
+    str_bytes: int = 4_096
+    bin_bytes: int = 4_096
+    containers: int = 131_072
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            if (value := getattr(self, each.name)) < 1:
+                raise ValueError(f"Invalid {each.name}={value}. Must be at least 1.")
+        if self.frame_bytes > 0xFFFF_FFFF:
+            raise ValueError(f"Invalid frame_bytes={self.frame_bytes}. A msgpack bin ends at 4 GiB - 1.")
+
+
+DEFAULT_LIMITS = Limits()

@@ -1,0 +1,151 @@
+"""PROTOCOL.md is true: its examples are executed, its tables compared with the code."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from tests.wire.driving import read
+
+from farstep import errors, wire
+from farstep.messages import PushHead, PutHead, Receipt
+from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+
+DOCUMENT = (Path(wire.__file__).parent / "PROTOCOL.md").read_text()
+
+
+class Block(NamedTuple):
+    title: str
+    info: list[str]
+    text: str
+
+
+def blocks() -> list[Block]:
+    """Return the document's fenced blocks, each with the heading above it."""
+    found, title = [], ""
+    for part in re.finditer(r"^#+ (.+)$|^```(.+)\n([\s\S]*?)^```$", DOCUMENT, re.MULTILINE):
+        if part[1]:
+            title = part[1]
+        else:
+            found.append(Block(title, part[2].split(), part[3]))
+    return found
+
+
+def from_hex(text: str) -> bytes:
+    """Return the bytes of a listing; `61*4097` repeats one."""
+    listing = re.sub(r"#.*", "", text)
+    return b"".join(
+        bytes.fromhex(byte) * int(times or 1) for byte, times in re.findall(r"([0-9a-f]{2})(?:\*(\d+))?", listing)
+    )
+
+
+def examples() -> dict[str, dict[str, Block]]:
+    grouped: dict[str, dict[str, Block]] = {}
+    for block in blocks():
+        if block.info[1:2] != [] and block.info[1] != "refused":
+            grouped.setdefault(block.title, {})[block.info[1]] = block
+        elif block.info == ["hex", "readable"]:
+            grouped.setdefault(block.title, {})["readable"] = block
+    return grouped
+
+
+def parts(example: dict[str, Block]) -> tuple[dict, bytes]:
+    return json.loads(example["header"].text), from_hex(example["payload"].text) if "payload" in example else b""
+
+
+EXAMPLES = examples()
+REFUSED = [block for block in blocks() if block.info[1] == "refused"]
+
+
+def rows(heading: str) -> list[list[str]]:
+    """Return the cells of the first table whose heading line starts so."""
+    table = DOCUMENT[DOCUMENT.index(f"\n| {heading} |") :].split("\n\n")[0]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+
+
+def test_there_are_examples():
+    """The document has the examples that these tests are about."""
+    assert {"A push", "The reply to a push", "A sparse gradient", "Contents going up", "Another writer"} <= set(
+        EXAMPLES
+    )
+    assert len(REFUSED) >= 14
+
+
+@pytest.mark.parametrize("title", [title for title, each in EXAMPLES.items() if "body" in each])
+def test_examples_are_written(title):
+    """What farstep writes is exactly the bytes of the example."""
+    body = EXAMPLES[title]["body"]
+    options = dict(option.split("=") for option in body.info[2:])
+    limits = wire.Limits(**{name: int(value) for name, value in options.items()})
+    header, payload = parts(EXAMPLES[title])
+    assert b"".join(wire.encode(header, [memoryview(payload)], limits=limits)) == from_hex(body.text)
+
+
+@pytest.mark.parametrize("way", ["feed", "buffer"])
+@pytest.mark.parametrize("piece", [1, 7, 1 << 20])
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_examples_are_read(title, piece, way):
+    """The example's bytes are read as its header and payload, in whatever pieces they come."""
+    example = EXAMPLES[title]
+    header, payload = parts(example)
+    body = from_hex((example.get("body") or example["readable"]).text)
+    assert read(body, [len(payload)], pieces=[piece], ways=[way]) == (header, [payload])
+
+
+@pytest.mark.parametrize("block", REFUSED, ids=lambda block: re.sub(r"[\s\S]*?# (.*)[\s\S]*", r"\1", block.text))
+def test_refused_examples_are_refused(block):
+    """A body that the document calls refused is refused with that code."""
+    with pytest.raises(errors.FarstepError) as caught:
+        read(from_hex(block.text), [4])
+    assert caught.value.code == block.info[2]
+
+
+def test_limits_are_those_of_the_code():
+    """The table of limits has the decoder's own names and values."""
+    assert {name.strip("`"): int(value) for name, value, _ in rows("limit")} == asdict(wire.Limits())
+
+
+def test_dtypes_are_those_of_the_code():
+    """The table of dtypes has every dtype, its size, and the bytes torch stores for the value shown."""
+    table = {name.strip("`"): (int(size), from_hex(example.strip("`"))) for name, size, _, example in rows("dtype")}
+    assert {name: size for name, (size, _) in table.items()} == {
+        name: each.itemsize for name, each in wire.DTYPES.items()
+    }
+    for name, (_, data) in table.items():
+        value = complex(1.5, -2) if name.startswith("complex") else -2 if name == "int64" else 1.5
+        assert bytes(tensor_memory(torch.tensor([value], dtype=TORCH_DTYPES[name]))) == data
+
+
+def test_codes_are_those_of_the_code():
+    """The table of error codes names codes that exist, with their status."""
+    for code, status, _ in rows("code"):
+        assert errors.BY_CODE[code.strip("`")].status == int(status)
+
+
+def test_ranges_are_the_ones_shown():
+    """The ranges shown stand for the segments named beside them."""
+    assert "`[0, 3, 7, 8]` is segments 0, 1, 2 and 7" in DOCUMENT
+    assert wire.from_ranges([0, 3, 7, 8], 8) == [0, 1, 2, 7]
+
+
+@pytest.mark.parametrize("title", ["A push", "A sparse gradient"])
+def test_pushes_are_what_the_server_reads(title):
+    """The header of a push in the document is one the server understands, key for key."""
+    header, _ = parts(EXAMPLES[title])
+    assert PushHead.from_header(header).to_header() == header
+
+
+def test_contents_are_what_the_server_reads():
+    """The header of contents in the document is one the server understands, key for key."""
+    header, _ = parts(EXAMPLES["Contents going up"])
+    assert PutHead.from_header(header).to_header() == header
+
+
+def test_receipts_are_what_the_client_reads():
+    """The receipt in the document is one the client understands, key for key."""
+    header, _ = parts(EXAMPLES["The reply to a push"])
+    assert Receipt.from_header(header["receipt"]).to_header() == header["receipt"]
+    assert [key.strip("`*") for key, _, _ in rows("key of `receipt`")] == list(header["receipt"])
