@@ -1,0 +1,91 @@
+"""The floors of the service: the contracts in pyproject.toml hold, and they would notice if one did not."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def floors(pyproject: dict[str, Any]) -> list[list[str]]:
+    (contract,) = (each for each in pyproject["tool"]["importlinter"]["contracts"] if each["id"] == "floors")
+    return [re.findall(r"\w+", layer) for layer in contract["layers"]]
+
+
+def lint_imports(directory: Path, sources: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(Path(sys.executable).parent / "lint-imports"), "--no-logo", "--no-cache"],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": f"{sources / 'client'}:{sources / 'service'}", "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture
+def sketch(root: Path, pyproject: dict[str, Any], tmp_path: Path) -> Path:
+    """Return a project with our contracts whose rooms are all there, and empty."""
+    shutil.copy(root / "pyproject.toml", tmp_path)
+    rooms = [f"service/farstep_service/{room}.py" for floor in floors(pyproject) for room in floor]
+    client = [f"client/farstep/{module}.py" for module in ("wire", "hyper", "transport")]
+    for module in ["client/farstep/__init__.py", "service/farstep_service/__init__.py", *client, *rooms]:
+        (tmp_path / module).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / module).touch()
+    return tmp_path
+
+
+def test_every_room_imports_only_from_floors_below(root: Path):
+    """The contracts of pyproject.toml hold for the sources."""
+    done = lint_imports(root, root)
+    assert done.returncode == 0, done.stdout
+
+
+def test_rooms_may_import_from_floors_below(sketch: Path):
+    """The contracts allow what they are meant to allow, so that the refusals below mean something."""
+    service = sketch / "service" / "farstep_service"
+    (service / "cli.py").write_text("from farstep_service import app\nimport httpx\n")
+    (service / "app.py").write_text("from farstep_service import registry, routes\nimport farstep.transport, fastapi\n")
+    (service / "session.py").write_text("from farstep_service import layout, store\nimport farstep.wire, torch\n")
+    (sketch / "client" / "farstep" / "transport.py").write_text("import httpx\n")
+    done = lint_imports(sketch, sketch)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "statement", "complaint"),
+    [
+        ("service/farstep_service/layout", "from farstep_service import store", "layout -> farstep_service.store"),
+        ("service/farstep_service/session", "import farstep_service.hosts", "session -> farstep_service.hosts"),
+        (
+            "service/farstep_service/durability",
+            "import farstep_service.aggregation",
+            "durability -> farstep_service.",
+        ),
+        ("service/farstep_service/store", "import fastapi", "farstep_service.store -> fastapi"),
+        ("service/farstep_service/optimizers", "import uvicorn.config", "farstep_service.optimizers -> uvicorn"),
+        ("service/farstep_service/aggregation", "from farstep import transport", "farstep.transport -> httpx"),
+        ("service/farstep_service/session", "from starlette import requests", "farstep_service.session -> starlette"),
+        ("service/farstep_service/attic", "", "- farstep_service.attic"),
+        ("client/farstep/wire", "from farstep_service import layout", "farstep.wire -> farstep_service.layout"),
+    ],
+)
+def test_a_wrong_import_is_refused(sketch: Path, module: str, statement: str, complaint: str):
+    """An import upwards, sideways, from client to service, or of HTTP below the registry is found, and named."""
+    (sketch / "client" / "farstep" / "transport.py").write_text("import httpx\n")
+    (sketch / module).with_suffix(".py").write_text(statement)
+    done = lint_imports(sketch, sketch)
+    assert done.returncode != 0
+    assert complaint in done.stdout
+
+
+def test_the_drawing_shows_the_floors(root: Path, pyproject: dict[str, Any]):
+    """service/README.md draws the floors that pyproject.toml enforces, in the same order."""
+    _, drawing, *_ = (root / "service" / "README.md").read_text().split("```")
+    rows = [re.match(r"\s*\d\w* +(.+?)(?:   |$)", line) for line in drawing.splitlines()]
+    drawn = [re.findall(r"\w+", row[1]) for row in rows if row]
+    assert drawn == floors(pyproject)

@@ -1,0 +1,32 @@
+"""The tests read as sentences, and none of them waits for a clock."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TREES = {
+    str(path.relative_to(ROOT)): ast.parse(path.read_text()) for path in sorted((ROOT / "tests").rglob("test_*.py"))
+}
+
+
+def test_every_test_says_what_it_shows():
+    """The docstring of a test is one sentence of behaviour."""
+    silent = [
+        f"{path}:{node.lineno}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name.startswith("test_")
+        if not (ast.get_docstring(node) or "").split("\n\n")[0].endswith(".")
+    ]
+    assert silent == []
+
+
+def test_no_test_sleeps():
+    """A test waits for what it wants to see, never for a time in which that should have happened."""
+    sleeping = [
+        f"{path}:{node.lineno}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "sleep")
+    ]
+    assert sleeping == []
