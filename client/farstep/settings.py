@@ -87,15 +87,13 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     kernel = options.get("kernel", "auto")
     nonfinite = options.get("nonfinite") or ("refuse" if server else "allow")
     timeout_s = options.get("timeout_s", 60.0)
-    if server is not None:
-        url = urlsplit(server)
-        if url.scheme not in ("http", "https") or not url.hostname:
-            raise InvalidOption(
-                f"Invalid server: {server!r}.",
-                remedy="Give a URL such as http://127.0.0.1:7171.",
-                field="server",
-                side="client",
-            )
+    if server is not None and not _is_http(server):
+        raise InvalidOption(
+            f"Invalid server: {server!r}.",
+            remedy="Give a URL such as http://127.0.0.1:7171.",
+            field="server",
+            side="client",
+        )
     for name, value in (("session", session), ("worker", worker)):
         if value is not None and not NAME.fullmatch(value):
             raise InvalidOption(
@@ -127,6 +125,14 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         timeout_s=timeout_s,
         transport=options.get("transport"),
     )
+
+
+def _is_http(server: str) -> bool:
+    try:
+        url = urlsplit(server)
+        return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:
+        return False
 
 
 def _fresh_worker() -> str:

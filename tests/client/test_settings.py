@@ -53,6 +53,8 @@ def test_a_token_does_not_appear_in_a_repr() -> None:
     [
         {"server": "box:7171"},
         {"server": "ftp://box"},
+        {"server": "http://[::1"},
+        {"server": "http://box:99999"},
         {"session": "../etc"},
         {"session": "a" * 64},
         {"worker": "w 0"},

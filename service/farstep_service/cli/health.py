@@ -1,0 +1,72 @@
+"""`farstep healthcheck` for machines, `farstep status` for people."""
+
+from __future__ import annotations
+
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import Annotated
+from urllib.parse import urlsplit
+
+import typer
+
+from farstep_service.cli.output import FAILED, JsonOutput, print_json, reporting, size
+from farstep_service.cli.remote import Server, Token, conversation, document_of, documents_of, own_server
+from farstep_service.cli.sessions import print_sessions
+
+HEALTHY = b'"status":"ok"'
+SESSIONS_SHOWN = 15
+
+
+def healthcheck(
+    server: Server,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="Longest silence.")] = 4.0,
+    json_output: JsonOutput = False,
+) -> None:
+    """Exit 0 if a server answers, 1 if not: for containers and load balancers."""
+    fault = fault_of(server, timeout_s)
+    if json_output:
+        print_json({"healthy": not fault, "server": server, "detail": fault})
+    elif fault:
+        typer.echo(f"{server}: {fault}", err=True)
+    if fault:
+        raise typer.Exit(FAILED)
+
+
+def fault_of(server: str, timeout_s: float) -> str:
+    """Say what is wrong with a server, "" if nothing is.
+
+    The standard library asks, because this runs every few seconds in a new process, and httpx takes longer to import.
+    """
+    try:
+        url = urlsplit(server)
+        kind = {"http": HTTPConnection, "https": HTTPSConnection}[url.scheme]
+        connection = kind(url.hostname or "", url.port, timeout=timeout_s)
+    except (ValueError, KeyError):
+        return f"that is no URL of a server; give one such as {own_server()}"
+    try:
+        connection.request("GET", url.path.rstrip("/") + "/healthz")
+        answer = connection.getresponse()
+        if answer.status != 200:
+            return f"answers {answer.status}"
+        return "" if HEALTHY in answer.read(1024).replace(b" ", b"") else "answers, but is not a farstep server"
+    except (OSError, HTTPException, ValueError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else None
+        return f"no answer: {reason or str(exc) or type(exc).__name__}"
+    finally:
+        connection.close()
+
+
+def status(server: Server, token: Token = None, json_output: JsonOutput = False) -> None:
+    """Show a server and its sessions on one screen."""
+    with reporting(json_output), conversation(server, token) as speaking:
+        info = document_of(speaking, "/v1/info", "farstep")
+        sessions = documents_of(speaking, "/v1/sessions")
+    if json_output:
+        print_json({"server": info | {"url": server}, "sessions": sessions})
+        return
+    asks = "a token is asked for" if info["authentication"] else "no token is asked for"
+    typer.echo(f"farstep {info['farstep']} at {server}, on {info['device']}, {asks}")
+    typer.echo(f"optimizers: {', '.join(info['optimizers'])}")
+    typer.echo(f"sessions: {info['sessions']}, with {size(info['parameter_bytes'])} of parameters")
+    print_sessions(sessions[:SESSIONS_SHOWN])
+    if len(sessions) > SESSIONS_SHOWN:
+        typer.echo(f"and {len(sessions) - SESSIONS_SHOWN} more: farstep sessions ls")

@@ -1,0 +1,194 @@
+"""`farstep serve`: what was asked for becomes settings, and a banner of six lines says what came of it.
+
+Options have variables `FARSTEP_SERVE_*`. There is no `FARSTEP_PORT`: Kubernetes sets that one in every container beside
+a service called farstep, to `tcp://10.0.0.1:7171`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farstep import __version__
+from farstep.errors import InvalidOption
+from farstep_service.cli.output import JsonOutput, print_json, reporting
+from farstep_service.settings import DEFAULT_HOST, DEFAULT_PORT, GIB, Settings, is_loopback
+
+if TYPE_CHECKING:
+    from farstep_service.server import Listening
+
+DEFAULTS = Settings()
+LARGEST_GIB = 2**30
+TOKEN_VARIABLE = "FARSTEP_TOKEN"
+
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # what RFC 6750 lets follow `Bearer`
+
+
+class LogLevel(StrEnum):
+    """How much the server writes to its log."""
+
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
+
+
+def option(name: str, help: str, *, metavar: str | None = None, **bounds: Any) -> Any:
+    """Return an option whose variable is FARSTEP_SERVE_ and its name; the help says so once for all."""
+    variable = f"FARSTEP_SERVE_{name.removeprefix('--').replace('-', '_').upper()}"
+    return typer.Option(name, help=help, envvar=variable, show_envvar=False, metavar=metavar, **bounds)
+
+
+def serve(
+    host: Annotated[
+        str, option("--host", "Address to listen on; any but loopback needs a token.", metavar="ADDRESS")
+    ] = DEFAULT_HOST,
+    port: Annotated[
+        int, option("--port", "TCP port; 0 for any free one.", metavar="N", min=0, max=65535)
+    ] = DEFAULT_PORT,
+    device: Annotated[
+        str, option("--device", "Where sessions live: cpu, cuda, cuda:1.", metavar="NAME")
+    ] = DEFAULTS.device,
+    token_file: Annotated[
+        Path | None,
+        option("--token-file", f"Accepted tokens, one per line, beside that of {TOKEN_VARIABLE}.", metavar="FILE"),
+    ] = None,
+    insecure_no_auth: Annotated[bool, option("--insecure-no-auth", "Listen on any address without a token.")] = False,
+    max_sessions: Annotated[
+        int, option("--max-sessions", "How many sessions there may be.", metavar="N", min=1)
+    ] = DEFAULTS.max_sessions,
+    max_session_gib: Annotated[
+        float, option("--max-session-gib", "Largest parameters of one session.", metavar="GIB")
+    ] = DEFAULTS.max_session_bytes / GIB,
+    max_gib: Annotated[
+        float, option("--max-gib", "Parameters of all sessions and pushes in flight, together.", metavar="GIB")
+    ] = DEFAULTS.max_bytes / GIB,
+    threads: Annotated[
+        int, option("--threads", "Large steps that may run at once.", metavar="N", min=1, max=256)
+    ] = DEFAULTS.threads,
+    log_level: Annotated[LogLevel, option("--log-level", "How much goes to the standard error.")] = LogLevel.info,
+    json_output: JsonOutput = False,
+) -> None:
+    """Run a server. Sessions live in its memory, and end with it.
+
+    FARSTEP_TOKEN holds the token that clients must show.
+
+    Options have variables, too: FARSTEP_SERVE_HOST, FARSTEP_SERVE_MAX_GIB and so on.
+    """
+    with reporting(json_output):
+        settings = Settings(
+            host=host,
+            port=port,
+            device=device,
+            tokens=tokens_of(os.environ.get(TOKEN_VARIABLE, ""), token_file),
+            insecure_no_auth=insecure_no_auth,
+            max_sessions=max_sessions,
+            max_session_bytes=bytes_of(max_session_gib, "max_session_gib"),
+            max_bytes=bytes_of(max_gib, "max_gib"),
+            threads=threads,
+        )
+        from farstep_service.server import run
+
+        def announce(listening: Listening) -> None:
+            if json_output:
+                print_json(
+                    {
+                        "url": listening.url,
+                        "address": listening.address,
+                        "port": listening.port,
+                        "device": listening.device,
+                        "steps": listening.steps,
+                        "threads": listening.threads,
+                        "kernels": listening.kernels,
+                        "docs": f"{listening.url}/docs",
+                        "tokens": len(settings.tokens),
+                        "durable": False,
+                        "version": __version__,
+                        "pid": os.getpid(),
+                    }
+                )
+                return
+            typer.echo("\n".join(banner(listening, settings)))
+
+        run(settings, announce, log_level=log_level.value)
+
+
+def bytes_of(gib: float, field: str) -> int:
+    """Return a number of GiB in bytes.
+
+    Raises:
+        InvalidOption: it is not a positive, imaginable number.
+    """
+    if not 0 < gib <= LARGEST_GIB:
+        raise InvalidOption(
+            f"Invalid {field}: {gib}. Must be positive, and at most {LARGEST_GIB}.", field=field, limit=LARGEST_GIB
+        )
+    return int(gib * GIB)
+
+
+def tokens_of(variable: str, file: Path | None) -> tuple[str, ...]:
+    """Return the accepted tokens: the one of the environment, and those of a file, each once.
+
+    Args:
+        variable: the value of FARSTEP_TOKEN; blanks around it do not count, "" is none.
+        file: one token per line; empty lines and lines that begin with # do not count.
+
+    Raises:
+        InvalidOption: the file cannot be read or holds none, or a token cannot be sent in a header. No token is shown.
+    """
+    tokens = {TOKEN_VARIABLE: variable.strip()} if variable.strip() else {}
+    readable_by_all = False
+    if file is not None:
+        try:
+            lines = file.read_text().splitlines()
+            readable_by_all = bool(file.stat().st_mode & 0o004)
+        except (OSError, UnicodeDecodeError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
+            raise InvalidOption(
+                f"Cannot read the token file {file}: {reason}.",
+                remedy="Give a file with one token per line.",
+                field="token_file",
+            ) from exc
+        stripped = {f"{file}, line {number}": line.strip() for number, line in enumerate(lines, 1)}
+        found = {where: line for where, line in stripped.items() if line and not line.startswith("#")}
+        if not found:
+            raise InvalidOption(
+                f"The token file {file} holds no token.",
+                remedy="Put one per line: openssl rand -hex 32",
+                field="token_file",
+            )
+        tokens |= found
+    for where, token in tokens.items():
+        if not _TOKEN.fullmatch(token):
+            raise InvalidOption(
+                f"The token of {where} cannot be sent: one token has letters, digits and -._~+/ only.",
+                remedy="Make one with `openssl rand -hex 32`; several go into a --token-file, one per line.",
+                field="token",
+            )
+    if readable_by_all:
+        typer.echo(f"warning: every user of this machine can read {file}; chmod 600 prevents that", err=True)
+    return tuple(dict.fromkeys(tokens.values()))
+
+
+def banner(listening: Listening, settings: Settings) -> list[str]:
+    """Return the lines that a person sees when the server has started."""
+    wide = "" if is_loopback(listening.address) else f" (listens on {listening.address}, reachable from other machines)"
+    if settings.tokens:
+        auth = f"on: {len(settings.tokens)} token{'s' if len(settings.tokens) > 1 else ''}"
+    elif wide:
+        auth = "OFF: whoever reaches this machine can read and change every session"
+    else:
+        auth = "off: loopback only"
+    return [
+        f"farstep {__version__} serves at {listening.url}{wide}",
+        f"  device  {listening.device}; steps at once: {listening.steps}, CPU threads in each: {listening.threads}; "
+        f"{listening.kernels}",
+        f"  docs    {listening.url}/docs{', with the token' if settings.tokens else ''}",
+        f"  auth    {auth}",
+        "  data    memory only: sessions end with the server",
+    ]

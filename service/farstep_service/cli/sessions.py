@@ -1,0 +1,124 @@
+"""`farstep sessions`: list, show, remove."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from farstep.errors import InvalidOption
+from farstep_service.cli.output import JsonOutput, print_facts, print_json, print_table, reporting, size
+from farstep_service.cli.remote import Server, Token, conversation, document_of, documents_of
+
+sessions = typer.Typer(help="List, show and remove the sessions of a server.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's name.")]
+
+
+@sessions.command("ls")
+def list_sessions(server: Server, token: Token = None, json_output: JsonOutput = False) -> None:
+    """List every session."""
+    with reporting(json_output), conversation(server, token) as speaking:
+        found = documents_of(speaking, "/v1/sessions")
+    if json_output:
+        print_json(found)
+    elif found:
+        print_sessions(found)
+    else:
+        typer.echo(f"There are no sessions at {server}.")
+
+
+@sessions.command("show")
+def show_session(name: Name, server: Server, token: Token = None, json_output: JsonOutput = False) -> None:
+    """Show one session: its options, memory and workers."""
+    with reporting(json_output), conversation(server, token) as speaking:
+        found = document_of(speaking, path_of(name), "version")
+    if json_output:
+        print_json(found)
+        return
+    print_facts(
+        {
+            "session": found["name"],
+            "optimizer": found["optimizer"],
+            "version": found["version"] if found["initialised"] else "none: the first parameters have not arrived",
+            "parameters": f"{found['parameters']} in {found['segments']} tensors",
+            "memory": ", ".join(f"{kind} {size(nbytes)}" for kind, nbytes in found["bytes"].items()) or "none",
+            "kernel": found["kernel"],
+            "consistency": ", ".join(f"{key} {value}" for key, value in found["consistency"].items()),
+            "nonfinite": found["nonfinite"],
+            "incarnation": found["incarnation"],
+            **{f"group {number}": options_of(group) for number, group in enumerate(found["groups"])},
+        }
+    )
+    if found["workers"]:
+        typer.echo()
+        print_table(
+            ("WORKER", "EPOCH", "LAST WRITE", "NOW"),
+            [
+                (worker, page["epoch"], page["sequence"], "waits at the barrier" if page["waiting"] else "")
+                for worker, page in sorted(found["workers"].items())
+            ],
+        )
+
+
+@sessions.command("rm")
+def remove_session(
+    name: Name,
+    server: Server,
+    token: Token = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    json_output: JsonOutput = False,
+) -> None:
+    """Remove a session with its parameters and optimizer state."""
+    with reporting(json_output), conversation(server, token) as speaking:
+        if json_output and not yes:
+            raise InvalidOption("With --json nobody can be asked.", remedy="Add --yes.", field="yes", side="client")
+        if not yes:
+            found = document_of(speaking, path_of(name), "version")
+            facts = f"version {found['version']}, {len(found['workers'])} workers"
+            typer.confirm(f"Remove session {name} ({facts}) and all it holds?", abort=True)
+        speaking.control("DELETE", path_of(name))
+    if json_output:
+        print_json({"removed": name})
+    else:
+        typer.echo(f"Removed session {name}.")
+
+
+def print_sessions(found: Sequence[dict[str, Any]]) -> None:
+    """Print a table of sessions; nothing if there are none."""
+    if found:
+        print_table(
+            ("SESSION", "OPTIMIZER", "VERSION", "MODE", "WORKERS", "PARAMETERS", "MEMORY", "KERNEL"),
+            [
+                (
+                    each["name"],
+                    each["optimizer"],
+                    each["version"],
+                    each["consistency"].get("mode", ""),
+                    len(each["workers"]),
+                    each["parameters"],
+                    size(sum(each["bytes"].values())),
+                    each["kernel"],
+                )
+                for each in found
+            ],
+        )
+
+
+def options_of(group: dict[str, Any]) -> str:
+    """Return a param group's options in one line, those that are switched off left out."""
+    return ", ".join(f"{key} {value}" for key, value in group.items() if value is not None and value is not False)
+
+
+def path_of(name: str) -> str:
+    """Return the path of a session.
+
+    Raises:
+        InvalidOption: no session can have that name.
+    """
+    from farstep.settings import NAME
+
+    if not NAME.fullmatch(name):
+        raise InvalidOption(f"No session can be called {name!r:.80}.", field="name", side="client")
+    return f"/v1/sessions/{name}"

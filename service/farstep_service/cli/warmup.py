@@ -1,0 +1,101 @@
+"""`farstep warmup`: build fused kernels ahead of the first session that wants them."""
+
+from __future__ import annotations
+
+import os
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from farstep.errors import InvalidOption
+from farstep_service.cli.output import FAILED, JsonOutput, print_json, reporting
+
+if TYPE_CHECKING:
+    from farstep_service.optimizers import PackageStatus
+
+LOOK_AGAIN_S = 0.5
+
+
+class Dtype(StrEnum):
+    """What a kernel can be built for; complex parameters run those of their real parts."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float64 = "float64"
+
+
+def warmup(
+    optimizers: Annotated[
+        str, typer.Option(metavar="NAMES", help="Which optimizers, separated by commas; all of them otherwise.")
+    ] = "",
+    dtypes: Annotated[
+        str, typer.Option(metavar="DTYPES", help=f"Which of {', '.join(Dtype)}, separated by commas; all otherwise.")
+    ] = "",
+    device: Annotated[str, typer.Option(envvar="FARSTEP_SERVE_DEVICE", help="For which device.")] = "cpu",
+    json_output: JsonOutput = False,
+) -> None:
+    """Build fused kernels ahead, so that no session begins on the slower reference ones."""
+    with reporting(json_output):
+        chosen = chosen_of(dtypes, list(Dtype), "dtypes")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+        import torch
+
+        from farstep_service.optimizers import RULES, Kernels
+        from farstep_service.server import check_device, check_device_name
+
+        names = chosen_of(optimizers, list(RULES), "optimizers")
+        check_device_name(device)
+        check_device(device)
+        kernels = Kernels("auto")
+        kernels.begin([(RULES[name], dtype) for name in names for dtype in chosen], torch.device(device))
+        shown: set[object] = set()
+        over = False
+        while not over:
+            over = kernels.wait(LOOK_AGAIN_S)
+            for each in kernels.status():
+                if each.state != "building" and each.package not in shown:
+                    shown.add(each.package)
+                    if not json_output:
+                        typer.echo(line_of(each))
+    found = kernels.status()
+    if json_output:
+        print_json({"kernels": [document_of(each) for each in found]})
+    if any(each.state == "failed" for each in found):
+        raise typer.Exit(FAILED)
+
+
+def chosen_of(text: str, known: list[str], field: str) -> list[str]:
+    """Return the names in a list separated by commas, all that are known for "".
+
+    Raises:
+        InvalidOption: nobody knows one of them.
+    """
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in known:
+            raise InvalidOption(f"Unknown {field}: {name!r:.80}.", remedy=f"There are {', '.join(known)}.", field=field)
+    return [str(name) for name in names or known]
+
+
+def line_of(status: PackageStatus) -> str:
+    """Return a line that says where one kernel stands."""
+    package = status.package
+    threads = "one thread" if package.threads == "one" else "many threads"
+    what = f"{package.rule} {package.dtype} on {package.device}, {threads}"
+    return f"{what}: {status.state}" + (f", {status.reason.splitlines()[0]}" if status.reason else "")
+
+
+def document_of(status: PackageStatus) -> dict[str, Any]:
+    """Return one kernel's standing as JSON."""
+    package = status.package
+    return {
+        "optimizer": package.rule,
+        "dtype": package.dtype,
+        "device": package.device,
+        "threads": package.threads,
+        "state": status.state,
+        "reason": status.reason,
+    }

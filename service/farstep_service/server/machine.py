@@ -1,0 +1,89 @@
+"""What the machine has for a server: CPUs, a device, kernels that were built ahead."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from farstep.errors import InvalidOption, Unavailable
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+_DEVICE = re.compile(r"cpu|cuda(?::(\d{1,3}))?")
+
+
+def choose_threads_(environment: MutableMapping[str, str], steps: int) -> None:
+    """Give each step its share of the CPUs, in variables that OpenMP reads when torch is loaded; the user's own stay.
+
+    Threads that wait for each other must sleep: with two that spin on two busy cores a step takes 50 times longer.
+    """
+    for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("OMP_NUM_THREADS", str(max(1, usable_cpus() // steps)))):
+        if not environment.get(name):
+            environment[name] = value
+
+
+def usable_cpus(quota: Path = CPU_QUOTA) -> int:
+    """Return how many CPUs this process may use: its affinity, and the quota of its container rounded up.
+
+    Args:
+        quota: the control group's file, `<microseconds> <period>` or `max <period>`.
+    """
+    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        allowed, period = quota.read_text().split()
+        return max(1, min(cpus, -(-int(allowed) // int(period))))
+    except (OSError, ValueError):  # no control groups, or `max`
+        return cpus
+
+
+def check_device_name(name: str) -> None:
+    """Refuse a device that there cannot be, before torch is loaded.
+
+    Raises:
+        InvalidOption: it is neither `cpu` nor `cuda` nor `cuda:<number>`.
+    """
+    if not _DEVICE.fullmatch(name):
+        raise InvalidOption(
+            f"Invalid device: {name!r:.80}.",
+            remedy="There are cpu, cuda, and cuda:1 for the second one.",
+            field="device",
+        )
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that this machine does not have.
+
+    Raises:
+        InvalidOption: torch finds no such CUDA device.
+    """
+    import torch
+
+    match = _DEVICE.fullmatch(name)
+    if name == "cpu" or match is None:
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count <= int(match[1] or 0):
+        raise InvalidOption(
+            f"There is no device {name} here: torch finds {count} CUDA devices.",
+            remedy="Pass --device cpu, or see that the driver runs and that torch is a build with CUDA.",
+            field="device",
+            limit=count,
+        )
+
+
+def kernels_at_hand(device: str) -> str:
+    """Say which kernels the first steps on a device will run; nothing is built or loaded for the answer."""
+    from farstep_service.optimizers import RULES
+    from farstep_service.optimizers.packages import Package, default_directory, find
+
+    directory = default_directory()
+    try:
+        built = [name for name, rule in RULES.items() if find(directory, Package(name, "float32", device), rule)]
+    except Unavailable as exc:
+        return f"reference kernels: {exc.detail.rstrip('.')}"
+    if len(built) == len(RULES):
+        return "fused kernels"
+    return "reference kernels until fused ones are built"

@@ -1,0 +1,128 @@
+"""Run one server in this process, from the first look at its settings to the last answer.
+
+bind          the port is taken and listens: of two servers started at once, one is refused
+threads       chosen before torch is loaded, which reads them from the environment once
+load          torch and the application; a client that has connected meanwhile waits
+serve         `announce` is called when requests are answered
+leave         on SIGTERM or SIGINT: no new connections, GRACE_S for requests in flight, then every session is closed
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+
+from farstep_service.server.address import BACKLOG, bind, url_of
+from farstep_service.server.machine import check_device, check_device_name, choose_threads_, kernels_at_hand
+from farstep_service.settings import Settings
+
+GRACE_S = 8
+"""Seconds for requests in flight; container runtimes send SIGKILL ten seconds after SIGTERM."""
+KEEP_ALIVE_S = 120
+"""Seconds a connection may be idle: longer than clients keep theirs (60 s), or a push would meet a closed one."""
+HEAD_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Listening:
+    """What a server that has started can say about itself.
+
+    Attributes:
+        url: where a client on this machine reaches it.
+        address: the address it listens on.
+        port: its TCP port.
+        device: where sessions live.
+        steps: how many large steps may run at once.
+        threads: CPU threads within one step.
+        kernels: which kernels the first steps will run, in words.
+    """
+
+    url: str
+    address: str
+    port: int
+    device: str
+    steps: int
+    threads: int
+    kernels: str
+
+
+def run(settings: Settings, announce: Callable[[Listening], None], *, log_level: str = "info") -> None:
+    """Serve until SIGTERM or SIGINT, then finish what is in flight and return.
+
+    Raises:
+        InvalidOption: the address, the port or the device cannot be had.
+        SystemExit: a signal came while the server was still loading.
+    """
+    server: uvicorn.Server | None = None
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        if server is None:
+            raise SystemExit(0)
+        server.should_exit = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, leave)  # uvicorn puts its own in front, and repeats to ours what it caught
+    _log_to_stderr(log_level)
+    check_device_name(settings.device)
+    with bind(settings.host, settings.port) as sock:
+        choose_threads_(os.environ, settings.threads)
+
+        check_device(settings.device)
+
+        import torch
+
+        from farstep_service.app import create_app
+
+        listening = Listening(
+            url=url_of(sock),
+            address=sock.getsockname()[0],
+            port=sock.getsockname()[1],
+            device=settings.device,
+            steps=settings.threads,
+            threads=torch.get_num_threads(),
+            kernels=kernels_at_hand(settings.device),
+        )
+        config = uvicorn.Config(
+            create_app(settings),
+            interface="asgi3",
+            lifespan="on",
+            ws="none",
+            workers=1,
+            backlog=BACKLOG,
+            h11_max_incomplete_event_size=HEAD_BYTES,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=GRACE_S,
+            proxy_headers=False,
+            server_header=False,
+            date_header=False,
+            access_log=False,
+            log_config=None,
+        )
+        server = _Announcing(config, lambda: announce(listening))
+        server.run(sockets=[sock])
+
+
+class _Announcing(uvicorn.Server):
+    """Says when requests are answered."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._announce()
+
+
+def _log_to_stderr(level: str) -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("farstep").setLevel(level.upper())
+    if level == "debug":
+        logging.getLogger("uvicorn").setLevel(logging.INFO)

@@ -1,0 +1,15 @@
+"""What the tests of the service share: a server in a process of its own, one for each file that asks for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.service.servers import RunningServer, running_server
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    """Run a server on loopback, without a token."""
+    with running_server() as running:
+        yield running

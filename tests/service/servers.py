@@ -1,0 +1,167 @@
+"""Real server processes for tests and benchmarks: started, watched, killed, started again.
+
+    with running_server(token=TOKEN) as server:
+        ...                      # server.url answers
+        server.kill()            # SIGKILL: what a power cut would leave
+        server.restart()         # the same options on the same port
+
+Nothing here sleeps. A server says on its standard output when it answers, and a process that ends wakes who waits.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import IO, Any
+
+READY_WITHIN_S = 90.0
+GONE_WITHIN_S = 30.0
+TOKEN = "0123456789abcdef0123456789abcdef"  # long enough for a server, and no secret
+
+
+class RunningServer:
+    """One `farstep serve` process, and those that follow it on its port.
+
+    Args:
+        arguments: options of `serve`, beside `--json` and `--port`.
+        port: the port to ask for; None leaves it to the environment and the default.
+        environment: the whole environment of the process.
+        log: takes its standard error.
+
+    Attributes:
+        said: the line of JSON with which it announced itself.
+    """
+
+    def __init__(
+        self, arguments: tuple[str, ...], port: int | None, environment: Mapping[str, str], log: IO[bytes]
+    ) -> None:
+        self._arguments = arguments
+        self._port = port
+        self._environment = dict(environment)
+        self._log = log
+        self._start()
+
+    @property
+    def url(self) -> str:
+        """Return where it is."""
+        return str(self.said["url"])
+
+    @property
+    def port(self) -> int:
+        """Return its TCP port."""
+        return int(self.said["port"])
+
+    @property
+    def pid(self) -> int:
+        """Return the process that serves now."""
+        return self.process.pid
+
+    @property
+    def log(self) -> str:
+        """Return what it and its predecessors wrote to their standard error."""
+        self._log.seek(0)
+        return self._log.read().decode(errors="replace")
+
+    def stop(self) -> int:
+        """Ask it to end, as a container runtime does, and return its exit status; kill it if it does not."""
+        if self.process.poll() is None:
+            self.process.terminate()
+        try:
+            self.process.wait(GONE_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        self._close()
+        return self.process.returncode
+
+    def kill(self) -> None:
+        """End it without a chance to do anything more."""
+        self.process.kill()
+        self.process.wait(GONE_WITHIN_S)
+        self._close()
+
+    def restart(self) -> None:
+        """End it if it runs, and start it anew with the same options on the same port."""
+        self.stop()
+        self._port = self.port
+        self._start()
+
+    def _start(self) -> None:
+        port = [] if self._port is None else ["--port", str(self._port)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "farstep_service", "serve", "--json", *port, *self._arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=self._environment,
+        )
+        try:
+            self.said: dict[str, Any] = json.loads(self._first_line())
+        except BaseException:
+            self.kill()
+            raise
+
+    def _first_line(self) -> bytes:
+        assert self.process.stdout is not None
+        output, until, line = self.process.stdout.fileno(), time.monotonic() + READY_WITHIN_S, b""
+        while not line.endswith(b"\n"):
+            ready, _, _ = select.select([output], [], [], max(0.0, until - time.monotonic()))
+            chunk = os.read(output, 65536) if ready else b""
+            if not chunk:
+                what = "ended" if ready else f"said nothing for {READY_WITHIN_S:g} s"
+                raise RuntimeError(f"The server {what}. It wrote:\n{self.log}")
+            line += chunk
+        return line
+
+    def _close(self) -> None:
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+
+
+@contextmanager
+def running_server(
+    *arguments: str, token: str | None = None, port: int | None = 0, env: Mapping[str, str] | None = None
+) -> Iterator[RunningServer]:
+    """Run a server until the end of the block.
+
+    Args:
+        arguments: options of `farstep serve`.
+        token: the token it accepts; none leaves it open, on loopback.
+        port: 0 for any free one.
+        env: further variables of its environment.
+    """
+    environment = {**os.environ, **({"FARSTEP_TOKEN": token} if token else {}), **(env or {})}
+    with tempfile.TemporaryFile() as log:
+        server = RunningServer(arguments, port, environment, log)
+        try:
+            yield server
+        finally:
+            server.stop()
+
+
+def farstep(
+    *arguments: str, env: Mapping[str, str] | None = None, answer: str = "", python: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """Run the command line to its end and return what it printed.
+
+    Args:
+        arguments: a verb and its options.
+        env: further variables of its environment.
+        answer: what it reads on its standard input.
+        python: options of the interpreter.
+    """
+    return subprocess.run(
+        [sys.executable, *python, "-m", "farstep_service", *arguments],
+        env={**os.environ, **(env or {})},
+        input=answer,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=READY_WITHIN_S,
+    )
