@@ -1,0 +1,19 @@
+"""How bytes move: an httpx transport whose bodies are not copied."""
+
+from .body import Readable, ResponseBody, body_of
+from .extensions import BODY, DEADLINE_S, NAMED
+from .pieces import Pieces
+from .sockets import Dial, SocketTransport, dial_tcp
+
+__all__ = [
+    "BODY",
+    "DEADLINE_S",
+    "NAMED",
+    "Dial",
+    "Pieces",
+    "Readable",
+    "ResponseBody",
+    "SocketTransport",
+    "body_of",
+    "dial_tcp",
+]

@@ -1,0 +1,178 @@
+"""The body of a response, read into memory the caller owns.
+
+    Readable          readinto(view) -> how many bytes, 0 at the end
+    ├── ResponseBody  from the connection, without a copy in between
+    └── Collected     from any other transport's chunks of bytes
+
+A body ends after Content-Length bytes, or with its last chunk, or with the connection. Then its connection goes back
+to the pool at once; one whose body nobody read to the end is closed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final, Protocol, final
+
+import httpx
+
+from .connection import Connection
+from .extensions import BODY
+from .head import MAX_HEADERS, ResponseHead, chunk_size
+from .pieces import SLICE_BYTES
+
+_ITERATED_BYTES: Final = 65536
+
+
+class Readable(Protocol):
+    """Anything a body can be read from."""
+
+    def readinto(self, view: memoryview, /) -> int:
+        """Read at least one byte into `view`, a writable memoryview of bytes, and return how many; 0 at the end."""
+
+
+@final
+class ResponseBody(httpx.SyncByteStream):
+    """Read the body of the answer that a connection is receiving.
+
+    Attributes:
+        length: bytes in all, None when only the end tells.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        head: ResponseHead,
+        *,
+        request: httpx.Request,
+        release: Callable[[Connection, bool], None],
+        complete: bool,
+    ) -> None:
+        """Take over the connection.
+
+        Args:
+            connection: has just read `head`.
+            head: says where the body ends.
+            request: named by the errors.
+            release: takes the connection back, and whether another request may be sent over it.
+            complete: the request was sent to its end; otherwise the connection cannot be used again.
+        """
+        self.length = head.length
+        self._connection = connection
+        self._request = request
+        self._release = release
+        self._reusable = head.reusable and complete
+        self._chunked = head.chunked
+        self._begun = False
+        self._left = 0 if head.chunked else head.length
+        self._received_bytes = 0
+        self._over = False
+        self._closed = False
+        if head.length == 0:
+            self._finish(reusable=self._reusable)
+
+    def readinto(self, view: memoryview, /) -> int:
+        """Read at least one byte into `view` and return how many; 0 at the end.
+
+        Raises:
+            httpx.ReadTimeout: none came in time.
+            httpx.ReadError: the connection broke.
+            httpx.RemoteProtocolError: the body ended early, or its chunks are malformed.
+            httpx.StreamClosed: the response was closed before.
+        """
+        if self._over or not len(view):
+            return 0
+        if self._closed:
+            raise httpx.StreamClosed
+        try:
+            return self._readinto(view)
+        except BaseException as exc:
+            self._closed = True
+            self._release(self._connection, False)
+            if isinstance(exc, httpx.RequestError):
+                exc.request = self._request
+            raise
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = _ITERATED_BYTES if self.length is None else min(self.length, SLICE_BYTES)
+        view = memoryview(bytearray(size))
+        while count := self.readinto(view):
+            yield bytes(view[:count])
+
+    def close(self) -> None:
+        """Give the connection up, if the body has not been read to its end."""
+        if not self._over and not self._closed:
+            self._closed = True
+            self._release(self._connection, False)
+
+    def _readinto(self, view: memoryview) -> int:
+        if self._chunked and not self._left:
+            self._left = self._next_chunk()
+            if not self._left:
+                self._finish(reusable=self._reusable)
+                return 0
+        count = self._connection.read_into(view if self._left is None else view[: self._left])
+        self._received_bytes += count
+        if self._left is None:
+            if not count:
+                self._finish(reusable=False)
+            return count
+        if not count:
+            expected = "a further chunk" if self.length is None else f"{self.length} bytes"
+            raise httpx.RemoteProtocolError(
+                "peer closed connection without sending complete message body "
+                f"(received {self._received_bytes} bytes, expected {expected})"
+            )
+        self._left -= count
+        if not self._left and not self._chunked:
+            self._finish(reusable=self._reusable)
+        return count
+
+    def _next_chunk(self) -> int:
+        if self._begun and self._connection.read_line():
+            raise httpx.RemoteProtocolError("The server sent a chunk that is longer than it said.")
+        self._begun = True
+        size = chunk_size(self._connection.read_line())
+        if not size:
+            for _ in range(MAX_HEADERS):
+                if not self._connection.read_line():
+                    return 0
+            raise httpx.RemoteProtocolError(f"The server sent more than {MAX_HEADERS} trailers.")
+        return size
+
+    def _finish(self, *, reusable: bool) -> None:
+        self._over = True
+        self._release(self._connection, reusable)
+
+
+@final
+class Collected:
+    """Read from an iterator of bytes, keeping what did not fit."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks = chunks
+        self._rest = memoryview(b"")
+
+    def readinto(self, view: memoryview, /) -> int:
+        """Copy at least one byte into `view` and return how many; 0 at the end."""
+        while not len(self._rest) and len(view):
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                return 0
+            self._rest = memoryview(chunk)
+        count = min(len(view), len(self._rest))
+        view[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
+        return count
+
+
+def body_of(response: httpx.Response) -> Readable:
+    """Return the response's body as something to read into memory, whatever transport it came over.
+
+    Args:
+        response: of `client.send(request, stream=True)` or `client.stream(...)`; one that httpx has already read
+            works too.
+    """
+    if response.is_stream_consumed:
+        return Collected(iter([response.content]))
+    body = response.extensions.get(BODY)
+    return body if isinstance(body, ResponseBody) else Collected(response.iter_raw())

@@ -1,0 +1,229 @@
+"""The transport that httpx is given: bodies go from memory to the socket and from the socket into memory.
+
+    httpx.Client(base_url=..., auth=..., timeout=..., transport=SocketTransport(verify=...))
+
+Users keep httpx's client and everything they configure on it. Beside `httpx.HTTPTransport` (100 MB each way over
+loopback: about five times the time of bare sockets; it copies the unsent rest at every partial send) this one
+
+* sends the buffers of a `Pieces` where they lie, the head in front of them in the same system call;
+* gives the body of a response to `readinto`, see `body_of`;
+* listens while it sends, so that 401 and 413 arrive instead of a broken pipe;
+* sends `Accept-Encoding: identity` unless told otherwise and decompresses nothing.
+
+When the server had closed a kept connection before it said anything, a request is sent once more over a new one if
+that is harmless: its method is idempotent, or `extensions={"farstep_named": True}` says that the server recognises
+repetitions. Any other request raises. A deadline over the whole exchange is `extensions={"farstep_deadline_s": 30}`;
+httpx's timeouts are per read and write. There is no limit on connections in use, hence never a `PoolTimeout`.
+
+Not here: HTTP proxies (`HTTP_PROXY` is not consulted, because httpx leaves a transport that it was given alone) and
+HTTP/2. For those use `httpx.HTTPTransport`: everything works over it, slower. Looking up a host name has the
+system's own time limit, which no timeout of ours can shorten.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final, final
+
+import httpx
+
+from .body import ResponseBody
+from .connection import Connection, Limits
+from .extensions import BODY, NAMED
+from .head import request_head
+from .link import Link, Plain, Secure
+from .pieces import Pieces
+from .pool import Origin, Pool
+
+Dial = Callable[[Origin, float | None], socket.socket]
+"""Connect to an origin within so many seconds; raises OSError (TimeoutError when they have passed)."""
+
+Resolve = Callable[..., Sequence[tuple[int, int, int, str, Any]]]
+"""Find the addresses of a host and port, as `socket.getaddrinfo` does."""
+
+_PORTS: Final = {"http": 80, "https": 443}
+_IDEMPOTENT: Final = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"})
+_SHORTEST_S: Final = 0.001  # a timeout of 0 would make the socket non-blocking
+_KEEPALIVE_S: Final = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+
+
+def dial_tcp(origin: Origin, timeout_s: float | None, *, resolve: Resolve = socket.getaddrinfo) -> socket.socket:
+    """Connect to the first address of `origin` that answers.
+
+    The socket sends small packets at once and notices within 35 seconds that the other machine is gone, also when
+    the user asked for no timeout at all.
+
+    Args:
+        origin: host and port.
+        timeout_s: seconds for all addresses together.
+        resolve: finds the addresses of a name.
+
+    Raises:
+        OSError: none answered, or the name is unknown; TimeoutError when the time had passed.
+    """
+    until = None if timeout_s is None else time.monotonic() + timeout_s
+    failure: OSError = OSError(f"{origin.host} has no address")
+    for family, kind, protocol, _, address in resolve(origin.host, origin.port, type=socket.SOCK_STREAM):
+        sock = socket.socket(family, kind, protocol)
+        try:
+            sock.settimeout(None if until is None else max(until - time.monotonic(), _SHORTEST_S))
+            sock.connect(address)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            if sys.platform == "linux":
+                for option, value in _KEEPALIVE_S.items():
+                    sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+            return sock
+        except OSError as exc:
+            sock.close()
+            failure = exc
+        except BaseException:
+            sock.close()
+            raise
+    raise failure
+
+
+@final
+class SocketTransport(httpx.BaseTransport):
+    """Carry httpx's requests over sockets, bodies without copies. Threads may share one.
+
+    Args:
+        verify: how certificates are checked: an `ssl.SSLContext`, or as `httpx.Client` has it. It is given here
+            because httpx ignores its own `verify` when it is given a transport.
+        idle_connections: connections kept open for each origin between requests.
+        idle_s: seconds after which such a connection is not used again.
+        dial: makes the connected sockets; another one connects elsewhere, say to a unix socket.
+    """
+
+    def __init__(
+        self,
+        *,
+        verify: ssl.SSLContext | bool = True,
+        idle_connections: int = 16,
+        idle_s: float = 60.0,
+        dial: Dial = dial_tcp,
+    ) -> None:
+        self._verify = verify
+        self._context: ssl.SSLContext | None = None
+        self._dial = dial
+        self._pool = Pool(idle_connections=idle_connections, idle_s=idle_s)
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        """Send a request and return the response as soon as its head is there.
+
+        Raises:
+            httpx.ConnectError, httpx.ConnectTimeout: no connection; the request has not been sent.
+            httpx.WriteError, httpx.WriteTimeout, httpx.ReadError, httpx.ReadTimeout: the outcome is unknown.
+            httpx.RemoteProtocolError: the server hung up or does not speak HTTP/1.1; the outcome is unknown.
+            httpx.LocalProtocolError, httpx.UnsupportedProtocol: the request itself is at fault.
+        """
+        limits = Limits.of(request.extensions)
+        origin = _origin(request)
+        kept = self._pool.take(origin)
+        if kept is not None:
+            try:
+                return self._exchange(kept, origin, request, limits)
+            except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+                if kept.heard or not _repeatable(request):
+                    raise
+        connection = Connection(self._connect(origin, limits))
+        self._pool.add(connection)
+        return self._exchange(connection, origin, request, limits)
+
+    def close(self) -> None:
+        """Close every connection; a thread that is using one gets an error."""
+        self._pool.close()
+
+    def _exchange(
+        self, connection: Connection, origin: Origin, request: httpx.Request, limits: Limits
+    ) -> httpx.Response:
+        def release(done: Connection, reusable: bool) -> None:
+            if reusable:
+                self._pool.give(origin, done)
+            else:
+                self._pool.drop(done)
+
+        try:
+            connection.begin(request.method, limits)
+            complete = all(map(connection.send, _message(request)))
+            head = connection.answer()
+            body = ResponseBody(connection, head, request=request, release=release, complete=complete)
+        except BaseException:
+            self._pool.drop(connection)
+            raise
+        return httpx.Response(
+            head.status,
+            headers=head.headers,
+            stream=body,
+            extensions={"http_version": head.version, "reason_phrase": head.reason, BODY: body},
+        )
+
+    def _connect(self, origin: Origin, limits: Limits) -> Link:
+        try:
+            sock = self._dial(origin, limits.left(limits.connect_s))
+        except TimeoutError as exc:
+            raise httpx.ConnectTimeout(f"{origin.host}:{origin.port} did not answer in time.") from exc
+        except OSError as exc:
+            raise httpx.ConnectError(f"No connection to {origin.host}:{origin.port}: {exc}") from exc
+        if origin.scheme == "http":
+            return Plain(sock)
+        try:
+            left_s = limits.left(limits.connect_s)
+            sock.settimeout(None if left_s is None else max(left_s, _SHORTEST_S))
+            return Secure(self._tls().wrap_socket(sock, server_hostname=origin.server_name, suppress_ragged_eofs=False))
+        except TimeoutError as exc:
+            sock.close()
+            raise httpx.ConnectTimeout(f"{origin.host}:{origin.port} did not begin TLS in time.") from exc
+        except OSError as exc:
+            sock.close()
+            raise httpx.ConnectError(f"No TLS with {origin.host}:{origin.port}: {exc}") from exc
+
+    def _tls(self) -> ssl.SSLContext:
+        if self._context is None:
+            self._context = httpx.create_ssl_context(verify=self._verify)
+        return self._context
+
+
+def _origin(request: httpx.Request) -> Origin:
+    scheme, url = request.url.scheme, request.url
+    if scheme not in _PORTS:
+        raise httpx.UnsupportedProtocol(f"Invalid URL {url}: it must begin with http:// or https://.")
+    host = url.raw_host.decode("ascii")
+    name: str = request.extensions.get("sni_hostname", host)
+    return Origin(scheme, host, url.port or _PORTS[scheme], name)
+
+
+def _repeatable(request: httpx.Request) -> bool:
+    harmless = request.method in _IDEMPOTENT or bool(request.extensions.get(NAMED))
+    return harmless and isinstance(request.stream, Pieces | httpx.ByteStream)
+
+
+def _message(request: httpx.Request) -> Iterator[Iterable[memoryview]]:
+    """Yield the request, head and body, in lists of buffers that are sent together."""
+    stream = request.stream
+    if not isinstance(stream, httpx.SyncByteStream):
+        raise httpx.LocalProtocolError("An async body was given to a sync client.")
+    if isinstance(stream, httpx.ByteStream):
+        stream = Pieces(stream)
+    if isinstance(stream, Pieces):
+        yield [memoryview(request_head(request, stream.nbytes)), *stream.views]
+        return
+    stated = request.headers.get("Content-Length")
+    declared = None if stated is None else int(stated)
+    yield [memoryview(request_head(request, declared))]
+    sent = 0
+    for chunk in stream:
+        piece = Pieces([chunk])
+        sent += piece.nbytes
+        if declared is None and piece.nbytes:
+            yield [memoryview(b"%x\r\n" % piece.nbytes), *piece.views, memoryview(b"\r\n")]
+        elif declared is not None and sent <= declared:
+            yield piece.views
+    if declared is None:
+        yield [memoryview(b"0\r\n\r\n")]
+    elif sent != declared:
+        raise httpx.LocalProtocolError(f"The body has {sent} bytes, but its Content-Length says {declared}.")
