@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Self
 
@@ -126,7 +127,7 @@ class Layout:
             segments.append(Segment(name, shape, dtype.name, group, dtype.real, offset, length, size))
         return type(self)(tuple(segments), MappingProxyType(sizes), nbytes)
 
-    @property
+    @cached_property
     def groups(self) -> int:
         """Return the number of parameter groups, the highest group's number plus one."""
         return 1 + max((segment.group for segment in self.segments), default=-1)

@@ -44,7 +44,7 @@ class Counts:
 class Rule(ABC, Generic[H]):
     """One optimizer: torch's names for its options and state, and its formula.
 
-    A new rule is one file with a class like this and a line in `optimizers/__init__.py`. Rules have no state.
+    A new rule is one file with a class like this and a place in `optimizers/rules.py`. Rules have no state.
     """
 
     name: ClassVar[str]

@@ -1,0 +1,108 @@
+"""ASGD: plain descent whose average over time is kept beside the parameters.
+
+    g   ← −g if maximize;  g ← g + wd·p
+    p   ← (1 − lambd·eta)·p − eta·g
+    ax  ← p if mu = 1, else ax + mu·(p − ax)
+    eta ← lr / (1 + lambd·lr·t)^alpha
+    mu  ← 1 / max(1, t − t0)
+
+t counts from 1. eta and mu are numbers of each segment: eta is the learning rate of the first step at first, and each
+step uses what the step before left, so a change of lr acts one step late, as in torch. Both are rounded to float32, as
+torch's state tensors round them, whatever the dtype of the parameter. torch checks neither lambd nor alpha nor t0.
+
+Source: Polyak, Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30(4) (1992);
+order of operations as in torch 2.13, `torch/optim/asgd.py::_single_tensor_asgd` without `capturable`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, cast, final
+
+import torch
+from torch import Tensor
+
+from farstep.hyper import Hyper, in_range
+from farstep_service.optimizers.arithmetic import add_, decayed, sign_of, signed
+from farstep_service.rule import Counts, Rule, Scalar
+
+
+@dataclass(frozen=True, kw_only=True)
+class ASGDHyper(Hyper):
+    """Options of ASGD, with torch's names and defaults."""
+
+    rule: ClassVar[str] = "ASGD"
+
+    lr: float = 1e-2
+    lambd: float = 1e-4
+    alpha: float = 0.75
+    t0: float = 1e6
+    weight_decay: float = 0
+    capturable: bool = False
+
+    def check_ranges(self) -> None:
+        """Refuse what torch's constructor refuses, in the same order and words."""
+        in_range(f"Invalid learning rate: {self.lr}", self.lr >= 0.0, field="lr")
+        in_range(f"Invalid weight_decay value: {self.weight_decay}", self.weight_decay >= 0.0, field="weight_decay")
+
+
+@dataclass(frozen=True, slots=True)
+class ASGDCounts(Counts):
+    """Numbers of one segment.
+
+    Attributes:
+        eta: the rate of the next step, rounded to float32.
+        mu: the weight of the next parameters in the average, rounded to float32; 1 until averaging starts.
+    """
+
+    eta: float = 0.0
+    mu: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "eta", _float32(self.eta))
+        object.__setattr__(self, "mu", _float32(self.mu))
+
+
+@final
+class ASGD(Rule[ASGDHyper]):
+    """The rule above."""
+
+    name = "ASGD"
+    element_fields = ("ax",)
+    segment_fields = ("step", "eta", "mu")
+    hyper = ASGDHyper
+    counts = ASGDCounts
+
+    def first(self, hyper: ASGDHyper) -> Counts:
+        """Return eta at the learning rate of now."""
+        return ASGDCounts(0, hyper.lr)
+
+    def scalars(self, counts: Counts, hyper: ASGDHyper) -> tuple[float, ...]:
+        """Return the sign, weight decay, 1 − lambd·eta, −eta and mu."""
+        now = cast(ASGDCounts, counts)
+        return (sign_of(hyper.maximize), hyper.weight_decay, 1 - hyper.lambd * now.eta, -now.eta, now.mu)
+
+    def advance(self, counts: Counts, hyper: ASGDHyper) -> Counts:
+        """Return the next step's eta and mu."""
+        step = counts.step + 1
+        eta = hyper.lr / ((1 + hyper.lambd * hyper.lr * step) ** hyper.alpha)
+        return ASGDCounts(step, eta, 1 / max(1, step - hyper.t0))
+
+    def update(
+        self, p: Tensor, g: Tensor, state: Sequence[Tensor], scalars: Sequence[Scalar]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Apply the formula above."""
+        (ax,) = state
+        sign, weight_decay, shrink, minus_eta, mu = scalars
+        g = decayed(signed(g, sign), p, weight_decay)
+        p = add_(p * shrink, g, minus_eta)
+        if isinstance(mu, Tensor):
+            return p, (torch.where(mu != 1, ax + (p - ax) * mu, p),)
+        return p, ((p - ax).mul_(mu).add_(ax) if mu != 1 else p,)
+
+
+def _float32(number: float | complex) -> float:
+    """Round as torch's state tensors do; a power of a negative base is complex, of which they keep the real part."""
+    return ctypes.c_float(number.real).value

@@ -1,0 +1,214 @@
+"""Which kernel runs a step: the fused one as soon as it is there, the reference one until then.
+
+    prepare(rule, dtypes, device)      a session opens
+        │  in the cache directory? ── yes ──► loaded (milliseconds)          ready
+        │  no
+        ▼
+    a process builds it, in the background (5 to 20 s) ──► loaded            ready
+        │  no compiler, no place
+        ▼
+    failed: said once in the log, kept in `status()`; the reference kernel goes on
+
+One step runs one kernel for all its memory, and its name is recorded with the step, so that replay gives the same bits.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, final
+
+import torch
+
+from farstep.errors import InvalidOption, Unavailable
+from farstep.wire.memory import TORCH_DTYPES
+from farstep_service.optimizers.build import Builder, build_in_subprocess
+from farstep_service.optimizers.fused import FusedKernel, load
+from farstep_service.optimizers.packages import Package, default_directory, find, open_directory
+from farstep_service.optimizers.reference import ReferenceKernel
+from farstep_service.rule import AnyRule, Kernel, KernelName, KernelSource
+
+Mode = Literal["auto", "reference", "fused"]
+MODES: tuple[Mode, ...] = ("auto", "reference", "fused")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class PackageStatus:
+    """Where one compiled kernel stands, and why if it failed."""
+
+    package: Package
+    state: Literal["building", "ready", "failed"]
+    reason: str = ""
+
+
+@final
+class Kernels(KernelSource):
+    """Hold the kernels of this process.
+
+    Args:
+        mode: `auto` as drawn above; `reference` compiles nothing; `fused` waits for the compiled kernel and fails
+            without it.
+        directory: where packages are kept; the user's cache directory by default.
+        build: builds packages; another process by default.
+    """
+
+    def __init__(
+        self, mode: Mode = "auto", *, directory: Path | None = None, build: Builder = build_in_subprocess
+    ) -> None:
+        if mode not in MODES:
+            raise InvalidOption(f"There is no kernel mode {mode!r:.80}.", field="kernels", remedy=f"Use {MODES}.")
+        self.mode: Mode = mode
+        self._directory = directory or default_directory()
+        self._build = build
+        self._changed = threading.Condition()
+        self._status: dict[Package, PackageStatus] = {}
+        self._rules: dict[str, AnyRule] = {}
+        self._fused: dict[tuple[str, torch.device], FusedKernel] = {}
+        self._references: dict[str, ReferenceKernel] = {}
+        self._warned = False
+
+    def prepare(self, rule: AnyRule, dtypes: Iterable[str], device: torch.device) -> None:
+        """Load what has been built and begin to build the rest; wait for it only in the mode `fused`.
+
+        Raises:
+            Unavailable: the mode is `fused` and the kernel cannot be had.
+        """
+        if self.mode != "reference":
+            needed = self.begin([(rule, dtype) for dtype in dtypes], device)
+            if self.mode == "fused":
+                self._require(needed)
+
+    def begin(self, wanted: Iterable[tuple[AnyRule, str]], device: torch.device) -> list[Package]:
+        """Load what has been built and begin to build the rest in one process; return what a step cannot do without.
+
+        Args:
+            wanted: rules and the element types they are to run on.
+            device: where.
+        """
+        needed: list[Package] = []
+        for rule, dtype in wanted:
+            self._rules[rule.name] = rule
+            needed.append(Package(rule.name, dtype, str(device)))
+        spare = [replace(package, threads="many") for package in needed]
+        every = needed + (spare if device.type == "cpu" and torch.get_num_threads() > 1 else [])
+        with self._changed:
+            missing = [package for package in every if package not in self._status and not self._load(package)]
+        if missing:
+            threading.Thread(target=self._build_all, args=(missing,), name="farstep-kernel-build", daemon=True).start()
+        return needed
+
+    def ready(self, rule: AnyRule, dtypes: Iterable[str], device: torch.device) -> bool:
+        """Say whether the fused kernel could run a step over memory of these dtypes now."""
+        fused = self._fused.get((rule.name, device))
+        return fused is not None and fused.ready(TORCH_DTYPES[dtype] for dtype in dtypes)
+
+    def choose(self, rule: AnyRule, dtypes: frozenset[str], device: torch.device, wanted: KernelName | None) -> Kernel:
+        """Return the kernel for a step; see `KernelSource`."""
+        if not dtypes or wanted == "reference" or (wanted is None and self.mode == "reference"):
+            return self.reference(rule)
+        if not self.ready(rule, dtypes, device):
+            if wanted is None and self.mode == "auto":
+                return self.reference(rule)
+            if self.mode == "reference":
+                raise Unavailable(
+                    "The fused kernel was asked for, but this process runs reference kernels only.",
+                    remedy="Start it with the kernel mode auto or fused.",
+                )
+            self._require(self.begin([(rule, dtype) for dtype in dtypes], device))
+        return self._fused[rule.name, device]
+
+    def reference(self, rule: AnyRule) -> Kernel:
+        """Return the kernel that is always there."""
+        return self._references.setdefault(rule.name, ReferenceKernel(rule))
+
+    def status(self) -> list[PackageStatus]:
+        """Return where each compiled kernel that was asked for stands."""
+        with self._changed:
+            return list(self._status.values())
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until nothing is being built any more; return False if that took too long."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: all(each.state != "building" for each in self._status.values()), timeout_s
+            )
+
+    def _require(self, packages: Sequence[Package]) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: all(self._status[package].state != "building" for package in packages))
+            failed = [status for package in packages if (status := self._status[package]).state == "failed"]
+        if failed:
+            raise Unavailable(
+                f"The fused kernel for {failed[0].package.rule} cannot be had: {failed[0].reason}",
+                remedy="Install a C++ compiler, build kernels ahead with `farstep warmup`, or use the mode auto.",
+            )
+
+    def _load(self, package: Package) -> bool:
+        """Load a package that has been built; return False, and count it as being built, if it has not."""
+        rule, device = self._rules[package.rule], torch.device(package.device)
+        try:
+            path = find(self._directory, package, rule)
+            if path is None:
+                self._status[package] = PackageStatus(package, "building")
+                return False
+            run = load(path, device)
+        except Exception as exc:
+            self._fail(package, str(exc))
+        else:
+            fused = self._fused.setdefault((package.rule, device), FusedKernel(rule, device))
+            fused.add(TORCH_DTYPES[package.dtype], run, many_threads=package.threads == "many")
+            self._status[package] = PackageStatus(package, "ready")
+        return True
+
+    def _build_all(self, packages: Sequence[Package]) -> None:
+        def report(package: Package, error: str | None) -> None:
+            with self._changed:
+                if error is not None:
+                    self._fail(package, error)
+                elif not self._load(package):
+                    self._fail(package, "it was built and is not there")
+                self._changed.notify_all()
+
+        try:
+            open_directory(self._directory)
+            self._build(packages, self._directory, report)
+        except Exception as exc:
+            log.debug("building kernels ended early", exc_info=True)
+            for package in packages:
+                if self._status[package].state == "building":
+                    report(package, str(exc))
+
+    def _fail(self, package: Package, reason: str) -> None:
+        self._status[package] = PackageStatus(package, "failed", reason)
+        level = logging.DEBUG if self._warned else logging.WARNING
+        self._warned = True
+        log.log(level, "%s runs on reference kernels: no fused one (%s)", package.rule, reason.partition("\n")[0])
+
+
+def warm_up(
+    rules: Iterable[AnyRule],
+    dtypes: Sequence[str] = ("float32", "bfloat16", "float16", "float64"),
+    device: str = "cpu",
+    *,
+    directory: Path | None = None,
+) -> list[PackageStatus]:
+    """Build the kernels of these rules ahead of time, and wait for them.
+
+    Args:
+        rules: the rules.
+        dtypes: element types, under their wire names; complex parameters use those of their real parts.
+        device: torch device.
+        directory: where packages are kept.
+    """
+    unknown = [dtype for dtype in dtypes if dtype not in TORCH_DTYPES]
+    if unknown:
+        raise InvalidOption(f"There is no element type {unknown[0]!r}.", field="dtypes")
+    kernels = Kernels("auto", directory=directory)
+    kernels.begin([(rule, dtype) for rule in rules for dtype in dtypes], torch.device(device))
+    kernels.wait()
+    return kernels.status()

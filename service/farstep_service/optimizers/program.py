@@ -1,0 +1,62 @@
+"""A rule as one compiled program: one pass over memory, for any length and any options.
+
+The rule's own `update` is exported with a symbolic length and with its numbers in a float64 tensor, then compiled ahead
+of time by torch's Inductor (C++ on a CPU, Triton on a GPU) into a package that loads in milliseconds and needs no
+compiler. A changed learning rate is another number in that tensor, never another program.
+
+Inputs, in order: p, g, the element fields (changed in place), the scalars, out (may be p).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from farstep.wire.memory import TORCH_DTYPES
+from farstep_service.rule import AnyRule
+
+LEAST = 2
+"""Fewest elements a program takes: torch specialises lengths 0 and 1."""
+MOST = 2**40
+
+
+class Program(torch.nn.Module):
+    """One application of a rule, its results written to memory."""
+
+    def __init__(self, rule: AnyRule) -> None:
+        super().__init__()
+        self._rule = rule
+
+    def forward(self, p: Tensor, g: Tensor, state: tuple[Tensor, ...], scalars: Tensor, out: Tensor) -> tuple[()]:
+        """Write the new parameters to `out` and the new state over the old."""
+        new_p, new_state = self._rule.update(p, g, state, [scalars[index] for index in range(scalars.shape[0])])
+        out.copy_(new_p)
+        for field, value in zip(state, new_state, strict=True):
+            field.copy_(value)
+        return ()
+
+
+def compile_rule(rule: AnyRule, dtype: str, device: torch.device, *, one_thread: bool, to: Path) -> None:
+    """Compile a rule for one element type into the package file `to`.
+
+    Raises:
+        Exception: whatever torch raises without a compiler, or when the compiler fails.
+    """
+    hyper = rule.hyper()
+    count = len(rule.scalars(rule.first(hyper), hyper))
+
+    def memory() -> Tensor:
+        return torch.rand(64, device=device).to(TORCH_DTYPES[dtype])
+
+    state = tuple(memory() for _ in rule.element_fields)
+    inputs = (memory(), memory(), state, torch.ones(count, dtype=torch.float64, device=device), memory())
+    length = {0: Dim("length", min=LEAST, max=MOST)}
+    shapes = (length, length, tuple(length for _ in state), None, length)
+    exported = torch.export.export(Program(rule), inputs, dynamic_shapes=shapes)
+    # Precompiled headers would be kept in a directory of /tmp that anybody can foresee.
+    threads = {"cpp.threads": 1} if one_thread else {"cpp.dynamic_threads": True}
+    options = {"aot_inductor.precompile_headers": False, **threads}
+    torch._inductor.aoti_compile_and_package(exported, package_path=str(to), inductor_configs=options)

@@ -1,0 +1,58 @@
+"""The reference kernel: torch's own eager operations, block by block.
+
+It needs no compiler and gives the bits of `torch.optim` with `foreach=False` on the same device, in float32 and float64
+whatever the cuts between blocks. A block is small enough to stay in a core's cache over all the operations of a rule,
+which makes it up to twice as fast as whole tensors, and it bounds the memory for temporaries.
+
+The new values of a block are computed first and written then, so a block is all or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+from farstep_service.rule import AnyRule, Call, Kernel, Progress, Write
+
+BLOCK = 2**17
+"""Elements of a block. 64k to 256k are equally fast; smaller ones cost more calls, larger ones leave the cache."""
+
+
+@final
+class ReferenceKernel(Kernel):
+    """Run a rule eagerly.
+
+    Args:
+        rule: the rule.
+        block: elements of a block.
+    """
+
+    name = "reference"
+
+    def __init__(self, rule: AnyRule, block: int = BLOCK) -> None:
+        self._rule = rule
+        self._block = block
+
+    def execute(self, calls: Sequence[Call], progress: Progress) -> None:
+        """Carry calls out from where `progress` stands, a block at a time."""
+        progress.resume()
+        while progress.at.call < len(calls):
+            index, start = progress.at.call, progress.at.element
+            call = calls[index]
+            length = call.p.numel()
+            stop = min(start + self._block, length)
+            writes = self._block_of(call if length <= self._block else _cut(call, start, stop))
+            if stop < length:
+                progress.commit(writes, call=index, element=stop)
+            else:
+                progress.commit(writes, call=index + 1)
+
+    def _block_of(self, call: Call) -> list[Write]:
+        p, state = self._rule.update(call.p, call.g, call.state, call.scalars)
+        return [Write(call.out, p), *map(Write, call.state, state)]
+
+
+def _cut(call: Call, start: int, stop: int) -> Call:
+    """Return the call on the elements from `start` to before `stop`."""
+    state = tuple(field[start:stop] for field in call.state)
+    return Call(call.p[start:stop], call.g[start:stop], state, call.out[start:stop], call.scalars)

@@ -1,0 +1,22 @@
+"""The tensors of one session: versions of its parameters, its optimizer state, and atomic steps."""
+
+from farstep_service.store.borrowed import BorrowedBuffers
+from farstep_service.store.buffers import Buffers, FlatBuffers
+from farstep_service.store.gradients import Gradients
+from farstep_service.store.state import PARAMETERS, FieldValues
+from farstep_service.store.step import Applied
+from farstep_service.store.store import Store, StoreBytes
+from farstep_service.store.versions import Held
+
+__all__ = [
+    "PARAMETERS",
+    "Applied",
+    "BorrowedBuffers",
+    "Buffers",
+    "FieldValues",
+    "FlatBuffers",
+    "Gradients",
+    "Held",
+    "Store",
+    "StoreBytes",
+]

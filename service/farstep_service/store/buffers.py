@@ -1,0 +1,132 @@
+"""Memory for all segments of a layout: parameters, gradients, or one kind of optimizer state.
+
+Buffers            what the store and the kernels see          offsets, stretches, segments
+├── FlatBuffers    memory of ours: one flat tensor per dtype   a server's session
+└── BorrowedBuffers (borrowed.py)  tensors of the user         an embedded session
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Self, final
+
+import torch
+from torch import Tensor
+
+from farstep.wire.memory import TORCH_DTYPES
+from farstep_service.layout import Layout, Segment
+
+
+class Buffers(ABC):
+    """Memory of every segment of a layout.
+
+    Attributes:
+        layout: the segments.
+        device: where the memory is.
+        borders: segments that do not directly follow the one before them in their buffer; no stretch crosses one.
+    """
+
+    layout: Layout
+    device: torch.device
+    borders: frozenset[int] = frozenset()
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Return the bytes allocated for it by us."""
+
+    @abstractmethod
+    def stretch(self, first: int, length: int) -> Tensor:
+        """Return `length` elements from the beginning of segment `first` on: a flat view in the buffer's real dtype."""
+
+    def span(self, first: int, last: int) -> Tensor | None:
+        """Return the flat memory of the segments from `first` to before `last`, None if it is not one piece."""
+        segments = self.layout.segments[first:last]
+        if not segments or any(index in self.borders for index in range(first + 1, last)):
+            return None
+        for before, segment in pairwise(segments):
+            if segment.offset != before.stop or segment.buffer != before.buffer:
+                return None
+        return self.stretch(first, segments[-1].stop - segments[0].offset)
+
+    def segment(self, index: int) -> Tensor:
+        """Return a segment as its parameter looks: its shape, its dtype. It shares memory with the buffer."""
+        segment = self.layout.segments[index]
+        return shaped(self.stretch(index, segment.length), segment)
+
+    def begin(self, segments: Sequence[int]) -> None:  # noqa: B027  # most memory has nothing to bring
+        """Bring these segments to where `stretch` finds them, before a step."""
+
+    def end(self, segments: Sequence[int]) -> None:  # noqa: B027
+        """Bring what a step wrote into these segments to where its owner finds it."""
+
+
+@final
+class FlatBuffers(Buffers):
+    """One flat tensor per dtype.
+
+    Args:
+        layout: the segments.
+        device: where to allocate.
+        zero: fill with zeros; otherwise the contents are undefined until they are written.
+    """
+
+    def __init__(self, layout: Layout, device: torch.device | str = "cpu", *, zero: bool = True) -> None:
+        self.layout = layout
+        self.device = torch.device(device)
+        make = torch.zeros if zero else torch.empty
+        self._flat: dict[str, Tensor] = {
+            buffer: make(size, dtype=TORCH_DTYPES[buffer], device=self.device) for buffer, size in layout.sizes.items()
+        }
+        self._views: dict[tuple[int, int], Tensor] = {}
+
+    @property
+    def flat(self) -> Mapping[str, Tensor]:
+        """Return the flat tensor of each real dtype."""
+        return self._flat
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes allocated."""
+        return sum(tensor.nbytes for tensor in self._flat.values())
+
+    def stretch(self, first: int, length: int) -> Tensor:
+        """Return a view; see `Buffers`."""
+        found = self._views.get((first, length))
+        if found is None:
+            segment = self.layout.segments[first]
+            if len(self._views) > 2 * len(self.layout.segments):
+                self._views.clear()
+            found = self._flat[segment.buffer][segment.offset : segment.offset + length]
+            self._views[first, length] = found
+        return found
+
+    def copy_(self, other: Buffers, segments: Sequence[int] | None = None) -> Self:
+        """Take over the contents of another memory of the same layout, of some segments or of all."""
+        if segments is None and isinstance(other, FlatBuffers):
+            for buffer, tensor in self._flat.items():
+                tensor.copy_(other._flat[buffer])
+            return self
+        chosen = range(len(self.layout.segments)) if segments is None else segments
+        for first, last in self.layout.spans(chosen):
+            source, into = other.span(first, last), self.span(first, last)
+            if source is not None and into is not None:
+                into.copy_(source)
+                continue
+            for index in range(first, last):
+                self.segment(index).copy_(other.segment(index))
+        return self
+
+
+def shaped(flat: Tensor, segment: Segment) -> Tensor:
+    """Return a segment's flat memory as its parameter looks."""
+    if segment.is_complex:
+        return torch.view_as_complex(flat.view(*segment.shape, 2))
+    return flat.view(segment.shape)
+
+
+def flattened(tensor: Tensor) -> Tensor:
+    """Return a contiguous parameter's memory as a flat view in its real dtype."""
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).view(-1)

@@ -1,0 +1,184 @@
+"""Runs: neighbouring segments that one kernel call can update.
+
+    segments   w0  b0  w1  b1  w2  b2         group 0: w, lr 0.1      group 1: b, lr 0.2      w1 has no gradient
+    runs       ──  ──      ──  ──  ──         one each, since the numbers of neighbours differ
+    with lr 0.1 everywhere: two runs, [w0 b0] and [b1 w2 b2], interrupted by w1
+
+Neighbours belong to one run if the step's numbers are equal for both and nothing lies between them in any memory. The
+usual step is one run per group. No tensor is touched here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from farstep.errors import InvalidOption
+from farstep.hyper import Hyper
+from farstep_service.layout import Layout
+from farstep_service.rule import AnyRule, Counts
+from farstep_service.store.gradients import Gradients
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Segments that one call updates.
+
+    Attributes:
+        members: the segments, in order; of one dtype, so others may lie between them.
+        length: elements of all of them.
+    """
+
+    members: tuple[int, ...]
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a step is cut.
+
+    Attributes:
+        dense: the segments with a dense gradient.
+        touched: the segments that the step changes.
+        runs: those with a dense gradient, joined.
+    """
+
+    dense: list[int]
+    touched: list[int]
+    runs: list[Run]
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a step does, in numbers.
+
+    Attributes:
+        cut: which calls it takes.
+        scalars: the numbers of each run.
+        row_scalars: the numbers of each sparse gradient, in its order.
+        after: every segment's counts after the step.
+    """
+
+    cut: Cut
+    scalars: list[tuple[float, ...]]
+    row_scalars: list[tuple[float, ...]]
+    after: list[Counts | None]
+
+
+@final
+class Planner:
+    """Decide steps, remembering how the last one was cut.
+
+    The same segments with the same pattern of equal groups are cut in the same way, as long as the members of each run
+    have lived through the same. Then a step costs a few calls of Python whatever the number of segments.
+    """
+
+    def __init__(self, layout: Layout, rule: AnyRule) -> None:
+        self._layout = layout
+        self._rule = rule
+        self._key: tuple[object, ...] | None = None
+        self._cut = Cut([], [], [])
+
+    def forget(self) -> None:
+        """Cut the next step anew, because counts have been replaced."""
+        self._key = None
+
+    def decide(
+        self,
+        groups: Sequence[Hyper],
+        gradients: Gradients,
+        counts: Sequence[Counts | None],
+        borders: frozenset[int],
+    ) -> Decision:
+        """Decide a step.
+
+        Args:
+            groups: options of each param group.
+            gradients: which segments it changes, and how.
+            counts: what each segment has lived through.
+            borders: segments that begin a new piece of the parameters' memory.
+
+        Raises:
+            InvalidOption: the options lead to numbers that do not exist, such as a division by zero.
+        """
+        classes: dict[Hyper, int] = {}
+        pattern = [classes.setdefault(hyper, number) for number, hyper in enumerate(groups)]
+        present = None if gradients.present is None else tuple(gradients.present)
+        key = (pattern, present, tuple(gradients.sparse), gradients.buffers.borders, borders)
+        known: dict[tuple[int, int], tuple[tuple[float, ...], Counts]] = {}
+        after = list(counts)
+
+        def advance(segment: int) -> tuple[float, ...]:
+            group = self._layout.segments[segment].group
+            # Counts that are equal are mostly one object; comparing them by identity is several times faster.
+            where = (pattern[group], id(counts[segment]))
+            found = known.get(where)
+            if found is None:
+                found = known[where] = self._numbers(counts[segment], groups[group])
+            after[segment] = found[1]
+            return found[0]
+
+        if key == self._key:
+            cut = self._cut
+            scalars = [advance(run.members[0]) for run in cut.runs]
+            for run in cut.runs:
+                last = after[run.members[0]]
+                for member in run.members:
+                    after[member] = last
+        else:
+            self._key = None
+            dense = gradients.dense()
+            each = [advance(segment) for segment in dense]
+            runs = runs_of(self._layout, dense, each, (gradients.buffers.borders, borders))
+            cut = Cut(dense, sorted([*dense, *gradients.sparse]), runs)
+            by_segment = dict(zip(dense, each, strict=True))
+            scalars = [by_segment[run.members[0]] for run in runs]
+            if all(self._is_steady(run, pattern, after) for run in runs):
+                self._key, self._cut = key, cut
+        return Decision(cut, scalars, [advance(segment) for segment in gradients.sparse], after)
+
+    def _numbers(self, counts: Counts | None, hyper: Hyper) -> tuple[tuple[float, ...], Counts]:
+        try:
+            now = counts or self._rule.first(hyper)
+            return self._rule.scalars(now, hyper), self._rule.advance(now, hyper)
+        except ArithmeticError as exc:
+            raise InvalidOption(
+                f"{self._rule.name} cannot step with {hyper.to_options()}: {exc}.",
+                remedy="Change the options of the group.",
+            ) from exc
+
+    def _is_steady(self, run: Run, pattern: Sequence[int], after: Sequence[Counts | None]) -> bool:
+        """Say whether the members of a run will have equal numbers in the next step, too."""
+        first, *others = run.members
+        group = pattern[self._layout.segments[first].group]
+        return all(
+            pattern[self._layout.segments[other].group] == group and after[other] == after[first] for other in others
+        )
+
+
+def runs_of(
+    layout: Layout,
+    segments: Sequence[int],
+    scalars: Sequence[tuple[float, ...]],
+    borders: Sequence[Container[int]],
+) -> list[Run]:
+    """Join segments into runs.
+
+    Args:
+        layout: the session's.
+        segments: those with a dense gradient, ascending.
+        scalars: the step's numbers for each of them.
+        borders: segments that begin a new piece of memory, for each kind of memory.
+    """
+    open_runs: dict[str, tuple[list[int], tuple[float, ...], int]] = {}
+    joined: list[list[int]] = []
+    for index, its in zip(segments, scalars, strict=True):
+        segment = layout.segments[index]
+        members, before, stop = open_runs.get(segment.buffer, ([], (), -1))
+        if stop != segment.offset or before != its or any(index in each for each in borders):
+            members = []
+            joined.append(members)
+        members.append(index)
+        open_runs[segment.buffer] = (members, its, segment.stop)
+    return [Run(tuple(members), sum(layout.segments[index].length for index in members)) for members in joined]

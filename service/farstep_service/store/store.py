@@ -1,0 +1,310 @@
+"""The store of one session: its parameters, its optimizer state, and the only way either changes.
+
+    apply(groups, gradients)     one step: all of it or, after a failure, none of it to see until it is finished
+    hold()                       the current version, which nobody changes until it is released
+    write(segments, contents)    other contents, as one new version
+    buffers(field), numbers()    what is there now, to be copied before anything else is called
+
+A step is decided before anything is written; whatever is wrong with it is found then. If a kernel fails midway the step
+stays pending, and `finish` rolls it forward with the reference kernel before anything else happens: nobody observes
+half a step, and the version number changes when the step is complete.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import final
+
+import torch
+
+from farstep.errors import InvalidOption, StepInterrupted, TensorMismatch
+from farstep.hyper import Hyper
+from farstep_service.layout import Layout
+from farstep_service.rule import AnyRule, Counts, Kernel, KernelName, KernelSource
+from farstep_service.store.buffers import Buffers, FlatBuffers
+from farstep_service.store.gradients import Gradients, coalesce
+from farstep_service.store.runs import Planner
+from farstep_service.store.state import PARAMETERS, FieldValues, Number, State
+from farstep_service.store.step import Applied, Contents, Step, calls_of
+from farstep_service.store.versions import Held, Memory, Versions
+
+
+@dataclass(frozen=True, slots=True)
+class StoreBytes:
+    """Memory of a store.
+
+    Attributes:
+        parameters: the current version; of borrowed memory only what we allocated beside it.
+        versions: older versions that are still held, and a spare.
+        state: the element fields.
+    """
+
+    parameters: int
+    versions: int
+    state: int
+
+    @property
+    def total(self) -> int:
+        """Return all of it."""
+        return self.parameters + self.versions + self.state
+
+
+@final
+class Store:
+    """Hold a session's parameters and state.
+
+    All methods wait for a step that runs in another thread; `Held.release` does not.
+
+    Args:
+        layout: the segments.
+        rule: the optimizer.
+        groups: options of each param group at construction; they say what state is filled with before the first step.
+        kernels: where kernels come from.
+        device: where the state is kept, and the parameters are.
+        parameters: the parameters; zeros if None. Flat buffers belong to the store from now on.
+        version: the number of the first version.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        rule: AnyRule,
+        groups: Sequence[Hyper],
+        *,
+        kernels: KernelSource,
+        device: torch.device | str = "cpu",
+        parameters: Buffers | None = None,
+        version: int = 0,
+    ) -> None:
+        self.layout = layout
+        self.rule = rule
+        self.device = torch.device(device)
+        self._kernels = kernels
+        self._check_groups(groups)
+        parameters = parameters or FlatBuffers(layout, self.device)
+        if parameters.layout != layout or parameters.device != self.device:
+            raise TensorMismatch("The parameters are not in the session's layout, or not on its device.")
+        kernels.prepare(rule, layout.sizes, self.device)
+        self._lock = threading.RLock()
+        self._planner = Planner(layout, rule)
+        self._pending: Step | None = None
+        self._versions = Versions(parameters, version)
+        self._state = State(layout, rule, groups, self.device)
+        every = range(len(layout.segments))
+        self._now = Contents(version, [self._state.newborn(index) for index in every], [version for _ in every])
+
+    # -- what is there ------------------------------------------------------------------------------------------------
+
+    @property
+    def version(self) -> int:
+        """Return the number of the last complete version."""
+        return self._now.version
+
+    @property
+    def pending(self) -> bool:
+        """Say whether a step failed midway and has to be finished; its gradients must be kept until then."""
+        return self._pending is not None
+
+    @property
+    def nbytes(self) -> StoreBytes:
+        """Return the memory allocated now."""
+        return StoreBytes(
+            self._versions.current.nbytes,
+            sum(buffers.nbytes for buffers in self._versions.others),
+            self._state.nbytes,
+        )
+
+    def hold(self) -> Held:
+        """Return the current version, kept as it is until it is released.
+
+        Raises:
+            StepInterrupted: a pending step could not be finished.
+        """
+        with self._lock, torch.no_grad():
+            self.finish()
+            return self._versions.hold(self.version, self._now.changed)
+
+    def buffers(self, field: str) -> Buffers:
+        """Return the memory of the parameters (`param`) or of an element field; the next step changes it."""
+        with self._lock:
+            self.finish()
+            if field == PARAMETERS:
+                return self._versions.current
+            self._state.check_field(field, self.rule.element_fields)
+            return self._state.fields[field]
+
+    def counts(self, segment: int) -> Counts | None:
+        """Return what a segment has lived through, None if it has no state."""
+        with self._lock:
+            self.finish()
+            return self._now.counts[segment]
+
+    def numbers(self, field: str, segments: Sequence[int] | None = None) -> list[Number | None]:
+        """Return a field with one number per segment, such as `step`; None for a segment without state."""
+        self._state.check_field(field, self.rule.segment_fields)
+        with self._lock:
+            self.finish()
+            counts = self._now.counts
+            chosen = counts if segments is None else [counts[index] for index in segments]
+            return [None if each is None else getattr(each, field) for each in chosen]
+
+    # -- steps --------------------------------------------------------------------------------------------------------
+
+    def apply(self, groups: Sequence[Hyper], gradients: Gradients, *, kernel: KernelName | None = None) -> Applied:
+        """Take one step.
+
+        Args:
+            groups: options of each param group.
+            gradients: what to step along. They must stay as they are until the step is complete.
+            kernel: the kernel to run, for a replay; the best one that is ready if None.
+
+        Raises:
+            FarstepError: the step is refused; nothing has changed.
+            StepInterrupted: a kernel failed midway; the step is pending.
+        """
+        with self._lock, torch.no_grad():
+            self.finish()
+            step, chosen = self._decide(groups, gradients, kernel)
+            self._pending = step
+            return self._carry_out(step, chosen)
+
+    def finish(self) -> Applied | None:
+        """Complete a pending step with the reference kernel; return None if there was none.
+
+        Raises:
+            StepInterrupted: it failed again, and is still pending.
+        """
+        if not self.pending:
+            return None
+        with self._lock, torch.no_grad():
+            step = self._pending
+            return step and self._carry_out(step, self._kernels.reference(self.rule))
+
+    def _decide(self, groups: Sequence[Hyper], gradients: Gradients, wanted: KernelName | None) -> tuple[Step, Kernel]:
+        """Decide everything about a step; nothing that anybody sees is written."""
+        self._check_groups(groups)
+        if gradients.buffers.layout is not self.layout and gradients.buffers.layout != self.layout:
+            raise TensorMismatch("The gradients are not in the session's layout.", field="gradients")
+        source, target = self._versions.current, self._versions.target()
+        decision = self._planner.decide(groups, gradients, self._now.counts, source.borders)
+        rows = []
+        for index, (indices, values) in gradients.sparse.items():
+            segment = self.layout.segments[index]
+            self.rule.check_sparse(groups[segment.group])
+            rows.append(coalesce(index, segment, indices, values, self.device))
+        dtypes = frozenset(self.layout.segments[run.members[0]].buffer for run in decision.cut.runs if run.length)
+        chosen = self._kernels.choose(self.rule, dtypes, self.device, wanted)
+        gradients.buffers.begin(decision.cut.dense)
+        source.begin(decision.cut.touched)
+        version = self.version + 1
+        step = Step(
+            rule=self.rule,
+            source=source,
+            target=target,
+            state=self._state.fields,
+            gradients=gradients,
+            touched=decision.cut.touched,
+            stale=self._stale(target, decision.cut.dense),
+            calls=calls_of(decision, gradients.buffers, source, target.buffers, self._state),
+            rows=rows,
+            row_scalars=decision.row_scalars,
+            after=Contents(version, decision.after, self._marked(decision.cut.touched, version)),
+        )
+        return step, chosen
+
+    def _stale(self, target: Memory, written: Sequence[int]) -> list[int]:
+        """Return the segments that have to be copied into other memory, those that are about to be written left out."""
+        if target.buffers is self._versions.current:
+            return []
+        skipped = set(written)
+        changed = self._now.changed
+        return [index for index, last in enumerate(changed) if last > target.version and index not in skipped]
+
+    def _marked(self, segments: Sequence[int], version: int) -> list[int]:
+        """Return which version changed each segment last, when that version changes these segments."""
+        changed = list(self._now.changed)
+        for index in segments:
+            changed[index] = version
+        return changed
+
+    def _carry_out(self, step: Step, kernel: Kernel) -> Applied:
+        try:
+            applied = step.carry_out(kernel)
+        except Exception as exc:
+            raise StepInterrupted(
+                f"A kernel failed in the middle of a step: {exc}",
+                remedy="The step is finished before anything else happens; ask again under the same name.",
+            ) from exc
+        except BaseException:
+            # An interrupt from the keyboard goes on its way when the step is whole.
+            step.carry_out(self._kernels.reference(self.rule))
+            self._complete(step)
+            raise
+        self._complete(step)
+        return applied
+
+    def _complete(self, step: Step) -> None:
+        self._versions.publish(step.target, step.after.version)
+        self._now = step.after
+        self._pending = None
+
+    # -- other contents -----------------------------------------------------------------------------------------------
+
+    def write(self, segments: Sequence[int], contents: Mapping[str, FieldValues], *, bump: bool = True) -> None:
+        """Replace fields of some segments, as one new version.
+
+        Args:
+            segments: which ones.
+            contents: for `param` and element fields, buffers in the store's layout; for fields with one number per
+                segment, that number for each of `segments`, or None to take the segment's state away.
+            bump: count the version up; without it the contents belong to the present one, as the first ones do.
+
+        Raises:
+            TensorMismatch: an unknown field, another layout, or a number that no segment can have; nothing has changed.
+        """
+        with self._lock, torch.no_grad():
+            self.finish()
+            counts = self._state.counts_with(self._now.counts, segments, contents)
+            version = self.version + bump
+            for field, values in contents.items():
+                if isinstance(values, Buffers) and field != PARAMETERS:
+                    self._state.fields[field].copy_(values, segments)
+            parameters = contents.get(PARAMETERS)
+            if isinstance(parameters, Buffers):
+                self._write_parameters(segments, parameters, version)
+            self._state.refill([index for index in segments if counts[index] is None])
+            self._planner.forget()
+            self._now = Contents(version, counts, self._marked(segments if parameters else (), version))
+
+    def reset(self, segments: Sequence[int]) -> None:
+        """Take the state of some segments away; it begins anew with their next step."""
+        with self._lock, torch.no_grad():
+            self.finish()
+            counts = list(self._now.counts)
+            for index in segments:
+                counts[index] = self._state.newborn(index)
+            self._state.refill(segments)
+            self._planner.forget()
+            self._now = replace(self._now, counts=counts)
+
+    def _write_parameters(self, segments: Sequence[int], values: Buffers, version: int) -> None:
+        """Copy parameters into the next version's memory."""
+        target = self._versions.target()
+        if isinstance(target.buffers, FlatBuffers):
+            if stale := self._stale(target, segments):
+                target.buffers.copy_(self._versions.current, stale)
+            target.buffers.copy_(values, segments)
+        else:
+            for index in segments:
+                target.buffers.segment(index).copy_(values.segment(index))
+        self._versions.publish(target, version)
+
+    # -- checks -------------------------------------------------------------------------------------------------------
+
+    def _check_groups(self, groups: Sequence[Hyper]) -> None:
+        if len(groups) < self.layout.groups or not all(isinstance(each, self.rule.hyper) for each in groups):
+            raise InvalidOption(
+                f"{self.rule.name} needs its options for each of {self.layout.groups} groups.", field="groups"
+            )

@@ -1,0 +1,172 @@
+"""Versions of the parameters: a version that somebody holds never changes.
+
+    nobody holds v     the step writes over v, in place
+    somebody holds v   the step writes v+1 into other memory, the spare one or new; v goes when its last holder does
+    released           its memory becomes the spare; a spare that some steps in a row did not need is given back
+
+So readers never lock, copy or tear, and the lone worker pays nothing. Memory that belongs to the user (an embedded
+session) cannot be exchanged under him; there, a holder gets a copy.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self, final
+
+from torch import Tensor
+
+from farstep_service.store.buffers import Buffers, FlatBuffers
+
+SPARE_STEPS = 8
+"""Steps in a row that have to go without the spare before it is given back."""
+
+
+@dataclass(slots=True, eq=False)
+class Memory:
+    """Memory for one version of the parameters.
+
+    Attributes:
+        buffers: the memory.
+        version: the version that was written to it; -1 while there is none.
+        holders: how many hold it.
+    """
+
+    buffers: Buffers
+    version: int
+    holders: int = 0
+
+
+@final
+class Held:
+    """One version of the parameters, as it was and will be until it is released.
+
+    Also a context manager. One that is forgotten is released when it is collected; until then every step pays for it.
+
+    Attributes:
+        version: which one.
+        buffers: its memory, to be read only.
+    """
+
+    def __init__(self, version: int, memory: Memory, changed: Sequence[int], versions: Versions) -> None:
+        self.version = version
+        self.buffers = memory.buffers
+        self._changed = changed
+        self._release = weakref.finalize(self, versions.drop, memory)
+        self._release.atexit = False
+
+    def span(self, first: int, last: int) -> Tensor | None:
+        """Return the flat memory of the segments from `first` to before `last`, None if it is not one piece."""
+        return self.buffers.span(first, last)
+
+    def segment(self, index: int) -> Tensor:
+        """Return a segment as its parameter looks."""
+        return self.buffers.segment(index)
+
+    def changed_since(self, version: int) -> list[int]:
+        """Return the segments that changed after that version, up to this one."""
+        return [index for index, changed in enumerate(self._changed) if changed > version]
+
+    def release(self) -> None:
+        """Give the version up; a second time does nothing."""
+        self._release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+@final
+class Versions:
+    """The memory of the current version, of those still held, and a spare.
+
+    `hold`, `target` and `publish` are called by one thread at a time, `drop` by any.
+
+    Args:
+        buffers: the first version's memory.
+        version: its number.
+    """
+
+    def __init__(self, buffers: Buffers, version: int) -> None:
+        self._current = Memory(buffers, version)
+        self._older: list[Memory] = []
+        self._spare: Memory | None = None
+        self._unneeded = 0
+        self._lock = threading.Lock()
+
+    @property
+    def current(self) -> Buffers:
+        """Return the memory of the current version."""
+        return self._current.buffers
+
+    @property
+    def others(self) -> list[FlatBuffers]:
+        """Return the memory beside the current version's: versions still held, and the spare."""
+        with self._lock:
+            memories = self._older if self._spare is None else [*self._older, self._spare]
+            return [memory.buffers for memory in memories if isinstance(memory.buffers, FlatBuffers)]
+
+    def hold(self, version: int, changed: Sequence[int]) -> Held:
+        """Return the current version, kept as it is until it is released.
+
+        Args:
+            version: its number, which is higher than that of its memory if later versions left the parameters alone.
+            changed: for each segment the version that last changed it; never altered afterwards.
+        """
+        with self._lock:
+            memory = self._current
+            if not isinstance(memory.buffers, FlatBuffers):
+                copy = FlatBuffers(memory.buffers.layout, memory.buffers.device, zero=False).copy_(memory.buffers)
+                memory = Memory(copy, memory.version)
+                self._older.append(memory)
+            memory.holders += 1
+        return Held(version, memory, changed, self)
+
+    def drop(self, memory: Memory) -> None:
+        """Count one holder less; memory that nobody holds and that is not current becomes the spare."""
+        with self._lock:
+            memory.holders -= 1
+            if not memory.holders and memory is not self._current:
+                self._older.remove(memory)
+                self._retire(memory)
+
+    def target(self) -> Memory:
+        """Return where the next version goes: the current memory if nobody holds it, else the spare or new memory."""
+        with self._lock:
+            if not self._current.holders:
+                return self._current
+            if self._spare is not None:
+                return self._spare
+            return Memory(FlatBuffers(self.current.layout, self.current.device, zero=False), -1)
+
+    def publish(self, memory: Memory, version: int) -> None:
+        """Make the memory that `target` returned the current version."""
+        with self._lock:
+            if memory is not self._current and self._current.version >= version:
+                self._current.version = -1  # the same number with other contents: never a base to copy from
+            memory.version = version
+            if memory is self._current:
+                self._unneeded += 1
+                if self._unneeded >= SPARE_STEPS:
+                    self._spare = None
+                return
+            self._unneeded = 0
+            if memory is self._spare:
+                self._spare = None
+            old, self._current = self._current, memory
+            if old.holders:
+                self._older.append(old)
+            else:
+                self._retire(old)
+
+    def _retire(self, memory: Memory) -> None:
+        """Keep memory that nobody needs as the spare, the newest if there are two: less of it is out of date."""
+        if self._spare is None or self._spare.version < memory.version:
+            self._spare = memory if isinstance(self.current, FlatBuffers) else None

@@ -1,0 +1,34 @@
+"""What the tests of the update rules share: one thread, and kernels kept between runs."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from farstep_service.optimizers import RULES, Kernels
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Use one thread, so that busy neighbours cost little and one kernel per rule is enough."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+COMPILED = [(rule, "float32") for rule in RULES] + [("Adadelta", "float64"), ("Adagrad", "bfloat16")]
+"""The compiled kernels that tests use; building all of them takes half a minute, once per machine."""
+
+
+@pytest.fixture(scope="session")
+def fused() -> Kernels:
+    """Return compiled kernels, from the user's cache if they have been built before."""
+    kernels = Kernels("fused")
+    kernels.begin([(RULES[rule], dtype) for rule, dtype in COMPILED], torch.device("cpu"))
+    kernels.wait()
+    failed = [status for status in kernels.status() if status.state == "failed"]
+    if failed and "Compiler" in failed[0].reason:
+        pytest.skip(f"there is no C++ compiler here: {failed[0].reason}")
+    assert failed == []
+    return kernels

@@ -1,0 +1,114 @@
+"""The fused kernel: torch's numbers, within torch's tolerance for fused ones, and one program for all options."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.optimizers.test_bits import OPTIONS
+from tests.optimizers.twins import Twins
+
+from farstep_service.layout import Layout, SegmentSpec
+from farstep_service.optimizers import RULES, Kernels
+from farstep_service.optimizers.build import Report
+from farstep_service.optimizers.fused import FusedKernel
+from farstep_service.optimizers.packages import Package
+from farstep_service.rule import Call, Progress
+from farstep_service.store import FlatBuffers, Gradients, Store
+
+pytestmark = pytest.mark.timeout(600)  # the first run on a machine compiles
+
+CASES = [(name, options) for name, every in OPTIONS.items() for options in every]
+IDS = [f"{name}-{','.join(map(str, options)) or 'defaults'}" for name, options in CASES]
+
+
+@pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
+def test_fused_float32_is_within_tolerance(fused: Kernels, name: str, options: dict[str, Any]):
+    """After 50 steps, every option of every rule is within `assert_close`'s tolerance of torch.optim."""
+    twins = Twins(name, groups=[options, {"lr": 0.05}], kernels=fused).run(50)
+    twins.check_close()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [("Adadelta", torch.float64), ("Adadelta", torch.complex128), ("Adagrad", torch.bfloat16)],
+    ids=str,
+)
+def test_fused_in_other_dtypes_is_within_tolerance(fused: Kernels, name: str, dtype: torch.dtype):
+    """Double precision, complex parameters and half precision are within tolerance, too."""
+    twins = Twins(name, dtype, groups=[{"weight_decay": 0.01}], kernels=fused).run(5)
+    # torch rounds half precision after every operation, the kernel once.
+    twins.check_close(**({"rtol": 1.6e-2, "atol": 2e-2} if dtype is torch.bfloat16 else {}))
+
+
+def test_the_kernel_that_ran_is_named(fused: Kernels):
+    """A step says which kernel ran, and a replay can ask for the other."""
+    layout = Layout.build([SegmentSpec("w", (10,), "float32")])
+    hypers = [RULES["Adagrad"].hyper()]
+    store = Store(layout, RULES["Adagrad"], hypers, kernels=fused)
+    gradients = Gradients(FlatBuffers(layout))
+    assert store.apply(hypers, gradients).kernel == "fused"
+    assert store.apply(hypers, gradients, kernel="reference").kernel == "reference"
+
+
+def test_a_changed_option_builds_nothing(fused: Kernels, tmp_path: Path):
+    """Learning rate, weight decay and sign are numbers of one program; changing them neither builds nor loads."""
+    built: list[Package] = []
+
+    def never(packages: Sequence[Package], directory: Path, report: Report) -> None:
+        built.extend(packages)
+
+    kernels = Kernels("fused", build=never)
+    twins = Twins("Adagrad", kernels=kernels)
+    before = kernels.status()
+    for step in range(10):
+        twins.change(0, lr=0.1 / (1 + step), weight_decay=0.01 * step, maximize=step % 2 == 0)
+        twins.step()
+    assert built == []
+    assert kernels.status() == before
+    twins.check_close()
+
+
+def test_one_element_and_none(fused: Kernels):
+    """Runs too short for a compiled program take part in a fused step."""
+    layout = Layout.build(
+        [SegmentSpec("a", (), "float32"), SegmentSpec("b", (0,), "float64"), SegmentSpec("c", (1,), "float64")]
+    )
+    rule = RULES["Adadelta"]
+    hypers = [rule.hyper()]
+    store = Store(layout, rule, hypers, kernels=fused)
+    gradients = FlatBuffers(layout)
+    for tensor in gradients.flat.values():
+        tensor.fill_(1.0)
+    applied = store.apply(hypers, Gradients(gradients))
+    assert (applied.kernel, applied.runs) == ("fused", 2)
+    moved = torch.optim.Adadelta([torch.zeros(()).requires_grad_()])
+    (p,) = moved.param_groups[0]["params"]
+    p.grad = torch.ones(())
+    moved.step()
+    assert torch.equal(store.buffers("param").segment(0), p.detach())
+
+
+def test_long_memory_is_done_in_pieces(fused: Kernels):
+    """A stretch longer than a piece gets the same numbers everywhere, and an interruption resumes between pieces."""
+    rule = RULES["ASGD"]
+    kernel = fused.choose(rule, frozenset({"float32"}), torch.device("cpu"), None)
+    assert isinstance(kernel, FusedKernel)
+    length = 2**21 + 2**20 + 5
+    p, g, ax = torch.ones(length), torch.full((length,), 2.0), torch.zeros(length)
+    progress = Progress()
+    kernel.execute([Call(p, g, (ax,), p, (1.0, 0.0, 1.0, -0.5, 1.0))], progress)
+    assert progress.at.call == 1
+    assert bool((p == 0).all())
+    assert torch.equal(ax, p)
+
+
+def test_memory_that_does_not_fit_is_refused(fused: Kernels):
+    """Tensors of different lengths, dtypes or strides never reach a compiled program, which would write beyond them."""
+    rule = RULES["Adagrad"]
+    kernel = fused.choose(rule, frozenset({"float32"}), torch.device("cpu"), None)
+    p = torch.zeros(10)
+    for wrong in (torch.zeros(9), torch.zeros(10, dtype=torch.float64), torch.zeros(20)[::2]):
+        with pytest.raises(ValueError, match="differ"):
+            kernel.execute([Call(p, wrong, (p,), p, (1.0, 0.0, 1.0, 0.0))], Progress())

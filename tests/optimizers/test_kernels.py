@@ -1,0 +1,167 @@
+"""Which kernel runs, and what happens without a compiler."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from farstep.errors import InvalidOption, Unavailable
+from farstep_service.optimizers import RULES, Kernels
+from farstep_service.optimizers.build import Report, build_in_subprocess
+from farstep_service.optimizers.packages import Package, default_directory, file_name, find
+
+CPU = torch.device("cpu")
+ADAGRAD = RULES["Adagrad"]
+FLOAT32 = frozenset({"float32"})
+
+
+class Workshop:
+    """Builds nothing; says of each package what it was told to say."""
+
+    def __init__(self, error: str | None) -> None:
+        self.error = error
+        self.asked: list[Package] = []
+
+    def __call__(self, packages: Sequence[Package], directory: Path, report: Report) -> None:
+        self.asked += packages
+        for package in packages:
+            report(package, self.error)
+
+
+def test_without_a_compiler_the_reference_kernel_goes_on(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """A kernel that cannot be built is said once in the log, kept in the status, and replaced by the reference."""
+    caplog.set_level(logging.INFO)
+    kernels = Kernels("auto", directory=tmp_path / "kernels", build=Workshop("InvalidCxxCompiler: no g++"))
+    kernels.prepare(ADAGRAD, ["float32", "float64"], CPU)
+    assert kernels.wait(10)
+    assert kernels.choose(ADAGRAD, FLOAT32, CPU, None).name == "reference"
+    assert {status.state for status in kernels.status()} == {"failed"}
+    assert kernels.status()[0].reason == "InvalidCxxCompiler: no g++"
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+
+
+def test_a_package_is_asked_for_once(tmp_path: Path):
+    """A kernel is built once, however many sessions ask for it."""
+    workshop = Workshop("no")
+    kernels = Kernels("auto", directory=tmp_path / "kernels", build=workshop)
+    for _ in range(3):
+        kernels.prepare(ADAGRAD, ["float32"], CPU)
+    kernels.wait(10)
+    assert workshop.asked == [Package("Adagrad", "float32", "cpu")]
+
+
+def test_the_mode_fused_fails_without_a_kernel(tmp_path: Path):
+    """Who asks for fused kernels only is told why there is none, and what to do."""
+    kernels = Kernels("fused", directory=tmp_path / "kernels", build=Workshop("no compiler"))
+    with pytest.raises(Unavailable, match="no compiler"):
+        kernels.prepare(ADAGRAD, ["float32"], CPU)
+
+
+def test_the_mode_reference_compiles_nothing(tmp_path: Path):
+    """In the mode `reference` nothing is built, and a replay of a fused step is refused."""
+    workshop = Workshop(None)
+    kernels = Kernels("reference", directory=tmp_path / "kernels", build=workshop)
+    kernels.prepare(ADAGRAD, ["float32"], CPU)
+    assert kernels.choose(ADAGRAD, FLOAT32, CPU, None).name == "reference"
+    with pytest.raises(Unavailable, match="reference kernels only"):
+        kernels.choose(ADAGRAD, FLOAT32, CPU, "fused")
+    assert workshop.asked == []
+
+
+def test_an_unknown_mode_is_refused():
+    """A kernel mode nobody knows is an error at construction."""
+    with pytest.raises(InvalidOption, match="no kernel mode 'fast'"):
+        Kernels("fast")  # type: ignore[arg-type]
+
+
+def test_a_package_that_others_could_have_written_is_not_loaded(tmp_path: Path):
+    """A file or directory that others may write, or a link, is refused: a package is code."""
+    package = Package("Adagrad", "float32", "cpu")
+    directory = tmp_path / "kernels"
+    directory.mkdir(mode=0o700)
+    assert find(directory, package, ADAGRAD) is None
+    path = directory / file_name(package, ADAGRAD)
+    path.write_bytes(b"")
+    path.chmod(0o644)
+    assert find(directory, package, ADAGRAD) == path
+    path.chmod(0o666)
+    with pytest.raises(Unavailable, match="others could have written"):
+        find(directory, package, ADAGRAD)
+    path.chmod(0o644)
+    directory.chmod(0o777)
+    with pytest.raises(Unavailable, match="others could have written"):
+        find(directory, package, ADAGRAD)
+    directory.chmod(0o700)
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(Unavailable, match="others could have written"):
+        find(directory, package, ADAGRAD)
+
+
+def test_a_broken_package_is_not_the_end(tmp_path: Path):
+    """A damaged file costs the fused kernel, not the session."""
+    directory = tmp_path / "kernels"
+    directory.mkdir(mode=0o700)
+    (directory / file_name(Package("Adagrad", "float32", "cpu"), ADAGRAD)).write_bytes(b"no zip")
+    kernels = Kernels("auto", directory=directory, build=Workshop(None))
+    kernels.prepare(ADAGRAD, ["float32"], CPU)
+    assert kernels.status()[0].state == "failed"
+    assert kernels.choose(ADAGRAD, FLOAT32, CPU, None).name == "reference"
+
+
+def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path):
+    """Where no directory can be made, the reason is in the status."""
+    (tmp_path / "file").write_text("")
+    kernels = Kernels("auto", directory=tmp_path / "file" / "kernels", build=Workshop(None))
+    kernels.prepare(ADAGRAD, ["float32"], CPU)
+    assert kernels.wait(10)
+    assert "cannot be made" in kernels.status()[0].reason
+
+
+def test_the_directory_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Packages are kept where FARSTEP_KERNEL_CACHE says, else in the user's cache directory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("FARSTEP_KERNEL_CACHE", raising=False)
+    assert default_directory() == tmp_path / "farstep" / "kernels"
+    monkeypatch.setenv("FARSTEP_KERNEL_CACHE", str(tmp_path / "mine"))
+    assert default_directory() == tmp_path / "mine"
+
+
+def test_names_differ_where_contents_do():
+    """Another rule, dtype or thread count is another file."""
+    names = {
+        file_name(Package(rule.name, dtype, "cpu", threads), rule)
+        for rule in RULES.values()
+        for dtype in ("float32", "float64")
+        for threads in ("one", "many")
+    }
+    assert len(names) == 16
+
+
+def test_a_builder_that_dies_is_noticed(tmp_path: Path):
+    """A package whose builder ends without a word is reported as failed."""
+    told: dict[Package, str | None] = {}
+    lost = Package("NoSuchRule", "float32", "cpu")
+    build_in_subprocess([lost], tmp_path / "kernels", lambda package, error: told.update({package: error}))
+    assert "NoSuchRule" in (told[lost] or "")
+
+
+def test_a_builder_ends_with_the_one_who_asked(tmp_path: Path):
+    """When the standard input of a builder closes, it ends at once, its compilers with it."""
+    command = [sys.executable, "-W", "ignore", "-m", "farstep_service.optimizers.build", str(tmp_path / "kernels")]
+    process = subprocess.Popen(
+        [*command, "Adagrad|float32|cpu|one"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        start_new_session=True,
+    )
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode < 0
+    assert [line for line in out.splitlines() if "package" in json.loads(line)] == []

@@ -1,0 +1,151 @@
+"""What the tests of the store share."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from farstep_service.layout import Layout, SegmentSpec
+from farstep_service.optimizers import RULES, Kernels
+from farstep_service.rule import AnyRule, Call, Kernel, KernelName, KernelSource, Progress
+from farstep_service.store import FlatBuffers, Store
+
+SHAPES = ((5, 7), (11,), (), (0, 4), (64, 3), (9,))
+
+MakeStore = Callable[..., tuple[Store, list[Any]]]
+
+
+def layout_of(
+    shapes: Sequence[tuple[int, ...]] = SHAPES, dtypes: Sequence[str] = ("float32",), groups: Sequence[int] = (0,)
+) -> Layout:
+    """Return a layout of such tensors; dtypes and groups are dealt out in turn."""
+    return Layout.build(
+        SegmentSpec(f"p{index}", shape, dtypes[index % len(dtypes)], groups[index % len(groups)])
+        for index, shape in enumerate(shapes)
+    )
+
+
+def noise(layout: Layout, seed: int) -> FlatBuffers:
+    """Return buffers full of normal noise."""
+    generator = torch.Generator().manual_seed(seed)
+    buffers = FlatBuffers(layout)
+    for tensor in buffers.flat.values():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return buffers
+
+
+def all_bytes(store: Store) -> list[bytes]:
+    """Return everything a store holds, to be compared bit for bit."""
+    fields = ["param", *store.rule.element_fields]
+    tensors = [store.buffers(field).segment(index) for field in fields for index in range(len(store.layout.segments))]
+    numbers = [repr(store.numbers(field)).encode() for field in store.rule.segment_fields]
+    return [*(bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist()) for tensor in tensors), *numbers]
+
+
+@pytest.fixture
+def make() -> MakeStore:
+    """Return a maker of stores that begin with noise."""
+
+    def make(
+        name: str = "Adadelta",
+        layout: Layout | None = None,
+        *,
+        kernels: KernelSource | None = None,
+        options: Sequence[dict[str, Any]] = ({},),
+        **more: Any,
+    ) -> tuple[Store, list[Any]]:
+        layout = layout or layout_of()
+        rule = RULES[name]
+        hypers = [rule.hyper.from_options(options[index % len(options)]) for index in range(layout.groups)]
+        parameters = more.pop("parameters", None) or noise(layout, 0)
+        kernels = kernels or Kernels("reference")
+        return Store(layout, rule, hypers, kernels=kernels, parameters=parameters, **more), hypers
+
+    return make
+
+
+class BrokenKernel(Kernel):
+    """Fails once, when a given number of writes to memory has been done; half a block may be written then.
+
+    Args:
+        whole: a kernel that works.
+        after: how many writes succeed.
+        name: what it is called.
+    """
+
+    def __init__(self, whole: Kernel, after: int, name: KernelName, error: BaseException) -> None:
+        self._whole = whole
+        self._after = after
+        self.name = name
+        self._error = error
+
+    def execute(self, calls: Sequence[Call], progress: Progress) -> None:
+        self._whole.execute([self._fragile(call) for call in calls], progress)
+
+    def _fragile(self, call: Call) -> Call:
+        return call._replace(out=self._wrapped(call.out), state=tuple(self._wrapped(field) for field in call.state))
+
+    def _wrapped(self, tensor: torch.Tensor) -> torch.Tensor:
+        fragile = tensor.as_subclass(FragileTensor)
+        fragile.kernel = self
+        return fragile
+
+    def count_write(self) -> None:
+        """Let one more write happen, or fail."""
+        if self._after == 0:
+            self._after = -1
+            raise self._error
+        self._after -= 1
+
+    @property
+    def failed(self) -> bool:
+        """Say whether it has failed."""
+        return self._after < 0
+
+
+class FragileTensor(torch.Tensor):
+    """Memory whose writes are counted by a broken kernel."""
+
+    kernel: BrokenKernel
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        into = args[0]
+        if function is torch.Tensor.copy_ and isinstance(into, FragileTensor):
+            into.kernel.count_write()
+        plain = [arg.as_subclass(torch.Tensor) if isinstance(arg, FragileTensor) else arg for arg in args]
+        found = function(*plain, **(kwargs or {}))
+        if function is torch.Tensor.__getitem__ and isinstance(into, FragileTensor):
+            found = found.as_subclass(FragileTensor)
+            found.kernel = into.kernel
+        return found
+
+
+class BrokenKernels(KernelSource):
+    """Gives out a kernel that fails once, and afterwards ones that work."""
+
+    def __init__(
+        self, after: int, *, block: int = 16, name: KernelName = "reference", error: BaseException | None = None
+    ) -> None:
+        self._after = after
+        self._block = block
+        self._name = name
+        self._error = error or RuntimeError("out of luck")
+        self.given: BrokenKernel | None = None
+
+    def prepare(self, rule: AnyRule, dtypes: Iterable[str], device: torch.device) -> None:
+        """Nothing has to be prepared."""
+
+    def choose(self, rule: AnyRule, dtypes: frozenset[str], device: torch.device, wanted: KernelName | None) -> Kernel:
+        """Return the broken kernel the first time."""
+        if self.given is None:
+            self.given = BrokenKernel(self.reference(rule), self._after, self._name, self._error)
+            return self.given
+        return self.reference(rule)
+
+    def reference(self, rule: AnyRule) -> Kernel:
+        """Return a kernel that works."""
+        from farstep_service.optimizers.reference import ReferenceKernel
+
+        return ReferenceKernel(rule, block=self._block)

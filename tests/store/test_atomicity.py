@@ -1,0 +1,128 @@
+"""A step is all or nothing: whatever happens in the middle of it, nobody observes half of it."""
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import pytest
+import torch
+from tests.store.conftest import SHAPES, BrokenKernels, MakeStore, all_bytes, layout_of, noise
+
+from farstep.errors import StepInterrupted
+from farstep_service.optimizers import RULES
+from farstep_service.store import BorrowedBuffers, Gradients, Store
+
+EVERYWHERE = range(0, 60, 1)
+
+
+def expected(make: MakeStore, name: str, steps: int) -> list[bytes]:
+    """Return what a store holds after steps that nothing interrupted."""
+    store, hypers = make(
+        name, layout_of(groups=(0, 1)), kernels=BrokenKernels(10**9), options=({"lr": 0.1}, {"lr": 0.2})
+    )
+    for step in range(steps):
+        store.apply(hypers, Gradients(noise(store.layout, 1 + step)))
+    return all_bytes(store)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["in place", "held"])
+@pytest.mark.parametrize("name", RULES)
+def test_a_kernel_that_fails_anywhere_leaves_the_old_version_or_the_new_one(make: MakeStore, name: str, held: bool):
+    """Wherever a write fails, the step stays pending, and finishing it gives the bits of a step without a failure."""
+    wanted = expected(make, name, 2)
+    failures = 0
+    for after in EVERYWHERE:
+        kernels = BrokenKernels(after)
+        store, hypers = make(name, layout_of(groups=(0, 1)), kernels=kernels, options=({"lr": 0.1}, {"lr": 0.2}))
+        reader = store.hold() if held else None
+        before = bytes(store.buffers("param").segment(0).view(-1).view(torch.uint8).tolist())
+        with suppress(StepInterrupted):
+            store.apply(hypers, Gradients(noise(store.layout, 1)))
+        if store.pending:
+            failures += 1
+            assert store.version == 0
+        if reader:
+            assert bytes(reader.segment(0).view(-1).view(torch.uint8).tolist()) == before
+            reader.release()
+        store.apply(hypers, Gradients(noise(store.layout, 2)))
+        assert (store.pending, store.version) == (False, 2)
+        assert all_bytes(store) == wanted, after
+        if kernels.given and not kernels.given.failed:
+            break
+    assert failures > 10
+
+
+def test_reading_finishes_the_step_first(make: MakeStore):
+    """Whoever holds, reads or writes after a failure sees the whole step, counted once."""
+    looks: list[Callable[[Store], object]] = [
+        lambda store: store.hold().version,
+        lambda store: (store.buffers("param"), store.version)[1],
+        lambda store: store.numbers("step")[0],
+    ]
+    for look in looks:
+        store, hypers = make(kernels=BrokenKernels(3))
+        with pytest.raises(StepInterrupted):
+            store.apply(hypers, Gradients(noise(store.layout, 1)))
+        assert look(store) == 1
+        assert store.finish() is None
+
+
+def test_finishing_says_what_ran(make: MakeStore):
+    """A step that a fused kernel began and the reference kernel finished is called mixed."""
+    for after, kernel in ((5, "mixed"), (0, "mixed"), (10**9, "fused")):
+        store, hypers = make(kernels=BrokenKernels(after, name="fused"))
+        gradients = Gradients(noise(store.layout, 1))
+        if after < 10**9:
+            with pytest.raises(StepInterrupted):
+                store.apply(hypers, gradients)
+            applied = store.finish()
+        else:
+            applied = store.apply(hypers, gradients)
+        assert applied is not None
+        assert (applied.version, applied.kernel) == (1, kernel)
+
+
+def test_a_refused_step_changes_nothing(make: MakeStore):
+    """What is wrong with a step is found before anything is written."""
+    store, hypers = make("Adagrad", options=({"weight_decay": 0.1},))
+    before = all_bytes(store)
+    rows = (torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 3))
+    with pytest.raises(Exception, match="weight_decay option is not compatible with sparse gradients"):
+        store.apply(hypers, Gradients(noise(store.layout, 1), sparse={4: rows}))
+    assert all_bytes(store) == before
+    assert (store.version, store.pending) == (0, False)
+
+
+def test_options_that_divide_by_zero_change_nothing(make: MakeStore):
+    """Numbers that do not exist are an error that names the options, not half a step."""
+    store, hypers = make("Adamax")
+    hypers = [type(hypers[0]).from_options({"betas": (1.0, 0.9)}, edited=True)]
+    with pytest.raises(ValueError, match="Adamax cannot step with"):
+        store.apply(hypers, Gradients(noise(store.layout, 1)))
+    assert (store.version, store.pending) == (0, False)
+
+
+@pytest.mark.parametrize("after", range(0, 12, 3))
+def test_an_interrupt_from_the_keyboard_comes_after_the_step(make: MakeStore, after: int):
+    """Control-C in the middle of a step completes it before it goes on its way."""
+    kernels = BrokenKernels(after, error=KeyboardInterrupt())
+    store, hypers = make("Adadelta", layout_of(groups=(0, 1)), kernels=kernels, options=({"lr": 0.1}, {"lr": 0.2}))
+    with pytest.raises(KeyboardInterrupt):
+        store.apply(hypers, Gradients(noise(store.layout, 1)))
+    assert (store.version, store.pending) == (1, False)
+    assert all_bytes(store) == expected(make, "Adadelta", 1)
+
+
+def test_the_users_tensors_are_whole_after_the_step_is_finished(make: MakeStore):
+    """In the user's own memory, finishing brings what was gathered back to its tensors."""
+    layout = layout_of()
+    source = noise(layout, 0)
+    tensors = [source.segment(index).clone() for index in range(len(SHAPES))]
+    lent = BorrowedBuffers(layout, tensors, small=40)
+    store, hypers = make("Adadelta", layout, kernels=BrokenKernels(4), parameters=lent)
+    with pytest.raises(StepInterrupted):
+        store.apply(hypers, Gradients(noise(layout, 1)))
+    store.finish()
+    whole, _ = make("Adadelta", layout, kernels=BrokenKernels(10**9))
+    whole.apply(hypers, Gradients(noise(layout, 1)))
+    for index, tensor in enumerate(tensors):
+        assert torch.equal(tensor, whole.buffers("param").segment(index))
