@@ -1,6 +1,18 @@
-"""Pure decisions about pushes: which are new, and when they become a step."""
+"""Pure decisions about pushes: which are new, who takes part, and when they become a step."""
 
 from farstep_service.aggregation.ledger import Entry, Ledger, mismatch
+from farstep_service.aggregation.members import Members
 from farstep_service.aggregation.modes import Abort, Aggregation, Barrier, Immediate, Step, aggregation_for
 
-__all__ = ["Abort", "Aggregation", "Barrier", "Entry", "Immediate", "Ledger", "Step", "aggregation_for", "mismatch"]
+__all__ = [
+    "Abort",
+    "Aggregation",
+    "Barrier",
+    "Entry",
+    "Immediate",
+    "Ledger",
+    "Members",
+    "Step",
+    "aggregation_for",
+    "mismatch",
+]

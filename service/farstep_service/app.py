@@ -1,0 +1,74 @@
+"""Put a server together: rooms, routes, and the edge around them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from importlib.metadata import version
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from farstep_service.auth import Tokens
+from farstep_service.registry import Registry
+from farstep_service.routes import Edge, control_router, data_routes, error_of
+from farstep_service.routes.problems import PROBLEM
+from farstep_service.settings import Settings
+
+DESCRIPTION = """An optimizer as a service.
+
+The control routes below speak JSON. Gradients, parameters and optimizer state move as msgpack streams on
+`POST /v1/sessions/{name}/push` and `GET|PUT /v1/sessions/{name}/contents`, described in `farstep/wire/PROTOCOL.md`.
+Every error is an `application/problem+json` document with a stable `code`."""
+
+
+def create_app(settings: Settings) -> ASGIApp:
+    """Return the ASGI application of one server."""
+    executor = ThreadPoolExecutor(max_workers=settings.threads, thread_name_prefix="farstep-step")
+    registry = Registry(settings, executor)
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        for host in registry.hosts:
+            await host.close()
+        executor.shutdown(wait=True)
+
+    app = Application(
+        title="farstep", version=version("farstep"), description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False
+    )
+    app.include_router(control_router(registry, settings))
+    app.router.routes.extend(data_routes(registry, settings))
+
+    async def problem(_: Request, exc: Exception) -> Response:
+        error = error_of(exc)
+        return ProblemResponse(error.to_problem(), error.status, getattr(exc, "headers", None))
+
+    app.add_exception_handler(HTTPException, problem)
+    app.add_exception_handler(RequestValidationError, problem)
+    return Edge(app, Tokens(settings.tokens))
+
+
+class Application(FastAPI):
+    """FastAPI without its outermost layer, which would answer 500 to every error of ours before the edge sees it."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return the stack inside `ServerErrorMiddleware`."""
+        stack = super().build_middleware_stack()
+        return stack.app if isinstance(stack, ServerErrorMiddleware) else stack
+
+
+class ProblemResponse(Response):
+    """An error that the framework found, as a problem document."""
+
+    media_type = PROBLEM.decode()
+
+    def __init__(self, problem: dict[str, object], status: int, headers: Mapping[str, str] | None) -> None:
+        super().__init__(json.dumps(problem), status_code=status, headers=headers)

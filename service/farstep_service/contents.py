@@ -1,0 +1,74 @@
+"""Fields of a session on their way in or out: parameters, element state, and numbers per segment.
+
+On the wire a field is, for each segment in order, its bytes in the parameter's dtype; a field of numbers is one float64
+per segment.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from farstep.errors import InvalidOption
+from farstep.wire.memory import tensor_memory
+from farstep_service.gradients import memory_of
+from farstep_service.layout import Layout
+from farstep_service.rule import AnyRule
+from farstep_service.store import FlatBuffers
+
+PARAM = "param"
+
+
+class Contents:
+    """Some fields of some segments, in memory of their own.
+
+    Args:
+        layout: the session's.
+        rule: says which fields there are.
+        fields: the fields, in the order of the payload.
+        indices: the segments.
+
+    Raises:
+        InvalidOption: a field the optimizer does not have.
+    """
+
+    def __init__(self, layout: Layout, rule: AnyRule, fields: Sequence[str], indices: Sequence[int]) -> None:
+        known = (PARAM, *rule.element_fields, *rule.segment_fields)
+        for name in fields:
+            if name not in known:
+                raise InvalidOption(
+                    f"{rule.name} has no field {name!r:.80}.", remedy=f"It has {', '.join(known)}.", field="fields"
+                )
+        self.fields = tuple(fields)
+        self.indices = indices
+        self._layout = layout
+        self._numbers = frozenset(rule.segment_fields)
+        self.elements: dict[str, FlatBuffers] = {}
+        self.numbers: dict[str, Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the payload."""
+        one = self._layout.bytes_of(self.indices)
+        return sum(8 * len(self.indices) if name in self._numbers else one for name in self.fields)
+
+    def allocate(self) -> list[memoryview]:
+        """Take the memory and return it in the order of the wire."""
+        for name in self.fields:
+            if name in self._numbers:
+                self.numbers[name] = torch.zeros(len(self.indices), dtype=torch.float64)
+            else:
+                self.elements[name] = FlatBuffers(self._layout, zero=False)
+        return self.memory()
+
+    def memory(self) -> list[memoryview]:
+        """Return the bytes in the order of the wire."""
+        views: list[memoryview] = []
+        for name in self.fields:
+            if name in self.numbers:
+                views.append(tensor_memory(self.numbers[name]))
+            else:
+                views += memory_of(self.elements[name], self._layout, self.indices)
+        return views

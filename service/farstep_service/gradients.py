@@ -1,0 +1,230 @@
+"""What a push brings: the gradients of one worker, and their reduction to the gradients of one step.
+
+Memory is taken when the header has been checked and the body's length fits, never because a header claims something.
+Dense gradients lie in flat buffers like the parameters; sparse ones are indices and values by segment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from farstep.errors import InvalidRequest, TensorMismatch
+from farstep.hyper import Hyper
+from farstep.messages import Sparse
+from farstep.wire import DTYPES, from_ranges
+from farstep.wire.memory import tensor_memory
+from farstep_service.layout import Layout, Segment
+from farstep_service.rule import AnyRule
+from farstep_service.store import Buffers, FlatBuffers, Gradients
+
+HALVES = frozenset({torch.float16, torch.bfloat16})
+
+
+class Contribution:
+    """The gradients of one push.
+
+    Args:
+        layout: the session's.
+        ranges: which segments have a gradient; None for all.
+        sparse: which of them are sparse.
+        rule, groups: say where a sparse gradient is accepted.
+
+    Raises:
+        InvalidRequest: segment ranges that are not in order, or a sparse row that names a segment without a gradient.
+        TensorMismatch: a sparse gradient of a shape the segment does not have, or where the optimizer takes none.
+    """
+
+    def __init__(
+        self, layout: Layout, ranges: list[int] | None, sparse: Sequence[Sparse], rule: AnyRule, groups: Sequence[Hyper]
+    ) -> None:
+        count = len(layout.segments)
+        self.layout = layout
+        self.indices: Sequence[int] = range(count) if ranges is None else from_ranges(ranges, count)
+        self._announced = {each.segment: each for each in sparse}
+        if len(self._announced) != len(sparse) or not self._announced.keys() <= set(self.indices):
+            raise InvalidRequest(
+                "Header key 'sparse' names a segment twice, or one without a gradient.", field="sparse"
+            )
+        for each in sparse:
+            segment = layout.segments[each.segment]
+            rule.check_sparse(groups[segment.group])
+            _check_shape(segment, each)
+        self.nbytes = sum(self._size(index) for index in self.indices)
+        self.buffers: FlatBuffers | None = None
+        self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _size(self, index: int) -> int:
+        announced = self._announced.get(index)
+        segment = self.layout.segments[index]
+        return (
+            segment.nbytes
+            if announced is None
+            else 8 * announced.dims * announced.nnz + announced.nnz * _row_bytes(segment, announced)
+        )
+
+    @property
+    def dense(self) -> list[int]:
+        """Return the segments with a dense gradient."""
+        return [index for index in self.indices if index not in self._announced]
+
+    def allocate(self) -> list[memoryview]:
+        """Take the memory and return it in the order of the wire."""
+        self.buffers = FlatBuffers(self.layout, zero=False)
+        views: list[memoryview] = []
+        dense: list[int] = []
+        for index in self.indices:
+            if index not in self._announced:
+                dense.append(index)
+                continue
+            views += memory_of(self.buffers, self.layout, dense)
+            dense = []
+            views += self._allocate_sparse(index)
+        return views + memory_of(self.buffers, self.layout, dense)
+
+    def _allocate_sparse(self, index: int) -> list[memoryview]:
+        announced, segment = self._announced[index], self.layout.segments[index]
+        indices = torch.empty(announced.dims, announced.nnz, dtype=torch.int64)
+        values = torch.empty(announced.nnz, *segment.shape[announced.dims :], dtype=getattr(torch, segment.dtype))
+        self.sparse[index] = (indices, values)
+        return [tensor_memory(indices), tensor_memory(values)]
+
+    def check_indices(self) -> None:
+        """Refuse sparse indices outside their segment.
+
+        Raises:
+            TensorMismatch: naming the tensor.
+        """
+        for index, (indices, _) in self.sparse.items():
+            segment = self.layout.segments[index]
+            bounds = torch.tensor(segment.shape[: indices.shape[0]]).unsqueeze(1)
+            if indices.numel() and bool(((indices < 0) | (indices >= bounds)).any()):
+                raise TensorMismatch(
+                    f"The sparse gradient of {segment.name!r} has indices outside its shape {segment.shape}.",
+                    field=segment.name,
+                )
+
+
+def memory_of(buffers: Buffers, layout: Layout, indices: Sequence[int]) -> list[memoryview]:
+    """Return the bytes of segments in contiguous CPU buffers, neighbours in one view, in the order given."""
+    views = []
+    for first, last in layout.spans(indices):
+        span = buffers.span(first, last)
+        if span is None:
+            raise ValueError(f"segments {first} to {last} are not contiguous in memory")
+        views.append(tensor_memory(span))
+    return views
+
+
+def on_device(buffers: Buffers, device: torch.device) -> Buffers:
+    """Return the buffers themselves if they are there, else a copy on that device."""
+    return buffers if buffers.device == device else FlatBuffers(buffers.layout, device, zero=False).copy_(buffers)
+
+
+def _check_shape(segment: Segment, announced: Sparse) -> None:
+    if not 1 <= announced.dims <= len(segment.shape):
+        raise TensorMismatch(
+            f"The sparse gradient of {segment.name!r} has {announced.dims} sparse dimensions of {len(segment.shape)}.",
+            field=segment.name,
+        )
+
+
+def _row_bytes(segment: Segment, announced: Sparse) -> int:
+    return math.prod(segment.shape[announced.dims :]) * DTYPES[segment.dtype].itemsize
+
+
+def first_nonfinite(contribution: Contribution) -> int | None:
+    """Return the first segment whose gradient holds NaN or Inf, None if all are finite.
+
+    One pass over memory: a sum is finite unless a summand is not, or it overflows; only then is each segment looked at.
+    """
+    buffers = contribution.buffers
+    if buffers is None:
+        return None
+    dense = contribution.dense
+    for first, last in contribution.layout.spans(dense):
+        span = buffers.span(first, last)
+        if span is None or _all_finite(span):
+            continue
+        for index in range(first, last):
+            own = buffers.span(index, index + 1)
+            if own is not None and not bool(torch.isfinite(own).all()):
+                return index
+    for index, (_, values) in contribution.sparse.items():
+        if not bool(torch.isfinite(values).all()):
+            return index
+    return None
+
+
+def _all_finite(span: Tensor) -> bool:
+    total = span.sum(dtype=torch.float32) if span.dtype in HALVES else span.sum()
+    return math.isfinite(total.item())
+
+
+def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.device) -> Gradients:
+    """Sum contributions in the order given, divide by `divisor`, and return the gradients of one step.
+
+    The sum is built in the first one's memory. A segment that only some have counts as zero for the others; one that
+    nobody has is missing from the step. Each sum is rounded in the gradient's dtype, as `(g0 + g1 + ...) / divisor` is.
+    """
+    first, *others = contributions
+    layout = first.layout
+    total = first.buffers if first.buffers is not None else FlatBuffers(layout)
+    present = set(first.dense)
+    sparse = {index: [pair] for index, pair in first.sparse.items()}
+    for other in others:
+        theirs = other.buffers
+        if theirs is None:
+            continue
+        for index, pair in other.sparse.items():
+            sparse.setdefault(index, []).append(pair)
+        for first_index, last in layout.spans(other.dense):
+            _add_(total, theirs, present, first_index, last)
+        present |= set(other.dense)
+    for index in sorted(present & sparse.keys()):
+        for pair in sparse.pop(index):
+            _densify_(layout, total, index, pair)
+    if divisor != 1:
+        for first_index, last in layout.spans(sorted(present)):
+            span = total.span(first_index, last)
+            if span is not None:
+                span.div_(divisor)
+    joined = {index: _joined(pairs, divisor, device) for index, pairs in sparse.items()}
+    chosen = present | joined.keys()
+    mask = None if len(chosen) == len(layout.segments) else [i in chosen for i in range(len(layout.segments))]
+    return Gradients(on_device(total, device), mask, joined)
+
+
+def _add_(total: FlatBuffers, theirs: FlatBuffers, present: set[int], first: int, last: int) -> None:
+    """Add a span of theirs to the total, where the total has one; copy it where it has none."""
+    if all(index in present for index in range(first, last)):
+        pieces = [(first, last, True)]
+    else:
+        pieces = [(index, index + 1, index in present) for index in range(first, last)]
+    for start, stop, known in pieces:
+        into, source = total.span(start, stop), theirs.span(start, stop)
+        if into is None or source is None:
+            continue
+        if known:
+            into.add_(source)
+        else:
+            into.copy_(source)
+
+
+def _densify_(layout: Layout, total: FlatBuffers, index: int, pair: tuple[Tensor, Tensor]) -> None:
+    segment = layout.segments[index]
+    indices, values = pair
+    dense = torch.sparse_coo_tensor(indices, values, segment.shape).to_dense()
+    span = total.span(index, index + 1)
+    if span is not None:
+        span.add_(torch.view_as_real(dense).reshape(-1) if dense.is_complex() else dense.reshape(-1))
+
+
+def _joined(pairs: list[tuple[Tensor, Tensor]], divisor: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return several sparse gradients as one, uncoalesced: rows named twice are added up by whoever coalesces."""
+    indices = torch.cat([indices for indices, _ in pairs], dim=1)
+    values = torch.cat([values for _, values in pairs])
+    return indices.to(device), (values / divisor if divisor != 1 else values).to(device)

@@ -1,0 +1,7 @@
+"""Where sessions live: one interface, and the host in this process."""
+
+from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
+from farstep_service.hosts.local import LocalHost
+from farstep_service.hosts.views import OVERHEAD_BYTES
+
+__all__ = ["OVERHEAD_BYTES", "Answer", "Host", "Intake", "Joined", "LocalHost", "Summary", "View", "WorkerPage"]

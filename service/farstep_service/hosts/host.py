@@ -1,0 +1,141 @@
+"""Where a session lives, seen from the routes: one interface, whatever is behind it.
+
+The local host keeps the session in this process. A host on another machine has the same verbs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from farstep.messages import PushHead, PutHead, Receipt, Times
+from farstep_service.plan import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What a worker is told when it joins."""
+
+    epoch: int
+    initialised: bool
+    initialise: bool
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPage:
+    """Where a worker stands: its epoch, its last committed sequence, and whether a push of its waits."""
+
+    epoch: int
+    sequence: int
+    waiting: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A session as a listing shows it."""
+
+    version: int
+    initialised: bool
+    groups: list[dict[str, Any]]
+    workers: dict[str, WorkerPage]
+    bytes: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a write is answered with."""
+
+    receipt: Receipt
+    duplicate: bool
+    times: Times
+
+
+class Intake(ABC):
+    """Memory that one body is received into."""
+
+    @property
+    @abstractmethod
+    def views(self) -> Sequence[memoryview]:
+        """Where the payload goes, in order."""
+
+
+class View(ABC):
+    """Contents of one version, which stay as they are until they are released."""
+
+    @property
+    @abstractmethod
+    def version(self) -> int:
+        """The version they belong to."""
+
+    @property
+    @abstractmethod
+    def segments(self) -> list[int] | None:
+        """Which segments they hold, as ranges; None for all."""
+
+    @property
+    @abstractmethod
+    def views(self) -> Sequence[memoryview]:
+        """Their bytes, in the order of the wire."""
+
+    @abstractmethod
+    def release(self) -> None:
+        """Give them back."""
+
+
+class Host(ABC):
+    """One session, wherever it lives."""
+
+    name: str
+    incarnation: str
+    plan: Plan
+
+    @abstractmethod
+    async def join(self, worker: str) -> Joined:
+        """Open a new epoch of a worker."""
+
+    @abstractmethod
+    async def leave(self, worker: str, epoch: int) -> None:
+        """Give a worker's place up."""
+
+    @abstractmethod
+    async def worker(self, worker: str) -> WorkerPage:
+        """Say where a worker stands."""
+
+    @abstractmethod
+    async def summary(self) -> Summary:
+        """Describe the session as it is now."""
+
+    @abstractmethod
+    async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Change options of param groups and return all groups."""
+
+    @abstractmethod
+    def begin_push(self, head: PushHead, body_bytes: int) -> Intake:
+        """Check a push's header and return memory for its payload."""
+
+    @abstractmethod
+    async def push(self, head: PushHead, intake: Intake, fingerprint: str) -> Answer:
+        """Take a complete push in and wait for what becomes of it."""
+
+    @abstractmethod
+    def begin_put(self, head: PutHead, body_bytes: int) -> Intake:
+        """Check the header of new contents and return memory for their payload."""
+
+    @abstractmethod
+    async def put(self, head: PutHead, intake: Intake, fingerprint: str) -> Answer:
+        """Replace contents."""
+
+    @abstractmethod
+    async def parameters(self, since: int | None = None) -> View:
+        """Hold the parameters of the current version: all, or those that changed after version `since`."""
+
+    @abstractmethod
+    async def contents(self, fields: Sequence[str]) -> View:
+        """Copy fields of the current version."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """End the session; whoever waits is told so."""

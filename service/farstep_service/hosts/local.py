@@ -1,0 +1,235 @@
+"""A session in this process: one turn at a time, kernels off the event loop.
+
+Work on a small session runs where it is, other work in a thread: a thread hop costs more than a small step, and a large
+step would keep the event loop from answering anybody. The session's size decides, not the message's: the gradient of
+one segment can make a step copy all the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import suppress
+from copy import copy
+from typing import Any, TypeVar, cast
+
+from farstep.errors import FarstepError, SessionLost
+from farstep.messages import PushHead, PutHead, WriteName
+from farstep.wire import to_ranges
+from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
+from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, PushIntake
+from farstep_service.plan import Plan
+from farstep_service.session import Outcome, Outcomes, Session
+
+INLINE_BYTES = 256 * 1024
+"""Work on a session of fewer bytes than this is done on the event loop itself; it takes well under a millisecond."""
+SEGMENT_COST_BYTES = 512
+"""What a segment's bookkeeping adds to a step, as the bytes that take as long."""
+INITIALISE_WITHIN_S = 60.0
+"""How long the first contents may take before another worker is asked for them."""
+
+Result = TypeVar("Result")
+
+
+class LocalHost(Host):
+    """Keep a session in this process.
+
+    Args:
+        session: the session; nobody else may call it.
+        executor: runs large work.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, session: Session, executor: Executor, clock: Callable[[], float] = time.monotonic) -> None:
+        self.plan: Plan = session.plan
+        self.name = session.plan.name
+        self.incarnation = session.incarnation
+        self._session = session
+        self._executor = executor
+        self._clock = clock
+        self._turn = asyncio.Lock()
+        self._futures: dict[WriteName, asyncio.Future[Outcome]] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._ticks: set[asyncio.Task[None]] = set()
+        layout = self.plan.layout
+        self._small = layout.nbytes + SEGMENT_COST_BYTES * len(layout.segments) <= INLINE_BYTES
+        self._initialiser = ""
+        self._initialising_until = -1.0
+        self._closed = False
+
+    # -- membership and options -------------------------------------------------------------------------------------
+
+    async def join(self, worker: str) -> Joined:
+        async with self._turn:
+            self._check_open()
+            epoch, outcomes = self._session.join(worker)
+            self._resolve(outcomes)
+            initialised = self._session.initialised
+            initialise = not initialised and (worker == self._initialiser or self._clock() >= self._initialising_until)
+            if initialise:
+                self._initialiser = worker
+                self._initialising_until = self._clock() + INITIALISE_WITHIN_S
+            return Joined(epoch, initialised, initialise, self._session.version)
+
+    async def leave(self, worker: str, epoch: int) -> None:
+        async with self._turn:
+            self._resolve(self._session.leave(worker, epoch))
+
+    async def worker(self, worker: str) -> WorkerPage:
+        async with self._turn:
+            return self._page(worker)
+
+    async def summary(self) -> Summary:
+        async with self._turn:
+            session = self._session
+            return Summary(
+                version=session.version,
+                initialised=session.initialised,
+                groups=[group.to_options() for group in session.groups],
+                workers={name: self._page(name) for name in session.workers},
+                bytes=session.nbytes(),
+            )
+
+    async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+        async with self._turn:
+            self._check_open()
+            self._resolve(self._session.set_groups(changes))
+            return [group.to_options() for group in self._session.groups]
+
+    def _page(self, worker: str) -> WorkerPage:
+        return WorkerPage(*self._session.position(worker))
+
+    # -- writes -----------------------------------------------------------------------------------------------------
+
+    def begin_push(self, head: PushHead, body_bytes: int) -> Intake:
+        self._check_open()
+        self._session.check(head.name, head.incarnation)
+        return PushIntake(self._session.contribution(head), body_bytes)
+
+    async def push(self, head: PushHead, intake: Intake, fingerprint: str) -> Answer:
+        contribution = cast(PushIntake, intake).contribution
+        return await self._write(
+            head.name, lambda: self._session.push(head, contribution, fingerprint, self._clock()), inline=self._small
+        )
+
+    def begin_put(self, head: PutHead, body_bytes: int) -> Intake:
+        self._check_open()
+        self._session.check(head.name, head.incarnation)
+        return ContentsIntake(self._session.intake(head), body_bytes)
+
+    async def put(self, head: PutHead, intake: Intake, fingerprint: str) -> Answer:
+        contents = cast(ContentsIntake, intake).contents
+        # Never inline: the first contents may wait for a kernel to be built.
+        return await self._write(head.name, lambda: self._session.put(head, contents, fingerprint), inline=False)
+
+    async def _write(self, name: WriteName, work: Callable[[], Outcomes], *, inline: bool) -> Answer:
+        asked = time.perf_counter()
+        async with self._turn:
+            began = time.perf_counter()
+            self._check_open()
+            outcomes = await self._run(work, self._resolve, inline=inline)
+            future = self._futures.setdefault(name, asyncio.get_running_loop().create_future())
+            self._resolve(outcomes)
+        outcome = await asyncio.shield(future)
+        ended = time.perf_counter()
+        if isinstance(outcome.result, FarstepError):
+            raise copy(outcome.result)  # each of those who wait raises its own
+        times = {
+            "queue": began - asked,
+            "barrier": max(0.0, ended - began - outcome.kernel_s),
+            "kernel": outcome.kernel_s,
+        }
+        return Answer(outcome.result, outcome.duplicate, times)
+
+    # -- reads ------------------------------------------------------------------------------------------------------
+
+    async def parameters(self, since: int | None = None) -> View:
+        async with self._turn:
+            self._check_open()
+            held, outcomes = self._session.hold()
+            self._resolve(outcomes)
+        changed = None if since is None else held.changed_since(since)
+        ranges = None if changed is None or len(changed) == len(self.plan.layout.segments) else to_ranges(changed)
+        if held.buffers.device.type == "cpu" or self.plan.layout.nbytes <= INLINE_BYTES:
+            return HeldView(held, self.plan.layout, changed, ranges)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, HeldView, held, self.plan.layout, changed, ranges
+        )
+
+    async def contents(self, fields: Sequence[str]) -> View:
+        async with self._turn:
+            self._check_open()
+            contents, outcomes = await self._run(
+                lambda: self._session.copy(fields), lambda unasked: self._resolve(unasked[1]), inline=self._small
+            )
+            self._resolve(outcomes)
+            return CopiedView(contents, self._session.version)
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    async def _run(self, work: Callable[[], Result], abandoned: Callable[[Result], None], *, inline: bool) -> Result:
+        """Do work on the session; the turn is kept until it has ended, even if whoever asked has gone.
+
+        Args:
+            abandoned: takes the result in the place of one who has gone, since others may wait for it.
+            inline: do it here and now.
+        """
+        if inline:
+            return work()
+        running = asyncio.get_running_loop().run_in_executor(self._executor, work)
+        try:
+            return await asyncio.shield(running)
+        except asyncio.CancelledError:
+            with suppress(FarstepError):
+                abandoned(await running)
+            raise
+        finally:
+            del running  # an error in it and this frame would keep each other, and the gradients with them
+
+    def _resolve(self, outcomes: Outcomes) -> None:
+        """Tell those who wait what became of their writes, and set the timer to what is to be decided next."""
+        for name, outcome in outcomes.items():
+            future = self._futures.pop(name, None)
+            if future is not None and not future.done():
+                future.set_result(outcome)
+        self._arm()
+
+    def _arm(self) -> None:
+        """Set the timer to the barrier's deadline."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        deadline = self._session.deadline
+        if deadline is not None:
+            delay_s = max(0.0, deadline - self._clock())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._begin_tick)
+
+    def _begin_tick(self) -> None:
+        task = asyncio.get_running_loop().create_task(self._tick())
+        self._ticks.add(task)
+        task.add_done_callback(self._ticks.discard)
+
+    async def _tick(self) -> None:
+        async with self._turn:
+            if not self._closed:
+                self._resolve(self._session.tick(self._clock()))
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise self._gone()
+
+    def _gone(self) -> SessionLost:
+        return SessionLost(f"Session {self.name!r} was removed.", remedy="Join again to create a new one.")
+
+    async def close(self) -> None:
+        async with self._turn:
+            self._closed = True
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            for future in self._futures.values():
+                if not future.done():
+                    future.set_result(Outcome(self._gone()))
+            self._futures.clear()

@@ -1,0 +1,113 @@
+"""Memory on its way in and out of a session in this process."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+
+from farstep.errors import TensorMismatch
+from farstep.wire import MAX_HEADER_BYTES, Limits
+from farstep_service.contents import Contents
+from farstep_service.gradients import Contribution, memory_of, on_device
+from farstep_service.hosts.host import Intake, View
+from farstep_service.layout import Layout
+from farstep_service.store import Held
+
+CPU = torch.device("cpu")
+OVERHEAD_BYTES = MAX_HEADER_BYTES + 5 * Limits().frames
+"""Bytes of a message that are not payload, at most."""
+
+
+def check_fit(payload_bytes: int, body_bytes: int) -> None:
+    """Refuse a body that cannot carry what its header announces, before memory is taken for it.
+
+    Raises:
+        TensorMismatch: it is shorter than the payload, or longer than payload, frames and header can be.
+    """
+    if not payload_bytes <= body_bytes <= payload_bytes + OVERHEAD_BYTES:
+        raise TensorMismatch(
+            f"The body has {body_bytes} bytes, but the announced tensors take {payload_bytes}.",
+            remedy="Compare the parameters' count, shapes and dtypes with the session's.",
+            limit=payload_bytes,
+        )
+
+
+@final
+class PushIntake(Intake):
+    """Memory for the gradients of a push."""
+
+    def __init__(self, contribution: Contribution, body_bytes: int) -> None:
+        check_fit(contribution.nbytes, body_bytes)
+        self.contribution = contribution
+        self._views = contribution.allocate()
+
+    @property
+    def views(self) -> Sequence[memoryview]:
+        return self._views
+
+
+@final
+class ContentsIntake(Intake):
+    """Memory for new contents."""
+
+    def __init__(self, contents: Contents, body_bytes: int) -> None:
+        check_fit(contents.nbytes, body_bytes)
+        self.contents = contents
+        self._views = contents.allocate()
+
+    @property
+    def views(self) -> Sequence[memoryview]:
+        return self._views
+
+
+@final
+class HeldView(View):
+    """The parameters of a held version, or some of them."""
+
+    def __init__(self, held: Held, layout: Layout, indices: Sequence[int] | None, ranges: list[int] | None) -> None:
+        self._held = held
+        chosen = range(len(layout.segments)) if indices is None else indices
+        self._views = memory_of(on_device(held.buffers, CPU), layout, chosen)
+        self._ranges = ranges
+
+    @property
+    def version(self) -> int:
+        return self._held.version
+
+    @property
+    def segments(self) -> list[int] | None:
+        return self._ranges
+
+    @property
+    def views(self) -> Sequence[memoryview]:
+        return self._views
+
+    def release(self) -> None:
+        self._held.release()
+
+
+@final
+class CopiedView(View):
+    """A copy of some fields of one version."""
+
+    def __init__(self, contents: Contents, version: int) -> None:
+        self._contents = contents
+        self._version = version
+        self._views = contents.memory()
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def segments(self) -> list[int] | None:
+        return None
+
+    @property
+    def views(self) -> Sequence[memoryview]:
+        return self._views
+
+    def release(self) -> None:
+        """Nothing is held: the copy goes with this object."""

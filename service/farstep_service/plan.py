@@ -1,0 +1,107 @@
+"""What a session is: everything its creator decided, checked and frozen. Workers join with an equal plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+from farstep.consistency import Consistency, from_options
+from farstep.errors import InvalidOption
+from farstep.hyper import Hyper
+from farstep_service.layout import Layout, SegmentSpec
+from farstep_service.optimizers import RULES
+from farstep_service.rule import AnyRule
+
+KernelMode = Literal["auto", "reference", "fused"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Describe one session completely.
+
+    Attributes:
+        rule: its update rule.
+        groups: the options of each param group at creation; they may change later.
+        nonfinite: `refuse` or `allow` gradients that hold NaN or Inf.
+        kernel: which kernels may run.
+    """
+
+    name: str
+    rule: AnyRule
+    groups: tuple[Hyper, ...]
+    layout: Layout
+    consistency: Consistency
+    nonfinite: str
+    kernel: KernelMode
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        name: str,
+        optimizer: str,
+        groups: Sequence[Mapping[str, Any]],
+        segments: Sequence[SegmentSpec],
+        consistency: Mapping[str, Any],
+        nonfinite: str,
+        kernel: str,
+    ) -> Plan:
+        """Check what a client asks for.
+
+        Raises:
+            InvalidOption: an optimizer, option or mode that nobody knows, or a value out of range.
+            TensorMismatch, LimitExceeded: a parameter that cannot be stored.
+        """
+        rule = RULES.get(optimizer)
+        if rule is None:
+            raise InvalidOption(
+                f"Unknown optimizer {optimizer!r:.80}.",
+                remedy=f"There are {', '.join(sorted(RULES))}.",
+                field="optimizer",
+            )
+        layout = Layout.build(segments)
+        if layout.groups > len(groups):
+            raise InvalidOption(
+                f"A parameter is of group {layout.groups - 1}, but there are {len(groups)} groups.", field="groups"
+            )
+        return cls(
+            name=name,
+            rule=rule,
+            groups=tuple(rule.hyper.from_options(options) for options in groups),
+            layout=layout,
+            consistency=from_options(consistency),
+            nonfinite=_one_of("nonfinite", nonfinite, ("refuse", "allow")),
+            kernel=cast(KernelMode, _one_of("kernel", kernel, ("auto", "reference", "fused"))),
+        )
+
+    def difference(self, other: Plan) -> str | None:
+        """Say in words where another plan differs first, None if nowhere."""
+        if self.rule.name != other.rule.name:
+            return f"its optimizer is {self.rule.name}, not {other.rule.name}"
+        mine, theirs = self.layout.segments, other.layout.segments
+        for index, (here, there) in enumerate(zip(mine, theirs, strict=False)):
+            if here != there:
+                return (
+                    f"its parameter {index} is {here.name!r} {here.dtype}{list(here.shape)} of group {here.group}, "
+                    f"not {there.name!r} {there.dtype}{list(there.shape)} of group {there.group}"
+                )
+        if len(mine) != len(theirs):
+            return f"it has {len(mine)} parameters, not {len(theirs)}"
+        if len(self.groups) != len(other.groups):
+            return f"it has {len(self.groups)} param groups, not {len(other.groups)}"
+        for index, (ours, others) in enumerate(zip(self.groups, other.groups, strict=True)):
+            given = others.to_options()
+            for key, value in ours.to_options().items():
+                if value != given[key]:
+                    return f"{key} of its group {index} was created as {value!r}, not {given[key]!r}"
+        for key in ("consistency", "nonfinite", "kernel"):
+            if getattr(self, key) != getattr(other, key):
+                return f"its {key} is {getattr(self, key)!r}, not {getattr(other, key)!r}"
+        return None
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    if value not in choices:
+        raise InvalidOption(f"Invalid {name}: {value!r:.80}. There are {', '.join(choices)}.", field=name)
+    return value

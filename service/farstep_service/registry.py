@@ -1,0 +1,143 @@
+"""The sessions of one server: create or join by name, list, remove, within budgets that protect the rest."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+
+from farstep.errors import Busy, LimitExceeded, OptionsDiffer, UnknownSession
+from farstep_service.hosts import Host, LocalHost
+from farstep_service.optimizers import Kernels
+from farstep_service.plan import Plan
+from farstep_service.session import Session
+from farstep_service.settings import Settings
+
+
+class Registry:
+    """Hold the sessions of one server by name.
+
+    Args:
+        settings: limits and device.
+        executor: runs large work of all sessions.
+    """
+
+    def __init__(self, settings: Settings, executor: Executor) -> None:
+        self._settings = settings
+        self._executor = executor
+        self._hosts: dict[str, Host] = {}
+        self._bytes_in_flight = 0
+        self._turn = asyncio.Lock()
+        self._kernels: dict[str, Kernels] = {}
+
+    def __len__(self) -> int:
+        return len(self._hosts)
+
+    @property
+    def hosts(self) -> list[Host]:
+        """Return every session's host, in the order of their creation."""
+        return list(self._hosts.values())
+
+    @property
+    def parameter_bytes(self) -> int:
+        """Return the bytes of the parameters of all sessions."""
+        return sum(host.plan.layout.nbytes for host in self._hosts.values())
+
+    def get(self, name: str) -> Host:
+        """Return the host of a session.
+
+        Raises:
+            UnknownSession: there is none of that name.
+        """
+        host = self._hosts.get(name)
+        if host is None:
+            raise UnknownSession(
+                f"There is no session {name!r:.80} here.",
+                remedy="Join it first; a server that restarted has forgotten its sessions.",
+            )
+        return host
+
+    async def create_or_join(self, plan: Plan) -> tuple[Host, bool]:
+        """Return the session of the plan's name, created if there is none, and whether it was.
+
+        Raises:
+            OptionsDiffer: there is one with another plan; the error says what differs.
+            LimitExceeded, Busy: the session is too large, or the server has no room for it.
+        """
+        async with self._turn:
+            host = self._hosts.get(plan.name)
+            if host is not None:
+                if difference := host.plan.difference(plan):
+                    raise OptionsDiffer(
+                        f"Session {plan.name!r} exists, but {difference}.",
+                        remedy="Join with equal options, choose another session name, or remove the session.",
+                        field="name",
+                    )
+                return host, False
+            self._check_room(plan)
+            kernels = self._kernels.get(plan.kernel)
+            if kernels is None:
+                kernels = self._kernels[plan.kernel] = Kernels(plan.kernel)
+            session = Session(plan, incarnation=secrets.token_hex(16), kernels=kernels, device=self._settings.device)
+            host = self._hosts[plan.name] = LocalHost(session, self._executor)
+            return host, True
+
+    def _check_room(self, plan: Plan) -> None:
+        limits, nbytes = self._settings, plan.layout.nbytes
+        if nbytes > limits.max_session_bytes:
+            raise LimitExceeded(
+                f"The session's parameters take {nbytes} bytes.",
+                remedy="The server's --max-session-gib says how large one may be.",
+                limit=limits.max_session_bytes,
+            )
+        if len(self._hosts) >= limits.max_sessions:
+            raise Busy(
+                f"The server has {len(self._hosts)} sessions.",
+                remedy="Remove one that is done.",
+                limit=limits.max_sessions,
+            )
+        if self.parameter_bytes + nbytes > limits.max_bytes:
+            raise Busy(
+                f"The sessions here take {self.parameter_bytes} bytes; there is no room for {nbytes} more.",
+                remedy="Remove a session that is done.",
+                limit=limits.max_bytes,
+            )
+
+    async def remove(self, name: str) -> None:
+        """End a session.
+
+        Raises:
+            UnknownSession: there is none of that name.
+        """
+        async with self._turn:
+            host = self.get(name)
+            del self._hosts[name]
+        await host.close()
+
+    @contextmanager
+    def in_flight(self) -> Iterator[Callable[[int], None]]:
+        """Account for the memory of one request as long as it is answered.
+
+        Yields:
+            To be called with a number of bytes before memory is taken; it raises `Busy` if the requests in flight
+            already take what the server allows.
+        """
+        taken = 0
+
+        def reserve(nbytes: int) -> None:
+            nonlocal taken
+            if self._bytes_in_flight + nbytes > self._settings.max_bytes:
+                raise Busy(
+                    "The server receives as much as it has room for.",
+                    remedy="Try again shortly.",
+                    limit=self._settings.max_bytes,
+                )
+            self._bytes_in_flight += nbytes
+            taken += nbytes
+
+        try:
+            yield reserve
+        finally:
+            self._bytes_in_flight -= taken

@@ -1,0 +1,7 @@
+"""HTTP in, HTTP out: no arithmetic, no policy."""
+
+from farstep_service.routes.control import control_router
+from farstep_service.routes.data import data_routes
+from farstep_service.routes.problems import Edge, error_of
+
+__all__ = ["Edge", "control_router", "data_routes", "error_of"]

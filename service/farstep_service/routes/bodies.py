@@ -1,0 +1,124 @@
+"""Bodies in and out: stream a request into the memory it is meant for, and answer from the memory of a held version.
+
+Nothing is joined, and nothing is allocated because a client claims it: a body's expected size follows from the
+session's layout, and a claim (`Content-Length`) that does not fit is refused before memory is taken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
+
+from farstep.errors import InvalidRequest, LimitExceeded, Truncated, UnsupportedMedia
+from farstep.wire import Decoder, encode
+
+MSGPACK = b"application/msgpack"
+TAIL_BYTES = 128 * 1024
+"""Size of the copied end of an answer. uvicorn reports a write as drained when up to 16 KiB of it are left in its
+buffer; these must not be memory that the next step writes to."""
+
+Place = Callable[[dict[str, Any], int], Sequence[memoryview]]
+"""Given the header and the body bytes that can follow, return where the payload goes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """A complete body: its header and what identifies its content."""
+
+    header: dict[str, Any]
+    fingerprint: str
+
+
+async def read_body(scope: Scope, receive: Receive, place: Place, *, largest: int, idle_s: float) -> Body:
+    """Receive one message into the memory that `place` names.
+
+    Args:
+        largest: bytes a body may have at most.
+        idle_s: seconds of silence after which the body is given up.
+
+    Raises:
+        InvalidRequest: the body is not a message of the protocol, or was cut off, or stalled.
+        ClientDisconnect: the connection is gone.
+        FarstepError: what `place` raises about the header.
+    """
+    size = _declared(scope, largest)
+    decoder = Decoder(lambda header: place(header, size))
+    digest = xxhash.xxh3_128()
+    received = 0
+    more = True
+    while more:
+        try:
+            async with asyncio.timeout(idle_s):
+                message = await receive()
+        except TimeoutError:
+            raise Truncated(
+                f"No byte of the body came for {idle_s:g} s; {received} of {size} had arrived.", limit=idle_s
+            ) from None
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        chunk = message.get("body", b"")
+        more = message.get("more_body", False)
+        received += len(chunk)
+        digest.update(chunk)
+        decoder.feed(chunk)
+    decoder.close()
+    return Body(decoder.header, digest.hexdigest())
+
+
+def _declared(scope: Scope, largest: int) -> int:
+    headers: Mapping[bytes, bytes] = dict(scope["headers"])
+    kind = headers.get(b"content-type", b"")
+    if kind != MSGPACK:
+        raise UnsupportedMedia(f"Content-Type is {kind.decode('latin-1')!r:.80}; this route takes application/msgpack.")
+    if headers.get(b"content-encoding", b"identity") != b"identity":
+        raise UnsupportedMedia("Content-Encoding is not supported; send the body as it is.", field="content-encoding")
+    declared = headers.get(b"content-length", b"")
+    if not declared.isdigit():
+        raise InvalidRequest(
+            "The request has no Content-Length.", remedy="Send the body with its length.", field="content-length"
+        )
+    if int(declared) > largest:
+        raise LimitExceeded(f"The body has {int(declared)} bytes.", field="content-length", limit=largest)
+    return int(declared)
+
+
+async def answer_message(
+    send: Send, header: Mapping[str, Any], payload: Sequence[memoryview], *, status: int = 200
+) -> None:
+    """Answer with a message; when this returns, no byte of `payload` is needed any more."""
+    pieces = encode(header, payload)
+    size = sum(memoryview(piece).nbytes for piece in pieces)
+    headers = [(b"content-type", MSGPACK), (b"content-length", str(size).encode())]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    if size <= TAIL_BYTES:
+        await send({"type": "http.response.body", "body": b"".join(pieces)})
+        return
+    body, tail = _split(pieces)
+    for piece in body:
+        await _write(send, piece)
+    await _write(send, tail)
+    await send({"type": "http.response.body", "body": b""})
+
+
+def _split(pieces: list[bytes | memoryview]) -> tuple[list[bytes | memoryview], bytes]:
+    """Cut the last `TAIL_BYTES` off, as a copy of their own."""
+    tail: list[bytes] = []
+    missing = TAIL_BYTES
+    while missing:
+        last = memoryview(pieces.pop())
+        cut = max(0, last.nbytes - missing)
+        tail.append(bytes(last[cut:]))
+        missing -= last.nbytes - cut
+        if cut:
+            pieces.append(last[:cut])
+    return pieces, b"".join(reversed(tail))
+
+
+def _write(send: Send, piece: bytes | memoryview) -> Awaitable[None]:
+    return send({"type": "http.response.body", "body": piece, "more_body": True})

@@ -1,0 +1,203 @@
+"""The control routes: JSON documents, described in OpenAPI at `/openapi.json` and `/docs`."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from importlib.metadata import version
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Response
+from pydantic import BaseModel
+
+from farstep.consistency import to_options
+from farstep.messages import VERSION
+from farstep_service.hosts import Host
+from farstep_service.optimizers import RULES
+from farstep_service.registry import Registry
+from farstep_service.routes.documents import DocumentRoute, GroupsDocument, NamePath, SessionDocument, plan_of
+from farstep_service.routes.problems import Problem
+from farstep_service.settings import Settings
+
+PROBLEMS: dict[int | str, dict[str, Any]] = {
+    "default": {
+        "description": "An error; its `code` is stable, and listed in docs/errors.md.",
+        "model": Problem,
+        "content": {"application/problem+json": {}},
+    }
+}
+
+
+class Shard(BaseModel):
+    """Where some segments live. An empty URL is this server's own."""
+
+    url: str
+    segments: list[int]
+
+
+class JoinedDocument(BaseModel):
+    """What a worker is told when it has joined.
+
+    `initialise`: this worker is asked for the first parameters. `initialised`: they are there.
+    """
+
+    name: str
+    incarnation: str
+    created: bool
+    initialised: bool
+    initialise: bool
+    version: int
+    worker: str
+    epoch: int
+    fields: dict[str, Literal["element", "number"]]
+    eager: bool
+    placement: list[Shard]
+
+
+class WorkerDocument(BaseModel):
+    """Where a worker stands: its epoch, its last committed write, and whether a push of its waits at a barrier."""
+
+    incarnation: str
+    epoch: int
+    sequence: int
+    waiting: bool
+
+
+class SessionView(BaseModel):
+    """A session as it is now."""
+
+    name: str
+    incarnation: str
+    version: int
+    initialised: bool
+    optimizer: str
+    groups: list[dict[str, Any]]
+    consistency: dict[str, Any]
+    nonfinite: str
+    kernel: str
+    parameters: int
+    segments: int
+    bytes: dict[str, int]
+    workers: dict[str, WorkerDocument]
+
+
+class Info(BaseModel):
+    """What this server is."""
+
+    farstep: str
+    protocol: int
+    device: str
+    optimizers: list[str]
+    sessions: int
+    parameter_bytes: int
+    authentication: bool
+
+
+async def view_of(host: Host) -> SessionView:
+    """Describe a session."""
+    plan, summary = host.plan, await host.summary()
+    return SessionView(
+        name=host.name,
+        incarnation=host.incarnation,
+        version=summary.version,
+        initialised=summary.initialised,
+        optimizer=plan.rule.name,
+        groups=summary.groups,
+        consistency=to_options(plan.consistency),
+        nonfinite=plan.nonfinite,
+        kernel=plan.kernel,
+        parameters=sum(math.prod(each.shape) for each in plan.layout.segments),
+        segments=len(plan.layout.segments),
+        bytes=summary.bytes,
+        workers={
+            name: WorkerDocument(
+                incarnation=host.incarnation, epoch=page.epoch, sequence=page.sequence, waiting=page.waiting
+            )
+            for name, page in summary.workers.items()
+        },
+    )
+
+
+def control_router(registry: Registry, settings: Settings) -> APIRouter:
+    """Return the control routes of a server."""
+    router = APIRouter(route_class=DocumentRoute, responses=PROBLEMS)
+
+    @router.head("/healthz", include_in_schema=False)
+    @router.get("/healthz", tags=["server"])
+    async def healthz() -> dict[str, str]:
+        """Say that the server answers. The one route that never asks for a token."""
+        return {"status": "ok"}
+
+    @router.get("/v1/info", tags=["server"])
+    async def info() -> Info:
+        """Say what this server is and what it can do."""
+        return Info(
+            farstep=version("farstep"),
+            protocol=VERSION,
+            device=settings.device,
+            optimizers=sorted(RULES),
+            sessions=len(registry),
+            parameter_bytes=registry.parameter_bytes,
+            authentication=bool(settings.tokens),
+        )
+
+    @router.post("/v1/sessions", tags=["sessions"])
+    async def create_or_join(document: SessionDocument) -> JoinedDocument:
+        """Create a session, or join the one of that name. Other options are refused, naming the difference."""
+        plan = await asyncio.to_thread(plan_of, document)  # there may be 100,000 parameters in it
+        host, created = await registry.create_or_join(plan)
+        joined = await host.join(document.worker)
+        return JoinedDocument(
+            name=host.name,
+            incarnation=host.incarnation,
+            created=created,
+            initialised=joined.initialised,
+            initialise=joined.initialise,
+            version=joined.version,
+            worker=document.worker,
+            epoch=joined.epoch,
+            fields={
+                **dict.fromkeys(plan.rule.segment_fields, "number"),
+                **dict.fromkeys(plan.rule.element_fields, "element"),
+            },
+            eager=plan.rule.eager,
+            placement=[Shard(url="", segments=[0, len(plan.layout.segments)])],
+        )
+
+    @router.get("/v1/sessions", tags=["sessions"])
+    async def sessions() -> list[SessionView]:
+        """List every session."""
+        return [await view_of(host) for host in registry.hosts]
+
+    @router.get("/v1/sessions/{name}", tags=["sessions"])
+    async def session(name: NamePath) -> SessionView:
+        """Describe one session."""
+        return await view_of(registry.get(name))
+
+    @router.delete("/v1/sessions/{name}", tags=["sessions"], status_code=204)
+    async def remove(name: NamePath) -> Response:
+        """Remove a session with its parameters and state. Whoever waits in it is told."""
+        await registry.remove(name)
+        return Response(status_code=204)
+
+    @router.patch("/v1/sessions/{name}/groups", tags=["sessions"])
+    async def set_groups(name: NamePath, document: GroupsDocument) -> list[dict[str, Any]]:
+        """Change options of param groups, effective from the next step on, and return all groups."""
+        return await registry.get(name).set_groups({int(group): options for group, options in document.groups.items()})
+
+    @router.get("/v1/sessions/{name}/workers/{worker}", tags=["workers"])
+    async def worker_page(name: NamePath, worker: NamePath) -> WorkerDocument:
+        """Say where a worker stands; epoch 0 is one that has not joined."""
+        host = registry.get(name)
+        page = await host.worker(worker)
+        return WorkerDocument(
+            incarnation=host.incarnation, epoch=page.epoch, sequence=page.sequence, waiting=page.waiting
+        )
+
+    @router.delete("/v1/sessions/{name}/workers/{worker}", tags=["workers"], status_code=204)
+    async def leave(name: NamePath, worker: NamePath, epoch: Annotated[int, Query(ge=1)]) -> Response:
+        """Give a worker's place up, if the epoch is its current one."""
+        await registry.get(name).leave(worker, epoch)
+        return Response(status_code=204)
+
+    return router

@@ -1,0 +1,151 @@
+"""The data routes: msgpack messages in and out (`farstep/wire/PROTOCOL.md`).
+
+    POST /v1/sessions/{name}/push                 gradients in; receipt and parameters out
+    GET  /v1/sessions/{name}/contents[?fields=]   parameters (the default) or state fields out
+    PUT  /v1/sessions/{name}/contents             parameters and state in
+
+Each is a plain ASGI endpoint: the body is streamed into the memory it is meant for, and the answer is sent from the
+memory of a held version.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+from urllib.parse import parse_qs
+
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from farstep.errors import InvalidRequest
+from farstep.messages import VERSION, PushHead, PutHead
+from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake
+from farstep_service.registry import Registry
+from farstep_service.routes.bodies import answer_message, read_body
+from farstep_service.settings import Settings
+
+Head = TypeVar("Head", PushHead, PutHead)
+Reserve = Callable[[int], None]
+"""Called with the bytes of memory that are about to be taken; raises `Busy` if there is no room."""
+
+
+class Endpoint(ABC):
+    """Serve one data route of every session."""
+
+    def __init__(self, registry: Registry, settings: Settings) -> None:
+        self._registry = registry
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        host = self._registry.get(scope["path_params"]["name"])
+        with self._registry.in_flight() as reserve:
+            await self.serve(host, reserve, scope, receive, send)
+
+    @abstractmethod
+    async def serve(self, host: Host, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request to `host`."""
+
+    async def take(
+        self,
+        host: Host,
+        reserve: Reserve,
+        scope: Scope,
+        receive: Receive,
+        parse: Callable[[Mapping[str, Any]], Head],
+        begin: Callable[[Head, int], Intake],
+    ) -> tuple[Head, Intake, str]:
+        """Receive a body into the memory that `begin` names, and return its header, that memory and its fingerprint."""
+        parts: list[tuple[Head, Intake]] = []
+
+        def place(header: dict[str, Any], body_bytes: int) -> Sequence[memoryview]:
+            head = parse(header)
+            reserve(body_bytes)
+            intake = begin(head, body_bytes)
+            parts.append((head, intake))
+            return intake.views
+
+        try:
+            body = await read_body(scope, receive, place, largest=_largest(host), idle_s=self._settings.idle_body_s)
+            ((head, intake),) = parts
+            return head, intake, body.fingerprint
+        finally:
+            parts.clear()  # a decoder that failed and its error keep each other, and the error keeps this frame
+
+
+class Push(Endpoint):
+    """Take gradients in, answer with the receipt and the parameters asked for."""
+
+    async def serve(self, host: Host, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
+        began = time.perf_counter()
+        head, intake, fingerprint = await self.take(
+            host, reserve, scope, receive, PushHead.from_header, host.begin_push
+        )
+        received_s = time.perf_counter() - began
+        answer = await host.push(head, intake, fingerprint)
+        del intake  # the gradients' memory is free while the answer is sent
+        header = _header(host, answer, {"receive": received_s})
+        if head.wanted == "none":
+            await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
+            return
+        view = await host.parameters(head.have if head.wanted == "changed" else None)
+        try:
+            header["version"] = view.version
+            if view.segments is not None:
+                header["segments"] = view.segments
+            await answer_message(send, header, view.views)
+        finally:
+            view.release()
+
+
+class Contents(Endpoint):
+    """Give and take parameters and optimizer state."""
+
+    async def serve(self, host: Host, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "PUT":
+            await self._give(host, reserve, scope, send)
+            return
+        head, intake, fingerprint = await self.take(host, reserve, scope, receive, PutHead.from_header, host.begin_put)
+        answer = await host.put(head, intake, fingerprint)
+        await answer_message(send, {**_header(host, answer, {}), "version": answer.receipt.version}, ())
+
+    async def _give(self, host: Host, reserve: Reserve, scope: Scope, send: Send) -> None:
+        query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+        if unknown := sorted(set(query) - {"fields"}):
+            raise InvalidRequest(f"Unknown query parameter {unknown[0]!r:.80}.", field="query")
+        fields = ",".join(query.get("fields", ["param"])).split(",")
+        if len(set(fields)) != len(fields):
+            raise InvalidRequest("A field is named twice.", field="fields")
+        reserve(host.plan.layout.nbytes * len(fields))
+        view = await (host.parameters() if fields == ["param"] else host.contents(fields))
+        header = {"v": VERSION, "incarnation": host.incarnation, "version": view.version, "fields": fields}
+        try:
+            await answer_message(send, header, view.views)
+        finally:
+            view.release()
+
+
+def _largest(host: Host) -> int:
+    """Return the bytes the largest sensible body can have: parameters, every state field, indices and the framing."""
+    layout, rule = host.plan.layout, host.plan.rule
+    fields = 1 + len(rule.element_fields) + len(rule.segment_fields)
+    return (fields + 8) * (layout.nbytes + 8 * len(layout.segments)) + OVERHEAD_BYTES
+
+
+def _header(host: Host, answer: Answer, times: dict[str, float]) -> dict[str, Any]:
+    return {
+        "v": VERSION,
+        "incarnation": host.incarnation,
+        "receipt": answer.receipt.to_header(),
+        "duplicate": answer.duplicate,
+        "times": {**answer.times, **times},
+    }
+
+
+def data_routes(registry: Registry, settings: Settings) -> list[Route]:
+    """Return the data routes of a server."""
+    return [
+        Route("/v1/sessions/{name}/push", Push(registry, settings), methods=["POST"]),
+        Route("/v1/sessions/{name}/contents", Contents(registry, settings), methods=["GET", "PUT"]),
+    ]

@@ -1,0 +1,93 @@
+"""The JSON documents that come in: what nobody knows is refused, never ignored, and none is larger than a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Annotated, Any, Literal
+
+from fastapi import HTTPException, Path, Request, Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.types import Message
+
+from farstep.errors import LimitExceeded
+from farstep_service.layout import SegmentSpec
+from farstep_service.plan import Plan
+from farstep_service.routes.problems import MAX_DOCUMENT_BYTES, too_large
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+Name = Annotated[str, Field(pattern=NAME)]
+NamePath = Annotated[str, Path(pattern=NAME)]
+
+
+class Document(BaseModel):
+    """Base of the documents that come in: what nobody knows is refused, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class SegmentDocument(Document):
+    """One parameter of a session."""
+
+    name: str
+    shape: list[int]
+    dtype: str
+    group: int = 0
+
+
+class SessionDocument(Document):
+    """A session to create or join, and the worker that joins it."""
+
+    name: Name
+    worker: Name
+    optimizer: str
+    groups: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)]
+    segments: Annotated[list[SegmentDocument], Field(min_length=1)]
+    consistency: dict[str, Any] = Field(default_factory=lambda: {"mode": "async"})
+    nonfinite: Literal["refuse", "allow"] = "refuse"
+    kernel: Literal["auto", "reference", "fused"] = "auto"
+
+
+class GroupsDocument(Document):
+    """Changed options, by param group number."""
+
+    groups: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})$")], dict[str, Any]]
+
+
+def plan_of(document: SessionDocument) -> Plan:
+    """Return the plan a document describes; see `Plan.build` for what it refuses."""
+    return Plan.build(
+        name=document.name,
+        optimizer=document.optimizer,
+        groups=document.groups,
+        segments=[SegmentSpec(each.name, tuple(each.shape), each.dtype, each.group) for each in document.segments],
+        consistency=document.consistency,
+        nonfinite=document.nonfinite,
+        kernel=document.kernel,
+    )
+
+
+class DocumentRoute(APIRoute):
+    """A route that reads documents of at most `MAX_DOCUMENT_BYTES`."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the handler, with a bound around what it receives."""
+        handle = super().get_route_handler()
+
+        async def bounded(request: Request) -> Response:
+            declared = request.headers.get("content-length", "0")
+            if not declared.isdecimal() or int(declared) > MAX_DOCUMENT_BYTES:
+                raise too_large()
+            left = MAX_DOCUMENT_BYTES
+
+            async def receive() -> Message:
+                nonlocal left
+                message = await request.receive()
+                left -= len(message.get("body", b""))
+                if left < 0:
+                    raise HTTPException(LimitExceeded.status)  # FastAPI hides every other error in here
+                return message
+
+            return await handle(Request(request.scope, receive))
+
+        return bounded

@@ -1,0 +1,147 @@
+"""Turn errors into answers, in one place: RFC 9457 problem documents, also on the msgpack routes.
+
+A client never sees a traceback. What is not an error of ours becomes `internal_error` with a number that stands in the
+server's log beside the traceback.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import secrets
+from typing import Literal
+
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from farstep.errors import (
+    Busy,
+    FarstepError,
+    InternalError,
+    InvalidRequest,
+    LimitExceeded,
+    Unauthorized,
+    Unavailable,
+)
+from farstep_service.auth import Tokens
+
+PROBLEM = b"application/problem+json"
+RETRY_AFTER_S = b"1"
+MAX_DOCUMENT_BYTES = 32 * 2**20
+"""Size of a JSON document at most; 100,000 parameters with long names fit."""
+
+log = logging.getLogger("farstep.server")
+
+
+class Edge:
+    """Stand outermost: check the token, run the application, and translate what it raises."""
+
+    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
+        self.app = app
+        self._tokens = tokens
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        started = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            self._tokens.check(
+                scope["method"],
+                scope["raw_path"].decode("latin-1").partition("?")[0],
+                (value for name, value in scope["headers"] if name == b"authorization"),
+            )
+            await self.app(scope, receive, noting_send)
+        except asyncio.CancelledError:
+            if started:
+                raise
+            await answer(Unavailable("The server is stopping.", remedy="Try again when it is back."), send)
+        except ClientDisconnect:
+            log.info("a client went away during %s %r", scope["method"], scope["path"])
+        except Exception as exc:
+            if started:
+                raise
+            await answer(error_of(exc), send)
+
+
+def error_of(exc: Exception) -> FarstepError:
+    """Return the error of ours that an exception stands for."""
+    if isinstance(exc, FarstepError):
+        return exc
+    if isinstance(exc, RequestValidationError):
+        first = exc.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+        return InvalidRequest(f"{where or 'The body'}: {first['msg']}.", field=where or None)
+    if isinstance(exc, HTTPException):
+        return http_error(exc.status_code, str(exc.detail))
+    number = secrets.token_hex(4)
+    log.error("internal error %s", number, exc_info=exc)
+    return InternalError(
+        f"The server met a defect of its own; its log has it as {number}.", remedy="Report it with that log."
+    )
+
+
+class NoSuchRoute(InvalidRequest):
+    """The path, or the method on it, does not exist."""
+
+    code = "no_such_route"
+    status = 404
+
+
+class NoSuchMethod(NoSuchRoute):
+    """The path exists, but not with this method."""
+
+    code = "no_such_method"
+    status = 405
+
+
+class Problem(BaseModel):
+    """An error, as RFC 9457 has it. Some codes add facts of their own, such as `expected`."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    side: Literal["server", "client"]
+    field: str | None = None
+    limit: int | float | str | None = None
+    remedy: str | None = None
+
+
+def too_large() -> LimitExceeded:
+    """Return the error of a JSON document beyond its bound."""
+    return LimitExceeded(f"The document is larger than {MAX_DOCUMENT_BYTES} bytes.", limit=MAX_DOCUMENT_BYTES)
+
+
+def http_error(status: int, detail: str) -> FarstepError:
+    """Return the error for a status that the framework itself decided on."""
+    if status == NoSuchRoute.status:
+        return NoSuchRoute("There is no such path here.", remedy="The routes are listed at /docs.")
+    if status == NoSuchMethod.status:
+        return NoSuchMethod("The path does not have this method.", remedy="The routes are listed at /docs.")
+    if status == LimitExceeded.status:
+        return too_large()
+    return InvalidRequest(f"{detail} ({status}).")
+
+
+async def answer(error: FarstepError, send: Send) -> None:
+    """Send an error as the whole answer."""
+    body = json.dumps(error.to_problem()).encode()
+    headers = [(b"content-type", PROBLEM), (b"content-length", str(len(body)).encode())]
+    if isinstance(error, Busy):
+        headers.append((b"retry-after", RETRY_AFTER_S))
+    if isinstance(error, Unauthorized):
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,6 @@
+"""The single writer: orders writes, applies each exactly once, owns the version."""
+
+from farstep_service.session.session import Outcome, Outcomes, Session
+from farstep_service.session.state import SessionState
+
+__all__ = ["Outcome", "Outcomes", "Session", "SessionState"]

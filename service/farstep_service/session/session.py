@@ -1,0 +1,327 @@
+"""The single writer of one session: it orders writes, applies each exactly once, and owns the version.
+
+    a write ──► ledger: new? ──► validation ──► aggregation: a step yet? ──► store: one atomic update ──► receipts
+                   │ seen before                    │ not yet: it waits
+                   ▼                                ▼
+             the old receipt                  a later write, or the deadline, decides
+
+A session is plain and synchronous: its host calls one method at a time. Nothing here knows HTTP, threads or clocks; the
+time comes in with the call. Writes that are refused leave no trace, and their sequence is not consumed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+
+from farstep.errors import (
+    BarrierTimeout,
+    FarstepError,
+    Fenced,
+    InternalError,
+    NonFinite,
+    SessionLost,
+    StepInterrupted,
+    TensorMismatch,
+)
+from farstep.hyper import Hyper
+from farstep.messages import PushHead, PutHead, Receipt, WriteName
+from farstep_service.aggregation import Abort, Ledger, Members, Step, aggregation_for, mismatch
+from farstep_service.contents import Contents
+from farstep_service.gradients import Contribution, first_nonfinite, reduce_
+from farstep_service.plan import Plan
+from farstep_service.rule import KernelSource
+from farstep_service.session.state import GroupChanges, SessionState
+from farstep_service.store import Applied, Held
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a write: a receipt or an error, and the seconds its kernel took."""
+
+    result: Receipt | FarstepError
+    duplicate: bool = False
+    kernel_s: float = 0.0
+
+
+Outcomes = dict[WriteName, Outcome]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    head: PushHead
+    fingerprint: str
+    contribution: Contribution
+    groups: Mapping[int, Hyper]
+
+
+@dataclass(slots=True)
+class _Unfinished:
+    """A step whose kernel failed midway: what has to be recorded when the store has finished it."""
+
+    pushes: list[_Waiting]
+    step: Step
+
+
+@final
+class Session:
+    """Order the writes of one session.
+
+    Args:
+        plan: what the session is.
+        incarnation: a name for this life of the session, random hex.
+        kernels: runs the update rules.
+        device: where parameters and state live.
+    """
+
+    def __init__(self, plan: Plan, *, incarnation: str, kernels: KernelSource, device: str) -> None:
+        self.plan = plan
+        self.incarnation = incarnation
+        self._state = SessionState(plan, kernels=kernels, device=torch.device(device))
+        self._aggregation = aggregation_for(plan.consistency)
+        self._members = Members(self._aggregation.places())
+        self._ledger = Ledger()
+        self._waiting: dict[str, _Waiting] = {}
+        self._unfinished: _Unfinished | None = None
+
+    # -- what is there ----------------------------------------------------------------------------------------------
+
+    @property
+    def initialised(self) -> bool:
+        """Say whether the first parameters have arrived."""
+        return self._state.initialised
+
+    @property
+    def version(self) -> int:
+        """Return the count of committed writes that changed the contents."""
+        return self._state.version
+
+    @property
+    def groups(self) -> Sequence[Hyper]:
+        """Return the current options of each param group."""
+        return self._state.groups
+
+    @property
+    def workers(self) -> list[str]:
+        """Return the workers that joined, in the order of their names."""
+        return self._members.names()
+
+    @property
+    def deadline(self) -> float | None:
+        """Return the time at which `tick` has something to decide."""
+        return self._aggregation.deadline
+
+    def position(self, worker: str) -> tuple[int, int, bool]:
+        """Return a worker's epoch (0: none), its last committed sequence, and whether a push of it waits."""
+        epoch = self._members.epoch(worker)
+        return epoch, self._ledger.last(worker) if epoch else 0, worker in self._waiting
+
+    def nbytes(self) -> dict[str, int]:
+        """Return the memory the session takes, in bytes by kind."""
+        return {**self._state.nbytes(), "waiting": sum(each.contribution.nbytes for each in self._waiting.values())}
+
+    # -- membership -------------------------------------------------------------------------------------------------
+
+    def join(self, worker: str) -> tuple[int, Outcomes]:
+        """Open a new epoch of a worker, fencing its older one, and return it with what that decided.
+
+        Raises:
+            SessionFull: the mode's places are taken by workers that are present.
+        """
+        self._members.make_room(worker)
+        outcomes = self._withdraw(worker, "joined again")
+        epoch = self._ledger.join(worker)
+        self._members.join(worker, epoch)
+        return epoch, outcomes
+
+    def leave(self, worker: str, epoch: int) -> Outcomes:
+        """Give a worker's place up; an epoch that is not current has nothing to give up."""
+        if self._members.epoch(worker) != epoch:
+            return {}
+        self._members.leave(worker)
+        self._ledger.join(worker)
+        return self._withdraw(worker, "left")
+
+    def _withdraw(self, worker: str, why: str) -> Outcomes:
+        waiting = self._waiting.pop(worker, None)
+        if waiting is None:
+            return {}
+        self._aggregation.withdraw(worker)
+        error = Fenced(f"Worker {worker!r} {why} while this push waited; it was not applied.", field="epoch")
+        return {waiting.head.name: Outcome(error)}
+
+    # -- writes -----------------------------------------------------------------------------------------------------
+
+    def check(self, name: WriteName, incarnation: str) -> None:
+        """Refuse what can be refused before the body is read.
+
+        Raises:
+            SessionLost, Fenced, SequenceGap: the write belongs to another life of the session, or is not next.
+        """
+        if incarnation != self.incarnation:
+            raise SessionLost(
+                f"Session {self.plan.name!r} was created anew since worker {name.worker!r} joined it.",
+                remedy="Load your last checkpoint and join again.",
+                field="incarnation",
+            )
+        self._ledger.judge(name, None)
+
+    def contribution(self, head: PushHead) -> Contribution:
+        """Return memory for a push's gradients; see `Contribution` for what it refuses."""
+        return Contribution(self.plan.layout, head.segments, head.sparse, self.plan.rule, self.groups)
+
+    def push(self, head: PushHead, contribution: Contribution, fingerprint: str, now: float) -> Outcomes:
+        """Take a complete push in and return every outcome it decides; none under its own name means that it waits.
+
+        Args:
+            fingerprint: identifies the body, so that a retry is told from another content under the same name.
+            now: monotonic seconds.
+
+        Raises:
+            FarstepError: the push is refused; nothing has changed and its sequence is free.
+            StepInterrupted: a kernel failed midway; the step is finished before anything else happens.
+        """
+        outcomes = self._finish()
+        self.check(head.name, head.incarnation)
+        receipt = self._ledger.judge(head.name, fingerprint)
+        if receipt is not None:
+            return outcomes | {head.name: Outcome(receipt, duplicate=True)}
+        earlier = self._waiting.get(head.name.worker)
+        if earlier is not None:
+            if earlier.fingerprint != fingerprint:
+                raise mismatch(head.name)
+            return outcomes
+        version = self._state.store.version
+        if head.base > version:
+            raise TensorMismatch(
+                f"The gradient claims version {head.base}, but the session is at {version}.",
+                field="base",
+                limit=version,
+            )
+        groups = self._state.changed(head.groups)
+        contribution.check_indices()
+        self._check_finite(head, contribution)
+        self._members.seen(head.name.worker)
+        self._waiting[head.name.worker] = _Waiting(head, fingerprint, contribution, groups)
+        step = self._aggregation.offer(head.name.worker, now)
+        return outcomes | self._step(step) if step else outcomes
+
+    def tick(self, now: float) -> Outcomes:
+        """Let time decide: a barrier whose deadline has passed is given up, with one answer for all who wait."""
+        abort = self._aggregation.tick(now)
+        return self._abort(abort) if abort else {}
+
+    def intake(self, head: PutHead) -> Contents:
+        """Return memory for new contents; see `SessionState.intake` for what it refuses."""
+        return self._state.intake(head)
+
+    def put(self, head: PutHead, contents: Contents, fingerprint: str) -> Outcomes:
+        """Replace contents of the session in one step; their memory belongs to the session from now on."""
+        outcomes = self._finish()
+        self.check(head.name, head.incarnation)
+        receipt = self._ledger.judge(head.name, fingerprint)
+        if receipt is not None:
+            return outcomes | {head.name: Outcome(receipt, duplicate=True)}
+        base = self.version
+        if not head.initial:
+            self._state.write(contents)
+            receipt = Receipt(self.version, base)
+        elif self.initialised:
+            receipt = Receipt(base, base, applied=False)
+        else:
+            self._state.begin(contents, head.version)
+            receipt = Receipt(head.version, head.version)
+        self._ledger.commit(head.name, fingerprint, receipt)
+        return outcomes | {head.name: Outcome(receipt)}
+
+    def set_groups(self, changes: GroupChanges) -> Outcomes:
+        """Change options of param groups, effective from the next step on.
+
+        Raises:
+            InvalidOption: an unknown group or option, or a value of a wrong type; nothing has changed then.
+        """
+        outcomes = self._finish()
+        self._state.set_groups(self._state.changed(changes))
+        return outcomes
+
+    # -- reads ------------------------------------------------------------------------------------------------------
+
+    def hold(self) -> tuple[Held, Outcomes]:
+        """Hold the current version, which nobody changes until it is released."""
+        outcomes = self._finish()
+        return self._state.hold(), outcomes
+
+    def copy(self, fields: Sequence[str]) -> tuple[Contents, Outcomes]:
+        """Copy fields of the current version."""
+        outcomes = self._finish()
+        return self._state.copy(fields), outcomes
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _check_finite(self, head: PushHead, contribution: Contribution) -> None:
+        if self.plan.nonfinite == "allow":
+            return
+        index = first_nonfinite(contribution)
+        if index is not None:
+            name = self.plan.layout.segments[index].name
+            raise NonFinite(
+                f"The gradient of {name!r} from worker {head.name.worker!r} holds NaN or Inf; the push was refused.",
+                remedy="Skip the step or lower the loss scale; nonfinite='allow' would take such gradients.",
+                field=name,
+            )
+
+    def _step(self, step: Step) -> Outcomes:
+        pushes = [self._waiting.pop(worker) for worker in step.workers]
+        for push in pushes:
+            self._state.set_groups(push.groups)
+        gradients = reduce_([push.contribution for push in pushes], step.divisor, self._state.device)
+        began = time.perf_counter()
+        try:
+            applied = self._state.step(gradients)
+        except FarstepError as exc:
+            if isinstance(exc, StepInterrupted):
+                self._unfinished = _Unfinished(pushes, step)
+            return {push.head.name: Outcome(exc) for push in pushes}
+        return self._commit(pushes, step, applied, time.perf_counter() - began)
+
+    def _commit(self, pushes: list[_Waiting], step: Step, applied: Applied, kernel_s: float) -> Outcomes:
+        outcomes: Outcomes = {}
+        for push in pushes:
+            receipt = Receipt(
+                applied.version,
+                push.head.base,
+                staleness=applied.version - 1 - push.head.base,
+                contributors=step.workers,
+                divisor=step.divisor,
+                kernel=applied.kernel,
+            )
+            self._ledger.commit(push.head.name, push.fingerprint, receipt)
+            outcomes[push.head.name] = Outcome(receipt, kernel_s=kernel_s)
+        return outcomes
+
+    def _finish(self) -> Outcomes:
+        """Finish an interrupted step, if there is one, before anything else happens."""
+        if self._unfinished is None:
+            return {}
+        applied = self._state.finish()
+        unfinished, self._unfinished = self._unfinished, None
+        if applied is None:
+            raise InternalError("An interrupted step is recorded, but the store has none.")
+        return self._commit(unfinished.pushes, unfinished.step, applied, 0.0)
+
+    def _abort(self, abort: Abort) -> Outcomes:
+        missing = self._members.missed(abort.waiting)
+        who = f"missing: {', '.join(missing)}" if missing else f"only {abort.arrived} workers have joined"
+        outcomes: Outcomes = {}
+        for worker in abort.waiting:
+            error = BarrierTimeout(
+                f"The deadline passed with {abort.arrived} of {abort.wanted} workers ({who}); nothing was applied.",
+                remedy="Push again when the others are there; another worker may take a missing one's place.",
+                missing=missing,
+            )
+            outcomes[self._waiting.pop(worker).head.name] = Outcome(error)
+        return outcomes

@@ -1,0 +1,184 @@
+"""What a session's steps change: its parameters, optimizer state and group options. The rest of a session orders the
+steps.
+
+An embedded optimizer needs no more than this: it is alone, and no answer of its gets lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+import torch
+
+from farstep.errors import InvalidOption, NotInitialised, TensorMismatch
+from farstep.hyper import Hyper
+from farstep.messages import PutHead
+from farstep.wire import from_ranges
+from farstep_service.contents import PARAM, Contents
+from farstep_service.gradients import on_device
+from farstep_service.plan import Plan
+from farstep_service.rule import KernelSource
+from farstep_service.store import Applied, Buffers, Gradients, Held, Store
+
+GroupChanges = Mapping[int, Mapping[str, Any]]
+
+
+@final
+class SessionState:
+    """Hold one session's tensors and options.
+
+    Args:
+        plan: what the session is.
+        kernels: runs the update rule.
+        device: where parameters and state live.
+    """
+
+    def __init__(self, plan: Plan, *, kernels: KernelSource, device: torch.device) -> None:
+        self.plan = plan
+        self.device = device
+        self.groups: Sequence[Hyper] = plan.groups
+        self._kernels = kernels
+        self._store: Store | None = None
+
+    @property
+    def initialised(self) -> bool:
+        """Say whether the first parameters have arrived."""
+        return self._store is not None
+
+    @property
+    def version(self) -> int:
+        """Return the number of the last complete version."""
+        return self._store.version if self._store else 0
+
+    @property
+    def pending(self) -> bool:
+        """Say whether a step failed midway and has to be finished."""
+        return self._store is not None and self._store.pending
+
+    @property
+    def store(self) -> Store:
+        """Return the store.
+
+        Raises:
+            NotInitialised: the first parameters have not arrived.
+        """
+        if self._store is None:
+            raise NotInitialised(
+                f"Session {self.plan.name!r} has no parameters yet.",
+                remedy="Wait for the worker that creates it, or send them.",
+            )
+        return self._store
+
+    # -- beginning --------------------------------------------------------------------------------------------------
+
+    def adopt(self, parameters: Buffers, version: int = 0) -> None:
+        """Begin with these parameters, in their own memory."""
+        self._store = Store(
+            self.plan.layout,
+            self.plan.rule,
+            self.groups,
+            kernels=self._kernels,
+            device=self.device,
+            parameters=parameters,
+            version=version,
+        )
+
+    def begin(self, contents: Contents, version: int) -> None:
+        """Begin with contents that arrived; their memory belongs to the session from now on."""
+        self.adopt(on_device(contents.elements.pop(PARAM), self.device), version)
+        if values := self._values(contents):
+            self.store.write(contents.indices, values, bump=False)
+
+    # -- steps and writes -------------------------------------------------------------------------------------------
+
+    def changed(self, changes: GroupChanges) -> dict[int, Hyper]:
+        """Check changed options and return the groups they lead to.
+
+        Raises:
+            InvalidOption: an unknown group or option, or a value of a wrong type.
+        """
+        changed = {}
+        for index, options in changes.items():
+            if index >= len(self.groups):
+                raise InvalidOption(
+                    f"There is no param group {index}; the session has {len(self.groups)}.",
+                    field="groups",
+                    limit=len(self.groups),
+                )
+            current = self.groups[index]
+            changed[index] = type(current).from_options({**current.to_options(), **options}, edited=True)
+        return changed
+
+    def set_groups(self, changed: Mapping[int, Hyper]) -> None:
+        """Put changed groups into force, from the next step on."""
+        if changed:
+            self.groups = [changed.get(index, group) for index, group in enumerate(self.groups)]
+
+    def step(self, gradients: Gradients) -> Applied:
+        """Take one step with the options in force; see `Store.apply` for what it raises."""
+        return self.store.apply(self.groups, gradients)
+
+    def finish(self) -> Applied | None:
+        """Complete a step that failed midway; see `Store.finish`."""
+        return self.store.finish()
+
+    def write(self, contents: Contents) -> None:
+        """Replace contents, as one new version."""
+        self.store.write(contents.indices, self._values(contents))
+
+    # -- reads and room for what arrives ----------------------------------------------------------------------------
+
+    def intake(self, head: PutHead) -> Contents:
+        """Return memory for contents that a header announces.
+
+        Raises:
+            InvalidOption, InvalidRequest, TensorMismatch: the header names what the session does not have.
+        """
+        if head.initial and (head.segments is not None or PARAM not in head.fields):
+            raise TensorMismatch(
+                "The first contents must hold every parameter.", field="fields", remedy="Send `param` whole."
+            )
+        count = len(self.plan.layout.segments)
+        indices = range(count) if head.segments is None else from_ranges(head.segments, count)
+        return Contents(self.plan.layout, self.plan.rule, head.fields, indices)
+
+    def hold(self) -> Held:
+        """Hold the current version, which nobody changes until it is released."""
+        return self.store.hold()
+
+    def copy(self, fields: Sequence[str]) -> Contents:
+        """Copy fields of the current version.
+
+        Raises:
+            InvalidOption: a field the optimizer does not have.
+            NotInitialised: the first parameters have not arrived.
+        """
+        contents = Contents(self.plan.layout, self.plan.rule, fields, range(len(self.plan.layout.segments)))
+        store = self.store
+        contents.allocate()
+        for name, buffers in contents.elements.items():
+            buffers.copy_(store.buffers(name))
+        for name, numbers in contents.numbers.items():
+            numbers.copy_(torch.tensor([each or 0.0 for each in store.numbers(name)], dtype=torch.float64))
+        return contents
+
+    def nbytes(self) -> dict[str, int]:
+        """Return the memory taken, in bytes by kind."""
+        if self._store is None:
+            return {"parameters": 0, "versions": 0, "state": 0}
+        own = self._store.nbytes
+        return {"parameters": own.parameters, "versions": own.versions, "state": own.state}
+
+    def _values(self, contents: Contents) -> dict[str, Buffers | Sequence[float | None]]:
+        """Return contents as the store takes them; a segment at step 0 has no state, unless the rule is eager."""
+        values: dict[str, Buffers | Sequence[float | None]] = {
+            name: on_device(buffers, self.device) for name, buffers in contents.elements.items()
+        }
+        steps = contents.numbers["step"].tolist() if "step" in contents.numbers else None
+        for name, numbers in contents.numbers.items():
+            listed: list[float | None] = list(numbers.tolist())
+            if steps is not None and not self.plan.rule.eager:
+                listed = [value if step else None for value, step in zip(listed, steps, strict=True)]
+            values[name] = listed
+        return values
