@@ -71,6 +71,8 @@ class StepReport:
         staleness: steps between the version the gradient was computed on and the one it was applied to.
         applied: whether the parameters changed by it.
         duplicate: whether the server had seen this push before, so that this answer is the first one's receipt.
+        earlier: what became of a write before this one that had got no answer and was not repeated: `applied`, or
+            `dropped` because it never arrived or its barrier was given up. None if there was none.
         contributors: the workers whose gradients made the step.
         divisor: what the sum of the gradients was divided by.
         kernel: `reference` or `fused`.
@@ -85,6 +87,7 @@ class StepReport:
     staleness: int = 0
     applied: bool = True
     duplicate: bool = False
+    earlier: Literal["applied", "dropped"] | None = None
     contributors: tuple[str, ...] = ()
     divisor: int = 1
     kernel: str = ""

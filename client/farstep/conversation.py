@@ -1,0 +1,168 @@
+"""Speak with a farstep server over httpx: JSON on the control routes, msgpack streams on the data routes.
+
+One place where a URL, a status or a content type is known; `farstep.http_link` sees records and errors only.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import httpx
+
+from farstep.errors import FarstepError, InvalidRequest, Unauthorized, Unavailable, from_problem
+from farstep.transport import DEADLINE_S, NAMED, Pieces, SocketTransport, body_of
+from farstep.wire import Decoder, encode
+
+MSGPACK = "application/msgpack"
+CONNECT_TIMEOUT_S = 10.0
+READ_TIMEOUT_S = 60.0
+FROM_PROXIES = frozenset({502, 503, 504})
+"""What a proxy answers while the server behind it is away."""
+
+Place = Callable[[dict[str, Any]], Sequence[memoryview]]
+
+
+@dataclass(frozen=True, slots=True)
+class Received:
+    """An answer of a data route: its header, its payload's size, and how long the payload took to arrive."""
+
+    header: dict[str, Any]
+    payload_bytes: int
+    receive_s: float
+
+
+class Conversation:
+    """Speak with one server.
+
+    Args:
+        server: its URL.
+        token: its bearer token, None where it asks for none.
+        transport: what carries the bytes; the default moves them without copies.
+        read_timeout_s: longest silence of the server, and longest wait for a connection up to 10 s.
+    """
+
+    def __init__(
+        self,
+        server: str,
+        token: str | None,
+        *,
+        transport: httpx.BaseTransport | None = None,
+        read_timeout_s: float = READ_TIMEOUT_S,
+    ) -> None:
+        self.server = server
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        timeout = httpx.Timeout(min(CONNECT_TIMEOUT_S, read_timeout_s), read=read_timeout_s, write=read_timeout_s)
+        self._client = httpx.Client(
+            base_url=server, headers=headers, timeout=timeout, transport=transport or SocketTransport(), trust_env=False
+        )
+
+    def control(
+        self, method: str, path: str, document: Mapping[str, Any] | None = None, *, within_s: float | None = None
+    ) -> dict[str, Any]:
+        """Ask a control route and return its JSON answer ({} where it has none).
+
+        Args:
+            method, path: the route.
+            document: what to send as JSON.
+            within_s: seconds that all of it may take, where silence alone is not the limit.
+
+        Raises:
+            FarstepError: the problem the server answered with, or an answer that is not of the protocol.
+            httpx.TransportError: no complete answer came.
+        """
+        content = None if document is None else json.dumps(document, allow_nan=False)
+        headers = {} if content is None else {"content-type": "application/json"}
+        extensions = self._extensions(0.0) | ({} if within_s is None else {DEADLINE_S: within_s})
+        response = self._client.request(method, path, content=content, headers=headers, extensions=extensions)
+        if not response.is_success:
+            raise problem_of(response)
+        try:
+            return cast("dict[str, Any]", response.json()) if response.content else {}
+        except ValueError as exc:
+            raise _foreign(response) from exc
+
+    def _extensions(self, wait_s: float) -> dict[str, Any]:
+        timeout = self._client.timeout.as_dict()
+        timeout["read"] = (timeout["read"] or 0.0) + wait_s
+        return {"timeout": timeout, NAMED: True}
+
+    def data(
+        self,
+        method: str,
+        path: str,
+        header: Mapping[str, Any] | None,
+        payload: Sequence[memoryview],
+        place: Place,
+        *,
+        wait_s: float = 0.0,
+    ) -> Received:
+        """Send a header and a payload, and receive a header and a payload into where `place` says.
+
+        Args:
+            method, path: the route.
+            header: what to send; None for a request without a body.
+            payload: what follows it.
+            place: says where the answer's payload goes.
+            wait_s: seconds the server may be silent beyond the usual, because it waits for others.
+
+        Raises:
+            FarstepError: the problem the server answered with, or an answer that is not of the protocol.
+            httpx.TransportError: no complete answer came; memory that `place` named is then unspecified.
+        """
+        headers = self._client.headers.copy()
+        stream = None
+        if header is not None:
+            stream = Pieces(encode(header, payload, side="client"))
+            headers["content-type"] = MSGPACK
+            headers["content-length"] = str(stream.nbytes)
+        url = self._client.base_url.join(path)
+        request = httpx.Request(method, url, headers=headers, stream=stream, extensions=self._extensions(wait_s))
+        response = self._client.send(request, stream=True)
+        try:
+            if not response.is_success:
+                response.read()
+                raise problem_of(response)
+            began = time.perf_counter()
+            decoder = Decoder(place, side="client")
+            body = body_of(response)
+            while not decoder.done:
+                count = body.readinto(decoder.get_buffer())
+                if count == 0:
+                    raise httpx.RemoteProtocolError("the answer was cut off", request=request)
+                decoder.buffer_updated(count)
+            decoder.close()
+            return Received(decoder.header, decoder.payload_bytes, time.perf_counter() - began)
+        finally:
+            response.close()
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._client.close()
+
+
+def problem_of(response: httpx.Response) -> FarstepError:
+    """Return the error that an answer other than 2xx stands for."""
+    try:
+        document = response.json()
+    except ValueError:
+        document = None
+    if isinstance(document, dict) and "code" in document:
+        return from_problem(document, response.status_code)
+    if response.status_code == 401:
+        return Unauthorized(f"{response.url.host} asks for credentials.", remedy="Give token=... or set FARSTEP_TOKEN.")
+    if response.status_code in FROM_PROXIES:
+        return Unavailable(f"a proxy answered {response.status_code} in the server's place", side="client")
+    return _foreign(response)
+
+
+def _foreign(response: httpx.Response) -> InvalidRequest:
+    server = f"{response.url.scheme}://{response.url.netloc.decode()}"
+    return InvalidRequest(
+        f"{server} does not answer as a farstep server does: it said {response.status_code} to {response.url.path}.",
+        remedy="Check that the URL is a farstep server's and that no proxy answers in its place.",
+        side="client",
+    )

@@ -1,0 +1,235 @@
+"""The link over HTTP: join a session, push and pull its tensors, and survive what networks do.
+
+Every write has a name. A write that got no answer is repeated under the same name until one comes or the time is up; if
+it was given up, `farstep.sequence` says what the next write has to do so that nothing is applied twice.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, cast
+from urllib.parse import quote
+
+import httpx
+from torch import Tensor
+
+from farstep.consistency import Sync
+from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
+from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
+from farstep.link import FieldKind, Link, Options, SessionSpec, State, StepReport
+from farstep.messages import PushHead, PutHead, Receipt, WriteName
+from farstep.patience import Patience
+from farstep.settings import Place
+from farstep.staging import Arrivals, StateArrivals, outgoing, outgoing_gradients, outgoing_state
+from farstep.wire import from_ranges, to_ranges
+from farstep.writer import Writer
+
+CLOSE_TIMEOUT_S = 2.0
+
+
+class HttpLink(Link):
+    """A worker's way to a session on a server."""
+
+    def __init__(self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> None:
+        self._spec = spec
+        self._parameters = list(parameters)
+        self._place = place
+        self._path = f"/v1/sessions/{quote(spec.name)}"
+        self._server = Conversation(
+            cast(str, place.server),
+            place.token,
+            transport=place.transport,
+            # A connection that has gone silent is given up in time for another try.
+            read_timeout_s=min(READ_TIMEOUT_S, place.timeout_s / 2),
+        )
+        self._patience = Patience(place.timeout_s)
+        mode = place.consistency
+        barrier_s = mode.deadline_s if isinstance(mode, Sync) else 0.0
+        self._writer = Writer(
+            self._server,
+            spec.name,
+            place.worker,
+            patience=Patience(place.timeout_s + barrier_s),
+            barrier_s=barrier_s,
+        )
+        self._arrivals = Arrivals(self._parameters)
+        self._version = 0
+        self._process = os.getpid()
+        try:
+            self._join(None, 0)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def fields(self) -> Mapping[str, FieldKind]:
+        return self._fields
+
+    @property
+    def eager(self) -> bool:
+        return self._eager
+
+    @property
+    def sees_edits(self) -> bool:
+        return False
+
+    # -- joining ----------------------------------------------------------------------------------------------------
+
+    def _join(self, state: Sequence[State | None] | None, version: int) -> bool:
+        """Create or join the session; return whether this worker gave it its first contents."""
+        document = {**self._spec.to_document(), "worker": self._place.worker}
+
+        def attempt() -> bool:
+            joined = self._server.control("POST", "/v1/sessions", document)
+            self._fields = cast("dict[str, FieldKind]", joined["fields"])
+            self._eager = bool(joined["eager"])
+            self._writer.join(int(joined["epoch"]), str(joined["incarnation"]))
+            if not joined["initialise"] and not joined["initialised"]:
+                raise Unavailable("another worker is sending the session's first parameters")
+            return bool(joined["initialise"])
+
+        chosen = self._patience.call(f"Joining session {self._spec.name!r}", self._server.server, attempt)
+        if chosen:
+            fields = ["param", *(self._fields if state is not None else ())]
+            if self._put(range(len(self._parameters)), fields, state, initial=True, version=version).applied:
+                return True
+        self.pull()
+        return False
+
+    def rejoin(self, state: Sequence[State | None] | None, version: int | None) -> bool:
+        return self._join(state, self._version if version is None else version)
+
+    # -- writes -----------------------------------------------------------------------------------------------------
+
+    def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
+        began = time.perf_counter()
+        present, sparse, payload = outgoing_gradients(gradients, self._parameters)
+        segments = None if len(present) == len(self._parameters) else to_ranges(present)
+
+        def head(name: WriteName, incarnation: str) -> PushHead:
+            return PushHead(name, incarnation, self._version, segments=segments, sparse=tuple(sparse), groups=groups)
+
+        arrived: list[int] | None = None
+
+        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+            nonlocal arrived
+            ranges = header.get("segments")
+            arrived = None if ranges is None else from_ranges(ranges, len(self._parameters), side="client")
+            return self._arrivals.targets(arrived)
+
+        with self._session_there():
+            received = self._writer.push(head, payload, place)
+        self._arrivals.settle_(arrived)
+        self._version = int(received.header["version"])
+        receipt = Receipt.from_header(received.header["receipt"])
+        total_s = time.perf_counter() - began
+        seconds = {key: float(value) for key, value in received.header.get("times", {}).items()}
+        return StepReport(
+            version=receipt.version,
+            staleness=receipt.staleness,
+            applied=receipt.applied,
+            duplicate=bool(received.header["duplicate"]),
+            earlier=self._writer.names.tell(),
+            contributors=receipt.contributors,
+            divisor=receipt.divisor,
+            kernel=receipt.kernel,
+            bytes_sent=sum(each.nbytes for each in payload),
+            bytes_received=received.payload_bytes,
+            attempts=self._writer.attempts,
+            seconds={"total": total_s, **seconds, "send": received.receive_s},
+        )
+
+    def write(self, parameters: Sequence[int] = (), state: Sequence[State | None] | None = None) -> int:
+        if state is None:
+            self._put(parameters, ["param"], None)
+        else:
+            self._put(range(len(self._parameters)), [*(["param"] if parameters else []), *self._fields], state)
+        return self._version
+
+    def _put(
+        self,
+        indices: Sequence[int],
+        fields: Sequence[str],
+        state: Sequence[State | None] | None,
+        *,
+        initial: bool = False,
+        version: int = 0,
+    ) -> Receipt:
+        segments = None if len(indices) == len(self._parameters) else to_ranges(indices)
+        payload: list[memoryview] = []
+        for field in fields:
+            if field == "param":
+                payload += [outgoing(self._parameters[i]) for i in indices]
+            else:
+                chosen = [(self._parameters[i], state[i] if state else None) for i in indices]
+                payload += outgoing_state(field, self._fields[field], chosen)
+
+        def head(name: WriteName, incarnation: str) -> PutHead:
+            return PutHead(name, incarnation, tuple(fields), segments, initial, version)
+
+        with self._session_there():
+            received = self._writer.put(head, payload)
+        self._version = int(received.header["version"])
+        return Receipt.from_header(received.header["receipt"])
+
+    # -- reads ------------------------------------------------------------------------------------------------------
+
+    def pull(self) -> int:
+        received = self._get("Pulling", f"{self._path}/contents", lambda header: self._arrivals.targets(None))
+        self._arrivals.settle_(None)
+        self._version = int(received.header["version"])
+        return self._version
+
+    def read_state(self) -> list[State | None]:
+        arrivals = StateArrivals(self._parameters, self._fields)
+        path = f"{self._path}/contents?fields={','.join(self._fields)}"
+        self._get("Reading the state of", path, lambda header: arrivals.targets(header["fields"]))
+        return arrivals.states(eager=self._eager)
+
+    def _get(self, doing: str, path: str, targets: Callable[[dict[str, Any]], Sequence[memoryview]]) -> Received:
+        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+            if header["incarnation"] != self._writer.incarnation:
+                raise self._lost("was created anew at")
+            return targets(header)
+
+        def attempt() -> Received:
+            return self._server.data("GET", path, None, (), place)
+
+        with self._session_there():
+            return self._patience.call(f"{doing} session {self._spec.name!r}", self._server.server, attempt)
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _session_there(self) -> Iterator[None]:
+        try:
+            yield
+        except UnknownSession as exc:
+            raise self._lost("is gone from") from exc
+
+    def _lost(self, what: str) -> SessionLost:
+        return SessionLost(
+            f"Session {self._spec.name!r}, of which worker {self._place.worker!r} held version {self._version}, {what} "
+            f"{self._server.server}: the server restarted, or somebody removed it.",
+            remedy="Its optimizer state is lost: load your last checkpoint and call rejoin(state_dict).",
+            side="client",
+        )
+
+    def close(self) -> None:
+        if self._process != os.getpid():
+            return  # a fork of the worker must not end the session of its parent
+        epoch = self._writer.names.epoch
+        path = self._path if self._place.private else f"{self._writer.worker_path}?epoch={epoch}"
+        try:
+            if epoch:
+                with suppress(FarstepError, httpx.HTTPError, OSError):  # what is gone need not be left
+                    self._server.control("DELETE", path, within_s=CLOSE_TIMEOUT_S)
+        finally:
+            self._server.close()

@@ -1,0 +1,51 @@
+"""`farstep.optim.Adagrad`: torch's signature, and the options of a session."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from farstep.optim.base import RemoteOptimizer
+from farstep.settings import RemoteOptions
+
+
+class Adagrad(RemoteOptimizer):
+    """Adagrad, each coordinate's step shrinking with the sum of its squared gradients.
+
+    The arguments are those of `torch.optim.Adagrad`, which checks them; the rest are `farstep.RemoteOptions`. What
+    `foreach` and `fused` mean on a server is in `docs/optimizers.md`.
+    """
+
+    twin = torch.optim.Adagrad
+    of_constructor = frozenset({"initial_accumulator_value"})
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-2,
+        lr_decay: float = 0,
+        weight_decay: float = 0,
+        initial_accumulator_value: float = 0,
+        eps: float = 1e-10,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **remote: Unpack[RemoteOptions],
+    ) -> None:
+        options = {
+            "lr": lr,
+            "lr_decay": lr_decay,
+            "weight_decay": weight_decay,
+            "initial_accumulator_value": initial_accumulator_value,
+            "eps": eps,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, options, remote)

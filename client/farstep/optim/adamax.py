@@ -1,0 +1,48 @@
+"""`farstep.optim.Adamax`: torch's signature, and the options of a session."""
+
+from __future__ import annotations
+
+from typing import Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from farstep.optim.base import RemoteOptimizer
+from farstep.settings import RemoteOptions
+
+
+class Adamax(RemoteOptimizer):
+    """Adamax, Adam with the infinity norm in place of the second moment.
+
+    The arguments are those of `torch.optim.Adamax`, which checks them; the rest are `farstep.RemoteOptions`. What
+    `foreach` and `capturable` mean on a server is in `docs/optimizers.md`.
+    """
+
+    twin = torch.optim.Adamax
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0,
+        foreach: bool | None = None,
+        *,
+        maximize: bool = False,
+        differentiable: bool = False,
+        capturable: bool = False,
+        **remote: Unpack[RemoteOptions],
+    ) -> None:
+        options = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "foreach": foreach,
+            "maximize": maximize,
+            "differentiable": differentiable,
+            "capturable": capturable,
+        }
+        super().__init__(params, options, remote)

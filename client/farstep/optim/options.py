@@ -1,0 +1,48 @@
+"""Options of param groups: checked by torch's own class, compared with what was sent, and as values that travel."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Options = dict[str, Any]
+
+
+def check_group(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> None:
+    """Let torch's class of the same name check a group's options.
+
+    Raises:
+        ValueError: torch's own.
+    """
+    code = twin.__init__.__code__
+    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    twin([torch.zeros(1)], **{key: value for key, value in own.items() if key in arguments})
+
+
+def plain(value: Any) -> Any:
+    """Return an option as a value that travels: a tensor as its number, a tuple as a list."""
+    if isinstance(value, Tensor):
+        return value.item()
+    if isinstance(value, (tuple, list)):
+        return [plain(each) for each in value]
+    return value
+
+
+def changes(now: Sequence[Options], sent: Sequence[Options]) -> dict[int, Options]:
+    """Return the options of each group that the session does not have yet."""
+    return {
+        index: {key: value for key, value in here.items() if key not in there or there[key] != value}
+        for index, (here, there) in enumerate(zip(now, sent, strict=True))
+        if here != there
+    }
+
+
+def without(sent: Sequence[Options], unsure: Mapping[int, Options]) -> list[Options]:
+    """Return what the session is known to have, when it is not known whether some changes arrived."""
+    return [
+        {key: value for key, value in options.items() if key not in unsure.get(index, {})}
+        for index, options in enumerate(sent)
+    ]

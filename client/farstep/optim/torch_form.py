@@ -1,0 +1,49 @@
+"""Parameters and state between torch's form and a session's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from farstep.link import FieldKind, Parameter, State
+
+ON_DEVICE = frozenset({"eta", "mu"})
+"""Numbers that torch keeps on the parameter's device; `step` is on the CPU."""
+
+
+def describe(groups: Iterable[Mapping[str, Any]]) -> list[Parameter]:
+    """Describe the parameters of all groups in order, by torch's `param_names` where the caller gave names."""
+    described = []
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
+        for name, p in zip(names, group["params"], strict=True):
+            described.append(Parameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), index))
+    return described
+
+
+def to_session(own: Mapping[str, Any], fields: Mapping[str, FieldKind]) -> State | None:
+    """Return a parameter's state as the session takes it, None where there is none.
+
+    Raises:
+        ValueError: a part of it is missing.
+    """
+    present = {key: own[key] for key in fields if key in own}
+    if not present:
+        return None
+    if missing := sorted(set(fields) - set(present)):
+        raise ValueError(f"loaded state dict has no {missing[0]!r} for a parameter; it is another optimizer's")
+    return {key: value if fields[key] == "element" else float(value) for key, value in present.items()}
+
+
+def as_torch(p: Tensor, values: State) -> dict[str, Tensor]:
+    """Return a parameter's state under torch's keys, numbers as the 0-dim tensors torch has."""
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    return {
+        key: value
+        if isinstance(value, Tensor)
+        else torch.tensor(value, dtype=dtype, device=p.device if key in ON_DEVICE else "cpu")
+        for key, value in values.items()
+    }

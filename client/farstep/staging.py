@@ -1,0 +1,176 @@
+"""Client-side memory: where gradients are sent from and where parameters arrive.
+
+Contiguous CPU tensors are sent from their own memory. Answers arrive in a staging buffer and are copied into the
+parameters when they are complete, so that an answer that is cut off leaves the model as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from farstep.errors import InvalidRequest, TensorMismatch
+from farstep.link import FieldKind, State
+from farstep.messages import Sparse
+from farstep.wire.memory import tensor_memory
+
+
+def outgoing(tensor: Tensor) -> memoryview:
+    """Return a dense tensor's bytes in row-major order, without a copy where it has them so on the CPU."""
+    return tensor_memory(tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous())
+
+
+def outgoing_gradients(
+    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]
+) -> tuple[list[int], list[Sparse], list[memoryview]]:
+    """Return which parameters have a gradient, which of them are sparse, and the payload.
+
+    Raises:
+        TensorMismatch: a gradient of another dtype than its parameter.
+    """
+    present: list[int] = []
+    sparse: list[Sparse] = []
+    payload: list[memoryview] = []
+    for index, (gradient, parameter) in enumerate(zip(gradients, parameters, strict=True)):
+        if gradient is None:
+            continue
+        if gradient.dtype != parameter.dtype:
+            raise TensorMismatch(
+                f"The gradient of parameter {index} is {gradient.dtype}, the parameter {parameter.dtype}.",
+                side="client",
+            )
+        present.append(index)
+        if gradient.is_sparse:
+            coalesced = gradient.detach().coalesce()
+            sparse.append(Sparse(index, coalesced.sparse_dim(), coalesced._nnz()))
+            payload += [outgoing(coalesced.indices()), outgoing(coalesced.values())]
+        else:
+            payload.append(outgoing(gradient))
+    return present, sparse, payload
+
+
+def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, State | None]]) -> list[memoryview]:
+    """Return one state field of some parameters; one without state sends zeros, and step 0 says that it has none.
+
+    Args:
+        field: the field's name.
+        kind: whether each element has a number, or each parameter one.
+        chosen: the parameters with their states.
+
+    Raises:
+        ValueError: a state that does not have its parameter's shape.
+    """
+    if kind == "number":
+        return [outgoing(torch.tensor([float((own or {}).get(field, 0.0)) for _, own in chosen], dtype=torch.float64))]
+    views = []
+    for parameter, own in chosen:
+        value = torch.zeros_like(parameter) if own is None else cast(Tensor, own[field])
+        if value.shape != parameter.shape:
+            raise ValueError(
+                f"loaded state dict has {field!r} of shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
+            )
+        views.append(outgoing(value.to(parameter.dtype)))
+    return views
+
+
+class StateArrivals:
+    """Memory for the optimizer state of every parameter.
+
+    Args:
+        parameters: whose state arrives.
+        fields: what it consists of.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], fields: Mapping[str, FieldKind]) -> None:
+        self._parameters = parameters
+        self._fields = fields
+        self._numbers: dict[str, Tensor] = {}
+        self._elements: dict[str, list[Tensor]] = {}
+
+    def targets(self, names: Sequence[str]) -> list[memoryview]:
+        """Return where the payload of these fields goes.
+
+        Raises:
+            InvalidRequest: not the fields that were asked for.
+        """
+        if set(names) != set(self._fields):
+            raise InvalidRequest(f"The answer has the fields {names!r:.200}, not those asked for.", side="client")
+        views: list[memoryview] = []
+        for name in names:
+            if self._fields[name] == "number":
+                self._numbers[name] = torch.empty(len(self._parameters), dtype=torch.float64)
+                views.append(tensor_memory(self._numbers[name]))
+            else:
+                self._elements[name] = [torch.empty(p.shape, dtype=p.dtype) for p in self._parameters]
+                views += [tensor_memory(each) for each in self._elements[name]]
+        return views
+
+    def states(self, *, eager: bool) -> list[State | None]:
+        """Return what has arrived, on the parameters' devices; None for a parameter that has no state yet.
+
+        Args:
+            eager: parameters have state before their first step.
+        """
+        return [
+            {
+                **{name: float(numbers[i]) for name, numbers in self._numbers.items()},
+                **{name: tensors[i].to(p.device) for name, tensors in self._elements.items()},
+            }
+            if eager or float(self._numbers["step"][i])
+            else None
+            for i, p in enumerate(self._parameters)
+        ]
+
+
+class Arrivals:
+    """Staging memory for the parameters of one optimizer, one flat tensor per dtype.
+
+    Args:
+        parameters: the tensors that arrive, in the session's order.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(parameters)
+        sizes: dict[torch.dtype, int] = {}
+        places: list[tuple[torch.dtype, int]] = []
+        for p in parameters:
+            offset = sizes.get(p.dtype, 0)
+            places.append((p.dtype, offset))
+            sizes[p.dtype] = offset + p.numel()
+        flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+        self._staged = [
+            flat[dtype][offset : offset + p.numel()] for (dtype, offset), p in zip(places, parameters, strict=True)
+        ]
+        self._all = _merged(
+            (flat[dtype], offset, p.numel()) for (dtype, offset), p in zip(places, parameters, strict=True)
+        )
+
+    def targets(self, indices: Sequence[int] | None) -> list[memoryview]:
+        """Return where the payload of these parameters goes (None: all of them)."""
+        if indices is None:
+            return self._all
+        return [tensor_memory(self._staged[i]) for i in indices]
+
+    def settle_(self, indices: Sequence[int] | None) -> None:
+        """Copy what has arrived into the parameters: same storage, same strides, version counters bumped."""
+        chosen = range(len(self._parameters)) if indices is None else indices
+        targets = [self._parameters[i] for i in chosen]
+        if not targets:
+            return
+        sources = [self._staged[i].view(p.shape) for i, p in zip(chosen, targets, strict=True)]
+        with torch.no_grad():
+            torch._foreach_copy_(targets, sources, non_blocking=False)
+
+
+def _merged(spans: Iterable[tuple[Tensor, int, int]]) -> list[memoryview]:
+    """Return the memory of consecutive spans, neighbours of one tensor joined into one view."""
+    merged: list[tuple[Tensor, int, int]] = []
+    for flat, offset, length in spans:
+        if merged and merged[-1][0] is flat and merged[-1][2] == offset:
+            merged[-1] = (flat, merged[-1][1], offset + length)
+        else:
+            merged.append((flat, offset, offset + length))
+    return [tensor_memory(flat[start:stop]) for flat, start, stop in merged]

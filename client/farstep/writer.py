@@ -1,0 +1,114 @@
+"""One worker's writes on their way: named, repeated until they are answered, and sorted out when they were given up.
+
+`farstep.sequence` decides; here is the asking and the sending.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from farstep.conversation import Conversation, Place, Received
+from farstep.errors import IdempotencyMismatch, Unavailable
+from farstep.messages import PushHead, PutHead, WriteName
+from farstep.patience import Patience
+from farstep.sequence import Names
+
+MakeHead = Callable[[WriteName, str], PushHead | PutHead]
+"""Given a name and the session's incarnation, return the header of a write."""
+
+
+class Writer:
+    """Send the writes of one worker to one session.
+
+    Args:
+        server: the conversation with its server.
+        session: its name.
+        worker: the worker's name.
+        patience: how long a write is repeated.
+        barrier_s: seconds a push may wait for those of other workers.
+
+    Attributes:
+        names: what has been written.
+        incarnation: the life of the session that was joined.
+    """
+
+    def __init__(
+        self, server: Conversation, session: str, worker: str, *, patience: Patience, barrier_s: float
+    ) -> None:
+        self.names = Names(worker)
+        self.incarnation = ""
+        self._server = server
+        self._session = session
+        self._patience = patience
+        self._barrier_s = barrier_s
+        self._path = f"/v1/sessions/{quote(session)}"
+        self.worker_path = f"{self._path}/workers/{quote(worker)}"
+
+    @property
+    def attempts(self) -> int:
+        """Return how often the last write was sent."""
+        return self._patience.attempts
+
+    def join(self, epoch: int, incarnation: str) -> None:
+        """Begin a new epoch of the worker in a session's life."""
+        self.names.join(epoch)
+        self.incarnation = incarnation
+
+    def push(self, head: MakeHead, payload: Sequence[memoryview], place: Place) -> Received:
+        """Send gradients; see `_write`."""
+        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place)
+
+    def put(self, head: MakeHead, payload: Sequence[memoryview]) -> Received:
+        """Send contents; see `_write`."""
+        return self._write("Writing", "PUT", f"{self._path}/contents", head, payload, lambda header: [])
+
+    def _write(
+        self, doing: str, method: str, path: str, head: MakeHead, payload: Sequence[memoryview], place: Place
+    ) -> Received:
+        """Repeat a named write until it is answered. Its sequence is consumed when, and only when, it is committed.
+
+        Raises:
+            FarstepError: the server refused it, or `Unavailable`: its outcome is unknown.
+        """
+        while True:
+            header = self._named(head, payload)
+
+            def attempt(header: Mapping[str, Any] = header) -> Received:
+                return self._server.data(method, path, header, payload, place, wait_s=self._barrier_s)
+
+            try:
+                received = self._patience.call(f"{doing} session {self._session!r}", self._server.server, attempt)
+            except IdempotencyMismatch:
+                if not self.names.mismatched(header["seq"]):
+                    raise
+            except BaseException as exc:
+                self.names.failed(header, payload, exc)
+                raise
+            else:
+                self.names.committed(header["seq"])
+                return received
+
+    def _named(self, head: MakeHead, payload: Sequence[memoryview]) -> Mapping[str, Any]:
+        """Return a write's header, under a new name or as it was sent before; ask the server if that is not clear."""
+        header = head(self.names.next(), self.incarnation).to_header()
+        if not self.names.unsure:
+            return header
+        before = self.names.unanswered
+        repeated = before is not None and before.has_content_of(header, payload)
+
+        def attempt() -> dict[str, Any]:
+            page = self._server.control("GET", self.worker_path)
+            if page["waiting"] and page["epoch"] == self.names.epoch and not repeated:
+                raise Unavailable("an earlier push of this worker still waits at the barrier")
+            return page
+
+        what = f"Asking session {self._session!r} for the last write of worker {self.names.worker!r}"
+        page = self._patience.call(what, self._server.server, attempt)
+        if page["incarnation"] != self.incarnation or page["epoch"] != self.names.epoch:
+            return header  # which the server will refuse, in the right words
+        if before is not None and repeated:
+            return before.header
+        self.names.learn(int(page["sequence"]))
+        return head(self.names.next(), self.incarnation).to_header()

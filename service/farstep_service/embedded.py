@@ -1,0 +1,198 @@
+"""The session in the caller's own process: no server, no socket, no copy of the parameters.
+
+The store works on the optimizer's own tensors, on whatever device they are, and the same session code applies the same
+rules. There is one worker and no network, so a step needs no name and no receipt.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import cast, final
+
+import torch
+from torch import Tensor
+
+from farstep.consistency import Sync, to_options
+from farstep.errors import InvalidOption, NonFinite
+from farstep.link import FieldKind, Link, Options, SessionSpec, State, StepReport
+from farstep.settings import Place
+from farstep_service.contents import Contents
+from farstep_service.layout import SegmentSpec
+from farstep_service.optimizers import Kernels
+from farstep_service.plan import KernelMode, Plan
+from farstep_service.session import SessionState
+from farstep_service.store import BorrowedBuffers, Gradients
+
+
+@cache
+def _kernels(mode: KernelMode) -> Kernels:
+    return Kernels(mode)
+
+
+@final
+class EmbeddedLink(Link):
+    """A link to a session of this process.
+
+    Raises:
+        InvalidOption: the consistency mode waits for other workers, or the parameters are on several devices.
+    """
+
+    def __init__(self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> None:
+        mode = place.consistency
+        if isinstance(mode, Sync) and mode.workers > 1:
+            raise InvalidOption(
+                f"A sync session of {mode.workers} workers needs a server, and none is named.",
+                remedy="Start one with `farstep serve` and give server=... or set FARSTEP_SERVER.",
+                field="consistency",
+                side="client",
+            )
+        devices = sorted({str(p.device) for p in parameters})
+        if len(devices) > 1:
+            raise InvalidOption(
+                f"The parameters are on {' and '.join(devices)}; an embedded session works on one device.",
+                remedy="Use one optimizer per device, or a server.",
+                side="client",
+            )
+        self._spec = spec
+        self._worker = place.worker
+        self._parameters = list(parameters)
+        self._device = torch.device(devices[0] if devices else "cpu")
+        self._plan = Plan.build(
+            name=spec.name,
+            optimizer=spec.optimizer,
+            groups=spec.groups,
+            segments=[SegmentSpec(p.name, p.shape, p.dtype, p.group) for p in spec.parameters],
+            consistency=to_options(mode),
+            nonfinite=spec.nonfinite,
+            kernel=spec.kernel,
+        )
+        layout, rule = self._plan.layout, self._plan.rule
+        self._fields: dict[str, FieldKind] = {
+            **dict.fromkeys(rule.segment_fields, "number"),
+            **dict.fromkeys(rule.element_fields, "element"),
+        }
+        self._gradients = BorrowedBuffers(layout, device=self._device)
+        self._begin()
+
+    def _begin(self) -> None:
+        kernels = _kernels(self._plan.kernel)
+        self._state = SessionState(self._plan, kernels=kernels, device=self._device)
+        self._state.adopt(BorrowedBuffers(self._plan.layout, self._parameters, device=self._device))
+
+    @property
+    def version(self) -> int:
+        return self._state.version
+
+    @property
+    def fields(self) -> Mapping[str, FieldKind]:
+        return self._fields
+
+    @property
+    def eager(self) -> bool:
+        return self._plan.rule.eager
+
+    @property
+    def sees_edits(self) -> bool:
+        return True
+
+    def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
+        began = time.perf_counter()
+        taken = self._taken(gradients)
+        self._state.set_groups(self._state.changed(groups))
+        applied = self._state.step(taken)
+        ended = time.perf_counter()
+        return StepReport(
+            version=applied.version,
+            contributors=(self._worker,),
+            kernel=applied.kernel,
+            seconds={"total": ended - began, "kernel": ended - began},
+        )
+
+    def _taken(self, gradients: Sequence[Tensor | None]) -> Gradients:
+        sparse: dict[int, tuple[Tensor, Tensor]] = {}
+        missing = any(each is None or each.is_sparse for each in gradients)
+        dense = list(gradients)
+        if missing:
+            for index, gradient in enumerate(gradients):
+                if gradient is not None and gradient.is_sparse:
+                    self._plan.rule.check_sparse(self._state.groups[self._plan.layout.segments[index].group])
+                    sparse[index] = (gradient._indices(), gradient._values())
+                    dense[index] = None
+        if self._plan.nonfinite == "refuse":
+            self._check_finite(gradients)
+        self._gradients.lend(dense)
+        return Gradients(self._gradients, [each is not None for each in dense] if missing else None, sparse)
+
+    def _check_finite(self, gradients: Sequence[Tensor | None]) -> None:
+        for parameter, gradient in zip(self._spec.parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            values = gradient._values() if gradient.is_sparse else gradient
+            if not bool(torch.isfinite(values).all()):
+                raise NonFinite(
+                    f"The gradient of {parameter.name!r} holds NaN or Inf; the step was refused.",
+                    remedy="Skip the step or lower the loss scale; nonfinite='allow' takes such gradients.",
+                    field=parameter.name,
+                    side="client",
+                )
+
+    def pull(self) -> int:
+        return self.version
+
+    def write(self, parameters: Sequence[int] = (), state: Sequence[State | None] | None = None) -> int:
+        if state is not None:
+            self._state.write(self._contents(state))
+        return self.version
+
+    def _contents(self, state: Sequence[State | None]) -> Contents:
+        layout = self._plan.layout
+        contents = Contents(layout, self._plan.rule, tuple(self._fields), range(len(layout.segments)))
+        contents.allocate()
+        for field, kind in self._fields.items():
+            for index, own in enumerate(state):
+                if kind == "number":
+                    contents.numbers[field][index] = float(own[field]) if own is not None else 0.0
+                elif own is None:
+                    contents.elements[field].segment(index).zero_()
+                else:
+                    value = cast(Tensor, own[field])
+                    expected = layout.segments[index].shape
+                    if tuple(value.shape) != expected:
+                        raise ValueError(
+                            f"loaded state dict has {field!r} of shape {tuple(value.shape)}, the parameter {expected}"
+                        )
+                    contents.elements[field].segment(index).copy_(value)
+        return contents
+
+    def read_state(self) -> list[State | None]:
+        contents = self._state.copy(tuple(self._fields))
+        steps = contents.numbers["step"].tolist()
+        states: list[State | None] = []
+        for index, parameter in enumerate(self._parameters):
+            if not self.eager and not steps[index]:
+                states.append(None)
+                continue
+            own: State = {}
+            for field, kind in self._fields.items():
+                if kind == "number":
+                    own[field] = float(contents.numbers[field][index])
+                else:
+                    own[field] = contents.elements[field].segment(index).to(parameter.device, copy=True)
+            states.append(own)
+        return states
+
+    def rejoin(self, state: Sequence[State | None] | None, version: int | None) -> bool:
+        self._begin()
+        if state is not None:
+            self._state.write(self._contents(state))
+        return True
+
+    def close(self) -> None:
+        """Nothing outlives the optimizer."""
+
+
+def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> EmbeddedLink:
+    """Open an embedded session: the entry point `farstep.hosts:embedded`."""
+    return EmbeddedLink(spec, parameters, place)

@@ -1,0 +1,35 @@
+"""What the tests of the client share: one server process for all of them, and the two places an optimizer can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.service.servers import RunningServer, running_server
+
+from farstep.conversation import Conversation
+from farstep.settings import RemoteOptions
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[RunningServer]:
+    """Run a server on loopback, without a token; tests keep apart by their sessions' names."""
+    with running_server() as running:
+        yield running
+
+
+@pytest.fixture
+def talk(server: RunningServer) -> Iterator[Conversation]:
+    """Speak with that server beside any optimizer."""
+    conversation = Conversation(server.url, None)
+    yield conversation
+    conversation.close()
+
+
+@pytest.fixture(params=["embedded", "server"])
+def place(request: pytest.FixtureRequest) -> RemoteOptions:
+    """Name a place for a private session: in this process, or on the server."""
+    if request.param == "embedded":
+        return {"kernel": "reference"}
+    running: RunningServer = request.getfixturevalue("server")
+    return {"kernel": "reference", "server": running.url}

@@ -1,0 +1,172 @@
+"""Twenty steps of every optimizer, embedded and through a real server process, against torch.optim."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from tests.client.twins import SHAPES, Group, Twins, check_parameters, check_states, drawn, ours, parameters, theirs
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from farstep.settings import RemoteOptions
+
+STEPS = 20
+
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("Adagrad", {}),
+    ("Adagrad", {"lr": 0.1, "lr_decay": 0.05, "weight_decay": 0.02, "initial_accumulator_value": 0.3, "eps": 1e-6}),
+    ("Adagrad", {"lr": 0.5, "maximize": True, "weight_decay": 0.1}),
+    ("Adadelta", {}),
+    ("Adadelta", {"lr": 0.5, "rho": 0.7, "eps": 1e-4, "weight_decay": 0.02}),
+    ("Adadelta", {"maximize": True, "rho": 0.0, "weight_decay": 0.1}),
+    ("Adamax", {}),
+    ("Adamax", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02}),
+    ("Adamax", {"maximize": True, "betas": (0.0, 0.0), "weight_decay": 0.1}),
+    ("ASGD", {}),
+    ("ASGD", {"lr": 0.1, "lambd": 0.02, "alpha": 0.6, "t0": 5, "weight_decay": 0.02}),
+    ("ASGD", {"maximize": True, "t0": 0, "weight_decay": 0.1}),
+]
+NAMES = ["Adagrad", "Adadelta", "Adamax", "ASGD"]
+BY_OPTIONS = [pytest.param(name, options, id=f"{name}-{'-'.join(options) or 'defaults'}") for name, options in CASES]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(("name", "options"), BY_OPTIONS)
+def test_twenty_steps_equal_torch_bit_for_bit(
+    name: str, options: dict[str, Any], dtype: torch.dtype, place: RemoteOptions
+) -> None:
+    """Parameters and state_dict are torch's, with each option, in float32 and float64."""
+    twins = Twins(name, options, place, start=drawn(0, dtype=dtype))
+    twins.train(STEPS)
+    twins.check()
+
+
+def with_holes(seed: int, gradients: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return gradients some of which are missing, other ones in each step, and all in some."""
+    return [None if (seed + 2 * index) % 5 == 0 or seed % 7 == 3 else g for index, g in enumerate(gradients)]
+
+
+def three_groups(ps: list[Tensor]) -> list[Group]:
+    return [
+        {"params": ps[:2], "lr": 0.3, "weight_decay": 0.1},
+        {"params": ps[2:3]},
+        {"params": ps[3:], "lr": 0.05, "maximize": True},
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_groups_missing_gradients_and_a_schedule_at_once(name: str, dtype: torch.dtype, place: RemoteOptions) -> None:
+    """Groups with their own options, parameters without a gradient in some steps, and a rate that always changes."""
+    twins = Twins(name, {"lr": 0.1}, place, grouping=three_groups, start=drawn(0, dtype=dtype))
+    schedules = [LambdaLR(optimizer, lambda step: 1 / (1 + 0.3 * step)) for optimizer in (twins.ours, twins.theirs)]
+    for seed in range(1, STEPS + 1):
+        twins.step(with_holes(seed, drawn(seed, dtype=dtype)))
+        for schedule in schedules:
+            schedule.step()
+    twins.check()
+
+
+def test_a_group_keeps_its_own_initial_value_to_itself(place: RemoteOptions) -> None:
+    """Adagrad starts every sum at the constructor's initial_accumulator_value, whatever a group says, as torch does."""
+
+    def grouping(ps: list[Tensor]) -> list[Group]:
+        return [{"params": ps[:2], "initial_accumulator_value": 9.0}, {"params": ps[2:]}]
+
+    twins = Twins("Adagrad", {"initial_accumulator_value": 0.5}, place, grouping=grouping)
+    twins.check()
+    twins.train(2)
+    twins.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize(
+    ("name", "options"), [(name, {"weight_decay": 0.02, "maximize": name == "Adamax"}) for name in NAMES]
+)
+def test_other_dtypes_are_within_torchs_tolerance(
+    name: str, options: dict[str, Any], dtype: torch.dtype, place: RemoteOptions
+) -> None:
+    """Halves and complex parameters follow torch within torch's own tolerance for their dtype."""
+    # eps must not vanish in float16, or torch itself divides by zero.
+    eps = {} if name == "ASGD" else {"eps": 1e-3}
+    twins = Twins(name, options | eps, place, start=drawn(0, dtype=dtype))
+    twins.train(STEPS)
+    twins.check(exact=False)
+
+
+def test_parameters_of_several_dtypes_in_one_session(place: RemoteOptions) -> None:
+    """A session holds parameters of different dtypes in any order, and each is updated in its own."""
+    dtypes = [torch.float32, torch.float64, torch.complex64, torch.float32, torch.float64, torch.float32]
+    start = [drawn(i, [shape], dtype)[0] for i, (shape, dtype) in enumerate(zip(SHAPES, dtypes, strict=True))]
+    twins = Twins("Adagrad", {"lr": 0.1}, place, start=start)
+    for seed in range(1, STEPS + 1):
+        twins.step([drawn(seed, [p.shape], p.dtype)[0] for p in start])
+    twins.check()
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_sparse_gradients_equal_torch(dtype: torch.dtype, maximize: bool, place: RemoteOptions) -> None:
+    """Adagrad takes the gradients of an embedding, beside a dense layer, rows named twice and no row at all."""
+    options = {"lr": 0.1, "lr_decay": 0.1, "maximize": maximize, "foreach": False}
+
+    def model() -> nn.ModuleList:
+        embedding = nn.Embedding(11, 3, sparse=True, dtype=dtype)
+        linear = nn.Linear(3, 2, dtype=dtype)
+        for p, values in zip([embedding.weight, *linear.parameters()], drawn(5, [(11, 3), (2, 3), (2,)]), strict=True):
+            p.detach().copy_(values)
+        return nn.ModuleList([embedding, linear])
+
+    models = [model(), model()]
+    optimizers = [
+        ours("Adagrad")(models[0].parameters(), **options, **place),  # type: ignore[arg-type]
+        theirs("Adagrad")(models[1].parameters(), **options),
+    ]
+    for seed in range(STEPS):
+        rows = torch.randint(11, (0 if seed == 4 else 6,), generator=torch.Generator().manual_seed(seed))
+        for each, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            each[1](each[0](rows)).abs().pow(2).sum().backward()
+            optimizer.step()
+    assert models[0][0].weight.grad is not None
+    assert models[0][0].weight.grad.is_sparse
+    check_parameters(list(models[0].parameters()), list(models[1].parameters()))
+    check_states(optimizers[0].state_dict(), optimizers[1].state_dict())
+
+
+def test_sparse_gradients_are_refused_where_torch_refuses_them(place: RemoteOptions) -> None:
+    """With weight decay, and by every other optimizer, in torch's words; nothing has changed then."""
+    for name, options, words in [
+        ("Adagrad", {"weight_decay": 0.1}, "weight_decay option is not compatible with sparse gradients"),
+        ("Adadelta", {}, "Adadelta does not support sparse gradients"),
+        ("Adamax", {}, "Adamax does not support sparse gradients"),
+    ]:
+        (p,) = parameters(drawn(0, [(4, 2)]))
+        before = p.detach().clone()
+        optimizer = ours(name)([p], **options, **place)  # type: ignore[arg-type]
+        p.grad = torch.eye(4, 2).to_sparse(1)
+        with pytest.raises(Exception, match=words):
+            optimizer.step()
+        check_parameters([p], [before])
+        p.grad = torch.ones(4, 2)
+        optimizer.step()
+        assert optimizer.version == 1
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler")
+@pytest.mark.parametrize("kernel", ["auto", "fused"])
+@pytest.mark.parametrize("where", ["embedded", "server"])
+def test_fused_kernels_are_within_torchs_tolerance(kernel: Any, where: str, request: pytest.FixtureRequest) -> None:
+    """Compiled kernels follow torch's loop within its tolerance, and the report says which kernel ran."""
+    place: RemoteOptions = {"kernel": kernel}
+    if where == "server":
+        place["server"] = request.getfixturevalue("server").url
+    twins = Twins("Adagrad", {"lr": 0.1, "lr_decay": 0.01, "weight_decay": 0.02}, place)
+    twins.train(STEPS)
+    twins.check(exact=False)
+    assert twins.ours.last_step is not None
+    assert twins.ours.last_step.kernel in ({"fused"} if kernel == "fused" else {"fused", "reference"})
