@@ -1,0 +1,80 @@
+"""The demo: train digits against a server, repeat it with `torch.optim`, and compare.
+
+    server process ◄── HTTP ──► worker processes, each with its shard of the images       (remote)
+    one process, torch.optim on the average of the same gradients                          (local)
+
+Both start from the same parameters and see the same batches in the same order, and a sync session adds gradients in the
+order of the workers; so the two must end at the same parameters, whatever the order in which pushes arrived.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from farstep_service.demo.processes import Processes, started
+from farstep_service.demo.result import Result
+from farstep_service.demo.server import SERVER, server_url, start_server
+
+if TYPE_CHECKING:
+    from farstep_service.demo.display import Display
+    from farstep_service.demo.training import Training
+
+
+def run(*, json_output: bool = False, workers: int = 2, epochs: int | None = None, optimizer: str = "Adagrad") -> int:
+    """Run the demo and return its exit code: 0 when every target was met, 1 when not.
+
+    Args:
+        json_output: print one line of JSON and nothing else.
+        workers: how many worker processes train.
+        epochs: passes over the data; None for as many as the target needs.
+        optimizer: a name of `farstep_service.demo.training.OPTIONS`.
+
+    Raises:
+        FarstepError: a process ended too early, an option cannot be, or scikit-learn is missing. No process is left.
+    """
+    began = time.monotonic()
+    with started() as processes:
+        server = start_server(processes)
+        # What follows imports torch, while the server does.
+        from farstep_service.demo.display import display
+        from farstep_service.demo.training import EPOCHS, Training
+
+        training = Training(workers=workers, epochs=EPOCHS if epochs is None else epochs, optimizer=optimizer)
+        with display(silent=json_output) as shown:
+            result = _compare(processes, server, training, shown, began)
+    print(result.to_json() if json_output else result, flush=True)
+    return 0 if result.ok else 1
+
+
+def _compare(processes: Processes, server: int, training: Training, shown: Display, began: float) -> Result:
+    from farstep_service.demo.local import train_locally
+    from farstep_service.demo.model import accuracy_of, largest_difference
+    from farstep_service.demo.remote import check_agreement, fetch, follow, start_workers
+    from farstep_service.demo.reports import Pace
+
+    url = server_url(processes)
+    shown.say(f"{len(training.train)} digits to train on, {len(training.test)} to test with, {training.optimizer}")
+    shown.say(f"{SERVER} at {url} is process {server}")
+    for name, pid in start_workers(processes, training, url).items():
+        shown.say(f"{name} is process {pid}")
+    last = follow(processes, training, shown.remote)
+    remote = fetch(training, url)
+    check_agreement(remote, last)
+    processes.stop()
+    local = train_locally(training, lambda step, loss: shown.local(step, training.steps, loss))
+    pace = Pace.of(last.values())
+    accuracies = accuracy_of(remote, training.test), accuracy_of(local, training.test)
+    difference = largest_difference(remote, local)
+    return Result(
+        accuracy_remote=accuracies[0],
+        accuracy_local=accuracies[1],
+        max_parameter_difference=difference,
+        steps=training.steps,
+        workers=training.workers,
+        steps_per_s=round(pace.steps_per_s, 1),
+        mb_per_s=round(pace.mb_per_s, 1),
+        seconds=round(time.monotonic() - began, 1),
+        optimizer=training.optimizer,
+        kernel="+".join(sorted({kernel for report in last.values() for kernel in report.kernels})),
+    )

@@ -1,0 +1,102 @@
+"""What the two runs of the demo share: how much is trained, with which optimizer, and which images a step sees.
+
+A step is one batch per worker; its number is the session's version before it. The workers that train against a server
+(`worker`) and the loop that repeats the training with `torch.optim` (`local`) both ask this record for their batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from farstep.errors import InvalidOption
+from farstep.settings import KernelChoice
+from farstep_service.demo.data import SEED, Digits, load_digits, shard, shuffled
+
+BATCH_IMAGES = 32
+EPOCHS = 16
+WORKERS = 2
+OPTIMIZER = "Adagrad"
+SESSION = "digits"
+KERNEL: KernelChoice = "reference"
+"""Reference kernels give torch's bits. Fused ones may round the last bit of a step differently, and training magnifies
+that: two runs whose first parameters differ in the last bit end 0.2 apart, equally good, and comparing says nothing."""
+OPTIONS: Mapping[str, Mapping[str, float]] = {
+    "Adagrad": {"lr": 0.03},
+    "Adadelta": {"lr": 1.0},
+    "Adamax": {"lr": 0.01},
+    "ASGD": {"lr": 0.3},
+}
+"""The optimizers of the demo, with options under which this network learns the digits."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Describe one training run.
+
+    Attributes:
+        workers: how many workers share the training images.
+        epochs: how often each worker sees its shard.
+        optimizer: a name of `OPTIONS`.
+        seed: decides the split, the shards' order and the first parameters.
+
+    Raises:
+        InvalidOption: no worker, no epoch, an optimizer the demo has no options for, or a worker without a full batch.
+    """
+
+    workers: int = WORKERS
+    epochs: int = EPOCHS
+    optimizer: str = OPTIMIZER
+    seed: int = SEED
+    train: Digits = field(init=False, repr=False, compare=False)
+    test: Digits = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in OPTIONS:
+            known = ", ".join(OPTIONS)
+            raise InvalidOption(f"The demo has no optimizer {self.optimizer!r}; it has {known}.", field="optimizer")
+        for name in ("workers", "epochs"):
+            if getattr(self, name) < 1:
+                raise InvalidOption(f"Invalid {name}: {getattr(self, name)}. Must be at least 1.", field=name)
+        train, test = load_digits(self.seed)
+        object.__setattr__(self, "train", train)
+        object.__setattr__(self, "test", test)
+        if self.steps_per_epoch < 1:
+            raise InvalidOption(
+                f"Invalid workers: {self.workers}. There are {len(train)} images, and each needs {BATCH_IMAGES}.",
+                field="workers",
+                limit=len(train) // BATCH_IMAGES,
+            )
+
+    @property
+    def options(self) -> Mapping[str, float]:
+        """Return the optimizer's options."""
+        return OPTIONS[self.optimizer]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Return the number of full batches in the smallest shard."""
+        return len(self.train) // self.workers // BATCH_IMAGES
+
+    @property
+    def steps(self) -> int:
+        """Return the version at which the training is complete."""
+        return self.epochs * self.steps_per_epoch
+
+    def batch(self, step: int, worker: int) -> Digits:
+        """Return what a worker sees at a step."""
+        return self.train.take(self.indices(step, worker))
+
+    def indices(self, step: int, worker: int) -> Tensor:
+        """Return which training images a worker sees at a step. Each epoch shuffles its shard anew."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        own = shard(len(self.train), worker, self.workers)
+        order = shuffled(len(own), self.seed, worker, epoch)
+        return own[order[position * BATCH_IMAGES : (position + 1) * BATCH_IMAGES]]
+
+
+def worker_name(index: int) -> str:
+    """Return the name of a worker. Sync mode reduces in the order of the names, so they sort like the numbers."""
+    return f"worker-{index:02d}"
