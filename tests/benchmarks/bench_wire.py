@@ -1,0 +1,97 @@
+"""A remote step against the physical limit and against torch's own parameter server, in one run.
+
+    make bench        or        python tests/benchmarks/bench_wire.py [--cycles 3]
+
+Rows: Adagrad steps of 25 M parameters in 56 tensors, 250,000 in 60, and 2,500 in 6; float32 over TCP loopback, one
+worker, server and worker in processes of their own, one torch thread each. Columns, in milliseconds (medians):
+
+    raw        the same bytes there and back over plain sockets, nothing computed: the limit
+    farstep    `optimizer.step()`: gradients there, a fused Adagrad step, parameters back into the model
+    torch RPC  torch.distributed.rpc (TensorPipe) parameter server, the same step with torch.optim.Adagrad(fused=True)
+
+The sides take turns, `--cycles` times, so that a machine whose speed drifts does not favour one of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import torch
+from tests.benchmarks.hardware import hardware
+from tests.benchmarks.peers import raw_sockets, torch_rpc
+from tests.benchmarks.peers.torch_rpc import Size
+from tests.service.servers import running_server
+
+import farstep
+
+SIZES = (Size(25_000_000, 56), Size(250_000, 60), Size(2_500, 6))
+ROUNDS = (7, 100, 300)
+LIMITS = ("at most 1.6 x raw", "", "at most torch RPC")
+
+
+def parameters_of(size: Size) -> list[torch.nn.Parameter]:
+    """Return parameters with gradients."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.randn(length, generator=generator)) for length in size.lengths]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return parameters
+
+
+def remote_steps(url: str, size: Size, rounds: int) -> tuple[list[float], farstep.StepReport]:
+    """Return the seconds of timed steps against a server, and the report of the last one."""
+    optimizer = farstep.optim.Adagrad(parameters_of(size), server=url, kernel="fused")
+    try:
+        for _ in range(max(2, rounds // 5)):
+            optimizer.step()
+        seconds = []
+        for _ in range(rounds):
+            began = time.perf_counter()
+            optimizer.step()
+            seconds.append(time.perf_counter() - began)
+        assert optimizer.last_step is not None
+        return seconds, optimizer.last_step
+    finally:
+        optimizer.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cycles", type=int, default=3, help="how often the sides take turns")
+    cycles = parser.parse_args(arguments).cycles
+    torch.set_num_threads(1)
+    print(hardware())
+    times: dict[str, list[list[float]]] = {side: [[] for _ in SIZES] for side in ("raw", "farstep", "rpc")}
+    reports: list[farstep.StepReport] = []
+    with running_server() as server:
+        for _ in range(cycles):
+            for place, (size, rounds) in enumerate(zip(SIZES, ROUNDS, strict=True)):
+                times["raw"][place] += raw_sockets.measure_all([4 * size.parameters], rounds)[0]
+                seconds, report = remote_steps(server.url, size, rounds)
+                times["farstep"][place] += seconds
+                reports.append(report)
+                times["rpc"][place] += torch_rpc.measure_all([size], rounds)[0]
+    print(f"{'parameters':>22} {'raw':>9} {'farstep':>9} {'torch RPC':>10} {'to raw':>8} {'to RPC':>8}  target")
+    for place, size in enumerate(SIZES):
+        raw, ours, rpc = (1e3 * median(times[side][place]) for side in ("raw", "farstep", "rpc"))
+        label = f"{size.parameters:,} in {size.tensors}"
+        ratios = f"{ours / raw:>7.2f}x {ours / rpc:>7.2f}x"
+        print(f"{label:>22} {raw:>9.3f} {ours:>9.3f} {rpc:>10.3f} {ratios}  {LIMITS[place]}")
+    for size, report in zip(SIZES, reports[-len(SIZES) :], strict=True):
+        parts = ", ".join(f"{name} {1e3 * seconds:.3f}" for name, seconds in report.seconds.items())
+        print(f"where the time of the last step of {size.parameters:,} went (ms, {report.kernel} kernel): {parts}")
+
+
+if __name__ == "__main__":
+    main()
