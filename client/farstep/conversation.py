@@ -56,9 +56,11 @@ class Conversation:
         self.server = server
         headers = {"authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(min(CONNECT_TIMEOUT_S, read_timeout_s), read=read_timeout_s, write=read_timeout_s)
+        self._transport = transport or SocketTransport()
         self._client = httpx.Client(
-            base_url=server, headers=headers, timeout=timeout, transport=transport or SocketTransport(), trust_env=False
+            base_url=server, headers=headers, timeout=timeout, transport=self._transport, trust_env=False
         )
+        self._urls: dict[str, httpx.URL] = {}
 
     def control(
         self, method: str, path: str, document: Mapping[str, Any] | None = None, *, within_s: float | None = None
@@ -113,15 +115,9 @@ class Conversation:
             FarstepError: the problem the server answered with, or an answer that is not of the protocol.
             httpx.TransportError: no complete answer came; memory that `place` named is then unspecified.
         """
-        headers = self._client.headers.copy()
-        stream = None
-        if header is not None:
-            stream = Pieces(encode(header, payload, side="client"))
-            headers["content-type"] = MSGPACK
-            headers["content-length"] = str(stream.nbytes)
-        url = self._client.base_url.join(path)
-        request = httpx.Request(method, url, headers=headers, stream=stream, extensions=self._extensions(wait_s))
-        response = self._client.send(request, stream=True)
+        request = self._request(method, path, header, payload, wait_s)
+        response = self._transport.handle_request(request)  # past the client's cookies and redirects, which take longer
+        response.request = request
         try:
             if not response.is_success:
                 response.read()
@@ -138,6 +134,25 @@ class Conversation:
             return Received(decoder.header, decoder.payload_bytes, time.perf_counter() - began)
         finally:
             response.close()
+
+    def _request(
+        self,
+        method: str,
+        path: str,
+        header: Mapping[str, Any] | None,
+        payload: Sequence[memoryview],
+        wait_s: float,
+    ) -> httpx.Request:
+        url = self._urls.get(path)
+        if url is None:
+            url = self._urls[path] = self._client.build_request(method, path).url
+        headers = self._client.headers.copy()
+        stream = None
+        if header is not None:
+            stream = Pieces(encode(header, payload, side="client"))
+            headers["content-type"] = MSGPACK
+            headers["content-length"] = str(stream.nbytes)
+        return httpx.Request(method, url, headers=headers, stream=stream, extensions=self._extensions(wait_s))
 
     def close(self) -> None:
         """Close every connection."""

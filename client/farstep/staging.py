@@ -134,6 +134,8 @@ class Arrivals:
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self._parameters = list(parameters)
+        # Views shown as the conjugate or the negative of their memory, which foreach operations do not take.
+        self._lazy = any(p.is_conj() or p.is_neg() for p in parameters)
         sizes: dict[torch.dtype, int] = {}
         places: list[tuple[torch.dtype, int]] = []
         for p in parameters:
@@ -142,7 +144,8 @@ class Arrivals:
             sizes[p.dtype] = offset + p.numel()
         flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
         self._staged = [
-            flat[dtype][offset : offset + p.numel()] for (dtype, offset), p in zip(places, parameters, strict=True)
+            flat[dtype][offset : offset + p.numel()].view(p.shape)
+            for (dtype, offset), p in zip(places, parameters, strict=True)
         ]
         self._all = _merged(
             (flat[dtype], offset, p.numel()) for (dtype, offset), p in zip(places, parameters, strict=True)
@@ -156,13 +159,15 @@ class Arrivals:
 
     def settle_(self, indices: Sequence[int] | None) -> None:
         """Copy what has arrived into the parameters: same storage, same strides, version counters bumped."""
-        chosen = range(len(self._parameters)) if indices is None else indices
-        targets = [self._parameters[i] for i in chosen]
-        if not targets:
-            return
-        sources = [self._staged[i].view(p.shape) for i, p in zip(chosen, targets, strict=True)]
+        targets, sources = self._parameters, self._staged
+        if indices is not None:
+            targets, sources = [targets[i] for i in indices], [sources[i] for i in indices]
         with torch.no_grad():
-            torch._foreach_copy_(targets, sources, non_blocking=False)
+            if targets and not self._lazy:
+                torch._foreach_copy_(targets, sources)
+                return
+            for target, source in zip(targets, sources, strict=True):
+                target.copy_(source)
 
 
 def _merged(spans: Iterable[tuple[Tensor, int, int]]) -> list[memoryview]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -14,12 +13,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import ASGIApp
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from farstep_service.auth import Tokens
 from farstep_service.registry import Registry
 from farstep_service.routes import Edge, control_router, data_routes, error_of
-from farstep_service.routes.problems import PROBLEM
+from farstep_service.routes.problems import PROBLEM, problem_of
 from farstep_service.settings import Settings
 
 DESCRIPTION = """An optimizer as a service.
@@ -45,15 +45,39 @@ def create_app(settings: Settings) -> ASGIApp:
         title="farstep", version=version("farstep"), description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False
     )
     app.include_router(control_router(registry, settings))
-    app.router.routes.extend(data_routes(registry, settings))
+    data = data_routes(registry, settings)
+    app.router.routes.extend(data)
 
     async def problem(_: Request, exc: Exception) -> Response:
         error = error_of(exc)
-        return ProblemResponse(error.to_problem(), error.status, getattr(exc, "headers", None))
+        return ProblemResponse(problem_of(error), error.status, getattr(exc, "headers", None))
 
     app.add_exception_handler(HTTPException, problem)
     app.add_exception_handler(RequestValidationError, problem)
-    return Edge(app, Tokens(settings.tokens))
+    return Edge(FastLane(app, data), Tokens(settings.tokens))
+
+
+class FastLane:
+    """Hand pushes and pulls straight to their endpoints: a framework's layers would cost more than a small step.
+
+    Args:
+        app: answers everything else, and wrong methods on these paths.
+        routes: the data routes.
+    """
+
+    def __init__(self, app: ASGIApp, routes: Sequence[Route]) -> None:
+        self.app = app
+        self._routes = routes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            for route in self._routes:
+                match, matched = route.matches(scope)
+                if match is Match.FULL:
+                    scope.update(matched)
+                    await route.handle(scope, receive, send)
+                    return
+        await self.app(scope, receive, send)
 
 
 class Application(FastAPI):
@@ -70,5 +94,5 @@ class ProblemResponse(Response):
 
     media_type = PROBLEM.decode()
 
-    def __init__(self, problem: dict[str, object], status: int, headers: Mapping[str, str] | None) -> None:
-        super().__init__(json.dumps(problem), status_code=status, headers=headers)
+    def __init__(self, problem: bytes, status: int, headers: Mapping[str, str] | None) -> None:
+        super().__init__(problem, status_code=status, headers=headers)

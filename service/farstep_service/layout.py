@@ -6,8 +6,9 @@
     z   (2,) complex64    2: float32 [12, 16), as 2 x 2 reals
 
 A layout is plain data: no tensor and no torch in it. Segments keep the order of the parameters, which is the order on
-the wire. Offsets and lengths count elements of the real dtype in which the segment is stored; there is no padding, so
-neighbouring segments of one dtype are one contiguous span. A layout only grows at its end.
+the wire. Offsets and lengths count elements of the real dtype in which the segment is stored; there is no padding
+but for an element before a complex segment at an odd place, so neighbours of one dtype are one contiguous span. A
+layout only grows at its end.
 """
 
 from __future__ import annotations
@@ -123,6 +124,7 @@ class Layout:
                     limit=MAX_TOTAL_BYTES,
                 )
             offset = sizes.get(dtype.real, 0)
+            offset += offset % (1 if dtype.name == dtype.real else 2)  # pairs of reals are complex only at even places
             sizes[dtype.real] = offset + length
             segments.append(Segment(name, shape, dtype.name, group, dtype.real, offset, length, size))
         return type(self)(tuple(segments), MappingProxyType(sizes), nbytes)
@@ -153,11 +155,16 @@ class Layout:
         """
         spans: list[tuple[int, int]] = []
         for index in segments:
-            if spans and spans[-1][1] == index and self.segments[index - 1].buffer == self.segments[index].buffer:
+            if spans and spans[-1][1] == index and self._follows(index):
                 spans[-1] = (spans[-1][0], index + 1)
             else:
                 spans.append((index, index + 1))
         return spans
+
+    def _follows(self, index: int) -> bool:
+        """Say whether a segment begins where the one before it ends."""
+        before, segment = self.segments[index - 1], self.segments[index]
+        return before.buffer == segment.buffer and before.stop == segment.offset
 
 
 def _checked(spec: SegmentSpec, names: set[str]) -> tuple[str, tuple[int, ...], int]:

@@ -27,12 +27,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+
+import farstep
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.peers import raw_sockets, torch_rpc
 from tests.benchmarks.peers.torch_rpc import Size
 from tests.service.servers import running_server
-
-import farstep
 
 SIZES = (Size(25_000_000, 56), Size(250_000, 60), Size(2_500, 6))
 ROUNDS = (7, 100, 300)

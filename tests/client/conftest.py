@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.service.servers import RunningServer, running_server
 
 from farstep.conversation import Conversation
 from farstep.settings import RemoteOptions
+from tests.service.servers import RunningServer, running_server
 
 
 @pytest.fixture(scope="session")

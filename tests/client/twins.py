@@ -21,15 +21,15 @@ Group = dict[str, Any]
 Grouping = Callable[[list[Tensor]], list[Group]]
 
 
-def ours(name: str) -> type[RemoteOptimizer]:
+def ours(name: str) -> Callable[..., RemoteOptimizer]:
     """Return farstep's class of a name."""
-    kind: type[RemoteOptimizer] = getattr(farstep.optim, name)
+    kind: Callable[..., RemoteOptimizer] = getattr(farstep.optim, name)
     return kind
 
 
-def theirs(name: str) -> type[torch.optim.Optimizer]:
+def theirs(name: str) -> Callable[..., torch.optim.Optimizer]:
     """Return torch's class of a name."""
-    kind: type[torch.optim.Optimizer] = getattr(torch.optim, name)
+    kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, name)
     return kind
 
 
@@ -73,7 +73,7 @@ class Twins:
         start = drawn(0) if start is None else start
         options = {"foreach": False, **options}
         self.here, self.there = parameters(start), parameters(start)
-        self.ours = ours(name)(grouping(self.here), **options, **place)  # type: ignore[arg-type]  # each has its own
+        self.ours = ours(name)(grouping(self.here), **options, **place)
         self.theirs = theirs(name)(grouping(self.there), **options)
 
     def give(self, gradients: Sequence[Tensor | None]) -> None:
@@ -99,10 +99,16 @@ class Twins:
         check_states(self.ours.state_dict(), self.theirs.state_dict(), exact=exact)
 
 
-def check_equal(here: Any, there: Any, *, exact: bool = True) -> None:
+HALVES = {torch.bfloat16: 1.6e-2, torch.float16: 1e-3}
+"""torch's relative tolerance; as absolute one the unit in the last place of 1, for what lies near zero."""
+
+
+def check_equal(here: Sequence[Tensor], there: Sequence[Tensor], *, exact: bool = True) -> None:
     """Compare tensors: value, shape, dtype, device; bit by bit, or within torch's tolerance for the dtype."""
-    limits = {"rtol": 0.0, "atol": 0.0} if exact else {}
-    torch.testing.assert_close(here, there, equal_nan=True, **limits)
+    rtol, atol = (0.0, 0.0) if exact else (None, None)
+    if not exact and here[0].dtype in HALVES:
+        rtol, atol = HALVES[here[0].dtype], torch.finfo(here[0].dtype).eps
+    torch.testing.assert_close(here, there, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def check_parameters(here: Sequence[Tensor], there: Sequence[Tensor], *, exact: bool = True) -> None:
@@ -117,4 +123,5 @@ def check_states(here: dict[str, Any], there: dict[str, Any], *, exact: bool = T
     assert here["state"].keys() == there["state"].keys()
     for index, own in there["state"].items():
         assert here["state"][index].keys() == own.keys()
-        check_equal(here["state"][index], own, exact=exact)
+        for key, value in own.items():
+            check_equal([here["state"][index][key]], [value], exact=exact)

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.optimizers.twins import Twins
 
 from farstep_service.optimizers import RULES
+from tests.optimizers.twins import Twins
 
 STEPS = 200
 

@@ -6,16 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from tests.optimizers.test_bits import OPTIONS
-from tests.optimizers.twins import Twins
 
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.optimizers.build import Report
 from farstep_service.optimizers.fused import FusedKernel
 from farstep_service.optimizers.packages import Package
+from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.rule import Call, Progress
-from farstep_service.store import FlatBuffers, Gradients, Store
+from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
+from tests.optimizers.test_bits import OPTIONS
+from tests.optimizers.twins import SHAPES, Twins
 
 pytestmark = pytest.mark.timeout(600)  # the first run on a machine compiles
 
@@ -70,6 +71,29 @@ def test_a_changed_option_builds_nothing(fused: Kernels, tmp_path: Path):
     twins.check_close()
 
 
+def test_the_users_own_tensors(fused: Kernels):
+    """An embedded step, some tensors gathered and some in place, is within tolerance and changes no storage."""
+    noise = torch.Generator().manual_seed(0)
+    ours = [torch.randn(shape, generator=noise).requires_grad_() for shape in SHAPES]
+    theirs = [p.detach().clone().requires_grad_() for p in ours]
+    places = [p.data_ptr() for p in ours]
+    optimizer = torch.optim.Adamax(theirs, foreach=False)
+    layout = Layout.build(SegmentSpec(str(index), tuple(p.shape), "float32") for index, p in enumerate(ours))
+    rule = RULES["Adamax"]
+    hypers = [rule.hyper()]
+    store = Store(layout, rule, hypers, kernels=fused, parameters=BorrowedBuffers(layout, ours, small=500))
+    gradients = BorrowedBuffers(layout, small=500)
+    for _ in range(20):
+        for p in theirs:
+            p.grad = torch.randn(p.shape, generator=noise)
+        optimizer.step()
+        gradients.lend([p.grad for p in theirs])
+        assert store.apply(hypers, Gradients(gradients)).kernel == "fused"
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q)
+    assert [p.data_ptr() for p in ours] == places
+
+
 def test_one_element_and_none(fused: Kernels):
     """Runs too short for a compiled program take part in a fused step."""
     layout = Layout.build(
@@ -102,6 +126,37 @@ def test_long_memory_is_done_in_pieces(fused: Kernels):
     assert progress.at.call == 1
     assert bool((p == 0).all())
     assert torch.equal(ax, p)
+
+
+@pytest.mark.parametrize("after", range(4))
+def test_a_program_that_fails_leaves_a_place_to_go_on_from(after: int):
+    """Wherever a program fails, what is done is known, and the reference kernel does the rest with the same result."""
+    rule = RULES["ASGD"]
+    programs_run: list[int] = []
+
+    def program(inputs: list[torch.Tensor]) -> None:
+        if len(programs_run) == after:
+            raise RuntimeError("out of luck")
+        p, g, ax, _, out = inputs
+        out.copy_(p - 0.5 * g)
+        ax.copy_(out)
+        programs_run.append(len(p))
+
+    kernel = FusedKernel(rule, torch.device("cpu"))
+    kernel.add(torch.float32, program)
+    lengths = (5, 1, 2**21 + 7, 3)
+    calls = []
+    for length in lengths:
+        p = torch.ones(length)
+        calls.append(Call(p, torch.full((length,), 2.0), (torch.zeros(length),), p, (1.0, 0.0, 1.0, -0.5, 1.0)))
+    progress = Progress()
+    with pytest.raises(RuntimeError, match="out of luck"):
+        kernel.execute(calls, progress)
+    assert progress.at[:2] == ((0, 0), (2, 0), (2, 2**21), (3, 0))[after]
+    ReferenceKernel(rule).execute(calls, progress)
+    for call in calls:
+        assert bool((call.p == 0).all())
+        assert torch.equal(call.state[0], call.p)
 
 
 def test_memory_that_does_not_fit_is_refused(fused: Kernels):

@@ -69,6 +69,16 @@ def test_the_first_of_several_bad_values_is_torchs_first(name: str):
     assert ours.value.detail == str(theirs.value)
 
 
+def test_fused_and_foreach_exclude_each_other():
+    """Asking for both of torch's implementations is refused in torch's words, although the server has its own."""
+    both = {"fused": True, "foreach": True}
+    with pytest.raises(RuntimeError, match="cannot be") as theirs:
+        torch.optim.Adagrad([torch.zeros(1)], **both)
+    with pytest.raises(InvalidOption) as ours:
+        RULES["Adagrad"].hyper.from_options(both)
+    assert ours.value.detail == str(theirs.value)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_option_is_named(name: str):
     """An option nobody knows is an error that names it and those that exist."""

@@ -19,7 +19,9 @@ def test_the_first_example_prints_what_the_readme_shows() -> None:
     found = re.search(r"```python\n(import torch\nimport farstep\n.*?)```\n\n```\n(.*?)```", README, flags=re.S)
     assert found
     code, shown = found.groups()
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100
+    ).stdout
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
     numbers = [[float(each) for each in NUMBER.findall(text)] for text in (printed, shown)]
     assert numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=5e-4)

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.service.servers import TOKEN, RunningServer, farstep, running_server
 
 from farstep.conversation import Conversation
 from farstep.errors import UnknownSession
 from farstep_service.cli.output import printable, size
+from tests.service.servers import TOKEN, RunningServer, farstep, running_server
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.service.servers import GONE_WITHIN_S, READY_WITHIN_S, TOKEN, RunningServer, farstep, running_server
 
 from farstep_service.cli.serve import banner
 from farstep_service.server import Listening
 from farstep_service.server.address import bind, url_of
-from farstep_service.server.machine import choose_threads_, usable_cpus
+from farstep_service.server.machine import tune_, usable_cpus
 from farstep_service.settings import Settings
+from tests.service.servers import GONE_WITHIN_S, READY_WITHIN_S, TOKEN, RunningServer, farstep, running_server
 
 OTHER_TOKEN = "fedcba9876543210fedcba9876543210"
 
@@ -253,7 +253,7 @@ def test_steps_share_the_cpus() -> None:
     """Each of the steps that may run at once gets its share of the CPUs, and its threads sleep when idle."""
     for steps in (1, 2, 1000):
         environment: dict[str, str] = {"OMP_NUM_THREADS": ""}
-        choose_threads_(environment, steps)
+        tune_(environment, steps)
         assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(max(1, usable_cpus() // steps))}
 
 
@@ -261,7 +261,7 @@ def test_threads_that_the_user_chose_stay() -> None:
     """Variables that are set already are left alone."""
     chosen = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "3"}
     environment = dict(chosen)
-    choose_threads_(environment, 2)
+    tune_(environment, 2)
     assert environment == chosen
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.session.writers import Twin, Writer, begun, equal, error, new_session, parameters, receipt, sync, values
 
 from farstep.errors import (
     FarstepError,
@@ -24,6 +23,7 @@ from farstep.errors import (
 from farstep.messages import Receipt
 from farstep_service.aggregation.ledger import RECEIPTS_KEPT
 from farstep_service.session import Outcome
+from tests.session.writers import Twin, Writer, begun, equal, error, new_session, parameters, receipt, sync, values
 
 
 def test_the_next_in_sequence_is_applied() -> None:
@@ -216,7 +216,7 @@ def test_a_refused_push_names_tensor_and_worker() -> None:
     gradients = values(session, 1)
     gradients[1][2] = float("inf")
     gradients[3][0] = complex(0, float("-inf"))
-    with pytest.raises(NonFinite, match="'b'.*'alice'") as raised:
+    with pytest.raises(NonFinite, match=r"'b'.*'alice'") as raised:
         writer.push(gradients)
     assert raised.value.field == "b"
 

@@ -5,11 +5,11 @@ from contextlib import suppress
 
 import pytest
 import torch
-from tests.store.conftest import SHAPES, BrokenKernels, MakeStore, all_bytes, layout_of, noise
 
 from farstep.errors import StepInterrupted
 from farstep_service.optimizers import RULES
 from farstep_service.store import BorrowedBuffers, Gradients, Store
+from tests.store.conftest import SHAPES, BrokenKernels, MakeStore, all_bytes, layout_of, noise
 
 EVERYWHERE = range(0, 60, 1)
 

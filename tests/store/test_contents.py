@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.store.conftest import MakeStore, all_bytes, layout_of, noise
 
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.store import FlatBuffers, Gradients, Store
+from tests.store.conftest import MakeStore, all_bytes, layout_of, noise
 
 
 @pytest.mark.parametrize("name", RULES)

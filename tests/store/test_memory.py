@@ -5,12 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from tests.store.conftest import layout_of, noise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.optimizers.reference import BLOCK
 from farstep_service.store import FlatBuffers, Gradients, Store, StoreBytes
+from tests.store.conftest import layout_of, noise
 
 MIB = 2**20
 SHAPES = tuple((MIB // 4,) for _ in range(8))  # 8 tensors of 1 MiB

@@ -5,10 +5,10 @@ import threading
 
 import pytest
 import torch
-from tests.store.conftest import MakeStore, all_bytes, layout_of, noise
 
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Held, Store
 from farstep_service.store.versions import SPARE_STEPS
+from tests.store.conftest import MakeStore, all_bytes, layout_of, noise
 
 
 def memory_of(store: Store) -> int:

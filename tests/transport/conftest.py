@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 import trustme
-from tests.transport.scripted import PATIENCE_S, Script, Stage
-from tests.transport.wellbehaved import running
 
 from farstep.transport import SocketTransport
+from tests.transport.scripted import PATIENCE_S, Script, Stage
+from tests.transport.wellbehaved import running
 
 
 @pytest.fixture

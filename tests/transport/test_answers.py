@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 
 import httpx
 import pytest
-from tests.transport.scripted import PATIENCE_S, Peer, Stage
 
 from farstep.transport import Pieces, SocketTransport, dial_tcp
 from farstep.transport.pool import Origin
+from tests.transport.scripted import PATIENCE_S, Peer, Stage
 
 Staging = Callable[..., Stage]
 LARGE = memoryview(bytearray(50_000_000))

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
-from tests.transport.scripted import PATIENCE_S, Peer, Stage
 
 from farstep.transport import Pieces, SocketTransport, body_of, dial_tcp
 from farstep.transport.pool import Origin
+from tests.transport.scripted import PATIENCE_S, Peer, Stage
 
 Staging = Callable[..., Stage]
 
@@ -344,9 +344,11 @@ def test_other_schemes_are_refused(client: httpx.Client):
         client.get("ftp://127.0.0.1/")
 
 
-def test_refused_connections_say_so(client: httpx.Client):
-    """A port where nobody listens is a ConnectError that names it."""
+def test_refused_connections_say_so(transport: SocketTransport):
+    """A port where nobody listens is a ConnectError that names it, and carries the request without a client too."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    with pytest.raises(httpx.ConnectError, match=rf"127\.0\.0\.1:{port}"):
-        client.get(f"http://127.0.0.1:{port}/")
+    request = httpx.Request("GET", f"http://127.0.0.1:{port}/")
+    with pytest.raises(httpx.ConnectError, match=rf"127\.0\.0\.1:{port}") as caught:
+        transport.handle_request(request)
+    assert caught.value.request is request

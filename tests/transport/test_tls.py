@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 import httpx
 import pytest
 import trustme
+
+from farstep.transport import Pieces, SocketTransport, body_of
 from tests.transport.scripted import PATIENCE_S, Peer, Stage
 from tests.transport.test_answers import push, refuse, refuse_and_read_on
 from tests.transport.test_bodies import PIECE_LISTS, noise, received
 from tests.transport.wellbehaved import running
-
-from farstep.transport import Pieces, SocketTransport, body_of
 
 Staging = Callable[..., Stage]
 

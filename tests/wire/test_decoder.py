@@ -4,10 +4,10 @@ import socket
 import threading
 
 import pytest
-from tests.wire.driving import drive, read
 
 from farstep.errors import InvalidRequest, LimitExceeded, TensorMismatch, Truncated
 from farstep.wire import Decoder, Limits, encode
+from tests.wire.driving import drive, read
 
 BODY = b"".join(encode({"v": 1, "worker": "w0"}, [memoryview(b"0123456789")], limits=Limits(frame_bytes=4)))
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgpack
 import pytest
-from tests.wire.driving import read
 
 from farstep.errors import InvalidRequest, LimitExceeded
 from farstep.wire import MAX_FRAME_BYTES, Decoder, Limits, encode, encoded_size
+from tests.wire.driving import read
 
 MIB = 1 << 20
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.wire.driving import drive
 
 from farstep.wire import Decoder, encode
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from tests.wire.driving import drive
 
 GOLDEN = {
     f"{path.stem}: {message['name']}": message

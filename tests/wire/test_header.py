@@ -9,11 +9,11 @@ from pathlib import Path
 
 import msgpack
 import pytest
-from tests.wire.driving import read
 
 from farstep.errors import InvalidRequest, LimitExceeded, Truncated
 from farstep.wire import Limits, encode
 from farstep.wire.header import parse_header
+from tests.wire.driving import read
 
 COMPILED = msgpack.Unpacker.__module__ != "msgpack.fallback"
 NEST = b"\x81\xa1a" + b"\x91" * 7 + b"\xc0"  # depth 8

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from tests.wire.driving import read
 
 from farstep import errors, wire
 from farstep.messages import PushHead, PutHead, Receipt
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from tests.wire.driving import read
 
 DOCUMENT = (Path(wire.__file__).parent / "PROTOCOL.md").read_text()
 

@@ -6,11 +6,11 @@ from itertools import pairwise
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.wire.driving import drive, read
 
 from farstep.errors import InvalidRequest
 from farstep.wire import SEGMENT_DTYPES, Decoder, Limits, encode, encoded_size, from_ranges, to_ranges
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from tests.wire.driving import drive, read
 
 dtypes = st.sampled_from([*SEGMENT_DTYPES, "int64"])
 shapes: st.SearchStrategy[list[int]] = st.one_of(

@@ -121,8 +121,17 @@ class SocketTransport(httpx.BaseTransport):
             httpx.RemoteProtocolError: the server hung up or does not speak HTTP/1.1; the outcome is unknown.
             httpx.LocalProtocolError, httpx.UnsupportedProtocol: the request itself is at fault.
         """
-        limits = Limits.of(request.extensions)
-        origin = _origin(request)
+        try:
+            return self._handle(request, _origin(request), Limits.of(request.extensions))
+        except httpx.RequestError as exc:
+            exc.request = request  # httpx's client does this too, but not everybody comes through it
+            raise
+
+    def close(self) -> None:
+        """Close every connection; a thread that is using one gets an error."""
+        self._pool.close()
+
+    def _handle(self, request: httpx.Request, origin: Origin, limits: Limits) -> httpx.Response:
         kept = self._pool.take(origin)
         if kept is not None:
             try:
@@ -133,10 +142,6 @@ class SocketTransport(httpx.BaseTransport):
         connection = Connection(self._connect(origin, limits))
         self._pool.add(connection)
         return self._exchange(connection, origin, request, limits)
-
-    def close(self) -> None:
-        """Close every connection; a thread that is using one gets an error."""
-        self._pool.close()
 
     def _exchange(
         self, connection: Connection, origin: Origin, request: httpx.Request, limits: Limits

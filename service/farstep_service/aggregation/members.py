@@ -34,14 +34,14 @@ class Members:
         """Return the epoch a worker joined with, 0 if it is not a member."""
         return self._epochs.get(worker, 0)
 
-    def make_room(self, worker: str) -> None:
-        """Make sure that `worker` finds a place, taking that of one who is absent if need be.
+    def make_room(self, worker: str) -> str | None:
+        """Make sure that `worker` finds a place; return the absent worker who loses his for it, if need be.
 
         Raises:
             SessionFull: every place is taken by a worker that is present.
         """
         if worker in self._epochs or self._places is None or len(self._epochs) < self._places:
-            return
+            return None
         if not self._absent:
             raise SessionFull(
                 f"All {self._places} places of this session are taken: {', '.join(sorted(self._epochs))}.",
@@ -49,7 +49,9 @@ class Members:
                 field="worker",
                 limit=self._places,
             )
-        self.leave(min(self._absent))
+        displaced = min(self._absent)
+        self.leave(displaced)
+        return displaced
 
     def join(self, worker: str, epoch: int) -> None:
         """Note that a worker joined."""

@@ -50,6 +50,8 @@ class AdagradHyper(Hyper):
             field="initial_accumulator_value",
         )
         in_range(f"Invalid epsilon value: {self.eps}", self.eps >= 0.0, field="eps")
+        both = bool(self.fused and self.foreach)
+        in_range("`fused` and `foreach` cannot be `True` together.", not both, field="fused")
 
 
 @final

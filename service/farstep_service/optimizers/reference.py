@@ -16,6 +16,8 @@ from farstep_service.rule import AnyRule, Call, Kernel, Progress, Write
 
 BLOCK = 2**17
 """Elements of a block. 64k to 256k are equally fast; smaller ones cost more calls, larger ones leave the cache."""
+GPU_BLOCK = 2**25
+"""Elements of a block on a GPU, where every operation is a launch and blocks only bound the memory for temporaries."""
 
 
 @final
@@ -24,14 +26,16 @@ class ReferenceKernel(Kernel):
 
     Args:
         rule: the rule.
-        block: elements of a block.
+        block: elements of a block on a CPU.
+        gpu_block: elements of a block elsewhere.
     """
 
     name = "reference"
 
-    def __init__(self, rule: AnyRule, block: int = BLOCK) -> None:
+    def __init__(self, rule: AnyRule, block: int = BLOCK, gpu_block: int = GPU_BLOCK) -> None:
         self._rule = rule
         self._block = block
+        self._gpu_block = gpu_block
 
     def execute(self, calls: Sequence[Call], progress: Progress) -> None:
         """Carry calls out from where `progress` stands, a block at a time."""
@@ -40,8 +44,8 @@ class ReferenceKernel(Kernel):
             index, start = progress.at.call, progress.at.element
             call = calls[index]
             length = call.p.numel()
-            stop = min(start + self._block, length)
-            writes = self._block_of(call if length <= self._block else _cut(call, start, stop))
+            stop = min(start + (self._block if call.p.is_cpu else self._gpu_block), length)
+            writes = self._block_of(call if stop - start == length else _cut(call, start, stop))
             if stop < length:
                 progress.commit(writes, call=index, element=stop)
             else:

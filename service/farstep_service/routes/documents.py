@@ -1,4 +1,8 @@
-"""The JSON documents that come in: what nobody knows is refused, never ignored, and none is larger than a bound."""
+"""The JSON documents that come in: what nobody knows is refused, never ignored.
+
+None is larger than a bound, and the first mistake ends the reading: a document of a million mistakes costs no more than
+one of one.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,16 @@ from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException, Path, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
 from starlette.types import Message
 
 from farstep.errors import LimitExceeded
-from farstep_service.layout import SegmentSpec
+from farstep_service.layout import MAX_SEGMENTS, SegmentSpec
 from farstep_service.plan import Plan
 from farstep_service.routes.problems import MAX_DOCUMENT_BYTES, too_large
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
+MAX_GROUPS = 10_000
 Name = Annotated[str, Field(pattern=NAME)]
 NamePath = Annotated[str, Path(pattern=NAME)]
 
@@ -26,32 +31,48 @@ class Document(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
+class Whole(Document):
+    """Base of a whole document."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, document: object) -> object:
+        """Refuse the first field that nobody knows, instead of counting them all."""
+        if isinstance(document, dict) and (
+            unknown := next((key for key in document if key not in cls.model_fields), None)
+        ):
+            raise ValueError(f"there is no field {unknown!r:.80}")
+        return document
+
+
 class SegmentDocument(Document):
     """One parameter of a session."""
 
     name: str
-    shape: list[int]
+    shape: Annotated[list[int], FailFast()]
     dtype: str
     group: int = 0
 
 
-class SessionDocument(Document):
+class SessionDocument(Whole):
     """A session to create or join, and the worker that joins it."""
 
     name: Name
     worker: Name
     optimizer: str
-    groups: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=10_000)]
-    segments: Annotated[list[SegmentDocument], Field(min_length=1)]
+    groups: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_GROUPS), FailFast()]
+    segments: Annotated[list[SegmentDocument], Field(min_length=1, max_length=MAX_SEGMENTS), FailFast()]
     consistency: dict[str, Any] = Field(default_factory=lambda: {"mode": "async"})
     nonfinite: Literal["refuse", "allow"] = "refuse"
     kernel: Literal["auto", "reference", "fused"] = "auto"
 
 
-class GroupsDocument(Document):
+class GroupsDocument(Whole):
     """Changed options, by param group number."""
 
-    groups: dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})$")], dict[str, Any]]
+    groups: Annotated[
+        dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})$")], dict[str, Any]], Field(max_length=MAX_GROUPS)
+    ]
 
 
 def plan_of(document: SessionDocument) -> Plan:

@@ -31,6 +31,8 @@ from farstep_service.auth import Tokens
 
 PROBLEM = b"application/problem+json"
 RETRY_AFTER_S = b"1"
+LONGEST = {"detail": 1000, "field": 200, "limit": 200}
+"""Characters of a problem's texts."""
 MAX_DOCUMENT_BYTES = 32 * 2**20
 """Size of a JSON document at most; 100,000 parameters with long names fit."""
 
@@ -80,7 +82,9 @@ def error_of(exc: Exception) -> FarstepError:
         return exc
     if isinstance(exc, RequestValidationError):
         first = exc.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")[:200]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        if first["type"] == "too_long":
+            return LimitExceeded(f"{where}: {first['msg']}.", field=where, limit=first["ctx"]["max_length"])
         return InvalidRequest(f"{where or 'The body'}: {first['msg']}.", field=where or None)
     if isinstance(exc, HTTPException):
         return http_error(exc.status_code, str(exc.detail))
@@ -135,9 +139,18 @@ def http_error(status: int, detail: str) -> FarstepError:
     return InvalidRequest(f"{detail} ({status}).")
 
 
+def problem_of(error: FarstepError) -> bytes:
+    """Return the document that tells an error; what a client sent is not sent back at any length."""
+    document = error.to_problem()
+    for key, most in LONGEST.items():
+        if isinstance(text := document.get(key), str) and len(text) > most:
+            document[key] = f"{text[:most]}..."
+    return json.dumps(document).encode()
+
+
 async def answer(error: FarstepError, send: Send) -> None:
     """Send an error as the whole answer."""
-    body = json.dumps(error.to_problem()).encode()
+    body = problem_of(error)
     headers = [(b"content-type", PROBLEM), (b"content-length", str(len(body)).encode())]
     if isinstance(error, Busy):
         headers.append((b"retry-after", RETRY_AFTER_S))

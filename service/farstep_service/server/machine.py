@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
@@ -10,19 +11,41 @@ from pathlib import Path
 
 from farstep.errors import InvalidOption, Unavailable
 
+_TOP_PAD = -2
+"""glibc's M_TOP_PAD."""
+
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 _DEVICE = re.compile(r"cpu|cuda(?::(\d{1,3}))?")
 
 
-def choose_threads_(environment: MutableMapping[str, str], steps: int) -> None:
-    """Give each step its share of the CPUs, in variables that OpenMP reads when torch is loaded; the user's own stay.
+def tune_(environment: MutableMapping[str, str], steps: int) -> None:
+    """Set the variables that OpenMP and torch read when torch is loaded; those that the user has set stay.
 
-    Threads that wait for each other must sleep: with two that spin on two busy cores a step takes 50 times longer.
+    Each step gets its share of the CPUs, and threads that wait for each other sleep: with two that spin on two busy
+    cores a step takes 50 times longer. Tensors lie in huge pages where the kernel grants them: writing 100 MB of fresh
+    memory for the first time took 47 ms in small pages, 9 ms in huge ones, and 5 ms is the copy itself.
     """
-    for name, value in (("OMP_WAIT_POLICY", "PASSIVE"), ("OMP_NUM_THREADS", str(max(1, usable_cpus() // steps)))):
+    wanted = {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(max(1, usable_cpus() // steps)),
+        "THP_MEM_ALLOC_ENABLE": "1",
+    }
+    for name, value in wanted.items():
         if not environment.get(name):
             environment[name] = value
+
+
+def keep_freed_memory(kept_bytes: int = 64 << 20) -> None:
+    """Let the allocator keep that much freed memory at hand instead of returning it to the kernel at once.
+
+    uvicorn makes a `bytes` of 256 KiB for each piece of a body. With glibc's own settings each is fresh memory again:
+    receiving 100 MB then takes 120 ms in place of 43.
+    """
+    try:
+        ctypes.CDLL(None).mallopt(_TOP_PAD, kept_bytes)
+    except (AttributeError, OSError):  # another C library
+        return
 
 
 def usable_cpus(quota: Path = CPU_QUOTA) -> int:

@@ -20,7 +20,7 @@ from types import FrameType
 import uvicorn
 
 from farstep_service.server.address import BACKLOG, bind, url_of
-from farstep_service.server.machine import check_device, check_device_name, choose_threads_, kernels_at_hand
+from farstep_service.server.machine import check_device, check_device_name, keep_freed_memory, kernels_at_hand, tune_
 from farstep_service.settings import Settings
 
 GRACE_S = 8
@@ -72,7 +72,8 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
     _log_to_stderr(log_level)
     check_device_name(settings.device)
     with bind(settings.host, settings.port) as sock:
-        choose_threads_(os.environ, settings.threads)
+        tune_(os.environ, settings.threads)
+        keep_freed_memory()
 
         check_device(settings.device)
 

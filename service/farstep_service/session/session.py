@@ -132,7 +132,9 @@ class Session:
         Raises:
             SessionFull: the mode's places are taken by workers that are present.
         """
-        self._members.make_room(worker)
+        displaced = self._members.make_room(worker)
+        if displaced is not None:
+            self._ledger.join(displaced)  # fences it: its place is another's now
         outcomes = self._withdraw(worker, "joined again")
         epoch = self._ledger.join(worker)
         self._members.join(worker, epoch)

@@ -118,7 +118,7 @@ class BorrowedBuffers(Buffers):
         place = self._places[first]
         if place is None:
             apart = self._apart.get(first)
-            return flattened(self.segment(first)) if apart is None else apart
+            return flattened(self._lent(first)) if apart is None else apart
         found = self._stretches.get((first, length))
         if found is None:
             if len(self._stretches) > 2 * len(self._places):
@@ -199,10 +199,12 @@ def _stage(layout: Layout, small: int) -> tuple[list[int | None], dict[str, int]
     large_before: dict[str, bool] = {}
     for index, segment in enumerate(layout.segments):
         large = segment.length >= small
-        places.append(None if large else sizes.get(segment.buffer, 0))
+        place = sizes.get(segment.buffer, 0)
+        odd = segment.is_complex and place % 2 == 1  # pairs of reals are complex only at even places
+        places.append(None if large else place + odd)
         if not large:
-            sizes[segment.buffer] = sizes.get(segment.buffer, 0) + segment.length
-        if large or large_before.get(segment.buffer, False):
+            sizes[segment.buffer] = place + odd + segment.length
+        if large or odd or large_before.get(segment.buffer, False):
             borders.add(index)
         large_before[segment.buffer] = large
     return places, sizes, frozenset(borders)

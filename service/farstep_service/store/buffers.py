@@ -128,5 +128,7 @@ def shaped(flat: Tensor, segment: Segment) -> Tensor:
 
 
 def flattened(tensor: Tensor) -> Tensor:
-    """Return a contiguous parameter's memory as a flat view in its real dtype."""
-    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).view(-1)
+    """Return a contiguous parameter's memory, flat and in its real dtype."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    return tensor if tensor.dim() == 1 else tensor.view(-1)

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from tests.benchmarks.peers import bare_http, raw_sockets, torch_rpc
 
 

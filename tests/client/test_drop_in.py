@@ -1,0 +1,527 @@
+"""Whoever holds a torch.optim.Optimizer can hold one of ours: signature, errors, steps, groups, schedules, state."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+
+import farstep
+from farstep.conversation import Conversation
+from farstep.errors import FarstepError, InvalidOption, UnknownSession
+from farstep.optim import Adagrad
+from farstep.settings import RemoteOptions
+from tests.client.test_parity import BY_OPTIONS, NAMES, three_groups
+from tests.client.twins import Twins, check_parameters, check_states, drawn, ours, parameters, theirs
+
+# -- the class -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_signature_is_torchs_and_then_ours(name: str) -> None:
+    """Names, order, kinds and defaults of the arguments are torch's; what is ours comes after them, by keyword."""
+    own, torchs = getattr(farstep.optim, name), getattr(torch.optim, name)
+    here, there = (list(inspect.signature(kind.__init__).parameters.values()) for kind in (own, torchs))
+    assert [(p.name, p.kind, p.default) for p in here[:-1]] == [(p.name, p.kind, p.default) for p in there]
+    assert here[-1].kind is inspect.Parameter.VAR_KEYWORD
+    assert own.__name__ == name
+    assert issubclass(own, torch.optim.Optimizer)
+
+
+BAD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"lr": -1}) for name in NAMES),
+    *((name, {"weight_decay": -1}) for name in NAMES),
+    *((name, {"lr": torch.ones(2)}) for name in NAMES),
+    *((name, {"eps": -1}) for name in NAMES if name != "ASGD"),
+    ("Adagrad", {"lr_decay": -1}),
+    ("Adagrad", {"initial_accumulator_value": -1}),
+    ("Adagrad", {"fused": True, "foreach": True}),
+    ("Adadelta", {"rho": 1.5}),
+    ("Adamax", {"betas": (1.0, 0.5)}),
+    ("Adamax", {"betas": (0.5, -0.1)}),
+]
+
+
+@pytest.mark.parametrize(("name", "options"), BAD_OPTIONS)
+def test_a_bad_option_gives_torchs_own_error(name: str, options: dict[str, Any]) -> None:
+    """Type and words of the error are torch's."""
+    errors = []
+    for kind in (ours(name), theirs(name)):
+        with pytest.raises(Exception, match=r".") as refused:
+            kind(parameters(drawn(0)), **options)
+        errors.append(refused.value)
+    assert type(errors[0]) is type(errors[1])
+    assert str(errors[0]) == str(errors[1])
+
+
+@pytest.mark.parametrize(
+    "params", [[], [{"params": []}, {}], torch.ones(2), [torch.ones(2) * torch.ones(2, requires_grad=True)]]
+)
+def test_bad_parameters_give_torchs_own_error(params: Any) -> None:
+    """No parameters, a tensor in place of a list, or one that is no leaf: type and words are torch's."""
+    errors = []
+    for kind in (ours("ASGD"), theirs("ASGD")):
+        with pytest.raises(Exception, match=r".") as refused:
+            kind(params)
+        errors.append(refused.value)
+    assert (type(errors[0]), str(errors[0])) == (type(errors[1]), str(errors[1]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_differentiable_is_refused_with_the_reason(name: str) -> None:
+    """Autograd cannot run through a step on another machine, and the error says so and what to use."""
+    with pytest.raises(InvalidOption, match=rf"autograd.*torch\.optim\.{name}") as refused:
+        ours(name)(parameters(drawn(0)), differentiable=True)
+    assert refused.value.field == "differentiable"
+
+
+def test_an_option_nobody_knows_is_a_type_error() -> None:
+    """A misspelt keyword is refused as by any function."""
+    with pytest.raises(TypeError, match="momentum"):
+        ours("Adagrad")(parameters(drawn(0)), momentum=0.9)
+
+
+def test_options_that_choose_an_implementation_are_kept(place: RemoteOptions) -> None:
+    """foreach, fused and capturable change nothing on a server, and stand in the groups as torch has them."""
+    for name, options in [("Adagrad", {"fused": True}), ("Adamax", {"capturable": False, "foreach": True})]:
+        twins = Twins(name, options, place)
+        twins.train(2)
+        twins.check(exact=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_shown_as_torchs(name: str, place: RemoteOptions) -> None:
+    """The repr shows the groups as torch's does."""
+    twins = Twins(name, {"lr": 0.25}, place, grouping=three_groups)
+    assert repr(twins.ours) == repr(twins.theirs)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_subclass_is_the_optimizer_it_derives_from(dynamic: bool, place: RemoteOptions, talk: Conversation) -> None:
+    """A subclass of the user's, or one made on the fly as Lightning makes them, trains as its base does."""
+
+    class Mine(Adagrad):
+        def step(self, closure: Any = None) -> Any:
+            self.counted = getattr(self, "counted", 0) + 1
+            return super().step(closure)
+
+    kind = type("LightningAdagrad", (Adagrad,), {}) if dynamic else Mine
+    here, there = parameters(drawn(0)), parameters(drawn(0))
+    optimizer, reference = kind(here, lr=0.1, **place), theirs("Adagrad")(there, lr=0.1)
+    for p, q, g in zip(here, there, drawn(1), strict=True):
+        p.grad = q.grad = g
+    optimizer.step()
+    reference.step()
+    check_parameters(here, there)
+    if "server" in place:
+        assert talk.control("GET", f"/v1/sessions/{optimizer.session}")["optimizer"] == "Adagrad"
+
+
+def test_a_wrapper_that_borrows_class_and_attributes(place: RemoteOptions) -> None:
+    """Lightning wraps an optimizer in an object of a class of both, which looks attributes up in the original."""
+
+    class Wrapper:
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.__class__ = type("Lightning" + type(optimizer).__name__, (Wrapper, type(optimizer)), {})
+            self._optimizer = optimizer
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._optimizer, name)
+
+        def step(self, closure: Any = None) -> Any:
+            return self._optimizer.step(closure)
+
+    twins = Twins("Adagrad", {}, place)
+    wrapper: Any = Wrapper(twins.ours)
+    assert isinstance(wrapper, torch.optim.Optimizer)
+    twins.give(drawn(1))
+    wrapper.step()
+    twins.theirs.step()
+    check_states(wrapper.state_dict(), twins.theirs.state_dict())
+    wrapper.zero_grad()
+    del wrapper
+    gc.collect()
+    twins.train(2, first=2)
+    twins.check()
+
+
+# -- steps -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_closure_runs_once_with_grad_enabled_and_its_loss_is_returned(place: RemoteOptions) -> None:
+    """step(closure) evaluates it once, in a graph, and hands its value on; step() returns None."""
+    (p,) = parameters(drawn(0, [(3,)]))
+    optimizer: Any = Adagrad([p], **place)
+    calls: list[bool] = []
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = p.pow(2).sum()
+        torch.autograd.backward(loss)
+        return loss
+
+    loss = optimizer.step(closure)
+    assert isinstance(loss, Tensor)
+    assert loss.requires_grad
+    assert calls == [True]
+    with torch.no_grad():
+        optimizer.step(closure=closure)
+    assert calls == [True, True]
+    assert optimizer.version == 2
+    assert optimizer.step() is None
+
+
+def test_zero_grad_is_torchs(place: RemoteOptions) -> None:
+    """Gradients become None, or zeros if that is asked for."""
+    (p,) = parameters(drawn(0, [(3,)]))
+    optimizer = Adagrad([p], **place)
+    p.grad = torch.ones(3)
+    optimizer.zero_grad(set_to_none=False)
+    assert p.grad.tolist() == [0, 0, 0]
+    optimizer.zero_grad()
+    assert p.grad is None
+
+
+def test_gradients_are_never_changed(place: RemoteOptions) -> None:
+    """Whatever the options, a gradient is the same tensor with the same values after the step."""
+    here = parameters(drawn(0))
+    optimizer = Adagrad(here, maximize=True, weight_decay=0.5, **place)
+    gradients = drawn(1)
+    for p, g in zip(here, gradients, strict=True):
+        p.grad = g
+    optimizer.step()
+    for p, g, before in zip(here, gradients, drawn(1), strict=True):
+        assert p.grad is g
+        assert torch.equal(g, before)
+
+
+def test_parameters_are_updated_in_place(place: RemoteOptions) -> None:
+    """Storage and strides stay, and a backward pass through old values is refused instead of being wrong."""
+    base = drawn(0, [(8, 6), (70_000,)])
+    here = [base[0].t().requires_grad_(), base[1].requires_grad_()]
+    before = [(p.data_ptr(), p.stride(), p._version) for p in here]
+    optimizer = Adagrad(here, lr=0.1, **place)
+    for p in here:
+        stale = p.pow(3).sum()
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        p.grad = None
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.backward(stale)
+    for p, (pointer, stride, version) in zip(here, before, strict=True):
+        assert (p.data_ptr(), p.stride()) == (pointer, stride)
+        assert p._version > version
+
+
+def strided() -> list[Tensor]:
+    """Return parameters whose memory is not simply one element after the other."""
+    whole, part, wide = drawn(0, [(6, 5), (4, 4, 2), (5, 3, 4, 4)])
+    tensors = [whole.t(), part[..., 0], wide.to(memory_format=torch.channels_last), torch.tensor(2.0)]
+    return [tensor.requires_grad_() for tensor in tensors]
+
+
+def negated() -> list[Tensor]:
+    """Return a parameter that is shown as the negative of its memory."""
+    return [torch.view_as_complex(drawn(1, [(4, 2)])[0]).conj().imag.requires_grad_()]
+
+
+@pytest.mark.parametrize("make", [strided, negated])
+def test_parameters_of_any_strides(make: Callable[[], list[Tensor]], place: RemoteOptions) -> None:
+    """Transposed, sliced, channels-last, scalar, lazily negated: parameters are updated as torch's loop does."""
+    here, there = make(), make()
+    optimizer = Adagrad(here, lr=0.1, **place)
+    reference = torch.optim.Adagrad(there, lr=0.1, foreach=False)
+    for seed in range(1, 6):
+        for p, q in zip(here, there, strict=True):
+            (gradient,) = drawn(seed, [p.shape], p.dtype)
+            p.grad, q.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        reference.step()
+    check_parameters(here, there)
+
+
+def test_gradients_of_any_strides(place: RemoteOptions) -> None:
+    """Transposed, expanded and lazily conjugated gradients mean what they show."""
+    start = [*drawn(0, [(3, 4), (3, 4)]), *drawn(2, [(3, 4)], torch.complex64)]
+    twins = Twins("Adagrad", {"lr": 0.1}, place, start=start)
+    gradients = [drawn(1, [(4, 3)])[0].t(), torch.ones(1).expand(3, 4), drawn(1, [(3, 4)], torch.complex64)[0].conj()]
+    for p, q, g in zip(twins.here, twins.there, gradients, strict=True):
+        p.grad, q.grad = g, g.clone()
+    twins.ours.step()
+    twins.theirs.step()
+    twins.check(exact=False)
+
+
+def test_a_step_without_any_gradient_changes_nothing(place: RemoteOptions) -> None:
+    """All gradients missing: parameters and state stay, as in torch."""
+    twins = Twins("Adamax", {}, place)
+    twins.train(2)
+    twins.step([None] * len(twins.here))
+    twins.check()
+    twins.train(2, first=3)
+    twins.check()
+
+
+def test_parameters_edited_between_steps_are_seen(place: RemoteOptions) -> None:
+    """What the user writes into parameters, by copy_, by loading a module, or by another tensor in `.data`, counts."""
+    models = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [
+        Adagrad(models[0].parameters(), lr=0.1, **place),
+        torch.optim.Adagrad(models[1].parameters(), lr=0.1, foreach=False),
+    ]
+
+    def edit_copy(model: nn.Linear) -> None:
+        with torch.no_grad():
+            model.weight.copy_(drawn(3, [(2, 3)])[0])
+
+    def edit_module(model: nn.Linear) -> None:
+        model.load_state_dict({"weight": drawn(4, [(2, 3)])[0], "bias": torch.ones(2)})
+
+    def edit_data(model: nn.Linear) -> None:
+        model.weight.data = drawn(5, [(2, 3)])[0]
+
+    for edit in (edit_copy, edit_module, edit_data):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            model(torch.ones(3)).pow(2).sum().backward()
+            optimizer.step()
+            edit(model)
+            optimizer.step()
+        check_parameters(list(models[0].parameters()), list(models[1].parameters()))
+
+
+def test_hooks_fire_exactly_once(place: RemoteOptions) -> None:
+    """Pre and post hooks of steps and of state_dicts run once for each call, in torch's order."""
+    (p,) = parameters(drawn(0, [(3,)]))
+    optimizer = Adagrad([p], **place)
+    p.grad = torch.ones(3)
+    fired: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: fired.append("before"))
+    optimizer.register_step_post_hook(lambda *_: fired.append("after"))
+    optimizer.register_state_dict_post_hook(lambda *_: fired.append("given"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: fired.append("loaded"))
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert fired == ["before", "after", "given", "loaded"]
+
+
+# -- groups and schedules --------------------------------------------------------------------------------------------
+
+
+def test_options_edited_in_groups_act_at_the_next_step(place: RemoteOptions) -> None:
+    """param_groups may be edited at any time, also to values that torch's constructor would refuse."""
+    twins = Twins("Adagrad", {}, place, grouping=three_groups)
+    for seed, (index, key, value) in enumerate(
+        [(0, "lr", 0.5), (2, "weight_decay", 0.3), (1, "maximize", True), (0, "lr", -0.01), (2, "eps", 1e-3)]
+    ):
+        twins.step(drawn(seed + 1))
+        for optimizer in (twins.ours, twins.theirs):
+            optimizer.param_groups[index][key] = value
+    twins.train(2, first=10)
+    twins.check()
+
+
+def test_a_tensor_as_learning_rate(place: RemoteOptions) -> None:
+    """A learning rate may be a tensor, and be filled anew between steps."""
+    rates = [torch.tensor(0.1), torch.tensor(0.1)]
+    here, there = parameters(drawn(0)), parameters(drawn(0))
+    optimizer, reference = (
+        Adagrad(here, lr=rates[0], foreach=False, **place),
+        torch.optim.Adagrad(there, lr=rates[1], foreach=False),
+    )
+    for seed in range(1, 4):
+        for p, q, g in zip(here, there, drawn(seed), strict=True):
+            p.grad, q.grad = g.clone(), g.clone()
+        optimizer.step()
+        reference.step()
+        for rate in rates:
+            rate.mul_(0.5)
+    check_parameters(here, there)
+
+
+SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2, gamma=0.3),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=4),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1, factor=0.3),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.3, total_steps=12, cycle_momentum="betas" in o.defaults),
+}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("name", NAMES)
+def test_schedules_work_as_with_torch(name: str, schedule: str, place: RemoteOptions) -> None:
+    """A scheduler takes our optimizer and gives the same rates, parameters and state as torch's."""
+    twins = Twins(name, {"lr": 0.2}, place)
+    schedules = [SCHEDULES[schedule](optimizer) for optimizer in (twins.ours, twins.theirs)]
+    for seed in range(1, 11):
+        twins.step(drawn(seed))
+        for each in schedules:
+            each.step(*([1.0] if schedule == "ReduceLROnPlateau" else []))
+    assert schedules[0].get_last_lr() == schedules[1].get_last_lr()
+    twins.check()
+
+
+def test_groups_and_parameters_of_a_session_stay(place: RemoteOptions) -> None:
+    """A group added, or a parameter replaced, after the session was opened is refused in words, not passed over."""
+    here = parameters(drawn(0))
+    optimizer = Adagrad(here[:-1], **place)
+    with pytest.raises(FarstepError, match="groups of a session"):
+        optimizer.add_param_group({"params": here[-1:]})
+    optimizer.param_groups[0]["params"][0] = here[-1]
+    with pytest.raises(FarstepError, match="replaced"):
+        optimizer.step()
+    optimizer.param_groups[0]["params"][0] = here[0]
+    optimizer.step()
+
+
+# -- state -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "options"), BY_OPTIONS)
+def test_training_goes_on_in_torch_and_comes_back(name: str, options: dict[str, Any], place: RemoteOptions) -> None:
+    """A state_dict of ours loads into torch's and one of torch's into ours, and both go on bit for bit."""
+    twins = Twins(name, options, place)
+    twins.train(3)
+    away = Twins(name, options, place, start=twins.here)
+    away.theirs.load_state_dict(twins.ours.state_dict())
+    away.ours.load_state_dict(twins.theirs.state_dict())
+    check_states(away.ours.state_dict(), twins.theirs.state_dict())
+    for seed in range(4, 9):
+        for each in (twins, away):
+            each.step(drawn(seed))
+    check_parameters(away.here, twins.there)
+    check_parameters(away.there, twins.there)
+    away.check()
+    check_states(away.ours.state_dict(), twins.theirs.state_dict())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_state_of_a_fresh_optimizer_is_torchs(name: str, place: RemoteOptions) -> None:
+    """Before the first step only Adagrad has state; a state without any loads, and takes what was there away."""
+    twins = Twins(name, {}, place)
+    twins.check()
+    fresh = copy.deepcopy(twins.theirs.state_dict())
+    twins.train(2)
+    twins.ours.load_state_dict(fresh)
+    check_states(twins.ours.state_dict(), Twins(name, {}, place).theirs.state_dict())
+
+
+def test_a_state_dict_stays_as_it_was_given(place: RemoteOptions) -> None:
+    """Later steps do not change the tensors of a state_dict, nor take them away."""
+    twins = Twins("Adamax", {}, place)
+    twins.train(2)
+    given = twins.ours.state_dict()
+    kept = [value.clone() for value in given["state"][0].values()]
+    twins.train(2, first=3)
+    for value, before in zip(given["state"][0].values(), kept, strict=True):
+        assert torch.equal(value, before)
+
+
+def test_parameters_that_never_had_a_gradient_have_no_state(place: RemoteOptions) -> None:
+    """State belongs to parameters that took a step, before and after it was loaded."""
+    twins = Twins("Adadelta", {}, place)
+    for seed in (1, 2):
+        twins.step([g if index % 2 else None for index, g in enumerate(drawn(seed))])
+    twins.check()
+    twins.ours.load_state_dict(twins.theirs.state_dict())
+    twins.check()
+    twins.train(3, first=3)
+    twins.check()
+
+
+def test_older_forms_of_state_load(place: RemoteOptions) -> None:
+    """step, eta and mu as Python numbers, as torch had them before 2.0, mean the same."""
+    twins = Twins("ASGD", {"t0": 1}, place)
+    twins.train(3)
+    old = copy.deepcopy(twins.theirs.state_dict())
+    for own in old["state"].values():
+        own.update({key: own[key].item() for key in ("step", "eta", "mu")})
+    twins.ours.load_state_dict(old)
+    twins.train(3, first=4)
+    check_parameters(twins.here, twins.there)
+
+
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(place: RemoteOptions) -> None:
+    """Another count of groups or parameters, another optimizer's state, another shape: a ValueError, and all stays."""
+    twins = Twins("Adagrad", {"lr": 0.1}, place)
+    twins.train(2)
+    fewer = theirs("Adagrad")(parameters(drawn(0)[:2])).state_dict()
+    groups = theirs("Adagrad")(three_groups(parameters(drawn(0)))).state_dict()
+    stranger = Twins("Adamax", {"lr": 0.7}, place)
+    stranger.train(1)
+    shaped = twins.theirs.state_dict()
+    shaped = {**shaped, "param_groups": [{**shaped["param_groups"][0], "lr": 0.7}]}
+    shaped["state"] = {**shaped["state"], 1: {**shaped["state"][1], "sum": torch.ones(6)}}
+    for bad in (fewer, groups, stranger.theirs.state_dict(), shaped):
+        with pytest.raises(ValueError, match="loaded state dict"):
+            twins.ours.load_state_dict(bad)
+        twins.check()
+    twins.train(2, first=3)
+    twins.check()
+
+
+# -- the end ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_closed_optimizer_says_so(place: RemoteOptions) -> None:
+    """After close() whatever needs the session is refused in words, and closing again is nothing."""
+    twins = Twins("Adagrad", {}, place)
+    twins.train(1)
+    state = twins.ours.state_dict()
+    twins.ours.close()
+    twins.ours.close()
+    calls: list[Callable[[], object]] = [
+        twins.ours.step,
+        twins.ours.pull,
+        twins.ours.state_dict,
+        twins.ours.rejoin,
+        lambda: twins.ours.load_state_dict(state),
+    ]
+    for call in calls:
+        with pytest.raises(FarstepError, match="was closed"):
+            call()
+    check_parameters(twins.here, twins.there)
+
+
+def test_a_private_session_goes_with_its_optimizer(server: Any, talk: Conversation) -> None:
+    """An optimizer that nobody holds any more takes its private session away from the server."""
+    optimizer = Adagrad(parameters(drawn(0)), server=server.url)
+    path = f"/v1/sessions/{optimizer.session}"
+    assert talk.control("GET", path)["initialised"]
+    del optimizer
+    gc.collect()
+    with pytest.raises(UnknownSession):
+        talk.control("GET", path)
+
+
+def test_a_named_session_stays_when_its_workers_leave(server: Any, talk: Conversation) -> None:
+    """close() gives the worker's place up; the session and its parameters stay for others."""
+    optimizer = Adagrad(parameters(drawn(0)), server=server.url, session="stays", worker="w0")
+    optimizer.close()
+    document = talk.control("GET", "/v1/sessions/stays")
+    assert document["initialised"]
+    assert document["workers"] == {}
+    talk.control("DELETE", "/v1/sessions/stays")
+
+
+def test_a_session_that_cannot_be_joined_leaves_nothing_behind(server: Any, talk: Conversation) -> None:
+    """A parameter the server cannot hold is refused, naming the dtype, and no session stays."""
+    before = len(talk.control("GET", "/v1/sessions"))
+    with pytest.raises(FarstepError, match="float8"):
+        Adagrad([torch.ones(3).to(torch.float8_e5m2).requires_grad_()], server=server.url)
+    assert len(talk.control("GET", "/v1/sessions")) == before
+
+
+def test_the_package_offers_them() -> None:
+    """farstep.optim has torch's names."""
+    assert [getattr(farstep.optim, name).__name__ for name in NAMES] == NAMES
