@@ -100,8 +100,7 @@ class EmbeddedLink(Link):
     def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
         began = time.perf_counter()
         taken = self._taken(gradients)
-        self._state.set_groups(self._state.changed(groups))
-        applied = self._state.step(taken)
+        applied = self._state.step(taken, self._state.changed(groups))
         ended = time.perf_counter()
         return StepReport(
             version=applied.version,

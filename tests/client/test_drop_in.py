@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import inspect
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
 from tests.client.test_parity import BY_OPTIONS, NAMES, three_groups
 from tests.client.twins import Twins, check_parameters, check_states, drawn, ours, parameters, theirs
+from tests.service.servers import RunningServer
 
 # -- the class -------------------------------------------------------------------------------------------------------
 
@@ -314,6 +316,24 @@ def test_hooks_fire_exactly_once(place: RemoteOptions) -> None:
     assert fired == ["before", "after", "given", "loaded"]
 
 
+def test_the_report_of_a_step(place: RemoteOptions) -> None:
+    """last_step tells version, contributors, kernel, bytes and where the time went; before the first step it is None."""
+    twins = Twins("Adagrad", {}, place)
+    assert twins.ours.last_step is None
+    twins.train(2)
+    report = twins.ours.last_step
+    assert report is not None
+    assert (report.version, twins.ours.version, report.staleness, report.divisor) == (2, 2, 0, 1)
+    assert (report.applied, report.duplicate, report.earlier, report.attempts) == (True, False, None, 1)
+    assert report.contributors == (twins.ours.worker,)
+    assert report.kernel == "reference"
+    remote = "server" in place
+    moved = sum(p.nbytes for p in twins.here) if remote else 0
+    assert (report.bytes_sent, report.bytes_received) == (moved, moved)
+    assert {"total", "kernel"} | ({"queue", "receive", "barrier", "send"} if remote else set()) <= set(report.seconds)
+    assert all(0 <= seconds <= report.seconds["total"] for seconds in report.seconds.values())
+
+
 # -- groups and schedules --------------------------------------------------------------------------------------------
 
 
@@ -493,7 +513,7 @@ def test_a_closed_optimizer_says_so(place: RemoteOptions) -> None:
     check_parameters(twins.here, twins.there)
 
 
-def test_a_private_session_goes_with_its_optimizer(server: Any, talk: Conversation) -> None:
+def test_a_private_session_goes_with_its_optimizer(server: RunningServer, talk: Conversation) -> None:
     """An optimizer that nobody holds any more takes its private session away from the server."""
     optimizer = Adagrad(parameters(drawn(0)), server=server.url)
     path = f"/v1/sessions/{optimizer.session}"
@@ -504,7 +524,7 @@ def test_a_private_session_goes_with_its_optimizer(server: Any, talk: Conversati
         talk.control("GET", path)
 
 
-def test_a_named_session_stays_when_its_workers_leave(server: Any, talk: Conversation) -> None:
+def test_a_named_session_stays_when_its_workers_leave(server: RunningServer, talk: Conversation) -> None:
     """close() gives the worker's place up; the session and its parameters stay for others."""
     optimizer = Adagrad(parameters(drawn(0)), server=server.url, session="stays", worker="w0")
     optimizer.close()
@@ -514,12 +534,28 @@ def test_a_named_session_stays_when_its_workers_leave(server: Any, talk: Convers
     talk.control("DELETE", "/v1/sessions/stays")
 
 
-def test_a_session_that_cannot_be_joined_leaves_nothing_behind(server: Any, talk: Conversation) -> None:
+def test_a_session_that_cannot_be_joined_leaves_nothing_behind(server: RunningServer, talk: Conversation) -> None:
     """A parameter the server cannot hold is refused, naming the dtype, and no session stays."""
     before = len(talk.control("GET", "/v1/sessions"))
     with pytest.raises(FarstepError, match="float8"):
         Adagrad([torch.ones(3).to(torch.float8_e5m2).requires_grad_()], server=server.url)
     assert len(talk.control("GET", "/v1/sessions")) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_does_not_end_the_session_of_its_parent(server: RunningServer) -> None:
+    """A process that was forked off, as by a data loader, may drop its copy of the optimizer; the session stays."""
+    twins = Twins("Adagrad", {}, {"server": server.url, "kernel": "reference"})
+    twins.train(1)
+    child = os.fork()
+    if not child:
+        try:
+            twins.ours.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    twins.train(1, first=2)
+    twins.check()
 
 
 def test_the_package_offers_them() -> None:

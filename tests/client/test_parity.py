@@ -141,12 +141,13 @@ def test_sparse_gradients_equal_torch(dtype: torch.dtype, maximize: bool, place:
 @pytest.mark.parametrize("dims", [1, 2])
 def test_sparse_gradients_in_complex_and_of_more_dimensions(dims: int, place: RemoteOptions) -> None:
     """Gradients with one and with two sparse dimensions equal torch, also for complex parameters."""
-    twins = Twins("Adagrad", {"lr": 0.1}, place, start=drawn(0, [(6, 4, 2)], torch.complex64))
+    start = [*drawn(1, [(3,)]), *drawn(0, [(6, 4, 2)], torch.complex64)]
+    twins = Twins("Adagrad", {"lr": 0.1}, place, start=start)
     for seed in range(1, STEPS + 1):
         (dense,) = drawn(seed, [(6, 4, 2)], torch.complex64)
         dense[seed % 6] = 0
         dense[:, seed % 4] = 0
-        twins.step([dense.to_sparse(dims)])
+        twins.step([torch.ones(3), dense.to_sparse(dims)])
     twins.check(exact=False)
 
 

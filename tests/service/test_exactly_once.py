@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from farstep.wire import encode
-from tests.service.answers import half_sent, opened
-from tests.service.raw import MSGPACK, RawClient, RawWorker, gradient, session_document, tensors_of
+from tests.service.answers import MSGPACK, half_sent, opened
+from tests.service.raw import RawClient, RawWorker, gradient, session_document, tensors_of
 from tests.service.servers import RunningServer, running_server
 
 PARAMETERS = (torch.linspace(-1, 1, 12).view(3, 4), torch.ones(5, dtype=torch.float64))
@@ -209,8 +209,8 @@ def test_a_race_with_other_options_has_one_session(server: RunningServer) -> Non
     def join(index: int) -> tuple[int, str]:
         with RawClient(server.url) as own:
             start.wait()
-            options = {"groups": [{"lr": 0.1 * (1 + index % 2)}]}
-            answer = own.json("POST", "/v1/sessions", session_document("differ", f"w{index}", **options))
+            groups = [{"lr": 0.1 * (1 + index % 2)}]
+            answer = own.json("POST", "/v1/sessions", session_document("differ", f"w{index}", groups=groups))
             return answer.status, answer.document.get("detail", "")
 
     with ThreadPoolExecutor(count) as pool:

@@ -188,7 +188,7 @@ def test_a_push_that_is_refused_leaves_its_sequence_free(
     if (nan := options.pop("nan", None)) is not None:
         bad[nan].reshape(-1)[-1] = float("nan")
     if (index := options.pop("index", None)) is not None:
-        bad[0] = torch.sparse_coo_tensor([[index]], torch.ones(1, 4), (3, 4), check_invariants=False)
+        bad[0] = torch.sparse_coo_tensor(torch.tensor([[index]]), torch.ones(1, 4), (3, 4), check_invariants=False)
     with pytest.raises(refusal):
         writers[0].push(bad, **options)
     assert session.version == 0
@@ -215,7 +215,7 @@ def test_a_refused_push_names_tensor_and_worker() -> None:
     (writer,) = begun(session, "alice")
     gradients = values(session, 1)
     gradients[1][2] = float("inf")
-    gradients[3][0] = complex(0, float("-inf"))
+    gradients[3][0] = torch.tensor(complex(0, float("-inf")))
     with pytest.raises(NonFinite, match=r"'b'.*'alice'") as raised:
         writer.push(gradients)
     assert raised.value.field == "b"

@@ -95,7 +95,7 @@ def rows(seed: int, *indices: int) -> torch.Tensor:
     """Return a sparse gradient of rows of `w`, some of them perhaps twice."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(len(indices), 4, generator=generator)
-    return torch.sparse_coo_tensor([list(indices)], values, (3, 4), check_invariants=True)
+    return torch.sparse_coo_tensor(torch.tensor([indices], dtype=torch.int64), values, (3, 4), check_invariants=True)
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
@@ -144,7 +144,7 @@ def test_complex_rows_are_applied_as_torch_does() -> None:
     """A sparse gradient of a complex parameter works wherever the parameter lies in memory."""
     session = new_session(names=("b", "z"))
     (writer,) = begun(session)
-    gradient = torch.sparse_coo_tensor([[1]], torch.tensor([1 + 2j], dtype=torch.complex64), (2,))
+    gradient = torch.sparse_coo_tensor(torch.tensor([[1]]), torch.tensor([1 + 2j], dtype=torch.complex64), (2,))
     twin = Twin(parameters(session))
     name = writer.named()
     assert receipt(writer.push([None, gradient]), name).version == 1

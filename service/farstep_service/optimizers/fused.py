@@ -8,9 +8,9 @@ program returns when it has been launched.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -27,6 +27,15 @@ NUMBERS_KEPT = 256
 
 Run = Callable[[list[Tensor]], object]
 """A loaded program: takes its inputs in order and returns when they are changed."""
+
+
+class _Piece(NamedTuple):
+    """One run of a program, how many elements it takes, and how far the calls have come after it."""
+
+    run: Run
+    inputs: list[Tensor]
+    length: int
+    after: At
 
 
 def load(path: Path, device: torch.device) -> Run:
@@ -63,35 +72,44 @@ class FusedKernel(Kernel):
         return all(dtype in self._one for dtype in dtypes)
 
     def execute(self, calls: Sequence[Call], progress: Progress) -> None:
-        """Carry calls out from where `progress` stands, a piece at a time."""
+        """Carry calls out from where `progress` stands, a batch of pieces at a time."""
         progress.resume()
         while progress.at.call < len(calls):
-            index, start = progress.at.call, progress.at.element
-            call = calls[index]
-            length = call.p.numel()
-            if length < LEAST:
-                self._reference.execute(calls[: index + 1], progress)
+            if calls[progress.at.call].p.numel() < LEAST:
+                self._reference.execute(calls[: progress.at.call + 1], progress)
                 continue
-            stop = start + PIECE if call.p.is_cpu and length - start >= PIECE + LEAST else length
-            run, inputs = self._ready(call, start, stop)
-            done: list[object] = []
-            try:
-                # An interrupt comes between two lines of Python, never within this one: a program that has run is in
-                # the list, and one that has not is not.
-                done.extend(map(operator.call, (run,), (inputs,)))
-            finally:
-                if done:
-                    progress.at = At(index, stop) if stop < length else At(index + 1)
+            for batch in _batches(self._pieces(calls, progress.at)):
+                done: list[object] = []
+                try:
+                    # An interrupt comes between two lines of Python, never within this one: a program that has run is
+                    # in the list, and one that has not is not.
+                    done.extend(map(operator.call, [piece.run for piece in batch], [piece.inputs for piece in batch]))
+                finally:
+                    if done:
+                        progress.at = batch[len(done) - 1].after
 
-    def _ready(self, call: Call, start: int, stop: int) -> tuple[Run, list[Tensor]]:
-        p, g, state, out, scalars = call
-        _check(call)
-        if stop - start < p.numel():
-            p, g, out = p[start:stop], g[start:stop], out[start:stop]
-            state = tuple(field[start:stop] for field in state)
-        programs = self._many if stop - start >= MANY_THREADS_FROM else self._one
-        run = programs.get(p.dtype) or self._one[p.dtype]
-        return run, [p, g, *state, self._tensor(scalars), out]
+    def _pieces(self, calls: Sequence[Call], at: At) -> list[_Piece]:
+        """Return what there is to do up to the next call that is too short for a program."""
+        pieces = []
+        index, start = at.call, at.element
+        for call in calls[index:]:
+            p, g, state, out, scalars = call
+            length, numbers = p.numel(), self._tensor(scalars)
+            if length < LEAST:
+                break
+            _check(call)
+            while start < length:
+                stop = start + PIECE if p.is_cpu and length - start >= PIECE + LEAST else length
+                programs = self._many if stop - start >= MANY_THREADS_FROM else self._one
+                run = programs.get(p.dtype) or self._one[p.dtype]
+                inputs = [p, g, *state, numbers, out]
+                if stop - start < length:
+                    inputs = [each if each is numbers else each[start:stop] for each in inputs]
+                after = At(index, stop) if stop < length else At(index + 1)
+                pieces.append(_Piece(run, inputs, stop - start, after))
+                start = stop
+            index, start = index + 1, 0
+        return pieces
 
     def _tensor(self, scalars: tuple[float, ...]) -> Tensor:
         found = self._numbers.get(scalars)
@@ -100,6 +118,20 @@ class FusedKernel(Kernel):
                 self._numbers.clear()
             found = self._numbers[scalars] = torch.tensor(scalars, dtype=torch.float64, device=self._device)
         return found
+
+
+def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+    """Join pieces until they are worth a millisecond: between batches, Python's own work finds its caches cold."""
+    batch: list[_Piece] = []
+    elements = 0
+    for piece in pieces:
+        batch.append(piece)
+        elements += piece.length
+        if elements >= PIECE:
+            yield batch
+            batch, elements = [], 0
+    if batch:
+        yield batch
 
 
 def _check(call: Call) -> None:

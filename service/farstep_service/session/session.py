@@ -11,6 +11,7 @@ time comes in with the call. Writes that are refused leave no trace, and their s
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from farstep.errors import (
     FarstepError,
     Fenced,
     InternalError,
+    InvalidOption,
     NonFinite,
     SessionLost,
-    StepInterrupted,
     TensorMismatch,
+    Unavailable,
 )
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
@@ -37,6 +39,8 @@ from farstep_service.plan import Plan
 from farstep_service.rule import KernelSource
 from farstep_service.session.state import GroupChanges, SessionState
 from farstep_service.store import Applied, Held
+
+log = logging.getLogger("farstep.session")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,7 @@ class Session:
 
     def position(self, worker: str) -> tuple[int, int, bool]:
         """Return a worker's epoch (0: none), its last committed sequence, and whether a push of it waits."""
+        self._finish()
         epoch = self._members.epoch(worker)
         return epoch, self._ledger.last(worker) if epoch else 0, worker in self._waiting
 
@@ -132,6 +137,7 @@ class Session:
         Raises:
             SessionFull: the mode's places are taken by workers that are present.
         """
+        self._finish()
         displaced = self._members.make_room(worker)
         if displaced is not None:
             self._ledger.join(displaced)  # fences it: its place is another's now
@@ -142,6 +148,7 @@ class Session:
 
     def leave(self, worker: str, epoch: int) -> Outcomes:
         """Give a worker's place up; an epoch that is not current has nothing to give up."""
+        self._finish()
         if self._members.epoch(worker) != epoch:
             return {}
         self._members.leave(worker)
@@ -228,6 +235,8 @@ class Session:
         receipt = self._ledger.judge(head.name, fingerprint)
         if receipt is not None:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
+        if head.name.worker in self._waiting:
+            raise mismatch(head.name)
         base = self.version
         if not head.initial:
             self._state.write(contents)
@@ -278,16 +287,19 @@ class Session:
 
     def _step(self, step: Step) -> Outcomes:
         pushes = [self._waiting.pop(worker) for worker in step.workers]
+        changed: dict[int, Hyper] = {}
         for push in pushes:
-            self._state.set_groups(push.groups)
-        gradients = reduce_([push.contribution for push in pushes], step.divisor, self._state.device)
+            changed |= push.groups
         began = time.perf_counter()
         try:
-            applied = self._state.step(gradients)
-        except FarstepError as exc:
-            if isinstance(exc, StepInterrupted):
+            gradients = reduce_([push.contribution for push in pushes], step.divisor, self._state.device)
+            began = time.perf_counter()
+            applied = self._state.step(gradients, changed)
+        except Exception as exc:
+            if self._state.pending:
                 self._unfinished = _Unfinished(pushes, step)
-            return {push.head.name: Outcome(exc) for push in pushes}
+            error = _told(exc)
+            return {push.head.name: Outcome(error) for push in pushes}
         return self._commit(pushes, step, applied, time.perf_counter() - began)
 
     def _commit(self, pushes: list[_Waiting], step: Step, applied: Applied, kernel_s: float) -> Outcomes:
@@ -327,3 +339,16 @@ class Session:
             )
             outcomes[self._waiting.pop(worker).head.name] = Outcome(error)
         return outcomes
+
+
+def _told(exc: Exception) -> FarstepError:
+    """Return what the workers of a step that was not taken are told."""
+    if isinstance(exc, FarstepError):
+        return exc
+    if isinstance(exc, ArithmeticError):
+        return InvalidOption(f"There is no step with these options: {exc}.", remedy="Correct the group options.")
+    log.error("a step could not begin", exc_info=exc)
+    return Unavailable(
+        f"The step could not begin ({type(exc).__name__}); nothing has changed.",
+        remedy="Try again; the server's log says more.",
+    )

@@ -72,9 +72,23 @@ class SessionState:
 
     # -- beginning --------------------------------------------------------------------------------------------------
 
-    def adopt(self, parameters: Buffers, version: int = 0) -> None:
+    def adopt(self, parameters: Buffers) -> None:
         """Begin with these parameters, in their own memory."""
-        self._store = Store(
+        self._store = self._new_store(parameters, 0)
+
+    def begin(self, contents: Contents, version: int) -> None:
+        """Begin with contents that arrived; their memory belongs to the session from now on.
+
+        Raises:
+            TensorMismatch: a state that no session can have; there is still nothing then.
+        """
+        store = self._new_store(on_device(contents.elements.pop(PARAM), self.device), version)
+        if values := self._values(contents):
+            store.write(contents.indices, values, bump=False)
+        self._store = store
+
+    def _new_store(self, parameters: Buffers, version: int) -> Store:
+        return Store(
             self.plan.layout,
             self.plan.rule,
             self.groups,
@@ -83,12 +97,6 @@ class SessionState:
             parameters=parameters,
             version=version,
         )
-
-    def begin(self, contents: Contents, version: int) -> None:
-        """Begin with contents that arrived; their memory belongs to the session from now on."""
-        self.adopt(on_device(contents.elements.pop(PARAM), self.device), version)
-        if values := self._values(contents):
-            self.store.write(contents.indices, values, bump=False)
 
     # -- steps and writes -------------------------------------------------------------------------------------------
 
@@ -112,12 +120,22 @@ class SessionState:
 
     def set_groups(self, changed: Mapping[int, Hyper]) -> None:
         """Put changed groups into force, from the next step on."""
-        if changed:
-            self.groups = [changed.get(index, group) for index, group in enumerate(self.groups)]
+        self.groups = self._with(changed)
 
-    def step(self, gradients: Gradients) -> Applied:
-        """Take one step with the options in force; see `Store.apply` for what it raises."""
-        return self.store.apply(self.groups, gradients)
+    def step(self, gradients: Gradients, changed: Mapping[int, Hyper]) -> Applied:
+        """Take one step with changed groups, which stay in force if it is taken; see `Store.apply` for what it raises."""
+        before, self.groups = self.groups, self._with(changed)
+        try:
+            return self.store.apply(self.groups, gradients)
+        except BaseException:
+            if not self.pending:
+                self.groups = before
+            raise
+
+    def _with(self, changed: Mapping[int, Hyper]) -> Sequence[Hyper]:
+        if not changed:
+            return self.groups
+        return [changed.get(index, group) for index, group in enumerate(self.groups)]
 
     def finish(self) -> Applied | None:
         """Complete a step that failed midway; see `Store.finish`."""
