@@ -317,7 +317,7 @@ def test_hooks_fire_exactly_once(place: RemoteOptions) -> None:
 
 
 def test_the_report_of_a_step(place: RemoteOptions) -> None:
-    """last_step tells version, contributors, kernel, bytes and where the time went; before the first step it is None."""
+    """last_step tells version, contributors, kernel, bytes and where the time went; at first it is None."""
     twins = Twins("Adagrad", {}, place)
     assert twins.ours.last_step is None
     twins.train(2)

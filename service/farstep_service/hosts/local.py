@@ -30,6 +30,9 @@ SEGMENT_COST_BYTES = 512
 INITIALISE_WITHIN_S = 60.0
 """How long the first contents may take before another worker is asked for them."""
 
+READERS_WITHIN_S = 1.0
+"""How long a step waits for readers of two versions, so that it does not need memory for a third."""
+
 Result = TypeVar("Result")
 
 
@@ -58,6 +61,7 @@ class LocalHost(Host):
         self._initialiser = ""
         self._initialising_until = -1.0
         self._closed = False
+        self._released = asyncio.Event()
 
     # -- membership and options -------------------------------------------------------------------------------------
 
@@ -129,6 +133,8 @@ class LocalHost(Host):
         async with self._turn:
             began = time.perf_counter()
             self._check_open()
+            if self._session.crowded:
+                await self._wait_for_memory()
             outcomes = await self._run(work, self._resolve, inline=inline)
             future = self._futures.setdefault(name, asyncio.get_running_loop().create_future())
             self._resolve(outcomes)
@@ -153,9 +159,9 @@ class LocalHost(Host):
         changed = None if since is None else held.changed_since(since)
         ranges = None if changed is None or len(changed) == len(self.plan.layout.segments) else to_ranges(changed)
         if held.buffers.device.type == "cpu" or self.plan.layout.nbytes <= INLINE_BYTES:
-            return HeldView(held, self.plan.layout, changed, ranges)
+            return HeldView(held, self.plan.layout, changed, ranges, self._released.set)
         return await asyncio.get_running_loop().run_in_executor(
-            self._executor, HeldView, held, self.plan.layout, changed, ranges
+            self._executor, HeldView, held, self.plan.layout, changed, ranges, self._released.set
         )
 
     async def contents(self, fields: Sequence[str]) -> View:
@@ -168,6 +174,14 @@ class LocalHost(Host):
             return CopiedView(contents, self._session.version)
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    async def _wait_for_memory(self) -> None:
+        """Let readers of two versions finish before a step makes a third; very slow ones cost memory instead."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(READERS_WITHIN_S):
+                while self._session.crowded:
+                    self._released.clear()
+                    await self._released.wait()
 
     async def _run(self, work: Callable[[], Result], abandoned: Callable[[Result], None], *, inline: bool) -> Result:
         """Do work on the session; the turn is kept until it has ended, even if whoever asked has gone.

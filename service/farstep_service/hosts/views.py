@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -66,8 +66,16 @@ class ContentsIntake(Intake):
 class HeldView(View):
     """The parameters of a held version, or some of them."""
 
-    def __init__(self, held: Held, layout: Layout, indices: Sequence[int] | None, ranges: list[int] | None) -> None:
+    def __init__(
+        self,
+        held: Held,
+        layout: Layout,
+        indices: Sequence[int] | None,
+        ranges: list[int] | None,
+        released: Callable[[], None],
+    ) -> None:
         self._held = held
+        self._released = released
         chosen = range(len(layout.segments)) if indices is None else indices
         self._views = memory_of(on_device(held.buffers, CPU), layout, chosen)
         self._ranges = ranges
@@ -86,6 +94,7 @@ class HeldView(View):
 
     def release(self) -> None:
         self._held.release()
+        self._released()
 
 
 @final

@@ -50,6 +50,9 @@ class Edge:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
+        if scope["type"] != "http":  # nothing here speaks anything else
+            await send({"type": "websocket.close", "code": 1008})
+            return
         started = False
 
         async def noting_send(message: Message) -> None:

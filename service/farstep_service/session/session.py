@@ -115,6 +115,11 @@ class Session:
         return self._members.names()
 
     @property
+    def crowded(self) -> bool:
+        """Say whether the next step would need more than twice the memory of the parameters."""
+        return self._state.crowded
+
+    @property
     def deadline(self) -> float | None:
         """Return the time at which `tick` has something to decide."""
         return self._aggregation.deadline

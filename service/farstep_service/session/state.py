@@ -57,6 +57,11 @@ class SessionState:
         return self._store is not None and self._store.pending
 
     @property
+    def crowded(self) -> bool:
+        """Say whether the next step would need more than twice the memory of the parameters."""
+        return self._store is not None and self._store.crowded
+
+    @property
     def store(self) -> Store:
         """Return the store.
 
@@ -123,7 +128,7 @@ class SessionState:
         self.groups = self._with(changed)
 
     def step(self, gradients: Gradients, changed: Mapping[int, Hyper]) -> Applied:
-        """Take one step with changed groups, which stay in force if it is taken; see `Store.apply` for what it raises."""
+        """Take one step with changed groups, which stay in force if it is taken; for errors see `Store.apply`."""
         before, self.groups = self.groups, self._with(changed)
         try:
             return self.store.apply(self.groups, gradients)

@@ -116,6 +116,11 @@ class Store:
             self._state.nbytes,
         )
 
+    @property
+    def crowded(self) -> bool:
+        """Say whether the next step would need a third parameter memory, because two versions are held."""
+        return self._versions.crowded
+
     def hold(self) -> Held:
         """Return the current version, kept as it is until it is released.
 
