@@ -23,7 +23,7 @@ from torch.optim.optimizer import ParamsT
 
 from farstep.errors import FarstepError, InvalidOption
 from farstep.link import SessionSpec, State, StepReport, open_link
-from farstep.optim.options import changes, check_group, plain, without
+from farstep.optim.options import changes, check_group, plain_options, without
 from farstep.optim.torch_form import as_torch, describe, to_session
 from farstep.settings import Place, RemoteOptions, resolve
 
@@ -82,35 +82,30 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""
-        fixed = {key: plain(self.defaults[key]) for key in self.of_constructor}
-        return [
-            {key: plain(group[key]) for key in self.defaults if key in group} | fixed for group in self.param_groups
-        ]
+        fixed = {key: self.defaults[key] for key in self.of_constructor}
+        return [plain_options({**group, **fixed}, self.defaults) for group in self.param_groups]
 
     def _have_seen(self) -> None:
         """Remember that the session has the parameters as they are now."""
-        self._seen = [(p._version, p.data_ptr()) for p in self._parameters]
+        if not self._link.sees_edits:
+            self._seen = [(p._version, p.data_ptr()) for p in self._parameters]
 
     def _check_session(self) -> None:
         """Refuse what this optimizer cannot do: go on after `close`, in a copy, or with other parameters."""
         if (closing := getattr(self, "_closing", None)) is None:
-            raise FarstepError(
+            raise _refused(
                 "This optimizer is a copy, and only the original is in a session.",
-                remedy="Make a new one and load the original's state_dict.",
-                side="client",
+                "Make a new one and load the original's state_dict.",
             )
         if not closing.alive:
-            raise FarstepError(
+            raise _refused(
                 f"This optimizer was closed; it has left session {self.session!r}.",
-                remedy="Close it after its last use, or make a new one.",
-                side="client",
+                "Close it after its last use, or make a new one.",
             )
-        now = [p for group in self.param_groups for p in group["params"]]
-        if list(map(id, now)) != list(map(id, self._parameters)):
-            raise FarstepError(
+        if [id(p) for group in self.param_groups for p in group["params"]] != list(map(id, self._parameters)):
+            raise _refused(
                 "A parameter in a group was replaced, added or removed; the session has those of the constructor.",
-                remedy="Make a new optimizer for the new parameters.",
-                side="client",
+                "Make a new optimizer for the new parameters.",
             )
 
     @property
@@ -201,11 +196,8 @@ class RemoteOptimizer(torch.optim.Optimizer):
             FarstepError: the session is open.
         """
         if getattr(self, "_link", None) is not None:
-            raise FarstepError(
-                "The groups of a session are those of the constructor.",
-                remedy="Give all parameters to the constructor.",
-                field="params",
-                side="client",
+            raise _refused(
+                "The groups of a session are those of the constructor.", "Give all parameters to the constructor."
             )
         super().add_param_group(param_group)
 
@@ -246,8 +238,12 @@ class RemoteOptimizer(torch.optim.Optimizer):
 
     def _forget_state(self) -> None:
         """Drop fetched state, which the next step makes old. A state_dict given out keeps what it has."""
-        for p in self._parameters:
+        for p in self._parameters if self.state else ():
             if p in self.state:
                 own = cast("dict[str, Any]", self.state.pop(p))
                 if kept := {key: value for key, value in own.items() if key not in self._link.fields}:
                     self.state[p] = kept
+
+
+def _refused(what: str, remedy: str) -> FarstepError:
+    return FarstepError(what, remedy=remedy, side="client")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,16 @@ def check_group(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> No
     twin([torch.zeros(1)], **{key: value for key, value in own.items() if key in arguments})
 
 
-def plain(value: Any) -> Any:
-    """Return an option as a value that travels: a tensor as its number, a tuple as a list."""
+def plain_options(group: Mapping[str, Any], keys: Iterable[str]) -> Options:
+    """Return those of a group's options as values that travel: a tensor as its number, a tuple as a list."""
+    return {key: _plain(group[key]) for key in keys if key in group}
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.item()
     if isinstance(value, (tuple, list)):
-        return [plain(each) for each in value]
+        return [_plain(each) for each in value]
     return value
 
 
