@@ -143,24 +143,30 @@ class Network:
             return
         fault = next((each for each in self._faults if each.way == way), None)
         passed = chunk if fault is None else chunk[: fault.after]
+        # Whoever receives these bytes must find them counted.
+        self.moved[way] += len(passed)
+        if fault is not None:
+            fault.after -= len(passed)
+            if fault.after and len(passed) == len(chunk):
+                fault = None
+            else:
+                self._faults.remove(fault)
         try:
             other.sendall(passed)
         except OSError:
             self._cut(sock)
-            return
-        self.moved[way] += len(passed)
-        if fault is None:
-            return
-        fault.after -= len(passed)
-        if len(passed) < len(chunk) or not fault.after:
-            self._faults.remove(fault)
-            if fault.silent:
-                self._silent.add(sock)
-            elif fault.down:
-                self._down = True
-                self._cut_all()
-            else:
-                self._cut(sock)
+        else:
+            if fault is not None:
+                self._strike(sock, fault)
+
+    def _strike(self, sock: socket.socket, fault: Fault) -> None:
+        if fault.silent:
+            self._silent.add(sock)
+        elif fault.down:
+            self._down = True
+            self._cut_all()
+        else:
+            self._cut(sock)
 
     def _cut_all(self) -> None:
         while self._pairs:

@@ -103,9 +103,9 @@ def opened(url: str) -> Iterator[socket.socket]:
         yield sock
 
 
-def read_answer(sock: socket.socket) -> Answer:
-    """Read one answer from a connection."""
-    received = b""
+def read_answer(sock: socket.socket, begun: bytes = b"") -> Answer:
+    """Read one answer from a connection, of which some may have been read."""
+    received = begun
     while b"\r\n\r\n" not in received:
         chunk = sock.recv(65536)
         assert chunk, f"the connection was closed after {received!r}"

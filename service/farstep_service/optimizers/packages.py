@@ -67,6 +67,25 @@ def _sources(rule: type[AnyRule]) -> str:
     return hashlib.sha256(b"\0".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 
+INSTRUCTIONS = (
+    "sse",
+    "ssse",
+    "avx",
+    "amx",
+    "fma",
+    "f16c",
+    "bmi",
+    "abm",
+    "popcnt",
+    "movbe",
+    "adx",
+    "sha",
+    "aes",
+    "vaes",
+)
+    wanted = [flag for flag in flags.split() if platform.machine() != "x86_64" or flag.startswith(INSTRUCTIONS)]
+
+
 @cache
 def machine(device: str) -> str:
     """Describe what compiled code depends on: the processor's instructions, or the GPU's architecture."""
@@ -78,7 +97,8 @@ def machine(device: str) -> str:
     except OSError:
         lines = []
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
-    return f"{platform.machine()} {flags}"
+    chosen_flags = [flag for flag in flags.split() if platform.machine() != "x86_64" or flag.startswith(INSTRUCTIONS)]
+    return f"{platform.machine()} {' '.join(sorted(chosen_flags))}"
 
 
 def open_directory(directory: Path) -> None:

@@ -1,0 +1,92 @@
+"""What the next write is called, decided from what is known of the one before."""
+
+from __future__ import annotations
+
+import pytest
+
+from farstep.errors import BarrierTimeout, InvalidRequest, NonFinite, StepInterrupted, Unavailable
+from farstep.messages import PushHead
+from farstep.sequence import Names
+
+PAYLOAD = [memoryview(b"gradients"), memoryview(b"of two tensors")]
+
+
+def joined() -> Names:
+    names = Names("w0")
+    names.join(3)
+    return names
+
+
+def header(names: Names, *, base: int = 0, lr: float = 0.1) -> dict[str, object]:
+    return PushHead(names.next(), "life", base, groups={0: {"lr": lr}}).to_header()
+
+
+def test_committed_writes_count_up() -> None:
+    """Each committed write takes the next sequence of its epoch; a new epoch starts at 1."""
+    names = joined()
+    for sequence in (1, 2, 3):
+        assert names.next().to_header() == {"worker": "w0", "epoch": 3, "seq": sequence}
+        names.committed(sequence)
+    names.join(4)
+    assert names.next().to_header() == {"worker": "w0", "epoch": 4, "seq": 1}
+
+
+@pytest.mark.parametrize("error", [NonFinite("NaN"), BarrierTimeout("late")])
+def test_a_refusal_frees_the_sequence(error: Exception) -> None:
+    """What the server refused did not happen: nobody needs to be asked."""
+    names = joined()
+    names.failed(header(names), PAYLOAD, error)
+    assert not names.unsure
+    assert names.next().sequence == 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Unavailable("gone", side="client"),
+        StepInterrupted("later"),
+        InvalidRequest("?", side="client"),
+        KeyboardInterrupt(),
+    ],
+)
+def test_without_the_servers_word_an_outcome_is_unknown(error: BaseException) -> None:
+    """No answer, one that cannot be read, or an interrupt: the server has to be asked."""
+    names = joined()
+    names.failed(header(names), PAYLOAD, error)
+    assert names.unsure
+
+
+@pytest.mark.parametrize(("last", "earlier"), [(1, "applied"), (0, "dropped")])
+def test_the_server_tells_what_became_of_it(last: int, earlier: str) -> None:
+    """Its last committed sequence decides the next name and the fate of the write, which is told once."""
+    names = joined()
+    names.failed(header(names), PAYLOAD, Unavailable("gone", side="client"))
+    names.learn(last)
+    assert names.next().sequence == last + 1
+    names.committed(last + 1)
+    assert (names.tell(), names.tell()) == (earlier, None)
+
+
+def test_a_write_is_known_again_by_its_content() -> None:
+    """Equal payload and header, but for the name and the versions held, are the same write again."""
+    names = joined()
+    names.failed(header(names), PAYLOAD, Unavailable("gone", side="client"))
+    before = names.unanswered
+    assert before is not None
+    assert before.has_content_of(header(names), PAYLOAD)
+    assert before.has_content_of(header(names, base=7), [memoryview(b"".join(PAYLOAD))])
+    assert not before.has_content_of(header(names, lr=0.2), PAYLOAD)
+    assert not before.has_content_of(header(names), [memoryview(b"Gradients"), PAYLOAD[1]])
+
+
+def test_a_name_that_is_taken_is_explained_by_a_late_write_only() -> None:
+    """A write that was given up and came late explains a mismatch under its name, once; nothing else does."""
+    names = joined()
+    assert not names.mismatched(1)
+    assert names.unsure
+    names.failed(header(names), PAYLOAD, Unavailable("gone", side="client"))
+    names.learn(0)
+    assert names.mismatched(1)
+    names.learn(1)
+    assert names.earlier == "applied"
+    assert not names.mismatched(2)

@@ -1,0 +1,424 @@
+"""A session in this process: its turns, its waiting pushes, its timer, and whoever goes away in between."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+import pytest
+import torch
+
+from farstep.errors import BarrierTimeout, NonFinite, SessionLost, StepInterrupted, Unavailable
+from farstep.messages import PushHead, PutHead, WriteName
+from farstep.wire.memory import tensor_memory
+from farstep_service.hosts import Answer, Host, LocalHost
+from farstep_service.hosts.local import INITIALISE_WITHIN_S, INLINE_BYTES
+from farstep_service.layout import SegmentSpec
+from farstep_service.optimizers.reference import ReferenceKernel
+from farstep_service.plan import Plan
+from farstep_service.rule import AnyRule, Call, Kernel, KernelName, KernelSource, Progress
+from farstep_service.session import Session
+
+SMALL, LARGE = 8, INLINE_BYTES // 2
+ASYNC: dict[str, object] = {"mode": "async"}
+
+
+class Gate(Kernel):
+    """A reference kernel that tells when it has begun, waits to be let through, and may fail."""
+
+    name = "reference"
+
+    def __init__(self) -> None:
+        self.begun, self.open = threading.Event(), threading.Event()
+        self.open.set()
+        self.threads: list[str] = []
+        self.failure: Exception | None = None
+        self.kernel: ReferenceKernel
+
+    def execute(self, calls: Sequence[Call], progress: Progress) -> None:
+        self.threads.append(threading.current_thread().name)
+        self.begun.set()
+        assert self.open.wait(30)
+        if self.failure is not None:
+            raise self.failure
+        self.kernel.execute(calls, progress)
+
+
+class Gates(KernelSource):
+    """Puts a gate before every step, and another before everything that has to be made ready."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+        self.prepared, self.preparing = threading.Event(), threading.Event()
+        self.prepared.set()
+        self.refusal: Exception | None = None
+
+    def prepare(self, rule: AnyRule, dtypes: Iterable[str], device: torch.device) -> None:
+        self.preparing.set()
+        assert self.prepared.wait(30)
+
+    def choose(self, rule: AnyRule, dtypes: frozenset[str], device: torch.device, wanted: KernelName | None) -> Kernel:
+        if self.refusal is not None:
+            raise self.refusal
+        self.gate.kernel = ReferenceKernel(rule)
+        return self.gate
+
+    def reference(self, rule: AnyRule) -> Kernel:
+        return ReferenceKernel(rule)
+
+
+class Place:
+    """A host with its kernels, a clock that is set by hand, and ways to write to it."""
+
+    def __init__(self, elements: int = SMALL, consistency: dict[str, object] = ASYNC, tensors: int = 1) -> None:
+        plan = Plan.build(
+            name="s",
+            optimizer="Adagrad",
+            groups=[{"lr": 0.1}],
+            segments=[SegmentSpec(f"p{index}", (elements,), "float32") for index in range(tensors)],
+            consistency=consistency,
+            nonfinite="refuse",
+            kernel="auto",
+        )
+        self.kernels, self.now = Gates(), 0.0
+        self.executor = ThreadPoolExecutor(2, thread_name_prefix="step")
+        session = Session(plan, incarnation="here", kernels=self.kernels, device="cpu")
+        self.host: Host = LocalHost(session, self.executor, lambda: self.now)
+        self.tensors = tensors
+
+    async def begin(self, *workers: str) -> None:
+        """Let workers join, the first of them with parameters."""
+        for worker in workers or ("w0",):
+            await self.host.join(worker)
+        head = PutHead(WriteName((workers or ("w0",))[0], 1, 1), "here", ("param",), initial=True)
+        intake = self.host.begin_put(head, self.host.plan.layout.nbytes)
+        for view in intake.views:
+            view[:] = bytes(len(view))
+        await self.host.put(head, intake, "first")
+
+    async def push(
+        self, worker: str = "w0", sequence: int | None = None, value: float = 1.0, segments: list[int] | None = None
+    ) -> Answer:
+        """Push gradients that are the same everywhere."""
+        number = sequence or (2 if worker == "w0" else 1)
+        head = PushHead(WriteName(worker, 1, number), "here", 0, segments=segments)
+        size = self.host.plan.layout.nbytes
+        intake = self.host.begin_push(head, size if segments is None else size // self.tensors)
+        for view in intake.views:
+            view[:] = bytes(tensor_memory(torch.full((len(view) // 4,), value)))
+        return await self.host.push(head, intake, f"{worker} {sequence} {value}")
+
+    async def until(self, event: threading.Event) -> None:
+        """Wait for something that happens in another thread."""
+        assert await asyncio.get_running_loop().run_in_executor(None, event.wait, 30)
+
+    async def waiting(self, worker: str) -> None:
+        """Wait until a push of a worker waits at the barrier."""
+        while not (await self.host.worker(worker)).waiting:
+            await asyncio.sleep(0)
+
+
+def sync(workers: int, deadline_s: float = 60.0) -> dict[str, object]:
+    return {"mode": "sync", "workers": workers, "deadline_s": deadline_s}
+
+
+def run(body: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def bounded() -> None:
+        async with asyncio.timeout(30):
+            await body()
+
+    asyncio.run(bounded())
+
+
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+def test_a_push_repeated_while_it_waits_shares_one_outcome(elements: int) -> None:
+    """Three requests with one push, and the one that completes the step: one version, one receipt."""
+
+    async def body() -> None:
+        place = Place(elements, sync(2))
+        await place.begin("w0", "w1")
+        twins = [asyncio.create_task(place.push("w0")) for _ in range(3)]
+        await place.waiting("w0")
+        last = await place.push("w1")
+        answers = [await twin for twin in twins]
+        assert {answer.receipt for answer in answers} == {last.receipt}
+        assert last.receipt.version == 1
+        assert (await place.host.summary()).version == 1
+
+    run(body)
+
+
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+def test_a_deadline_reaches_those_who_wait(elements: int) -> None:
+    """The timer tells everyone, each in an error of his own, and the next step starts anew."""
+
+    async def body() -> None:
+        place = Place(elements, sync(3, deadline_s=0.02))
+        await place.begin("w0", "w1", "w2")
+        tasks = [asyncio.create_task(place.push(worker)) for worker in ("w0", "w1")]
+        await place.waiting("w1")
+        place.now = 1.0
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, BarrierTimeout) for result in results)
+        tasks = [asyncio.create_task(place.push(worker)) for worker in ("w0", "w1", "w2")]
+        assert [answer.receipt.version for answer in await asyncio.gather(*tasks)] == [1, 1, 1]
+
+    run(body)
+
+
+def test_a_timer_that_is_early_waits_for_the_rest() -> None:
+    """A deadline is the clock's, not the event loop's: a tick before it decides nothing and comes again."""
+
+    async def body() -> None:
+        place = Place(SMALL, sync(2, deadline_s=0.01))
+        await place.begin("w0", "w1")
+        task = asyncio.create_task(place.push("w0"))
+        await place.waiting("w0")
+        for _ in range(3):  # the loop's time passes several deadlines, the session's stands still
+            await asyncio.wait([task], timeout=0.02)
+            assert not task.done()
+        place.now = 0.01
+        with pytest.raises(BarrierTimeout):
+            await task
+
+    run(body)
+
+
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+def test_a_session_that_is_removed_tells_those_who_wait(elements: int) -> None:
+    """Who waits at the barrier gets SessionLost, and so does everything that comes later."""
+
+    async def body() -> None:
+        place = Place(elements, sync(2))
+        await place.begin("w0", "w1")
+        tasks = [asyncio.create_task(place.push("w0")) for _ in range(2)]
+        await place.waiting("w0")
+        await place.host.close()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, SessionLost) for result in results)
+        assert results[0] is not results[1]
+        for ask in (place.push("w1"), place.host.parameters(), place.host.contents(["sum"]), place.host.join("w9")):
+            with pytest.raises(SessionLost):
+                await ask
+
+    run(body)
+
+
+def test_a_session_is_removed_between_two_steps() -> None:
+    """A step that runs is finished and answered; one that has its body but not its turn is told the session is lost."""
+
+    async def body() -> None:
+        place = Place(LARGE)
+        await place.begin("w0", "w1")
+        place.kernels.gate.open.clear()
+        running = asyncio.create_task(place.push("w0"))
+        await place.until(place.kernels.gate.begun)
+        closing = asyncio.create_task(place.host.close())
+        queued = asyncio.create_task(place.push("w1"))
+        await asyncio.sleep(0)
+        place.kernels.gate.open.set()
+        assert (await running).receipt.version == 1
+        await closing
+        with pytest.raises(SessionLost):
+            await queued
+
+    run(body)
+
+
+def test_a_request_that_is_cancelled_does_not_take_the_others_with_it() -> None:
+    """If the push that completes a step goes away while the step runs, the step is finished and the others learn so."""
+
+    async def body() -> None:
+        place = Place(LARGE, sync(2))
+        await place.begin("w0", "w1")
+        first = asyncio.create_task(place.push("w0"))
+        await place.waiting("w0")
+        place.kernels.gate.open.clear()
+        last = asyncio.create_task(place.push("w1"))
+        await place.until(place.kernels.gate.begun)
+        last.cancel()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(last), 0.05)
+        assert not last.done()  # it keeps its turn until the step has ended
+        place.kernels.gate.open.set()
+        assert (await first).receipt.contributors == ("w0", "w1")
+        with pytest.raises(asyncio.CancelledError):
+            await last
+        assert (await place.push("w1")).duplicate
+        assert (await place.host.summary()).version == 1
+
+    run(body)
+
+
+def test_a_request_that_is_cancelled_while_it_waits_leaves_its_push() -> None:
+    """A push whose client has gone still takes part in the step; the client's retry finds the receipt."""
+
+    async def body() -> None:
+        place = Place(SMALL, sync(2))
+        await place.begin("w0", "w1")
+        first = asyncio.create_task(place.push("w0"))
+        await place.waiting("w0")
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert (await place.push("w1")).receipt.version == 1
+        again = await place.push("w0")
+        assert again.duplicate
+        assert again.receipt.version == 1
+
+    run(body)
+
+
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+def test_a_step_that_cannot_begin_leaves_nobody_waiting(elements: int) -> None:
+    """If the machine fails before a sync step begins, all who wait are told, and the same pushes work afterwards."""
+
+    async def body() -> None:
+        place = Place(elements, sync(2))
+        await place.begin("w0", "w1")
+        place.kernels.refusal = MemoryError("no memory is left")
+        tasks = [asyncio.create_task(place.push(worker)) for worker in ("w0", "w1")]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, Unavailable) for result in results), results
+        place.kernels.refusal = None
+        tasks = [asyncio.create_task(place.push(worker)) for worker in ("w0", "w1")]
+        assert [answer.receipt.version for answer in await asyncio.gather(*tasks)] == [1, 1]
+
+    run(body)
+
+
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+def test_each_who_waits_raises_an_error_of_his_own(elements: int) -> None:
+    """One failure told to several requests is not one exception raised in all of them."""
+
+    async def body() -> None:
+        place = Place(elements, sync(2))
+        await place.begin("w0", "w1")
+        place.kernels.gate.failure = RuntimeError("the device is on fire")
+        tasks = [asyncio.create_task(place.push(worker)) for worker in ("w0", "w0", "w1")]
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(result, StepInterrupted) for result in results), results
+        assert len({id(result) for result in results}) == 3
+        place.kernels.gate.failure = None
+        assert (await place.push("w0")).duplicate
+
+    run(body)
+
+
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+def test_where_steps_run(elements: int) -> None:
+    """A small session steps on the event loop itself, a large one in a thread, whatever the size of the message."""
+
+    async def body() -> None:
+        place = Place(elements // 4, tensors=4)
+        await place.begin()
+        await place.push()
+        await place.push(sequence=3, segments=[1, 2])
+        own = threading.current_thread().name
+        assert all((name == own) == (elements == SMALL) for name in place.kernels.gate.threads)
+        assert len(place.kernels.gate.threads) == 2
+
+    run(body)
+
+
+def test_the_event_loop_does_not_wait_for_kernels_to_be_built() -> None:
+    """First contents of a session whose kernels have to be built first leave the loop free, small as they may be."""
+
+    async def body() -> None:
+        place = Place(SMALL)
+        place.kernels.prepared.clear()
+        beginning = asyncio.create_task(place.begin())
+        await place.until(place.kernels.preparing)
+        assert not beginning.done()
+        place.kernels.prepared.set()
+        await beginning
+
+    run(body)
+
+
+def test_others_are_answered_while_a_step_runs() -> None:
+    """During a long step of one session another one steps, and bodies of the first are received."""
+
+    async def body() -> None:
+        long, other = Place(LARGE), Place(SMALL)
+        await long.begin("w0", "w1")
+        await other.begin()
+        long.kernels.gate.open.clear()
+        running = asyncio.create_task(long.push("w0"))
+        await long.until(long.kernels.gate.begun)
+        assert (await other.push()).receipt.version == 1
+        head = PushHead(WriteName("w1", 1, 1), "here", 0)
+        assert long.host.begin_push(head, long.host.plan.layout.nbytes).views
+        assert not running.done()
+        long.kernels.gate.open.set()
+        await running
+
+    run(body)
+
+
+def test_who_is_asked_for_first_parameters() -> None:
+    """The first to join, he again if he comes back, and another one when he has not sent them for a minute."""
+
+    async def body() -> None:
+        place = Place(SMALL)
+        asked = [(await place.host.join(worker)).initialise for worker in ("w0", "w1", "w0", "w2")]
+        assert asked == [True, False, True, False]
+        place.now = INITIALISE_WITHIN_S
+        asked = [(await place.host.join(worker)).initialise for worker in ("w1", "w0", "w1")]
+        assert asked == [True, False, True]
+        place.now = 10 * INITIALISE_WITHIN_S
+        head = PutHead(WriteName("w1", 3, 1), "here", ("param",), initial=True)
+        intake = place.host.begin_put(head, place.host.plan.layout.nbytes)
+        await place.host.put(head, intake, "first")
+        joined = await place.host.join("w2")
+        assert (joined.initialised, joined.initialise) == (True, False)
+
+    run(body)
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Keep the garbage collector from hiding what holds on to memory."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("no_collector")
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+@pytest.mark.parametrize("how", ["taken", "refused", "timed out"])
+def test_gradients_are_given_back_at_once(elements: int, how: str) -> None:
+    """When a push is answered, with a receipt or an error, its memory goes without the garbage collector's help."""
+
+    async def body() -> None:
+        place = Place(elements, sync(2, deadline_s=0.01) if how == "timed out" else ASYNC)
+        await place.begin("w0", "w1")
+
+        async def ask() -> weakref.ref[Any]:
+            head = PushHead(WriteName("w0", 1, 2), "here", 0)
+            intake = place.host.begin_push(head, place.host.plan.layout.nbytes)
+            gone = weakref.ref(intake.contribution.buffers)  # type: ignore[attr-defined]  # the local host's own
+            intake.views[0][:] = (b"\xff" if how == "refused" else b"\x00") * len(intake.views[0])
+            with suppress(NonFinite, BarrierTimeout):
+                assert (await place.host.push(head, intake, "x")).receipt.applied
+                assert how == "taken"
+            return gone
+
+        asking = asyncio.create_task(ask())
+        if how == "timed out":
+            await place.waiting("w0")
+            place.now = 1.0
+        gone = await asking
+        del asking
+        if how != "timed out":
+            await place.push("w1")  # the thread that worked last has let go of it, too
+        assert gone() is None
+
+    run(body)
