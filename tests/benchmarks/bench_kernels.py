@@ -1,4 +1,6 @@
-"""Measure update kernels against torch.optim: `python tests/benchmarks/bench_kernels.py [--sizes 25M,250k,2500] [--json]`.
+"""Measure update kernels against torch.optim.
+
+    python tests/benchmarks/bench_kernels.py [--sizes 25M,250k,2500] [--json]
 
 All sides run in turn within each round, on the same number of threads; the table shows medians in microseconds.
 

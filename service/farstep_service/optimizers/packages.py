@@ -83,7 +83,7 @@ INSTRUCTIONS = (
     "aes",
     "vaes",
 )
-    wanted = [flag for flag in flags.split() if platform.machine() != "x86_64" or flag.startswith(INSTRUCTIONS)]
+"""How the flags of x86 processors begin that say what a compiler may use; others differ between equal processors."""
 
 
 @cache
@@ -97,8 +97,9 @@ def machine(device: str) -> str:
     except OSError:
         lines = []
     flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
-    chosen_flags = [flag for flag in flags.split() if platform.machine() != "x86_64" or flag.startswith(INSTRUCTIONS)]
-    return f"{platform.machine()} {' '.join(sorted(chosen_flags))}"
+    if platform.machine() == "x86_64":
+        flags = " ".join(sorted(flag for flag in flags.split() if flag.startswith(INSTRUCTIONS)))
+    return f"{platform.machine()} {flags}"
 
 
 def open_directory(directory: Path) -> None:
