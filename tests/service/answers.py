@@ -96,23 +96,25 @@ def half_sent(
 
 
 @contextmanager
-def opened(url: str) -> Iterator[socket.socket]:
-    """Connect to a server."""
+def opened(url: str, *, buffer_bytes: int | None = None) -> Iterator[socket.socket]:
+    """Connect to a server.
+
+    Args:
+        url: where it is.
+        buffer_bytes: how much the system may receive ahead of us; little of it lets a server feel that we are slow.
+    """
     where = httpx.URL(url)
-    with socket.create_connection((where.host, where.port or 80), timeout=TIMEOUT_S) as sock:
+    with socket.socket() as sock:
+        sock.settimeout(TIMEOUT_S)
+        if buffer_bytes is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+        sock.connect((where.host, where.port or 80))
         yield sock
 
 
 def read_answer(sock: socket.socket, begun: bytes = b"") -> Answer:
     """Read one answer from a connection, of which some may have been read."""
-    received = begun
-    while b"\r\n\r\n" not in received:
-        chunk = sock.recv(65536)
-        assert chunk, f"the connection was closed after {received!r}"
-        received += chunk
-    head, _, body = received.partition(b"\r\n\r\n")
-    status, *lines = head.decode("latin-1").split("\r\n")
-    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    status, headers, body = _read_head(sock, begun)
     missing = int(headers.get("content-length", 0)) - len(body)
     pieces = [body]
     while missing > 0:
@@ -120,4 +122,21 @@ def read_answer(sock: socket.socket, begun: bytes = b"") -> Answer:
         assert chunk, "the answer was cut off"
         pieces.append(chunk)
         missing -= len(chunk)
-    return Answer(int(status.split()[1]), headers.get("content-type", ""), b"".join(pieces))
+    return Answer(status, headers.get("content-type", ""), b"".join(pieces))
+
+
+def read_head(sock: socket.socket) -> tuple[int, int]:
+    """Read the head of an answer, and perhaps more; return its status and how many bytes of its body are to come."""
+    status, headers, body = _read_head(sock, b"")
+    return status, int(headers.get("content-length", 0)) - len(body)
+
+
+def _read_head(sock: socket.socket, received: bytes) -> tuple[int, dict[str, str], bytes]:
+    while b"\r\n\r\n" not in received:
+        chunk = sock.recv(65536)
+        assert chunk, f"the connection was closed after {received!r}"
+        received += chunk
+    head, _, body = received.partition(b"\r\n\r\n")
+    status, *lines = head.decode("latin-1").split("\r\n")
+    headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return int(status.split()[1]), headers, body

@@ -20,8 +20,10 @@ from tests.service.answers import MSGPACK, half_sent, opened, read_answer
 from tests.service.raw import RawClient, RawWorker, session_document
 from tests.service.servers import RunningServer
 
-ELEMENTS = 1 << 20
-"""Elements of the parameters: 4 MiB, more than any buffer between server and client takes in."""
+ELEMENTS = 1 << 22
+"""Elements of the parameters: 16 MiB, more than the buffers between a server and a slow reader take in."""
+SLOW_BYTES = 1 << 14
+"""What the system receives ahead of a slow reader."""
 
 
 class Conversation:
@@ -178,8 +180,7 @@ def test_every_answer_is_of_one_version(server: RunningServer, stamped: RawWorke
     def pull(share: int) -> list[tuple[int, float]]:
         seen = []
         for _ in range(3):
-            with opened(server.url) as sock:
-                sock.setsockopt(6, 10, 1 << 12)  # a small window makes the kernel hold little
+            with opened(server.url, buffer_bytes=SLOW_BYTES) as sock:
                 sock.sendall(f"GET {stamped.path}/contents HTTP/1.1\r\nHost: x\r\n\r\n".encode())
                 begun = sock.recv(share)
                 pushed.wait_for_next()
@@ -226,7 +227,7 @@ class Pushes:
 def test_a_reader_that_stops_does_not_stop_the_others(server: RunningServer, stamped: RawWorker) -> None:
     """While somebody who asked for parameters does not read them, steps go on; what he reads later is his version."""
     ones = [torch.ones(ELEMENTS // 2)] * 2
-    with opened(server.url) as sock:
+    with opened(server.url, buffer_bytes=SLOW_BYTES) as sock:
         sock.sendall(f"GET {stamped.path}/contents HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         begun = sock.recv(1 << 12)
         version = stamped.version
@@ -243,7 +244,7 @@ def test_a_reader_that_goes_away_gives_its_version_back(server: RunningServer, s
     """After readers disappeared in the middle of their answers, the memory of their versions is used again."""
     ones = [torch.ones(ELEMENTS // 2)] * 2
     for _ in range(6):
-        with opened(server.url) as sock:
+        with opened(server.url, buffer_bytes=SLOW_BYTES) as sock:
             sock.sendall(f"GET {stamped.path}/contents HTTP/1.1\r\nHost: x\r\n\r\n".encode())
             sock.recv(1 << 12)
             stamped.push(ones, reply="none")
