@@ -15,6 +15,9 @@ from typing import ClassVar
 from farstep.errors import InvalidOption
 
 
+LONGEST_DEADLINE_S = 7 * 86_400
+
+
 @dataclass(frozen=True, slots=True)
 class Async:
     """Apply every push by itself, as it arrives."""
@@ -31,7 +34,7 @@ class Sync:
         deadline_s: seconds from the first push of a step until the step is given up for all who wait.
 
     Raises:
-        InvalidOption: on a worker count below 1 or a deadline that is not positive.
+        InvalidOption: on a worker count below 1 or a deadline that is not positive or beyond a week.
     """
 
     workers: int
@@ -42,9 +45,9 @@ class Sync:
     def __post_init__(self) -> None:
         if type(self.workers) is not int or self.workers < 1:
             raise InvalidOption(f"Invalid workers: {self.workers!r}. Must be an int of at least 1.", field="workers")
-        if type(self.deadline_s) not in (int, float) or not 0 < self.deadline_s < float("inf"):
+        if type(self.deadline_s) not in (int, float) or not 0 < self.deadline_s <= LONGEST_DEADLINE_S:
             raise InvalidOption(
-                f"Invalid deadline_s: {self.deadline_s!r}. Must be positive seconds.", field="deadline_s"
+                f"Invalid deadline_s: {self.deadline_s!r}. Must be seconds above 0, at most a week.", field="deadline_s"
             )
 
 

@@ -22,6 +22,8 @@ from farstep_service.rule import AnyRule
 from farstep_service.store import Buffers, FlatBuffers, Gradients
 
 HALVES = frozenset({torch.float16, torch.bfloat16})
+BLOCK = 2**17
+"""Elements that are looked at together, so that temporary memory stays small."""
 
 
 class Contribution:
@@ -139,7 +141,7 @@ def _row_bytes(segment: Segment, announced: Sparse) -> int:
 def first_nonfinite(contribution: Contribution) -> int | None:
     """Return the first segment whose gradient holds NaN or Inf, None if all are finite.
 
-    One pass over memory: a sum is finite unless a summand is not, or it overflows; only then is each segment looked at.
+    One pass over memory: a sum is finite unless a summand is not, or it overflows; only then is more looked at.
     """
     buffers = contribution.buffers
     if buffers is None:
@@ -151,17 +153,19 @@ def first_nonfinite(contribution: Contribution) -> int | None:
             continue
         for index in range(first, last):
             own = buffers.span(index, index + 1)
-            if own is not None and not bool(torch.isfinite(own).all()):
+            if own is not None and not _all_finite(own):
                 return index
     for index, (_, values) in contribution.sparse.items():
-        if not bool(torch.isfinite(values).all()):
+        if not _all_finite(torch.view_as_real(values) if values.is_complex() else values):
             return index
     return None
 
 
 def _all_finite(span: Tensor) -> bool:
     total = span.sum(dtype=torch.float32) if span.dtype in HALVES else span.sum()
-    return math.isfinite(total.item())
+    if math.isfinite(total.item()):
+        return True
+    return all(bool(torch.isfinite(block).all()) for block in span.view(-1).split(BLOCK))
 
 
 def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.device) -> Gradients:

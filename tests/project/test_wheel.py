@@ -29,8 +29,8 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path, root: Path)
         assert any(name.endswith("licenses/LICENSE") for name in archive.namelist())
     sources = {
         str(path.relative_to(root / room))
-        for room in ("client", "service")
-        for path in (root / room).glob("*/**/*")
+        for room, package in (("client", "farstep"), ("service", "farstep_service"))
+        for path in (root / room / package).glob("**/*")
         if path.is_file() and path.suffix != ".pyc"
     }
     assert held == sources

@@ -254,12 +254,13 @@ def test_steps_share_the_cpus() -> None:
     for steps in (1, 2, 1000):
         environment: dict[str, str] = {"OMP_NUM_THREADS": ""}
         tune_(environment, steps)
-        assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(max(1, usable_cpus() // steps))}
+        threads = str(max(1, usable_cpus() // steps))
+        assert environment == {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": threads, "THP_MEM_ALLOC_ENABLE": "1"}
 
 
 def test_threads_that_the_user_chose_stay() -> None:
     """Variables that are set already are left alone."""
-    chosen = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "3"}
+    chosen = {"OMP_WAIT_POLICY": "ACTIVE", "OMP_NUM_THREADS": "3", "THP_MEM_ALLOC_ENABLE": "0"}
     environment = dict(chosen)
     tune_(environment, 2)
     assert environment == chosen

@@ -66,12 +66,9 @@ class Endpoint(ABC):
             parts.append((head, intake))
             return intake.views
 
-        try:
-            body = await read_body(scope, receive, place, largest=_largest(host), idle_s=self._settings.idle_body_s)
-            ((head, intake),) = parts
-            return head, intake, body.fingerprint
-        finally:
-            parts.clear()  # a decoder that failed and its error keep each other, and the error keeps this frame
+        body = await read_body(scope, receive, place, largest=_largest(host), idle_s=self._settings.idle_body_s)
+        ((head, intake),) = parts
+        return head, intake, body.fingerprint
 
 
 class Push(Endpoint):

@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import secrets
+import traceback
 from typing import Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -76,6 +77,8 @@ class Edge:
         except Exception as exc:
             if started:
                 raise
+            # A decoder that failed and its error keep each other, and the error's frames the gradients and the session.
+            traceback.clear_frames(exc.__traceback__)
             await answer(error_of(exc), send)
 
 
