@@ -165,7 +165,7 @@ def _all_finite(span: Tensor) -> bool:
     total = span.sum(dtype=torch.float32) if span.dtype in HALVES else span.sum()
     if math.isfinite(total.item()):
         return True
-    return all(bool(torch.isfinite(block).all()) for block in span.view(-1).split(BLOCK))
+    return all(bool(torch.isfinite(block).all()) for block in torch.split(span.view(-1), BLOCK))
 
 
 def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.device) -> Gradients:

@@ -16,14 +16,13 @@ from farstep_service.hosts import Host
 from farstep_service.optimizers import RULES
 from farstep_service.registry import Registry
 from farstep_service.routes.documents import DocumentRoute, GroupsDocument, NamePath, SessionDocument, plan_of
-from farstep_service.routes.problems import Problem
+from farstep_service.routes.problems import PROBLEM, Problem
 from farstep_service.settings import Settings
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     "default": {
         "description": "An error; its `code` is stable, and listed in docs/errors.md.",
-        "model": Problem,
-        "content": {"application/problem+json": {}},
+        "content": {PROBLEM.decode(): {"schema": Problem.model_json_schema()}},
     }
 }
 
