@@ -14,7 +14,6 @@ from typing import ClassVar
 
 from farstep.errors import InvalidOption
 
-
 LONGEST_DEADLINE_S = 7 * 86_400
 
 

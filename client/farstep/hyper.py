@@ -85,13 +85,20 @@ class Hyper:
                     f"{cls.rule} has no option {name!r:.100}.", field=str(name), remedy=f"It knows {', '.join(known)}."
                 )
         values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in options.items()
+            name: tuple(value) if isinstance(value, list) else _number(value) for name, value in options.items()
         }
         return cls(**values, edited=edited)
 
     def to_options(self) -> dict[str, Option]:
         """Return every option under its name; `from_options` of it gives an equal record."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def _number(value: Any) -> Any:
+    """Return a huge int, which torch's operations do not take, as the float of its size; everything else as it is."""
+    if type(value) is int and abs(value) >= 2**53:
+        return float(value) if abs(value) < 2**1023 else math.inf
+    return value
 
 
 def in_range(message: str, inside: bool, *, field: str) -> None:

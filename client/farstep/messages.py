@@ -13,6 +13,8 @@ from typing import Any, Literal
 from farstep.errors import InvalidRequest, ProtocolMismatch
 
 VERSION = 1
+FURTHEST_BEGINNING = 2**52
+"""The highest version a session may begin at: room for the steps of a lifetime, and numbers that JSON can hold."""
 Wanted = Literal["all", "changed", "none"]
 Times = dict[str, float]
 
@@ -31,9 +33,9 @@ class Header:
         self._values = dict(values)
         del self._values["v"]
 
-    def integer(self, key: str, *, least: int = 0, default: int | None = None) -> int:
+    def integer(self, key: str, *, least: int = 0, most: int = 2**63 - 1, default: int | None = None) -> int:
         value = self._values.pop(key, default)
-        if type(value) is not int or not least <= value < 2**63:
+        if type(value) is not int or not least <= value <= most:
             raise InvalidRequest(
                 f"Header key {key!r} is {value!r:.80}; it must be an int of at least {least}.", field=key
             )
@@ -195,7 +197,7 @@ class PutHead:
         if not fields or not all(type(each) is str for each in fields) or len(set(fields)) != len(fields):
             raise InvalidRequest("Header key 'fields' must name each field once.", field="fields")
         segments, initial = header.listing("segments"), header.flag("initial")
-        version = header.integer("version", default=0)
+        version = header.integer("version", most=FURTHEST_BEGINNING, default=0)
         header.nothing_left()
         return cls(name, incarnation, tuple(fields), segments, initial, version)
 

@@ -122,13 +122,13 @@ class Registry:
 
         Yields:
             To be called with a number of bytes before memory is taken; it raises `Busy` if the requests in flight
-            already take what the server allows.
+            take what the server allows. One that is alone is let through: what fits a session, fits the server.
         """
         taken = 0
 
         def reserve(nbytes: int) -> None:
             nonlocal taken
-            if self._bytes_in_flight + nbytes > self._settings.max_bytes:
+            if self._bytes_in_flight and self._bytes_in_flight + nbytes > self._settings.max_bytes:
                 raise Busy(
                     "The server receives as much as it has room for.",
                     remedy="Try again shortly.",

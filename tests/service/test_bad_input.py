@@ -413,6 +413,16 @@ def test_state_that_cannot_be_is_refused(worker: RawWorker, fields: list[str], v
     refused(lambda: worker.put({field: contents[field] for field in fields}), 422, "tensor_mismatch", "step")
 
 
+@pytest.mark.parametrize("version", [2**63 - 1, 2**63 - 2, 2**53])
+def test_a_version_beyond_counting_is_refused(raw: RawClient, version: int) -> None:
+    """First contents begin at a version that leaves room for all the steps of a lifetime, and that JSON can hold."""
+    name = f"far{version}"
+    worker = raw.join(name)
+    refused(lambda: worker.begin(version=version), 400, "invalid_request", "version")
+    assert worker.begin(version=2**52).receipt["version"] == 2**52
+    assert worker.push([torch.ones(4)]).receipt["version"] == 2**52 + 1
+
+
 # -- where it goes
 
 

@@ -58,6 +58,7 @@ class Gates(KernelSource):
         self.prepared, self.preparing = threading.Event(), threading.Event()
         self.prepared.set()
         self.refusal: Exception | None = None
+        self.finishing: Exception | None = None
 
     def prepare(self, rule: AnyRule, dtypes: Iterable[str], device: torch.device) -> None:
         self.preparing.set()
@@ -70,7 +71,8 @@ class Gates(KernelSource):
         return self.gate
 
     def reference(self, rule: AnyRule) -> Kernel:
-        return ReferenceKernel(rule)
+        self.gate.failure = self.finishing
+        return ReferenceKernel(rule) if self.finishing is None else self.gate
 
 
 class Place:
@@ -323,6 +325,24 @@ def test_where_steps_run(elements: int) -> None:
         own = threading.current_thread().name
         assert all((name == own) == (elements == SMALL) for name in place.kernels.gate.threads)
         assert len(place.kernels.gate.threads) == 2
+
+    run(body)
+
+
+def test_a_session_whose_step_cannot_be_finished_can_be_seen_and_removed() -> None:
+    """It is listed, with its version; whoever writes, reads or joins is told, and removing it works."""
+
+    async def body() -> None:
+        place = Place(SMALL)
+        await place.begin()
+        place.kernels.gate.failure = place.kernels.finishing = RuntimeError("the device is on fire")
+        for ask in (place.push, place.push, place.host.parameters, lambda: place.host.join("w1")):
+            with pytest.raises(StepInterrupted):
+                await ask()
+        assert (await place.host.summary()).version == 0
+        await place.host.close()
+        with pytest.raises(SessionLost):
+            await place.push()
 
     run(body)
 

@@ -306,3 +306,28 @@ def test_an_option_with_which_no_step_exists_changes_nothing() -> None:
     assert isinstance(error(outcome), InvalidOption)
     assert session.groups[0].to_options()["lr_decay"] == 0.0
     assert receipt(writer.push(values(session, 2)), name).version == 2
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "option"),
+    [
+        *[("Adagrad", each) for each in ("lr", "weight_decay", "eps")],
+        *[("Adadelta", each) for each in ("lr", "rho", "weight_decay", "eps")],
+        *[("Adamax", each) for each in ("lr", "weight_decay", "eps")],
+        ("ASGD", "weight_decay"),
+    ],
+)
+def test_an_option_that_no_operation_takes_is_refused(optimizer: str, option: str) -> None:
+    """A number that torch's operations refuse, such as one beyond the dtype, is refused here; the session goes on."""
+    for name in ("b", "scale"):
+        for value in (1e39, -1e300, 10**30):
+            session = new_session(optimizer=optimizer, names=(name,))
+            (writer,) = begun(session)
+            writer.push(values(session, 1))
+            before, push = parameters(session), writer.named()
+            result = writer.push(values(session, 2), groups={0: {option: value}})[push].result
+            if isinstance(result, Receipt):
+                continue
+            assert isinstance(result, InvalidOption), (name, value)
+            assert equal(parameters(session), before)
+            assert receipt(writer.push(values(session, 2), groups={0: {option: 0.5}}), push).version == 2

@@ -15,7 +15,7 @@ from contextlib import suppress
 from copy import copy
 from typing import Any, TypeVar, cast
 
-from farstep.errors import FarstepError, SessionLost
+from farstep.errors import FarstepError, SessionLost, StepInterrupted
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import to_ranges
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
@@ -88,13 +88,11 @@ class LocalHost(Host):
     async def summary(self) -> Summary:
         async with self._turn:
             session = self._session
-            return Summary(
-                version=session.version,
-                initialised=session.initialised,
-                groups=[group.to_options() for group in session.groups],
-                workers={name: self._page(name) for name in session.workers},
-                bytes=session.nbytes(),
-            )
+            workers: dict[str, WorkerPage] = {}
+            with suppress(StepInterrupted):  # a session whose step cannot be finished is still there to be seen
+                workers = {name: self._page(name) for name in session.workers}
+            groups = [group.to_options() for group in session.groups]
+            return Summary(session.version, session.initialised, groups, workers, session.nbytes())
 
     async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
         async with self._turn:

@@ -11,12 +11,15 @@ has been done is never done twice, but for plain copies, which do not mind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, final
 
+import torch
 from torch import Tensor
 
+from farstep.errors import InvalidOption
 from farstep_service.rule import AnyRule, Call, Counts, Kernel, Progress, Write
 from farstep_service.store.buffers import Buffers, FlatBuffers, shaped
 from farstep_service.store.gradients import Gradients, Rows
@@ -132,6 +135,23 @@ class Step:
             Write(matrix(self.target.buffers), p, its.rows),
             *(Write(field, new, its.rows) for field, new in zip(old, state, strict=True)),
         ]
+
+
+def check_numbers(steps: Iterable[tuple[torch.dtype, tuple[float, ...]]]) -> None:
+    """Refuse a step whose numbers its dtype cannot hold, which torch's operations would refuse one by one, midway.
+
+    Raises:
+        InvalidOption: naming the number and the dtype.
+    """
+    for dtype, numbers in steps:
+        limit = torch.finfo(dtype).max
+        for number in numbers:
+            if limit < abs(number) < math.inf:
+                raise InvalidOption(
+                    f"With these options the step takes the number {number:g}, beyond {dtype}.",
+                    remedy="Correct the group options.",
+                    limit=limit,
+                )
 
 
 def calls_of(decision: Decision, gradients: Buffers, source: Buffers, target: Buffers, state: State) -> list[Call]:

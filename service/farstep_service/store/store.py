@@ -27,7 +27,7 @@ from farstep_service.store.buffers import Buffers, FlatBuffers
 from farstep_service.store.gradients import Gradients, coalesce
 from farstep_service.store.runs import Planner
 from farstep_service.store.state import PARAMETERS, FieldValues, Number, State
-from farstep_service.store.step import Applied, Contents, Step, calls_of
+from farstep_service.store.step import Applied, Contents, Step, calls_of, check_numbers
 from farstep_service.store.versions import Held, Memory, Versions
 
 
@@ -203,6 +203,9 @@ class Store:
         chosen = self._kernels.choose(self.rule, dtypes, self.device, wanted)
         gradients.buffers.begin(decision.cut.dense)
         source.begin(decision.cut.touched)
+        calls = calls_of(decision, gradients.buffers, source, target.buffers, self._state)
+        check_numbers((call.p.dtype, call.scalars) for call in calls)
+        check_numbers((each.values.dtype, of_rows) for each, of_rows in zip(rows, decision.row_scalars, strict=True))
         version = self.version + 1
         step = Step(
             rule=self.rule,
@@ -212,7 +215,7 @@ class Store:
             gradients=gradients,
             touched=decision.cut.touched,
             stale=self._stale(target, decision.cut.dense),
-            calls=calls_of(decision, gradients.buffers, source, target.buffers, self._state),
+            calls=calls,
             rows=rows,
             row_scalars=decision.row_scalars,
             after=Contents(version, decision.after, self._marked(decision.cut.touched, version)),
