@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +30,35 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ASGD", {}),
     ("ASGD", {"lr": 0.1, "lambd": 0.02, "alpha": 0.6, "t0": 5, "weight_decay": 0.02}),
     ("ASGD", {"maximize": True, "t0": 0, "weight_decay": 0.1}),
+    ("SGD", {}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.02}),
+    ("SGD", {"momentum": 0.7, "nesterov": True, "maximize": True}),
+    ("Adam", {}),
+    ("Adam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02, "amsgrad": True}),
+    ("Adam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("AdamW", {}),
+    ("AdamW", {"lr": 0.1, "betas": (0.0, 0.9), "eps": 1e-4, "amsgrad": True, "maximize": True, "weight_decay": 0.1}),
+    ("NAdam", {}),
+    ("NAdam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02, "momentum_decay": 0.1}),
+    ("NAdam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("RAdam", {}),
+    ("RAdam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02}),
+    ("RAdam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("RMSprop", {}),
+    ("RMSprop", {"lr": 0.1, "alpha": 0.7, "eps": 1e-3, "weight_decay": 0.02, "momentum": 0.5}),
+    ("RMSprop", {"centered": True, "momentum": 0.9, "maximize": True}),
+    ("Rprop", {}),
+    ("Rprop", {"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (1e-3, 0.2), "maximize": True}),
 ]
-NAMES = ["Adagrad", "Adadelta", "Adamax", "ASGD"]
+NAMES = list(dict.fromkeys(name for name, _ in CASES))
+"""The optimizers there are."""
+
+
+def has(name: str, option: str) -> bool:
+    """Say whether torch's class takes an option."""
+    return option in inspect.signature(theirs(name)).parameters
+
+
 BY_OPTIONS = [pytest.param(name, options, id=f"{name}-{'-'.join(options) or 'defaults'}") for name, options in CASES]
 
 
@@ -85,14 +113,15 @@ def test_a_group_keeps_its_own_initial_value_to_itself(place: RemoteOptions) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize(
-    ("name", "options"), [(name, {"weight_decay": 0.02, "maximize": name == "Adamax"}) for name in NAMES]
+    ("name", "options"),
+    [(name, {"maximize": name == "Adamax"} | ({"weight_decay": 0.02} if has(name, "weight_decay") else {})) for name in NAMES],
 )
 def test_other_dtypes_are_within_torchs_tolerance(
     name: str, options: dict[str, Any], dtype: torch.dtype, place: RemoteOptions
 ) -> None:
     """Halves and complex parameters follow torch within torch's own tolerance for their dtype."""
     # eps must not vanish in float16, or torch itself divides by zero.
-    eps = {} if name == "ASGD" else {"eps": 1e-3}
+    eps = {"eps": 1e-3} if has(name, "eps") else {}
     twins = Twins(name, options | eps, place, start=drawn(0, dtype=dtype))
     twins.train(STEPS)
     twins.check(exact=False)
@@ -155,6 +184,10 @@ def test_sparse_gradients_are_refused_where_torch_refuses_them(place: RemoteOpti
     """With weight decay, and by every other optimizer, in torch's words; nothing has changed then."""
     for name, options, words in [
         ("Adagrad", {"weight_decay": 0.1}, "weight_decay option is not compatible with sparse gradients"),
+        ("SGD", {"weight_decay": 0.1}, r"add\(sparse, dense\) is not supported"),
+        ("SGD", {"momentum": 0.1}, "its buffer would have to be sparse"),
+        ("AdamW", {}, "Adam does not support sparse gradients, please consider SparseAdam instead"),
+        ("RMSprop", {}, "RMSprop does not support sparse gradients"),
         ("Adadelta", {}, "Adadelta does not support sparse gradients"),
         ("Adamax", {}, "Adamax does not support sparse gradients"),
     ]:

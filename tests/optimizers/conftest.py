@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from farstep_service.optimizers import RULES, Kernels
+from farstep_service.rule import Form
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,7 +18,7 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-COMPILED = [(rule, "float32") for rule in RULES] + [("Adadelta", "float64"), ("Adagrad", "bfloat16")]
+COMPILED = [(rule, Form("float32")) for rule in RULES] + [("Adadelta", Form("float64")), ("Adagrad", Form("bfloat16"))]
 """The compiled kernels that tests use; building all of them takes half a minute, once per machine."""
 
 
@@ -25,7 +26,7 @@ COMPILED = [(rule, "float32") for rule in RULES] + [("Adadelta", "float64"), ("A
 def fused() -> Kernels:
     """Return compiled kernels, from the user's cache if they have been built before."""
     kernels = Kernels("fused")
-    kernels.begin([(RULES[rule], dtype) for rule, dtype in COMPILED], torch.device("cpu"))
+    kernels.begin([(RULES[rule], form) for rule, form in COMPILED], torch.device("cpu"))
     kernels.wait()
     failed = [status for status in kernels.status() if status.state == "failed"]
     if failed and "Compiler" in failed[0].reason:
