@@ -158,7 +158,9 @@ class HttpLink(Link):
         if state is None:
             self._put(parameters, ["param"], None)
         else:
-            self._put(range(len(self._parameters)), [*(["param"] if parameters else []), *self._state_fields(state)], state)
+            self._put(
+                range(len(self._parameters)), [*(["param"] if parameters else []), *self._state_fields(state)], state
+            )
         return self._version
 
     def _state_fields(self, state: Sequence[State | None] | None) -> list[str]:

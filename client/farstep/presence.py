@@ -1,8 +1,8 @@
 """Which state fields a parameter has, as one number: bit i is set for field i of the list that a join is answered with.
 
-Some state exists with certain options only (`max_exp_avg_sq` with `amsgrad`, `momentum_buffer` with `momentum`), and none
-before the first step. On the wire such a field's elements are zeros where a parameter lacks it, and the number field
-`present` tells them from zeros that are meant. 0 is a parameter without any state.
+Some state exists with certain options only (`max_exp_avg_sq` with `amsgrad`, `momentum_buffer` with `momentum`), and
+most state not before the first step. On the wire such a field's elements are zeros where a parameter lacks it, and the
+number field `present` tells them from zeros that are meant. 0 is a parameter without any state.
 """
 
 from __future__ import annotations

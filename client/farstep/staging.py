@@ -131,7 +131,9 @@ class StateArrivals:
                     numbers = self._numbers.get(name)
                     own[name] = self._elements[name][i].to(p.device) if numbers is None else float(numbers[i])
             except (KeyError, ValueError) as exc:
-                raise InvalidRequest(f"The answer's state of parameter {i} is incomplete: {exc}", side="client") from exc
+                raise InvalidRequest(
+                    f"The answer's state of parameter {i} is incomplete: {exc}", side="client"
+                ) from exc
             states.append(own or None)
         return states
 

@@ -114,7 +114,10 @@ def test_a_group_keeps_its_own_initial_value_to_itself(place: RemoteOptions) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(name, {"maximize": name == "Adamax"} | ({"weight_decay": 0.02} if has(name, "weight_decay") else {})) for name in NAMES],
+    [
+        (name, {"maximize": name == "Adamax"} | ({"weight_decay": 0.02} if has(name, "weight_decay") else {}))
+        for name in NAMES
+    ],
 )
 def test_other_dtypes_are_within_torchs_tolerance(
     name: str, options: dict[str, Any], dtype: torch.dtype, place: RemoteOptions

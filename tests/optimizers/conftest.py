@@ -1,6 +1,7 @@
 """What the tests of the update rules share: one thread, and kernels kept between runs."""
 
 from collections.abc import Iterator
+from itertools import combinations
 
 import pytest
 import torch
@@ -18,8 +19,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-COMPILED = [(rule, Form("float32")) for rule in RULES] + [("Adadelta", Form("float64")), ("Adagrad", Form("bfloat16"))]
-"""The compiled kernels that tests use; building all of them takes half a minute, once per machine."""
+EVERY = [
+    (name, optional)
+    for name, rule in RULES.items()
+    for count in range(len(rule.optional_fields) + 1)
+    for optional in combinations(rule.optional_fields, count)
+]
+COMPILED = [(name, Form("float32", optional)) for name, optional in EVERY]
+COMPILED += [("Adadelta", Form("float64")), ("Adagrad", Form("bfloat16")), ("Adam", Form("float64"))]
+"""The compiled kernels that tests use; building all of them takes two minutes, once per machine."""
 
 
 @pytest.fixture(scope="session")

@@ -33,7 +33,12 @@ def test_fused_float32_is_within_tolerance(fused: Kernels, name: str, options: d
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("Adadelta", torch.float64), ("Adadelta", torch.complex128), ("Adagrad", torch.bfloat16)],
+    [
+        ("Adadelta", torch.float64),
+        ("Adadelta", torch.complex128),
+        ("Adagrad", torch.bfloat16),
+        ("Adam", torch.complex128),
+    ],
     ids=str,
 )
 def test_fused_in_other_dtypes_is_within_tolerance(fused: Kernels, name: str, dtype: torch.dtype):

@@ -42,7 +42,7 @@ def _traced() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", RULES)
 def test_a_store_is_its_parameters_and_its_state(name: str):
-    """A store takes its parameters and one buffer per element field in use, and a second version only while it is held."""
+    """A store takes its parameters and one buffer per element field in use; a second version only while it is held."""
     layout = layout_of(SHAPES)
     rule = RULES[name]
     hypers = [rule.hyper()]

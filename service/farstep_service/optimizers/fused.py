@@ -15,9 +15,9 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.optimizers.program import LEAST
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.rule import AnyRule, At, Call, Fields, Form, Kernel, Progress
 
 PIECE = 2**21

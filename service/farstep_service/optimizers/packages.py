@@ -72,7 +72,8 @@ def file_name(package: Package, rule: AnyRule) -> str:
 @cache
 def _sources(rule: type[AnyRule]) -> str:
     rules = [each for each in rule.__mro__ if issubclass(each, Rule) and each is not Rule]
-    files = [inspect.getsourcefile(each) or "" for each in (*rules, arithmetic, program)]
+    sources = [*map(inspect.getsourcefile, rules), *map(inspect.getsourcefile, (arithmetic, program))]
+    files = [source or "" for source in sources]
     return hashlib.sha256(b"\0".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

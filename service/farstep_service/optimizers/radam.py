@@ -76,9 +76,7 @@ class RAdam(Rule[RAdamHyper]):
         longest = 2 / (1 - beta2) - 1
         length = longest - 2 * step * (beta2**step) / correction2
         rectified = length > 5.0
-        squared = (
-            (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length) if rectified else 0.0
-        )
+        squared = (length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length) if rectified else 0.0
         return (
             sign_of(hyper.maximize),
             *decay_of(hyper.weight_decay, hyper.lr, decoupled=hyper.decoupled_weight_decay),

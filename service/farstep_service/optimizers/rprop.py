@@ -63,7 +63,9 @@ class Rprop(Rule[RpropHyper]):
         """Apply the formula above."""
         sign, *others = scalars
         # Rounded as the elements are, since torch compares elements with them.
-        minus, plus, least, most, first, start = (torch.as_tensor(each, dtype=p.dtype, device=p.device) for each in others)
+        minus, plus, least, most, first, start = (
+            torch.as_tensor(each, dtype=p.dtype, device=p.device) for each in others
+        )
         g = signed(g, sign)
         step_size = torch.where(first != 0, start, state["step_size"])
         factor = (g * state["prev"]).sign()

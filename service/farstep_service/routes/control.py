@@ -38,8 +38,8 @@ class Shard(BaseModel):
 class JoinedDocument(BaseModel):
     """What a worker is told when it has joined.
 
-    `initialise`: this worker is asked for the first parameters. `initialised`: they are there. `fields`: the state; what
-    is optional exists with some options only, and the field `present` says which parameters have it.
+    `initialise`: this worker is asked for the first parameters. `initialised`: they are there. `fields`: the state;
+    what is optional exists with some options only, and the field `present` says which parameters have it.
     """
 
     name: str

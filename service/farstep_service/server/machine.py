@@ -107,7 +107,9 @@ def kernels_at_hand(device: str) -> str:
         built = [
             name
             for name, rule in RULES.items()
-            if all(find(directory, Package(name, "float32", device, optional=optional), rule) for optional in rule.usual)
+            if all(
+                find(directory, Package(name, "float32", device, optional=optional), rule) for optional in rule.usual
+            )
         ]
     except Unavailable as exc:
         return f"reference kernels: {exc.detail.rstrip('.')}"

@@ -4,8 +4,8 @@
     runs       ──  ──      ──  ──  ──         one each, since the numbers of neighbours differ
     with lr 0.1 everywhere: two runs, [w0 b0] and [b1 w2 b2], interrupted by w1
 
-Neighbours belong to one run if the step's numbers, and the state it uses, are equal for both and nothing lies between them in any memory. The
-usual step is one run per group. No tensor is touched here.
+Neighbours belong to one run if the step's numbers, and the state it uses, are equal for both and nothing lies between
+them in any memory. The usual step is one run per group. No tensor is touched here.
 """
 
 from __future__ import annotations
