@@ -219,3 +219,63 @@ def test_fused_kernels_are_within_torchs_tolerance(kernel: Any, where: str, requ
     twins.check(exact=False)
     assert twins.ours.last_step is not None
     assert twins.ours.last_step.kernel in ({"fused"} if kernel == "fused" else {"fused", "reference"})
+
+
+def halves(**options: Any) -> Any:
+    """Return a grouping whose second half of the parameters has these options."""
+
+    def grouping(ps: list[Tensor]) -> list[Group]:
+        return [{"params": ps[:3]}, {"params": ps[3:], **options}]
+
+    return grouping
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SGD", {"momentum": 0.9}),
+        ("Adam", {"amsgrad": True}),
+        ("AdamW", {"amsgrad": True}),
+        ("RMSprop", {"momentum": 0.5}),
+        ("RMSprop", {"centered": True, "momentum": 0.5}),
+    ],
+)
+def test_state_that_one_group_has_and_another_has_not(name: str, options: Group, place: RemoteOptions) -> None:
+    """State that an option brings is there in its group only, travels both ways, and training goes on with it."""
+    twins = Twins(name, {"lr": 0.1}, place, grouping=halves(**options))
+    for seed in range(1, 6):
+        twins.step(with_holes(seed, drawn(seed)))
+        twins.check()
+    away = Twins(name, {"lr": 0.1}, place, grouping=halves(**options), start=twins.here)
+    away.theirs.load_state_dict(twins.ours.state_dict())
+    away.ours.load_state_dict(twins.theirs.state_dict())
+    away.check()
+    for each in (twins, away):
+        each.train(3, first=6)
+        each.check()
+    check_parameters(away.here, twins.there)
+
+
+def test_momentum_that_is_switched_on_and_off(place: RemoteOptions) -> None:
+    """SGD's buffer appears with the first step that has momentum, stays when there is none, and is used again."""
+    twins = Twins("SGD", {"lr": 0.1, "weight_decay": 0.01}, place, grouping=halves(momentum=0.5))
+    for seed in range(1, STEPS):
+        for optimizer in (twins.ours, twins.theirs):
+            optimizer.param_groups[0].update(momentum=0.9 if seed > 5 else 0.0, nesterov=seed > 10)
+            optimizer.param_groups[1].update(momentum=0.0 if 4 < seed < 9 else 0.5)
+        twins.step(with_holes(seed, drawn(seed)))
+        twins.check()
+
+
+@pytest.mark.parametrize("coalesced", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_sgd_takes_sparse_gradients(dtype: torch.dtype, coalesced: bool, place: RemoteOptions) -> None:
+    """Without momentum and weight decay SGD changes the named rows; within tolerance if some are named twice."""
+    start = drawn(0, [(9, 4), (5,)], dtype)
+    twins = Twins("SGD", {"lr": 0.1, "maximize": True}, place, start=start)
+    for seed in range(1, STEPS + 1):
+        rows = torch.randint(9, (1, 6), generator=torch.Generator().manual_seed(seed))
+        values, dense = drawn(seed, [(6, 4), (5,)], dtype)
+        sparse = torch.sparse_coo_tensor(rows, values, (9, 4), check_invariants=True)
+        twins.step([sparse.coalesce() if coalesced else sparse, dense])
+    twins.check(exact=coalesced and not dtype.is_complex)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -50,3 +50,9 @@ class AdamW(RemoteOptimizer):
             "fused": fused,
         }
         super().__init__(params, options, remote)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take in a state; the decay stays decoupled, as in torch, whatever the state says."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group["decoupled_weight_decay"] = True

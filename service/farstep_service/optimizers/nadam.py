@@ -120,8 +120,11 @@ class NAdam(Rule[NAdamHyper]):
         exp_avg = lerp(state["exp_avg"], g, rest1)
         exp_avg_sq = addcmul_(state["exp_avg_sq"] * beta2, g, g, rest2)
         scale = divided(exp_avg_sq, correction).sqrt().add_(eps)
-        p = addcdiv(shrunk(p, shrink), g, scale, minus_g_rate)
-        return addcdiv(p, exp_avg, scale, minus_avg_rate), {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        p, new = shrunk(p, shrink), {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+        if isinstance(minus_g_rate, Tensor):
+            # One division less, and divisions are what a compiled NAdam waits for.
+            return p + (minus_g_rate * g + minus_avg_rate * exp_avg) / scale, new
+        return addcdiv(addcdiv(p, g, scale, minus_g_rate), exp_avg, scale, minus_avg_rate), new
 
 
 def _mu(step: int, hyper: NAdamHyper) -> float:

@@ -69,15 +69,15 @@ class SGD(Rule[SGDHyper]):
         return (BUFFER,) if hyper.momentum != 0 else ()
 
     def scalars(self, counts: Counts, hyper: SGDHyper) -> tuple[float, ...]:
-        """Return the sign, weight decay, μ, 1 − dampening, Nesterov or not, first step or not, and −lr."""
+        """Return the sign, weight decay, Nesterov or not, μ, the weights of the old buffer and of g in it, and −lr."""
         first = BUFFER not in counts.fields
         return (
             sign_of(hyper.maximize),
             hyper.weight_decay,
-            hyper.momentum,
-            1 - hyper.dampening,
             float(hyper.nesterov),
-            float(first and hyper.momentum != 0),
+            hyper.momentum,
+            0.0 if first else hyper.momentum,
+            1.0 if first else 1 - hyper.dampening,
             -hyper.lr,
         )
 
@@ -89,16 +89,15 @@ class SGD(Rule[SGDHyper]):
         self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]
     ) -> tuple[Tensor, StateTensors]:
         """Apply the formula above."""
-        sign, weight_decay, momentum, rest, nesterov, first, minus_lr = scalars
+        sign, weight_decay, nesterov, momentum, keep, rest, minus_lr = scalars
         g = decayed(signed(g, sign), p, weight_decay)
         if BUFFER not in state:
             return add(p, g, minus_lr), {}
-        old = state[BUFFER]
-        if isinstance(first, Tensor):
-            buffer = torch.where(first != 0, g, add_(old * momentum, g, rest))
-            g = torch.where(torch.as_tensor(nesterov) != 0, add(g, buffer, momentum), buffer)
+        # In the first step the buffer holds zeros, and this is g.
+        buffer = add_(state[BUFFER] * keep, g, rest)
+        if isinstance(nesterov, Tensor):
+            g = torch.where(nesterov != 0, add(g, buffer, momentum), buffer)
         else:
-            buffer = g.clone() if first else add_(old * momentum, g, rest)
             g = add(g, buffer, momentum) if nesterov else buffer
         return add(p, g, minus_lr), {BUFFER: buffer}
 
