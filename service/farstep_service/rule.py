@@ -120,7 +120,7 @@ class Rule(ABC, Generic[H]):
 
     def advance(self, counts: Counts, hyper: H) -> Counts:
         """Return the counts after the step that follows `counts`."""
-        return Counts(counts.step + 1)
+        return Counts(counts.step + 1, fields=counts.fields)
 
     @abstractmethod
     def update(

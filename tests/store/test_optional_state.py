@@ -54,7 +54,7 @@ def test_memory_is_taken_with_the_first_use(make: MakeStore, name: str, options:
 
 
 def test_momentum_that_comes_and_goes_is_torchs():
-    """SGD's buffer begins with the gradient of its first step with momentum and rests while there is none, as in torch."""
+    """SGD's buffer begins with the gradient of its first step with momentum and rests without it, as in torch."""
     twins = Twins("SGD", groups=[{"lr": 0.1}, {"lr": 0.1, "momentum": 0.5}], missing=lambda step, index: index == step)
     for step in range(12):
         if step in (3, 9):
@@ -82,6 +82,7 @@ def test_what_a_write_takes_away_begins_anew(make: MakeStore):
     store.apply(hypers, Gradients(noise(store.layout, 1)))
     moved: dict[str, Any] = {field: store.buffers(field) for field in ("param", "exp_avg", "exp_avg_sq")}
     moved["step"] = store.numbers("step")
+    moved["max_exp_avg_sq"] = noise(store.layout, 9)
     has = [("exp_avg", "exp_avg_sq")] * 6
     store.write(range(6), moved, has=has)
     other.write(range(6), moved, has=has)

@@ -87,7 +87,7 @@ class ASGD(Rule[ASGDHyper]):
         """Return the next step's eta and mu."""
         step = counts.step + 1
         eta = hyper.lr / ((1 + hyper.lambd * hyper.lr * step) ** hyper.alpha)
-        return ASGDCounts(step, eta, 1 / max(1, step - hyper.t0))
+        return ASGDCounts(step, eta, 1 / max(1, step - hyper.t0), fields=counts.fields)
 
     def update(
         self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]

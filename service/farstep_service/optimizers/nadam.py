@@ -109,7 +109,8 @@ class NAdam(Rule[NAdamHyper]):
     def advance(self, counts: Counts, hyper: NAdamHyper) -> Counts:
         """Return the next step's mu_product."""
         step = counts.step + 1
-        return NAdamCounts(step, cast(NAdamCounts, counts).mu_product * float32(_mu(step, hyper)))
+        product = cast(NAdamCounts, counts).mu_product * float32(_mu(step, hyper))
+        return NAdamCounts(step, product, fields=counts.fields)
 
     def update(
         self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]

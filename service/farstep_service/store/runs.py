@@ -164,7 +164,7 @@ class Planner:
         fields = rule.fields((*now.fields, *optional))
         if not fields and not rule.segment_fields:
             return Numbers(scalars, optional), None
-        return Numbers(scalars, optional), replace(after, fields=fields)
+        return Numbers(scalars, optional), after if after.fields == fields else replace(after, fields=fields)
 
     def _is_steady(self, run: Run, pattern: Sequence[int], after: Sequence[Counts | None]) -> bool:
         """Say whether the members of a run will have equal numbers in the next step, too."""

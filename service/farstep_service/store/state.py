@@ -75,12 +75,13 @@ class State:
                 stretch = buffers.stretch(segment, self._layout.segments[segment].length)
                 stretch.fill_(value)
 
-    def drop(self, before: Sequence[Counts | None], after: Sequence[Counts | None]) -> None:
-        """Clear the optional fields that segments have lost, so that they begin anew when they are used again."""
+    def clear_absent(self, segments: Sequence[int], counts: Sequence[Counts | None]) -> None:
+        """Clear the optional fields that segments with state do not have, so that they begin anew when used."""
         for name in self._rule.optional_fields:
             if name in self.fields:
-                for segment, (old, new) in enumerate(zip(before, after, strict=True)):
-                    if old and name in old.fields and new and name not in new.fields:
+                for segment in segments:
+                    own = counts[segment]
+                    if own and name not in own.fields:
                         self.fields[name].stretch(segment, self._layout.segments[segment].length).zero_()
 
     def _begins_filled(self, segment: int) -> bool:

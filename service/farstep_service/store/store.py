@@ -301,7 +301,7 @@ class Store:
             parameters = contents.get(PARAMETERS)
             if isinstance(parameters, Buffers):
                 self._write_parameters(segments, parameters, version)
-            self._state.drop(self._now.counts, counts)
+            self._state.clear_absent(segments, counts)
             self._state.refill([index for index in segments if counts[index] is None])
             self._planner.forget()
             self._now = Contents(version, counts, self._marked(segments if parameters else (), version))
