@@ -19,11 +19,19 @@ from torch import Tensor
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
-from farstep.link import FieldKind, Link, Options, SessionSpec, State, StepReport
+from farstep.link import FieldKind, Link, Options, SessionSpec, State, StepReport, worth_sending
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
 from farstep.patience import Patience
+from farstep.presence import PRESENT
 from farstep.settings import Place
-from farstep.staging import Arrivals, StateArrivals, outgoing, outgoing_gradients, outgoing_state
+from farstep.staging import (
+    Arrivals,
+    StateArrivals,
+    outgoing,
+    outgoing_gradients,
+    outgoing_presence,
+    outgoing_state,
+)
 from farstep.wire import from_ranges, to_ranges
 from farstep.writer import Writer
 
@@ -97,7 +105,7 @@ class HttpLink(Link):
 
         chosen = self._patience.call(f"Joining session {self._spec.name!r}", self._server.server, attempt)
         if chosen:
-            fields = ["param", *(self._fields if state is not None else ())]
+            fields = ["param", *self._state_fields(state)]
             if self._put(range(len(self._parameters)), fields, state, initial=True, version=version).applied:
                 return True
         self.pull()
@@ -150,8 +158,13 @@ class HttpLink(Link):
         if state is None:
             self._put(parameters, ["param"], None)
         else:
-            self._put(range(len(self._parameters)), [*(["param"] if parameters else []), *self._fields], state)
+            self._put(
+                range(len(self._parameters)), [*(["param"] if parameters else []), *self._state_fields(state)], state
+            )
         return self._version
+
+    def _state_fields(self, state: Sequence[State | None] | None) -> list[str]:
+        return [] if state is None else [*worth_sending(self._fields, state), PRESENT]
 
     def _put(
         self,
@@ -167,8 +180,11 @@ class HttpLink(Link):
         for field in fields:
             if field == "param":
                 payload += [outgoing(self._parameters[i]) for i in indices]
+                continue
+            chosen = [(self._parameters[i], state[i] if state else None) for i in indices]
+            if field == PRESENT:
+                payload += outgoing_presence(self._fields, [own for _, own in chosen])
             else:
-                chosen = [(self._parameters[i], state[i] if state else None) for i in indices]
                 payload += outgoing_state(field, self._fields[field], chosen)
 
         def head(name: WriteName, incarnation: str) -> PutHead:
@@ -189,9 +205,9 @@ class HttpLink(Link):
 
     def read_state(self) -> list[State | None]:
         arrivals = StateArrivals(self._parameters, self._fields)
-        path = f"{self._path}/contents?fields={','.join(self._fields)}"
+        path = f"{self._path}/contents?fields={','.join((*self._fields, PRESENT))}"
         self._get("Reading the state of", path, lambda header: arrivals.targets(header["fields"]))
-        return arrivals.states(eager=self._eager)
+        return arrivals.states()
 
     def _get(self, doing: str, path: str, targets: Callable[[dict[str, Any]], Sequence[memoryview]]) -> Received:
         def place(header: dict[str, Any]) -> Sequence[memoryview]:

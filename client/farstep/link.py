@@ -19,7 +19,8 @@ from farstep.errors import FarstepError
 from farstep.settings import KernelChoice, NonFinitePolicy, Place
 
 Options = Mapping[str, Any]
-FieldKind = Literal["element", "number"]
+FieldKind = Literal["element", "number", "optional"]
+"""One number per element, one per parameter, or one per element with some options only."""
 State = dict[str, Tensor | float]
 """The state of one parameter: element fields as tensors of its shape, number fields as floats."""
 
@@ -158,6 +159,11 @@ class Link(ABC):
     @abstractmethod
     def close(self) -> None:
         """Leave; a private session is removed. The link cannot be used afterwards."""
+
+
+def worth_sending(fields: Mapping[str, FieldKind], states: Sequence[State | None]) -> list[str]:
+    """Return the fields but for optional ones that no parameter has."""
+    return [name for name, kind in fields.items() if kind != "optional" or any(own and name in own for own in states)]
 
 
 def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> Link:

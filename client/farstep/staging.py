@@ -15,6 +15,7 @@ from torch import Tensor
 from farstep.errors import InvalidRequest, TensorMismatch
 from farstep.link import FieldKind, State
 from farstep.messages import Sparse
+from farstep.presence import PRESENT, mask_of, names_of
 from farstep.wire.memory import tensor_memory
 
 
@@ -52,8 +53,14 @@ def outgoing_gradients(
     return present, sparse, payload
 
 
+def outgoing_presence(fields: Mapping[str, FieldKind], states: Sequence[State | None]) -> list[memoryview]:
+    """Return which fields each parameter has."""
+    names = list(fields)
+    return [outgoing(torch.tensor([float(mask_of(own or (), names)) for own in states], dtype=torch.float64))]
+
+
 def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, State | None]]) -> list[memoryview]:
-    """Return one state field of some parameters; one without state sends zeros, and step 0 says that it has none.
+    """Return one state field of some parameters; those without it send zeros.
 
     Args:
         field: the field's name.
@@ -67,7 +74,7 @@ def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, S
         return [outgoing(torch.tensor([float((own or {}).get(field, 0.0)) for _, own in chosen], dtype=torch.float64))]
     views = []
     for parameter, own in chosen:
-        value = torch.zeros_like(parameter) if own is None else cast(Tensor, own[field])
+        value = cast(Tensor, own[field]) if own and field in own else torch.zeros_like(parameter)
         if value.shape != parameter.shape:
             raise ValueError(
                 f"loaded state dict has {field!r} of shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
@@ -94,13 +101,14 @@ class StateArrivals:
         """Return where the payload of these fields goes.
 
         Raises:
-            InvalidRequest: not the fields that were asked for.
+            InvalidRequest: not the fields that were asked for; those that nobody has may be missing.
         """
-        if set(names) != set(self._fields):
+        needed = {name for name, kind in self._fields.items() if kind != "optional"} | {PRESENT}
+        if not needed <= set(names) <= {*self._fields, PRESENT}:
             raise InvalidRequest(f"The answer has the fields {names!r:.200}, not those asked for.", side="client")
         views: list[memoryview] = []
         for name in names:
-            if self._fields[name] == "number":
+            if self._fields.get(name, "number") == "number":
                 self._numbers[name] = torch.empty(len(self._parameters), dtype=torch.float64)
                 views.append(tensor_memory(self._numbers[name]))
             else:
@@ -108,21 +116,26 @@ class StateArrivals:
                 views += [tensor_memory(each) for each in self._elements[name]]
         return views
 
-    def states(self, *, eager: bool) -> list[State | None]:
-        """Return what has arrived, on the parameters' devices; None for a parameter that has no state yet.
+    def states(self) -> list[State | None]:
+        """Return what has arrived, on the parameters' devices; None for a parameter that has no state.
 
-        Args:
-            eager: parameters have state before their first step.
+        Raises:
+            InvalidRequest: a parameter is said to have what did not come.
         """
-        return [
-            {
-                **{name: float(numbers[i]) for name, numbers in self._numbers.items()},
-                **{name: tensors[i].to(p.device) for name, tensors in self._elements.items()},
-            }
-            if eager or float(self._numbers["step"][i])
-            else None
-            for i, p in enumerate(self._parameters)
-        ]
+        names = list(self._fields)
+        states: list[State | None] = []
+        for i, (p, mask) in enumerate(zip(self._parameters, self._numbers[PRESENT].tolist(), strict=True)):
+            own: State = {}
+            try:
+                for name in names_of(mask, names):
+                    numbers = self._numbers.get(name)
+                    own[name] = self._elements[name][i].to(p.device) if numbers is None else float(numbers[i])
+            except (KeyError, ValueError) as exc:
+                raise InvalidRequest(
+                    f"The answer's state of parameter {i} is incomplete: {exc}", side="client"
+                ) from exc
+            states.append(own or None)
+        return states
 
 
 class Arrivals:

@@ -1,7 +1,7 @@
 """Fields of a session on their way in or out: parameters, element state, and numbers per segment.
 
 On the wire a field is, for each segment in order, its bytes in the parameter's dtype; a field of numbers is one float64
-per segment.
+per segment. Which fields a segment has is such a number too; `farstep.presence` says how to read it.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidOption
+from farstep.errors import InvalidOption, TensorMismatch
+from farstep.presence import PRESENT, names_of
 from farstep.wire.memory import tensor_memory
 from farstep_service.gradients import memory_of
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule
+from farstep_service.rule import AnyRule, Fields
 from farstep_service.store import FlatBuffers
 
 PARAM = "param"
@@ -35,7 +36,7 @@ class Contents:
     """
 
     def __init__(self, layout: Layout, rule: AnyRule, fields: Sequence[str], indices: Sequence[int]) -> None:
-        known = (PARAM, *rule.element_fields, *rule.segment_fields)
+        known = (PARAM, *rule.element_fields, *rule.segment_fields, PRESENT)
         for name in fields:
             if name not in known:
                 raise InvalidOption(
@@ -44,7 +45,8 @@ class Contents:
         self.fields = tuple(fields)
         self.indices = indices
         self._layout = layout
-        self._numbers = frozenset(rule.segment_fields)
+        self._kinds = tuple(rule.kinds)
+        self._numbers = frozenset((*rule.segment_fields, PRESENT))
         self.elements: dict[str, FlatBuffers] = {}
         self.numbers: dict[str, Tensor] = {}
 
@@ -72,3 +74,16 @@ class Contents:
             else:
                 views += memory_of(self.elements[name], self._layout, self.indices)
         return views
+
+    def has(self) -> list[Fields | None] | None:
+        """Return which fields each segment has by its `present`, None for one without state; None if it is not here.
+
+        Raises:
+            TensorMismatch: a number that stands for no set of fields.
+        """
+        if PRESENT not in self.numbers:
+            return None
+        try:
+            return [names_of(mask, self._kinds) if mask else None for mask in self.numbers[PRESENT].tolist()]
+        except ValueError as exc:
+            raise TensorMismatch(str(exc), field=PRESENT) from exc

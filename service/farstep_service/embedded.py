@@ -16,7 +16,8 @@ from torch import Tensor
 
 from farstep.consistency import Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
-from farstep.link import FieldKind, Link, Options, SessionSpec, State, StepReport
+from farstep.link import FieldKind, Link, Options, SessionSpec, State, StepReport, worth_sending
+from farstep.presence import PRESENT, mask_of
 from farstep.settings import Place
 from farstep_service.contents import Contents
 from farstep_service.layout import SegmentSpec
@@ -69,10 +70,7 @@ class EmbeddedLink(Link):
             kernel=spec.kernel,
         )
         layout, rule = self._plan.layout, self._plan.rule
-        self._fields: dict[str, FieldKind] = {
-            **dict.fromkeys(rule.segment_fields, "number"),
-            **dict.fromkeys(rule.element_fields, "element"),
-        }
+        self._fields: dict[str, FieldKind] = rule.kinds
         self._gradients = BorrowedBuffers(layout, device=self._device)
         self._begin()
 
@@ -147,13 +145,16 @@ class EmbeddedLink(Link):
 
     def _contents(self, state: Sequence[State | None]) -> Contents:
         layout = self._plan.layout
-        contents = Contents(layout, self._plan.rule, tuple(self._fields), range(len(layout.segments)))
+        names = list(self._fields)
+        chosen = worth_sending(self._fields, state)
+        contents = Contents(layout, self._plan.rule, (*chosen, PRESENT), range(len(layout.segments)))
         contents.allocate()
-        for field, kind in self._fields.items():
+        contents.numbers[PRESENT].copy_(torch.tensor([float(mask_of(own or (), names)) for own in state]))
+        for field in chosen:
             for index, own in enumerate(state):
-                if kind == "number":
+                if self._fields[field] == "number":
                     contents.numbers[field][index] = float(own[field]) if own is not None else 0.0
-                elif own is None:
+                elif own is None or field not in own:
                     contents.elements[field].segment(index).zero_()
                 else:
                     value = cast(Tensor, own[field])
@@ -166,16 +167,15 @@ class EmbeddedLink(Link):
         return contents
 
     def read_state(self) -> list[State | None]:
-        contents = self._state.copy(tuple(self._fields))
-        steps = contents.numbers["step"].tolist()
+        contents = self._state.copy((*self._fields, PRESENT))
         states: list[State | None] = []
-        for index, parameter in enumerate(self._parameters):
-            if not self.eager and not steps[index]:
+        for index, (parameter, present) in enumerate(zip(self._parameters, contents.has() or (), strict=True)):
+            if present is None:
                 states.append(None)
                 continue
             own: State = {}
-            for field, kind in self._fields.items():
-                if kind == "number":
+            for field in present:
+                if self._fields[field] == "number":
                     own[field] = float(contents.numbers[field][index])
                 else:
                     own[field] = contents.elements[field].segment(index).to(parameter.device, copy=True)

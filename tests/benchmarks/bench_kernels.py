@@ -4,7 +4,7 @@
 
 All sides run in turn within each round, on the same number of threads; the table shows medians in microseconds.
 
-    loop, foreach, fused     torch.optim's implementations (torch has a fused one for Adagrad only)
+    loop, foreach, fused     torch.optim's implementations (fused: Adagrad, SGD, Adam, AdamW)
     embedded                 a store over the user's own tensors, fused kernels: the heart of an embedded session
     reference                the same with reference kernels: what runs until the fused ones are built
     server                   a store over its own flat memory, in place: what a session's step costs on a server
@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -40,15 +41,25 @@ class Size:
 
 SIZES = {"25M": Size(25_000_000, 56, 7), "250k": Size(250_000, 60, 200), "2500": Size(2_500, 6, 500)}
 
-BYTES = {"Adagrad": 5 * 4, "Adadelta": 7 * 4, "Adamax": 7 * 4, "ASGD": 4 * 4}
-"""Bytes per element that each rule must read and write; ASGD need not read its average before averaging starts."""
+BYTES = {"ASGD": 4 * 4, "SGD": 3 * 4}
+"""Bytes per element that a rule must read and write, if not p, g and its state in, and p and its state out: ASGD need
+not read its average before averaging starts."""
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, {}) for name in RULES},
+    "SGD momentum": ("SGD", {"momentum": 0.9}),
+    "Adam amsgrad": ("Adam", {"amsgrad": True}),
+    "RMSprop both": ("RMSprop", {"momentum": 0.9, "centered": True}),
+}
+"""What is measured: each rule with its defaults, and with what costs it more memory."""
+FUSED = ("Adagrad", "SGD", "Adam", "AdamW")
+"""What torch has a fused implementation of on CPUs."""
 
 
-def sides_of(name: str, size: Size, kernels: Kernels) -> dict[str, Callable[[], object]]:
+def sides_of(name: str, options: dict[str, Any], size: Size, kernels: Kernels) -> dict[str, Callable[[], object]]:
     """Return a step of each side."""
     shapes = [(size.elements // size.tensors,)] * size.tensors
     rule = RULES[name]
-    hypers = [rule.hyper()]
+    hypers = [rule.hyper.from_options(options)]
     layout = Layout.build(SegmentSpec(str(index), shape, "float32") for index, shape in enumerate(shapes))
     grads = [torch.randn(shape) for shape in shapes]
 
@@ -59,7 +70,7 @@ def sides_of(name: str, size: Size, kernels: Kernels) -> dict[str, Callable[[], 
         return params
 
     def theirs(**how: bool) -> Callable[[], object]:
-        step: Callable[[], object] = getattr(torch.optim, name)(parameters(), **how).step
+        step: Callable[[], object] = getattr(torch.optim, name)(parameters(), **options, **how).step
         return step
 
     def embedded(kernel: str) -> Callable[[], object]:
@@ -89,7 +100,7 @@ def sides_of(name: str, size: Size, kernels: Kernels) -> dict[str, Callable[[], 
 
     source, into = torch.randn(size.elements), torch.randn(size.elements)
     sides = {"loop": theirs(foreach=False), "foreach": theirs(foreach=True)}
-    if name == "Adagrad":
+    if name in FUSED:
         sides["fused"] = theirs(fused=True)
     return sides | {
         "embedded": embedded("fused"),
@@ -116,7 +127,7 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", default=",".join(SIZES))
-    parser.add_argument("--rules", default=",".join(RULES))
+    parser.add_argument("--rules", default=",".join(CASES))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     told = parser.parse_args()
@@ -125,20 +136,24 @@ def main() -> None:
     columns = ("loop", "foreach", "fused", "embedded", "reference", "server", "held", "copy")
     if not told.json:
         print(f"torch {torch.__version__}, {told.threads} thread(s), float32, medians in microseconds")
-        print(f"{'':>5} {'':>9}" + "".join(f"{column:>10}" for column in columns) + "   of best   of copy")
+        print(f"{'':>5} {'':>12}" + "".join(f"{column:>10}" for column in columns) + "   of best   of copy")
     for label in told.sizes.split(","):
-        for name in told.rules.split(","):
-            found = measure(sides_of(name, SIZES[label], kernels), SIZES[label].rounds)
+        for case in told.rules.split(","):
+            name, options = CASES[case]
+            found = measure(sides_of(name, options, SIZES[label], kernels), SIZES[label].rounds)
+            rule = RULES[name]
+            state = len(rule.fields(rule.optional(rule.hyper.from_options(options))))
+            moved = BYTES.get(case, 4 * (3 + 2 * state))
             best = min(found[side] for side in ("loop", "foreach", "fused") if side in found)
             ratios = {
                 "of best": found["embedded"] / best,
-                "of copy": BYTES[name] / found["server"] * found["copy"] / 8,
+                "of copy": moved / found["server"] * found["copy"] / 8,
             }
             if told.json:
-                print(json.dumps({"size": label, "rule": name, "threads": told.threads, **found, **ratios}), flush=True)
+                print(json.dumps({"size": label, "rule": case, "threads": told.threads, **found, **ratios}), flush=True)
                 continue
             cells = "".join(f"{found[column]:>10.0f}" if column in found else f"{'':>10}" for column in columns)
-            print(f"{label:>5} {name:>9}{cells}" + "".join(f"{ratio:>10.2f}" for ratio in ratios.values()), flush=True)
+            print(f"{label:>5} {case:>12}{cells}" + "".join(f"{ratio:>10.2f}" for ratio in ratios.values()), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -29,8 +30,35 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ASGD", {}),
     ("ASGD", {"lr": 0.1, "lambd": 0.02, "alpha": 0.6, "t0": 5, "weight_decay": 0.02}),
     ("ASGD", {"maximize": True, "t0": 0, "weight_decay": 0.1}),
+    ("SGD", {}),
+    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.02}),
+    ("SGD", {"momentum": 0.7, "nesterov": True, "maximize": True}),
+    ("Adam", {}),
+    ("Adam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02, "amsgrad": True}),
+    ("Adam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("AdamW", {}),
+    ("AdamW", {"lr": 0.1, "betas": (0.0, 0.9), "eps": 1e-4, "amsgrad": True, "maximize": True, "weight_decay": 0.1}),
+    ("NAdam", {}),
+    ("NAdam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02, "momentum_decay": 0.1}),
+    ("NAdam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("RAdam", {}),
+    ("RAdam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02}),
+    ("RAdam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
+    ("RMSprop", {}),
+    ("RMSprop", {"lr": 0.1, "alpha": 0.7, "eps": 1e-3, "weight_decay": 0.02, "momentum": 0.5}),
+    ("RMSprop", {"centered": True, "momentum": 0.9, "maximize": True}),
+    ("Rprop", {}),
+    ("Rprop", {"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (1e-3, 0.2), "maximize": True}),
 ]
-NAMES = ["Adagrad", "Adadelta", "Adamax", "ASGD"]
+NAMES = list(dict.fromkeys(name for name, _ in CASES))
+"""The optimizers there are."""
+
+
+def has(name: str, option: str) -> bool:
+    """Say whether torch's class takes an option."""
+    return option in inspect.signature(theirs(name)).parameters
+
+
 BY_OPTIONS = [pytest.param(name, options, id=f"{name}-{'-'.join(options) or 'defaults'}") for name, options in CASES]
 
 
@@ -85,14 +113,18 @@ def test_a_group_keeps_its_own_initial_value_to_itself(place: RemoteOptions) -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.complex128], ids=str)
 @pytest.mark.parametrize(
-    ("name", "options"), [(name, {"weight_decay": 0.02, "maximize": name == "Adamax"}) for name in NAMES]
+    ("name", "options"),
+    [
+        (name, {"maximize": name == "Adamax"} | ({"weight_decay": 0.02} if has(name, "weight_decay") else {}))
+        for name in NAMES
+    ],
 )
 def test_other_dtypes_are_within_torchs_tolerance(
     name: str, options: dict[str, Any], dtype: torch.dtype, place: RemoteOptions
 ) -> None:
     """Halves and complex parameters follow torch within torch's own tolerance for their dtype."""
     # eps must not vanish in float16, or torch itself divides by zero.
-    eps = {} if name == "ASGD" else {"eps": 1e-3}
+    eps = {"eps": 1e-3} if has(name, "eps") else {}
     twins = Twins(name, options | eps, place, start=drawn(0, dtype=dtype))
     twins.train(STEPS)
     twins.check(exact=False)
@@ -155,6 +187,10 @@ def test_sparse_gradients_are_refused_where_torch_refuses_them(place: RemoteOpti
     """With weight decay, and by every other optimizer, in torch's words; nothing has changed then."""
     for name, options, words in [
         ("Adagrad", {"weight_decay": 0.1}, "weight_decay option is not compatible with sparse gradients"),
+        ("SGD", {"weight_decay": 0.1}, r"add\(sparse, dense\) is not supported"),
+        ("SGD", {"momentum": 0.1}, "its buffer would have to be sparse"),
+        ("AdamW", {}, "Adam does not support sparse gradients, please consider SparseAdam instead"),
+        ("RMSprop", {}, "RMSprop does not support sparse gradients"),
         ("Adadelta", {}, "Adadelta does not support sparse gradients"),
         ("Adamax", {}, "Adamax does not support sparse gradients"),
     ]:
@@ -183,3 +219,63 @@ def test_fused_kernels_are_within_torchs_tolerance(kernel: Any, where: str, requ
     twins.check(exact=False)
     assert twins.ours.last_step is not None
     assert twins.ours.last_step.kernel in ({"fused"} if kernel == "fused" else {"fused", "reference"})
+
+
+def halves(**options: Any) -> Any:
+    """Return a grouping whose second half of the parameters has these options."""
+
+    def grouping(ps: list[Tensor]) -> list[Group]:
+        return [{"params": ps[:3]}, {"params": ps[3:], **options}]
+
+    return grouping
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SGD", {"momentum": 0.9}),
+        ("Adam", {"amsgrad": True}),
+        ("AdamW", {"amsgrad": True}),
+        ("RMSprop", {"momentum": 0.5}),
+        ("RMSprop", {"centered": True, "momentum": 0.5}),
+    ],
+)
+def test_state_that_one_group_has_and_another_has_not(name: str, options: Group, place: RemoteOptions) -> None:
+    """State that an option brings is there in its group only, travels both ways, and training goes on with it."""
+    twins = Twins(name, {"lr": 0.1}, place, grouping=halves(**options))
+    for seed in range(1, 6):
+        twins.step(with_holes(seed, drawn(seed)))
+        twins.check()
+    away = Twins(name, {"lr": 0.1}, place, grouping=halves(**options), start=twins.here)
+    away.theirs.load_state_dict(twins.ours.state_dict())
+    away.ours.load_state_dict(twins.theirs.state_dict())
+    away.check()
+    for each in (twins, away):
+        each.train(3, first=6)
+        each.check()
+    check_parameters(away.here, twins.there)
+
+
+def test_momentum_that_is_switched_on_and_off(place: RemoteOptions) -> None:
+    """SGD's buffer appears with the first step that has momentum, stays when there is none, and is used again."""
+    twins = Twins("SGD", {"lr": 0.1, "weight_decay": 0.01}, place, grouping=halves(momentum=0.5))
+    for seed in range(1, STEPS):
+        for optimizer in (twins.ours, twins.theirs):
+            optimizer.param_groups[0].update(momentum=0.9 if seed > 5 else 0.0, nesterov=seed > 10)
+            optimizer.param_groups[1].update(momentum=0.0 if 4 < seed < 9 else 0.5)
+        twins.step(with_holes(seed, drawn(seed)))
+        twins.check()
+
+
+@pytest.mark.parametrize("coalesced", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_sgd_takes_sparse_gradients(dtype: torch.dtype, coalesced: bool, place: RemoteOptions) -> None:
+    """Without momentum and weight decay SGD changes the named rows; within tolerance if some are named twice."""
+    start = drawn(0, [(9, 4), (5,)], dtype)
+    twins = Twins("SGD", {"lr": 0.1, "maximize": True}, place, start=start)
+    for seed in range(1, STEPS + 1):
+        rows = torch.randint(9, (1, 6), generator=torch.Generator().manual_seed(seed))
+        values, dense = drawn(seed, [(6, 4), (5,)], dtype)
+        sparse = torch.sparse_coo_tensor(rows, values, (9, 4), check_invariants=True)
+        twins.step([sparse.coalesce() if coalesced else sparse, dense])
+    twins.check(exact=coalesced and not dtype.is_complex)

@@ -1,11 +1,13 @@
 """What the tests of the update rules share: one thread, and kernels kept between runs."""
 
 from collections.abc import Iterator
+from itertools import combinations
 
 import pytest
 import torch
 
 from farstep_service.optimizers import RULES, Kernels
+from farstep_service.rule import Form
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,15 +19,22 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-COMPILED = [(rule, "float32") for rule in RULES] + [("Adadelta", "float64"), ("Adagrad", "bfloat16")]
-"""The compiled kernels that tests use; building all of them takes half a minute, once per machine."""
+EVERY = [
+    (name, optional)
+    for name, rule in RULES.items()
+    for count in range(len(rule.optional_fields) + 1)
+    for optional in combinations(rule.optional_fields, count)
+]
+COMPILED = [(name, Form("float32", optional)) for name, optional in EVERY]
+COMPILED += [("Adadelta", Form("float64")), ("Adagrad", Form("bfloat16")), ("Adam", Form("float64"))]
+"""The compiled kernels that tests use; building all of them takes two minutes, once per machine."""
 
 
 @pytest.fixture(scope="session")
 def fused() -> Kernels:
     """Return compiled kernels, from the user's cache if they have been built before."""
     kernels = Kernels("fused")
-    kernels.begin([(RULES[rule], dtype) for rule, dtype in COMPILED], torch.device("cpu"))
+    kernels.begin([(RULES[rule], form) for rule, form in COMPILED], torch.device("cpu"))
     kernels.wait()
     failed = [status for status in kernels.status() if status.state == "failed"]
     if failed and "Compiler" in failed[0].reason:

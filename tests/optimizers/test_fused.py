@@ -13,7 +13,7 @@ from farstep_service.optimizers.build import Report
 from farstep_service.optimizers.fused import FusedKernel
 from farstep_service.optimizers.packages import Package
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import Call, Progress
+from farstep_service.rule import Call, Form, Progress
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
 from tests.optimizers.test_bits import OPTIONS
 from tests.optimizers.twins import SHAPES, Twins
@@ -33,7 +33,12 @@ def test_fused_float32_is_within_tolerance(fused: Kernels, name: str, options: d
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [("Adadelta", torch.float64), ("Adadelta", torch.complex128), ("Adagrad", torch.bfloat16)],
+    [
+        ("Adadelta", torch.float64),
+        ("Adadelta", torch.complex128),
+        ("Adagrad", torch.bfloat16),
+        ("Adam", torch.complex128),
+    ],
     ids=str,
 )
 def test_fused_in_other_dtypes_is_within_tolerance(fused: Kernels, name: str, dtype: torch.dtype):
@@ -117,12 +122,12 @@ def test_one_element_and_none(fused: Kernels):
 def test_long_memory_is_done_in_pieces(fused: Kernels):
     """A stretch longer than a piece gets the same numbers everywhere, and an interruption resumes between pieces."""
     rule = RULES["ASGD"]
-    kernel = fused.choose(rule, frozenset({"float32"}), torch.device("cpu"), None)
+    kernel = fused.choose(rule, frozenset({Form("float32")}), torch.device("cpu"), None)
     assert isinstance(kernel, FusedKernel)
     length = 2**21 + 2**20 + 5
     p, g, ax = torch.ones(length), torch.full((length,), 2.0), torch.zeros(length)
     progress = Progress()
-    kernel.execute([Call(p, g, (ax,), p, (1.0, 0.0, 1.0, -0.5, 1.0))], progress)
+    kernel.execute([Call(p, g, {"ax": ax}, p, (1.0, 0.0, 1.0, -0.5, 1.0))], progress)
     assert progress.at.call == 1
     assert bool((p == 0).all())
     assert torch.equal(ax, p)
@@ -143,12 +148,12 @@ def test_a_program_that_fails_leaves_a_place_to_go_on_from(after: int):
         programs_run.append(len(p))
 
     kernel = FusedKernel(rule, torch.device("cpu"))
-    kernel.add(torch.float32, program)
+    kernel.add(Form("float32"), program)
     lengths = (5, 1, 2**21 + 7, 3)
     calls = []
     for length in lengths:
         p = torch.ones(length)
-        calls.append(Call(p, torch.full((length,), 2.0), (torch.zeros(length),), p, (1.0, 0.0, 1.0, -0.5, 1.0)))
+        calls.append(Call(p, torch.full((length,), 2.0), {"ax": torch.zeros(length)}, p, (1.0, 0.0, 1.0, -0.5, 1.0)))
     progress = Progress()
     with pytest.raises(RuntimeError, match="out of luck"):
         kernel.execute(calls, progress)
@@ -156,14 +161,14 @@ def test_a_program_that_fails_leaves_a_place_to_go_on_from(after: int):
     ReferenceKernel(rule).execute(calls, progress)
     for call in calls:
         assert bool((call.p == 0).all())
-        assert torch.equal(call.state[0], call.p)
+        assert torch.equal(call.state["ax"], call.p)
 
 
 def test_memory_that_does_not_fit_is_refused(fused: Kernels):
     """Tensors of different lengths, dtypes or strides never reach a compiled program, which would write beyond them."""
     rule = RULES["Adagrad"]
-    kernel = fused.choose(rule, frozenset({"float32"}), torch.device("cpu"), None)
+    kernel = fused.choose(rule, frozenset({Form("float32")}), torch.device("cpu"), None)
     p = torch.zeros(10)
     for wrong in (torch.zeros(9), torch.zeros(10, dtype=torch.float64), torch.zeros(20)[::2]):
         with pytest.raises(ValueError, match="differ"):
-            kernel.execute([Call(p, wrong, (p,), p, (1.0, 0.0, 1.0, 0.0))], Progress())
+            kernel.execute([Call(p, wrong, {"sum": p}, p, (1.0, 0.0, 1.0, 0.0))], Progress())

@@ -15,10 +15,11 @@ from farstep.errors import InvalidOption, Unavailable
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.optimizers.build import Report, build_in_subprocess
 from farstep_service.optimizers.packages import Package, default_directory, file_name, find
+from farstep_service.rule import Form
 
 CPU = torch.device("cpu")
 ADAGRAD = RULES["Adagrad"]
-FLOAT32 = frozenset({"float32"})
+FLOAT32 = frozenset({Form("float32")})
 
 
 class Workshop:
@@ -38,7 +39,7 @@ def test_without_a_compiler_the_reference_kernel_goes_on(tmp_path: Path, caplog:
     """A kernel that cannot be built is said once in the log, kept in the status, and replaced by the reference."""
     caplog.set_level(logging.INFO)
     kernels = Kernels("auto", directory=tmp_path / "kernels", build=Workshop("InvalidCxxCompiler: no g++"))
-    kernels.prepare(ADAGRAD, ["float32", "float64"], CPU)
+    kernels.prepare(ADAGRAD, [Form("float32"), Form("float64")], CPU)
     assert kernels.wait(10)
     assert kernels.choose(ADAGRAD, FLOAT32, CPU, None).name == "reference"
     assert {status.state for status in kernels.status()} == {"failed"}
@@ -51,7 +52,7 @@ def test_a_package_is_asked_for_once(tmp_path: Path):
     workshop = Workshop("no")
     kernels = Kernels("auto", directory=tmp_path / "kernels", build=workshop)
     for _ in range(3):
-        kernels.prepare(ADAGRAD, ["float32"], CPU)
+        kernels.prepare(ADAGRAD, [Form("float32")], CPU)
     kernels.wait(10)
     assert workshop.asked == [Package("Adagrad", "float32", "cpu")]
 
@@ -60,14 +61,14 @@ def test_the_mode_fused_fails_without_a_kernel(tmp_path: Path):
     """Who asks for fused kernels only is told why there is none, and what to do."""
     kernels = Kernels("fused", directory=tmp_path / "kernels", build=Workshop("no compiler"))
     with pytest.raises(Unavailable, match="no compiler"):
-        kernels.prepare(ADAGRAD, ["float32"], CPU)
+        kernels.prepare(ADAGRAD, [Form("float32")], CPU)
 
 
 def test_the_mode_reference_compiles_nothing(tmp_path: Path):
     """In the mode `reference` nothing is built, and a replay of a fused step is refused."""
     workshop = Workshop(None)
     kernels = Kernels("reference", directory=tmp_path / "kernels", build=workshop)
-    kernels.prepare(ADAGRAD, ["float32"], CPU)
+    kernels.prepare(ADAGRAD, [Form("float32")], CPU)
     assert kernels.choose(ADAGRAD, FLOAT32, CPU, None).name == "reference"
     with pytest.raises(Unavailable, match="reference kernels only"):
         kernels.choose(ADAGRAD, FLOAT32, CPU, "fused")
@@ -110,7 +111,7 @@ def test_a_broken_package_is_not_the_end(tmp_path: Path):
     directory.mkdir(mode=0o700)
     (directory / file_name(Package("Adagrad", "float32", "cpu"), ADAGRAD)).write_bytes(b"no zip")
     kernels = Kernels("auto", directory=directory, build=Workshop(None))
-    kernels.prepare(ADAGRAD, ["float32"], CPU)
+    kernels.prepare(ADAGRAD, [Form("float32")], CPU)
     assert kernels.status()[0].state == "failed"
     assert kernels.choose(ADAGRAD, FLOAT32, CPU, None).name == "reference"
 
@@ -119,7 +120,7 @@ def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path):
     """Where no directory can be made, the reason is in the status."""
     (tmp_path / "file").write_text("")
     kernels = Kernels("auto", directory=tmp_path / "file" / "kernels", build=Workshop(None))
-    kernels.prepare(ADAGRAD, ["float32"], CPU)
+    kernels.prepare(ADAGRAD, [Form("float32")], CPU)
     assert kernels.wait(10)
     assert "cannot be made" in kernels.status()[0].reason
 
@@ -134,14 +135,15 @@ def test_the_directory_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_names_differ_where_contents_do():
-    """Another rule, dtype or thread count is another file."""
+    """Another rule, dtype, thread count or choice of state is another file."""
     names = {
-        file_name(Package(rule.name, dtype, "cpu", threads), rule)
+        file_name(Package(rule.name, dtype, "cpu", threads, optional), rule)
         for rule in RULES.values()
         for dtype in ("float32", "float64")
         for threads in ("one", "many")
+        for optional in rule.usual
     }
-    assert len(names) == 16
+    assert len(names) == 4 * sum(len(rule.usual) for rule in RULES.values())
 
 
 def test_a_builder_that_dies_is_noticed(tmp_path: Path):

@@ -106,6 +106,8 @@ class Twins:
         for index, p in enumerate(self.params):
             found.append((f"p{index}", p.detach(), self.store.buffers("param").segment(index)))
             state = self.optimizer.state.get(p, {})
+            counts = self.store.counts(index)
+            assert [*rule.segment_fields, *counts.fields] == list(state) if counts else state == {}
             for name in rule.element_fields:
                 if name in state:
                     found.append((f"{name} of p{index}", state[name], self.store.buffers(name).segment(index)))

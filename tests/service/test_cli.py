@@ -345,7 +345,7 @@ def test_warmup_says_why_there_are_no_kernels(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--optimizers=Adam", "--dtypes=int8", "--device=tpu"])
+@pytest.mark.parametrize("option", ["--optimizers=Adam2", "--dtypes=int8", "--device=tpu"])
 def test_warmup_for_what_there_is_not(option: str) -> None:
     """Optimizers, dtypes and devices that do not exist are refused, naming those that do."""
     done = farstep("warmup", option)

@@ -101,6 +101,10 @@ def test_state_put_in_continues_as_torch_does(optimizer: str) -> None:
         ({"step": [1.5, 1.0]}, TensorMismatch),
         ({"step": [float("nan"), 1.0]}, TensorMismatch),
         ({"momentum": [1.0, 1.0]}, InvalidOption),
+        ({"present": [4.0, 0.0]}, TensorMismatch),
+        ({"present": [-1.0, 0.0]}, TensorMismatch),
+        ({"present": [0.5, 0.0]}, TensorMismatch),
+        ({"present": [float("nan"), 0.0]}, TensorMismatch),
     ],
 )
 def test_contents_that_cannot_be_leave_no_trace(contents: dict[str, list[float]], refusal: type[FarstepError]) -> None:
@@ -200,3 +204,17 @@ def test_what_is_held_stays_as_it_is() -> None:
     held.release()
     again, _ = session.hold()
     assert again.changed_since(0) == [0, 1]
+
+
+def test_optional_state_that_nobody_has_is_left_out() -> None:
+    """A copy of all fields has an optional one only when a segment has it, and says which segment that is."""
+    session = new_session(optimizer="SGD", names=("w", "b"), groups=({"lr": 0.1}, {"lr": 0.1}), group_of={"b": 1})
+    (writer,) = begun(session)
+    writer.push(values(session, 1))
+    asked = ["momentum_buffer", "present"]
+    copied, _ = session.copy(asked)
+    assert (copied.fields, copied.numbers["present"].tolist()) == (("present",), [0.0, 0.0])
+    session.set_groups({1: {"momentum": 0.9}})
+    writer.push(values(session, 2))
+    copied, _ = session.copy(asked)
+    assert (list(copied.fields), copied.numbers["present"].tolist()) == (asked, [0.0, 1.0])

@@ -18,7 +18,7 @@ from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
-from farstep_service.rule import AnyRule, Kernel, KernelName, KernelSource, Rule, Scalar
+from farstep_service.rule import AnyRule, Form, Kernel, KernelName, KernelSource, Rule, Scalar, StateTensors
 from farstep_service.session import Outcome, Outcomes, Session
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (3, 4), "b": (5,), "scale": (), "z": (2,)}
@@ -54,8 +54,8 @@ class _Failing(Rule[Any]):
         return self._rule.scalars(counts, hyper)
 
     def update(
-        self, p: Tensor, g: Tensor, state: Sequence[Tensor], scalars: Sequence[Scalar]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]
+    ) -> tuple[Tensor, StateTensors]:
         self._fault.pass_block()
         return self._rule.update(p, g, state, scalars)
 
@@ -71,10 +71,10 @@ class FailingKernels(KernelSource):
         self.fault = Fault()
         self.finish_fails = finish_fails
 
-    def prepare(self, rule: AnyRule, dtypes: Iterable[str], device: torch.device) -> None:
+    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
         """Nothing has to be built."""
 
-    def choose(self, rule: AnyRule, dtypes: frozenset[str], device: torch.device, wanted: KernelName | None) -> Kernel:
+    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
         return ReferenceKernel(_Failing(rule, self.fault), block=4)
 
     def reference(self, rule: AnyRule) -> Kernel:

@@ -8,7 +8,7 @@ import torch
 
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
-from farstep_service.rule import AnyRule, Call, Kernel, KernelName, KernelSource, Progress
+from farstep_service.rule import AnyRule, Call, Form, Kernel, KernelName, KernelSource, Progress
 from farstep_service.store import FlatBuffers, Store
 
 SHAPES = ((5, 7), (11,), (), (0, 4), (64, 3), (9,))
@@ -84,7 +84,8 @@ class BrokenKernel(Kernel):
         self._whole.execute([self._fragile(call) for call in calls], progress)
 
     def _fragile(self, call: Call) -> Call:
-        return call._replace(out=self._wrapped(call.out), state=tuple(self._wrapped(field) for field in call.state))
+        state = {name: self._wrapped(field) for name, field in call.state.items()}
+        return call._replace(out=self._wrapped(call.out), state=state)
 
     def _wrapped(self, tensor: torch.Tensor) -> torch.Tensor:
         fragile = tensor.as_subclass(FragileTensor)
@@ -134,10 +135,10 @@ class BrokenKernels(KernelSource):
         self._error = error or RuntimeError("out of luck")
         self.given: BrokenKernel | None = None
 
-    def prepare(self, rule: AnyRule, dtypes: Iterable[str], device: torch.device) -> None:
+    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
         """Nothing has to be prepared."""
 
-    def choose(self, rule: AnyRule, dtypes: frozenset[str], device: torch.device, wanted: KernelName | None) -> Kernel:
+    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
         """Return the broken kernel the first time."""
         if self.given is None:
             self.given = BrokenKernel(self.reference(rule), self._after, self._name, self._error)

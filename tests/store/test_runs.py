@@ -62,7 +62,7 @@ def test_no_gradient_at_all_is_a_step_without_calls(make: MakeStore):
         assert held.changed_since(0) == []
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if "step" in rule.segment_fields])
 def test_counts_have_no_end(make: MakeStore, name: str):
     """Steps are counted beyond 2**24, where torch's float32 counter stops."""
     store, hypers = make(name)

@@ -2,8 +2,28 @@
 
 from farstep.optim.adadelta import Adadelta
 from farstep.optim.adagrad import Adagrad
+from farstep.optim.adam import Adam
 from farstep.optim.adamax import Adamax
+from farstep.optim.adamw import AdamW
 from farstep.optim.asgd import ASGD
 from farstep.optim.base import RemoteOptimizer
+from farstep.optim.nadam import NAdam
+from farstep.optim.radam import RAdam
+from farstep.optim.rmsprop import RMSprop
+from farstep.optim.rprop import Rprop
+from farstep.optim.sgd import SGD
 
-__all__ = ["ASGD", "Adadelta", "Adagrad", "Adamax", "RemoteOptimizer"]
+__all__ = [
+    "ASGD",
+    "SGD",
+    "Adadelta",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adamax",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "RemoteOptimizer",
+    "Rprop",
+]

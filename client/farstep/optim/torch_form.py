@@ -30,12 +30,12 @@ def to_session(own: Mapping[str, Any], fields: Mapping[str, FieldKind]) -> State
     Raises:
         ValueError: a part of it is missing.
     """
-    present = {key: own[key] for key in fields if key in own}
+    present = {key: own[key] for key in fields if own.get(key) is not None}
     if not present:
         return None
-    if missing := sorted(set(fields) - set(present)):
+    if missing := [key for key, kind in fields.items() if kind != "optional" and key not in present]:
         raise ValueError(f"loaded state dict has no {missing[0]!r} for a parameter; it is another optimizer's")
-    return {key: value if fields[key] == "element" else float(value) for key, value in present.items()}
+    return {key: float(value) if fields[key] == "number" else value for key, value in present.items()}
 
 
 def as_torch(p: Tensor, values: State) -> dict[str, Tensor]:

@@ -43,14 +43,14 @@ def warmup(
 
         import torch
 
-        from farstep_service.optimizers import RULES, Kernels
+        from farstep_service.optimizers import RULES, Kernels, usual
         from farstep_service.server import check_device, check_device_name
 
         names = chosen_of(optimizers, list(RULES), "optimizers")
         check_device_name(device)
         check_device(device)
         kernels = Kernels("auto")
-        kernels.begin([(RULES[name], dtype) for name in names for dtype in chosen], torch.device(device))
+        kernels.begin(usual([RULES[name] for name in names], chosen), torch.device(device))
         shown: set[object] = set()
         over = False
         while not over:
@@ -84,7 +84,8 @@ def line_of(status: PackageStatus) -> str:
     """Return a line that says where one kernel stands."""
     package = status.package
     threads = "one thread" if package.threads == "one" else "many threads"
-    what = f"{package.rule} {package.dtype} on {package.device}, {threads}"
+    rule = " with ".join([package.rule, *filter(None, [", ".join(package.optional)])])
+    what = f"{rule} {package.dtype} on {package.device}, {threads}"
     return f"{what}: {status.state}" + (f", {status.reason.splitlines()[0]}" if status.reason else "")
 
 
@@ -94,6 +95,7 @@ def document_of(status: PackageStatus) -> dict[str, Any]:
     return {
         "optimizer": package.rule,
         "dtype": package.dtype,
+        "optional": list(package.optional),
         "device": package.device,
         "threads": package.threads,
         "state": status.state,

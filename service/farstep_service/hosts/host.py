@@ -77,6 +77,11 @@ class View(ABC):
 
     @property
     @abstractmethod
+    def fields(self) -> Sequence[str]:
+        """Which fields they are, in the order of the wire."""
+
+    @property
+    @abstractmethod
     def views(self) -> Sequence[memoryview]:
         """Their bytes, in the order of the wire."""
 

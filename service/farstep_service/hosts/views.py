@@ -9,7 +9,7 @@ import torch
 
 from farstep.errors import TensorMismatch
 from farstep.wire import MAX_HEADER_BYTES, Limits
-from farstep_service.contents import Contents
+from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import Contribution, memory_of, on_device
 from farstep_service.hosts.host import Intake, View
 from farstep_service.layout import Layout
@@ -89,6 +89,10 @@ class HeldView(View):
         return self._ranges
 
     @property
+    def fields(self) -> Sequence[str]:
+        return (PARAM,)
+
+    @property
     def views(self) -> Sequence[memoryview]:
         return self._views
 
@@ -113,6 +117,10 @@ class CopiedView(View):
     @property
     def segments(self) -> list[int] | None:
         return None
+
+    @property
+    def fields(self) -> Sequence[str]:
+        return self._contents.fields
 
     @property
     def views(self) -> Sequence[memoryview]:

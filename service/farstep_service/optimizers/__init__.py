@@ -2,27 +2,50 @@
 
 from farstep_service.optimizers.adadelta import Adadelta, AdadeltaHyper
 from farstep_service.optimizers.adagrad import Adagrad, AdagradHyper
+from farstep_service.optimizers.adam import Adam, AdamHyper
 from farstep_service.optimizers.adamax import Adamax, AdamaxHyper
+from farstep_service.optimizers.adamw import AdamW, AdamWHyper
 from farstep_service.optimizers.asgd import ASGD, ASGDCounts, ASGDHyper
-from farstep_service.optimizers.kernels import MODES, Kernels, Mode, PackageStatus, warm_up
+from farstep_service.optimizers.kernels import MODES, Kernels, Mode, PackageStatus, usual, warm_up
+from farstep_service.optimizers.nadam import NAdam, NAdamCounts, NAdamHyper
+from farstep_service.optimizers.radam import RAdam, RAdamHyper
+from farstep_service.optimizers.rmsprop import RMSprop, RMSpropHyper
+from farstep_service.optimizers.rprop import Rprop, RpropHyper
 from farstep_service.optimizers.rules import RULES
+from farstep_service.optimizers.sgd import SGD, SGDHyper
 from farstep_service.rule import Rule
 
 __all__ = [
     "ASGD",
     "MODES",
     "RULES",
+    "SGD",
     "ASGDCounts",
     "ASGDHyper",
     "Adadelta",
     "AdadeltaHyper",
     "Adagrad",
     "AdagradHyper",
+    "Adam",
+    "AdamHyper",
+    "AdamW",
+    "AdamWHyper",
     "Adamax",
     "AdamaxHyper",
     "Kernels",
     "Mode",
+    "NAdam",
+    "NAdamCounts",
+    "NAdamHyper",
     "PackageStatus",
+    "RAdam",
+    "RAdamHyper",
+    "RMSprop",
+    "RMSpropHyper",
+    "Rprop",
+    "RpropHyper",
     "Rule",
+    "SGDHyper",
+    "usual",
     "warm_up",
 ]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from farstep.hyper import Hyper, in_range
 from farstep_service.optimizers.arithmetic import add, addcmul_, decayed, sign_of, signed
-from farstep_service.rule import Counts, Rule, Scalar
+from farstep_service.rule import Counts, Rule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +58,13 @@ class Adadelta(Rule[AdadeltaHyper]):
         return (sign_of(hyper.maximize), hyper.weight_decay, hyper.rho, 1 - hyper.rho, hyper.eps, -hyper.lr)
 
     def update(
-        self, p: Tensor, g: Tensor, state: Sequence[Tensor], scalars: Sequence[Scalar]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]
+    ) -> tuple[Tensor, StateTensors]:
         """Apply the formula above."""
-        square_avg, acc_delta = state
         sign, weight_decay, rho, rest, eps, minus_lr = scalars
         g = decayed(signed(g, sign), p, weight_decay)
-        square_avg = addcmul_(square_avg * rho, g, g, rest)
+        square_avg = addcmul_(state["square_avg"] * rho, g, g, rest)
+        acc_delta = state["acc_delta"]
         delta = (acc_delta + eps).sqrt_().div_((square_avg + eps).sqrt_()).mul_(g)
         acc_delta = addcmul_(acc_delta * rho, delta, delta, rest)
-        return add(p, delta, minus_lr), (square_avg, acc_delta)
+        return add(p, delta, minus_lr), {"square_avg": square_avg, "acc_delta": acc_delta}

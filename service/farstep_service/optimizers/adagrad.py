@@ -23,7 +23,7 @@ from torch import Tensor
 from farstep.errors import InvalidOption
 from farstep.hyper import Hyper, in_range
 from farstep_service.optimizers.arithmetic import addcdiv, decayed, sign_of, signed
-from farstep_service.rule import Counts, Rule, Scalar
+from farstep_service.rule import Counts, Rule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,14 +73,13 @@ class Adagrad(Rule[AdagradHyper]):
         return (sign_of(hyper.maximize), hyper.weight_decay, hyper.eps, -rate)
 
     def update(
-        self, p: Tensor, g: Tensor, state: Sequence[Tensor], scalars: Sequence[Scalar]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]
+    ) -> tuple[Tensor, StateTensors]:
         """Apply the formula above."""
-        (total,) = state
         sign, weight_decay, eps, minus_rate = scalars
         g = decayed(signed(g, sign), p, weight_decay)
-        total = torch.addcmul(total, g, g)
-        return addcdiv(p, g, total.sqrt().add_(eps), minus_rate), (total,)
+        total = torch.addcmul(state["sum"], g, g)
+        return addcdiv(p, g, total.sqrt().add_(eps), minus_rate), {"sum": total}
 
     def check_sparse(self, hyper: AdagradHyper) -> None:
         """Refuse weight decay, which would have to touch every row."""
@@ -92,10 +91,9 @@ class Adagrad(Rule[AdagradHyper]):
             )
 
     def update_rows(
-        self, p: Tensor, g: Tensor, state: Sequence[Tensor], scalars: Sequence[float]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[float]
+    ) -> tuple[Tensor, StateTensors]:
         """Apply the formula to the touched rows, with torch's own sparse operations so that the bits are torch's."""
-        (total,) = state
         sign, _, eps, minus_rate = scalars
         g = signed(g, sign)
         index = torch.arange(g.shape[0], device=g.device).unsqueeze(0)
@@ -104,5 +102,5 @@ class Adagrad(Rule[AdagradHyper]):
             # Not marked as coalesced, since torch adds coalesced ones with another rounding.
             return torch.sparse_coo_tensor(index, values, g.shape, check_invariants=False)
 
-        total = total + rows(g.pow(2))
-        return torch.add(p, rows(g / (total.sqrt() + eps)), alpha=minus_rate), (total,)
+        total = state["sum"] + rows(g.pow(2))
+        return torch.add(p, rows(g / (total.sqrt() + eps)), alpha=minus_rate), {"sum": total}

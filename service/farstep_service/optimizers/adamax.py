@@ -22,7 +22,7 @@ from torch import Tensor
 
 from farstep.hyper import Hyper, in_range
 from farstep_service.optimizers.arithmetic import addcdiv, decayed, lerp, sign_of, signed
-from farstep_service.rule import Counts, Rule, Scalar
+from farstep_service.rule import Counts, Rule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,12 +61,11 @@ class Adamax(Rule[AdamaxHyper]):
         return (sign_of(hyper.maximize), hyper.weight_decay, 1 - beta1, beta2, hyper.eps, -rate)
 
     def update(
-        self, p: Tensor, g: Tensor, state: Sequence[Tensor], scalars: Sequence[Scalar]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]
+    ) -> tuple[Tensor, StateTensors]:
         """Apply the formula above."""
-        exp_avg, exp_inf = state
         sign, weight_decay, rest, beta2, eps, minus_rate = scalars
         g = decayed(signed(g, sign), p, weight_decay)
-        exp_avg = lerp(exp_avg, g, rest)
-        exp_inf = torch.maximum(exp_inf * beta2, g.abs().add_(eps))
-        return addcdiv(p, exp_avg, exp_inf, minus_rate), (exp_avg, exp_inf)
+        exp_avg = lerp(state["exp_avg"], g, rest)
+        exp_inf = torch.maximum(state["exp_inf"] * beta2, g.abs().add_(eps))
+        return addcdiv(p, exp_avg, exp_inf, minus_rate), {"exp_avg": exp_avg, "exp_inf": exp_inf}

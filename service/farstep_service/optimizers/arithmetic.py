@@ -8,6 +8,8 @@ costs nothing in a kernel that waits for memory.
 
 from __future__ import annotations
 
+import ctypes
+
 import torch
 from torch import Tensor
 
@@ -35,11 +37,25 @@ def addcmul_(x: Tensor, a: Tensor, b: Tensor, value: Scalar) -> Tensor:
     return x.addcmul_(a, b, value=value)
 
 
+def addcmul(x: Tensor, a: Tensor, b: Tensor, value: Scalar) -> Tensor:
+    """Return `x + value * a * b`."""
+    if isinstance(value, Tensor):
+        return x + value * a * b
+    return torch.addcmul(x, a, b, value=value)
+
+
 def addcdiv(x: Tensor, a: Tensor, b: Tensor, value: Scalar) -> Tensor:
     """Return `x + value * a / b`."""
     if isinstance(value, Tensor):
         return x + value * a / b
     return torch.addcdiv(x, a, b, value=value)
+
+
+def divided(x: Tensor, by: Scalar) -> Tensor:
+    """Return `x / by`."""
+    if isinstance(by, Tensor):
+        return x * by.reciprocal()
+    return x / by
 
 
 def lerp(x: Tensor, y: Tensor, weight: Scalar) -> Tensor:
@@ -63,6 +79,36 @@ def decayed(g: Tensor, p: Tensor, weight_decay: Scalar) -> Tensor:
     return g if weight_decay == 0 else torch.add(g, p, alpha=weight_decay)
 
 
+def shrunk(p: Tensor, factor: Scalar) -> Tensor:
+    """Return `factor * p`, and `p` itself for the factor 1: weight decay that is decoupled from the gradient."""
+    if isinstance(factor, Tensor):
+        return p * factor
+    return p if factor == 1 else p * factor
+
+
 def sign_of(maximize: bool) -> float:
     """Return the scalar that `signed` takes."""
     return -1.0 if maximize else 1.0
+
+
+def decay_of(weight_decay: float, lr: float, *, decoupled: bool) -> tuple[float, float]:
+    """Return the scalars that `decayed` and `shrunk` take."""
+    if decoupled:
+        return 0.0, 1 - lr * weight_decay if weight_decay != 0 else 1.0
+    return weight_decay, 1.0
+
+
+def root(number: float) -> float:
+    """Return the square root, as Python's power has it.
+
+    Raises:
+        ArithmeticError: the number is negative; its power would be complex.
+    """
+    if number < 0:
+        raise ArithmeticError(f"{number} has no real root")
+    return float(number**0.5)
+
+
+def float32(number: float | complex) -> float:
+    """Round as torch's state tensors do; a power of a negative base is complex, of which they keep the real part."""
+    return ctypes.c_float(number.real).value

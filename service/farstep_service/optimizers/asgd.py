@@ -16,7 +16,6 @@ order of operations as in torch 2.13, `torch/optim/asgd.py::_single_tensor_asgd`
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, cast, final
@@ -25,8 +24,8 @@ import torch
 from torch import Tensor
 
 from farstep.hyper import Hyper, in_range
-from farstep_service.optimizers.arithmetic import add_, decayed, sign_of, signed
-from farstep_service.rule import Counts, Rule, Scalar
+from farstep_service.optimizers.arithmetic import add_, decayed, float32, sign_of, signed
+from farstep_service.rule import Counts, Rule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +60,8 @@ class ASGDCounts(Counts):
     mu: float = 1.0
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eta", _float32(self.eta))
-        object.__setattr__(self, "mu", _float32(self.mu))
+        object.__setattr__(self, "eta", float32(self.eta))
+        object.__setattr__(self, "mu", float32(self.mu))
 
 
 @final
@@ -88,21 +87,16 @@ class ASGD(Rule[ASGDHyper]):
         """Return the next step's eta and mu."""
         step = counts.step + 1
         eta = hyper.lr / ((1 + hyper.lambd * hyper.lr * step) ** hyper.alpha)
-        return ASGDCounts(step, eta, 1 / max(1, step - hyper.t0))
+        return ASGDCounts(step, eta, 1 / max(1, step - hyper.t0), fields=counts.fields)
 
     def update(
-        self, p: Tensor, g: Tensor, state: Sequence[Tensor], scalars: Sequence[Scalar]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]
+    ) -> tuple[Tensor, StateTensors]:
         """Apply the formula above."""
-        (ax,) = state
+        ax = state["ax"]
         sign, weight_decay, shrink, minus_eta, mu = scalars
         g = decayed(signed(g, sign), p, weight_decay)
         p = add_(p * shrink, g, minus_eta)
         if isinstance(mu, Tensor):
-            return p, (torch.where(mu != 1, ax + (p - ax) * mu, p),)
-        return p, ((p - ax).mul_(mu).add_(ax) if mu != 1 else p,)
-
-
-def _float32(number: float | complex) -> float:
-    """Round as torch's state tensors do; a power of a negative base is complex, of which they keep the real part."""
-    return ctypes.c_float(number.real).value
+            return p, {"ax": torch.where(mu != 1, ax + (p - ax) * mu, p)}
+        return p, {"ax": (p - ax).mul_(mu).add_(ax) if mu != 1 else p}

@@ -84,7 +84,7 @@ def _build(package: Package, directory: Path) -> None:
         unfinished = directory / f".{os.getpid()}-{name}"
         device = torch.device(package.device)
         try:
-            compile_rule(rule, package.dtype, device, one_thread=package.threads == "one", to=unfinished)
+            compile_rule(rule, package.form, device, one_thread=package.threads == "one", to=unfinished)
             unfinished.chmod(0o644)
             unfinished.replace(directory / name)
         finally:
@@ -106,12 +106,12 @@ def _end_with_parent() -> None:
 
 
 def _text(package: Package) -> str:
-    return "|".join((package.rule, package.dtype, package.device, package.threads))
+    return "|".join((package.rule, package.dtype, package.device, package.threads, *package.optional))
 
 
 def _package(text: str) -> Package:
-    rule, dtype, device, threads = text.split("|")
-    return Package(rule, dtype, device, "many" if threads == "many" else "one")
+    rule, dtype, device, threads, *optional = text.split("|")
+    return Package(rule, dtype, device, "many" if threads == "many" else "one", tuple(optional))
 
 
 if __name__ == "__main__":

@@ -15,9 +15,10 @@ from typing import NamedTuple, final
 import torch
 from torch import Tensor
 
+from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.optimizers.program import LEAST
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import AnyRule, At, Call, Kernel, Progress
+from farstep_service.rule import AnyRule, At, Call, Fields, Form, Kernel, Progress
 
 PIECE = 2**21
 """Elements handed over at once on a CPU: 0.7 ms of Adagrad in float32 on one thread."""
@@ -61,19 +62,23 @@ class FusedKernel(Kernel):
     name = "fused"
 
     def __init__(self, rule: AnyRule, device: torch.device) -> None:
-        self._one: dict[torch.dtype, Run] = {}
-        self._many: dict[torch.dtype, Run] = {}
+        self._one: dict[tuple[torch.dtype, Fields], Run] = {}
+        self._many: dict[tuple[torch.dtype, Fields], Run] = {}
+        self._rule = rule
         self._device = device
         self._reference = ReferenceKernel(rule)
         self._numbers: dict[tuple[float, ...], Tensor] = {}
 
-    def add(self, dtype: torch.dtype, run: Run, *, many_threads: bool = False) -> None:
+    def add(self, form: Form, run: Run, *, many_threads: bool = False) -> None:
         """Take in a program; one for many threads is used for long stretches only."""
-        (self._many if many_threads else self._one)[dtype] = run
+        (self._many if many_threads else self._one)[self._key(form)] = run
 
-    def ready(self, dtypes: Iterable[torch.dtype]) -> bool:
-        """Say whether there is a program for each of these element types."""
-        return all(dtype in self._one for dtype in dtypes)
+    def ready(self, forms: Iterable[Form]) -> bool:
+        """Say whether there is a program for each of these forms."""
+        return all(self._key(form) in self._one for form in forms)
+
+    def _key(self, form: Form) -> tuple[torch.dtype, Fields]:
+        return TORCH_DTYPES[form.dtype], self._rule.fields(form.optional)
 
     def execute(self, calls: Sequence[Call], progress: Progress) -> None:
         """Carry calls out from where `progress` stands, a batch of pieces at a time."""
@@ -102,11 +107,12 @@ class FusedKernel(Kernel):
             if length < LEAST:
                 break
             _check(call)
+            fields, key = state.values(), (p.dtype, tuple(state))
             while start < length:
                 stop = start + PIECE if p.is_cpu and length - start >= PIECE + LEAST else length
                 programs = self._many if stop - start >= MANY_THREADS_FROM else self._one
-                run = programs.get(p.dtype) or self._one[p.dtype]
-                inputs = [p, g, *state, numbers, out]
+                run = programs.get(key) or self._one[key]
+                inputs = [p, g, *fields, numbers, out]
                 if stop - start < length:
                     inputs = [each if each is numbers else each[start:stop] for each in inputs]
                 after = At(index, stop) if stop < length else At(index + 1)
@@ -141,6 +147,6 @@ def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 def _check(call: Call) -> None:
     """Refuse what a program, which trusts its inputs, would turn into a write beyond the end of memory."""
     shape, dtype = call.p.shape, call.p.dtype
-    for tensor in (call.p, call.g, call.out, *call.state):
+    for tensor in (call.p, call.g, call.out, *call.state.values()):
         if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
             raise ValueError(f"A kernel's tensors differ: {shape} {dtype}, {tensor.shape} {tensor.dtype}.")

@@ -1,6 +1,6 @@
 """Which kernel runs a step: the fused one as soon as it is there, the reference one until then.
 
-    prepare(rule, dtypes, device)      a session opens
+    prepare(rule, forms, device)       a session opens, or its options ask for more state
         │  in the cache directory? ── yes ──► loaded (milliseconds)          ready
         │  no
         ▼
@@ -29,7 +29,7 @@ from farstep_service.optimizers.build import Builder, build_in_subprocess
 from farstep_service.optimizers.fused import FusedKernel, load
 from farstep_service.optimizers.packages import Package, default_directory, find, open_directory
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import AnyRule, Kernel, KernelName, KernelSource
+from farstep_service.rule import AnyRule, Form, Kernel, KernelName, KernelSource
 
 Mode = Literal["auto", "reference", "fused"]
 MODES: tuple[Mode, ...] = ("auto", "reference", "fused")
@@ -72,28 +72,28 @@ class Kernels(KernelSource):
         self._references: dict[str, ReferenceKernel] = {}
         self._warned = False
 
-    def prepare(self, rule: AnyRule, dtypes: Iterable[str], device: torch.device) -> None:
+    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
         """Load what has been built and begin to build the rest; wait for it only in the mode `fused`.
 
         Raises:
             Unavailable: the mode is `fused` and the kernel cannot be had.
         """
         if self.mode != "reference":
-            needed = self.begin([(rule, dtype) for dtype in dtypes], device)
+            needed = self.begin([(rule, form) for form in forms], device)
             if self.mode == "fused":
                 self._require(needed)
 
-    def begin(self, wanted: Iterable[tuple[AnyRule, str]], device: torch.device) -> list[Package]:
+    def begin(self, wanted: Iterable[tuple[AnyRule, Form]], device: torch.device) -> list[Package]:
         """Load what has been built and begin to build the rest in one process; return what a step cannot do without.
 
         Args:
-            wanted: rules and the element types they are to run on.
+            wanted: rules and the forms they are to run in.
             device: where.
         """
         needed: list[Package] = []
-        for rule, dtype in wanted:
+        for rule, form in wanted:
             self._rules[rule.name] = rule
-            needed.append(Package(rule.name, dtype, str(device)))
+            needed.append(Package(rule.name, form.dtype, str(device), optional=form.optional))
         spare = [replace(package, threads="many") for package in needed]
         every = needed + (spare if device.type == "cpu" and torch.get_num_threads() > 1 else [])
         with self._changed:
@@ -102,24 +102,25 @@ class Kernels(KernelSource):
             threading.Thread(target=self._build_all, args=(missing,), name="farstep-kernel-build", daemon=True).start()
         return needed
 
-    def ready(self, rule: AnyRule, dtypes: Iterable[str], device: torch.device) -> bool:
-        """Say whether the fused kernel could run a step over memory of these dtypes now."""
+    def ready(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> bool:
+        """Say whether the fused kernel could run a step over memory of these forms now."""
         fused = self._fused.get((rule.name, device))
-        return fused is not None and fused.ready(TORCH_DTYPES[dtype] for dtype in dtypes)
+        return fused is not None and fused.ready(forms)
 
-    def choose(self, rule: AnyRule, dtypes: frozenset[str], device: torch.device, wanted: KernelName | None) -> Kernel:
+    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
         """Return the kernel for a step; see `KernelSource`."""
-        if not dtypes or wanted == "reference" or (wanted is None and self.mode == "reference"):
+        if not forms or wanted == "reference" or (wanted is None and self.mode == "reference"):
             return self.reference(rule)
-        if not self.ready(rule, dtypes, device):
+        if not self.ready(rule, forms, device):
             if wanted is None and self.mode == "auto":
+                self.prepare(rule, forms, device)
                 return self.reference(rule)
             if self.mode == "reference":
                 raise Unavailable(
                     "The fused kernel was asked for, but this process runs reference kernels only.",
                     remedy="Start it with the kernel mode auto or fused.",
                 )
-            self._require(self.begin([(rule, dtype) for dtype in dtypes], device))
+            self._require(self.begin([(rule, form) for form in forms], device))
         return self._fused[rule.name, device]
 
     def reference(self, rule: AnyRule) -> Kernel:
@@ -161,7 +162,7 @@ class Kernels(KernelSource):
             self._fail(package, str(exc))
         else:
             fused = self._fused.setdefault((package.rule, device), FusedKernel(rule, device))
-            fused.add(TORCH_DTYPES[package.dtype], run, many_threads=package.threads == "many")
+            fused.add(package.form, run, many_threads=package.threads == "many")
             self._status[package] = PackageStatus(package, "ready")
         return True
 
@@ -190,6 +191,11 @@ class Kernels(KernelSource):
         log.log(level, "%s runs on reference kernels: no fused one (%s)", package.rule, reason.partition("\n")[0])
 
 
+def usual(rules: Iterable[AnyRule], dtypes: Sequence[str]) -> list[tuple[AnyRule, Form]]:
+    """Return what is worth building ahead: each rule with the state that most options ask for."""
+    return [(rule, Form(dtype, optional)) for rule in rules for dtype in dtypes for optional in rule.usual]
+
+
 def warm_up(
     rules: Iterable[AnyRule],
     dtypes: Sequence[str] = ("float32", "bfloat16", "float16", "float64"),
@@ -209,6 +215,6 @@ def warm_up(
     if unknown:
         raise InvalidOption(f"There is no element type {unknown[0]!r}.", field="dtypes")
     kernels = Kernels("auto", directory=directory)
-    kernels.begin([(rule, dtype) for rule in rules for dtype in dtypes], torch.device(device))
+    kernels.begin(usual(rules, dtypes), torch.device(device))
     kernels.wait()
     return kernels.status()

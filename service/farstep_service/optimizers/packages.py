@@ -23,7 +23,7 @@ import torch
 
 from farstep.errors import Unavailable
 from farstep_service.optimizers import arithmetic, program
-from farstep_service.rule import AnyRule
+from farstep_service.rule import AnyRule, Fields, Form, Rule
 
 Threads = Literal["one", "many"]
 """Whether a package uses one thread or all that torch has. Waking a second one costs more than a small span."""
@@ -38,12 +38,19 @@ class Package:
         dtype: the element type, under its wire name.
         device: the torch device it runs on.
         threads: what it was compiled for; always `one` on a GPU.
+        optional: the optional state fields in use.
     """
 
     rule: str
     dtype: str
     device: str
     threads: Threads = "one"
+    optional: Fields = ()
+
+    @property
+    def form(self) -> Form:
+        """Return what the rule is compiled for."""
+        return Form(self.dtype, self.optional)
 
 
 def default_directory() -> Path:
@@ -56,14 +63,17 @@ def default_directory() -> Path:
 
 def file_name(package: Package, rule: AnyRule) -> str:
     """Return the name under which the package for this machine and these sources is kept."""
-    facts = [torch.__version__, _sources(type(rule)), package.dtype, package.threads, machine(package.device)]
+    facts = [torch.__version__, _sources(type(rule)), *package.form, package.threads, machine(package.device)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-    return f"{package.rule}-{package.dtype}-{torch.device(package.device).type}-{package.threads}-{key}.pt2"
+    names = (package.rule, *package.optional, package.dtype, torch.device(package.device).type, package.threads, key)
+    return "-".join(names) + ".pt2"
 
 
 @cache
 def _sources(rule: type[AnyRule]) -> str:
-    files = [inspect.getsourcefile(each) or "" for each in (rule, arithmetic, program)]
+    rules = [each for each in rule.__mro__ if issubclass(each, Rule) and each is not Rule]
+    sources = [*map(inspect.getsourcefile, rules), *map(inspect.getsourcefile, (arithmetic, program))]
+    files = [source or "" for source in sources]
     return hashlib.sha256(b"\0".join(Path(file).read_bytes() for file in files)).hexdigest()
 
 

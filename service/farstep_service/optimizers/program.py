@@ -4,7 +4,7 @@ The rule's own `update` is exported with a symbolic length and with its numbers 
 of time by torch's Inductor (C++ on a CPU, Triton on a GPU) into a package that loads in milliseconds and needs no
 compiler. A changed learning rate is another number in that tensor, never another program.
 
-Inputs, in order: p, g, the element fields (changed in place), the scalars, out (may be p).
+Inputs, in order: p, g, the element fields in use (changed in place), the scalars, out (may be p).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from farstep.wire.memory import TORCH_DTYPES
-from farstep_service.rule import AnyRule
+from farstep_service.rule import AnyRule, Fields, Form
 
 LEAST = 2
 """Fewest elements a program takes: torch specialises lengths 0 and 1."""
@@ -26,21 +26,23 @@ MOST = 2**40
 class Program(torch.nn.Module):
     """One application of a rule, its results written to memory."""
 
-    def __init__(self, rule: AnyRule) -> None:
+    def __init__(self, rule: AnyRule, fields: Fields) -> None:
         super().__init__()
         self._rule = rule
+        self._fields = fields
 
     def forward(self, p: Tensor, g: Tensor, state: tuple[Tensor, ...], scalars: Tensor, out: Tensor) -> tuple[()]:
         """Write the new parameters to `out` and the new state over the old."""
-        new_p, new_state = self._rule.update(p, g, state, [scalars[index] for index in range(scalars.shape[0])])
+        named = dict(zip(self._fields, state, strict=True))
+        new_p, new_state = self._rule.update(p, g, named, [scalars[index] for index in range(scalars.shape[0])])
         out.copy_(new_p)
-        for field, value in zip(state, new_state, strict=True):
-            field.copy_(value)
+        for name, value in new_state.items():
+            named[name].copy_(value)
         return ()
 
 
-def compile_rule(rule: AnyRule, dtype: str, device: torch.device, *, one_thread: bool, to: Path) -> None:
-    """Compile a rule for one element type into the package file `to`.
+def compile_rule(rule: AnyRule, form: Form, device: torch.device, *, one_thread: bool, to: Path) -> None:
+    """Compile a rule in one form into the package file `to`.
 
     Raises:
         Exception: whatever torch raises without a compiler, or when the compiler fails.
@@ -49,13 +51,14 @@ def compile_rule(rule: AnyRule, dtype: str, device: torch.device, *, one_thread:
     count = len(rule.scalars(rule.first(hyper), hyper))
 
     def memory() -> Tensor:
-        return torch.rand(64, device=device).to(TORCH_DTYPES[dtype])
+        return torch.rand(64, device=device).to(TORCH_DTYPES[form.dtype])
 
-    state = tuple(memory() for _ in rule.element_fields)
+    fields = rule.fields(form.optional)
+    state = tuple(memory() for _ in fields)
     inputs = (memory(), memory(), state, torch.ones(count, dtype=torch.float64, device=device), memory())
     length = {0: Dim("length", min=LEAST, max=MOST)}
     shapes = (length, length, tuple(length for _ in state), None, length)
-    exported = torch.export.export(Program(rule), inputs, dynamic_shapes=shapes)
+    exported = torch.export.export(Program(rule, fields), inputs, dynamic_shapes=shapes)
     # Precompiled headers would be kept in a directory of /tmp that anybody can foresee.
     threads = {"cpp.threads": 1} if one_thread else {"cpp.dynamic_threads": True}
     options = {"aot_inductor.precompile_headers": False, **threads}

@@ -53,10 +53,10 @@ class ReferenceKernel(Kernel):
 
     def _block_of(self, call: Call) -> list[Write]:
         p, state = self._rule.update(call.p, call.g, call.state, call.scalars)
-        return [Write(call.out, p), *map(Write, call.state, state)]
+        return [Write(call.out, p), *(Write(call.state[name], values) for name, values in state.items())]
 
 
 def _cut(call: Call, start: int, stop: int) -> Call:
     """Return the call on the elements from `start` to before `stop`."""
-    state = tuple(field[start:stop] for field in call.state)
+    state = {name: field[start:stop] for name, field in call.state.items()}
     return Call(call.p[start:stop], call.g[start:stop], state, call.out[start:stop], call.scalars)

@@ -5,8 +5,29 @@ from types import MappingProxyType
 
 from farstep_service.optimizers.adadelta import Adadelta
 from farstep_service.optimizers.adagrad import Adagrad
+from farstep_service.optimizers.adam import Adam
 from farstep_service.optimizers.adamax import Adamax
+from farstep_service.optimizers.adamw import AdamW
 from farstep_service.optimizers.asgd import ASGD
+from farstep_service.optimizers.nadam import NAdam
+from farstep_service.optimizers.radam import RAdam
+from farstep_service.optimizers.rmsprop import RMSprop
+from farstep_service.optimizers.rprop import Rprop
+from farstep_service.optimizers.sgd import SGD
 from farstep_service.rule import AnyRule
 
-RULES: Mapping[str, AnyRule] = MappingProxyType({rule.name: rule for rule in (Adagrad(), Adadelta(), Adamax(), ASGD())})
+_ALL: tuple[AnyRule, ...] = (
+    Adagrad(),
+    Adadelta(),
+    Adamax(),
+    ASGD(),
+    SGD(),
+    Adam(),
+    AdamW(),
+    NAdam(),
+    RAdam(),
+    RMSprop(),
+    Rprop(),
+)
+
+RULES: Mapping[str, AnyRule] = MappingProxyType({rule.name: rule for rule in _ALL})

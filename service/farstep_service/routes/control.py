@@ -37,7 +37,8 @@ class Shard(BaseModel):
 class JoinedDocument(BaseModel):
     """What a worker is told when it has joined.
 
-    `initialise`: this worker is asked for the first parameters. `initialised`: they are there.
+    `initialise`: this worker is asked for the first parameters. `initialised`: they are there. `fields`: the state;
+    what is optional exists with some options only, and the field `present` says which parameters have it.
     """
 
     name: str
@@ -48,7 +49,7 @@ class JoinedDocument(BaseModel):
     version: int
     worker: str
     epoch: int
-    fields: dict[str, Literal["element", "number"]]
+    fields: dict[str, Literal["element", "number", "optional"]]
     eager: bool
     placement: list[Shard]
 
@@ -155,10 +156,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             version=joined.version,
             worker=document.worker,
             epoch=joined.epoch,
-            fields={
-                **dict.fromkeys(plan.rule.segment_fields, "number"),
-                **dict.fromkeys(plan.rule.element_fields, "element"),
-            },
+            fields=plan.rule.kinds,
             eager=plan.rule.eager,
             placement=[Shard(url="", segments=[0, len(plan.layout.segments)])],
         )

@@ -116,7 +116,7 @@ class Contents(Endpoint):
             raise InvalidRequest("A field is named twice.", field="fields")
         reserve(host.plan.layout.nbytes * len(fields))
         view = await (host.parameters() if fields == ["param"] else host.contents(fields))
-        header = {"v": VERSION, "incarnation": host.incarnation, "version": view.version, "fields": fields}
+        header = {"v": VERSION, "incarnation": host.incarnation, "version": view.version, "fields": list(view.fields)}
         try:
             await answer_message(send, header, view.views)
         finally:
@@ -126,7 +126,7 @@ class Contents(Endpoint):
 def _largest(host: Host) -> int:
     """Return the bytes the largest sensible body can have: parameters, every state field, indices and the framing."""
     layout, rule = host.plan.layout, host.plan.rule
-    fields = 1 + len(rule.element_fields) + len(rule.segment_fields)
+    fields = 2 + len(rule.element_fields) + len(rule.segment_fields)
     return (fields + 8) * (layout.nbytes + 8 * len(layout.segments)) + OVERHEAD_BYTES
 
 

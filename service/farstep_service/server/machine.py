@@ -104,7 +104,13 @@ def kernels_at_hand(device: str) -> str:
 
     directory = default_directory()
     try:
-        built = [name for name, rule in RULES.items() if find(directory, Package(name, "float32", device), rule)]
+        built = [
+            name
+            for name, rule in RULES.items()
+            if all(
+                find(directory, Package(name, "float32", device, optional=optional), rule) for optional in rule.usual
+            )
+        ]
     except Unavailable as exc:
         return f"reference kernels: {exc.detail.rstrip('.')}"
     if len(built) == len(RULES):

@@ -14,6 +14,7 @@ import torch
 from farstep.errors import InvalidOption, NotInitialised, TensorMismatch
 from farstep.hyper import Hyper
 from farstep.messages import PutHead
+from farstep.presence import PRESENT, mask_of
 from farstep.wire import from_ranges
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import on_device
@@ -88,8 +89,9 @@ class SessionState:
             TensorMismatch: a state that no session can have; there is still nothing then.
         """
         store = self._new_store(on_device(contents.elements.pop(PARAM), self.device), version)
+        has = contents.has()
         if values := self._values(contents):
-            store.write(contents.indices, values, bump=False)
+            store.write(contents.indices, values, has=has, bump=False)
         self._store = store
 
     def _new_store(self, parameters: Buffers, version: int) -> Store:
@@ -148,7 +150,8 @@ class SessionState:
 
     def write(self, contents: Contents) -> None:
         """Replace contents, as one new version."""
-        self.store.write(contents.indices, self._values(contents))
+        has = contents.has()
+        self.store.write(contents.indices, self._values(contents), has=has)
 
     # -- reads and room for what arrives ----------------------------------------------------------------------------
 
@@ -171,19 +174,27 @@ class SessionState:
         return self.store.hold()
 
     def copy(self, fields: Sequence[str]) -> Contents:
-        """Copy fields of the current version.
+        """Copy fields of the current version, but for optional ones that no segment has.
 
         Raises:
             InvalidOption: a field the optimizer does not have.
             NotInitialised: the first parameters have not arrived.
         """
-        contents = Contents(self.plan.layout, self.plan.rule, fields, range(len(self.plan.layout.segments)))
-        store = self.store
+        store, rule, indices = self.store, self.plan.rule, range(len(self.plan.layout.segments))
+        counts = store.all_counts()
+        used = {name for own in {id(each): each for each in counts if each}.values() for name in own.fields}
+        fields = [name for name in fields if name not in rule.optional_fields or name in used]
+        contents = Contents(self.plan.layout, rule, fields, indices)
         contents.allocate()
         for name, buffers in contents.elements.items():
             buffers.copy_(store.buffers(name))
+        names = tuple(rule.kinds)
         for name, numbers in contents.numbers.items():
-            numbers.copy_(torch.tensor([each or 0.0 for each in store.numbers(name)], dtype=torch.float64))
+            if name == PRESENT:
+                own = [mask_of((*rule.segment_fields, *each.fields), names) if each else 0 for each in counts]
+                numbers.copy_(torch.tensor(own, dtype=torch.float64))
+            else:
+                numbers.copy_(torch.tensor([each or 0.0 for each in store.numbers(name)], dtype=torch.float64))
         return contents
 
     def nbytes(self) -> dict[str, int]:
@@ -194,14 +205,20 @@ class SessionState:
         return {"parameters": own.parameters, "versions": own.versions, "state": own.state}
 
     def _values(self, contents: Contents) -> dict[str, Buffers | Sequence[float | None]]:
-        """Return contents as the store takes them; a segment at step 0 has no state, unless the rule is eager."""
+        """Return contents as the store takes them.
+
+        Without `present` among them, a segment at step 0 has no state, unless the rule is eager.
+        """
         values: dict[str, Buffers | Sequence[float | None]] = {
             name: on_device(buffers, self.device) for name, buffers in contents.elements.items()
         }
-        steps = contents.numbers["step"].tolist() if "step" in contents.numbers else None
+        told = PRESENT in contents.numbers or self.plan.rule.eager
+        steps = contents.numbers["step"].tolist() if "step" in contents.numbers and not told else None
         for name, numbers in contents.numbers.items():
+            if name == PRESENT:
+                continue
             listed: list[float | None] = list(numbers.tolist())
-            if steps is not None and not self.plan.rule.eager:
+            if steps is not None:
                 listed = [value if step else None for value, step in zip(listed, steps, strict=True)]
             values[name] = listed
         return values

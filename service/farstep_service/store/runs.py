@@ -4,20 +4,20 @@
     runs       ──  ──      ──  ──  ──         one each, since the numbers of neighbours differ
     with lr 0.1 everywhere: two runs, [w0 b0] and [b1 w2 b2], interrupted by w1
 
-Neighbours belong to one run if the step's numbers are equal for both and nothing lies between them in any memory. The
-usual step is one run per group. No tensor is touched here.
+Neighbours belong to one run if the step's numbers, and the state it uses, are equal for both and nothing lies between
+them in any memory. The usual step is one run per group. No tensor is touched here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
-from typing import final
+from collections.abc import Container, Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, final
 
 from farstep.errors import InvalidOption
 from farstep.hyper import Hyper
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Counts
+from farstep_service.rule import AnyRule, Counts, Fields
 from farstep_service.store.gradients import Gradients
 
 
@@ -49,20 +49,32 @@ class Cut:
     runs: list[Run]
 
 
+class Numbers(NamedTuple):
+    """What a step takes from a segment's options and counts.
+
+    Attributes:
+        scalars: the rule's numbers.
+        optional: the optional state fields in use.
+    """
+
+    scalars: tuple[float, ...]
+    optional: Fields
+
+
 @dataclass(frozen=True, slots=True)
 class Decision:
     """What a step does, in numbers.
 
     Attributes:
         cut: which calls it takes.
-        scalars: the numbers of each run.
-        row_scalars: the numbers of each sparse gradient, in its order.
+        runs: the numbers of each run.
+        rows: the numbers of each sparse gradient, in its order.
         after: every segment's counts after the step.
     """
 
     cut: Cut
-    scalars: list[tuple[float, ...]]
-    row_scalars: list[tuple[float, ...]]
+    runs: list[Numbers]
+    rows: list[Numbers]
     after: list[Counts | None]
 
 
@@ -106,10 +118,10 @@ class Planner:
         pattern = [classes.setdefault(hyper, number) for number, hyper in enumerate(groups)]
         present = None if gradients.present is None else tuple(gradients.present)
         key = (pattern, present, tuple(gradients.sparse), gradients.buffers.borders, borders)
-        known: dict[tuple[int, int], tuple[tuple[float, ...], Counts]] = {}
+        known: dict[tuple[int, int], tuple[Numbers, Counts | None]] = {}
         after = list(counts)
 
-        def advance(segment: int) -> tuple[float, ...]:
+        def advance(segment: int) -> Numbers:
             group = self._layout.segments[segment].group
             # Counts that are equal are mostly one object; comparing them by identity is several times faster.
             where = (pattern[group], id(counts[segment]))
@@ -121,7 +133,7 @@ class Planner:
 
         if key == self._key:
             cut = self._cut
-            scalars = [advance(run.members[0]) for run in cut.runs]
+            numbers = [advance(run.members[0]) for run in cut.runs]
             for run in cut.runs:
                 last = after[run.members[0]]
                 for member in run.members:
@@ -133,20 +145,26 @@ class Planner:
             runs = runs_of(self._layout, dense, each, (gradients.buffers.borders, borders))
             cut = Cut(dense, sorted([*dense, *gradients.sparse]), runs)
             by_segment = dict(zip(dense, each, strict=True))
-            scalars = [by_segment[run.members[0]] for run in runs]
+            numbers = [by_segment[run.members[0]] for run in runs]
             if all(self._is_steady(run, pattern, after) for run in runs):
                 self._key, self._cut = key, cut
-        return Decision(cut, scalars, [advance(segment) for segment in gradients.sparse], after)
+        return Decision(cut, numbers, [advance(segment) for segment in gradients.sparse], after)
 
-    def _numbers(self, counts: Counts | None, hyper: Hyper) -> tuple[tuple[float, ...], Counts]:
+    def _numbers(self, counts: Counts | None, hyper: Hyper) -> tuple[Numbers, Counts | None]:
+        rule = self._rule
         try:
-            now = counts or self._rule.first(hyper)
-            return self._rule.scalars(now, hyper), self._rule.advance(now, hyper)
+            now = counts or rule.first(hyper)
+            scalars, after = rule.scalars(now, hyper), rule.advance(now, hyper)
         except ArithmeticError as exc:
             raise InvalidOption(
                 f"{self._rule.name} cannot step with {hyper.to_options()}: {exc}.",
                 remedy="Change the options of the group.",
             ) from exc
+        optional = rule.optional(hyper)
+        fields = rule.fields((*now.fields, *optional))
+        if not fields and not rule.segment_fields:
+            return Numbers(scalars, optional), None
+        return Numbers(scalars, optional), after if after.fields == fields else replace(after, fields=fields)
 
     def _is_steady(self, run: Run, pattern: Sequence[int], after: Sequence[Counts | None]) -> bool:
         """Say whether the members of a run will have equal numbers in the next step, too."""
@@ -160,7 +178,7 @@ class Planner:
 def runs_of(
     layout: Layout,
     segments: Sequence[int],
-    scalars: Sequence[tuple[float, ...]],
+    numbers: Sequence[Hashable],
     borders: Sequence[Container[int]],
 ) -> list[Run]:
     """Join segments into runs.
@@ -168,14 +186,14 @@ def runs_of(
     Args:
         layout: the session's.
         segments: those with a dense gradient, ascending.
-        scalars: the step's numbers for each of them.
+        numbers: what has to be equal for them to be joined, for each of them.
         borders: segments that begin a new piece of memory, for each kind of memory.
     """
-    open_runs: dict[str, tuple[list[int], tuple[float, ...], int]] = {}
+    open_runs: dict[str, tuple[list[int], Hashable, int]] = {}
     joined: list[list[int]] = []
-    for index, its in zip(segments, scalars, strict=True):
+    for index, its in zip(segments, numbers, strict=True):
         segment = layout.segments[index]
-        members, before, stop = open_runs.get(segment.buffer, ([], (), -1))
+        members, before, stop = open_runs.get(segment.buffer, ([], None, -1))
         if stop != segment.offset or before != its or any(index in each for each in borders):
             members = []
             joined.append(members)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, final
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from farstep.errors import TensorMismatch
 from farstep.hyper import Hyper
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Counts
+from farstep_service.rule import AnyRule, Counts, Fields
 from farstep_service.store.buffers import Buffers, FlatBuffers
 
 PARAMETERS = "param"
@@ -26,7 +26,7 @@ FieldValues = Buffers | Sequence[Number | None]
 
 @final
 class State:
-    """Hold the element fields, and know what state is allowed to be.
+    """Hold the element fields, and know what state is allowed to be. Optional fields take memory when they are used.
 
     Args:
         layout: the segments.
@@ -39,7 +39,8 @@ class State:
         self._layout = layout
         self._rule = rule
         self._groups = tuple(groups)
-        self.fields: dict[str, FlatBuffers] = {name: FlatBuffers(layout, device) for name in rule.element_fields}
+        self._device = device
+        self.fields: dict[str, FlatBuffers] = {name: FlatBuffers(layout, device) for name in rule.fields(())}
         self.refill([segment for segment in range(len(layout.segments)) if self._begins_filled(segment)])
 
     @property
@@ -47,13 +48,24 @@ class State:
         """Return the bytes allocated."""
         return sum(buffers.nbytes for buffers in self.fields.values())
 
-    def stretches(self, first: int, length: int) -> tuple[Tensor, ...]:
-        """Return each element field's memory, as `Buffers.stretch` does."""
-        return tuple(buffers.stretch(first, length) for buffers in self.fields.values())
+    def memory(self, name: str) -> FlatBuffers:
+        """Return an element field's memory, and take it if nobody has used the field yet."""
+        if name not in self.fields:
+            self.fields[name] = FlatBuffers(self._layout, self._device)
+        return self.fields[name]
+
+    def take_memory(self, names: Iterable[str]) -> None:
+        """Take the memory of optional fields that a step is going to use."""
+        for name in names:
+            self.memory(name)
+
+    def stretches(self, first: int, length: int, optional: Fields) -> dict[str, Tensor]:
+        """Return the memory of the element fields in use, as `Buffers.stretch` does."""
+        return {name: self.fields[name].stretch(first, length) for name in self._rule.fields(optional)}
 
     def newborn(self, segment: int) -> Counts | None:
         """Return the counts of a segment that has not stepped; None if its state begins with its first step."""
-        return self._first(segment) if self._rule.eager else None
+        return self._having(segment, None, ()) if self._rule.eager else None
 
     def refill(self, segments: Sequence[int]) -> None:
         """Fill the element fields of segments with what they begin with."""
@@ -62,6 +74,15 @@ class State:
                 value = self._rule.initial(name, self._options(segment))
                 stretch = buffers.stretch(segment, self._layout.segments[segment].length)
                 stretch.fill_(value)
+
+    def clear_absent(self, segments: Sequence[int], counts: Sequence[Counts | None]) -> None:
+        """Clear the optional fields that segments with state do not have, so that they begin anew when used."""
+        for name in self._rule.optional_fields:
+            if name in self.fields:
+                for segment in segments:
+                    own = counts[segment]
+                    if own and name not in own.fields:
+                        self.fields[name].stretch(segment, self._layout.segments[segment].length).zero_()
 
     def _begins_filled(self, segment: int) -> bool:
         """Say whether state begins with anything but zeros, which is what fresh memory holds without being touched."""
@@ -73,9 +94,19 @@ class State:
             raise TensorMismatch(f"{self._rule.name} has no such field {field!r:.80}: {', '.join(known)}.", field=field)
 
     def counts_with(
-        self, counts: Sequence[Counts | None], segments: Sequence[int], contents: Mapping[str, FieldValues]
+        self,
+        counts: Sequence[Counts | None],
+        segments: Sequence[int],
+        contents: Mapping[str, FieldValues],
+        has: Sequence[Fields | None] | None,
     ) -> list[Counts | None]:
         """Check other contents for some segments and return the counts they lead to; nothing is written.
+
+        Args:
+            counts: what every segment has lived through.
+            segments: those that are written to.
+            contents: what is written.
+            has: for each of `segments` the element fields it has afterwards; see `Store.write`.
 
         Raises:
             TensorMismatch: an unknown field, another layout, or a number that no segment can have.
@@ -89,7 +120,7 @@ class State:
             if field != PARAMETERS:
                 self.check_field(field, self._rule.element_fields)
                 for segment in segments:
-                    after[segment] = after[segment] or self._first(segment)
+                    after[segment] = self._having(segment, after[segment], (field,))
         for field, values in contents.items():
             if isinstance(values, Buffers):
                 continue
@@ -97,12 +128,18 @@ class State:
             if len(values) != len(segments):
                 raise TensorMismatch(f"{field} has {len(values)} numbers for {len(segments)} segments.", field=field)
             for segment, value in zip(segments, values, strict=True):
-                before = after[segment] or self._first(segment)
+                before = self._having(segment, after[segment], ())
                 after[segment] = None if value is None else _with(before, field, value)
+        if has is not None and not self._rule.eager:
+            for segment, names in zip(segments, has, strict=True):
+                bare = replace(after[segment] or self._rule.first(self._options(segment)), fields=())
+                after[segment] = None if names is None else self._having(segment, bare, names)
         return after
 
-    def _first(self, segment: int) -> Counts:
-        return self._rule.first(self._options(segment))
+    def _having(self, segment: int, counts: Counts | None, more: Iterable[str]) -> Counts:
+        """Return counts, or those of a segment without state, with these element fields beside what it has."""
+        counts = counts or self._rule.first(self._options(segment))
+        return replace(counts, fields=self._rule.fields((*counts.fields, *more)))
 
     def _options(self, segment: int) -> Hyper:
         return self._groups[self._layout.segments[segment].group]

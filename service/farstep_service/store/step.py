@@ -23,7 +23,7 @@ from farstep.errors import InvalidOption
 from farstep_service.rule import AnyRule, Call, Counts, Kernel, Progress, Write
 from farstep_service.store.buffers import Buffers, FlatBuffers, shaped
 from farstep_service.store.gradients import Gradients, Rows
-from farstep_service.store.runs import Decision
+from farstep_service.store.runs import Decision, Numbers
 from farstep_service.store.state import State
 from farstep_service.store.versions import Memory
 
@@ -69,12 +69,12 @@ class Step:
     Attributes:
         rule: what computes it.
         source, target: parameters before and after; the same memory if nobody holds the version before.
-        state: the element fields.
+        state: the element fields that there are.
         gradients: what it is computed from; they must stay as they are until the step is complete.
         touched: the segments it changes.
         stale: the segments to copy from source to target first.
         calls, rows: what it does.
-        row_scalars: the numbers for each of `rows`.
+        row_numbers: the numbers for each of `rows`.
         after: the contents it makes.
     """
 
@@ -87,7 +87,7 @@ class Step:
     stale: list[int]
     calls: list[Call]
     rows: list[Rows]
-    row_scalars: list[tuple[float, ...]]
+    row_numbers: list[Numbers]
     after: Contents
     progress: Progress = field(default_factory=Progress)
     row_progress: Progress = field(default_factory=Progress)
@@ -127,13 +127,13 @@ class Step:
         def matrix(buffers: Buffers) -> Tensor:
             return shaped(buffers.stretch(its.segment, segment.length), segment).view(its.shape)
 
-        old = [matrix(field) for field in self.state.values()]
-        p, state = self.rule.update_rows(
-            matrix(self.source)[its.rows], its.values, [field[its.rows] for field in old], self.row_scalars[number]
-        )
+        scalars, optional = self.row_numbers[number]
+        old = {name: matrix(self.state[name]) for name in self.rule.fields(optional)}
+        rows = {name: field[its.rows] for name, field in old.items()}
+        p, state = self.rule.update_rows(matrix(self.source)[its.rows], its.values, rows, scalars)
         return [
             Write(matrix(self.target.buffers), p, its.rows),
-            *(Write(field, new, its.rows) for field, new in zip(old, state, strict=True)),
+            *(Write(old[name], values, its.rows) for name, values in state.items()),
         ]
 
 
@@ -157,7 +157,7 @@ def check_numbers(steps: Iterable[tuple[torch.dtype, tuple[float, ...]]]) -> Non
 def calls_of(decision: Decision, gradients: Buffers, source: Buffers, target: Buffers, state: State) -> list[Call]:
     """Return the kernel calls of a step: one for each run that has elements."""
     calls = []
-    for run, scalars in zip(decision.cut.runs, decision.scalars, strict=True):
+    for run, (scalars, optional) in zip(decision.cut.runs, decision.runs, strict=True):
         if run.length:
             first, length = run.members[0], run.length
             p = source.stretch(first, length)
@@ -165,5 +165,5 @@ def calls_of(decision: Decision, gradients: Buffers, source: Buffers, target: Bu
             if g.device != p.device:
                 g = g.to(p.device)
             out = p if target is source else target.stretch(first, length)
-            calls.append(Call(p, g, state.stretches(first, length), out, scalars))
+            calls.append(Call(p, g, state.stretches(first, length, optional), out, scalars))
     return calls

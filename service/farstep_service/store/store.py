@@ -22,7 +22,7 @@ import torch
 from farstep.errors import InvalidOption, StepInterrupted, TensorMismatch
 from farstep.hyper import Hyper
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Counts, Kernel, KernelName, KernelSource
+from farstep_service.rule import AnyRule, Counts, Fields, Form, Kernel, KernelName, KernelSource
 from farstep_service.store.buffers import Buffers, FlatBuffers
 from farstep_service.store.gradients import Gradients, coalesce
 from farstep_service.store.runs import Planner
@@ -86,7 +86,9 @@ class Store:
         parameters = parameters or FlatBuffers(layout, self.device)
         if parameters.layout != layout or parameters.device != self.device:
             raise TensorMismatch("The parameters are not in the session's layout, or not on its device.")
-        kernels.prepare(rule, layout.sizes, self.device)
+        kinds = {(segment.buffer, segment.group) for segment in layout.segments}
+        forms = {Form(dtype, rule.optional(groups[group])) for dtype, group in kinds}
+        kernels.prepare(rule, sorted(forms), self.device)
         self._lock = threading.RLock()
         self._planner = Planner(layout, rule)
         self._pending: Step | None = None
@@ -138,13 +140,19 @@ class Store:
             if field == PARAMETERS:
                 return self._versions.current
             self._state.check_field(field, self.rule.element_fields)
-            return self._state.fields[field]
+            return self._state.memory(field)
 
     def counts(self, segment: int) -> Counts | None:
         """Return what a segment has lived through, None if it has no state."""
         with self._lock:
             self.finish()
             return self._now.counts[segment]
+
+    def all_counts(self) -> Sequence[Counts | None]:
+        """Return what each segment has lived through, None for one without state."""
+        with self._lock:
+            self.finish()
+            return self._now.counts
 
     def numbers(self, field: str, segments: Sequence[int] | None = None) -> list[Number | None]:
         """Return a field with one number per segment, such as `step`; None for a segment without state."""
@@ -199,8 +207,13 @@ class Store:
             segment = self.layout.segments[index]
             self.rule.check_sparse(groups[segment.group])
             rows.append(coalesce(index, segment, indices, values, self.device))
-        dtypes = frozenset(self.layout.segments[run.members[0]].buffer for run in decision.cut.runs if run.length)
-        chosen = self._kernels.choose(self.rule, dtypes, self.device, wanted)
+        forms = frozenset(
+            Form(self.layout.segments[run.members[0]].buffer, numbers.optional)
+            for run, numbers in zip(decision.cut.runs, decision.runs, strict=True)
+            if run.length
+        )
+        chosen = self._kernels.choose(self.rule, forms, self.device, wanted)
+        self._state.take_memory(name for numbers in (*decision.runs, *decision.rows) for name in numbers.optional)
         gradients.buffers.begin(decision.cut.dense)
         source.begin(decision.cut.touched)
         calls = calls_of(decision, gradients.buffers, source, target.buffers, self._state)
@@ -217,7 +230,7 @@ class Store:
             stale=self._stale(target, decision.cut.dense),
             calls=calls,
             rows=rows,
-            row_scalars=decision.row_scalars,
+            row_numbers=decision.rows,
             after=Contents(version, decision.after, self._marked(decision.cut.touched, version)),
         )
         return step, chosen
@@ -260,13 +273,22 @@ class Store:
 
     # -- other contents -----------------------------------------------------------------------------------------------
 
-    def write(self, segments: Sequence[int], contents: Mapping[str, FieldValues], *, bump: bool = True) -> None:
+    def write(
+        self,
+        segments: Sequence[int],
+        contents: Mapping[str, FieldValues],
+        *,
+        has: Sequence[Fields | None] | None = None,
+        bump: bool = True,
+    ) -> None:
         """Replace fields of some segments, as one new version.
 
         Args:
             segments: which ones.
             contents: for `param` and element fields, buffers in the store's layout; for fields with one number per
                 segment, that number for each of `segments`, or None to take the segment's state away.
+            has: for each of `segments` the element fields it has afterwards, None for one without state. Not given, a
+                segment has what it had and what is written, and whatever no rule goes without.
             bump: count the version up; without it the contents belong to the present one, as the first ones do.
 
         Raises:
@@ -274,14 +296,15 @@ class Store:
         """
         with self._lock, torch.no_grad():
             self.finish()
-            counts = self._state.counts_with(self._now.counts, segments, contents)
+            counts = self._state.counts_with(self._now.counts, segments, contents, has)
             version = self.version + bump
             for field, values in contents.items():
                 if isinstance(values, Buffers) and field != PARAMETERS:
-                    self._state.fields[field].copy_(values, segments)
+                    self._state.memory(field).copy_(values, segments)
             parameters = contents.get(PARAMETERS)
             if isinstance(parameters, Buffers):
                 self._write_parameters(segments, parameters, version)
+            self._state.clear_absent(segments, counts)
             self._state.refill([index for index in segments if counts[index] is None])
             self._planner.forget()
             self._now = Contents(version, counts, self._marked(segments if parameters else (), version))
