@@ -22,7 +22,7 @@ from farstep_service.hosts.local import INITIALISE_WITHIN_S, INLINE_BYTES
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
-from farstep_service.rule import AnyRule, Call, Kernel, KernelName, KernelSource, Progress
+from farstep_service.rule import AnyRule, Call, Form, Kernel, KernelName, KernelSource, Progress
 from farstep_service.session import Session
 
 SMALL, LARGE = 8, INLINE_BYTES // 2
@@ -60,11 +60,11 @@ class Gates(KernelSource):
         self.refusal: Exception | None = None
         self.finishing: Exception | None = None
 
-    def prepare(self, rule: AnyRule, dtypes: Iterable[str], device: torch.device) -> None:
+    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
         self.preparing.set()
         assert self.prepared.wait(30)
 
-    def choose(self, rule: AnyRule, dtypes: frozenset[str], device: torch.device, wanted: KernelName | None) -> Kernel:
+    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
         if self.refusal is not None:
             raise self.refusal
         self.gate.kernel = ReferenceKernel(rule)

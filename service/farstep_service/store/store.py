@@ -218,7 +218,7 @@ class Store:
         source.begin(decision.cut.touched)
         calls = calls_of(decision, gradients.buffers, source, target.buffers, self._state)
         check_numbers((call.p.dtype, call.scalars) for call in calls)
-        check_numbers((each.values.dtype, of_rows) for each, of_rows in zip(rows, decision.row_scalars, strict=True))
+        check_numbers((each.values.dtype, own.scalars) for each, own in zip(rows, decision.rows, strict=True))
         version = self.version + 1
         step = Step(
             rule=self.rule,
