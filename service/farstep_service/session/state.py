@@ -77,9 +77,12 @@ class SessionState:
 
     # -- beginning --------------------------------------------------------------------------------------------------
 
-    def adopt(self, parameters: Buffers) -> None:
-        """Begin with these parameters, in their own memory."""
-        self._store = self._new_store(parameters, 0)
+    def adopt(self, parameters: Buffers, state: Contents | None = None, version: int = 0) -> None:
+        """Begin with these parameters, in their own memory, and with what state there is."""
+        store = self._new_store(parameters, version)
+        if state is not None:
+            store.write(state.indices, self._values(state), bump=False)
+        self._store = store
 
     def begin(self, contents: Contents, version: int) -> None:
         """Begin with contents that arrived; their memory belongs to the session from now on.
@@ -170,20 +173,21 @@ class SessionState:
         """Hold the current version, which nobody changes until it is released."""
         return self.store.hold()
 
-    def copy(self, fields: Sequence[str]) -> Contents:
-        """Copy fields of the current version.
+    def copy(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> Contents:
+        """Copy fields of the current version, of some segments or of all.
 
         Raises:
             InvalidOption: a field the optimizer does not have.
             NotInitialised: the first parameters have not arrived.
         """
-        contents = Contents(self.plan.layout, self.plan.rule, fields, range(len(self.plan.layout.segments)))
+        chosen = range(len(self.plan.layout.segments)) if indices is None else indices
+        contents = Contents(self.plan.layout, self.plan.rule, fields, chosen)
         store = self.store
         contents.allocate()
         for name, buffers in contents.elements.items():
-            buffers.copy_(store.buffers(name))
+            buffers.copy_(store.buffers(name), indices)
         for name, numbers in contents.numbers.items():
-            numbers.copy_(torch.tensor([each or 0.0 for each in store.numbers(name)], dtype=torch.float64))
+            numbers.copy_(torch.tensor([each or 0.0 for each in store.numbers(name, chosen)], dtype=torch.float64))
         return contents
 
     def nbytes(self) -> dict[str, int]:
