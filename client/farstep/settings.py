@@ -14,13 +14,13 @@ import re
 import secrets
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 from urllib.parse import urlsplit
 
 import httpx
 
-from farstep.consistency import Async, Consistency
+from farstep.consistency import Async, Consistency, Sync
 from farstep.errors import InvalidOption
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -125,6 +125,30 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         timeout_s=timeout_s,
         transport=options.get("transport"),
     )
+
+
+def carried(place: Place) -> RemoteOptions:
+    """Return the options that a copy of an optimizer takes along: everything but names, token and transport.
+
+    A copy is alone in its session, so it waits for nobody.
+    """
+    mode = place.consistency
+    return {
+        "server": place.server,
+        "consistency": replace(mode, workers=1) if isinstance(mode, Sync) else mode,
+        "nonfinite": place.nonfinite,
+        "kernel": place.kernel,
+        "timeout_s": place.timeout_s,
+    }
+
+
+def of_copy(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:
+    """Return the place of a copy: a private session where the original's is. Of the environment only the token counts.
+
+    Raises:
+        InvalidOption: see `resolve`.
+    """
+    return resolve(options, {key: environment[key] for key in ("FARSTEP_TOKEN",) if key in environment})
 
 
 def _is_http(server: str) -> bool:

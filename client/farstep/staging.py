@@ -77,7 +77,7 @@ def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, S
 
 
 class StateArrivals:
-    """Memory for the optimizer state of every parameter.
+    """Memory for the optimizer state of some parameters.
 
     Args:
         parameters: whose state arrives.
@@ -119,10 +119,14 @@ class StateArrivals:
                 **{name: float(numbers[i]) for name, numbers in self._numbers.items()},
                 **{name: tensors[i].to(p.device) for name, tensors in self._elements.items()},
             }
-            if eager or float(self._numbers["step"][i])
+            if present
             else None
-            for i, p in enumerate(self._parameters)
+            for i, (p, present) in enumerate(zip(self._parameters, self.present(eager=eager), strict=True))
         ]
+
+    def present(self, *, eager: bool) -> list[bool]:
+        """Return for each parameter whether it has state, once its `step` has arrived."""
+        return [eager or step != 0 for step in self._numbers["step"].tolist()]
 
 
 class Arrivals:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farstep.consistency import Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
-from farstep.link import FieldKind, Link, Options, SessionSpec, State, StepReport
+from farstep.link import FieldKind, Link, Options, SessionSpec, Start, State, StepReport
 from farstep.settings import Place
 from farstep_service.contents import Contents
 from farstep_service.layout import SegmentSpec
@@ -39,7 +39,9 @@ class EmbeddedLink(Link):
         InvalidOption: the consistency mode waits for other workers, or the parameters are on several devices.
     """
 
-    def __init__(self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> None:
+    def __init__(
+        self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None
+    ) -> None:
         mode = place.consistency
         if isinstance(mode, Sync) and mode.workers > 1:
             raise InvalidOption(
@@ -74,12 +76,15 @@ class EmbeddedLink(Link):
             **dict.fromkeys(rule.element_fields, "element"),
         }
         self._gradients = BorrowedBuffers(layout, device=self._device)
-        self._begin()
+        self._begin(start or Start())
 
-    def _begin(self) -> None:
+    def _begin(self, start: Start) -> None:
         kernels = _kernels(self._plan.kernel)
-        self._state = SessionState(self._plan, kernels=kernels, device=self._device)
-        self._state.adopt(BorrowedBuffers(self._plan.layout, self._parameters, device=self._device))
+        contents = None if start.state is None else self._contents(dict(enumerate(start.state(self._fields))))
+        state = SessionState(self._plan, kernels=kernels, device=self._device)
+        parameters = BorrowedBuffers(self._plan.layout, self._parameters, device=self._device)
+        state.adopt(parameters, contents, start.version)
+        self._state = state
 
     @property
     def version(self) -> int:
@@ -140,19 +145,20 @@ class EmbeddedLink(Link):
     def pull(self) -> int:
         return self.version
 
-    def write(self, parameters: Sequence[int] = (), state: Sequence[State | None] | None = None) -> int:
+    def write(self, parameters: Sequence[int] = (), state: Mapping[int, State | None] | None = None) -> int:
         if state is not None:
             self._state.write(self._contents(state))
         return self.version
 
-    def _contents(self, state: Sequence[State | None]) -> Contents:
+    def _contents(self, state: Mapping[int, State | None]) -> Contents:
         layout = self._plan.layout
-        contents = Contents(layout, self._plan.rule, tuple(self._fields), range(len(layout.segments)))
+        contents = Contents(layout, self._plan.rule, tuple(self._fields), sorted(state))
         contents.allocate()
         for field, kind in self._fields.items():
-            for index, own in enumerate(state):
+            for place, index in enumerate(contents.indices):
+                own = state[index]
                 if kind == "number":
-                    contents.numbers[field][index] = float(own[field]) if own is not None else 0.0
+                    contents.numbers[field][place] = float(own[field]) if own is not None else 0.0
                 elif own is None:
                     contents.elements[field].segment(index).zero_()
                 else:
@@ -165,33 +171,38 @@ class EmbeddedLink(Link):
                     contents.elements[field].segment(index).copy_(value)
         return contents
 
-    def read_state(self) -> list[State | None]:
-        contents = self._state.copy(tuple(self._fields))
+    def stateful(self) -> tuple[int, list[bool]]:
+        steps = self._state.copy(("step",)).numbers["step"].tolist()
+        return self.version, [self.eager or step != 0 for step in steps]
+
+    def read_state(self, indices: Sequence[int]) -> list[State | None]:
+        contents = self._state.copy(tuple(self._fields), indices)
         steps = contents.numbers["step"].tolist()
         states: list[State | None] = []
-        for index, parameter in enumerate(self._parameters):
-            if not self.eager and not steps[index]:
+        for place, index in enumerate(indices):
+            if not self.eager and not steps[place]:
                 states.append(None)
                 continue
             own: State = {}
             for field, kind in self._fields.items():
                 if kind == "number":
-                    own[field] = float(contents.numbers[field][index])
+                    own[field] = float(contents.numbers[field][place])
                 else:
-                    own[field] = contents.elements[field].segment(index).to(parameter.device, copy=True)
+                    value = contents.elements[field].segment(index)
+                    own[field] = value.to(self._parameters[index].device, copy=True)
             states.append(own)
         return states
 
-    def rejoin(self, state: Sequence[State | None] | None, version: int | None) -> bool:
-        self._begin()
-        if state is not None:
-            self._state.write(self._contents(state))
+    def rejoin(self, start: Start) -> bool:
+        self._begin(start)
         return True
 
     def close(self) -> None:
         """Nothing outlives the optimizer."""
 
 
-def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> EmbeddedLink:
+def open_link(
+    spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None
+) -> EmbeddedLink:
     """Open an embedded session: the entry point `farstep.hosts:embedded`."""
-    return EmbeddedLink(spec, parameters, place)
+    return EmbeddedLink(spec, parameters, place, start)
