@@ -115,7 +115,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         )
     return Place(
         server=server.rstrip("/") if server else None,
-        session=session or f"private-{secrets.token_hex(8)}",
+        session=session or _fresh_session(),
         private=session is None,
         worker=worker or _fresh_worker(),
         token=token,
@@ -125,6 +125,11 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         timeout_s=timeout_s,
         transport=options.get("transport"),
     )
+
+
+def elsewhere(place: Place) -> Place:
+    """Return the same place with a fresh private session."""
+    return replace(place, session=_fresh_session(), private=True)
 
 
 def carried(place: Place) -> RemoteOptions:
@@ -157,6 +162,10 @@ def _is_http(server: str) -> bool:
         return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:
         return False
+
+
+def _fresh_session() -> str:
+    return f"private-{secrets.token_hex(8)}"
 
 
 def _fresh_worker() -> str:

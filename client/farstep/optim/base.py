@@ -30,7 +30,7 @@ from farstep.link import FieldKind, SessionSpec, Start, State, StepReport, open_
 from farstep.optim.options import arguments, changes, check_group, plain_options, without
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import completed, describe, to_session
-from farstep.settings import Place, RemoteOptions, carried, of_copy, resolve
+from farstep.settings import Place, RemoteOptions, carried, elsewhere, of_copy, resolve
 
 
 class RemoteOptimizer(torch.optim.Optimizer):
@@ -64,10 +64,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
         place = resolve(remote)
         defaults = self.twin([torch.zeros(1)], **options).defaults
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            own = {key: value for key, value in group.items() if key in self.defaults}
-            if own != self.defaults:
-                check_group(self.twin, own)
+        self._check_groups()
         self._open(place, state)
 
     # -- the session ------------------------------------------------------------------------------------------------
@@ -94,6 +91,13 @@ class RemoteOptimizer(torch.optim.Optimizer):
         self._state.replace_(self.state if state is None else state)
         self.state = self._state
         self._have_seen()
+
+    def _check_groups(self) -> None:
+        """Let torch's class check the options of groups that have their own."""
+        for group in self.param_groups:
+            own = {key: value for key, value in group.items() if key in self.defaults}
+            if own != self.defaults:
+                check_group(self.twin, own)
 
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""
@@ -210,16 +214,34 @@ class RemoteOptimizer(torch.optim.Optimizer):
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as the constructor does; a session that is open keeps the groups it has.
+        """Add a group, as the constructor does; a private session is replaced by one that has it, at the same version.
 
         Raises:
-            FarstepError: the session is open.
+            ValueError, TypeError: torch's own, when the group's parameters or options are not acceptable.
+            FarstepError: other workers may be in the session, whose groups therefore stay; or the new session cannot
+                be had. Nothing has changed then.
         """
-        if getattr(self, "_link", None) is not None:
+        if getattr(self, "_link", None) is None:
+            super().add_param_group(param_group)
+            return
+        self._check_session()
+        if not self._place.private:
             raise _refused(
-                "The groups of a session are those of the constructor.", "Give all parameters to the constructor."
+                f"The groups of session {self.session!r}, which other workers may share, are those it began with.",
+                "Give all parameters to the constructor.",
             )
+        before = dict(vars(self))
+        state = self.state.copy()
         super().add_param_group(param_group)
+        try:
+            self._check_groups()
+            self._open(elsewhere(self._place), state, self.version)
+        except BaseException:
+            vars(self).update(before)
+            self.param_groups.pop()
+            raise
+        self.last_step = before["last_step"]
+        before["_closing"]()
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's form of the state, fetched from the session as far as it is not here; `torch.optim` loads it.
