@@ -17,12 +17,13 @@ from farstep.errors import FarstepError
 if TYPE_CHECKING:
     from farstep import optim
     from farstep.link import StepReport
+    from farstep.optim.moving import remote
     from farstep.settings import RemoteOptions
 
-__all__ = ["Async", "FarstepError", "RemoteOptions", "StepReport", "Sync", "optim"]
+__all__ = ["Async", "FarstepError", "RemoteOptions", "StepReport", "Sync", "optim", "remote"]
 __version__ = _version("farstep")
 
-_LAZY = {"StepReport": "farstep.link", "RemoteOptions": "farstep.settings"}
+_LAZY = {"StepReport": "farstep.link", "RemoteOptions": "farstep.settings", "remote": "farstep.optim.moving"}
 
 
 def __getattr__(name: str) -> Any:

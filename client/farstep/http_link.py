@@ -19,7 +19,7 @@ from torch import Tensor
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
-from farstep.link import FieldKind, Link, Options, SessionSpec, State, StepReport, worth_sending
+from farstep.link import FieldKind, Link, Options, SessionSpec, Start, State, StepReport, worth_sending
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
 from farstep.patience import Patience
 from farstep.presence import PRESENT
@@ -36,12 +36,16 @@ from farstep.wire import from_ranges, to_ranges
 from farstep.writer import Writer
 
 CLOSE_TIMEOUT_S = 2.0
+QUERY_BOUNDS = 1000
+"""Bounds of ranges in a URL, which servers do not take at any length; beyond it what lies between is read too."""
 
 
 class HttpLink(Link):
     """A worker's way to a session on a server."""
 
-    def __init__(self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> None:
+    def __init__(
+        self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None
+    ) -> None:
         self._spec = spec
         self._parameters = list(parameters)
         self._place = place
@@ -67,7 +71,7 @@ class HttpLink(Link):
         self._version = 0
         self._process = os.getpid()
         try:
-            self._join(None, 0)
+            self._join(start or Start())
         except BaseException:
             self.close()
             raise
@@ -90,7 +94,7 @@ class HttpLink(Link):
 
     # -- joining ----------------------------------------------------------------------------------------------------
 
-    def _join(self, state: Sequence[State | None] | None, version: int) -> bool:
+    def _join(self, start: Start) -> bool:
         """Create or join the session; return whether this worker gave it its first contents."""
         document = {**self._spec.to_document(), "worker": self._place.worker}
 
@@ -105,14 +109,15 @@ class HttpLink(Link):
 
         chosen = self._patience.call(f"Joining session {self._spec.name!r}", self._server.server, attempt)
         if chosen:
+            state = None if start.state is None else dict(enumerate(start.state(self._fields)))
             fields = ["param", *self._state_fields(state)]
-            if self._put(range(len(self._parameters)), fields, state, initial=True, version=version).applied:
+            if self._put(range(len(self._parameters)), fields, state, initial=True, version=start.version).applied:
                 return True
         self.pull()
         return False
 
-    def rejoin(self, state: Sequence[State | None] | None, version: int | None) -> bool:
-        return self._join(state, self._version if version is None else version)
+    def rejoin(self, start: Start) -> bool:
+        return self._join(start)
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
@@ -154,23 +159,21 @@ class HttpLink(Link):
             seconds={"total": total_s, **seconds, "send": received.receive_s},
         )
 
-    def write(self, parameters: Sequence[int] = (), state: Sequence[State | None] | None = None) -> int:
+    def write(self, parameters: Sequence[int] = (), state: Mapping[int, State | None] | None = None) -> int:
         if state is None:
             self._put(parameters, ["param"], None)
         else:
-            self._put(
-                range(len(self._parameters)), [*(["param"] if parameters else []), *self._state_fields(state)], state
-            )
+            self._put(sorted(state), self._state_fields(state), state)
         return self._version
 
-    def _state_fields(self, state: Sequence[State | None] | None) -> list[str]:
-        return [] if state is None else [*worth_sending(self._fields, state), PRESENT]
+    def _state_fields(self, state: Mapping[int, State | None] | None) -> list[str]:
+        return [] if state is None else [*worth_sending(self._fields, state.values()), PRESENT]
 
     def _put(
         self,
         indices: Sequence[int],
         fields: Sequence[str],
-        state: Sequence[State | None] | None,
+        state: Mapping[int, State | None] | None,
         *,
         initial: bool = False,
         version: int = 0,
@@ -203,11 +206,25 @@ class HttpLink(Link):
         self._version = int(received.header["version"])
         return self._version
 
-    def read_state(self) -> list[State | None]:
-        arrivals = StateArrivals(self._parameters, self._fields)
-        path = f"{self._path}/contents?fields={','.join((*self._fields, PRESENT))}"
-        self._get("Reading the state of", path, lambda header: arrivals.targets(header["fields"]))
+    def stateful(self) -> tuple[int, list[bool]]:
+        received, arrivals = self._read({}, range(len(self._parameters)))
+        return int(received.header["version"]), arrivals.present()
+
+    def read_state(self, indices: Sequence[int]) -> list[State | None]:
+        if len(to_ranges(indices)) > QUERY_BOUNDS:
+            first, last = indices[0], indices[-1]
+            states = self.read_state(range(first, last + 1))
+            return [states[index - first] for index in indices]
+        _, arrivals = self._read(self._fields, indices)
         return arrivals.states()
+
+    def _read(self, fields: Mapping[str, FieldKind], indices: Sequence[int]) -> tuple[Received, StateArrivals]:
+        arrivals = StateArrivals([self._parameters[i] for i in indices], fields)
+        path = f"{self._path}/contents?fields={','.join((*fields, PRESENT))}"
+        if len(indices) < len(self._parameters):
+            path += f"&segments={','.join(map(str, to_ranges(indices)))}"
+        received = self._get("Reading the state of", path, lambda header: arrivals.targets(header["fields"]))
+        return received, arrivals
 
     def _get(self, doing: str, path: str, targets: Callable[[dict[str, Any]], Sequence[memoryview]]) -> Received:
         def place(header: dict[str, Any]) -> Sequence[memoryview]:

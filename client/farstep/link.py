@@ -7,7 +7,7 @@ The parameters are updated in place: same storage, same strides, version counter
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any, Literal, cast
@@ -23,6 +23,20 @@ FieldKind = Literal["element", "number", "optional"]
 """One number per element, one per parameter, or one per element with some options only."""
 State = dict[str, Tensor | float]
 """The state of one parameter: element fields as tensors of its shape, number fields as floats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a session begins with beside the parameters; ignored by one that has begun.
+
+    Attributes:
+        state: given the optimizer's state fields, returns one entry per parameter, None where it has no state; None
+            for a session without any state.
+        version: the version the session starts at.
+    """
+
+    state: Callable[[Mapping[str, FieldKind]], Sequence[State | None]] | None = None
+    version: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,38 +149,38 @@ class Link(ABC):
         """Bring the parameters to the session's current version and return it."""
 
     @abstractmethod
-    def write(self, parameters: Sequence[int] = (), state: Sequence[State | None] | None = None) -> int:
-        """Replace the session's values of some parameters by this worker's, or its whole state, in one step.
+    def write(self, parameters: Sequence[int] = (), state: Mapping[int, State | None] | None = None) -> int:
+        """Replace the session's values of some parameters by this worker's, or the state of some, in one step.
 
         Args:
-            parameters: indices of parameters whose values are sent.
-            state: one entry per parameter, None where it has no state.
+            parameters: indices of parameters whose values are sent, if no state is.
+            state: new state by the parameter's index, None where it shall have none.
         """
 
     @abstractmethod
-    def read_state(self) -> list[State | None]:
-        """Return a copy of the optimizer state of every parameter, None where it has none."""
+    def stateful(self) -> tuple[int, list[bool]]:
+        """Return the session's version, and for each parameter whether it has optimizer state; moves no tensors."""
 
     @abstractmethod
-    def rejoin(self, state: Sequence[State | None] | None, version: int | None) -> bool:
-        """Join the session again, creating it anew if it is gone; return whether it was created.
+    def read_state(self, indices: Sequence[int]) -> list[State | None]:
+        """Return a copy of the optimizer state of some parameters, ascending, None where one has none."""
 
-        Args:
-            state: what a new session's optimizer state starts from.
-            version: the version a new session starts at.
-        """
+    @abstractmethod
+    def rejoin(self, start: Start) -> bool:
+        """Join the session again, creating it anew from `start` if it is gone; return whether it was created."""
 
     @abstractmethod
     def close(self) -> None:
         """Leave; a private session is removed. The link cannot be used afterwards."""
 
 
-def worth_sending(fields: Mapping[str, FieldKind], states: Sequence[State | None]) -> list[str]:
+def worth_sending(fields: Mapping[str, FieldKind], states: Iterable[State | None]) -> list[str]:
     """Return the fields but for optional ones that no parameter has."""
-    return [name for name, kind in fields.items() if kind != "optional" or any(own and name in own for own in states)]
+    had = {name for own in states if own for name in own}
+    return [name for name, kind in fields.items() if kind != "optional" or name in had]
 
 
-def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> Link:
+def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None) -> Link:
     """Open the link that `place` asks for: to a server, or embedded in this process.
 
     Raises:
@@ -175,9 +189,9 @@ def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> 
     if place.server is not None:
         from farstep.http_link import HttpLink
 
-        return HttpLink(spec, parameters, place)
+        return HttpLink(spec, parameters, place, start)
     for entry in entry_points(group="farstep.hosts", name="embedded"):
-        return cast(Link, entry.load()(spec, parameters, place))
+        return cast(Link, entry.load()(spec, parameters, place, start))
     raise FarstepError(
         "No server is named and the embedded host is not installed.",
         remedy="Give server=..., set FARSTEP_SERVER, or install farstep completely.",

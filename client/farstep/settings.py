@@ -14,13 +14,13 @@ import re
 import secrets
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypedDict
 from urllib.parse import urlsplit
 
 import httpx
 
-from farstep.consistency import Async, Consistency
+from farstep.consistency import Async, Consistency, Sync
 from farstep.errors import InvalidOption
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -115,7 +115,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         )
     return Place(
         server=server.rstrip("/") if server else None,
-        session=session or f"private-{secrets.token_hex(8)}",
+        session=session or _fresh_session(),
         private=session is None,
         worker=worker or _fresh_worker(),
         token=token,
@@ -127,12 +127,45 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     )
 
 
+def elsewhere(place: Place) -> Place:
+    """Return the same place with a fresh private session."""
+    return replace(place, session=_fresh_session(), private=True)
+
+
+def carried(place: Place) -> RemoteOptions:
+    """Return the options that a copy of an optimizer takes along: everything but names, token and transport.
+
+    A copy is alone in its session, so it waits for nobody.
+    """
+    mode = place.consistency
+    return {
+        "server": place.server,
+        "consistency": replace(mode, workers=1) if isinstance(mode, Sync) else mode,
+        "nonfinite": place.nonfinite,
+        "kernel": place.kernel,
+        "timeout_s": place.timeout_s,
+    }
+
+
+def of_copy(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:
+    """Return the place of a copy: a private session where the original's is. Of the environment only the token counts.
+
+    Raises:
+        InvalidOption: see `resolve`.
+    """
+    return resolve(options, {key: environment[key] for key in ("FARSTEP_TOKEN",) if key in environment})
+
+
 def _is_http(server: str) -> bool:
     try:
         url = urlsplit(server)
         return url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
     except ValueError:
         return False
+
+
+def _fresh_session() -> str:
+    return f"private-{secrets.token_hex(8)}"
 
 
 def _fresh_worker() -> str:

@@ -84,11 +84,11 @@ def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, S
 
 
 class StateArrivals:
-    """Memory for the optimizer state of every parameter.
+    """Memory for the optimizer state of some parameters.
 
     Args:
         parameters: whose state arrives.
-        fields: what it consists of.
+        fields: what it consists of; none where only `present` is asked for.
     """
 
     def __init__(self, parameters: Sequence[Tensor], fields: Mapping[str, FieldKind]) -> None:
@@ -136,6 +136,10 @@ class StateArrivals:
                 ) from exc
             states.append(own or None)
         return states
+
+    def present(self) -> list[bool]:
+        """Return for each parameter whether it has state, once `present` has arrived."""
+        return [mask != 0 for mask in self._numbers[PRESENT].tolist()]
 
 
 class Arrivals:

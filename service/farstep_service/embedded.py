@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farstep.consistency import Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
-from farstep.link import FieldKind, Link, Options, SessionSpec, State, StepReport, worth_sending
+from farstep.link import FieldKind, Link, Options, SessionSpec, Start, State, StepReport, worth_sending
 from farstep.presence import PRESENT, mask_of
 from farstep.settings import Place
 from farstep_service.contents import Contents
@@ -40,7 +40,9 @@ class EmbeddedLink(Link):
         InvalidOption: the consistency mode waits for other workers, or the parameters are on several devices.
     """
 
-    def __init__(self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> None:
+    def __init__(
+        self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None
+    ) -> None:
         mode = place.consistency
         if isinstance(mode, Sync) and mode.workers > 1:
             raise InvalidOption(
@@ -72,12 +74,15 @@ class EmbeddedLink(Link):
         layout, rule = self._plan.layout, self._plan.rule
         self._fields: dict[str, FieldKind] = rule.kinds
         self._gradients = BorrowedBuffers(layout, device=self._device)
-        self._begin()
+        self._begin(start or Start())
 
-    def _begin(self) -> None:
+    def _begin(self, start: Start) -> None:
         kernels = _kernels(self._plan.kernel)
-        self._state = SessionState(self._plan, kernels=kernels, device=self._device)
-        self._state.adopt(BorrowedBuffers(self._plan.layout, self._parameters, device=self._device))
+        contents = None if start.state is None else self._contents(dict(enumerate(start.state(self._fields))))
+        state = SessionState(self._plan, kernels=kernels, device=self._device)
+        parameters = BorrowedBuffers(self._plan.layout, self._parameters, device=self._device)
+        state.adopt(parameters, contents, start.version)
+        self._state = state
 
     @property
     def version(self) -> int:
@@ -138,22 +143,24 @@ class EmbeddedLink(Link):
     def pull(self) -> int:
         return self.version
 
-    def write(self, parameters: Sequence[int] = (), state: Sequence[State | None] | None = None) -> int:
+    def write(self, parameters: Sequence[int] = (), state: Mapping[int, State | None] | None = None) -> int:
         if state is not None:
             self._state.write(self._contents(state))
         return self.version
 
-    def _contents(self, state: Sequence[State | None]) -> Contents:
+    def _contents(self, state: Mapping[int, State | None]) -> Contents:
         layout = self._plan.layout
         names = list(self._fields)
-        chosen = worth_sending(self._fields, state)
-        contents = Contents(layout, self._plan.rule, (*chosen, PRESENT), range(len(layout.segments)))
+        chosen = worth_sending(self._fields, state.values())
+        contents = Contents(layout, self._plan.rule, (*chosen, PRESENT), sorted(state))
         contents.allocate()
-        contents.numbers[PRESENT].copy_(torch.tensor([float(mask_of(own or (), names)) for own in state]))
+        for place, index in enumerate(contents.indices):
+            contents.numbers[PRESENT][place] = mask_of(state[index] or (), names)
         for field in chosen:
-            for index, own in enumerate(state):
+            for place, index in enumerate(contents.indices):
+                own = state[index]
                 if self._fields[field] == "number":
-                    contents.numbers[field][index] = float(own[field]) if own is not None else 0.0
+                    contents.numbers[field][place] = float(own[field]) if own is not None else 0.0
                 elif own is None or field not in own:
                     contents.elements[field].segment(index).zero_()
                 else:
@@ -166,32 +173,36 @@ class EmbeddedLink(Link):
                     contents.elements[field].segment(index).copy_(value)
         return contents
 
-    def read_state(self) -> list[State | None]:
-        contents = self._state.copy((*self._fields, PRESENT))
+    def stateful(self) -> tuple[int, list[bool]]:
+        return self.version, [each is not None for each in self._state.copy((PRESENT,)).has() or ()]
+
+    def read_state(self, indices: Sequence[int]) -> list[State | None]:
+        contents = self._state.copy((*self._fields, PRESENT), indices)
         states: list[State | None] = []
-        for index, (parameter, present) in enumerate(zip(self._parameters, contents.has() or (), strict=True)):
+        for place, (index, present) in enumerate(zip(indices, contents.has() or (), strict=True)):
             if present is None:
                 states.append(None)
                 continue
             own: State = {}
             for field in present:
                 if self._fields[field] == "number":
-                    own[field] = float(contents.numbers[field][index])
+                    own[field] = float(contents.numbers[field][place])
                 else:
-                    own[field] = contents.elements[field].segment(index).to(parameter.device, copy=True)
+                    value = contents.elements[field].segment(index)
+                    own[field] = value.to(self._parameters[index].device, copy=True)
             states.append(own)
         return states
 
-    def rejoin(self, state: Sequence[State | None] | None, version: int | None) -> bool:
-        self._begin()
-        if state is not None:
-            self._state.write(self._contents(state))
+    def rejoin(self, start: Start) -> bool:
+        self._begin(start)
         return True
 
     def close(self) -> None:
         """Nothing outlives the optimizer."""
 
 
-def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place) -> EmbeddedLink:
+def open_link(
+    spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None
+) -> EmbeddedLink:
     """Open an embedded session: the entry point `farstep.hosts:embedded`."""
-    return EmbeddedLink(spec, parameters, place)
+    return EmbeddedLink(spec, parameters, place, start)

@@ -295,6 +295,31 @@ def test_a_query_that_nobody_knows_is_refused(worker: RawWorker, query: str) -> 
     refused(lambda: worker.raw.request("GET", f"{worker.path}/contents?{query}"), 400, "invalid_request")
 
 
+@pytest.mark.parametrize(
+    "ranges", ["", "0", "1,0", "0,0", "0,2,1,3", "6,8", "-1,1", "0,1e1", "0,9999999999", "²,³", ","]
+)
+def test_ranges_that_are_none_are_refused_in_a_query(worker: RawWorker, ranges: str) -> None:
+    """The bounds of `segments` in a query are held to what those in a header are held to."""
+    url = f"{worker.path}/contents?fields=step&segments={ranges}"
+    refused(lambda: worker.raw.request("GET", url), 400, "invalid_request", "segments")
+
+
+@pytest.mark.parametrize("fields", ["param", "sum", "step", "step,param"])
+def test_some_segments_are_what_they_are_among_all(worker: RawWorker, fields: str) -> None:
+    """Contents of chosen segments are the same bytes as in the whole, and the header names the segments."""
+    whole = worker.raw.request("GET", f"{worker.path}/contents?fields={fields}")
+    chosen = worker.raw.request("GET", f"{worker.path}/contents?fields={fields}&segments=1,3,5,6")
+    sizes = [p.nbytes for p in PARAMETERS]
+    expected, at = b"", 0
+    for field in fields.split(","):
+        for index, size in enumerate([8] * len(sizes) if field == "step" else sizes):
+            expected += whole.payload[at : at + size] if index in (1, 2, 5) else b""
+            at += size
+    assert chosen.header == {**whole.header, "segments": [1, 3, 5, 6]}
+    assert chosen.payload == expected
+    assert at == len(whole.payload)
+
+
 # -- the payload
 
 

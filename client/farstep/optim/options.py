@@ -17,9 +17,14 @@ def check_group(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> No
     Raises:
         ValueError: torch's own.
     """
+    twin([torch.zeros(1)], **arguments(twin, own))
+
+
+def arguments(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> Options:
+    """Return those of some options that the constructor of torch's class takes."""
     code = twin.__init__.__code__
-    arguments = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
-    twin([torch.zeros(1)], **{key: value for key, value in own.items() if key in arguments})
+    names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    return {key: value for key, value in own.items() if key in names}
 
 
 def plain_options(group: Mapping[str, Any], keys: Iterable[str]) -> Options:

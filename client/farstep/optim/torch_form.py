@@ -47,3 +47,11 @@ def as_torch(p: Tensor, values: State) -> dict[str, Tensor]:
         else torch.tensor(value, dtype=dtype, device=p.device if key in ON_DEVICE else "cpu")
         for key, value in values.items()
     }
+
+
+def completed(twin: type[torch.optim.Optimizer], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what `__setstate__` is given with what older forms of torch's class did not have, as torch adds it."""
+    shell = twin.__new__(twin)
+    torch_part = {key: state[key] for key in ("defaults", "state", "param_groups") if key in state}
+    shell.__setstate__({"defaults": {}, **torch_part})
+    return {**state, **{key: getattr(shell, key) for key in torch_part}}

@@ -138,8 +138,8 @@ class Host(ABC):
         """Hold the parameters of the current version: all, or those that changed after version `since`."""
 
     @abstractmethod
-    async def contents(self, fields: Sequence[str]) -> View:
-        """Copy fields of the current version."""
+    async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
+        """Copy fields of the current version, of some segments or of all."""
 
     @abstractmethod
     async def close(self) -> None:

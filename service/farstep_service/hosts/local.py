@@ -162,14 +162,16 @@ class LocalHost(Host):
             self._executor, HeldView, held, self.plan.layout, changed, ranges, self._released.set
         )
 
-    async def contents(self, fields: Sequence[str]) -> View:
+    async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
         async with self._turn:
             self._check_open()
             contents, outcomes = await self._run(
-                lambda: self._session.copy(fields), lambda unasked: self._resolve(unasked[1]), inline=self._small
+                lambda: self._session.copy(fields, indices),
+                lambda unasked: self._resolve(unasked[1]),
+                inline=self._small,
             )
             self._resolve(outcomes)
-            return CopiedView(contents, self._session.version)
+            return CopiedView(contents, self._session.version, None if indices is None else to_ranges(indices))
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

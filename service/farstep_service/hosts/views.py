@@ -105,9 +105,10 @@ class HeldView(View):
 class CopiedView(View):
     """A copy of some fields of one version."""
 
-    def __init__(self, contents: Contents, version: int) -> None:
+    def __init__(self, contents: Contents, version: int, ranges: list[int] | None = None) -> None:
         self._contents = contents
         self._version = version
+        self._ranges = ranges
         self._views = contents.memory()
 
     @property
@@ -116,7 +117,7 @@ class CopiedView(View):
 
     @property
     def segments(self) -> list[int] | None:
-        return None
+        return self._ranges
 
     @property
     def fields(self) -> Sequence[str]:

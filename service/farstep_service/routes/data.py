@@ -1,7 +1,7 @@
 """The data routes: msgpack messages in and out (`farstep/wire/PROTOCOL.md`).
 
     POST /v1/sessions/{name}/push                 gradients in; receipt and parameters out
-    GET  /v1/sessions/{name}/contents[?fields=]   parameters (the default) or state fields out
+    GET  /v1/sessions/{name}/contents[?fields=&segments=]   parameters (the default) or state fields out
     PUT  /v1/sessions/{name}/contents             parameters and state in
 
 Each is a plain ASGI endpoint: the body is streamed into the memory it is meant for, and the answer is sent from the
@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest
 from farstep.messages import VERSION, PushHead, PutHead
+from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake
 from farstep_service.registry import Registry
 from farstep_service.routes.bodies import answer_message, read_body
@@ -109,18 +110,35 @@ class Contents(Endpoint):
 
     async def _give(self, host: Host, reserve: Reserve, scope: Scope, send: Send) -> None:
         query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        if unknown := sorted(set(query) - {"fields"}):
+        if unknown := sorted(set(query) - {"fields", "segments"}):
             raise InvalidRequest(f"Unknown query parameter {unknown[0]!r:.80}.", field="query")
         fields = ",".join(query.get("fields", ["param"])).split(",")
         if len(set(fields)) != len(fields):
             raise InvalidRequest("A field is named twice.", field="fields")
-        reserve(host.plan.layout.nbytes * len(fields))
-        view = await (host.parameters() if fields == ["param"] else host.contents(fields))
-        header = {"v": VERSION, "incarnation": host.incarnation, "version": view.version, "fields": list(view.fields)}
+        layout = host.plan.layout
+        indices = _indices(query["segments"], len(layout.segments)) if "segments" in query else None
+        reserve((layout.nbytes if indices is None else layout.bytes_of(indices)) * len(fields))
+        whole = fields == ["param"] and indices is None
+        view = await (host.parameters() if whole else host.contents(fields, indices))
+        header: dict[str, Any] = {
+            "v": VERSION,
+            "incarnation": host.incarnation,
+            "version": view.version,
+            "fields": list(view.fields),
+        }
+        if view.segments is not None:
+            header["segments"] = view.segments
         try:
             await answer_message(send, header, view.views)
         finally:
             view.release()
+
+
+def _indices(query: Sequence[str], count: int) -> list[int]:
+    """Return the segments of a query such as `segments=0,3,7,8`, which are ranges as in a header."""
+    bounds = ",".join(query).split(",")
+    ranges = [int(each) if each.isascii() and each.isdecimal() and len(each) < 10 else each for each in bounds]
+    return from_ranges(ranges, count)
 
 
 def _largest(host: Host) -> int:

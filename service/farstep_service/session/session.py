@@ -271,10 +271,10 @@ class Session:
         outcomes = self._finish()
         return self._state.hold(), outcomes
 
-    def copy(self, fields: Sequence[str]) -> tuple[Contents, Outcomes]:
-        """Copy fields of the current version."""
+    def copy(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> tuple[Contents, Outcomes]:
+        """Copy fields of the current version, of some segments or of all."""
         outcomes = self._finish()
-        return self._state.copy(fields), outcomes
+        return self._state.copy(fields, indices), outcomes
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

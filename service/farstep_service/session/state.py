@@ -78,9 +78,12 @@ class SessionState:
 
     # -- beginning --------------------------------------------------------------------------------------------------
 
-    def adopt(self, parameters: Buffers) -> None:
-        """Begin with these parameters, in their own memory."""
-        self._store = self._new_store(parameters, 0)
+    def adopt(self, parameters: Buffers, state: Contents | None = None, version: int = 0) -> None:
+        """Begin with these parameters, in their own memory, and with what state there is."""
+        store = self._new_store(parameters, version)
+        if state is not None:
+            store.write(state.indices, self._values(state), has=state.has(), bump=False)
+        self._store = store
 
     def begin(self, contents: Contents, version: int) -> None:
         """Begin with contents that arrived; their memory belongs to the session from now on.
@@ -173,28 +176,30 @@ class SessionState:
         """Hold the current version, which nobody changes until it is released."""
         return self.store.hold()
 
-    def copy(self, fields: Sequence[str]) -> Contents:
-        """Copy fields of the current version, but for optional ones that no segment has.
+    def copy(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> Contents:
+        """Copy fields of the current version, of some segments or of all, but for optional ones that none of them has.
 
         Raises:
             InvalidOption: a field the optimizer does not have.
             NotInitialised: the first parameters have not arrived.
         """
-        store, rule, indices = self.store, self.plan.rule, range(len(self.plan.layout.segments))
-        counts = store.all_counts()
+        store, rule = self.store, self.plan.rule
+        chosen = range(len(self.plan.layout.segments)) if indices is None else indices
+        every = store.all_counts()
+        counts = every if indices is None else [every[index] for index in indices]
         used = {name for own in {id(each): each for each in counts if each}.values() for name in own.fields}
         fields = [name for name in fields if name not in rule.optional_fields or name in used]
-        contents = Contents(self.plan.layout, rule, fields, indices)
+        contents = Contents(self.plan.layout, rule, fields, chosen)
         contents.allocate()
         for name, buffers in contents.elements.items():
-            buffers.copy_(store.buffers(name))
+            buffers.copy_(store.buffers(name), indices)
         names = tuple(rule.kinds)
         for name, numbers in contents.numbers.items():
             if name == PRESENT:
                 own = [mask_of((*rule.segment_fields, *each.fields), names) if each else 0 for each in counts]
                 numbers.copy_(torch.tensor(own, dtype=torch.float64))
             else:
-                numbers.copy_(torch.tensor([each or 0.0 for each in store.numbers(name)], dtype=torch.float64))
+                numbers.copy_(torch.tensor([each or 0.0 for each in store.numbers(name, chosen)], dtype=torch.float64))
         return contents
 
     def nbytes(self) -> dict[str, int]:

@@ -1,0 +1,313 @@
+"""`optimizer.state` of a session: read when it is looked at, compared with what was read before the next step.
+
+    unknown    nothing is known of the session's state, as after each step
+    known      which parameters have state was asked: eight bytes each
+    read       a parameter's state was fetched because somebody looked at it
+
+The state of one parameter is a plain dict of tensors, as torch has it. Whatever the user does to it, in place or by
+other tensors, is found by comparing it with a record of what was fetched; edits through `.data` cannot be seen. Entries
+under keys that the optimizer does not have are the user's own: they stay here.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from farstep.link import Link, State
+from farstep.optim.torch_form import as_torch, to_session
+
+Own = dict[str, Any]
+
+
+class _Unread(NamedTuple):
+    """Stand for a parameter's state in the session; `own` are the user's own entries."""
+
+    own: Own
+
+
+class _Seen(NamedTuple):
+    """Remember a value: the object, and the version counter of a tensor."""
+
+    value: Any
+    version: int
+
+    @classmethod
+    def of(cls, value: Any) -> _Seen:
+        return cls(value, value._version if isinstance(value, Tensor) else 0)
+
+    def is_still(self, value: Any) -> bool:
+        return value is self.value and _Seen.of(value).version == self.version
+
+
+@final
+class RemoteState(defaultdict[Any, Any]):
+    """Map parameters to their state, as `torch.optim.Optimizer.state` does.
+
+    Args:
+        link: the way to the session.
+        parameters: the session's, in order.
+        check: raises if the link cannot be used any more; called before each reading.
+    """
+
+    def __init__(self, link: Link, parameters: Sequence[Tensor], check: Callable[[], None]) -> None:
+        super().__init__(dict)
+        self._link = link
+        self._check = check
+        self._indices = {p: index for index, p in enumerate(parameters)}
+        self._known = False
+        self._version = -1
+        self._present: set[int] = set()
+        self._seen: dict[int, dict[str, _Seen]] = {}
+
+    # -- what the optimizer asks ------------------------------------------------------------------------------------
+
+    def forget_(self) -> None:
+        """Drop what was read; the user's own entries stay."""
+        self._keep_(dict(dict.items(self)))
+
+    def replace_(self, other: Mapping[Any, Any]) -> None:
+        """Drop what was read, and take the user's own entries from another mapping."""
+        self._keep_({key: value for key, value in other.items() if isinstance(value, Mapping)})
+
+    def refresh_(self) -> None:
+        """Drop what was read if it is not all, or others have taken the session on: a whole is of one version."""
+        if self._known:
+            partly = any(isinstance(own, _Unread) for own in dict.values(self))
+            if partly or self._link.stateful()[0] != self._version:
+                self.forget_()
+
+    def edits(self) -> dict[int, State | None]:
+        """Return what the user changed since it was read, by the parameter's index, None where state was removed.
+
+        Raises:
+            ValueError: a part of a parameter's state is missing.
+        """
+        found: dict[int, State | None] = {}
+        if not self._known:
+            return found
+        for p, index in self._indices.items():
+            own = dict.get(self, p)
+            if isinstance(own, _Unread):
+                continue
+            state = self._fields_of(own)
+            if not state:
+                if index in self._present:
+                    found[index] = None
+            elif not self._is_as_read(index, state):
+                found[index] = to_session(state, self._link.fields)
+        return found
+
+    def differences(self, other: Mapping[Any, Any]) -> dict[int, State | None]:
+        """Return what the session needs to have another state, by the parameter's index.
+
+        Raises:
+            ValueError: a part of a parameter's state is missing.
+        """
+        self._know_()
+        found: dict[int, State | None] = {}
+        for p, index in self._indices.items():
+            state = to_session(other.get(p) or {}, self._link.fields)
+            if state is None:
+                if index in self._present:
+                    found[index] = None
+            elif not self._is_equal(p, index, state):
+                found[index] = state
+        return found
+
+    def settle_(self, other: Mapping[Any, Any], changed: Mapping[int, State | None]) -> None:
+        """Take on a state that the session has now; what did not change needs no reading."""
+        kept = dict(dict.items(self))
+        self.replace_(other)
+        for p, index in self._indices.items():
+            own = dict.pop(self, p, {})
+            if index in changed:
+                self._seen.pop(index, None)
+                self._present.add(index)
+                if changed[index] is None:
+                    self._present.discard(index)
+                else:
+                    own = _Unread(own)
+            elif index in self._present:
+                own = {**self._fields_of(kept[p]), **own}
+            if own or isinstance(own, _Unread):
+                dict.__setitem__(self, p, own)
+        self._known = True
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _fields_of(self, own: Any) -> Own:
+        return {key: own[key] for key in self._link.fields if own.get(key) is not None} if own else {}
+
+    def _keep_(self, entries: dict[Any, Any]) -> None:
+        """Become unknown; keep the user's own among these entries."""
+        self._known = False
+        dict.clear(self)
+        for key, value in entries.items():
+            value = value.own if isinstance(value, _Unread) else value
+            if key in self._indices and isinstance(value, Mapping):
+                value = {name: each for name, each in value.items() if name not in self._link.fields}
+                if not value:
+                    continue
+            dict.__setitem__(self, key, value)
+
+    def _know_(self) -> None:
+        """Find out which parameters have state."""
+        if self._known:
+            return
+        self._check()
+        self._version, present = self._link.stateful()
+        own = dict(dict.items(self))
+        dict.clear(self)
+        for p, index in self._indices.items():
+            if present[index]:
+                dict.__setitem__(self, p, _Unread(own.pop(p, {})))
+        dict.update(self, own)
+        self._present = {index for index, each in enumerate(present) if each}
+        self._seen = {}
+        self._known = True
+
+    def _read_(self, keys: Sequence[Any]) -> None:
+        """Fetch what has not been read of these keys, all at once."""
+        self._know_()
+        unread = [key for key in keys if isinstance(dict.get(self, key), _Unread)]
+        unread.sort(key=self._indices.__getitem__)
+        if not unread:
+            return
+        self._check()
+        for p, values in zip(unread, self._link.read_state([self._indices[p] for p in unread]), strict=True):
+            read = {} if values is None else as_torch(p, values)
+            self._seen[self._indices[p]] = {name: _Seen.of(value) for name, value in read.items()}
+            dict.__setitem__(self, p, {**read, **dict.__getitem__(self, p).own})
+
+    def _read_all_(self) -> None:
+        self._know_()
+        self._read_(list(dict.keys(self)))
+
+    def _is_as_read(self, index: int, state: Own) -> bool:
+        seen = self._seen.get(index, {})
+        return seen.keys() == state.keys() and all(seen[key].is_still(value) for key, value in state.items())
+
+    def _is_equal(self, p: Tensor, index: int, state: State) -> bool:
+        """Say whether the session is known to have this state, bit by bit."""
+        own = dict.get(self, p)
+        mine = {} if isinstance(own, _Unread) else self._fields_of(own)
+        if not mine or not self._is_as_read(index, mine):
+            return False
+        here = to_session(mine, self._link.fields)
+        if here is None or here.keys() != state.keys():
+            return False
+        return all(_same_bits(here[key], value) for key, value in state.items())
+
+    # -- the mapping ------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, key: Any) -> Any:
+        self._read_([key])
+        return super().__getitem__(key)
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Return a parameter's state, or the default where it has none."""
+        self._read_([key])
+        return super().get(key, default)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._know_()
+        super().__setitem__(key, value)
+
+    def __delitem__(self, key: Any) -> None:
+        self._know_()
+        super().__delitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        self._know_()
+        return super().__contains__(key)
+
+    def __iter__(self) -> Iterator[Any]:
+        self._know_()
+        return super().__iter__()
+
+    def __reversed__(self) -> Iterator[Any]:
+        self._know_()
+        return super().__reversed__()
+
+    def __len__(self) -> int:
+        self._know_()
+        return super().__len__()
+
+    def keys(self) -> Any:
+        """Return the parameters that have state; moves no tensors."""
+        self._know_()
+        return super().keys()
+
+    def values(self) -> Any:
+        """Return the states of all parameters."""
+        self._read_all_()
+        return super().values()
+
+    def items(self) -> Any:
+        """Return all parameters that have state, with it."""
+        self._read_all_()
+        return super().items()
+
+    def pop(self, key: Any, *default: Any) -> Any:
+        """Take a parameter's state away and return it."""
+        self._read_([key])
+        return super().pop(key, *default)
+
+    def popitem(self) -> tuple[Any, Any]:
+        """Take the last parameter's state away and return both."""
+        self._read_all_()
+        return super().popitem()
+
+    def clear(self) -> None:
+        """Take all state away; each parameter begins anew."""
+        self._know_()
+        super().clear()
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        """Return a parameter's state, which is the default from now on where it has none."""
+        self._read_([key])
+        return super().setdefault(key, default)
+
+    def update(self, *args: Any, **named: Any) -> None:
+        """Put states in the place of those of the same parameters."""
+        self._know_()
+        super().update(*args, **named)
+
+    def copy(self) -> Any:
+        """Return a plain mapping with the state of all parameters."""
+        return defaultdict(dict, self.items())
+
+    def __copy__(self) -> Any:
+        return self.copy()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return defaultdict, (dict, dict(self.items()))
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or bool(self.copy() == other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __repr__(self) -> str:
+        return repr(self.copy())
+
+
+def _same_bits(here: Tensor | float, there: Tensor | float) -> bool:
+    if not isinstance(here, Tensor) or not isinstance(there, Tensor):
+        return not isinstance(here, Tensor) and not isinstance(there, Tensor) and here == there
+    if here is there:
+        return True
+    if here.shape != there.shape or here.dtype != there.dtype or here.device != there.device:
+        return False
+    return torch.equal(_bits(here), _bits(there))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    return (torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor).view(torch.uint8)
