@@ -52,9 +52,10 @@ class Patience:
             try:
                 return attempt()
             except (httpx.TransportError, Unavailable) as exc:
-                if self.clock() + pause_s > give_up:
+                left_s = give_up - self.clock()
+                if left_s <= 0:
                     raise self._given_up(what, server, exc) from exc
-            self.wait(pause_s * random.uniform(0.5, 1.0))
+            self.wait(min(left_s, pause_s * random.uniform(0.5, 1.0)))  # so the last try comes when the time is up
             pause_s = min(2 * pause_s, LONGEST_WAIT_S)
 
     def _given_up(self, what: str, server: str, last: Exception) -> FarstepError:

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
@@ -119,13 +120,17 @@ def test_a_server_that_is_full_says_when_to_come_again() -> None:
         (worker,) = raw.begun("s", parameters=parameters)
         pieces = encode(*worker.message([torch.ones(1 << 20)]))
         headers = {"Content-Type": MSGPACK, "Content-Length": str(sum(memoryview(each).nbytes for each in pieces))}
-        path = f"{worker.path}/push"
-        with half_sent(server.url, "POST", path, headers, [pieces[0]]):
-            answer = raw.http.post(path, content=b"".join(pieces), headers={"content-type": MSGPACK})
-            while answer.status_code == 200:  # it overtook the header of the other one
-                answer = raw.http.post(path, content=b"".join(pieces), headers={"content-type": MSGPACK})
-            assert (answer.status_code, answer.json()["code"]) == (503, "busy")
-            assert answer.headers["retry-after"] == "1"
-        while (answer := raw.http.post(path, content=b"".join(pieces), headers=headers)).status_code == 503:
+        body, path = b"".join(pieces), f"{worker.path}/push"
+
+        def push_while_another_is_on_its_way() -> httpx.Response:
+            with half_sent(server.url, "POST", path, headers, [pieces[0]]):
+                return raw.http.post(path, content=body, headers=headers)
+
+        while (answer := push_while_another_is_on_its_way()).status_code == 200:
+            pass  # it overtook the other one
+        assert (answer.status_code, answer.json()["code"]) == (503, "busy")
+        assert answer.headers["retry-after"] == "1"
+        while (answer := raw.http.post(path, content=body, headers=headers)).status_code == 503:
             pass
+        assert answer.status_code == 200
         assert worker.version == 1

@@ -353,7 +353,9 @@ def _told(exc: Exception) -> FarstepError:
     if isinstance(exc, ArithmeticError):
         return InvalidOption(f"There is no step with these options: {exc}.", remedy="Correct the group options.")
     log.error("a step could not begin", exc_info=exc)
-    return Unavailable(
+    if isinstance(exc, MemoryError) or "memory" in str(exc):  # torch reports it as a RuntimeError
+        return Unavailable("The step found no memory; nothing has changed.", remedy="Try again, or remove a session.")
+    return InternalError(
         f"The step could not begin ({type(exc).__name__}); nothing has changed.",
-        remedy="Try again; the server's log says more.",
+        remedy="Report it with the server's log.",
     )
