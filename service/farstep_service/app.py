@@ -25,7 +25,8 @@ from farstep_service.settings import Settings
 DESCRIPTION = """An optimizer as a service.
 
 The control routes below speak JSON. Gradients, parameters and optimizer state move as msgpack streams on
-`POST /v1/sessions/{name}/push` and `GET|PUT /v1/sessions/{name}/contents`, described in `farstep/wire/PROTOCOL.md`.
+`POST /v1/sessions/{name}/push`, `GET|PUT /v1/sessions/{name}/contents` and `POST /v1/sessions/{name}/groups`,
+described in `farstep/wire/PROTOCOL.md`.
 Every error is an `application/problem+json` document with a stable `code`."""
 
 

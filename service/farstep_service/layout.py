@@ -97,10 +97,15 @@ class Layout:
             TensorMismatch: a name, shape, dtype or group is not acceptable.
             LimitExceeded: there are more segments, dimensions or bytes than a session may have.
         """
-        layout = cls((), MappingProxyType({}), 0).append(specs)
+        layout = cls.empty().append(specs)
         if not layout.segments:
             raise TensorMismatch("The session has no parameter.", field="segments", remedy="Name at least one.")
         return layout
+
+    @classmethod
+    def empty(cls) -> Self:
+        """Return a layout without segments, to append to."""
+        return cls((), MappingProxyType({}), 0)
 
     def append(self, specs: Iterable[SegmentSpec]) -> Self:
         """Return this layout with more segments at its end; the places of the present ones do not change."""
@@ -128,6 +133,16 @@ class Layout:
             sizes[dtype.real] = offset + length
             segments.append(Segment(name, shape, dtype.name, group, dtype.real, offset, length, size))
         return type(self)(tuple(segments), MappingProxyType(sizes), nbytes)
+
+    def first(self, groups: int) -> Self:
+        """Return what this layout was before it grew beyond these first param groups."""
+        count = len(self.segments)
+        while count and self.segments[count - 1].group >= groups:
+            count -= 1
+        sizes: dict[str, int] = {}
+        for segment in self.segments[:count]:
+            sizes[segment.buffer] = segment.stop
+        return type(self)(self.segments[:count], MappingProxyType(sizes), self.bytes_of(range(count)))
 
     @cached_property
     def groups(self) -> int:

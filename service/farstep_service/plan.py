@@ -1,19 +1,23 @@
-"""What a session is: everything its creator decided, checked and frozen. Workers join with an equal plan."""
+"""What a session is: everything its creator decided, checked and frozen. Workers join with an equal plan.
+
+A session grows by param groups: it then has a new plan, whose beginning is the old one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 from farstep.consistency import Consistency, from_options
-from farstep.errors import InvalidOption
+from farstep.errors import InvalidOption, LimitExceeded
 from farstep.hyper import Hyper
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES
 from farstep_service.rule import AnyRule
 
 KernelMode = Literal["auto", "reference", "fused"]
+MAX_GROUPS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,22 @@ class Plan:
             nonfinite=_one_of("nonfinite", nonfinite, ("refuse", "allow")),
             kernel=cast(KernelMode, _one_of("kernel", kernel, ("auto", "reference", "fused"))),
         )
+
+    def append(self, options: Mapping[str, Any], segments: Sequence[SegmentSpec]) -> Plan:
+        """Return this plan with one more param group, whose number the segments have.
+
+        Raises:
+            InvalidOption: an option that nobody knows, or a value out of range.
+            TensorMismatch, LimitExceeded: a parameter that cannot be stored, or more than a session may have.
+        """
+        if len(self.groups) >= MAX_GROUPS:
+            raise LimitExceeded(f"The session has {MAX_GROUPS} param groups.", field="group", limit=MAX_GROUPS)
+        hyper = self.rule.hyper.from_options(options)
+        return replace(self, groups=(*self.groups, hyper), layout=self.layout.append(segments))
+
+    def first(self, groups: int) -> Plan:
+        """Return what this plan was before it grew beyond these first param groups."""
+        return replace(self, groups=self.groups[:groups], layout=self.layout.first(groups))
 
     def difference(self, other: Plan) -> str | None:
         """Say in words where another plan differs first, None if nowhere."""

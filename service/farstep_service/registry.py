@@ -43,7 +43,7 @@ class Registry:
     @property
     def parameter_bytes(self) -> int:
         """Return the bytes of the parameters of all sessions."""
-        return sum(host.plan.layout.nbytes for host in self._hosts.values())
+        return sum(host.parameter_bytes for host in self._hosts.values())
 
     def get(self, name: str) -> Host:
         """Return the host of a session.
@@ -81,23 +81,33 @@ class Registry:
             if kernels is None:
                 kernels = self._kernels[plan.kernel] = Kernels(plan.kernel)
             session = Session(plan, incarnation=secrets.token_hex(16), kernels=kernels, device=self._settings.device)
-            host = self._hosts[plan.name] = LocalHost(session, self._executor)
+            host = self._hosts[plan.name] = LocalHost(session, self._executor, room=self._check_growth)
             return host, True
 
     def _check_room(self, plan: Plan) -> None:
-        limits, nbytes = self._settings, plan.layout.nbytes
-        if nbytes > limits.max_session_bytes:
+        """Refuse a session that is too large, or that there is no room for."""
+        self._check_size(plan.layout.nbytes)
+        limit = self._settings.max_sessions
+        if len(self._hosts) >= limit:
+            raise Busy(f"The server has {len(self._hosts)} sessions.", remedy="Remove one that is done.", limit=limit)
+        self._check_memory(plan.layout.nbytes)
+
+    def _check_growth(self, plan: Plan, nbytes: int) -> None:
+        """Refuse that the session of a plan grows by so many bytes, if it is too large then or there is no room."""
+        self._check_size(plan.layout.nbytes + nbytes)
+        self._check_memory(nbytes)
+
+    def _check_size(self, nbytes: int) -> None:
+        limit = self._settings.max_session_bytes
+        if nbytes > limit:
             raise LimitExceeded(
                 f"The session's parameters take {nbytes} bytes.",
                 remedy="The server's --max-session-gib says how large one may be.",
-                limit=limits.max_session_bytes,
+                limit=limit,
             )
-        if len(self._hosts) >= limits.max_sessions:
-            raise Busy(
-                f"The server has {len(self._hosts)} sessions.",
-                remedy="Remove one that is done.",
-                limit=limits.max_sessions,
-            )
+
+    def _check_memory(self, nbytes: int) -> None:
+        limits = self._settings
         if self.parameter_bytes + nbytes > limits.max_bytes:
             raise Busy(
                 f"The sessions here take {self.parameter_bytes} bytes; there is no room for {nbytes} more.",

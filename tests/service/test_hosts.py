@@ -97,7 +97,7 @@ class Place:
     async def begin(self, *workers: str) -> None:
         """Let workers join, the first of them with parameters."""
         for worker in workers or ("w0",):
-            await self.host.join(worker)
+            await self.host.join(worker, 1)
         head = PutHead(WriteName((workers or ("w0",))[0], 1, 1), "here", ("param",), initial=True)
         intake = self.host.begin_put(head, self.host.plan.layout.nbytes)
         for view in intake.views:
@@ -205,7 +205,7 @@ def test_a_session_that_is_removed_tells_those_who_wait(elements: int) -> None:
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, SessionLost) for result in results)
         assert results[0] is not results[1]
-        for ask in (place.push("w1"), place.host.parameters(), place.host.contents(["sum"]), place.host.join("w9")):
+        for ask in (place.push("w1"), place.host.parameters(), place.host.contents(["sum"]), place.host.join("w9", 1)):
             with pytest.raises(SessionLost):
                 await ask
 
@@ -336,7 +336,7 @@ def test_a_session_whose_step_cannot_be_finished_can_be_seen_and_removed() -> No
         place = Place(SMALL)
         await place.begin()
         place.kernels.gate.failure = place.kernels.finishing = RuntimeError("the device is on fire")
-        for ask in (place.push, place.push, place.host.parameters, lambda: place.host.join("w1")):
+        for ask in (place.push, place.push, place.host.parameters, lambda: place.host.join("w1", 1)):
             with pytest.raises(StepInterrupted):
                 await ask()
         assert (await place.host.summary()).version == 0
@@ -387,16 +387,16 @@ def test_who_is_asked_for_first_parameters() -> None:
 
     async def body() -> None:
         place = Place(SMALL)
-        asked = [(await place.host.join(worker)).initialise for worker in ("w0", "w1", "w0", "w2")]
+        asked = [(await place.host.join(worker, 1)).initialise for worker in ("w0", "w1", "w0", "w2")]
         assert asked == [True, False, True, False]
         place.now = INITIALISE_WITHIN_S
-        asked = [(await place.host.join(worker)).initialise for worker in ("w1", "w0", "w1")]
+        asked = [(await place.host.join(worker, 1)).initialise for worker in ("w1", "w0", "w1")]
         assert asked == [True, False, True]
         place.now = 10 * INITIALISE_WITHIN_S
         head = PutHead(WriteName("w1", 3, 1), "here", ("param",), initial=True)
         intake = place.host.begin_put(head, place.host.plan.layout.nbytes)
         await place.host.put(head, intake, "first")
-        joined = await place.host.join("w2")
+        joined = await place.host.join("w2", 1)
         assert (joined.initialised, joined.initialise) == (True, False)
 
     run(body)

@@ -1,5 +1,6 @@
 """Pure decisions about pushes: which are new, who takes part, and when they become a step."""
 
+from farstep_service.aggregation.groups import KnownGroups
 from farstep_service.aggregation.ledger import Entry, Ledger, mismatch
 from farstep_service.aggregation.members import Members
 from farstep_service.aggregation.modes import Abort, Aggregation, Barrier, Immediate, Step, aggregation_for
@@ -10,6 +11,7 @@ __all__ = [
     "Barrier",
     "Entry",
     "Immediate",
+    "KnownGroups",
     "Ledger",
     "Members",
     "Step",

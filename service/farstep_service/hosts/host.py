@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, Receipt, Times
 from farstep_service.plan import Plan
 
@@ -72,6 +73,11 @@ class View(ABC):
 
     @property
     @abstractmethod
+    def count(self) -> int:
+        """How many segments the session has at that version."""
+
+    @property
+    @abstractmethod
     def segments(self) -> list[int] | None:
         """Which segments they hold, as ranges; None for all."""
 
@@ -95,11 +101,24 @@ class Host(ABC):
 
     name: str
     incarnation: str
-    plan: Plan
+
+    @property
+    @abstractmethod
+    def plan(self) -> Plan:
+        """What the session is now; it grows by param groups."""
+
+    @property
+    @abstractmethod
+    def parameter_bytes(self) -> int:
+        """The bytes of its parameters, those of a group that is being added included."""
 
     @abstractmethod
-    async def join(self, worker: str) -> Joined:
-        """Open a new epoch of a worker."""
+    async def join(self, worker: str, groups: int) -> Joined:
+        """Open a new epoch of a worker that knows so many param groups.
+
+        Raises:
+            OptionsDiffer: the session has grown since the worker's plan was compared with its own.
+        """
 
     @abstractmethod
     async def leave(self, worker: str, epoch: int) -> None:
@@ -134,8 +153,20 @@ class Host(ABC):
         """Replace contents."""
 
     @abstractmethod
-    async def parameters(self, since: int | None = None) -> View:
-        """Hold the parameters of the current version: all, or those that changed after version `since`."""
+    def begin_append(self, head: AppendHead, body_bytes: int) -> Intake:
+        """Check the header of a param group and return memory for its parameters."""
+
+    @abstractmethod
+    async def append(self, head: AppendHead, intake: Intake, fingerprint: str) -> Answer:
+        """Grow by a param group, or note that a worker knows it."""
+
+    @abstractmethod
+    async def parameters(self, since: int | None = None, worker: str | None = None) -> View:
+        """Hold the parameters of the current version: all, or those that changed after version `since`.
+
+        Args:
+            worker: leave those of groups out that this worker does not know.
+        """
 
     @abstractmethod
     async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any, TypeVar, cast
 
-from farstep.errors import FarstepError, SessionLost, StepInterrupted
+from farstep.errors import FarstepError, OptionsDiffer, SessionLost, StepInterrupted
+from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import to_ranges
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
@@ -34,6 +35,12 @@ READERS_WITHIN_S = 1.0
 """How long a step waits for readers of two versions, so that it does not need memory for a third."""
 
 Result = TypeVar("Result")
+Room = Callable[[Plan, int], None]
+"""Called before a session of that plan grows by so many bytes; raises if there is no room for them."""
+
+
+def unbounded(plan: Plan, nbytes: int) -> None:
+    """Have room for anything."""
 
 
 class LocalHost(Host):
@@ -43,31 +50,56 @@ class LocalHost(Host):
         session: the session; nobody else may call it.
         executor: runs large work.
         clock: monotonic seconds.
+        room: says whether the session may grow.
     """
 
-    def __init__(self, session: Session, executor: Executor, clock: Callable[[], float] = time.monotonic) -> None:
-        self.plan: Plan = session.plan
+    def __init__(
+        self,
+        session: Session,
+        executor: Executor,
+        clock: Callable[[], float] = time.monotonic,
+        room: Room = unbounded,
+    ) -> None:
         self.name = session.plan.name
         self.incarnation = session.incarnation
         self._session = session
         self._executor = executor
         self._clock = clock
+        self._room = room
+        self._coming_bytes = 0
         self._turn = asyncio.Lock()
         self._futures: dict[WriteName, asyncio.Future[Outcome]] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._ticks: set[asyncio.Task[None]] = set()
-        layout = self.plan.layout
-        self._small = layout.nbytes + SEGMENT_COST_BYTES * len(layout.segments) <= INLINE_BYTES
         self._initialiser = ""
         self._initialising_until = -1.0
         self._closed = False
         self._released = asyncio.Event()
 
+    @property
+    def plan(self) -> Plan:
+        return self._session.plan
+
+    @property
+    def parameter_bytes(self) -> int:
+        return self.plan.layout.nbytes + self._coming_bytes
+
+    @property
+    def _small(self) -> bool:
+        layout = self.plan.layout
+        return layout.nbytes + SEGMENT_COST_BYTES * len(layout.segments) <= INLINE_BYTES
+
     # -- membership and options -------------------------------------------------------------------------------------
 
-    async def join(self, worker: str) -> Joined:
+    async def join(self, worker: str, groups: int) -> Joined:
         async with self._turn:
             self._check_open()
+            if (now := len(self.plan.groups)) != groups:
+                raise OptionsDiffer(
+                    f"Session {self.name!r} exists, but it has {now} param groups by now, not {groups}.",
+                    remedy="Join with all of them.",
+                    field="name",
+                )
             epoch, outcomes = self._session.join(worker)
             self._resolve(outcomes)
             initialised = self._session.initialised
@@ -126,14 +158,34 @@ class LocalHost(Host):
         # Never inline: the first contents may wait for a kernel to be built.
         return await self._write(head.name, lambda: self._session.put(head, contents, fingerprint), inline=False)
 
-    async def _write(self, name: WriteName, work: Callable[[], Outcomes], *, inline: bool) -> Answer:
+    def begin_append(self, head: AppendHead, body_bytes: int) -> Intake:
+        self._check_open()
+        addition = self._session.addition(head)
+        if self._session.grows(head):
+            self._room(self.plan, addition.nbytes)
+        return ContentsIntake(addition, body_bytes)
+
+    async def append(self, head: AppendHead, intake: Intake, fingerprint: str) -> Answer:
+        contents = cast(ContentsIntake, intake).contents
+
+        def coming() -> int:
+            return contents.nbytes if self._session.grows(head) else 0
+
+        return await self._write(
+            head.name, lambda: self._session.append(head, contents, fingerprint), inline=False, coming=coming
+        )
+
+    async def _write(
+        self, name: WriteName, work: Callable[[], Outcomes], *, inline: bool, coming: Callable[[], int] = int
+    ) -> Answer:
         asked = time.perf_counter()
         async with self._turn:
             began = time.perf_counter()
             self._check_open()
             if self._session.crowded:
                 await self._wait_for_memory()
-            outcomes = await self._run(work, self._resolve, inline=inline)
+            with self._room_for(coming()):
+                outcomes = await self._run(work, self._resolve, inline=inline)
             future = self._futures.setdefault(name, asyncio.get_running_loop().create_future())
             self._resolve(outcomes)
         outcome = await asyncio.shield(future)
@@ -149,17 +201,21 @@ class LocalHost(Host):
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
-    async def parameters(self, since: int | None = None) -> View:
+    async def parameters(self, since: int | None = None, worker: str | None = None) -> View:
         async with self._turn:
             self._check_open()
             held, outcomes = self._session.hold()
+            layout = self.plan.layout if worker is None else self._session.layout_of(worker)
             self._resolve(outcomes)
-        changed = None if since is None else held.changed_since(since)
-        ranges = None if changed is None or len(changed) == len(self.plan.layout.segments) else to_ranges(changed)
-        if held.buffers.device.type == "cpu" or self.plan.layout.nbytes <= INLINE_BYTES:
-            return HeldView(held, self.plan.layout, changed, ranges, self._released.set)
+        known, count = len(layout.segments), len(held.buffers.layout.segments)
+        chosen: Sequence[int] = range(known) if since is None else held.changed_since(since)
+        if known < count and since is not None:
+            chosen = [index for index in chosen if index < known]
+        indices, ranges = (None, None) if len(chosen) == count else (chosen, to_ranges(chosen))
+        if held.buffers.device.type == "cpu" or layout.nbytes <= INLINE_BYTES:
+            return HeldView(held, indices, ranges, self._released.set)
         return await asyncio.get_running_loop().run_in_executor(
-            self._executor, HeldView, held, self.plan.layout, changed, ranges, self._released.set
+            self._executor, HeldView, held, indices, ranges, self._released.set
         )
 
     async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
@@ -171,9 +227,21 @@ class LocalHost(Host):
                 inline=self._small,
             )
             self._resolve(outcomes)
-            return CopiedView(contents, self._session.version, None if indices is None else to_ranges(indices))
+            count = len(self.plan.layout.segments)
+            return CopiedView(contents, self._session.version, count, None if indices is None else to_ranges(indices))
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _room_for(self, nbytes: int) -> Iterator[None]:
+        """Count bytes that the session is going to grow by, if there is room for them."""
+        if nbytes:
+            self._room(self.plan, nbytes)
+        self._coming_bytes = nbytes
+        try:
+            yield
+        finally:
+            self._coming_bytes = 0
 
     async def _wait_for_memory(self) -> None:
         """Let readers of two versions finish before a step makes a third; very slow ones cost memory instead."""

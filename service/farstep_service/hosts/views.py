@@ -12,7 +12,6 @@ from farstep.wire import MAX_HEADER_BYTES, Limits
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import Contribution, memory_of, on_device
 from farstep_service.hosts.host import Intake, View
-from farstep_service.layout import Layout
 from farstep_service.store import Held
 
 CPU = torch.device("cpu")
@@ -69,13 +68,13 @@ class HeldView(View):
     def __init__(
         self,
         held: Held,
-        layout: Layout,
         indices: Sequence[int] | None,
         ranges: list[int] | None,
         released: Callable[[], None],
     ) -> None:
         self._held = held
         self._released = released
+        layout = held.buffers.layout
         chosen = range(len(layout.segments)) if indices is None else indices
         self._views = memory_of(on_device(held.buffers, CPU), layout, chosen)
         self._ranges = ranges
@@ -83,6 +82,10 @@ class HeldView(View):
     @property
     def version(self) -> int:
         return self._held.version
+
+    @property
+    def count(self) -> int:
+        return len(self._held.buffers.layout.segments)
 
     @property
     def segments(self) -> list[int] | None:
@@ -105,15 +108,20 @@ class HeldView(View):
 class CopiedView(View):
     """A copy of some fields of one version."""
 
-    def __init__(self, contents: Contents, version: int, ranges: list[int] | None = None) -> None:
+    def __init__(self, contents: Contents, version: int, count: int, ranges: list[int] | None = None) -> None:
         self._contents = contents
         self._version = version
+        self._count = count
         self._ranges = ranges
         self._views = contents.memory()
 
     @property
     def version(self) -> int:
         return self._version
+
+    @property
+    def count(self) -> int:
+        return self._count
 
     @property
     def segments(self) -> list[int] | None:

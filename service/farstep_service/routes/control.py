@@ -146,7 +146,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         """Create a session, or join the one of that name. Other options are refused, naming the difference."""
         plan = await asyncio.to_thread(plan_of, document)  # there may be 100,000 parameters in it
         host, created = await registry.create_or_join(plan)
-        joined = await host.join(document.worker)
+        joined = await host.join(document.worker, len(plan.groups))
         return JoinedDocument(
             name=host.name,
             incarnation=host.incarnation,

@@ -3,6 +3,7 @@
     POST /v1/sessions/{name}/push                 gradients in; receipt and parameters out
     GET  /v1/sessions/{name}/contents[?fields=&segments=]   parameters (the default) or state fields out
     PUT  /v1/sessions/{name}/contents             parameters and state in
+    POST /v1/sessions/{name}/groups               a param group and its parameters in
 
 Each is a plain ASGI endpoint: the body is streamed into the memory it is meant for, and the answer is sent from the
 memory of a held version.
@@ -20,14 +21,15 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest
+from farstep.growth import AppendHead
 from farstep.messages import VERSION, PushHead, PutHead
 from farstep.wire import from_ranges
-from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake
+from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake, View
 from farstep_service.registry import Registry
 from farstep_service.routes.bodies import answer_message, read_body
 from farstep_service.settings import Settings
 
-Head = TypeVar("Head", PushHead, PutHead)
+Head = TypeVar("Head", PushHead, PutHead, AppendHead)
 Reserve = Callable[[int], None]
 """Called with the bytes of memory that are about to be taken; raises `Busy` if there is no room."""
 
@@ -56,6 +58,8 @@ class Endpoint(ABC):
         receive: Receive,
         parse: Callable[[Mapping[str, Any]], Head],
         begin: Callable[[Head, int], Intake],
+        *,
+        largest: int,
     ) -> tuple[Head, Intake, str]:
         """Receive a body into the memory that `begin` names, and return its header, that memory and its fingerprint."""
         parts: list[tuple[Head, Intake]] = []
@@ -67,7 +71,7 @@ class Endpoint(ABC):
             parts.append((head, intake))
             return intake.views
 
-        body = await read_body(scope, receive, place, largest=_largest(host), idle_s=self._settings.idle_body_s)
+        body = await read_body(scope, receive, place, largest=largest, idle_s=self._settings.idle_body_s)
         ((head, intake),) = parts
         return head, intake, body.fingerprint
 
@@ -78,7 +82,7 @@ class Push(Endpoint):
     async def serve(self, host: Host, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
         head, intake, fingerprint = await self.take(
-            host, reserve, scope, receive, PushHead.from_header, host.begin_push
+            host, reserve, scope, receive, PushHead.from_header, host.begin_push, largest=_largest(host)
         )
         received_s = time.perf_counter() - began
         answer = await host.push(head, intake, fingerprint)
@@ -87,14 +91,8 @@ class Push(Endpoint):
         if head.wanted == "none":
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
             return
-        view = await host.parameters(head.have if head.wanted == "changed" else None)
-        try:
-            header["version"] = view.version
-            if view.segments is not None:
-                header["segments"] = view.segments
-            await answer_message(send, header, view.views)
-        finally:
-            view.release()
+        view = await host.parameters(head.have if head.wanted == "changed" else None, head.name.worker)
+        await answer_view(send, header, view)
 
 
 class Contents(Endpoint):
@@ -104,7 +102,9 @@ class Contents(Endpoint):
         if scope["method"] != "PUT":
             await self._give(host, reserve, scope, send)
             return
-        head, intake, fingerprint = await self.take(host, reserve, scope, receive, PutHead.from_header, host.begin_put)
+        head, intake, fingerprint = await self.take(
+            host, reserve, scope, receive, PutHead.from_header, host.begin_put, largest=_largest(host)
+        )
         answer = await host.put(head, intake, fingerprint)
         await answer_message(send, {**_header(host, answer, {}), "version": answer.receipt.version}, ())
 
@@ -120,18 +120,40 @@ class Contents(Endpoint):
         reserve((layout.nbytes if indices is None else layout.bytes_of(indices)) * len(fields))
         whole = fields == ["param"] and indices is None
         view = await (host.parameters() if whole else host.contents(fields, indices))
-        header: dict[str, Any] = {
-            "v": VERSION,
-            "incarnation": host.incarnation,
-            "version": view.version,
-            "fields": list(view.fields),
-        }
+        await answer_view(send, {"v": VERSION, "incarnation": host.incarnation, "fields": list(view.fields)}, view)
+
+
+class Groups(Endpoint):
+    """Take a param group in; answer with the receipt, and to a worker that had to learn the group with parameters."""
+
+    async def serve(self, host: Host, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
+        head, intake, fingerprint = await self.take(
+            host,
+            reserve,
+            scope,
+            receive,
+            AppendHead.from_header,
+            host.begin_append,
+            largest=self._settings.max_session_bytes + OVERHEAD_BYTES,
+        )
+        answer = await host.append(head, intake, fingerprint)
+        del intake
+        header = _header(host, answer, {})
+        if answer.receipt.applied:
+            await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
+        else:
+            await answer_view(send, header, await host.parameters(worker=head.name.worker))
+
+
+async def answer_view(send: Send, header: dict[str, Any], view: View) -> None:
+    """Answer with the contents of a version, and give it back."""
+    try:
+        header |= {"version": view.version, "count": view.count}
         if view.segments is not None:
             header["segments"] = view.segments
-        try:
-            await answer_message(send, header, view.views)
-        finally:
-            view.release()
+        await answer_message(send, header, view.views)
+    finally:
+        view.release()
 
 
 def _indices(query: Sequence[str], count: int) -> list[int]:
@@ -162,5 +184,6 @@ def data_routes(registry: Registry, settings: Settings) -> list[Route]:
     """Return the data routes of a server."""
     return [
         Route("/v1/sessions/{name}/push", Push(registry, settings), methods=["POST"]),
+        Route("/v1/sessions/{name}/groups", Groups(registry, settings), methods=["POST"]),
         Route("/v1/sessions/{name}/contents", Contents(registry, settings), methods=["GET", "PUT"]),
     ]

@@ -16,11 +16,10 @@ from starlette.types import Message
 
 from farstep.errors import LimitExceeded
 from farstep_service.layout import MAX_SEGMENTS, SegmentSpec
-from farstep_service.plan import Plan
+from farstep_service.plan import MAX_GROUPS, Plan
 from farstep_service.routes.problems import MAX_DOCUMENT_BYTES, too_large
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
-MAX_GROUPS = 10_000
 Name = Annotated[str, Field(pattern=NAME)]
 NamePath = Annotated[str, Path(pattern=NAME)]
 

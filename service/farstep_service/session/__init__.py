@@ -1,6 +1,7 @@
 """The single writer: orders writes, applies each exactly once, owns the version."""
 
-from farstep_service.session.session import Outcome, Outcomes, Session
+from farstep_service.session.outcomes import Outcome, Outcomes
+from farstep_service.session.session import Session
 from farstep_service.session.state import SessionState
 
 __all__ = ["Outcome", "Outcomes", "Session", "SessionState"]

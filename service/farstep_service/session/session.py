@@ -11,7 +11,6 @@ time comes in with the call. Writes that are refused leave no trace, and their s
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,38 +20,25 @@ import torch
 
 from farstep.errors import (
     BarrierTimeout,
-    FarstepError,
     Fenced,
     InternalError,
-    InvalidOption,
     NonFinite,
     SessionLost,
     TensorMismatch,
-    Unavailable,
 )
+from farstep.growth import AppendHead, outgrown
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
-from farstep_service.aggregation import Abort, Ledger, Members, Step, aggregation_for, mismatch
-from farstep_service.contents import Contents
+from farstep_service.aggregation import Abort, KnownGroups, Ledger, Members, Step, aggregation_for, mismatch
+from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import Contribution, first_nonfinite, reduce_
+from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.rule import KernelSource
+from farstep_service.session.growth import grown, segments_of
+from farstep_service.session.outcomes import Outcome, Outcomes, told
 from farstep_service.session.state import GroupChanges, SessionState
 from farstep_service.store import Applied, Held
-
-log = logging.getLogger("farstep.session")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a write: a receipt or an error, and the seconds its kernel took."""
-
-    result: Receipt | FarstepError
-    duplicate: bool = False
-    kernel_s: float = 0.0
-
-
-Outcomes = dict[WriteName, Outcome]
 
 
 @dataclass(slots=True)
@@ -89,6 +75,7 @@ class Session:
         self._aggregation = aggregation_for(plan.consistency)
         self._members = Members(self._aggregation.places())
         self._ledger = Ledger()
+        self._known = KnownGroups()
         self._waiting: dict[str, _Waiting] = {}
         self._unfinished: _Unfinished | None = None
 
@@ -137,7 +124,7 @@ class Session:
     # -- membership -------------------------------------------------------------------------------------------------
 
     def join(self, worker: str) -> tuple[int, Outcomes]:
-        """Open a new epoch of a worker, fencing its older one, and return it with what that decided.
+        """Open a new epoch of a worker that knows all groups, fencing its older one; return it, and what that decided.
 
         Raises:
             SessionFull: the mode's places are taken by workers that are present.
@@ -146,9 +133,11 @@ class Session:
         displaced = self._members.make_room(worker)
         if displaced is not None:
             self._ledger.join(displaced)  # fences it: its place is another's now
+            self._known.joined(displaced)
         outcomes = self._withdraw(worker, "joined again")
         epoch = self._ledger.join(worker)
         self._members.join(worker, epoch)
+        self._known.joined(worker)
         return epoch, outcomes
 
     def leave(self, worker: str, epoch: int) -> Outcomes:
@@ -158,15 +147,29 @@ class Session:
             return {}
         self._members.leave(worker)
         self._ledger.join(worker)
+        self._known.joined(worker)
         return self._withdraw(worker, "left")
 
     def _withdraw(self, worker: str, why: str) -> Outcomes:
+        error = Fenced(f"Worker {worker!r} {why} while this push waited; it was not applied.", field="epoch")
+        return self._shut_out(worker, error)
+
+    def _shut_out(self, worker: str, error: Fenced) -> Outcomes:
+        """Take the push of a worker that waits back, if there is one, and tell it why."""
         waiting = self._waiting.pop(worker, None)
         if waiting is None:
             return {}
         self._aggregation.withdraw(worker)
-        error = Fenced(f"Worker {worker!r} {why} while this push waited; it was not applied.", field="epoch")
         return {waiting.head.name: Outcome(error)}
+
+    def layout_of(self, worker: str) -> Layout:
+        """Return the layout that a worker knows: the session's, or what it was before it grew."""
+        lag = self._known.lag(worker)
+        return self.plan.layout if lag is None else self.plan.layout.first(lag[0])
+
+    def _outgrown(self, worker: str) -> Fenced | None:
+        lag = self._known.lag(worker)
+        return None if lag is None else outgrown(self.plan.name, worker, lag[0], by=lag[1])
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
@@ -174,19 +177,24 @@ class Session:
         """Refuse what can be refused before the body is read.
 
         Raises:
-            SessionLost, Fenced, SequenceGap: the write belongs to another life of the session, or is not next.
+            SessionLost, Fenced, SequenceGap: the write belongs to another life of the session, is not next, or its
+                worker does not know all groups.
         """
+        if self._is_new(name, incarnation) and (error := self._outgrown(name.worker)):
+            raise error
+
+    def _is_new(self, name: WriteName, incarnation: str) -> bool:
         if incarnation != self.incarnation:
             raise SessionLost(
                 f"Session {self.plan.name!r} was created anew since worker {name.worker!r} joined it.",
                 remedy="Load your last checkpoint and join again.",
                 field="incarnation",
             )
-        self._ledger.judge(name, None)
+        return self._ledger.judge(name, None) is None
 
     def contribution(self, head: PushHead) -> Contribution:
         """Return memory for a push's gradients; see `Contribution` for what it refuses."""
-        return Contribution(self.plan.layout, head.segments, head.sparse, self.plan.rule, self.groups)
+        return Contribution(self.layout_of(head.name.worker), head.segments, head.sparse, self.plan.rule, self.groups)
 
     def push(self, head: PushHead, contribution: Contribution, fingerprint: str, now: float) -> Outcomes:
         """Take a complete push in and return every outcome it decides; none under its own name means that it waits.
@@ -231,7 +239,7 @@ class Session:
 
     def intake(self, head: PutHead) -> Contents:
         """Return memory for new contents; see `SessionState.intake` for what it refuses."""
-        return self._state.intake(head)
+        return self._state.intake(head, self.layout_of(head.name.worker))
 
     def put(self, head: PutHead, contents: Contents, fingerprint: str) -> Outcomes:
         """Replace contents of the session in one step; their memory belongs to the session from now on."""
@@ -253,6 +261,67 @@ class Session:
             receipt = Receipt(head.version, head.version)
         self._ledger.commit(head.name, fingerprint, receipt)
         return outcomes | {head.name: Outcome(receipt)}
+
+    # -- growing ----------------------------------------------------------------------------------------------------
+
+    def addition(self, head: AppendHead) -> Contents:
+        """Return memory for the parameters of a new group.
+
+        Raises:
+            SessionLost, Fenced, SequenceGap, NotInitialised: see `check`.
+            InvalidOption, TensorMismatch, LimitExceeded, OptionsDiffer: see `append`.
+        """
+        if self._is_new(head.name, head.incarnation):
+            self._plan_with(head)
+        layout = Layout.empty().append(segments_of(head))
+        return Contents(layout, self.plan.rule, (PARAM,), range(len(layout.segments)))
+
+    def grows(self, head: AppendHead) -> bool:
+        """Say whether a group is new, so that it needs room: neither seen before nor there already."""
+        return self._is_new(head.name, head.incarnation) and head.group == len(self.plan.groups)
+
+    def append(self, head: AppendHead, arrived: Contents, fingerprint: str) -> Outcomes:
+        """Grow by a param group as one new version, or note that a worker knows a group that is there.
+
+        Every other worker is shut out until it adds the same group, and its push that waits is taken back.
+
+        Raises:
+            OptionsDiffer: there is such a group, with other options or parameters.
+            InvalidOption, TensorMismatch, LimitExceeded: groups before it are missing, or it cannot be stored.
+            Unavailable: there is no memory. Nothing has changed then, whatever the error.
+        """
+        outcomes = self._finish()
+        self._is_new(head.name, head.incarnation)
+        receipt = self._ledger.judge(head.name, fingerprint)
+        if receipt is not None:
+            return outcomes | {head.name: Outcome(receipt, duplicate=True)}
+        worker, base = head.name.worker, self.version
+        if worker in self._waiting:
+            raise mismatch(head.name)
+        plan = self._plan_with(head)
+        if plan is self.plan:
+            self._known.learned(worker, head.group)
+            receipt = Receipt(base, base, applied=False)
+        else:
+            try:
+                self._state.append_arrived(plan, arrived)
+            except Exception as exc:
+                raise told(exc, "The param group") from exc
+            self.plan = plan
+            self._known.added(head.group, worker, self.workers)
+            for other in self.workers:
+                if error := self._outgrown(other):
+                    outcomes |= self._shut_out(other, error)
+            receipt = Receipt(self.version, base)
+        self._ledger.commit(head.name, fingerprint, receipt)
+        return outcomes | {head.name: Outcome(receipt)}
+
+    def _plan_with(self, head: AppendHead) -> Plan:
+        self._state.check_initialised()
+        lag = self._known.lag(head.name.worker)
+        return grown(self.plan, head, known=len(self.plan.groups) if lag is None else lag[0])
+
+    # -- options ----------------------------------------------------------------------------------------------------
 
     def set_groups(self, changes: GroupChanges) -> Outcomes:
         """Change options of param groups, effective from the next step on.
@@ -303,7 +372,7 @@ class Session:
         except Exception as exc:
             if self._state.pending:
                 self._unfinished = _Unfinished(pushes, step)
-            error = _told(exc)
+            error = told(exc, "The step")
             return {push.head.name: Outcome(error) for push in pushes}
         return self._commit(pushes, step, applied, time.perf_counter() - began)
 
@@ -344,18 +413,3 @@ class Session:
             )
             outcomes[self._waiting.pop(worker).head.name] = Outcome(error)
         return outcomes
-
-
-def _told(exc: Exception) -> FarstepError:
-    """Return what the workers of a step that was not taken are told."""
-    if isinstance(exc, FarstepError):
-        return exc
-    if isinstance(exc, ArithmeticError):
-        return InvalidOption(f"There is no step with these options: {exc}.", remedy="Correct the group options.")
-    log.error("a step could not begin", exc_info=exc)
-    if isinstance(exc, MemoryError) or "memory" in str(exc):  # torch reports it as a RuntimeError
-        return Unavailable("The step found no memory; nothing has changed.", remedy="Try again, or remove a session.")
-    return InternalError(
-        f"The step could not begin ({type(exc).__name__}); nothing has changed.",
-        remedy="Report it with the server's log.",
-    )

@@ -7,7 +7,7 @@ An embedded optimizer needs no more than this: it is alone, and no answer of its
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 
@@ -15,12 +15,12 @@ from farstep.errors import InvalidOption, NotInitialised, TensorMismatch
 from farstep.hyper import Hyper
 from farstep.messages import PutHead
 from farstep.presence import PRESENT, mask_of
-from farstep.wire import from_ranges
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import on_device
+from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.rule import KernelSource
-from farstep_service.store import Applied, Buffers, Gradients, Held, Store
+from farstep_service.store import Applied, Buffers, FlatBuffers, Gradients, Held, Store
 
 GroupChanges = Mapping[int, Mapping[str, Any]]
 
@@ -69,12 +69,20 @@ class SessionState:
         Raises:
             NotInitialised: the first parameters have not arrived.
         """
+        self.check_initialised()
+        return cast(Store, self._store)
+
+    def check_initialised(self) -> None:
+        """Refuse what needs parameters while there are none.
+
+        Raises:
+            NotInitialised: the first parameters have not arrived.
+        """
         if self._store is None:
             raise NotInitialised(
                 f"Session {self.plan.name!r} has no parameters yet.",
                 remedy="Wait for the worker that creates it, or send them.",
             )
-        return self._store
 
     # -- beginning --------------------------------------------------------------------------------------------------
 
@@ -107,6 +115,25 @@ class SessionState:
             parameters=parameters,
             version=version,
         )
+
+    # -- growing ----------------------------------------------------------------------------------------------------
+
+    def append(self, plan: Plan, parameters: Buffers) -> None:
+        """Grow by the param group that a plan has more, as one new version; for the arguments see `Store.append`.
+
+        Raises:
+            NotInitialised: the first parameters have not arrived.
+        """
+        self.store.append(plan.layout, plan.groups, parameters)
+        self.groups = (*self.groups, *plan.groups[len(self.plan.groups) :])
+        self.plan = plan
+
+    def append_arrived(self, plan: Plan, arrived: Contents) -> None:
+        """Grow by a param group whose parameters arrived, in a layout of their own."""
+        parameters, own = FlatBuffers(plan.layout, self.device, zero=False), arrived.elements[PARAM]
+        for place, index in enumerate(range(len(self.plan.layout.segments), len(plan.layout.segments))):
+            parameters.segment(index).copy_(own.segment(place))
+        self.append(plan, parameters)
 
     # -- steps and writes -------------------------------------------------------------------------------------------
 
@@ -158,8 +185,8 @@ class SessionState:
 
     # -- reads and room for what arrives ----------------------------------------------------------------------------
 
-    def intake(self, head: PutHead) -> Contents:
-        """Return memory for contents that a header announces.
+    def intake(self, head: PutHead, layout: Layout) -> Contents:
+        """Return memory for contents that a header announces, in the layout that its worker knows.
 
         Raises:
             InvalidOption, InvalidRequest, TensorMismatch: the header names what the session does not have.
@@ -168,9 +195,7 @@ class SessionState:
             raise TensorMismatch(
                 "The first contents must hold every parameter.", field="fields", remedy="Send `param` whole."
             )
-        count = len(self.plan.layout.segments)
-        indices = range(count) if head.segments is None else from_ranges(head.segments, count)
-        return Contents(self.plan.layout, self.plan.rule, head.fields, indices)
+        return Contents(layout, self.plan.rule, head.fields, layout.chosen(head.segments))
 
     def hold(self) -> Held:
         """Hold the current version, which nobody changes until it is released."""

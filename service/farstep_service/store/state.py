@@ -43,6 +43,18 @@ class State:
         self.fields: dict[str, FlatBuffers] = {name: FlatBuffers(layout, device) for name in rule.fields(())}
         self.refill([segment for segment in range(len(layout.segments)) if self._begins_filled(segment)])
 
+    def appended(self, layout: Layout, groups: Sequence[Hyper]) -> State:
+        """Return this state with what the segments at the end of a longer layout begin with; this one is unchanged.
+
+        Args:
+            layout: this one with more segments.
+            groups: options of each param group of it; what is known of the present ones stays.
+        """
+        grown = State(layout, self._rule, (*self._groups, *groups[len(self._groups) :]), self._device)
+        for name, buffers in self.fields.items():
+            grown.memory(name).copy_(buffers, range(len(self._layout.segments)))
+        return grown
+
     @property
     def nbytes(self) -> int:
         """Return the bytes allocated."""

@@ -3,6 +3,7 @@
     apply(groups, gradients)     one step: all of it or, after a failure, none of it to see until it is finished
     hold()                       the current version, which nobody changes until it is released
     write(segments, contents)    other contents, as one new version
+    append(layout, ...)          more segments at the end, as one new version
     buffers(field), numbers()    what is there now, to be copied before anything else is called
 
 A step is decided before anything is written; whatever is wrong with it is found then. If a kernel fails midway the step
@@ -86,9 +87,7 @@ class Store:
         parameters = parameters or FlatBuffers(layout, self.device)
         if parameters.layout != layout or parameters.device != self.device:
             raise TensorMismatch("The parameters are not in the session's layout, or not on its device.")
-        kinds = {(segment.buffer, segment.group) for segment in layout.segments}
-        forms = {Form(dtype, rule.optional(groups[group])) for dtype, group in kinds}
-        kernels.prepare(rule, sorted(forms), self.device)
+        self._prepare(layout, groups)
         self._lock = threading.RLock()
         self._planner = Planner(layout, rule)
         self._pending: Step | None = None
@@ -319,6 +318,39 @@ class Store:
             self._state.refill(segments)
             self._planner.forget()
             self._now = replace(self._now, counts=counts)
+
+    def append(self, layout: Layout, groups: Sequence[Hyper], parameters: Buffers) -> None:
+        """Grow by the segments at the end of a longer layout, as one new version.
+
+        Whatever fails, memory that is short included, leaves the store as it was.
+
+        Args:
+            layout: this one with more segments; the places of the present ones are the same.
+            groups: options of each param group of it.
+            parameters: memory of that layout, which holds the parameters of the new segments and belongs to the store
+                from now on. Those of the present ones are copied into it, unless it is the user's, which has them.
+        """
+        with self._lock, torch.no_grad():
+            self.finish()
+            if parameters.layout is not layout or parameters.device != self.device:
+                raise TensorMismatch("The parameters are not in the session's new layout, or not on its device.")
+            present, count = len(self.layout.segments), len(layout.segments)
+            self._prepare(layout, groups)
+            if isinstance(parameters, FlatBuffers):
+                parameters.copy_(self._versions.current, range(present))
+            state = self._state.appended(layout, groups)
+            planner = Planner(layout, self.rule)
+            version = self.version + 1
+            born = [state.newborn(index) for index in range(present, count)]
+            now = Contents(version, [*self._now.counts, *born], [*self._now.changed, *[version] * (count - present)])
+            self._versions.grow(parameters, version)
+            self.layout, self._planner, self._state, self._now = layout, planner, state, now
+
+    def _prepare(self, layout: Layout, groups: Sequence[Hyper]) -> None:
+        """Have kernels made ready for what a layout holds."""
+        kinds = {(segment.buffer, segment.group) for segment in layout.segments}
+        forms = {Form(dtype, self.rule.optional(groups[group])) for dtype, group in kinds}
+        self._kernels.prepare(self.rule, sorted(forms), self.device)
 
     def _write_parameters(self, segments: Sequence[int], values: Buffers, version: int) -> None:
         """Copy parameters into the next version's memory."""

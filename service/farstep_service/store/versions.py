@@ -3,6 +3,7 @@
     nobody holds v     the step writes over v, in place
     somebody holds v   the step writes v+1 into other memory, the spare one or new; v goes when its last holder does
     released           its memory becomes the spare; a spare that some steps in a row did not need is given back
+    the layout grows   v+1 is in memory of the new layout; v stays with its holders, and its memory is no spare
 
 So readers never lock, copy or tear, and the lone worker pays nothing. Memory that belongs to the user (an embedded
 session) cannot be exchanged under him; there, a holder gets a copy.
@@ -87,7 +88,7 @@ class Held:
 class Versions:
     """The memory of the current version, of those still held, and a spare.
 
-    `hold`, `target` and `publish` are called by one thread at a time, `drop` by any.
+    `hold`, `target`, `publish` and `grow` are called by one thread at a time, `drop` by any.
 
     Args:
         buffers: the first version's memory.
@@ -172,7 +173,17 @@ class Versions:
             else:
                 self._retire(old)
 
+    def grow(self, buffers: Buffers, version: int) -> None:
+        """Make memory of a longer layout the current version."""
+        with self._lock:
+            old, self._current = self._current, Memory(buffers, version)
+            self._spare = None
+            if old.holders:
+                self._older.append(old)
+
     def _retire(self, memory: Memory) -> None:
         """Keep memory that nobody needs as the spare, the newest if there are two: less of it is out of date."""
+        if memory.buffers.layout is not self.current.layout:
+            return  # from before the layout grew
         if self._spare is None or self._spare.version < memory.version:
             self._spare = memory if isinstance(self.current, FlatBuffers) else None

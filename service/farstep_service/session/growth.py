@@ -1,0 +1,43 @@
+"""What a session becomes with one more param group: decided here, carried out by the session."""
+
+from __future__ import annotations
+
+from farstep.errors import InvalidOption, OptionsDiffer
+from farstep.growth import AppendHead
+from farstep_service.layout import SegmentSpec
+from farstep_service.plan import Plan
+
+
+def grown(plan: Plan, head: AppendHead, *, known: int) -> Plan:
+    """Return a plan with the group of a header, or the plan itself if it has that group.
+
+    Args:
+        known: how many groups the worker knows.
+
+    Raises:
+        InvalidOption: groups before it are missing, or an option is not acceptable.
+        OptionsDiffer: the plan has another group of that number.
+        TensorMismatch, LimitExceeded: a parameter cannot be stored.
+    """
+    if head.group > known:
+        raise InvalidOption(
+            f"Param group {head.group} cannot be added: worker {head.name.worker!r} knows {known} groups.",
+            remedy="Add the groups in their order.",
+            field="group",
+            limit=known,
+        )
+    if head.group == len(plan.groups):
+        return plan.append(head.options, segments_of(head))
+    wanted = plan.first(head.group).append(head.options, segments_of(head))
+    if difference := plan.first(head.group + 1).difference(wanted):
+        raise OptionsDiffer(
+            f"Session {plan.name!r} has a param group {head.group}, but {difference}.",
+            remedy="Add the group with the options and parameters that the other worker gave it.",
+            field="group",
+        )
+    return plan
+
+
+def segments_of(head: AppendHead) -> list[SegmentSpec]:
+    """Return the parameters that a header announces, unchecked."""
+    return [SegmentSpec(each.name, each.shape, each.dtype, head.group) for each in head.parameters]

@@ -1,0 +1,42 @@
+"""What becomes of a write: a receipt, or an error in words that its worker can act on."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from farstep.errors import FarstepError, InternalError, InvalidOption, Unavailable
+from farstep.messages import Receipt, WriteName
+
+log = logging.getLogger("farstep.session")
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a write: a receipt or an error, and the seconds its kernel took."""
+
+    result: Receipt | FarstepError
+    duplicate: bool = False
+    kernel_s: float = 0.0
+
+
+Outcomes = dict[WriteName, Outcome]
+
+
+def told(exc: Exception, what: str) -> FarstepError:
+    """Return what the workers of a write that failed before it changed anything are told.
+
+    Args:
+        what: the write, as the beginning of a sentence.
+    """
+    if isinstance(exc, FarstepError):
+        return exc
+    if isinstance(exc, ArithmeticError):
+        return InvalidOption(f"There is no step with these options: {exc}.", remedy="Correct the group options.")
+    log.error("%s could not begin", what.lower(), exc_info=exc)
+    if isinstance(exc, MemoryError) or "memory" in str(exc):  # torch reports it as a RuntimeError
+        return Unavailable(f"{what} found no memory; nothing has changed.", remedy="Try again, or remove a session.")
+    return InternalError(
+        f"{what} could not begin ({type(exc).__name__}); nothing has changed.",
+        remedy="Report it with the server's log.",
+    )
