@@ -71,9 +71,9 @@ def outgrown(session: str, worker: str, groups: int, *, by: str = "", side: Side
     Args:
         by: who added the next one, where that is known.
     """
-    who = f"Worker {by!r}" if by else "Another worker, or a call that got no answer,"
+    who = "A call that got no answer" if by == worker else f"Worker {by!r}" if by else "Another worker"
     return Fenced(
-        f"{who} added param group {groups} to session {session!r}, which worker {worker!r} does not know.",
+        f"{who} added param group {groups} to session {session!r}; worker {worker!r} does not have it.",
         remedy="Add the same group with add_param_group, or make a new optimizer with all groups.",
         field="group",
         limit=groups,

@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -19,7 +20,8 @@ from torch import Tensor
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
-from farstep.link import FieldKind, Link, Options, SessionSpec, Start, State, StepReport, worth_sending
+from farstep.growth import AppendHead, NewParameter, outgrown
+from farstep.link import FieldKind, Link, Options, Parameter, SessionSpec, Start, State, StepReport, worth_sending
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
 from farstep.patience import Patience
 from farstep.presence import PRESENT
@@ -133,8 +135,7 @@ class HttpLink(Link):
 
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
             nonlocal arrived
-            ranges = header.get("segments")
-            arrived = None if ranges is None else from_ranges(ranges, len(self._parameters), side="client")
+            arrived = self._arriving(header, len(self._parameters))
             return self._arrivals.targets(arrived)
 
         with self._session_there():
@@ -198,6 +199,35 @@ class HttpLink(Link):
         self._version = int(received.header["version"])
         return Receipt.from_header(received.header["receipt"])
 
+    def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
+        group, everything = len(self._spec.groups), [*self._parameters, *tensors]
+        described = tuple(NewParameter(each.name, each.shape, each.dtype) for each in parameters)
+        arrivals = Arrivals(everything)
+
+        def head(name: WriteName, incarnation: str) -> AppendHead:
+            return AppendHead(name, incarnation, group, options, described)
+
+        arrived: list[int] | None = None
+
+        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+            nonlocal arrived
+            arrived = self._arriving(header, len(everything))
+            return arrivals.targets(arrived)
+
+        with self._session_there():
+            received = self._writer.append(head, [outgoing(each) for each in tensors], place)
+        receipt = Receipt.from_header(received.header["receipt"])
+        if not receipt.applied:
+            arrivals.settle_(arrived)
+            self._version = int(received.header["version"])
+        elif receipt.base == self._version:  # else others have stepped: what is here is still of the version before
+            self._version = receipt.version
+        self._spec = replace(
+            self._spec, groups=(*self._spec.groups, options), parameters=(*self._spec.parameters, *parameters)
+        )
+        self._parameters, self._arrivals = everything, arrivals
+        return receipt.applied
+
     # -- reads ------------------------------------------------------------------------------------------------------
 
     def pull(self) -> int:
@@ -230,6 +260,7 @@ class HttpLink(Link):
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
             if header["incarnation"] != self._writer.incarnation:
                 raise self._lost("was created anew at")
+            self._arriving(header, len(self._parameters))
             return targets(header)
 
         def attempt() -> Received:
@@ -237,6 +268,19 @@ class HttpLink(Link):
 
         with self._session_there():
             return self._patience.call(f"{doing} session {self._spec.name!r}", self._server.server, attempt)
+
+    def _arriving(self, header: Mapping[str, Any], count: int) -> list[int] | None:
+        """Return which parameters an answer holds, None for all that are here.
+
+        Raises:
+            Fenced: it holds all that the session has, which are not so many.
+        """
+        ranges = header.get("segments")
+        if ranges is not None:
+            return from_ranges(ranges, count, side="client")
+        if header.get("count", count) != count:
+            raise outgrown(self._spec.name, self._place.worker, len(self._spec.groups), side="client")
+        return None
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

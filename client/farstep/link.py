@@ -158,6 +158,23 @@ class Link(ABC):
         """
 
     @abstractmethod
+    def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
+        """Add a param group to the session, at its end, and return whether the session grew by it.
+
+        If another worker has added this group before, it did not: the parameters of the group, and those that are here
+        already, are then brought to the session's current version.
+
+        Args:
+            options: the group's options.
+            parameters, tensors: the group's parameters; `tensors` are updated in place from now on.
+
+        Raises:
+            OptionsDiffer: the session has another group in its place.
+            FarstepError: what the session refused, or `Unavailable` when no answer came in time. The link is then as it
+                was.
+        """
+
+    @abstractmethod
     def stateful(self) -> tuple[int, list[bool]]:
         """Return the session's version, and for each parameter whether it has optimizer state; moves no tensors."""
 

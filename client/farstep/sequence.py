@@ -73,6 +73,12 @@ class Names:
         self.unsure = False
         self._committed = 0
 
+    @property
+    def outgrown(self) -> bool:
+        """Say whether a param group was added by a write that got no answer, so that its caller does not know it."""
+        before = self.unanswered
+        return before is not None and "group" in before.header and before.sequence <= self._committed
+
     def next(self) -> WriteName:
         """Return the name of the next new write."""
         return WriteName(self.worker, self.epoch, self._committed + 1)

@@ -11,11 +11,12 @@ from urllib.parse import quote
 
 from farstep.conversation import Conversation, Place, Received
 from farstep.errors import IdempotencyMismatch, Unavailable
+from farstep.growth import AppendHead, outgrown
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.patience import Patience
 from farstep.sequence import Names
 
-MakeHead = Callable[[WriteName, str], PushHead | PutHead]
+MakeHead = Callable[[WriteName, str], PushHead | PutHead | AppendHead]
 """Given a name and the session's incarnation, return the header of a write."""
 
 
@@ -64,6 +65,10 @@ class Writer:
         """Send contents; see `_write`."""
         return self._write("Writing", "PUT", f"{self._path}/contents", head, payload, lambda header: [])
 
+    def append(self, head: MakeHead, payload: Sequence[memoryview], place: Place) -> Received:
+        """Send a param group; see `_write`."""
+        return self._write("Adding a param group to", "POST", f"{self._path}/groups", head, payload, place)
+
     def _write(
         self, doing: str, method: str, path: str, head: MakeHead, payload: Sequence[memoryview], place: Place
     ) -> Received:
@@ -74,6 +79,7 @@ class Writer:
         """
         while True:
             header = self._named(head, payload)
+            self._check_known(header)
 
             def attempt(header: Mapping[str, Any] = header) -> Received:
                 return self._server.data(method, path, header, payload, place, wait_s=self._barrier_s)
@@ -89,6 +95,17 @@ class Writer:
             else:
                 self.names.committed(header["seq"])
                 return received
+
+    def _check_known(self, header: Mapping[str, Any]) -> None:
+        """Refuse a write of a worker that does not know a group of its own, because it got no answer to it.
+
+        Raises:
+            Fenced: the group has to be added again first, which finds it there.
+        """
+        before = self.names.unanswered
+        if before is not None and self.names.outgrown and "group" not in header:
+            group = int(before.header["group"])
+            raise outgrown(self._session, self.names.worker, group, by=self.names.worker, side="client")
 
     def _named(self, head: MakeHead, payload: Sequence[memoryview]) -> Mapping[str, Any]:
         """Return a write's header, under a new name or as it was sent before; ask the server if that is not clear."""

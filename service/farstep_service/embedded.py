@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import cast, final
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from farstep.consistency import Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
-from farstep.link import FieldKind, Link, Options, SessionSpec, Start, State, StepReport, worth_sending
+from farstep.link import FieldKind, Link, Options, Parameter, SessionSpec, Start, State, StepReport, worth_sending
 from farstep.presence import PRESENT, mask_of
 from farstep.settings import Place
 from farstep_service.contents import Contents
@@ -51,17 +52,10 @@ class EmbeddedLink(Link):
                 field="consistency",
                 side="client",
             )
-        devices = sorted({str(p.device) for p in parameters})
-        if len(devices) > 1:
-            raise InvalidOption(
-                f"The parameters are on {' and '.join(devices)}; an embedded session works on one device.",
-                remedy="Use one optimizer per device, or a server.",
-                side="client",
-            )
         self._spec = spec
         self._worker = place.worker
         self._parameters = list(parameters)
-        self._device = torch.device(devices[0] if devices else "cpu")
+        self._device = _one_device(parameters)
         self._plan = Plan.build(
             name=spec.name,
             optimizer=spec.optimizer,
@@ -173,6 +167,18 @@ class EmbeddedLink(Link):
                     contents.elements[field].segment(index).copy_(value)
         return contents
 
+    def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
+        everything = [*self._parameters, *tensors]
+        _one_device(everything)
+        plan = self._plan.append(options, [SegmentSpec(p.name, p.shape, p.dtype, p.group) for p in parameters])
+        gradients = BorrowedBuffers(plan.layout, device=self._device)
+        self._state.append(plan, BorrowedBuffers(plan.layout, everything, device=self._device))
+        self._plan, self._gradients, self._parameters = plan, gradients, everything
+        self._spec = replace(
+            self._spec, groups=(*self._spec.groups, options), parameters=(*self._spec.parameters, *parameters)
+        )
+        return True
+
     def stateful(self) -> tuple[int, list[bool]]:
         return self.version, [each is not None for each in self._state.copy((PRESENT,)).has() or ()]
 
@@ -199,6 +205,18 @@ class EmbeddedLink(Link):
 
     def close(self) -> None:
         """Nothing outlives the optimizer."""
+
+
+def _one_device(parameters: Sequence[Tensor]) -> torch.device:
+    """Return the device that all parameters are on."""
+    devices = sorted({str(p.device) for p in parameters})
+    if len(devices) > 1:
+        raise InvalidOption(
+            f"The parameters are on {' and '.join(devices)}; an embedded session works on one device.",
+            remedy="Use one optimizer per device, or a server.",
+            side="client",
+        )
+    return torch.device(devices[0] if devices else "cpu")
 
 
 def open_link(

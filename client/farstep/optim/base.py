@@ -24,10 +24,9 @@ from torch.optim.optimizer import ParamsT
 
 from farstep.errors import InvalidOption
 from farstep.optim.in_session import InSession
-from farstep.optim.membership import refused
 from farstep.optim.options import check_group
-from farstep.optim.torch_form import completed, local
-from farstep.settings import RemoteOptions, carried, elsewhere, of_copy, resolve
+from farstep.optim.torch_form import completed, describe_group, local
+from farstep.settings import RemoteOptions, carried, of_copy, resolve
 
 
 class RemoteOptimizer(InSession):
@@ -90,34 +89,28 @@ class RemoteOptimizer(InSession):
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as the constructor does; a private session is replaced by one that has it, at the same version.
+        """Add a group, as the constructor does; the session grows by it, as one new version.
+
+        Every other worker of the session has to add the same group, and is told so. The second worker to add it gets
+        the session's parameters, of this group and of the others, in the place of its own.
 
         Raises:
             ValueError, TypeError: torch's own, when the group's parameters or options are not acceptable.
-            FarstepError: other workers may be in the session, whose groups therefore stay; or the new session cannot
-                be had. Nothing has changed then.
+            FarstepError: what the session refused, as another group than the one it has in this place; or
+                `Unavailable`. Here nothing has changed then; add the group again.
         """
         if getattr(self, "_membership", None) is None:
             super().add_param_group(param_group)
             return
         member = self._member()
-        if not member.place.private:
-            raise refused(
-                f"The groups of session {self.session!r}, which other workers may share, are those it began with.",
-                "Give all parameters to the constructor.",
-            )
-        before = dict(vars(self))
-        state = self.state.copy()
         super().add_param_group(param_group)
         try:
             self._check_groups()
-            self._open(elsewhere(member.place), state, self.version)
+            index, group = len(self.param_groups) - 1, self.param_groups[-1]
+            member.append(self._options()[index], describe_group(index, group), group["params"])
         except BaseException:
-            vars(self).update(before)
             self.param_groups.pop()
             raise
-        self.last_step = before["last_step"]
-        member.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's form of the state, fetched from the session as far as it is not here; `torch.optim` loads it.

@@ -17,13 +17,22 @@ class Edits:
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = parameters
+        self._parameters = list(parameters)
         self.see_()
 
     def see_(self) -> None:
         """Remember the parameters as they are now."""
-        self._seen = [(p._version, p.data_ptr()) for p in self._parameters]
+        self._seen = [_seen(p) for p in self._parameters]
+
+    def append_(self, parameters: Sequence[Tensor]) -> None:
+        """Take more parameters in, as they are now; edits of the others stay to be found."""
+        self._parameters += parameters
+        self._seen += [_seen(p) for p in parameters]
 
     def found(self) -> list[int]:
         """Return the indices of those that are not as they were seen."""
-        return [i for i, p in enumerate(self._parameters) if (p._version, p.data_ptr()) != self._seen[i]]
+        return [i for i, p in enumerate(self._parameters) if _seen(p) != self._seen[i]]
+
+
+def _seen(p: Tensor) -> tuple[int, int]:
+    return p._version, p.data_ptr()

@@ -17,7 +17,7 @@ from typing import Any, final
 from torch import Tensor
 
 from farstep.errors import FarstepError
-from farstep.link import FieldKind, SessionSpec, Start, State, StepReport, open_link
+from farstep.link import FieldKind, Parameter, SessionSpec, Start, State, StepReport, open_link
 from farstep.optim.edits import Edits
 from farstep.optim.options import Options, changes, without
 from farstep.optim.state import RemoteState
@@ -103,6 +103,18 @@ class Membership:
         version = self.link.pull()
         self._have_seen()
         return version
+
+    def append(self, options: Options, described: Sequence[Parameter], parameters: Sequence[Tensor]) -> None:
+        """Add a param group. If another worker has, parameters and state are the session's from now on."""
+        grew = self.link.append(options, described, parameters)
+        self.parameters += parameters
+        self._sent = [*self._sent, options]
+        if self._edits is not None:
+            self._edits.append_(parameters)
+        if not grew:
+            self._have_seen()
+            self.state.forget_()
+        self.state.append_(parameters)
 
     def rejoin(self, state: Mapping[Any, Any] | None, version: int) -> bool:
         """Join the session again; return whether it had to be created anew, from this state and at this version."""

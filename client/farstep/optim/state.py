@@ -60,6 +60,16 @@ class RemoteState(Fetched):
         """Drop what was read, and take the user's own entries from another mapping."""
         self._keep_({key: value for key, value in other.items() if isinstance(value, Mapping)})
 
+    def append_(self, parameters: Sequence[Tensor]) -> None:
+        """Take on parameters that the session has begun with just now; what was read or edited of the others stays."""
+        for index, p in enumerate(parameters, len(self._indices)):
+            self._indices[p] = index
+            if self._known and self._link.eager:
+                self._present.add(index)
+                own = dict.get(self, p, {})
+                if not self._fields_of(own):
+                    dict.__setitem__(self, p, _Unread(own))
+
     def refresh_(self) -> None:
         """Drop what was read if it is not all, or others have taken the session on: a whole is of one version."""
         if self._known:

@@ -17,12 +17,16 @@ ON_DEVICE = frozenset({"eta", "mu"})
 
 def describe(groups: Iterable[Mapping[str, Any]]) -> list[Parameter]:
     """Describe the parameters of all groups in order, by torch's `param_names` where the caller gave names."""
-    described = []
-    for index, group in enumerate(groups):
-        names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
-        for name, p in zip(names, group["params"], strict=True):
-            described.append(Parameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), index))
-    return described
+    return [each for index, group in enumerate(groups) for each in describe_group(index, group)]
+
+
+def describe_group(index: int, group: Mapping[str, Any]) -> list[Parameter]:
+    """Describe the parameters of the group of that number."""
+    names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
+    return [
+        Parameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), index)
+        for name, p in zip(names, group["params"], strict=True)
+    ]
 
 
 def to_session(own: Mapping[str, Any], fields: Mapping[str, FieldKind]) -> State | None:
