@@ -1,4 +1,7 @@
-"""A network that loses, repeats and reorders, against a model of the promise: each write once, receipts for ever."""
+"""A network that loses, repeats and reorders, against a model of the promise: each write once, receipts for ever.
+
+Writes are pushes, and param groups that the session grows by.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,17 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, invariant, rule
 
-from farstep.errors import BarrierTimeout, FarstepError, Fenced, IdempotencyMismatch, NonFinite, SequenceGap
+from farstep.errors import (
+    BarrierTimeout,
+    FarstepError,
+    Fenced,
+    IdempotencyMismatch,
+    InvalidOption,
+    NonFinite,
+    OptionsDiffer,
+    SequenceGap,
+    TensorMismatch,
+)
 from farstep.messages import Receipt, WriteName
 from farstep_service.session import Outcomes
 from tests.session.writers import Twin, Writer, equal, new_session, parameters, sync, values
@@ -18,22 +31,37 @@ from tests.session.writers import Twin, Writer, equal, new_session, parameters, 
 DEADLINE_S = 10.0
 BAD = 3
 """The content that holds NaN."""
+LRS = (0.1, 0.3, 0.4)
+"""Learning rates of groups, by content."""
 
 
 @dataclass(frozen=True)
 class Message:
-    """A push on its way; it may arrive never, later, or twice."""
+    """A push on its way, or a param group; it may arrive never, later, or twice.
+
+    Attributes:
+        groups: how many the worker knows when it makes the message; a group that is added has this number.
+    """
 
     name: WriteName
     content: int
+    groups: int
+    adds: bool = False
 
 
 @dataclass
 class Page:
+    known: int
     epoch: int = 0
     last: int = 0
-    done: dict[int, tuple[int, Receipt | None]] = field(default_factory=dict)
+    done: dict[int, Message | None] = field(default_factory=dict)
+    knew: dict[int, int] = field(default_factory=dict)
     waiting: Message | None = None
+
+    def commit(self, message: Message) -> None:
+        """Note a write that happened, and how many groups the worker knew with it."""
+        self.last += 1
+        self.done[self.last], self.knew[self.last] = message, self.known
 
 
 class Model:
@@ -47,17 +75,25 @@ class Model:
         self.workers = workers
         self.pages: dict[str, Page] = {}
         self.steps: list[tuple[Message, ...]] = []
+        self.groups: list[int] = [0]
         self.deadline: float | None = None
 
     def expect(self, message: Message, now: float) -> type[FarstepError] | str:
-        """Return the error a push gets, or `duplicate`, `joins`, `waits` or `applied`, having done it."""
-        page, name = self.pages.get(message.name.worker, Page()), message.name
+        """Return the error a write gets, or `duplicate`, `joins`, `waits`, `learned` or `applied`, having done it."""
+        page, name = self.pages.get(message.name.worker, Page(1)), message.name
         if name.epoch != page.epoch:
             return Fenced
         if name.sequence > page.last + 1:
             return SequenceGap
+        if not message.adds:
+            if name.sequence > page.last and page.known < len(self.groups):
+                return Fenced
+            if message.groups != page.knew.get(name.sequence, page.known):
+                return TensorMismatch
         if name.sequence <= page.last:
-            return "duplicate" if page.done[name.sequence][0] == message.content else IdempotencyMismatch
+            return "duplicate" if page.done[name.sequence] == message else IdempotencyMismatch
+        if message.adds:
+            return self.expect_group(page, message)
         if page.waiting:
             return "joins" if page.waiting == message else IdempotencyMismatch
         if message.content == BAD:
@@ -70,9 +106,26 @@ class Model:
         self.steps.append(tuple(page.waiting for page in together if page.waiting))
         for each in together:
             assert each.waiting
-            each.last += 1
-            each.done[each.last], each.waiting = (each.waiting.content, None), None
+            each.commit(each.waiting)
+            each.waiting = None
         self.deadline = None
+        return "applied"
+
+    def expect_group(self, page: Page, message: Message) -> type[FarstepError] | str:
+        """Return what becomes of a group: the session's own, one that it has, or another one in its place."""
+        if message.groups > page.known:
+            return InvalidOption
+        there = message.groups < len(self.groups)
+        if there and self.groups[message.groups] != message.content:
+            return OptionsDiffer
+        if page.waiting:
+            return IdempotencyMismatch
+        page.known = max(page.known, message.groups + 1)
+        page.commit(message)
+        if there:
+            return "learned"
+        self.groups.append(message.content)
+        self.steps.append((message,))
         return "applied"
 
     def withdraw(self) -> None:
@@ -96,16 +149,17 @@ class Network(RuleBasedStateMachine):
         for name in self.names:
             self.join(name)
         Writer(self.session, "w0", 1).put({"param": values(self.session, 0)}, initial=True)
-        self.model.pages["w0"].last, self.model.pages["w0"].done[1] = 1, (-1, None)
+        page = self.model.pages["w0"]
+        page.last, page.done[1], page.knew[1] = 1, None, 1
         self.twin = Twin(parameters(self.session))
         self.replayed = 0
 
     def join(self, name: str) -> None:
         epoch, outcomes = self.session.join(name)
-        page = self.model.pages.get(name, Page())
+        page = self.model.pages.get(name, Page(1))
         assert epoch == page.epoch + 1
         self.expect_fenced(page, outcomes)
-        self.model.pages[name] = Page(epoch)
+        self.model.pages[name] = Page(len(self.model.groups), epoch)
         self.model.withdraw()
 
     def expect_fenced(self, page: Page, outcomes: Outcomes) -> None:
@@ -121,7 +175,7 @@ class Network(RuleBasedStateMachine):
         name = self.names[which % len(self.names)]
         page = self.model.pages[name]
         self.expect_fenced(page, self.session.leave(name, page.epoch))
-        self.model.pages[name] = Page(page.epoch + 1)
+        self.model.pages[name] = Page(page.known, page.epoch + 1)
         self.model.withdraw()
         self.join(name)
 
@@ -136,24 +190,50 @@ class Network(RuleBasedStateMachine):
         """Make a push, most often the next one, and deliver it."""
         name = self.names[which % len(self.names)]
         page = self.model.pages[name]
-        message = Message(WriteName(name, page.epoch - older, max(1, page.last + 1 + ahead)), content)
+        sequence = max(1, page.last + 1 + ahead)
+        known = page.knew.get(sequence, page.known)
+        message = Message(WriteName(name, page.epoch - older, sequence), content, known)
+        self.deliver(message)
+        return message
+
+    @rule(
+        target=messages,
+        which=st.integers(0, 2),
+        ahead=st.sampled_from([0, 0, 0, 0, 0, 0, -1, 1]),
+        group=st.sampled_from([0, 0, 0, 0, -1, 1]),
+        content=st.sampled_from([1, 1, 1, 2]),
+    )
+    def add(self, which: int, ahead: int, group: int, content: int) -> Message:
+        """Add a param group, most often the first that the worker does not know, and deliver it."""
+        name = self.names[which % len(self.names)]
+        page = self.model.pages[name]
+        sequence = max(1, page.last + 1 + ahead)
+        message = Message(WriteName(name, page.epoch, sequence), content, max(1, page.known + group), adds=True)
         self.deliver(message)
         return message
 
     @rule(message=messages)
     def deliver(self, message: Message) -> None:
-        """Deliver a push, for the first time or once more."""
+        """Deliver a write, for the first time or once more."""
+        waiting = {each.waiting.name for each in self.model.pages.values() if each.waiting}
         expected = self.model.expect(message, self.now)
-        writer = Writer(self.session, message.name.worker, message.name.epoch)
-        gradient = values(self.session, message.content)
-        if message.content == BAD:
-            gradient[0][0] = float("nan")
         if isinstance(expected, type):
             with pytest.raises(expected):
-                writer.push(gradient, sequence=message.name.sequence, base=0, now=self.now)
+                self.write(message)
             return
-        outcomes = writer.push(gradient, sequence=message.name.sequence, base=0, now=self.now)
-        if expected in ("joins", "waits"):
+        outcomes = self.write(message)
+        if message.adds and expected == "applied":
+            assert outcomes.keys() == {message.name} | waiting
+            assert all(isinstance(outcomes[name].result, Fenced) for name in waiting)
+            for page in self.model.pages.values():
+                page.waiting = None
+            self.model.withdraw()
+        if expected == "learned" or (message.adds and expected == "applied"):
+            own = outcomes[message.name].result
+            assert isinstance(own, Receipt)
+            assert (own.version, own.applied) == (len(self.model.steps), expected == "applied")
+            self.receipts[message.name] = own
+        elif expected in ("joins", "waits"):
             assert outcomes == {}
         elif expected == "duplicate":
             assert outcomes.keys() == {message.name}
@@ -170,6 +250,19 @@ class Network(RuleBasedStateMachine):
                 assert outcome.result.version == len(self.model.steps)
                 assert outcome.result.contributors == tuple(each.name.worker for each in step)
                 self.receipts[name] = outcome.result
+
+    def write(self, message: Message) -> Outcomes:
+        writer, sequence = Writer(self.session, message.name.worker, message.name.epoch), message.name.sequence
+        if message.adds:
+            late, options = (
+                {f"g{message.groups}": torch.full((3,), float(message.groups))},
+                {"lr": LRS[message.content]},
+            )
+            return writer.append(late, group=message.groups, options=options, sequence=sequence)
+        gradient = values(self.session, message.content)[: message.groups]
+        if message.content == BAD:
+            gradient[0][0] = float("nan")
+        return writer.push(gradient, sequence=sequence, base=0, now=self.now)
 
     @rule(seconds=st.sampled_from([1.0, 4.0, DEADLINE_S]))
     def time_passes(self, seconds: float) -> None:
@@ -193,12 +286,14 @@ class Network(RuleBasedStateMachine):
             assert self.session.position(name) == (page.epoch, page.last, page.waiting is not None)
         while self.replayed < len(self.model.steps):
             step = self.model.steps[self.replayed]
-            total = torch.zeros(0)
-            for index, each in enumerate(step):
-                own = values(self.session, each.content)[0]
-                total = own if index == 0 else total + own
-            self.twin.step([total / len(step)])
             self.replayed += 1
+            if step[0].adds:
+                late = torch.full((3,), float(step[0].groups))
+                self.twin.parameters.append(late)
+                self.twin.optimizer.add_param_group({"params": [late], "lr": LRS[step[0].content]})
+                continue
+            each = [values(self.session, push.content)[: push.groups] for push in step]
+            self.twin.step([sum(own[1:], start=own[0]) / len(step) for own in zip(*each, strict=True)])
         assert equal(parameters(self.session), self.twin.parameters)
 
 

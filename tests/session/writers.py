@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farstep.errors import FarstepError
+from farstep.errors import FarstepError, TensorMismatch
+from farstep.growth import AppendHead, NewParameter
 from farstep.messages import PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.wire import to_ranges
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
@@ -205,6 +206,7 @@ class Writer:
             sparse=tuple(sparse),
             groups=groups or {},
         )
+        self.session.check(name, incarnation)
         contribution = self.session.contribution(head)
         content = b"".join(map(_bytes, gradients))
         _fill(contribution.allocate(), content)
@@ -231,6 +233,28 @@ class Writer:
         )
         _fill(intake.allocate(), content)
         return self._noted(name, self.session.put(head, intake, _digest(content, initial, version)))
+
+    def append(
+        self,
+        tensors: Mapping[str, Tensor],
+        *,
+        group: int | None = None,
+        options: Mapping[str, Any] | None = None,
+        sequence: int | None = None,
+        incarnation: str = "here",
+    ) -> Outcomes:
+        """Add a param group with these parameters, by default one more than there are."""
+        name = self.named(sequence)
+        index = len(self.session.plan.groups) if group is None else group
+        announced = tuple(
+            NewParameter(key, tuple(each.shape), str(each.dtype).removeprefix("torch."))
+            for key, each in tensors.items()
+        )
+        head = AppendHead(name, incarnation, index, options or {"lr": 0.3}, announced)
+        intake = self.session.addition(head)
+        content = b"".join(map(_bytes, tensors.values()))
+        _fill(intake.allocate(), content)
+        return self._noted(name, self.session.append(head, intake, _digest(content, head)))
 
     def _noted(self, name: WriteName, outcomes: Outcomes) -> Outcomes:
         own = outcomes.get(name)
@@ -260,7 +284,8 @@ def error(outcome: Outcome) -> FarstepError:
 
 
 def _fill(views: Sequence[memoryview], content: bytes) -> None:
-    assert sum(map(len, views)) == len(content)
+    if sum(map(len, views)) != len(content):
+        raise TensorMismatch("The body does not fit.")
     at = 0
     for view in views:
         view[:] = content[at : at + len(view)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from farstep.growth import AppendHead
-from farstep.messages import PushHead, PutHead, Receipt, Times
+from farstep.messages import PushHead, PutHead, Receipt, Times, WriteName
 from farstep_service.plan import Plan
 
 
@@ -161,11 +161,11 @@ class Host(ABC):
         """Grow by a param group, or note that a worker knows it."""
 
     @abstractmethod
-    async def parameters(self, since: int | None = None, worker: str | None = None) -> View:
+    async def parameters(self, since: int | None = None, write: WriteName | None = None) -> View:
         """Hold the parameters of the current version: all, or those that changed after version `since`.
 
         Args:
-            worker: leave those of groups out that this worker does not know.
+            write: leave those of groups out that its worker did not know when it made this write.
         """
 
     @abstractmethod

@@ -201,11 +201,11 @@ class LocalHost(Host):
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
-    async def parameters(self, since: int | None = None, worker: str | None = None) -> View:
+    async def parameters(self, since: int | None = None, write: WriteName | None = None) -> View:
         async with self._turn:
             self._check_open()
             held, outcomes = self._session.hold()
-            layout = self.plan.layout if worker is None else self._session.layout_of(worker)
+            layout = self.plan.layout if write is None else self._session.layout_at(write)
             self._resolve(outcomes)
         known, count = len(layout.segments), len(held.buffers.layout.segments)
         chosen: Sequence[int] = range(known) if since is None else held.changed_since(since)

@@ -91,7 +91,7 @@ class Push(Endpoint):
         if head.wanted == "none":
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
             return
-        view = await host.parameters(head.have if head.wanted == "changed" else None, head.name.worker)
+        view = await host.parameters(head.have if head.wanted == "changed" else None, head.name)
         await answer_view(send, header, view)
 
 
@@ -142,7 +142,7 @@ class Groups(Endpoint):
         if answer.receipt.applied:
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
         else:
-            await answer_view(send, header, await host.parameters(worker=head.name.worker))
+            await answer_view(send, header, await host.parameters(write=head.name))
 
 
 async def answer_view(send: Send, header: dict[str, Any], view: View) -> None:

@@ -162,10 +162,10 @@ class Session:
         self._aggregation.withdraw(worker)
         return {waiting.head.name: Outcome(error)}
 
-    def layout_of(self, worker: str) -> Layout:
-        """Return the layout that a worker knows: the session's, or what it was before it grew."""
-        lag = self._known.lag(worker)
-        return self.plan.layout if lag is None else self.plan.layout.first(lag[0])
+    def layout_at(self, name: WriteName) -> Layout:
+        """Return the layout that a worker knew when it made a write: the session's, or what it was before it grew."""
+        known = self._known.at(name)
+        return self.plan.layout if known is None else self.plan.layout.first(known)
 
     def _outgrown(self, worker: str) -> Fenced | None:
         lag = self._known.lag(worker)
@@ -194,7 +194,7 @@ class Session:
 
     def contribution(self, head: PushHead) -> Contribution:
         """Return memory for a push's gradients; see `Contribution` for what it refuses."""
-        return Contribution(self.layout_of(head.name.worker), head.segments, head.sparse, self.plan.rule, self.groups)
+        return Contribution(self.layout_at(head.name), head.segments, head.sparse, self.plan.rule, self.groups)
 
     def push(self, head: PushHead, contribution: Contribution, fingerprint: str, now: float) -> Outcomes:
         """Take a complete push in and return every outcome it decides; none under its own name means that it waits.
@@ -239,7 +239,7 @@ class Session:
 
     def intake(self, head: PutHead) -> Contents:
         """Return memory for new contents; see `SessionState.intake` for what it refuses."""
-        return self._state.intake(head, self.layout_of(head.name.worker))
+        return self._state.intake(head, self.layout_at(head.name))
 
     def put(self, head: PutHead, contents: Contents, fingerprint: str) -> Outcomes:
         """Replace contents of the session in one step; their memory belongs to the session from now on."""
@@ -300,7 +300,7 @@ class Session:
             raise mismatch(head.name)
         plan = self._plan_with(head)
         if plan is self.plan:
-            self._known.learned(worker, head.group)
+            self._known.learned(head.group, head.name)
             receipt = Receipt(base, base, applied=False)
         else:
             try:
@@ -308,7 +308,7 @@ class Session:
             except Exception as exc:
                 raise told(exc, "The param group") from exc
             self.plan = plan
-            self._known.added(head.group, worker, self.workers)
+            self._known.added(head.group, head.name, self.workers)
             for other in self.workers:
                 if error := self._outgrown(other):
                     outcomes |= self._shut_out(other, error)
