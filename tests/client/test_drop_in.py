@@ -403,50 +403,6 @@ def test_schedules_work_as_with_torch(name: str, schedule: str, place: RemoteOpt
     twins.check()
 
 
-@pytest.mark.parametrize("steps", [0, 2])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_group_is_added_at_any_time(name: str, steps: int, place: RemoteOptions) -> None:
-    """Before or after steps, with options of its own; state, edits of it, and hooks stay."""
-    options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1}
-    twins = Twins(name, options, place, start=drawn(0)[:4])
-    calls: list[int] = []
-    twins.ours.register_step_post_hook(lambda *_: calls.append(1))
-    twins.train(steps)
-    added = drawn(5)[4:]
-    for each, ps in ((twins.ours, twins.here), (twins.theirs, twins.there)):
-        each.param_groups[0]["lr"] = 0.2
-        for p in ps if steps else ():
-            each.state[p]["momentum_buffer" if name == "SGD" else "step"] += 1
-        late = parameters(added)
-        each.add_param_group({"params": late, "lr": 0.3, "weight_decay": 0.1, "note": "late"})
-        ps += late
-    assert twins.ours.version == steps + 1
-    if name != "Adagrad":  # whose late parameters have state at once; torch's get it with their first step
-        twins.check()
-    twins.train(2, first=3)
-    twins.check()
-    assert len(calls) == steps + 2
-    assert twins.ours.version == steps + 3 + (steps > 0)  # the group, and the edits, are writes too
-
-
-def test_a_group_that_is_refused_changes_nothing(place: RemoteOptions) -> None:
-    """A parameter that is in a group already, options and dtypes that cannot be: an error, and training goes on."""
-    twins = Twins("Adagrad", {"lr": 0.1}, place)
-    twins.train(1)
-    session = twins.ours.session
-    (fresh,) = parameters(drawn(1, [(3,)]))
-    strange = torch.ones(3).to(torch.float8_e5m2).requires_grad_()
-    with pytest.raises(ValueError, match="appear in more than one parameter group"):
-        twins.ours.add_param_group({"params": [twins.here[0]]})
-    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
-        twins.ours.add_param_group({"params": [fresh], "lr": -1})
-    with pytest.raises(FarstepError, match="float8"):
-        twins.ours.add_param_group({"params": [strange]})
-    assert twins.ours.session == session
-    twins.train(2, first=2)
-    twins.check()
-
-
 def test_parameters_of_a_session_stay(place: RemoteOptions) -> None:
     """A parameter that was replaced after the session was opened is refused in words, not passed over."""
     here = parameters(drawn(0))

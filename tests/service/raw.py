@@ -107,6 +107,18 @@ class RawWorker:
         """Send gradients; a retry is `seq=...` of the first time."""
         return self.noted(self.raw.message("POST", f"{self.path}/push", *self.message(gradients, **changes)))
 
+    def append(self, tensors: Mapping[str, Tensor], **changes: Any) -> Answer:
+        """Send a param group with these parameters, by default the second."""
+        return self.noted(self.raw.message("POST", f"{self.path}/groups", *self.group(tensors, **changes)))
+
+    def group(self, tensors: Mapping[str, Tensor], **changes: Any) -> tuple[dict[str, Any], list[memoryview]]:
+        """Return header and payload of a param group."""
+        parameters = [
+            [each["name"], each["shape"], each["dtype"]] for each in specs(*tensors.values(), names=[*tensors])
+        ]
+        announced = {"base": ..., "group": 1, "options": {"lr": 0.3}, "parameters": parameters}
+        return self.head(**{**announced, **changes}), payload_of(tensors.values())
+
     def message(self, gradients: Sequence[Tensor | None], **changes: Any) -> tuple[dict[str, Any], list[memoryview]]:
         """Return header and payload of a push."""
         present = [index for index, each in enumerate(gradients) if each is not None]

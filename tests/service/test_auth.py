@@ -238,6 +238,7 @@ def guarded() -> Iterator[RunningServer]:
     [
         ("POST", "/v1/sessions/s/push"),
         ("PUT", "/v1/sessions/s/contents"),
+        ("POST", "/v1/sessions/s/groups"),
         ("POST", "/v1/sessions"),
         ("PUT", "/nowhere"),
     ],

@@ -64,6 +64,16 @@ def test_documents_have_schemas(document: dict[str, Any]) -> None:
         assert schemas[name]["description"].endswith(".")
 
 
+def test_data_routes_are_named(document: dict[str, Any]) -> None:
+    """The description names the msgpack routes, which it does not describe."""
+    for route in (
+        "`POST /v1/sessions/{name}/push`",
+        "`GET|PUT /v1/sessions/{name}/contents`",
+        "`POST /v1/sessions/{name}/groups`",
+    ):
+        assert route in document["info"]["description"]
+
+
 def test_errors_are_described(document: dict[str, Any]) -> None:
     """Every operation names the problem document, which is what an error really looks like."""
     for operation in operations(document).values():
