@@ -20,8 +20,9 @@ from torch import Tensor
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
+from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter, outgrown
-from farstep.link import FieldKind, Link, Options, Parameter, SessionSpec, Start, State, StepReport, worth_sending
+from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, worth_sending
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
 from farstep.patience import Patience
 from farstep.presence import PRESENT

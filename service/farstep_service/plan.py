@@ -55,7 +55,7 @@ class Plan:
 
         Raises:
             InvalidOption: an optimizer, option or mode that nobody knows, or a value out of range.
-            TensorMismatch, LimitExceeded: a parameter that cannot be stored.
+            TensorMismatch, LimitExceeded: a parameter that cannot be stored, or that the optimizer does not take.
         """
         rule = RULES.get(optimizer)
         if rule is None:
@@ -65,6 +65,7 @@ class Plan:
                 field="optimizer",
             )
         layout = Layout.build(segments)
+        rule.check_layout(layout)
         if layout.groups > len(groups):
             raise InvalidOption(
                 f"A parameter is of group {layout.groups - 1}, but there are {len(groups)} groups.", field="groups"
@@ -76,7 +77,7 @@ class Plan:
             layout=layout,
             consistency=from_options(consistency),
             nonfinite=_one_of("nonfinite", nonfinite, ("refuse", "allow")),
-            kernel=cast(KernelMode, _one_of("kernel", kernel, ("auto", "reference", "fused"))),
+            kernel=_kernel(rule, kernel),
         )
 
     def append(self, options: Mapping[str, Any], segments: Sequence[SegmentSpec]) -> Plan:
@@ -84,12 +85,14 @@ class Plan:
 
         Raises:
             InvalidOption: an option that nobody knows, or a value out of range.
-            TensorMismatch, LimitExceeded: a parameter that cannot be stored, or more than a session may have.
+            TensorMismatch, LimitExceeded: a parameter that cannot be stored, or that the optimizer does not take, or
+                more than a session may have.
         """
         if len(self.groups) >= MAX_GROUPS:
             raise LimitExceeded(f"The session has {MAX_GROUPS} param groups.", field="group", limit=MAX_GROUPS)
-        hyper = self.rule.hyper.from_options(options)
-        return replace(self, groups=(*self.groups, hyper), layout=self.layout.append(segments))
+        hyper, layout = self.rule.hyper.from_options(options), self.layout.append(segments)
+        self.rule.check_layout(layout)
+        return replace(self, groups=(*self.groups, hyper), layout=layout)
 
     def first(self, groups: int) -> Plan:
         """Return what this plan was before it grew beyond these first param groups."""
@@ -119,6 +122,17 @@ class Plan:
             if getattr(self, key) != getattr(other, key):
                 return f"its {key} is {getattr(self, key)!r}, not {getattr(other, key)!r}"
         return None
+
+
+def _kernel(rule: AnyRule, wanted: str) -> KernelMode:
+    kernel = cast(KernelMode, _one_of("kernel", wanted, ("auto", "reference", "fused")))
+    if kernel == "fused" and "fused" not in rule.kernels:
+        raise InvalidOption(
+            f"There is no fused kernel for {rule.name}, which does not work on each element by itself.",
+            remedy="Use the kernel auto or reference.",
+            field="kernel",
+        )
+    return kernel
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:

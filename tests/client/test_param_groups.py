@@ -19,11 +19,11 @@ from farstep.conversation import Conversation
 from farstep.errors import FarstepError, Fenced, InvalidOption, OptionsDiffer, SessionLost, Unavailable
 from farstep.optim import Adagrad, RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.twins import Twins, check_equal, check_parameters, drawn, parameters
+from tests.client.test_parity import NAMES
+from tests.client.twins import Twins, check_equal, check_parameters, drawn, parameters, start_of
 from tests.faults import Network, faulty
 from tests.service.servers import RunningServer, running_server
 
-NAMES = ["Adagrad", "Adadelta", "Adamax", "ASGD", "SGD", "Adam", "AdamW", "NAdam", "RAdam", "RMSprop", "Rprop"]
 LATE: dict[str, Any] = {"lr": 0.3, "weight_decay": 0.1}
 FRESH = itertools.count()
 SHORT_S = 1.0
@@ -65,7 +65,7 @@ class Member:
     def __init__(self, place: RemoteOptions, name: str) -> None:
         self.parameters = parameters(drawn(0))
         self.late = parameters(drawn(7 if name == "w0" else 8))
-        self.optimizer: RemoteOptimizer = Adagrad(self.parameters, lr=0.1, foreach=False, worker=name, **place)
+        self.optimizer: RemoteOptimizer = Adagrad(self.parameters, lr=0.1, foreach=False, **{**place, "worker": name})
 
     def add(self, **options: Any) -> None:
         self.optimizer.add_param_group({"params": self.late, **(options or LATE)})
@@ -107,7 +107,8 @@ class Oracle:
 def test_a_group_is_added_at_any_time(name: str, steps: int, anywhere: RemoteOptions) -> None:
     """Before or after steps, with options of its own; state, edits of it, hooks and the session stay."""
     options = {"lr": 0.1, "momentum": 0.9} if name == "SGD" else {"lr": 0.1}
-    twins = Twins(name, options, anywhere, start=drawn(0)[:4])
+    edited = "momentum_buffer" if name in ("SGD", "Muon") else "step"
+    twins = Twins(name, options, anywhere, start=start_of(name)[:4])
     calls: list[int] = []
     twins.ours.register_step_post_hook(lambda *_: calls.append(1))
     twins.train(steps)
@@ -115,8 +116,8 @@ def test_a_group_is_added_at_any_time(name: str, steps: int, anywhere: RemoteOpt
     for each, ps in ((twins.ours, twins.here), (twins.theirs, twins.there)):
         each.param_groups[0]["lr"] = 0.2
         for p in ps if steps else ():
-            each.state[p]["momentum_buffer" if name == "SGD" else "step"] += 1
-    add(twins, drawn(5)[4:], **LATE, note="late")
+            each.state[p][edited] += 1
+    add(twins, start_of(name)[4:], **LATE, note="late")
     assert (twins.ours.version, twins.ours.session) == (steps + 1, session)
     if name != "Adagrad":  # whose late parameters have state at once; torch's get it with their first step
         twins.check()
@@ -343,7 +344,7 @@ def test_joining_later_with_all_groups(server: RunningServer) -> None:
     w0.add()
     w0.step(1)
     here = parameters(drawn(3, [p.shape for p in w0.parameters]))
-    Adagrad([{"params": here[:6]}, {"params": here[6:], **LATE}], lr=0.1, foreach=False, worker="w1", **place)
+    Adagrad([{"params": here[:6]}, {"params": here[6:], **LATE}], lr=0.1, foreach=False, **place)
     check_parameters(here, w0.parameters)
 
 

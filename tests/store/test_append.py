@@ -43,7 +43,7 @@ def grow(store: Store, layout: Layout, hypers: list[Any], seed: int = 7) -> None
 def failing(operation: int, error: BaseException) -> Iterator[None]:
     """Let the n-th operation of torch fail instead of being carried out."""
 
-    class Failing(TorchDispatchMode):
+    class Failing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         left = operation
 
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -52,7 +52,7 @@ def failing(operation: int, error: BaseException) -> Iterator[None]:
             self.left -= 1
             return function(*args, **(kwargs or {}))
 
-    with Failing():
+    with Failing():  # type: ignore[no-untyped-call]
         yield
 
 
