@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 from torch import Tensor
 
+from farstep.arrivals import Arrivals
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
@@ -25,7 +26,6 @@ from farstep.patience import Patience
 from farstep.presence import PRESENT
 from farstep.settings import Place
 from farstep.staging import (
-    Arrivals,
     StateArrivals,
     outgoing,
     outgoing_gradients,
@@ -88,10 +88,6 @@ class HttpLink(Link):
     def eager(self) -> bool:
         return self._eager
 
-    @property
-    def sees_edits(self) -> bool:
-        return False
-
     # -- joining ----------------------------------------------------------------------------------------------------
 
     def _join(self, start: Start) -> bool:
@@ -137,8 +133,12 @@ class HttpLink(Link):
             arrived = None if ranges is None else from_ranges(ranges, len(self._parameters), side="client")
             return self._arrivals.targets(arrived)
 
-        with self._session_there():
-            received = self._writer.push(head, payload, place)
+        try:
+            with self._session_there():
+                received = self._writer.push(head, payload, place)
+        except BaseException:
+            self._arrivals.keep_()  # of what has arrived nobody knows how much
+            raise
         self._arrivals.settle_(arrived)
         self._version = int(received.header["version"])
         receipt = Receipt.from_header(received.header["receipt"])
@@ -196,12 +196,27 @@ class HttpLink(Link):
         with self._session_there():
             received = self._writer.put(head, payload)
         self._version = int(received.header["version"])
+        if "param" in fields:
+            self._arrivals.keep_(indices)
         return Receipt.from_header(received.header["receipt"])
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
+    def edited(self) -> list[int]:
+        return self._arrivals.edited()
+
+    def rebind(self, parameters: Sequence[Tensor]) -> bool:
+        self._parameters = list(parameters)
+        self._arrivals.rebind_(parameters)
+        return True
+
     def pull(self) -> int:
-        received = self._get("Pulling", f"{self._path}/contents", lambda header: self._arrivals.targets(None))
+        edited = self._arrivals.edited()
+        try:
+            received = self._get("Pulling", f"{self._path}/contents", lambda header: self._arrivals.targets(None))
+        except BaseException:
+            self._arrivals.keep_(but=edited)
+            raise
         self._arrivals.settle_(None)
         self._version = int(received.header["version"])
         return self._version

@@ -80,8 +80,9 @@ class EmbeddedLink(Link):
         kernels = _kernels(self._plan.kernel)
         contents = None if start.state is None else self._contents(dict(enumerate(start.state(self._fields))))
         state = SessionState(self._plan, kernels=kernels, device=self._device)
-        parameters = BorrowedBuffers(self._plan.layout, self._parameters, device=self._device)
-        state.adopt(parameters, contents, start.version)
+        borrowed = BorrowedBuffers(self._plan.layout, self._parameters, device=self._device)
+        state.adopt(borrowed, contents, start.version)
+        self._borrowed = borrowed
         self._state = state
 
     @property
@@ -95,10 +96,6 @@ class EmbeddedLink(Link):
     @property
     def eager(self) -> bool:
         return self._plan.rule.eager
-
-    @property
-    def sees_edits(self) -> bool:
-        return True
 
     def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
         began = time.perf_counter()
@@ -139,6 +136,17 @@ class EmbeddedLink(Link):
                     field=parameter.name,
                     side="client",
                 )
+
+    def edited(self) -> list[int]:
+        return []
+
+    def rebind(self, parameters: Sequence[Tensor]) -> bool:
+        if any(p.device != self._device for p in parameters):
+            return False
+        self._state.finish()
+        self._borrowed.lend(parameters)
+        self._parameters = list(parameters)
+        return True
 
     def pull(self) -> int:
         return self.version

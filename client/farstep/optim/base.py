@@ -9,7 +9,8 @@ different:
   loaded is sent (`farstep.optim.state`);
 - a copy, by deepcopy or pickle, is in a private session of its own with the same state;
 - group options are compared with those last sent, and changes travel with the next step;
-- parameters edited by the caller between steps are noticed by their version counter and sent before the step.
+- parameters edited between steps are noticed by their bytes, and sent before the step (`farstep.edits`);
+- parameters replaced inside a group are followed, with the state that was moved to them.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from typing import Any, Self, overload
 import torch
 from torch.optim.optimizer import ParamsT
 
-from farstep.errors import InvalidOption
+from farstep.errors import InvalidOption, TensorMismatch
 from farstep.optim.in_session import InSession
 from farstep.optim.membership import refused
 from farstep.optim.options import check_group
+from farstep.optim.refusals import refusal
 from farstep.optim.torch_form import completed, local
-from farstep.settings import RemoteOptions, carried, elsewhere, of_copy, resolve
+from farstep.settings import RemoteOptions, carried, of_copy, resolve
 
 
 class RemoteOptimizer(InSession):
@@ -76,6 +78,7 @@ class RemoteOptimizer(InSession):
             closure: reevaluates the model and returns the loss.
 
         Raises:
+            RuntimeError, ValueError: torch's own, for gradients that torch's class of the same name does not take.
             FarstepError: what the session refused, or `Unavailable` when no answer came within `timeout_s`. The
                 parameters are then as they were, and the step may be tried again.
         """
@@ -86,7 +89,12 @@ class RemoteOptimizer(InSession):
                 loss = closure()
         self._settle(member)
         member.prepare()
-        self.last_step = member.push(self._options())
+        try:
+            self.last_step = member.push(self._options())
+        except (InvalidOption, TensorMismatch) as refused_there:
+            if (error := refusal(self.twin, self.param_groups)) is not None:
+                raise error from refused_there
+            raise
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -106,18 +114,13 @@ class RemoteOptimizer(InSession):
                 f"The groups of session {self.session!r}, which other workers may share, are those it began with.",
                 "Give all parameters to the constructor.",
             )
-        before = dict(vars(self))
-        state = self.state.copy()
         super().add_param_group(param_group)
         try:
             self._check_groups()
-            self._open(elsewhere(member.place), state, self.version)
+            self._move(member)
         except BaseException:
-            vars(self).update(before)
             self.param_groups.pop()
             raise
-        self.last_step = before["last_step"]
-        member.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's form of the state, fetched from the session as far as it is not here; `torch.optim` loads it.
