@@ -78,7 +78,7 @@ class RemoteOptimizer(InSession):
             closure: reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError, ValueError: torch's own, for gradients that torch's class of the same name does not take.
+            RuntimeError: torch's own, for gradients that torch's class of the same name does not take.
             FarstepError: what the session refused, or `Unavailable` when no answer came within `timeout_s`. The
                 parameters are then as they were, and the step may be tried again.
         """
@@ -92,7 +92,7 @@ class RemoteOptimizer(InSession):
         try:
             self.last_step = member.push(self._options())
         except (InvalidOption, TensorMismatch) as refused_there:
-            if (error := refusal(self.twin, self.param_groups)) is not None:
+            if (error := refusal(self.twin, self.defaults, self.param_groups)) is not None:
                 raise error from refused_there
             raise
         return loss

@@ -14,16 +14,21 @@ from torch import Tensor
 from farstep.optim.options import arguments
 
 
-def refusal(twin: type[torch.optim.Optimizer], groups: Iterable[Mapping[str, Any]]) -> Exception | None:
+def refusal(
+    twin: type[torch.optim.Optimizer], defaults: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]
+) -> RuntimeError | None:
     """Return what torch's class raises for gradients like those of these groups, None where it takes them all."""
     for group in groups:
-        options = arguments(twin, {key: value for key, value in group.items() if key != "params"})
         probes = {_kind(p): p for p in group["params"] if p.grad is not None}
         for p in probes.values():
+            asked = twin([_probe(p)], **arguments(twin, defaults))
+            asked.param_groups[0].update({key: group[key] for key in defaults if key in group})
             try:
-                twin([_probe(p)], **options).step()
-            except (RuntimeError, ValueError, TypeError) as error:
+                asked.step()
+            except RuntimeError as error:
                 return error
+            except TypeError:
+                return None  # an option that is no number, which the session says better
     return None
 
 
