@@ -193,17 +193,6 @@ def test_a_closure_runs_once_with_grad_enabled_and_its_loss_is_returned(place: R
     assert optimizer.step() is None
 
 
-def test_zero_grad_is_torchs(place: RemoteOptions) -> None:
-    """Gradients become None, or zeros if that is asked for."""
-    (p,) = parameters(drawn(0, [(3,)]))
-    optimizer = Adagrad([p], **place)
-    p.grad = torch.ones(3)
-    optimizer.zero_grad(set_to_none=False)
-    assert p.grad.tolist() == [0, 0, 0]
-    optimizer.zero_grad()
-    assert p.grad is None
-
-
 def test_gradients_are_never_changed(place: RemoteOptions) -> None:
     """Whatever the options, a gradient is the same tensor with the same values after the step."""
     here = parameters(drawn(0))

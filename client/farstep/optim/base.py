@@ -70,6 +70,7 @@ class RemoteOptimizer(InSession):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch._disable_dynamo  # which, unlike torch.compiler.disable, does not import the compiler with us
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step in the session and update the parameters in place.
