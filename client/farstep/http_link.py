@@ -17,6 +17,7 @@ from urllib.parse import quote
 import httpx
 from torch import Tensor
 
+from farstep.arrivals import Arrivals
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
@@ -28,7 +29,6 @@ from farstep.patience import Patience
 from farstep.presence import PRESENT
 from farstep.settings import Place
 from farstep.staging import (
-    Arrivals,
     StateArrivals,
     outgoing,
     outgoing_gradients,
@@ -91,10 +91,6 @@ class HttpLink(Link):
     def eager(self) -> bool:
         return self._eager
 
-    @property
-    def sees_edits(self) -> bool:
-        return False
-
     # -- joining ----------------------------------------------------------------------------------------------------
 
     def _join(self, start: Start) -> bool:
@@ -139,8 +135,12 @@ class HttpLink(Link):
             arrived = self._arriving(header, len(self._parameters))
             return self._arrivals.targets(arrived)
 
-        with self._session_there():
-            received = self._writer.push(head, payload, place)
+        try:
+            with self._session_there():
+                received = self._writer.push(head, payload, place)
+        except BaseException:
+            self._arrivals.keep_()  # of what has arrived nobody knows how much
+            raise
         self._arrivals.settle_(arrived)
         self._version = int(received.header["version"])
         receipt = Receipt.from_header(received.header["receipt"])
@@ -198,12 +198,14 @@ class HttpLink(Link):
         with self._session_there():
             received = self._writer.put(head, payload)
         self._version = int(received.header["version"])
+        if "param" in fields:
+            self._arrivals.keep_(indices)
         return Receipt.from_header(received.header["receipt"])
 
     def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
         group, everything = len(self._spec.groups), [*self._parameters, *tensors]
         described = tuple(NewParameter(each.name, each.shape, each.dtype) for each in parameters)
-        arrivals = Arrivals(everything)
+        arrivals = self._arrivals.grown(tensors)
 
         def head(name: WriteName, incarnation: str) -> AppendHead:
             return AppendHead(name, incarnation, group, options, described)
@@ -231,8 +233,21 @@ class HttpLink(Link):
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
+    def edited(self) -> list[int]:
+        return self._arrivals.edited()
+
+    def rebind(self, parameters: Sequence[Tensor]) -> bool:
+        self._parameters = list(parameters)
+        self._arrivals.rebind_(parameters)
+        return True
+
     def pull(self) -> int:
-        received = self._get("Pulling", f"{self._path}/contents", lambda header: self._arrivals.targets(None))
+        edited = self._arrivals.edited()
+        try:
+            received = self._get("Pulling", f"{self._path}/contents", lambda header: self._arrivals.targets(None))
+        except BaseException:
+            self._arrivals.keep_(but=edited)
+            raise
         self._arrivals.settle_(None)
         self._version = int(received.header["version"])
         return self._version

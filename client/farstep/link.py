@@ -129,11 +129,6 @@ class Link(ABC):
     def eager(self) -> bool:
         """Whether a parameter has state before its first step (Adagrad)."""
 
-    @property
-    @abstractmethod
-    def sees_edits(self) -> bool:
-        """Whether the session reads the parameters' own memory, so that edits between steps need no `write`."""
-
     @abstractmethod
     def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
         """Send one gradient per parameter (None: it has none) and changed group options; update the parameters.
@@ -171,6 +166,17 @@ class Link(ABC):
             OptionsDiffer: the session has another group in its place.
             FarstepError: what the session refused, or `Unavailable` when no answer came in time. The link is then as it
                 was.
+        """
+
+    @abstractmethod
+    def edited(self) -> list[int]:
+        """Return which parameters the session has other values of; none where it reads the parameters' own memory."""
+
+    @abstractmethod
+    def rebind(self, parameters: Sequence[Tensor]) -> bool:
+        """Take other tensors of the same shapes and dtypes in the parameters' place; return whether that can be.
+
+        The session is as it was; what differs counts as edited.
         """
 
     @abstractmethod

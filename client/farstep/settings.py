@@ -127,6 +127,11 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     )
 
 
+def elsewhere(place: Place) -> Place:
+    """Return the same place with a fresh private session."""
+    return replace(place, session=_fresh_session(), private=True)
+
+
 def carried(place: Place) -> RemoteOptions:
     """Return the options that a copy of an optimizer takes along: everything but names, token and transport.
 

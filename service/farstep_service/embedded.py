@@ -75,8 +75,9 @@ class EmbeddedLink(Link):
         kernels = _kernels(self._plan.kernel)
         contents = None if start.state is None else self._contents(dict(enumerate(start.state(self._fields))))
         state = SessionState(self._plan, kernels=kernels, device=self._device)
-        parameters = BorrowedBuffers(self._plan.layout, self._parameters, device=self._device)
-        state.adopt(parameters, contents, start.version)
+        borrowed = BorrowedBuffers(self._plan.layout, self._parameters, device=self._device)
+        state.adopt(borrowed, contents, start.version)
+        self._borrowed = borrowed
         self._state = state
 
     @property
@@ -90,10 +91,6 @@ class EmbeddedLink(Link):
     @property
     def eager(self) -> bool:
         return self._plan.rule.eager
-
-    @property
-    def sees_edits(self) -> bool:
-        return True
 
     def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
         began = time.perf_counter()
@@ -134,6 +131,17 @@ class EmbeddedLink(Link):
                     side="client",
                 )
 
+    def edited(self) -> list[int]:
+        return []
+
+    def rebind(self, parameters: Sequence[Tensor]) -> bool:
+        if any(p.device != self._device for p in parameters):
+            return False
+        self._state.finish()
+        self._borrowed.lend(parameters)
+        self._parameters = list(parameters)
+        return True
+
     def pull(self) -> int:
         return self.version
 
@@ -169,8 +177,9 @@ class EmbeddedLink(Link):
         _one_device(everything)
         plan = self._plan.append(options, [SegmentSpec(p.name, p.shape, p.dtype, p.group) for p in parameters])
         gradients = BorrowedBuffers(plan.layout, device=self._device)
-        self._state.append(plan, BorrowedBuffers(plan.layout, everything, device=self._device))
-        self._plan, self._gradients, self._parameters = plan, gradients, everything
+        borrowed = BorrowedBuffers(plan.layout, everything, device=self._device)
+        self._state.append(plan, borrowed)
+        self._plan, self._gradients, self._parameters, self._borrowed = plan, gradients, everything, borrowed
         self._spec = replace(
             self._spec, groups=(*self._spec.groups, options), parameters=(*self._spec.parameters, *parameters)
         )

@@ -65,7 +65,8 @@ class Member:
     def __init__(self, place: RemoteOptions, name: str) -> None:
         self.parameters = parameters(drawn(0))
         self.late = parameters(drawn(7 if name == "w0" else 8))
-        self.optimizer: RemoteOptimizer = Adagrad(self.parameters, lr=0.1, foreach=False, **{**place, "worker": name})
+        own: RemoteOptions = {**place, "worker": name}
+        self.optimizer: RemoteOptimizer = Adagrad(self.parameters, lr=0.1, foreach=False, **own)
 
     def add(self, **options: Any) -> None:
         self.optimizer.add_param_group({"params": self.late, **(options or LATE)})

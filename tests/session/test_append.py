@@ -277,9 +277,11 @@ def test_others_are_told_who_added_what_until_they_add_it_too() -> None:
     w0, w1 = begun(session, "w0", "w1")
     gradients = values(session, 1)
     w0.append(LATE)
-    for write in (lambda: w1.push(gradients), lambda: w1.put({"param": gradients})):
-        with pytest.raises(Fenced, match="Worker 'w0' added param group 1 to session 's'; worker 'w1'"):
-            write()
+    words = "Worker 'w0' added param group 1 to session 's'; worker 'w1'"
+    with pytest.raises(Fenced, match=words):
+        w1.push(gradients)
+    with pytest.raises(Fenced, match=words):
+        w1.put({"param": gradients})
     w0.push(values(session, 2))
     name, before = w1.named(), parameters(session)
     assert receipt(w1.append({key: torch.zeros_like(each) for key, each in LATE.items()}, group=1), name) == Receipt(

@@ -26,6 +26,7 @@ RULES: list[tuple[str, dict[str, Any]]] = [
     ("SGD", {"momentum": 0.9}),
     ("Adam", {"amsgrad": True}),
     ("Rprop", {}),
+    ("Adafactor", {}),
 ]
 
 

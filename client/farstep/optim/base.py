@@ -9,7 +9,8 @@ different:
   loaded is sent (`farstep.optim.state`);
 - a copy, by deepcopy or pickle, is in a private session of its own with the same state;
 - group options are compared with those last sent, and changes travel with the next step;
-- parameters edited by the caller between steps are noticed by their version counter and sent before the step.
+- parameters edited between steps are noticed by their bytes, and sent before the step (`farstep.edits`);
+- parameters replaced inside a group are followed, with the state that was moved to them.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from typing import Any, Self, overload
 import torch
 from torch.optim.optimizer import ParamsT
 
-from farstep.errors import InvalidOption
+from farstep.errors import InvalidOption, TensorMismatch
 from farstep.optim.in_session import InSession
 from farstep.optim.options import check_group
-from farstep.optim.torch_form import completed, describe_group, local
+from farstep.optim.refusals import refusal
+from farstep.optim.torch_form import completed, describe, local
 from farstep.settings import RemoteOptions, carried, of_copy, resolve
 
 
@@ -67,6 +69,7 @@ class RemoteOptimizer(InSession):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch._disable_dynamo  # which, unlike torch.compiler.disable, does not import the compiler with us
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step in the session and update the parameters in place.
@@ -75,6 +78,7 @@ class RemoteOptimizer(InSession):
             closure: reevaluates the model and returns the loss.
 
         Raises:
+            RuntimeError: torch's own, for gradients that torch's class of the same name does not take.
             FarstepError: what the session refused, or `Unavailable` when no answer came within `timeout_s`. The
                 parameters are then as they were, and the step may be tried again.
         """
@@ -85,7 +89,12 @@ class RemoteOptimizer(InSession):
                 loss = closure()
         self._settle(member)
         member.prepare()
-        self.last_step = member.push(self._options())
+        try:
+            self.last_step = member.push(self._options())
+        except (InvalidOption, TensorMismatch) as refused_there:
+            if (error := refusal(self.twin, self.defaults, self.param_groups)) is not None:
+                raise error from refused_there
+            raise
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -106,8 +115,9 @@ class RemoteOptimizer(InSession):
         super().add_param_group(param_group)
         try:
             self._check_groups()
-            index, group = len(self.param_groups) - 1, self.param_groups[-1]
-            member.append(self._options()[index], describe_group(index, group), group["params"])
+            index = len(self.param_groups) - 1
+            described = [each for each in describe(self.param_groups) if each.group == index]
+            member.append(self._options()[index], described, self.param_groups[index]["params"])
         except BaseException:
             self.param_groups.pop()
             raise

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from farstep.errors import TensorMismatch
 from farstep.fields import NUMBERS, FieldKind, shape_of
 from farstep.link import Parameter, State
 from farstep.optim.options import arguments
@@ -16,18 +17,31 @@ ON_DEVICE = frozenset({"eta", "mu"})
 """Numbers that torch keeps on the parameter's device; `step` is on the CPU."""
 
 
-def describe(groups: Iterable[Mapping[str, Any]]) -> list[Parameter]:
-    """Describe the parameters of all groups in order, by torch's `param_names` where the caller gave names."""
-    return [each for index, group in enumerate(groups) for each in describe_group(index, group)]
+def describe(groups: Sequence[Mapping[str, Any]]) -> list[Parameter]:
+    """Describe the parameters of all groups in order, by torch's `param_names` where the caller gave names.
 
-
-def describe_group(index: int, group: Mapping[str, Any]) -> list[Parameter]:
-    """Describe the parameters of the group of that number."""
-    names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
-    return [
-        Parameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), index)
-        for name, p in zip(names, group["params"], strict=True)
-    ]
+    Raises:
+        TensorMismatch: a parameter is there twice, or its elements share memory; a step on it would mean nothing.
+    """
+    described = []
+    if len(every := [p for group in groups for p in group["params"]]) != len(set(every)):
+        raise TensorMismatch(
+            "A parameter is in a group more than once; torch warns that this will be an error.",
+            remedy="Give each parameter once; the gradient of one that a module has under two names is in it whole.",
+            side="client",
+        )
+    for index, group in enumerate(groups):
+        names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
+        for name, p in zip(names, group["params"], strict=True):
+            if any(size > 1 and not stride for size, stride in zip(p.shape, p.stride(), strict=True)):
+                raise TensorMismatch(
+                    f"Elements of parameter {name!r} share memory, as those of an expanded tensor do.",
+                    remedy="Give a clone() of it; torch refuses to step on it too.",
+                    field=name,
+                    side="client",
+                )
+            described.append(Parameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), index))
+    return described
 
 
 def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind]) -> State | None:
