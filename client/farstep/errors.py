@@ -11,10 +11,10 @@
     ├── TensorMismatch            422  a tensor that does not fit the session or its optimizer (also a RuntimeError)
     ├── NonFinite                 422  a gradient holds NaN or Inf
     ├── Conflict                  409
-    │   ├── OptionsDiffer         409  a session of that name has other options
+    │   ├── OptionsDiffer         409  a session of that name has other options or parameters
     │   ├── NotInitialised        409  the session's first parameters have not arrived
     │   ├── SequenceGap           409  a push before this one is missing
-    │   ├── Fenced                409  a newer worker has taken this worker's name
+    │   ├── Fenced                409  the worker's name was taken, or the session has grown
     │   ├── SessionFull           409  every place of a sync session is taken
     │   └── BarrierTimeout        409  a sync step's deadline passed; nobody's gradients were applied
     ├── IdempotencyMismatch       422  the same push name with another content
@@ -163,7 +163,7 @@ class Conflict(FarstepError):
 
 
 class OptionsDiffer(Conflict):
-    """A session of that name exists with other options."""
+    """A session of that name exists with other options or parameters."""
 
     code = "options_differ"
 
@@ -181,7 +181,7 @@ class SequenceGap(Conflict):
 
 
 class Fenced(Conflict):
-    """A newer worker has taken this worker's name."""
+    """This worker was shut out: its name was taken, or the session has grown."""
 
     code = "fenced"
 

@@ -11,6 +11,7 @@ import torch
 
 from farstep import errors, wire
 from farstep.fields import NUMBERS, FieldKind, shape_of
+from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, Receipt
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 from tests.wire.driving import read
@@ -155,6 +156,12 @@ def test_contents_are_what_the_server_reads():
     """The header of contents in the document is one the server understands, key for key."""
     header, _ = parts(EXAMPLES["Contents going up"])
     assert PutHead.from_header(header).to_header() == header
+
+
+def test_param_groups_are_what_the_server_reads():
+    """The header of a param group in the document is one the server understands, key for key."""
+    header, _ = parts(EXAMPLES["A param group"])
+    assert AppendHead.from_header(header).to_header() == header
 
 
 def test_receipts_are_what_the_client_reads():
