@@ -12,7 +12,8 @@
 So no write is applied twice, whether the caller tries a step again or goes on with another one, and the report of the
 next step tells what became of the earlier one. A write that was given up may still be on its way and arrive after the
 server was asked: then whichever comes second under that name is refused as `IdempotencyMismatch`, and the server is
-asked again.
+asked again. A param group that was added without its caller's knowledge (`outgrown`) has to be added again first: until
+then the worker's gradients are not those of all parameters.
 
 Pure: no clock, no I/O.
 """

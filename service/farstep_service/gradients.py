@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidRequest, TensorMismatch
+from farstep.errors import InvalidRequest, NonFinite, TensorMismatch
 from farstep.hyper import Hyper
 from farstep.messages import Sparse
 from farstep.wire import DTYPES, from_ranges
@@ -158,6 +158,22 @@ def first_nonfinite(contribution: Contribution) -> int | None:
         if not _all_finite(torch.view_as_real(values) if values.is_complex() else values):
             return index
     return None
+
+
+def check_finite(contribution: Contribution, worker: str) -> None:
+    """Refuse a gradient that holds NaN or Inf.
+
+    Raises:
+        NonFinite: naming the first one, and the worker that sent it.
+    """
+    index = first_nonfinite(contribution)
+    if index is not None:
+        name = contribution.layout.segments[index].name
+        raise NonFinite(
+            f"The gradient of {name!r} from worker {worker!r} holds NaN or Inf; the push was refused.",
+            remedy="Skip the step or lower the loss scale; nonfinite='allow' would take such gradients.",
+            field=name,
+        )
 
 
 def _all_finite(span: Tensor) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from farstep.errors import BarrierTimeout, InvalidRequest, NonFinite, StepInterrupted, Unavailable
+from farstep.growth import AppendHead
 from farstep.messages import PushHead
 from farstep.sequence import Names
 
@@ -90,3 +91,20 @@ def test_a_name_that_is_taken_is_explained_by_a_late_write_only() -> None:
     names.learn(1)
     assert names.earlier == "applied"
     assert not names.mismatched(2)
+
+
+def test_a_group_that_was_added_without_an_answer_is_outgrown_until_it_is_added_again() -> None:
+    """Whether it was is known when the server has been asked; a push in its place, or the group again, settles it."""
+    names = joined()
+    group = AppendHead(names.next(), "life", 1, {"lr": 0.3}, ()).to_header()
+    names.failed(group, PAYLOAD, Unavailable("lost"))
+    assert not names.outgrown, "nobody knows yet"
+    names.learn(0)
+    assert not names.outgrown, "it never arrived"
+    names.learn(1)
+    assert names.outgrown
+    names.committed(2)
+    assert not names.outgrown
+    names.failed(header(names), PAYLOAD, Unavailable("lost"))
+    names.learn(3)
+    assert not names.outgrown, "a push makes no session grow"

@@ -22,7 +22,6 @@ from farstep.errors import (
     BarrierTimeout,
     Fenced,
     InternalError,
-    NonFinite,
     SessionLost,
     TensorMismatch,
 )
@@ -31,7 +30,7 @@ from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
 from farstep_service.aggregation import Abort, KnownGroups, Ledger, Members, Step, aggregation_for, mismatch
 from farstep_service.contents import PARAM, Contents
-from farstep_service.gradients import Contribution, first_nonfinite, reduce_
+from farstep_service.gradients import Contribution, check_finite, reduce_
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.rule import KernelSource
@@ -226,7 +225,8 @@ class Session:
             )
         groups = self._state.changed(head.groups)
         contribution.check_indices()
-        self._check_finite(head, contribution)
+        if self.plan.nonfinite == "refuse":
+            check_finite(contribution, head.name.worker)
         self._members.seen(head.name.worker)
         self._waiting[head.name.worker] = _Waiting(head, fingerprint, contribution, groups)
         step = self._aggregation.offer(head.name.worker, now)
@@ -346,18 +346,6 @@ class Session:
         return self._state.copy(fields, indices), outcomes
 
     # -- inside -----------------------------------------------------------------------------------------------------
-
-    def _check_finite(self, head: PushHead, contribution: Contribution) -> None:
-        if self.plan.nonfinite == "allow":
-            return
-        index = first_nonfinite(contribution)
-        if index is not None:
-            name = self.plan.layout.segments[index].name
-            raise NonFinite(
-                f"The gradient of {name!r} from worker {head.name.worker!r} holds NaN or Inf; the push was refused.",
-                remedy="Skip the step or lower the loss scale; nonfinite='allow' would take such gradients.",
-                field=name,
-            )
 
     def _step(self, step: Step) -> Outcomes:
         pushes = [self._waiting.pop(worker) for worker in step.workers]
