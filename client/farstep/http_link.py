@@ -202,8 +202,8 @@ class HttpLink(Link):
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
-    def edited(self) -> list[int]:
-        return self._arrivals.edited()
+    def edited(self, addresses: list[int]) -> list[int]:
+        return self._arrivals.edited(addresses)
 
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         self._parameters = list(parameters)
@@ -211,7 +211,7 @@ class HttpLink(Link):
         return True
 
     def pull(self) -> int:
-        edited = self._arrivals.edited()
+        edited = self._arrivals.edited(list(map(Tensor.data_ptr, self._parameters)))
         try:
             received = self._get("Pulling", f"{self._path}/contents", lambda header: self._arrivals.targets(None))
         except BaseException:

@@ -92,6 +92,7 @@ class RemoteOptimizer(InSession):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            member = self._member()
         self._settle(member)
         member.prepare()
         try:

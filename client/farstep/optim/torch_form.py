@@ -47,13 +47,15 @@ def to_session(own: Mapping[str, Any], fields: Mapping[str, FieldKind]) -> State
     """Return a parameter's state as the session takes it, None where there is none.
 
     Raises:
-        ValueError: a part of it is missing.
+        ValueError: a part of it is missing, or is no tensor.
     """
     present = {key: own[key] for key in fields if own.get(key) is not None}
     if not present:
         return None
     if missing := [key for key, kind in fields.items() if kind != "optional" and key not in present]:
         raise ValueError(f"loaded state dict has no {missing[0]!r} for a parameter; it is another optimizer's")
+    if wrong := [key for key in present if fields[key] != "number" and not isinstance(present[key], Tensor)]:
+        raise ValueError(f"loaded state dict has {wrong[0]!r} that is no tensor; it is another optimizer's")
     return {key: float(value) if fields[key] == "number" else value for key, value in present.items()}
 
 
