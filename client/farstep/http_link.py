@@ -139,6 +139,8 @@ class HttpLink(Link):
         except BaseException:
             self._arrivals.keep_()  # of what has arrived nobody knows how much
             raise
+        if arrived is None and segments is not None:  # what has no gradient, and is as it was, is not touched
+            arrived = sorted({*present, *self._arrivals.edited(self._addresses())})
         self._arrivals.settle_(arrived)
         self._version = int(received.header["version"])
         receipt = Receipt.from_header(received.header["receipt"])
@@ -211,7 +213,7 @@ class HttpLink(Link):
         return True
 
     def pull(self) -> int:
-        edited = self._arrivals.edited(list(map(Tensor.data_ptr, self._parameters)))
+        edited = self._arrivals.edited(self._addresses())
         try:
             received = self._get("Pulling", f"{self._path}/contents", lambda header: self._arrivals.targets(None))
         except BaseException:
@@ -254,6 +256,9 @@ class HttpLink(Link):
             return self._patience.call(f"{doing} session {self._spec.name!r}", self._server.server, attempt)
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._parameters))
 
     @contextmanager
     def _session_there(self) -> Iterator[None]:
