@@ -15,7 +15,7 @@ Records and their tensors are never changed in place, so an evaluation that fail
 given up leaves nothing behind. torch leaves its counters advanced then.
 
 Source: Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", Mathematics of Computation 35 (1980); names and
-order of operations as in torch 2.13, `torch/optim/lbfgs.py`. Where torch ends in an IndexError because `history_size` was
+order of operations as in torch 2.13, `torch/optim/lbfgs.py`. Where torch ends in an IndexError since `history_size` was
 lowered, the oldest pairs go. The vectors hold all parameters one after the other, complex ones as pairs of reals.
 """
 

@@ -146,7 +146,8 @@ class Search:
             ends[high] = new
             return replace(self, bracket=tuple(ends), low=_lower(*ends))._zoom()
         flat = self._is_flat(new)
-        if not flat and new.gtd * (ends[high].t - ends[low].t) >= 0:
+        width: Number = ends[high].t - ends[low].t
+        if not flat and new.gtd * width >= 0:
             ends[high] = ends[low]
         ends[low] = new
         return Found(new, self.evaluations) if flat else replace(self, bracket=tuple(ends))._zoom()
@@ -158,7 +159,7 @@ class Search:
             return Found(self.bracket[self.low], self.evaluations)
         t = _cubic_interpolate(first, second)
         lowest, highest = smaller(first.t, second.t), larger(first.t, second.t)
-        margin = 0.1 * (highest - lowest)
+        margin: Number = 0.1 * (highest - lowest)
         stalled = bool(smaller(highest - t, t - lowest) < margin)
         if stalled and (self.stalled or t >= highest or t <= lowest):
             t = highest - margin if abs(t - highest) < abs(t - lowest) else lowest + margin
