@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from farstep.link import FieldKind, Parameter, State
+from farstep.optim.options import arguments
 
 ON_DEVICE = frozenset({"eta", "mu"})
 """Numbers that torch keeps on the parameter's device; `step` is on the CPU."""
@@ -55,3 +56,32 @@ def completed(twin: type[torch.optim.Optimizer], state: Mapping[str, Any]) -> di
     torch_part = {key: state[key] for key in ("defaults", "state", "param_groups") if key in state}
     shell.__setstate__({"defaults": {}, **torch_part})
     return {**state, **{key: getattr(shell, key) for key in torch_part}}
+
+
+def newborn(
+    twin: type[torch.optim.Optimizer], defaults: Mapping[str, Any], p: Tensor, fields: Mapping[str, FieldKind]
+) -> State | None:
+    """Return what torch's class gives a parameter at its construction, None where state begins with a step."""
+    fresh = twin([torch.empty_like(p)], **arguments(twin, defaults))
+    return next((to_session(own, fields) for own in fresh.state.values()), None)
+
+
+def local(
+    twin: type[torch.optim.Optimizer],
+    param_groups: Iterable[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+    state: Mapping[Any, Any],
+) -> torch.optim.Optimizer:
+    """Return torch's optimizer over the parameters of some groups, with their options and a copy of the state."""
+    groups = [dict(group) for group in param_groups]
+    made = twin(groups, **arguments(twin, defaults))
+    made.state.clear()
+    for key, own in state.items():
+        made.state[key] = {name: v.clone() if isinstance(v, Tensor) else v for name, v in own.items()}
+    for group in groups:
+        for p in group["params"] if group.get("capturable") or group.get("fused") else ():
+            own = made.state.get(p, {})
+            own.update(
+                {key: own[key].to(p.device) for key in ("step", "mu_product") if isinstance(own.get(key), Tensor)}
+            )
+    return made
