@@ -20,7 +20,7 @@ from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
 from farstep.link import FieldKind, Link, Options, SessionSpec, Start, State, StepReport, worth_sending
-from farstep.messages import PushHead, PutHead, Receipt, WriteName
+from farstep.messages import Evaluation, PushHead, PutHead, Receipt, WriteName
 from farstep.patience import Patience
 from farstep.presence import PRESENT
 from farstep.settings import Place
@@ -121,13 +121,26 @@ class HttpLink(Link):
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
-    def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
+    def push(
+        self,
+        gradients: Sequence[Tensor | None],
+        groups: Mapping[int, Options],
+        evaluation: Evaluation | None = None,
+    ) -> StepReport:
         began = time.perf_counter()
         present, sparse, payload = outgoing_gradients(gradients, self._parameters)
         segments = None if len(present) == len(self._parameters) else to_ranges(present)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
-            return PushHead(name, incarnation, self._version, segments=segments, sparse=tuple(sparse), groups=groups)
+            return PushHead(
+                name,
+                incarnation,
+                self._version,
+                segments=segments,
+                sparse=tuple(sparse),
+                groups=groups,
+                evaluation=evaluation,
+            )
 
         arrived: list[int] | None = None
 
@@ -153,6 +166,7 @@ class HttpLink(Link):
             contributors=receipt.contributors,
             divisor=receipt.divisor,
             kernel=receipt.kernel,
+            again=receipt.again,
             bytes_sent=sum(each.nbytes for each in payload),
             bytes_received=received.payload_bytes,
             attempts=self._writer.attempts,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError
+from farstep.messages import Evaluation
 from farstep.settings import KernelChoice, NonFinitePolicy, Place
 
 Options = Mapping[str, Any]
@@ -91,6 +92,7 @@ class StepReport:
         contributors: the workers whose gradients made the step.
         divisor: what the sum of the gradients was divided by.
         kernel: `reference` or `fused`.
+        again: the step goes on with another evaluation of the closure, at the new parameters.
         bytes_sent: payload bytes of the gradients.
         bytes_received: payload bytes of the parameters.
         attempts: how often the push was sent.
@@ -106,6 +108,7 @@ class StepReport:
     contributors: tuple[str, ...] = ()
     divisor: int = 1
     kernel: str = ""
+    again: bool = False
     bytes_sent: int = 0
     bytes_received: int = 0
     attempts: int = 1
@@ -136,8 +139,17 @@ class Link(ABC):
         """Whether the session reads the parameters' own memory, so that edits between steps need no `write`."""
 
     @abstractmethod
-    def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
+    def push(
+        self,
+        gradients: Sequence[Tensor | None],
+        groups: Mapping[int, Options],
+        evaluation: Evaluation | None = None,
+    ) -> StepReport:
         """Send one gradient per parameter (None: it has none) and changed group options; update the parameters.
+
+        Args:
+            gradients, groups: as said above.
+            evaluation: what the closure returned, for an optimizer that asks for it.
 
         Raises:
             FarstepError: what the session refused, or `Unavailable` when no answer came in time. The parameters are

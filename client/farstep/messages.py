@@ -53,6 +53,12 @@ class Header:
             raise InvalidRequest(f"Header key {key!r} is {value!r:.80}; it must be a bool.", field=key)
         return value
 
+    def number(self, key: str) -> float | None:
+        value = self._values.pop(key, None)
+        if value is not None and type(value) not in (int, float):
+            raise InvalidRequest(f"Header key {key!r} is {value!r:.80}; it must be a number.", field=key)
+        return None if value is None else float(value)
+
     def listing(self, key: str) -> list[Any] | None:
         value = self._values.pop(key, None)
         if value is not None and type(value) is not list:
@@ -100,6 +106,19 @@ class Sparse:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Say what a closure returned, to an optimizer that asks for the objective again and again within a step.
+
+    Attributes:
+        loss: the objective at the parameters of version `base`.
+        continues: the step before asked for this evaluation; otherwise it begins a step.
+    """
+
+    loss: float
+    continues: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PushHead:
     """Describe a push: gradients of some segments, computed on version `base`.
 
@@ -108,6 +127,7 @@ class PushHead:
         segments: half-open index ranges that have a gradient, flat and ascending; None for all.
         wanted: which parameters the answer shall carry.
         have: the version of the parameters this worker holds, for `wanted="changed"`.
+        evaluation: what the closure returned, for an optimizer that asks for it.
     """
 
     name: WriteName
@@ -118,6 +138,7 @@ class PushHead:
     segments: list[int] | None = None
     sparse: tuple[Sparse, ...] = ()
     groups: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
 
     def to_header(self) -> dict[str, Any]:
         head: dict[str, Any] = {
@@ -135,6 +156,10 @@ class PushHead:
             head["sparse"] = [[each.segment, each.dims, each.nnz] for each in self.sparse]
         if self.groups:
             head["groups"] = {str(group): dict(options) for group, options in self.groups.items()}
+        if self.evaluation is not None:
+            head["loss"] = self.evaluation.loss
+            if self.evaluation.continues:
+                head["continues"] = True
         return head
 
     @classmethod
@@ -153,6 +178,7 @@ class PushHead:
             segments=header.listing("segments"),
             sparse=_sparse(header.listing("sparse") or []),
             groups=_groups(header.mapping("groups")),
+            evaluation=_evaluation(header.number("loss"), header.flag("continues")),
         )
         header.nothing_left()
         return head
@@ -214,6 +240,7 @@ class Receipt:
         contributors: the workers whose gradients made the step, in the order of the reduction.
         divisor: what the sum of the gradients was divided by.
         kernel: which kernel ran, so that a replay can give the same bits.
+        again: the step goes on with another evaluation, at the new parameters.
     """
 
     version: int
@@ -223,9 +250,10 @@ class Receipt:
     contributors: tuple[str, ...] = ()
     divisor: int = 1
     kernel: str = ""
+    again: bool = False
 
     def to_header(self) -> dict[str, Any]:
-        return {
+        header: dict[str, Any] = {
             "version": self.version,
             "base": self.base,
             "staleness": self.staleness,
@@ -234,10 +262,19 @@ class Receipt:
             "divisor": self.divisor,
             "kernel": self.kernel,
         }
+        return {**header, "again": True} if self.again else header
 
     @classmethod
     def from_header(cls, values: Mapping[str, Any]) -> Receipt:
         return cls(**{**values, "contributors": tuple(values["contributors"])})
+
+
+def _evaluation(loss: float | None, continues: bool) -> Evaluation | None:
+    if loss is not None:
+        return Evaluation(loss, continues)
+    if continues:
+        raise InvalidRequest("Header key 'continues' goes with a 'loss'.", field="continues")
+    return None
 
 
 def _sparse(rows: list[Any]) -> tuple[Sparse, ...]:

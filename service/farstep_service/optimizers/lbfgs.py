@@ -69,7 +69,7 @@ class Memory:
         old_dirs, old_stps, ro: changes of the gradient, the steps that made them, and one over their products.
         H_diag: the scale of the first approximation of the inverse Hessian; 1 before there is a pair.
         prev_flat_grad, prev_loss: the objective before the last iteration.
-        al: the factors of the last direction; torch fills them up with None to `history_size`.
+        al: the factors of the last direction, and None for each pair that there never was.
     """
 
     func_evals: int = 0
@@ -82,7 +82,7 @@ class Memory:
     H_diag: Number | None = None
     prev_flat_grad: Tensor | None = None
     prev_loss: float | None = None
-    al: tuple[Tensor, ...] | None = None
+    al: tuple[Tensor | None, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -249,8 +249,9 @@ def _direction(memory: Memory, hyper: LBFGSHyper, flat_grad: Tensor) -> Memory:
         kept = slice(max(0, len(old_dirs) + 1 - hyper.history_size), None)
         old_dirs, old_stps, ro = (*old_dirs[kept], y), (*old_stps[kept], s), (*ro[kept], 1.0 / ys)
         H_diag = ys / y.dot(y)
-    d, al = _times_inverse_hessian(flat_grad, old_dirs, old_stps, ro, H_diag)
-    al = (*al, *(memory.al or ())[len(al) :])
+    d, factors = _times_inverse_hessian(flat_grad, old_dirs, old_stps, ro, H_diag)
+    before = (None,) * hyper.history_size if memory.al is None else memory.al
+    al = (*factors, *before[len(factors) :])
     return replace(memory, d=d, old_dirs=old_dirs, old_stps=old_stps, ro=ro, H_diag=H_diag, al=al)
 
 

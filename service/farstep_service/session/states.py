@@ -1,0 +1,21 @@
+"""Which kind of state a session has."""
+
+from __future__ import annotations
+
+import torch
+
+from farstep_service.plan import Plan
+from farstep_service.rule import ClosureRule, KernelSource, StepRule
+from farstep_service.session.closure_state import ClosureState
+from farstep_service.session.kernel_state import KernelState
+from farstep_service.session.state import SessionState
+
+
+def state_of(plan: Plan, *, kernels: KernelSource, device: torch.device) -> SessionState:
+    """Return the state of a session that is about to begin.
+
+    Args:
+        plan: what the session is.
+        kernels: run the update rules that need one.
+        device: where parameters and state live.
+    """
