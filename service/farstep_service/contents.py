@@ -1,7 +1,8 @@
 """Fields of a session on their way in or out: parameters, element state, and numbers per segment.
 
-On the wire a field is, for each segment in order, its bytes in the parameter's dtype; a field of numbers is one float64
-per segment. Which fields a segment has is such a number too; `farstep.presence` says how to read it.
+On the wire a field is, for each segment in order, its bytes in the parameter's dtype and the field's shape; a field of
+numbers is one float64 per segment. Which fields a segment has is such a number too; `farstep.presence` says how to
+read it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from farstep.errors import InvalidOption, TensorMismatch
+from farstep.fields import shape_of
 from farstep.presence import PRESENT, names_of
 from farstep.wire.memory import tensor_memory
 from farstep_service.gradients import memory_of
@@ -36,7 +38,7 @@ class Contents:
     """
 
     def __init__(self, layout: Layout, rule: AnyRule, fields: Sequence[str], indices: Sequence[int]) -> None:
-        known = (PARAM, *rule.element_fields, *rule.segment_fields, PRESENT)
+        known = (PARAM, *rule.tensor_fields, *rule.segment_fields, PRESENT)
         for name in fields:
             if name not in known:
                 raise InvalidOption(
@@ -45,7 +47,7 @@ class Contents:
         self.fields = tuple(fields)
         self.indices = indices
         self._layout = layout
-        self._kinds = tuple(rule.kinds)
+        self._kinds = rule.kinds
         self._numbers = frozenset((*rule.segment_fields, PRESENT))
         self.elements: dict[str, FlatBuffers] = {}
         self.numbers: dict[str, Tensor] = {}
@@ -53,8 +55,13 @@ class Contents:
     @property
     def nbytes(self) -> int:
         """Return the bytes of the payload."""
-        one = self._layout.bytes_of(self.indices)
-        return sum(8 * len(self.indices) if name in self._numbers else one for name in self.fields)
+        return sum(
+            8 * len(self.indices) if name in self._numbers else self._layout_of(name).bytes_of(self.indices)
+            for name in self.fields
+        )
+
+    def _layout_of(self, name: str) -> Layout:
+        return self._layout.derived(self._kinds.get(name, "element"))
 
     def allocate(self) -> list[memoryview]:
         """Take the memory and return it in the order of the wire."""
@@ -62,7 +69,7 @@ class Contents:
             if name in self._numbers:
                 self.numbers[name] = torch.zeros(len(self.indices), dtype=torch.float64)
             else:
-                self.elements[name] = FlatBuffers(self._layout, zero=False)
+                self.elements[name] = FlatBuffers(self._layout_of(name), zero=False)
         return self.memory()
 
     def memory(self) -> list[memoryview]:
@@ -72,18 +79,31 @@ class Contents:
             if name in self.numbers:
                 views.append(tensor_memory(self.numbers[name]))
             else:
-                views += memory_of(self.elements[name], self._layout, self.indices)
+                views += memory_of(self.elements[name], self._layout_of(name), self.indices)
         return views
 
     def has(self) -> list[Fields | None] | None:
         """Return which fields each segment has by its `present`, None for one without state; None if it is not here.
 
         Raises:
-            TensorMismatch: a number that stands for no set of fields.
+            TensorMismatch: a number that stands for no set of fields, or for one that the segment cannot have.
         """
         if PRESENT not in self.numbers:
             return None
+        order = tuple(self._kinds)
         try:
-            return [names_of(mask, self._kinds) if mask else None for mask in self.numbers[PRESENT].tolist()]
+            has = [names_of(mask, order) if mask else None for mask in self.numbers[PRESENT].tolist()]
         except ValueError as exc:
             raise TensorMismatch(str(exc), field=PRESENT) from exc
+        for index, names in zip(self.indices, has, strict=True):
+            self._check_possible(index, names or ())
+        return has
+
+    def _check_possible(self, index: int, names: Fields) -> None:
+        segment = self._layout.segments[index]
+        for name in names:
+            if shape_of(self._kinds[name], segment.shape) is None:
+                raise TensorMismatch(
+                    f"{segment.name!r} of shape {list(segment.shape)} is said to have {name!r}, which it never has.",
+                    field=PRESENT,
+                )

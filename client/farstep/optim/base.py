@@ -48,7 +48,7 @@ class RemoteOptimizer(InSession):
                 side="client",
             )
         place = resolve(remote)
-        defaults = self.twin([torch.zeros(1)], **options).defaults
+        defaults = self.twin([torch.zeros(1, 1)], **options).defaults
         super().__init__(params, defaults)
         self._check_groups()
         self._open(place, state)

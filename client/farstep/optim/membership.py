@@ -17,7 +17,8 @@ from typing import Any, final
 from torch import Tensor
 
 from farstep.errors import FarstepError
-from farstep.link import FieldKind, SessionSpec, Start, State, StepReport, open_link
+from farstep.fields import FieldKind
+from farstep.link import SessionSpec, Start, State, StepReport, open_link
 from farstep.optim.edits import Edits
 from farstep.optim.options import Options, changes, without
 from farstep.optim.state import RemoteState
@@ -147,7 +148,7 @@ class Membership:
             return Start(None, version)
 
         def states(fields: Mapping[str, FieldKind]) -> list[State | None]:
-            return [to_session(state.get(p) or {}, fields) or self._newborn(p, fields) for p in self.parameters]
+            return [to_session(p, state.get(p) or {}, fields) or self._newborn(p, fields) for p in self.parameters]
 
         return Start(states, version)
 
