@@ -16,7 +16,7 @@ from torch import Tensor
 
 from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError
-from farstep.fields import EVERYWHERE, FieldKind
+from farstep.fields import EVERYWHERE, FieldKind, Shapes
 from farstep.messages import Evaluation
 from farstep.settings import KernelChoice, NonFinitePolicy, Place
 
@@ -189,6 +189,23 @@ def worth_sending(fields: Mapping[str, FieldKind], states: Iterable[State | None
     """Return the fields but for those that no parameter has, where a parameter may go without."""
     had = {name for own in states if own for name in own}
     return [name for name, kind in fields.items() if kind in EVERYWHERE or name in had]
+
+
+def shapes_of(fields: Mapping[str, FieldKind], states: Mapping[int, State | None]) -> Shapes:
+    """Return the shapes of free fields; None for those that are numbers.
+
+    Raises:
+        ValueError: another parameter than the first has them.
+    """
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for index, own in states.items():
+        for name, value in (own or {}).items():
+            if fields[name] != "free":
+                continue
+            if index:
+                raise ValueError(f"loaded state dict has {name!r} for parameter {index}; the first one's holds it")
+            shapes[name] = tuple(value.shape) if isinstance(value, Tensor) else None
+    return shapes
 
 
 def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None) -> Link:

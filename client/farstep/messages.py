@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from farstep.errors import InvalidRequest, ProtocolMismatch
+from farstep.errors import InvalidRequest, ProtocolMismatch, Side
+from farstep.fields import Shapes
 
 VERSION = 1
 FURTHEST_BEGINNING = 2**52
 """The highest version a session may begin at: room for the steps of a lifetime, and numbers that JSON can hold."""
+LARGEST_DIMENSION = 2**48
 Wanted = Literal["all", "changed", "none"]
 Times = dict[str, float]
 
@@ -192,6 +194,7 @@ class PutHead:
         fields: `param`, and the update rule's state fields, in the order of the payload.
         initial: these are the session's first contents; ignored by a session that has some already.
         version: the version the session is at afterwards, only with `initial` (a resumed training).
+        shapes: of the fields whose shape is their own.
     """
 
     name: WriteName
@@ -200,6 +203,7 @@ class PutHead:
     segments: list[int] | None = None
     initial: bool = False
     version: int = 0
+    shapes: Shapes = field(default_factory=dict)
 
     def to_header(self) -> dict[str, Any]:
         head: dict[str, Any] = {
@@ -212,6 +216,8 @@ class PutHead:
             head["segments"] = self.segments
         if self.initial:
             head |= {"initial": True, "version": self.version}
+        if self.shapes:
+            head["shapes"] = shapes_to_header(self.shapes)
         return head
 
     @classmethod
@@ -224,8 +230,9 @@ class PutHead:
             raise InvalidRequest("Header key 'fields' must name each field once.", field="fields")
         segments, initial = header.listing("segments"), header.flag("initial")
         version = header.integer("version", most=FURTHEST_BEGINNING, default=0)
+        shapes = shapes_from_header(header.mapping("shapes"))
         header.nothing_left()
-        return cls(name, incarnation, tuple(fields), segments, initial, version)
+        return cls(name, incarnation, tuple(fields), segments, initial, version, shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,6 +282,31 @@ def _evaluation(loss: float | None, continues: bool) -> Evaluation | None:
     if continues:
         raise InvalidRequest("Header key 'continues' goes with a 'loss'.", field="continues")
     return None
+
+
+def shapes_to_header(shapes: Shapes) -> dict[str, list[int] | None]:
+    """Return shapes as they travel."""
+    return {name: None if shape is None else list(shape) for name, shape in shapes.items()}
+
+
+def shapes_from_header(values: Mapping[str, Any], side: Side = "server") -> Shapes:
+    """Return shapes that have travelled.
+
+    Raises:
+        InvalidRequest: one of them is no shape.
+    """
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for name, value in values.items():
+        if value is not None and (
+            type(value) is not list or not all(type(each) is int and 0 <= each <= LARGEST_DIMENSION for each in value)
+        ):
+            raise InvalidRequest(
+                f"Header key 'shapes' has {value!r:.80} for {name!r:.80}; it must be nil or a list of dimensions.",
+                field="shapes",
+                side=side,
+            )
+        shapes[name] = None if value is None else tuple(value)
+    return shapes
 
 
 def _sparse(rows: list[Any]) -> tuple[Sparse, ...]:

@@ -18,7 +18,7 @@ from farstep.messages import Evaluation, Sparse
 from farstep.wire import DTYPES, from_ranges
 from farstep.wire.memory import tensor_memory
 from farstep_service.layout import Layout, Segment
-from farstep_service.rule import AnyRule
+from farstep_service.rule import AnyMethod
 from farstep_service.store import Buffers, FlatBuffers, Gradients
 
 HALVES = frozenset({torch.float16, torch.bfloat16})
@@ -41,7 +41,7 @@ class Contribution:
     """
 
     def __init__(
-        self, layout: Layout, ranges: list[int] | None, sparse: Sequence[Sparse], rule: AnyRule, groups: Sequence[Hyper]
+        self, layout: Layout, ranges: list[int] | None, sparse: Sequence[Sparse], rule: AnyMethod, groups: Sequence[Hyper]
     ) -> None:
         count = len(layout.segments)
         self.layout = layout

@@ -23,14 +23,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidOption
+from farstep.errors import InvalidOption, TensorMismatch
 from farstep.hyper import Hyper, in_range
+from farstep_service.layout import Layout
 from farstep_service.optimizers.line_search import Number, Search, smaller
+from farstep_service.rule import Method
 
 STRONG_WOLFE = "strong_wolfe"
 
@@ -59,6 +62,48 @@ class LBFGSHyper(Hyper):
         return self.max_iter * 5 // 4 if self.max_eval is None else self.max_eval
 
 
+FIELDS = (
+    "func_evals",
+    "n_iter",
+    "d",
+    "t",
+    "old_dirs",
+    "old_stps",
+    "ro",
+    "H_diag",
+    "prev_flat_grad",
+    "prev_loss",
+    "al",
+)
+"""What a step leaves to the next, under torch's names."""
+
+
+class LBFGS(Method[LBFGSHyper]):
+    """The optimizer above, as a session sees it: all parameters are one vector, and the state is the first one's."""
+
+    name = "LBFGS"
+    tensor_fields = FIELDS
+    segment_fields = ()
+    special = MappingProxyType(dict.fromkeys(FIELDS, "free"))
+    hyper = LBFGSHyper
+
+    def check_layout(self, layout: Layout) -> None:
+        """Refuse more than one group in torch's words, and what is no vector of one dtype."""
+        if layout.groups > 1:
+            raise InvalidOption("LBFGS doesn't support per-parameter options (parameter groups)", field="groups")
+        if len(layout.sizes) > 1:
+            raise TensorMismatch(
+                f"LBFGS keeps all parameters in one vector, and they are of {' and '.join(sorted(layout.sizes))}.",
+                field="segments",
+                remedy="Give it parameters of one dtype; torch would compute in the wider one.",
+            )
+        if not any(segment.length for segment in layout.segments):
+            raise TensorMismatch("LBFGS has no element to optimize.", field="segments")
+
+    def check_sparse(self, hyper: LBFGSHyper) -> None:
+        """Take every sparse gradient; it is made dense, as in torch."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Memory:
     """What a step leaves to the next, under torch's names; None before there is any.
@@ -83,6 +128,12 @@ class Memory:
     prev_flat_grad: Tensor | None = None
     prev_loss: float | None = None
     al: tuple[Tensor | None, ...] | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor in it."""
+        values = [getattr(self, name) for name in FIELDS]
+        flat = [each for value in values for each in (value if isinstance(value, tuple) else (value,))]
+        return [each for each in flat if isinstance(each, Tensor)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

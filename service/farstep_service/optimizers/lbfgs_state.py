@@ -18,25 +18,13 @@ import torch
 from torch import Tensor
 
 from farstep.errors import LimitExceeded, TensorMismatch
-from farstep_service.optimizers.lbfgs import Memory
+from farstep_service.optimizers.lbfgs import FIELDS, Memory
 from farstep_service.optimizers.line_search import Number
 
 Shape = tuple[int, ...] | None
 """A tensor's shape; None for a number."""
 
 COUNTERS = ("func_evals", "n_iter")
-FIELDS = (
-    *COUNTERS,
-    "d",
-    "t",
-    "old_dirs",
-    "old_stps",
-    "ro",
-    "H_diag",
-    "prev_flat_grad",
-    "prev_loss",
-    "al",
-)
 TOGETHER = frozenset(FIELDS) - {*COUNTERS, "al"}
 """What a step leaves that has begun an iteration: all or nothing."""
 MOST_PAIRS = 1000

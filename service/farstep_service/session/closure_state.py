@@ -130,10 +130,13 @@ class ClosureState(SessionState):
 
     def intake(self, head: PutHead) -> Contents:
         contents = super().intake(head)
+        self._check_shapes(contents)
+        return contents
+
+    def _check_shapes(self, contents: Contents) -> None:
         hyper = self.groups[0]
         assert isinstance(hyper, LBFGSHyper)
         check_shapes(contents.shapes, self._length, hyper.history_size)
-        return contents
 
     def hold(self) -> Held:
         return self.store.hold()
@@ -158,7 +161,7 @@ class ClosureState(SessionState):
     def nbytes(self) -> dict[str, int]:
         parameters, versions = self._parameters.nbytes if self._parameters else (0, 0)
         memories = [self._memory, self._waiting.memory if self._waiting else None]
-        tensors = {id(each): each for memory in memories if memory for each in _tensors(memory)}
+        tensors = {id(each): each for memory in memories if memory for each in memory.tensors()}
         return {
             "parameters": parameters,
             "versions": versions,
@@ -183,6 +186,7 @@ class ClosureState(SessionState):
             raise TensorMismatch("The state that is said to be present is not the one that came.", field=PRESENT)
         if own is None:
             return None
+        self._check_shapes(contents)
         return memory_of(
             {
                 name: each.item() if contents.shapes[name] is None else each.to(self.device)
@@ -232,11 +236,6 @@ def scattered(flat: Tensor, layout: Layout, device: torch.device) -> Buffers:
         buffers.stretch(index, segment.length).copy_(flat[offset : offset + segment.length])
         offset += segment.length
     return buffers
-
-
-def _tensors(memory: Memory) -> list[Tensor]:
-    values = [*fields_of_tuple(memory)]
-    return [each for each in values if isinstance(each, Tensor)]
 
 
 def _discarded() -> StepDiscarded:

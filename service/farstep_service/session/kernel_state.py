@@ -15,7 +15,7 @@ from farstep.presence import PRESENT, mask_of
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import on_device
 from farstep_service.plan import Plan
-from farstep_service.rule import KernelSource
+from farstep_service.rule import AnyRule, KernelSource
 from farstep_service.session.state import SessionState
 from farstep_service.store import Applied, Buffers, Gradients, Held, Store
 
@@ -26,12 +26,14 @@ class KernelState(SessionState):
 
     Args:
         plan: what the session is.
+        rule: its update rule.
         kernels: runs the update rule.
         device: where parameters and state live.
     """
 
-    def __init__(self, plan: Plan, *, kernels: KernelSource, device: torch.device) -> None:
+    def __init__(self, plan: Plan, rule: AnyRule, *, kernels: KernelSource, device: torch.device) -> None:
         super().__init__(plan, device=device)
+        self._rule = rule
         self._kernels = kernels
         self._store: Store | None = None
 
@@ -90,7 +92,7 @@ class KernelState(SessionState):
     def _new_store(self, parameters: Buffers, version: int) -> Store:
         return Store(
             self.plan.layout,
-            self.plan.rule,
+            self._rule,
             self.groups,
             kernels=self._kernels,
             device=self.device,

@@ -165,7 +165,7 @@ class SessionState(ABC):
             )
         count = len(self.plan.layout.segments)
         indices = range(count) if head.segments is None else from_ranges(head.segments, count)
-        return Contents(self.plan.layout, self.plan.rule, head.fields, indices)
+        return Contents(self.plan.layout, self.plan.rule, head.fields, indices, head.shapes)
 
     @abstractmethod
     def hold(self) -> Held:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from farstep_service.plan import Plan
-from farstep_service.rule import ClosureRule, KernelSource, StepRule
+from farstep_service.rule import KernelSource, Rule
 from farstep_service.session.closure_state import ClosureState
 from farstep_service.session.kernel_state import KernelState
 from farstep_service.session.state import SessionState
@@ -16,6 +16,9 @@ def state_of(plan: Plan, *, kernels: KernelSource, device: torch.device) -> Sess
 
     Args:
         plan: what the session is.
-        kernels: run the update rules that need one.
+        kernels: runs update rules.
         device: where parameters and state live.
     """
+    if isinstance(plan.rule, Rule):
+        return KernelState(plan, plan.rule, kernels=kernels, device=device)
+    return ClosureState(plan, device=device)
