@@ -19,6 +19,7 @@ from torch import Tensor
 from farstep.errors import FarstepError
 from farstep.fields import FieldKind
 from farstep.link import SessionSpec, Start, State, StepReport, open_link
+from farstep.messages import Evaluation
 from farstep.optim.edits import Edits
 from farstep.optim.options import Options, changes, without
 from farstep.optim.state import RemoteState
@@ -86,11 +87,16 @@ class Membership:
             self.link.write(edited)
             self._edits.see_()
 
-    def push(self, options: list[Options]) -> StepReport:
+    def evaluate(self, options: list[Options], evaluation: Evaluation) -> StepReport:
+        """Send one evaluation of the closure, after what was edited; bring the parameters of the next one back."""
+        self.prepare()
+        return self.push(options, evaluation)
+
+    def push(self, options: list[Options], evaluation: Evaluation | None = None) -> StepReport:
         """Send the gradients and the options that changed; bring the new parameters back."""
         changed = changes(options, self._sent)
         try:
-            report = self.link.push([p.grad for p in self.parameters], changed)
+            report = self.link.push([p.grad for p in self.parameters], changed, evaluation)
         except BaseException:
             self._sent = without(self._sent, changed)
             raise

@@ -145,8 +145,9 @@ class ClosureState(SessionState):
         store, names = self.store, tuple(self.plan.rule.kinds)
         chosen = range(len(self.plan.layout.segments)) if indices is None else indices
         own = fields_of(self._memory) if self._memory is not None and 0 in chosen else {}
-        shapes = {name: tuple(each.shape) if isinstance(each, Tensor) else None for name, each in own.items()}
         kept = [name for name in fields if name not in names or name in own]
+        sent = {name: own[name] for name in kept if name in own}
+        shapes = {name: tuple(each.shape) if isinstance(each, Tensor) else None for name, each in sent.items()}
         contents = Contents(self.plan.layout, self.plan.rule, kept, chosen, shapes)
         contents.allocate()
         if PARAM in contents.elements:
