@@ -178,7 +178,9 @@ class EmbeddedLink(Link):
             kind = self._fields[field]
             if kind == "free":
                 free = cast(State, state[0])[field]
-                contents.free[field].copy_(free if isinstance(free, Tensor) else torch.tensor(free, dtype=torch.float64))
+                contents.free[field].copy_(
+                    free if isinstance(free, Tensor) else torch.tensor(free, dtype=torch.float64)
+                )
                 continue
             for place, index in enumerate(contents.indices):
                 own = state[index]

@@ -41,7 +41,12 @@ class Contribution:
     """
 
     def __init__(
-        self, layout: Layout, ranges: list[int] | None, sparse: Sequence[Sparse], rule: AnyMethod, groups: Sequence[Hyper]
+        self,
+        layout: Layout,
+        ranges: list[int] | None,
+        sparse: Sequence[Sparse],
+        rule: AnyMethod,
+        groups: Sequence[Hyper],
     ) -> None:
         count = len(layout.segments)
         self.layout = layout

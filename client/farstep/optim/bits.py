@@ -24,7 +24,8 @@ class Seen(NamedTuple):
         if value is not self.value or (isinstance(value, Tensor) and value._version != self.version):
             return False
         return not isinstance(value, list) or (
-            len(value) == len(self.parts) and all(part.is_still(own) for part, own in zip(self.parts, value, strict=True))
+            len(value) == len(self.parts)
+            and all(part.is_still(own) for part, own in zip(self.parts, value, strict=True))
         )
 
 

@@ -62,12 +62,15 @@ class LBFGS(RemoteOptimizer):
             closure: reevaluates the model and returns the loss.
 
         Raises:
+            RuntimeError: torch's own, for another line search than its one.
             FarstepError: what the session refused, or `Unavailable` when no answer came within `timeout_s`. The
                 parameters are then as they were before that evaluation.
         """
         member = self._member()
         evaluate = torch.enable_grad()(closure)
         first = evaluate()
+        if self.param_groups[0]["line_search_fn"] not in (None, "strong_wolfe"):
+            raise RuntimeError("only 'strong_wolfe' is supported")
         self._settle(member)
         report = member.evaluate(self._options(), Evaluation(float(first)))
         while report.again:

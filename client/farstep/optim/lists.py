@@ -1,12 +1,12 @@
 """The state of L-BFGS between torch's form and a session's, where each entry has a shape of its own.
 
-    entry                               torch                                 session
-    func_evals, n_iter                  int                                   number
-    prev_loss                           float                                 number
-    t, H_diag                           Python number or 0-dim tensor         number or tensor []
-    d, prev_flat_grad                   tensor [n]                            the same
-    old_dirs, old_stps, ro              list of k tensors                     one tensor [k, ...]
-    al                                  list of 0-dim tensors and None        one tensor, NaN for None
+entry                               torch                                 session
+func_evals, n_iter                  int                                   number
+prev_loss                           float                                 number
+t, H_diag                           Python number or 0-dim tensor         number or tensor []
+d, prev_flat_grad                   tensor [n]                            the same
+old_dirs, old_stps, ro              list of k tensors                     one tensor [k, ...]
+al                                  list of 0-dim tensors and None        one tensor, NaN for None
 """
 
 from __future__ import annotations

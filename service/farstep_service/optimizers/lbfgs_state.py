@@ -47,7 +47,9 @@ def _stacked(memory: Memory, name: str, values: Sequence[Tensor | None]) -> Tens
     vector = memory.d
     assert vector is not None
     if name in ("old_dirs", "old_stps"):
-        return torch.stack([each for each in values if each is not None]) if values else vector.new_empty(0, len(vector))
+        return (
+            torch.stack([each for each in values if each is not None]) if values else vector.new_empty(0, len(vector))
+        )
     none = vector.new_full((), float("nan"))
     return torch.stack([none if each is None else each for each in values]) if values else vector.new_empty(0)
 

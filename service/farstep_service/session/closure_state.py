@@ -179,9 +179,7 @@ class ClosureState(SessionState):
         """
         has = dict(zip(contents.indices, contents.has() or (), strict=False))
         if any(own is not None for index, own in has.items() if index):
-            raise TensorMismatch(
-                f"{self.plan.rule.name} keeps its state with the first parameter only.", field=PRESENT
-            )
+            raise TensorMismatch(f"{self.plan.rule.name} keeps its state with the first parameter only.", field=PRESENT)
         own = has.get(0)
         if set(own or ()) != contents.free.keys():
             raise TensorMismatch("The state that is said to be present is not the one that came.", field=PRESENT)
