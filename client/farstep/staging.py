@@ -127,10 +127,10 @@ class StateArrivals:
             elif kind == "free":
                 views.append(self._free_target(name, shapes))
             else:
-                shapes = [shape_of(kind, p.shape) for p in self._parameters]
+                own = [shape_of(kind, p.shape) for p in self._parameters]
                 self._elements[name] = {
                     i: torch.empty(shape, dtype=self._parameters[i].dtype)
-                    for i, shape in enumerate(shapes)
+                    for i, shape in enumerate(own)
                     if shape is not None
                 }
                 views += [tensor_memory(each) for each in self._elements[name].values()]

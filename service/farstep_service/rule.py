@@ -105,6 +105,14 @@ class Method(ABC, Generic[H]):
         kinds |= dict.fromkeys(self.optional_fields, "optional")
         return {**kinds, **self.special}
 
+    def state_bytes(self, layout: Layout, groups: Sequence[H]) -> int:
+        """Return the bytes that the state of a session takes at most."""
+        return len(self.tensor_fields) * layout.nbytes + 8 * len(self.segment_fields) * len(layout.segments)
+
+    def step_bytes(self, layout: Layout, groups: Sequence[H]) -> int:
+        """Return the bytes whose processing takes as long as a step, but for the bookkeeping of segments."""
+        return layout.nbytes
+
     def check_layout(self, layout: Layout) -> None:
         """Refuse parameters that torch's constructor refuses, in torch's words.
 

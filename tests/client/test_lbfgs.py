@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import pickle
+import pickle  # noqa: TID251  # what others do with an optimizer
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 import farstep
-from farstep.conversation import Conversation
-from farstep.errors import FarstepError, InvalidOption, StepDiscarded, TensorMismatch, Unavailable
+from farstep.errors import InvalidOption, StepDiscarded, TensorMismatch, Unavailable
 from farstep.settings import RemoteOptions
 from tests.client.twins import check_equal
 from tests.faults import Network, faulty
 from tests.optimizers.objectives import (
-    OBJECTIVES,
     Objective,
     cliff,
     network,
@@ -148,7 +146,11 @@ def test_a_closure_that_keeps_parameters_in_bounds_works_as_in_torch(place: Remo
 def test_sparse_gradients_are_made_dense(place: RemoteOptions) -> None:
     """An embedding with sparse gradients trains as in torch."""
     sides = []
-    for make in (lambda p: farstep.optim.LBFGS([p], **WOLFE, **place), lambda p: torch.optim.LBFGS([p], **WOLFE)):
+    makes: list[Any] = [
+        lambda p: farstep.optim.LBFGS([p], **WOLFE, **place),
+        lambda p: torch.optim.LBFGS([p], **WOLFE),
+    ]
+    for make in makes:
         table = torch.linspace(-1, 1, 12).view(4, 3).requires_grad_()
 
         def closure(table: Tensor = table) -> Tensor:
@@ -183,11 +185,12 @@ def test_options_edited_between_steps_hold_from_the_next_one(place: RemoteOption
 def test_torchs_errors_are_raised(place: RemoteOptions) -> None:
     """Type and words of torch's own: in the constructor, for a missing closure, and for several groups."""
     p, q = torch.zeros(2, requires_grad=True), torch.zeros(1, requires_grad=True)
-    for options in ({"lr": -1.0}, {"lr": torch.ones(2)}):
-        with pytest.raises(ValueError) as expected:
-            torch.optim.LBFGS([p], **options)  # type: ignore[arg-type]
-        with pytest.raises(ValueError) as found:
-            farstep.optim.LBFGS([p], **options, **place)  # type: ignore[arg-type]
+    wrong: list[dict[str, Any]] = [{"lr": -1.0}, {"lr": torch.ones(2)}]
+    for options in wrong:
+        with pytest.raises(ValueError, match=r"earning rate|1-element") as expected:
+            torch.optim.LBFGS([p], **options)
+        with pytest.raises(ValueError, match=r"earning rate|1-element") as found:
+            farstep.optim.LBFGS([p], **options, **place)
         assert str(found.value) == str(expected.value)
     groups = [{"params": [p]}, {"params": [q]}]
     with pytest.raises(ValueError, match="doesn't support per-parameter options"):
@@ -496,7 +499,8 @@ def test_two_workers_step_along_the_mean_of_their_objectives(server: RunningServ
     def mean() -> float:
         nonlocal calls
         calls += 1
-        losses, gradients = [], []
+        losses: list[float] = []
+        gradients: list[Any] = []
         for each in objectives:
             p.grad = None
             loss = each(p)

@@ -57,7 +57,8 @@ class LocalHost(Host):
         self._timer: asyncio.TimerHandle | None = None
         self._ticks: set[asyncio.Task[None]] = set()
         layout = self.plan.layout
-        self._small = layout.nbytes + SEGMENT_COST_BYTES * len(layout.segments) <= INLINE_BYTES
+        step_bytes = self.plan.rule.step_bytes(layout, self.plan.groups)
+        self._small = step_bytes + SEGMENT_COST_BYTES * len(layout.segments) <= INLINE_BYTES
         self._initialiser = ""
         self._initialising_until = -1.0
         self._closed = False

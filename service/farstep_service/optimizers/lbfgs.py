@@ -78,6 +78,15 @@ FIELDS = (
 """What a step leaves to the next, under torch's names."""
 
 
+MOST_PAIRS = 100
+"""Pairs that a state may bring into a session that keeps fewer: as many as torch keeps by default."""
+
+
+def most_pairs(hyper: LBFGSHyper) -> int:
+    """Return how many pairs a state may have."""
+    return max(MOST_PAIRS, hyper.history_size)
+
+
 class LBFGS(Method[LBFGSHyper]):
     """The optimizer above, as a session sees it: all parameters are one vector, and the state is the first one's."""
 
@@ -86,6 +95,14 @@ class LBFGS(Method[LBFGSHyper]):
     segment_fields = ()
     special = MappingProxyType(dict.fromkeys(FIELDS, "free"))
     hyper = LBFGSHyper
+
+    def state_bytes(self, layout: Layout, groups: Sequence[LBFGSHyper]) -> int:
+        """Return the bytes of all pairs and a few vectors more."""
+        return (2 * most_pairs(groups[0]) + 2) * layout.nbytes + 32 * most_pairs(groups[0])
+
+    def step_bytes(self, layout: Layout, groups: Sequence[LBFGSHyper]) -> int:
+        """Return the bytes of a full history: each direction goes through all of it."""
+        return (2 * groups[0].history_size + 2) * layout.nbytes
 
     def check_layout(self, layout: Layout) -> None:
         """Refuse more than one group in torch's words, and what is no vector of one dtype."""

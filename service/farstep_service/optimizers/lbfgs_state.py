@@ -27,8 +27,6 @@ Shape = tuple[int, ...] | None
 COUNTERS = ("func_evals", "n_iter")
 TOGETHER = frozenset(FIELDS) - {*COUNTERS, "al"}
 """What a step leaves that has begun an iteration: all or nothing."""
-MOST_PAIRS = 1000
-"""Pairs that a state may bring, beside those that `history_size` asks for."""
 LARGEST_COUNTER = 2**53
 
 
@@ -54,13 +52,13 @@ def _stacked(memory: Memory, name: str, values: Sequence[Tensor | None]) -> Tens
     return torch.stack([none if each is None else each for each in values]) if values else vector.new_empty(0)
 
 
-def check_shapes(shapes: Mapping[str, Shape], length: int, history_size: int) -> None:
+def check_shapes(shapes: Mapping[str, Shape], length: int, most: int) -> None:
     """Refuse fields whose shapes are not those of a memory.
 
     Args:
         shapes: of the fields that are announced.
         length: elements of all parameters.
-        history_size: pairs that the session keeps.
+        most: how many pairs it may have.
 
     Raises:
         TensorMismatch: naming the field.
@@ -86,9 +84,13 @@ def check_shapes(shapes: Mapping[str, Shape], length: int, history_size: int) ->
                 f"{_words(wanted)}.",
                 field=name,
             )
-    most = max(MOST_PAIRS, history_size)
     if max(pairs, factors) > most:
-        raise LimitExceeded(f"The state has {max(pairs, factors)} pairs.", field="ro", limit=most)
+        raise LimitExceeded(
+            f"The state has {max(pairs, factors)} pairs, and may have {most}.",
+            field="ro",
+            limit=most,
+            remedy="Raise history_size.",
+        )
 
 
 def _words(shape: Shape) -> str:

@@ -157,8 +157,7 @@ class Search:
         first, second = self.bracket
         if self._iterations >= self.max_ls or abs(second.t - first.t) * self.d_norm < self.tolerance_change:
             return Found(self.bracket[self.low], self.evaluations)
-        t = _cubic_interpolate(first, second)
-        lowest, highest = smaller(first.t, second.t), larger(first.t, second.t)
+        lowest, highest, t = smaller(first.t, second.t), larger(first.t, second.t), _cubic_interpolate(first, second)
         margin: Number = 0.1 * (highest - lowest)
         stalled = bool(smaller(highest - t, t - lowest) < margin)
         if stalled and (self.stalled or t >= highest or t <= lowest):

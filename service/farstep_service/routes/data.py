@@ -117,7 +117,7 @@ class Contents(Endpoint):
             raise InvalidRequest("A field is named twice.", field="fields")
         layout = host.plan.layout
         indices = _indices(query["segments"], len(layout.segments)) if "segments" in query else None
-        reserve((layout.nbytes if indices is None else layout.bytes_of(indices)) * len(fields))
+        reserve(await _size(host, fields, indices))
         whole = fields == ["param"] and indices is None
         view = await (host.parameters() if whole else host.contents(fields, indices))
         header: dict[str, Any] = {
@@ -136,6 +136,14 @@ class Contents(Endpoint):
             view.release()
 
 
+async def _size(host: Host, fields: Sequence[str], indices: Sequence[int] | None) -> int:
+    """Return the bytes that fields take, about; more where they are of the parameters' shapes."""
+    layout, kinds = host.plan.layout, host.plan.rule.kinds
+    free = [name for name in fields if kinds.get(name) == "free"]
+    one = layout.nbytes if indices is None else layout.bytes_of(indices)
+    return one * (len(fields) - len(free)) + ((await host.summary()).bytes["state"] if free else 0)
+
+
 def _indices(query: Sequence[str], count: int) -> list[int]:
     """Return the segments of a query such as `segments=0,3,7,8`, which are ranges as in a header."""
     bounds = ",".join(query).split(",")
@@ -145,9 +153,9 @@ def _indices(query: Sequence[str], count: int) -> list[int]:
 
 def _largest(host: Host) -> int:
     """Return the bytes the largest sensible body can have: parameters, every state field, indices and the framing."""
-    layout, rule = host.plan.layout, host.plan.rule
-    fields = 2 + len(rule.tensor_fields) + len(rule.segment_fields)
-    return (fields + 8) * (layout.nbytes + 8 * len(layout.segments)) + OVERHEAD_BYTES
+    plan = host.plan
+    one = plan.layout.nbytes + 8 * len(plan.layout.segments)
+    return 10 * one + plan.rule.state_bytes(plan.layout, plan.groups) + OVERHEAD_BYTES
 
 
 def _header(host: Host, answer: Answer, times: dict[str, float]) -> dict[str, Any]:

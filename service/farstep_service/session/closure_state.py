@@ -23,7 +23,7 @@ from farstep.presence import PRESENT, mask_of
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import on_device
 from farstep_service.layout import Layout
-from farstep_service.optimizers.lbfgs import LBFGSHyper, Memory, Turn, Waiting, begin, resume
+from farstep_service.optimizers.lbfgs import LBFGSHyper, Memory, Turn, Waiting, begin, most_pairs, resume
 from farstep_service.optimizers.lbfgs_state import check_shapes, fields_of, memory_of
 from farstep_service.plan import Plan
 from farstep_service.session.state import SessionState
@@ -120,10 +120,10 @@ class ClosureState(SessionState):
         return None
 
     def write(self, contents: Contents) -> None:
-        memory = self._memory_in(contents) if PRESENT in contents.numbers else self._memory
+        memory = self._memory_in(contents)
         values = contents.elements.get(PARAM)
         self.store.write(contents.indices, values and on_device(values, self.device))
-        if PRESENT in contents.numbers:
+        if PRESENT in contents.numbers and 0 in contents.indices:
             self._memory, self._waiting = memory, None
 
     # -- reads and room for what arrives ----------------------------------------------------------------------------
@@ -136,7 +136,7 @@ class ClosureState(SessionState):
     def _check_shapes(self, contents: Contents) -> None:
         hyper = self.groups[0]
         assert isinstance(hyper, LBFGSHyper)
-        check_shapes(contents.shapes, self._length, hyper.history_size)
+        check_shapes(contents.shapes, self._length, most_pairs(hyper))
 
     def hold(self) -> Held:
         return self.store.hold()
@@ -172,7 +172,7 @@ class ClosureState(SessionState):
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _memory_in(self, contents: Contents) -> Memory | None:
-        """Return the memory that contents bring, None where they take it away.
+        """Return the memory that contents bring, None where they bring none.
 
         Raises:
             TensorMismatch: another parameter than the first is said to have state, or the state is incomplete.
