@@ -6,6 +6,7 @@ import copy
 import pickle  # noqa: TID251  # what others do with an optimizer
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -146,11 +147,8 @@ def test_a_closure_that_keeps_parameters_in_bounds_works_as_in_torch(place: Remo
 def test_sparse_gradients_are_made_dense(place: RemoteOptions) -> None:
     """An embedding with sparse gradients trains as in torch."""
     sides = []
-    makes: list[Any] = [
-        lambda p: farstep.optim.LBFGS([p], **WOLFE, **place),
-        lambda p: torch.optim.LBFGS([p], **WOLFE),
-    ]
-    for make in makes:
+    kinds: list[Any] = [partial(farstep.optim.LBFGS, **WOLFE, **place), partial(torch.optim.LBFGS, **WOLFE)]
+    for kind in kinds:
         table = torch.linspace(-1, 1, 12).view(4, 3).requires_grad_()
 
         def closure(table: Tensor = table) -> Tensor:
@@ -159,7 +157,7 @@ def test_sparse_gradients_are_made_dense(place: RemoteOptions) -> None:
             loss.backward()  # type: ignore[no-untyped-call]
             return loss.detach()
 
-        optimizer: Any = make(table)
+        optimizer = kind([table])
         for _ in range(3):
             optimizer.step(closure)
         sides.append(table.detach())

@@ -22,7 +22,7 @@ from farstep.messages import Evaluation, PushHead, Receipt
 from farstep.presence import PRESENT
 from farstep_service.optimizers.lbfgs import FIELDS
 from farstep_service.session import Outcomes, Session
-from tests.session.writers import ASYNC, Writer, begun, equal, error, new_session, parameters, receipt, sync, values
+from tests.session.writers import Writer, begun, equal, new_session, parameters, receipt, sync, values
 
 WOLFE = {"line_search_fn": "strong_wolfe"}
 

@@ -155,13 +155,13 @@ class Search:
     def _zoom(self) -> Search | Found:
         """Choose the next trial inside the bracket, or end."""
         first, second = self.bracket
-        if self._iterations >= self.max_ls or abs(second.t - first.t) * self.d_norm < self.tolerance_change:
+        if self._iterations >= self.max_ls or _size(second.t - first.t) * self.d_norm < self.tolerance_change:
             return Found(self.bracket[self.low], self.evaluations)
         lowest, highest, t = smaller(first.t, second.t), larger(first.t, second.t), _cubic_interpolate(first, second)
         margin: Number = 0.1 * (highest - lowest)
         stalled = bool(smaller(highest - t, t - lowest) < margin)
         if stalled and (self.stalled or t >= highest or t <= lowest):
-            t = highest - margin if abs(t - highest) < abs(t - lowest) else lowest + margin
+            t = highest - margin if _size(t - highest) < _size(t - lowest) else lowest + margin
             stalled = False
         return replace(self, t=t, stalled=stalled)
 
@@ -174,6 +174,10 @@ def smaller(a: Number, b: Number) -> Number:
 def larger(a: Number, b: Number) -> Number:
     """Return what Python's `max` returns, NaN included."""
     return b if b > a else a
+
+
+def _size(number: Number) -> Number:
+    return number.abs() if isinstance(number, Tensor) else abs(number)
 
 
 def _lower(first: Point, second: Point) -> int:
