@@ -10,8 +10,8 @@
     vector      nothing                             the parameter's own shape
     free        a number, or a tensor of a shape of its own; the first parameter's only
 
-A parameter without elements has no rows and no columns either: state is never larger than its parameter. Both sides
-compute shapes by `shape_of`; the only shapes of state fields that travel are those of free ones.
+A parameter without elements has neither rows nor columns: state is never larger than its parameter. Both sides
+compute shapes by `shape_of`; only the shapes of free fields travel.
 """
 
 from __future__ import annotations

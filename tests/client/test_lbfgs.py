@@ -7,7 +7,7 @@ import pickle  # noqa: TID251  # what others do with an optimizer
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -207,7 +207,7 @@ def test_parameters_of_several_dtypes_and_a_fused_kernel_are_refused(place: Remo
     with pytest.raises(TensorMismatch, match="float32 and float64"):
         farstep.optim.LBFGS([p, q], **place)
     with pytest.raises(InvalidOption, match="no fused kernel"):
-        farstep.optim.LBFGS([p], **{**place, "kernel": "fused"})
+        farstep.optim.LBFGS([p], **cast(RemoteOptions, {**place, "kernel": "fused"}))
 
 
 def test_an_unknown_line_search_is_refused_in_the_step(place: RemoteOptions) -> None:
