@@ -7,7 +7,7 @@ contents, is named by (session, worker, worker epoch, sequence): that name is wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from farstep.errors import InvalidRequest, ProtocolMismatch, Side
@@ -225,14 +225,14 @@ class PutHead:
         header = Header(values)
         name = WriteName.take(header)
         incarnation = header.text("incarnation")
-        fields = header.listing("fields") or []
-        if not fields or not all(type(each) is str for each in fields) or len(set(fields)) != len(fields):
+        names = header.listing("fields") or []
+        if not names or not all(type(each) is str for each in names) or len(set(names)) != len(names):
             raise InvalidRequest("Header key 'fields' must name each field once.", field="fields")
         segments, initial = header.listing("segments"), header.flag("initial")
         version = header.integer("version", most=FURTHEST_BEGINNING, default=0)
         shapes = shapes_from_header(header.mapping("shapes"))
         header.nothing_left()
-        return cls(name, incarnation, tuple(fields), segments, initial, version, shapes)
+        return cls(name, incarnation, tuple(names), segments, initial, version, shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +273,9 @@ class Receipt:
 
     @classmethod
     def from_header(cls, values: Mapping[str, Any]) -> Receipt:
-        return cls(**{**values, "contributors": tuple(values["contributors"])})
+        """Read what this side knows of a receipt; later servers may say more."""
+        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        return cls(**{**known, "contributors": tuple(values["contributors"])})
 
 
 def _evaluation(loss: float | None, continues: bool) -> Evaluation | None:
