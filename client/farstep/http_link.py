@@ -16,6 +16,7 @@ from urllib.parse import quote
 import httpx
 from torch import Tensor
 
+from farstep.arrivals import Arrivals
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
@@ -26,7 +27,6 @@ from farstep.patience import Patience
 from farstep.presence import PRESENT
 from farstep.settings import Place
 from farstep.staging import (
-    Arrivals,
     StateArrivals,
     outgoing,
     outgoing_gradients,
@@ -89,10 +89,6 @@ class HttpLink(Link):
     def eager(self) -> bool:
         return self._eager
 
-    @property
-    def sees_edits(self) -> bool:
-        return False
-
     # -- joining ----------------------------------------------------------------------------------------------------
 
     def _join(self, start: Start) -> bool:
@@ -151,8 +147,14 @@ class HttpLink(Link):
             arrived = None if ranges is None else from_ranges(ranges, len(self._parameters), side="client")
             return self._arrivals.targets(arrived)
 
-        with self._session_there():
-            received = self._writer.push(head, payload, place)
+        try:
+            with self._session_there():
+                received = self._writer.push(head, payload, place)
+        except BaseException:
+            self._arrivals.keep_()  # of what has arrived nobody knows how much
+            raise
+        if arrived is None and segments is not None:  # what has no gradient, and is as it was, is not touched
+            arrived = sorted({*present, *self._arrivals.edited(self._addresses())})
         self._arrivals.settle_(arrived)
         self._version = int(received.header["version"])
         receipt = Receipt.from_header(received.header["receipt"])
@@ -212,12 +214,27 @@ class HttpLink(Link):
         with self._session_there():
             received = self._writer.put(head, payload)
         self._version = int(received.header["version"])
+        if "param" in fields:
+            self._arrivals.keep_(indices)
         return Receipt.from_header(received.header["receipt"])
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
+    def edited(self, addresses: list[int]) -> list[int]:
+        return self._arrivals.edited(addresses)
+
+    def rebind(self, parameters: Sequence[Tensor]) -> bool:
+        self._parameters = list(parameters)
+        self._arrivals.rebind_(parameters)
+        return True
+
     def pull(self) -> int:
-        received = self._get("Pulling", f"{self._path}/contents", lambda header: self._arrivals.targets(None))
+        edited = self._arrivals.edited(self._addresses())
+        try:
+            received = self._get("Pulling", f"{self._path}/contents", lambda header: self._arrivals.targets(None))
+        except BaseException:
+            self._arrivals.keep_(but=edited)
+            raise
         self._arrivals.settle_(None)
         self._version = int(received.header["version"])
         return self._version
@@ -260,6 +277,9 @@ class HttpLink(Link):
             return self._patience.call(f"{doing} session {self._spec.name!r}", self._server.server, attempt)
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._parameters))
 
     @contextmanager
     def _session_there(self) -> Iterator[None]:

@@ -132,11 +132,6 @@ class Link(ABC):
     def eager(self) -> bool:
         """Whether a parameter has state before its first step (Adagrad)."""
 
-    @property
-    @abstractmethod
-    def sees_edits(self) -> bool:
-        """Whether the session reads the parameters' own memory, so that edits between steps need no `write`."""
-
     @abstractmethod
     def push(
         self,
@@ -166,6 +161,21 @@ class Link(ABC):
         Args:
             parameters: indices of parameters whose values are sent, if no state is.
             state: new state by the parameter's index, None where it shall have none.
+        """
+
+    @abstractmethod
+    def edited(self, addresses: list[int]) -> list[int]:
+        """Return which parameters the session has other values of; none where it reads the parameters' own memory.
+
+        Args:
+            addresses: where each parameter's memory begins now.
+        """
+
+    @abstractmethod
+    def rebind(self, parameters: Sequence[Tensor]) -> bool:
+        """Take other tensors of the same shapes and dtypes in the parameters' place; return whether that can be.
+
+        The session is as it was; what differs counts as edited.
         """
 
     @abstractmethod

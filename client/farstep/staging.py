@@ -1,12 +1,11 @@
-"""Client-side memory: where gradients are sent from and where parameters arrive.
+"""Client-side memory: where gradients and state are sent from, and where state arrives.
 
-Contiguous CPU tensors are sent from their own memory. Answers arrive in a staging buffer and are copied into the
-parameters when they are complete, so that an answer that is cut off leaves the model as it was.
+Contiguous CPU tensors are sent from their own memory. Parameters arrive in `farstep.arrivals`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -177,59 +176,3 @@ class StateArrivals:
     def present(self) -> list[bool]:
         """Return for each parameter whether it has state, once `present` has arrived."""
         return [mask != 0 for mask in self._numbers[PRESENT].tolist()]
-
-
-class Arrivals:
-    """Staging memory for the parameters of one optimizer, one flat tensor per dtype.
-
-    Args:
-        parameters: the tensors that arrive, in the session's order.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = list(parameters)
-        # Views shown as the conjugate or the negative of their memory, which foreach operations do not take.
-        self._lazy = any(p.is_conj() or p.is_neg() for p in parameters)
-        sizes: dict[torch.dtype, int] = {}
-        places: list[tuple[torch.dtype, int]] = []
-        for p in parameters:
-            offset = sizes.get(p.dtype, 0)
-            places.append((p.dtype, offset))
-            sizes[p.dtype] = offset + p.numel()
-        flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
-        self._staged = [
-            flat[dtype][offset : offset + p.numel()].view(p.shape)
-            for (dtype, offset), p in zip(places, parameters, strict=True)
-        ]
-        self._all = _merged(
-            (flat[dtype], offset, p.numel()) for (dtype, offset), p in zip(places, parameters, strict=True)
-        )
-
-    def targets(self, indices: Sequence[int] | None) -> list[memoryview]:
-        """Return where the payload of these parameters goes (None: all of them)."""
-        if indices is None:
-            return self._all
-        return [tensor_memory(self._staged[i]) for i in indices]
-
-    def settle_(self, indices: Sequence[int] | None) -> None:
-        """Copy what has arrived into the parameters: same storage, same strides, version counters bumped."""
-        targets, sources = self._parameters, self._staged
-        if indices is not None:
-            targets, sources = [targets[i] for i in indices], [sources[i] for i in indices]
-        with torch.no_grad():
-            if targets and not self._lazy:
-                torch._foreach_copy_(targets, sources)
-                return
-            for target, source in zip(targets, sources, strict=True):
-                target.copy_(source)
-
-
-def _merged(spans: Iterable[tuple[Tensor, int, int]]) -> list[memoryview]:
-    """Return the memory of consecutive spans, neighbours of one tensor joined into one view."""
-    merged: list[tuple[Tensor, int, int]] = []
-    for flat, offset, length in spans:
-        if merged and merged[-1][0] is flat and merged[-1][2] == offset:
-            merged[-1] = (flat, merged[-1][1], offset + length)
-        else:
-            merged.append((flat, offset, offset + length))
-    return [tensor_memory(flat[start:stop]) for flat, start, stop in merged]

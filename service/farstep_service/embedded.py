@@ -83,8 +83,9 @@ class EmbeddedLink(Link):
         kernels = _kernels(self._plan.kernel)
         contents = None if start.state is None else self._contents(dict(enumerate(start.state(self._fields))))
         state = state_of(self._plan, kernels=kernels, device=self._device)
-        parameters = BorrowedBuffers(self._plan.layout, self._parameters, device=self._device)
-        state.adopt(parameters, contents, start.version)
+        borrowed = BorrowedBuffers(self._plan.layout, self._parameters, device=self._device)
+        state.adopt(borrowed, contents, start.version)
+        self._borrowed = borrowed
         self._state = state
 
     @property
@@ -98,10 +99,6 @@ class EmbeddedLink(Link):
     @property
     def eager(self) -> bool:
         return self._plan.rule.eager
-
-    @property
-    def sees_edits(self) -> bool:
-        return True
 
     def push(
         self,
@@ -156,6 +153,17 @@ class EmbeddedLink(Link):
                     field=parameter.name,
                     side="client",
                 )
+
+    def edited(self, addresses: list[int]) -> list[int]:
+        return []
+
+    def rebind(self, parameters: Sequence[Tensor]) -> bool:
+        if any(p.device != self._device for p in parameters):
+            return False
+        self._state.finish()
+        self._borrowed.lend(parameters)
+        self._parameters = list(parameters)
+        return True
 
     def pull(self) -> int:
         return self.version

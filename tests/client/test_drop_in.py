@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import lr_scheduler
 
 import farstep
@@ -212,17 +212,6 @@ def test_a_closure_runs_once_with_grad_enabled_and_its_loss_is_returned(place: R
     assert optimizer.step() is None
 
 
-def test_zero_grad_is_torchs(place: RemoteOptions) -> None:
-    """Gradients become None, or zeros if that is asked for."""
-    (p,) = parameters(drawn(0, [(3,)]))
-    optimizer = Adagrad([p], **place)
-    p.grad = torch.ones(3)
-    optimizer.zero_grad(set_to_none=False)
-    assert p.grad.tolist() == [0, 0, 0]
-    optimizer.zero_grad()
-    assert p.grad is None
-
-
 def test_gradients_are_never_changed(place: RemoteOptions) -> None:
     """Whatever the options, a gradient is the same tensor with the same values after the step."""
     here = parameters(drawn(0))
@@ -301,50 +290,6 @@ def test_a_step_without_any_gradient_changes_nothing(place: RemoteOptions) -> No
     twins.check()
     twins.train(2, first=3)
     twins.check()
-
-
-def test_parameters_edited_between_steps_are_seen(place: RemoteOptions) -> None:
-    """What the user writes into parameters, by copy_, by loading a module, or by another tensor in `.data`, counts."""
-    models = [nn.Linear(3, 2), nn.Linear(3, 2)]
-    models[1].load_state_dict(models[0].state_dict())
-    optimizers = [
-        Adagrad(models[0].parameters(), lr=0.1, **place),
-        torch.optim.Adagrad(models[1].parameters(), lr=0.1, foreach=False),
-    ]
-
-    def edit_copy(model: nn.Linear) -> None:
-        with torch.no_grad():
-            model.weight.copy_(drawn(3, [(2, 3)])[0])
-
-    def edit_module(model: nn.Linear) -> None:
-        model.load_state_dict({"weight": drawn(4, [(2, 3)])[0], "bias": torch.ones(2)})
-
-    def edit_data(model: nn.Linear) -> None:
-        model.weight.data = drawn(5, [(2, 3)])[0]
-
-    for edit in (edit_copy, edit_module, edit_data):
-        for model, optimizer in zip(models, optimizers, strict=True):
-            optimizer.zero_grad()
-            model(torch.ones(3)).pow(2).sum().backward()
-            optimizer.step()
-            edit(model)
-            optimizer.step()
-        check_parameters(list(models[0].parameters()), list(models[1].parameters()))
-
-
-def test_hooks_fire_exactly_once(place: RemoteOptions) -> None:
-    """Pre and post hooks of steps and of state_dicts run once for each call, in torch's order."""
-    (p,) = parameters(drawn(0, [(3,)]))
-    optimizer = Adagrad([p], **place)
-    p.grad = torch.ones(3)
-    fired: list[str] = []
-    optimizer.register_step_pre_hook(lambda *_: fired.append("before"))
-    optimizer.register_step_post_hook(lambda *_: fired.append("after"))
-    optimizer.register_state_dict_post_hook(lambda *_: fired.append("given"))
-    optimizer.register_load_state_dict_post_hook(lambda *_: fired.append("loaded"))
-    optimizer.step()
-    optimizer.load_state_dict(optimizer.state_dict())
-    assert fired == ["before", "after", "given", "loaded"]
 
 
 def test_the_report_of_a_step(place: RemoteOptions) -> None:
@@ -485,17 +430,6 @@ def test_groups_of_a_shared_session_stay(server: RunningServer) -> None:
     optimizer = Adagrad(here[:-1], server=server.url, session="groups-stay")
     with pytest.raises(FarstepError, match="groups of session 'groups-stay'"):
         optimizer.add_param_group({"params": here[-1:]})
-
-
-def test_parameters_of_a_session_stay(place: RemoteOptions) -> None:
-    """A parameter that was replaced after the session was opened is refused in words, not passed over."""
-    here = parameters(drawn(0))
-    optimizer = Adagrad(here[:-1], **place)
-    optimizer.param_groups[0]["params"][0] = here[-1]
-    with pytest.raises(FarstepError, match="replaced"):
-        optimizer.step()
-    optimizer.param_groups[0]["params"][0] = here[0]
-    optimizer.step()
 
 
 # -- state -----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from farstep.errors import InvalidOption
 from farstep.optim.base import RemoteOptimizer
 from farstep.settings import RemoteOptions
 
@@ -49,3 +50,20 @@ class Adagrad(RemoteOptimizer):
             "fused": fused,
         }
         super().__init__(params, options, remote)
+
+    def share_memory(self) -> None:
+        """Do nothing in a session with a name on a server, whose state all its workers share.
+
+        torch's puts the state into memory that forked processes share. A session's state belongs to one process.
+
+        Raises:
+            InvalidOption: the session is embedded or private, so that no other process can have its state.
+        """
+        place = self._member().place
+        if place.server is None or place.private:
+            raise InvalidOption(
+                "The state of an embedded or private session cannot be shared between processes.",
+                remedy="Give each process an optimizer with the same server=... and session=...; they share its state.",
+                field="session",
+                side="client",
+            )

@@ -9,7 +9,8 @@ different:
   loaded is sent (`farstep.optim.state`);
 - a copy, by deepcopy or pickle, is in a private session of its own with the same state;
 - group options are compared with those last sent, and changes travel with the next step;
-- parameters edited by the caller between steps are noticed by their version counter and sent before the step.
+- parameters edited between steps are noticed by their bytes, and sent before the step (`farstep.edits`);
+- parameters replaced inside a group are followed, with the state that was moved to them.
 """
 
 from __future__ import annotations
@@ -20,14 +21,16 @@ from copy import deepcopy
 from typing import Any, Self, overload
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from farstep.errors import InvalidOption
+from farstep.errors import InvalidOption, TensorMismatch
 from farstep.optim.in_session import InSession
 from farstep.optim.membership import refused
 from farstep.optim.options import check_group
+from farstep.optim.refusals import refusal
 from farstep.optim.torch_form import completed, local
-from farstep.settings import RemoteOptions, carried, elsewhere, of_copy, resolve
+from farstep.settings import RemoteOptions, carried, of_copy, resolve
 
 
 class RemoteOptimizer(InSession):
@@ -47,7 +50,10 @@ class RemoteOptimizer(InSession):
                 field="differentiable",
                 side="client",
             )
-        place = resolve(remote)
+        try:
+            place = resolve(remote)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}.__init__() got an {error}") from None
         defaults = self.twin([torch.zeros(1, 1)], **options).defaults
         super().__init__(params, defaults)
         self._check_groups()
@@ -68,6 +74,7 @@ class RemoteOptimizer(InSession):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @_disable_dynamo  # which, unlike torch.compiler.disable, does not import the compiler with us
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step in the session and update the parameters in place.
@@ -76,6 +83,7 @@ class RemoteOptimizer(InSession):
             closure: reevaluates the model and returns the loss.
 
         Raises:
+            RuntimeError: torch's own, for gradients that torch's class of the same name does not take.
             FarstepError: what the session refused, or `Unavailable` when no answer came within `timeout_s`. The
                 parameters are then as they were, and the step may be tried again.
         """
@@ -84,9 +92,15 @@ class RemoteOptimizer(InSession):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            member = self._member()
         self._settle(member)
         member.prepare()
-        self.last_step = member.push(self._options())
+        try:
+            self.last_step = member.push(self._options())
+        except (InvalidOption, TensorMismatch) as refused_there:
+            if (error := refusal(self.twin, self.defaults, self.param_groups)) is not None:
+                raise error from refused_there
+            raise
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -106,18 +120,13 @@ class RemoteOptimizer(InSession):
                 f"The groups of session {self.session!r}, which other workers may share, are those it began with.",
                 "Give all parameters to the constructor.",
             )
-        before = dict(vars(self))
-        state = self.state.copy()
         super().add_param_group(param_group)
         try:
             self._check_groups()
-            self._open(elsewhere(member.place), state, self.version)
+            self._move(member)
         except BaseException:
-            vars(self).update(before)
             self.param_groups.pop()
             raise
-        self.last_step = before["last_step"]
-        member.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's form of the state, fetched from the session as far as it is not here; `torch.optim` loads it.

@@ -10,13 +10,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
-from farstep.link import SessionSpec, StepReport
-from farstep.optim.membership import Membership, refused
+from farstep.link import SessionSpec, StepReport, open_link
+from farstep.optim.membership import Membership, OpenLink, refused
 from farstep.optim.options import plain_options
 from farstep.optim.torch_form import describe, newborn
-from farstep.settings import Place
+from farstep.settings import Place, elsewhere
 
 
 class InSession(torch.optim.Optimizer):
@@ -30,6 +29,8 @@ class InSession(torch.optim.Optimizer):
     """torch's class of the same name."""
     of_constructor: ClassVar[frozenset[str]] = frozenset()
     """Options whose value in the constructor counts, whatever a group says."""
+    opened_by: OpenLink = staticmethod(open_link)
+    """Opens the link to a session; a class of its own in tests and benchmarks may have another."""
 
     last_step: StepReport | None
 
@@ -94,8 +95,9 @@ class InSession(torch.optim.Optimizer):
         )
         self._membership = Membership(
             spec,
-            self._parameters(),
+            [group["params"] for group in self.param_groups],
             place,
+            opened_by=self.opened_by,
             newborn=partial(newborn, self.twin, self.defaults),
             state=state,
             version=version,
@@ -104,21 +106,44 @@ class InSession(torch.optim.Optimizer):
         self.state = self._membership.state
         self.last_step = None
 
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""
         fixed = {key: self.defaults[key] for key in self.of_constructor}
         return [plain_options({**group, **fixed}, self.defaults) for group in self.param_groups]
 
     def _member(self) -> Membership:
-        """Return the membership, or refuse what this optimizer cannot do: go on after `close`, or in a copy."""
-        membership: Membership | None = getattr(self, "_membership", None)
-        if membership is None:
+        """Return the membership, which has the parameters that the groups have now.
+
+        Raises:
+            FarstepError: after `close`, in a copy, or with parameters that a session with a name cannot take.
+        """
+        member: Membership | None = getattr(self, "_membership", None)
+        if member is None:
             raise refused("This optimizer is in no session.", "Make a new one and load a state_dict.")
-        membership.check(self._parameters())
-        return membership
+        member.check()
+        groups = [group["params"] for group in self.param_groups]
+        if not member.holds(groups):
+            self._settle(member)
+            if not member.rebind(groups):
+                self._move(member)
+        return self._membership
+
+    def _move(self, member: Membership) -> None:
+        """Leave for a new private session that has the groups as they are now, with the same version and state."""
+        if not member.place.private:
+            raise refused(
+                f"Session {self.session!r}, which other workers may share, keeps the parameters it began with; in "
+                "the groups some were added, removed, reordered, or replaced by ones of other shapes or dtypes.",
+                "Put the parameters back, or make a new optimizer for the new ones.",
+            )
+        before = dict(vars(self))
+        try:
+            self._open(elsewhere(member.place), self.state.copy(), self.version)
+        except BaseException:
+            vars(self).update(before)
+            raise
+        self.last_step = before["last_step"]
+        member.close()
 
     def _settle(self, member: Membership) -> None:
         """Bring to the session what was put in the place of its state."""

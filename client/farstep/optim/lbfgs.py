@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from farstep.link import StepReport
 from farstep.messages import Evaluation
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.options import check_parameters
@@ -66,17 +67,23 @@ class LBFGS(RemoteOptimizer):
             FarstepError: what the session refused, or `Unavailable` when no answer came within `timeout_s`. The
                 parameters are then as they were before that evaluation.
         """
-        member = self._member()
+        self._member()
         evaluate = torch.enable_grad()(closure)
         first = evaluate()
         if self.param_groups[0]["line_search_fn"] not in (None, "strong_wolfe"):
             raise RuntimeError("only 'strong_wolfe' is supported")
-        self._settle(member)
-        report = member.evaluate(self._options(), Evaluation(float(first)))
+        report = self._push(Evaluation(float(first)))
         while report.again:
-            report = member.evaluate(self._options(), Evaluation(float(evaluate()), continues=True))
+            report = self._push(Evaluation(float(evaluate()), continues=True))
         self.last_step = report
         return first
+
+    def _push(self, evaluation: Evaluation) -> StepReport:
+        """Send one evaluation, after what the closure edited; bring the parameters of the next one back."""
+        member = self._member()
+        self._settle(member)
+        member.prepare()
+        return member.push(self._options(), evaluation)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the constructor's group; there is only one.

@@ -1,5 +1,6 @@
 """The session side of an optimizer: its link, and what the session has of the parameters, options and state here.
 
+    rebind      other parameters in the places of some: their values and state are sent
     settle      a mapping that stands in the state's place: what differs is sent
     prepare     before a step: edits of state and parameters are sent, and what was read of the state is forgotten
     push        the step: gradients and changed options there, new parameters back
@@ -12,20 +13,23 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
+from operator import is_
 from typing import Any, final
 
 from torch import Tensor
 
 from farstep.errors import FarstepError
 from farstep.fields import FieldKind
-from farstep.link import SessionSpec, Start, State, StepReport, open_link
+from farstep.link import Link, SessionSpec, Start, State, StepReport
 from farstep.messages import Evaluation
-from farstep.optim.edits import Edits
 from farstep.optim.options import Options, changes, without
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import to_session
 from farstep.settings import Place
 
+Parameters = Sequence[Tensor]
+OpenLink = Callable[[SessionSpec, Sequence[Tensor], Place, Start], Link]
 Newborn = Callable[[Tensor, Mapping[str, FieldKind]], State | None]
 """Given a parameter and the state fields, returns the state it begins with, None where state begins with a step."""
 
@@ -36,8 +40,9 @@ class Membership:
 
     Args:
         spec: what the session is.
-        parameters: its parameters, in order.
+        groups: the parameters of each of its groups.
         place: where it is.
+        opened_by: opens the link to it.
         newborn: the state that a parameter begins with.
         state: torch's form of the state that a new session begins with, None for none.
         version: the version that a new session begins at.
@@ -49,48 +54,75 @@ class Membership:
     def __init__(
         self,
         spec: SessionSpec,
-        parameters: Sequence[Tensor],
+        groups: Sequence[Parameters],
         place: Place,
         *,
+        opened_by: OpenLink,
         newborn: Newborn,
         state: Mapping[Any, Any] | None = None,
         version: int = 0,
     ) -> None:
         self.place = place
-        self.parameters = list(parameters)
+        self.parameters = list(chain.from_iterable(groups))
         self._newborn = newborn
         self._sent: list[Options] = [dict(group) for group in spec.groups]
-        self.link = open_link(spec, self.parameters, place, self._start(state, version))
+        self.link = opened_by(spec, self.parameters, place, self._start(state, version))
         self.close = weakref.finalize(self, self.link.close)
         self.state = RemoteState(self.link, self.parameters, partial(_check_open, self.close, place.session))
-        self._edits = None if self.link.sees_edits else Edits(self.parameters)
+        self._forms = [(p.shape, p.dtype) for p in self.parameters]
+        self._lengths = list(map(len, groups))
+        self._sizes = list(map(Tensor.numel, self.parameters))
+        self._addresses = list(map(Tensor.data_ptr, self.parameters))
 
-    def check(self, parameters: Sequence[Tensor]) -> None:
-        """Refuse to go on after `close`, or with other parameters.
+    # -- the parameters ---------------------------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Refuse to go on after `close`.
 
         Raises:
-            FarstepError: the session was left, or these are not its parameters.
+            FarstepError: the session was left.
         """
         _check_open(self.close, self.place.session)
-        if list(map(id, parameters)) != list(map(id, self.parameters)):
-            raise refused(
-                "A parameter in a group was replaced, added or removed; the session has those of the constructor.",
-                "Make a new optimizer for the new parameters.",
-            )
+
+    def holds(self, groups: Sequence[Parameters]) -> bool:
+        """Say whether these are the session's parameters, group by group, in the memory they had."""
+        return (
+            list(map(len, groups)) == self._lengths
+            and all(map(is_, chain.from_iterable(groups), self.parameters))
+            and list(map(Tensor.data_ptr, self.parameters)) == self._addresses
+            and list(map(Tensor.numel, self.parameters)) == self._sizes
+        )
+
+    def rebind(self, groups: Sequence[Parameters]) -> bool:
+        """Take other parameters in the places of some; return whether they fit there one for one, else nothing changes.
+
+        They bring their own values. State is that of the parameter: one that has an entry in `state` brings it, one
+        that has none begins anew, and what belonged to the old ones stays under them.
+        """
+        parameters = list(chain.from_iterable(groups))
+        if list(map(len, groups)) != self._lengths or [(p.shape, p.dtype) for p in parameters] != self._forms:
+            return False
+        if {p for p, then in zip(parameters, self.parameters, strict=True) if p is not then} & set(self.parameters):
+            return False
+        brought = self.state.brought(parameters)
+        if not self.link.rebind(parameters):
+            return False
+        self.parameters = parameters
+        self._write_state(brought)
+        self.state.rebind_(parameters, brought)
+        self._addresses = list(map(Tensor.data_ptr, parameters))
+        return True
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Send edits of state and parameters; forget what was read of the state, which the next step makes old."""
-        self._send_state()
-        if self._edits is not None and (edited := self._edits.found()):
-            self.link.write(edited)
-            self._edits.see_()
+        """Send edits of state and parameters; forget what was read of the state, which the next step makes old.
 
-    def evaluate(self, options: list[Options], evaluation: Evaluation) -> StepReport:
-        """Send one evaluation of the closure, after what was edited; bring the parameters of the next one back."""
-        self.prepare()
-        return self.push(options, evaluation)
+        `holds` has just said that the parameters are those of the session.
+        """
+        self._send_state()
+        if edited := self.link.edited(self._addresses):
+            self.link.write(edited)
 
     def push(self, options: list[Options], evaluation: Evaluation | None = None) -> StepReport:
         """Send the gradients and the options that changed; bring the new parameters back."""
@@ -101,26 +133,17 @@ class Membership:
             self._sent = without(self._sent, changed)
             raise
         self._sent = options
-        self._have_seen()
         return report
 
     def pull(self) -> int:
         """Send edits of the state, bring the parameters to the session's current version, and return it."""
         self._send_state()
-        version = self.link.pull()
-        self._have_seen()
-        return version
+        return self.link.pull()
 
     def rejoin(self, state: Mapping[Any, Any] | None, version: int) -> bool:
         """Join the session again; return whether it had to be created anew, from this state and at this version."""
         self._sent = [{} for _ in self._sent]  # the session has the options of its creation, or of others
-        created = self.link.rejoin(self._start(state, version))
-        self._have_seen()
-        return created
-
-    def _have_seen(self) -> None:
-        if self._edits is not None:
-            self._edits.see_()
+        return self.link.rejoin(self._start(state, version))
 
     # -- the state --------------------------------------------------------------------------------------------------
 

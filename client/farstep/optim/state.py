@@ -16,8 +16,8 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
+from farstep.bits import Seen, same_bits
 from farstep.link import Link, State
-from farstep.optim.bits import Seen, same_bits
 from farstep.optim.mapping import Fetched
 from farstep.optim.torch_form import as_torch, to_session
 
@@ -104,6 +104,32 @@ class RemoteState(Fetched):
             elif not self._is_equal(p, index, state):
                 found[index] = state
         return found
+
+    def brought(self, parameters: Sequence[Tensor]) -> dict[int, State | None]:
+        """Return the state that other parameters bring into the places of some, by index, None for one that has none.
+
+        Raises:
+            ValueError: a part of a parameter's state is missing.
+        """
+        replaced = {index: p for p, index in self._indices.items() if p is not parameters[index]}
+        self.read_(list(replaced.values()))
+        own = {index: self._fields_of(dict.get(self, parameters[index])) for index in replaced}
+        fields = self._link.fields
+        return {index: to_session(parameters[index], state, fields) for index, state in own.items()}
+
+    def rebind_(self, parameters: Sequence[Tensor], brought: Mapping[int, State | None]) -> None:
+        """Go over to other parameters, whose state the session has now; that of the old ones stays under them."""
+        self._indices = {p: index for index, p in enumerate(parameters)}
+        for index, state in brought.items():
+            entry = dict.pop(self, parameters[index], {})
+            own = {key: value for key, value in entry.items() if key not in self._link.fields}
+            self._seen.pop(index, None)
+            self._present.discard(index)
+            if state is not None:
+                self._present.add(index)
+                dict.__setitem__(self, parameters[index], _Unread(own))
+            elif own:
+                dict.__setitem__(self, parameters[index], own)
 
     def settle_(self, other: Mapping[Any, Any], changed: Mapping[int, State | None]) -> None:
         """Take on a state that the session has now; what did not change needs no reading."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from farstep.errors import TensorMismatch
 from farstep.fields import NUMBERS, FieldKind, shape_of
 from farstep.link import Parameter, State
 from farstep.optim.lists import lists_as_torch, lists_to_session
@@ -17,12 +18,29 @@ ON_DEVICE = frozenset({"eta", "mu"})
 """Numbers that torch keeps on the parameter's device; `step` is on the CPU."""
 
 
-def describe(groups: Iterable[Mapping[str, Any]]) -> list[Parameter]:
-    """Describe the parameters of all groups in order, by torch's `param_names` where the caller gave names."""
+def describe(groups: Sequence[Mapping[str, Any]]) -> list[Parameter]:
+    """Describe the parameters of all groups in order, by torch's `param_names` where the caller gave names.
+
+    Raises:
+        TensorMismatch: a parameter is there twice, or its elements share memory; a step on it would mean nothing.
+    """
     described = []
+    if len(every := [p for group in groups for p in group["params"]]) != len(set(every)):
+        raise TensorMismatch(
+            "A parameter is in a group more than once; torch warns that this will be an error.",
+            remedy="Give each parameter once; the gradient of one that a module has under two names is in it whole.",
+            side="client",
+        )
     for index, group in enumerate(groups):
         names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
         for name, p in zip(names, group["params"], strict=True):
+            if any(size > 1 and not stride for size, stride in zip(p.shape, p.stride(), strict=True)):
+                raise TensorMismatch(
+                    f"Elements of parameter {name!r} share memory, as those of an expanded tensor do.",
+                    remedy="Give a clone() of it; torch refuses to step on it too.",
+                    field=name,
+                    side="client",
+                )
             described.append(Parameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), index))
     return described
 
@@ -31,7 +49,7 @@ def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind
     """Return a parameter's state as the session takes it, dense, None where there is none.
 
     Raises:
-        ValueError: a part of it is missing.
+        ValueError: a part of it is missing, or is no tensor.
     """
     present = {key: own[key] for key in fields if own.get(key) is not None}
     if not present:
@@ -41,6 +59,8 @@ def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind
     for key, kind in fields.items():
         if key not in present and kind != "optional" and shape_of(kind, p.shape) is not None:
             raise ValueError(f"loaded state dict has no {key!r} for a parameter; it is another optimizer's")
+    if wrong := [key for key in present if fields[key] not in NUMBERS and not isinstance(present[key], Tensor)]:
+        raise ValueError(f"loaded state dict has {wrong[0]!r} that is no tensor; it is another optimizer's")
     return {key: float(value) if fields[key] in NUMBERS else _dense(value) for key, value in present.items()}
 
 

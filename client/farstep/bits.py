@@ -41,5 +41,5 @@ def same_bits(here: Tensor | float, there: Tensor | float) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    tensor = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
     return (torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor).view(torch.uint8)

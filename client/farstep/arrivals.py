@@ -1,0 +1,99 @@
+"""The parameters as the session has them: where answers arrive, and what edits are found by.
+
+Answers arrive here and are copied into the parameters when they are complete, so that an answer that is cut off leaves
+the model as it was. What has arrived stays. Between steps it is what the session has of each parameter as far as this
+worker knows, so a parameter that differs from it was edited here since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from farstep.edits import Edits
+from farstep.wire.memory import tensor_memory
+
+
+class Arrivals:
+    """Staging memory for the parameters of one optimizer, one flat tensor per dtype; `keep_` fills it first.
+
+    Args:
+        parameters: the tensors that arrive, in the session's order.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        sizes: dict[torch.dtype, int] = {}
+        places: list[tuple[torch.dtype, int]] = []
+        for p in parameters:
+            offset = sizes.get(p.dtype, 0)
+            places.append((p.dtype, offset))
+            sizes[p.dtype] = offset + p.numel()
+        flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+        self._staged = [
+            flat[dtype][offset : offset + p.numel()].view(p.shape)
+            for (dtype, offset), p in zip(places, parameters, strict=True)
+        ]
+        self._all = _merged(
+            (flat[dtype], offset, p.numel()) for (dtype, offset), p in zip(places, parameters, strict=True)
+        )
+        self._differing: set[int] = set()
+        self.rebind_(parameters)
+
+    def rebind_(self, parameters: Sequence[Tensor]) -> None:
+        """Take other tensors of the same shapes and dtypes in the parameters' place; what has arrived stays."""
+        self._parameters = list(parameters)
+        # Views shown as the conjugate or the negative of their memory, which foreach operations do not take.
+        self._lazy = any(p.is_conj() or p.is_neg() for p in parameters)
+        self._edits = Edits(self._parameters, self._staged)
+
+    def edited(self, addresses: list[int]) -> list[int]:
+        """Return which parameters differ from what the session has of them; see `Edits.found`."""
+        found = self._edits.found(addresses)
+        return sorted({*found, *self._differing}) if self._differing else found
+
+    def keep_(self, indices: Sequence[int] | None = None, *, but: Sequence[int] = ()) -> None:
+        """Take some parameters (None: all of them) for what the session has, as after they were sent.
+
+        Args:
+            indices: which ones.
+            but: those among them that are known to differ, though it is forgotten from what.
+        """
+        chosen = range(len(self._parameters)) if indices is None else indices
+        _copy([self._staged[i] for i in chosen], [self._parameters[i].detach() for i in chosen], self._lazy)
+        self._differing = (self._differing - set(chosen)) | set(but)
+
+    def targets(self, indices: Sequence[int] | None) -> list[memoryview]:
+        """Return where the payload of these parameters goes (None: all of them)."""
+        if indices is None:
+            return self._all
+        return [tensor_memory(self._staged[i]) for i in indices]
+
+    def settle_(self, indices: Sequence[int] | None) -> None:
+        """Copy what has arrived into the parameters: same storage, same strides, version counters bumped."""
+        targets, sources = self._parameters, self._staged
+        if indices is not None:
+            targets, sources = [targets[i] for i in indices], [sources[i] for i in indices]
+        with torch.no_grad():
+            _copy(targets, sources, self._lazy)
+        self._differing = set() if indices is None else self._differing - set(indices)
+
+
+def _merged(spans: Iterable[tuple[Tensor, int, int]]) -> list[memoryview]:
+    """Return the memory of consecutive spans, neighbours of one tensor joined into one view."""
+    merged: list[tuple[Tensor, int, int]] = []
+    for flat, offset, length in spans:
+        if merged and merged[-1][0] is flat and merged[-1][2] == offset:
+            merged[-1] = (flat, merged[-1][1], offset + length)
+        else:
+            merged.append((flat, offset, offset + length))
+    return [tensor_memory(flat[start:stop]) for flat, start, stop in merged]
+
+
+def _copy(targets: list[Tensor], sources: list[Tensor], lazy: bool) -> None:
+    if targets and not lazy:
+        torch._foreach_copy_(targets, sources)
+        return
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
