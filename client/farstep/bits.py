@@ -9,17 +9,24 @@ from torch import Tensor
 
 
 class Seen(NamedTuple):
-    """Remember a value: the object, and the version counter of a tensor."""
+    """Remember a value: the object, the version counter of a tensor, and what a list holds."""
 
     value: Any
     version: int
+    parts: tuple[Seen, ...] = ()
 
     @classmethod
     def of(cls, value: Any) -> Seen:
-        return cls(value, value._version if isinstance(value, Tensor) else 0)
+        parts = tuple(map(cls.of, value)) if isinstance(value, list) else ()
+        return cls(value, value._version if isinstance(value, Tensor) else 0, parts)
 
     def is_still(self, value: Any) -> bool:
-        return value is self.value and Seen.of(value).version == self.version
+        if value is not self.value or (isinstance(value, Tensor) and value._version != self.version):
+            return False
+        return not isinstance(value, list) or (
+            len(value) == len(self.parts)
+            and all(part.is_still(own) for part, own in zip(self.parts, value, strict=True))
+        )
 
 
 def same_bits(here: Tensor | float, there: Tensor | float) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor
 from farstep.arrivals import Arrivals
 from farstep.fields import FieldKind
 from farstep.link import Link, Options, SessionSpec, Start, State, StepReport
+from farstep.messages import Evaluation
 from farstep.optim import Adagrad, Adam, RemoteOptimizer
 from farstep.settings import Place
 from tests.benchmarks.hardware import hardware
@@ -53,7 +54,12 @@ class NoLink(Link):
     def eager(self) -> bool:
         return False
 
-    def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
+    def push(
+        self,
+        gradients: Sequence[Tensor | None],
+        groups: Mapping[int, Options],
+        evaluation: Evaluation | None = None,
+    ) -> StepReport:
         self._version += 1
         return StepReport(version=self._version)
 

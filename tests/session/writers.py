@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from farstep.errors import FarstepError, TensorMismatch
+from farstep.fields import Shapes
 from farstep.growth import AppendHead, NewParameter
-from farstep.messages import PushHead, PutHead, Receipt, Sparse, WriteName
+from farstep.messages import Evaluation, PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.wire import to_ranges
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 from farstep_service.layout import SegmentSpec
@@ -189,6 +190,7 @@ class Writer:
         base: int | None = None,
         groups: Mapping[int, Mapping[str, Any]] | None = None,
         incarnation: str = "here",
+        evaluation: Evaluation | None = None,
     ) -> Outcomes:
         """Push gradients; the next sequence is taken up when the outcome of this one is a receipt."""
         name = self.named(sequence)
@@ -205,12 +207,13 @@ class Writer:
             segments=None if len(present) == len(gradients) else to_ranges(present),
             sparse=tuple(sparse),
             groups=groups or {},
+            evaluation=evaluation,
         )
         self.session.check(name, incarnation)
         contribution = self.session.contribution(head)
         content = b"".join(map(_bytes, gradients))
         _fill(contribution.allocate(), content)
-        outcomes = self.session.push(head, contribution, _digest(content, head.segments, groups), now)
+        outcomes = self.session.push(head, contribution, _digest(content, head.segments, groups, evaluation), now)
         return self._noted(name, outcomes)
 
     def put(
@@ -221,10 +224,11 @@ class Writer:
         segments: list[int] | None = None,
         initial: bool = False,
         version: int = 0,
+        shapes: Shapes | None = None,
     ) -> Outcomes:
         """Write contents: tensors by segment, or numbers."""
         name = self.named(sequence)
-        head = PutHead(name, "here", tuple(contents), segments, initial, version)
+        head = PutHead(name, "here", tuple(contents), segments, initial, version, shapes or {})
         intake = self.session.intake(head)
         content = b"".join(
             _bytes(each if isinstance(each, Tensor) else torch.tensor(each, dtype=torch.float64))

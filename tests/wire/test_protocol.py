@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -12,7 +12,7 @@ import torch
 from farstep import errors, wire
 from farstep.fields import NUMBERS, FieldKind, shape_of
 from farstep.growth import AppendHead
-from farstep.messages import PushHead, PutHead, Receipt
+from farstep.messages import PushHead, PutHead, Receipt, shapes_from_header, shapes_to_header
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 from tests.wire.driving import read
 
@@ -146,7 +146,7 @@ def test_ranges_are_the_ones_shown():
     assert wire.from_ranges([0, 3, 7, 8], 8) == [0, 1, 2, 7]
 
 
-@pytest.mark.parametrize("title", ["A push", "A sparse gradient"])
+@pytest.mark.parametrize("title", ["A push", "A sparse gradient", "An evaluation"])
 def test_pushes_are_what_the_server_reads(title):
     """The header of a push in the document is one the server understands, key for key."""
     header, _ = parts(EXAMPLES[title])
@@ -169,4 +169,24 @@ def test_receipts_are_what_the_client_reads():
     """The receipt in the document is one the client understands, key for key."""
     header, _ = parts(EXAMPLES["The reply to a push"])
     assert Receipt.from_header(header["receipt"]).to_header() == header["receipt"]
-    assert [key.strip("`*") for key, _, _ in rows("key of `receipt`")] == list(header["receipt"])
+    listed = [key for key, _, _ in rows("key of `receipt`")]
+    assert [key.strip("`*") for key in listed if key.endswith("*")] == list(header["receipt"])
+    everything = replace(Receipt.from_header(header["receipt"]), again=True).to_header()
+    assert [key.strip("`*") for key in listed] == list(everything)
+
+
+def test_receipts_may_say_more_than_the_client_knows():
+    """A key that a later server adds is ignored, as the document says of replies."""
+    header, _ = parts(EXAMPLES["The reply to a push"])
+    assert Receipt.from_header({**header["receipt"], "later": 1}).to_header() == header["receipt"]
+
+
+def test_shapes_are_what_both_sides_read():
+    """The shapes in the document are read as they are written; what is no shape is refused by name."""
+    header, _ = parts(EXAMPLES["Contents of shapes of their own"])
+    shapes = shapes_from_header(header["shapes"])
+    assert (shapes["d"], shapes["t"], shapes["n_iter"]) == ((3,), (), None)
+    assert shapes_to_header(shapes) == header["shapes"]
+    for wrong in (3, "3", [1.0], [True], [-1], [2**60], {"0": 1}):
+        with pytest.raises(errors.InvalidRequest, match="'shapes'"):
+            shapes_from_header({"d": wrong})

@@ -22,6 +22,7 @@ from torch import Tensor
 from farstep.errors import FarstepError
 from farstep.fields import FieldKind
 from farstep.link import Link, Parameter, SessionSpec, Start, State, StepReport
+from farstep.messages import Evaluation
 from farstep.optim.options import Options, changes, without
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import to_session
@@ -127,11 +128,11 @@ class Membership:
         if edited := self.link.edited(self._addresses):
             self.link.write(edited)
 
-    def push(self, options: list[Options]) -> StepReport:
+    def push(self, options: list[Options], evaluation: Evaluation | None = None) -> StepReport:
         """Send the gradients and the options that changed; bring the new parameters back."""
         changed = changes(options, self._sent)
         try:
-            report = self.link.push([p.grad for p in self.parameters], changed)
+            report = self.link.push([p.grad for p in self.parameters], changed, evaluation)
         except BaseException:
             self._sent = without(self._sent, changed)
             raise

@@ -124,7 +124,8 @@ class RemoteState(Fetched):
         replaced = {index: p for p, index in self._indices.items() if p is not parameters[index]}
         self.read_(list(replaced.values()))
         own = {index: self._fields_of(dict.get(self, parameters[index])) for index in replaced}
-        return {index: to_session(parameters[index], state, self._link.fields) for index, state in own.items()}
+        fields = self._link.fields
+        return {index: to_session(parameters[index], state, fields) for index, state in own.items()}
 
     def rebind_(self, parameters: Sequence[Tensor], brought: Mapping[int, State | None]) -> None:
         """Go over to other parameters, whose state the session has now; that of the old ones stays under them."""

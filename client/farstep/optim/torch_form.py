@@ -11,6 +11,7 @@ from torch import Tensor
 from farstep.errors import TensorMismatch
 from farstep.fields import NUMBERS, FieldKind, shape_of
 from farstep.link import Parameter, State
+from farstep.optim.lists import lists_as_torch, lists_to_session
 from farstep.optim.options import arguments
 
 ON_DEVICE = frozenset({"eta", "mu"})
@@ -53,6 +54,8 @@ def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind
     present = {key: own[key] for key in fields if own.get(key) is not None}
     if not present:
         return None
+    if "free" in fields.values():
+        return lists_to_session(present)
     for key, kind in fields.items():
         if key not in present and kind != "optional" and shape_of(kind, p.shape) is not None:
             raise ValueError(f"loaded state dict has no {key!r} for a parameter; it is another optimizer's")
@@ -66,8 +69,10 @@ def _dense(value: Tensor) -> Tensor:
     return value.to_dense() if value.is_sparse else value
 
 
-def as_torch(p: Tensor, values: State, fields: Mapping[str, FieldKind]) -> dict[str, Tensor | int]:
+def as_torch(p: Tensor, values: State, fields: Mapping[str, FieldKind]) -> dict[str, Any]:
     """Return a parameter's state under torch's keys, numbers as the 0-dim tensors, or the ints, that torch has."""
+    if "free" in fields.values():
+        return lists_as_torch(values)
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
     def of_torch(key: str, value: Tensor | float) -> Tensor | int:
@@ -96,6 +101,12 @@ def newborn(
     return next((to_session(p, own, fields) for own in fresh.state.values()), None)
 
 
+def _cloned(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_cloned(each) for each in value]
+    return value.clone() if isinstance(value, Tensor) else value
+
+
 def local(
     twin: type[torch.optim.Optimizer],
     param_groups: Iterable[Mapping[str, Any]],
@@ -107,7 +118,7 @@ def local(
     made = twin(groups, **arguments(twin, defaults))
     made.state.clear()
     for key, own in state.items():
-        made.state[key] = {name: v.clone() if isinstance(v, Tensor) else v for name, v in own.items()}
+        made.state[key] = {name: _cloned(value) for name, value in own.items()}
     for group in groups:
         for p in group["params"] if group.get("capturable") or group.get("fused") else ():
             own = made.state.get(p, {})

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from farstep.fields import Shapes
 from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, Receipt, Times, WriteName
 from farstep_service.plan import Plan
@@ -85,6 +86,11 @@ class View(ABC):
     @abstractmethod
     def fields(self) -> Sequence[str]:
         """Which fields they are, in the order of the wire."""
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of those fields that have one of their own."""
+        return {}
 
     @property
     @abstractmethod

@@ -86,8 +86,9 @@ class LocalHost(Host):
 
     @property
     def _small(self) -> bool:
-        layout = self.plan.layout
-        return layout.nbytes + SEGMENT_COST_BYTES * len(layout.segments) <= INLINE_BYTES
+        plan = self.plan
+        step_bytes = plan.rule.step_bytes(plan.layout, plan.groups)
+        return step_bytes + SEGMENT_COST_BYTES * len(plan.layout.segments) <= INLINE_BYTES
 
     # -- membership and options -------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from farstep.consistency import to_options
 from farstep.fields import FieldKind
 from farstep.messages import VERSION
 from farstep_service.hosts import Host
-from farstep_service.optimizers import RULES
+from farstep_service.optimizers import METHODS
 from farstep_service.registry import Registry
 from farstep_service.routes.documents import DocumentRoute, GroupsDocument, NamePath, SessionDocument, plan_of
 from farstep_service.routes.problems import PROBLEM, Problem
@@ -136,7 +136,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             farstep=version("farstep"),
             protocol=VERSION,
             device=settings.device,
-            optimizers=sorted(RULES),
+            optimizers=sorted(METHODS),
             sessions=len(registry),
             parameter_bytes=registry.parameter_bytes,
             authentication=bool(settings.tokens),

@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest
 from farstep.growth import AppendHead
-from farstep.messages import VERSION, PushHead, PutHead
+from farstep.messages import VERSION, PushHead, PutHead, shapes_to_header
 from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake, View
 from farstep_service.registry import Registry
@@ -117,7 +117,7 @@ class Contents(Endpoint):
             raise InvalidRequest("A field is named twice.", field="fields")
         layout = host.plan.layout
         indices = _indices(query["segments"], len(layout.segments)) if "segments" in query else None
-        reserve((layout.nbytes if indices is None else layout.bytes_of(indices)) * len(fields))
+        reserve(await _size(host, fields, indices))
         whole = fields == ["param"] and indices is None
         view = await (host.parameters() if whole else host.contents(fields, indices))
         await answer_view(send, {"v": VERSION, "incarnation": host.incarnation, "fields": list(view.fields)}, view)
@@ -151,9 +151,19 @@ async def answer_view(send: Send, header: dict[str, Any], view: View) -> None:
         header |= {"version": view.version, "count": view.count}
         if view.segments is not None:
             header["segments"] = view.segments
+        if view.shapes:
+            header["shapes"] = shapes_to_header(view.shapes)
         await answer_message(send, header, view.views)
     finally:
         view.release()
+
+
+async def _size(host: Host, fields: Sequence[str], indices: Sequence[int] | None) -> int:
+    """Return the bytes that fields take, about; more where they are of the parameters' shapes."""
+    layout, kinds = host.plan.layout, host.plan.rule.kinds
+    free = [name for name in fields if kinds.get(name) == "free"]
+    one = layout.nbytes if indices is None else layout.bytes_of(indices)
+    return one * (len(fields) - len(free)) + ((await host.summary()).bytes["state"] if free else 0)
 
 
 def _indices(query: Sequence[str], count: int) -> list[int]:
@@ -165,9 +175,9 @@ def _indices(query: Sequence[str], count: int) -> list[int]:
 
 def _largest(host: Host) -> int:
     """Return the bytes the largest sensible body can have: parameters, every state field, indices and the framing."""
-    layout, rule = host.plan.layout, host.plan.rule
-    fields = 2 + len(rule.tensor_fields) + len(rule.segment_fields)
-    return (fields + 8) * (layout.nbytes + 8 * len(layout.segments)) + OVERHEAD_BYTES
+    plan = host.plan
+    one = plan.layout.nbytes + 8 * len(plan.layout.segments)
+    return 10 * one + plan.rule.state_bytes(plan.layout, plan.groups) + OVERHEAD_BYTES
 
 
 def _header(host: Host, answer: Answer, times: dict[str, float]) -> dict[str, Any]:

@@ -23,20 +23,20 @@ from farstep.errors import (
     Fenced,
     InternalError,
     SessionLost,
-    TensorMismatch,
 )
 from farstep.growth import AppendHead, outgrown
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
 from farstep_service.aggregation import Abort, KnownGroups, Ledger, Members, Step, aggregation_for, mismatch
 from farstep_service.contents import PARAM, Contents
-from farstep_service.gradients import Contribution, check_finite, reduce_
+from farstep_service.gradients import Contribution, check_finite, mean_evaluation, reduce_
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.rule import KernelSource
 from farstep_service.session.growth import grown, segments_of
 from farstep_service.session.outcomes import Outcome, Outcomes, told
-from farstep_service.session.state import GroupChanges, SessionState
+from farstep_service.session.state import GroupChanges
+from farstep_service.session.states import state_of
 from farstep_service.store import Applied, Held
 
 
@@ -70,7 +70,7 @@ class Session:
     def __init__(self, plan: Plan, *, incarnation: str, kernels: KernelSource, device: str) -> None:
         self.plan = plan
         self.incarnation = incarnation
-        self._state = SessionState(plan, kernels=kernels, device=torch.device(device))
+        self._state = state_of(plan, kernels=kernels, device=torch.device(device))
         self._aggregation = aggregation_for(plan.consistency)
         self._members = Members(self._aggregation.places())
         self._ledger = Ledger()
@@ -192,7 +192,8 @@ class Session:
         return self._ledger.judge(name, None) is None
 
     def contribution(self, head: PushHead) -> Contribution:
-        """Return memory for a push's gradients; see `Contribution` for what it refuses."""
+        """Return memory for a push's gradients; see `Contribution` and `SessionState` for what they refuse."""
+        self._state.check_evaluation(head.evaluation)
         return Contribution(self.layout_at(head.name), head.segments, head.sparse, self.plan.rule, self.groups)
 
     def push(self, head: PushHead, contribution: Contribution, fingerprint: str, now: float) -> Outcomes:
@@ -216,17 +217,12 @@ class Session:
             if earlier.fingerprint != fingerprint:
                 raise mismatch(head.name)
             return outcomes
-        version = self._state.store.version
-        if head.base > version:
-            raise TensorMismatch(
-                f"The gradient claims version {head.base}, but the session is at {version}.",
-                field="base",
-                limit=version,
-            )
+        self._state.check_initialised()
+        self._state.check_base(head.base, head.evaluation)
         groups = self._state.changed(head.groups)
         contribution.check_indices()
         if self.plan.nonfinite == "refuse":
-            check_finite(contribution, head.name.worker)
+            check_finite(contribution, head.name.worker, head.evaluation)
         self._members.seen(head.name.worker)
         self._waiting[head.name.worker] = _Waiting(head, fingerprint, contribution, groups)
         step = self._aggregation.offer(head.name.worker, now)
@@ -356,7 +352,8 @@ class Session:
         try:
             gradients = reduce_([push.contribution for push in pushes], step.divisor, self._state.device)
             began = time.perf_counter()
-            applied = self._state.step(gradients, changed)
+            evaluation = mean_evaluation([push.head.evaluation for push in pushes], step.divisor)
+            applied = self._state.step(gradients, changed, evaluation)
         except Exception as exc:
             if self._state.pending:
                 self._unfinished = _Unfinished(pushes, step)
@@ -374,6 +371,7 @@ class Session:
                 contributors=step.workers,
                 divisor=step.divisor,
                 kernel=applied.kernel,
+                again=applied.again,
             )
             self._ledger.commit(push.head.name, push.fingerprint, receipt)
             outcomes[push.head.name] = Outcome(receipt, kernel_s=kernel_s)
