@@ -13,7 +13,9 @@ from torch import Tensor
 
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep.presence import PRESENT, names_of
+from farstep.wire.dtypes import DTYPES, NUMBER
 from farstep.wire.memory import tensor_memory
+from farstep.wire.tensor_file import Entry
 from farstep_service.gradients import memory_of
 from farstep_service.layout import Layout
 from farstep_service.rule import AnyRule, Fields
@@ -73,6 +75,30 @@ class Contents:
                 views.append(tensor_memory(self.numbers[name]))
             else:
                 views += memory_of(self.elements[name], self._layout, self.indices)
+        return views
+
+    def entries(self) -> list[Entry]:
+        """Describe the tensors of a session file: `exp_avg/weight` for each segment, `step` for a field of numbers."""
+        found: list[Entry] = []
+        for name in self.fields:
+            if name in self._numbers:
+                found.append(Entry(name, NUMBER.name, (len(self.indices),)))
+                continue
+            for segment in map(self._layout.segments.__getitem__, self.indices):
+                dtype = DTYPES[segment.dtype]
+                pair = (dtype.parts,) if segment.is_complex else ()
+                found.append(Entry(f"{name}/{segment.name}", dtype.real, (*segment.shape, *pair)))
+        return found
+
+    def memory_of_entries(self) -> list[memoryview]:
+        """Return the bytes of each of `entries()`."""
+        views: list[memoryview] = []
+        for name in self.fields:
+            if name in self.numbers:
+                views.append(tensor_memory(self.numbers[name]))
+            else:
+                segments = ((index, self._layout.segments[index].length) for index in self.indices)
+                views += [tensor_memory(self.elements[name].stretch(*each)) for each in segments]
         return views
 
     def has(self) -> list[Fields | None] | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from farstep.messages import PushHead, PutHead, Receipt, Times
+from farstep_service.durability import Snapshot
 from farstep_service.plan import Plan
 
 
@@ -140,6 +141,10 @@ class Host(ABC):
     @abstractmethod
     async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
         """Copy fields of the current version, of some segments or of all."""
+
+    @abstractmethod
+    async def snapshot(self) -> Snapshot:
+        """Copy all of the current version, with the options in force at it."""
 
     @abstractmethod
     async def close(self) -> None:

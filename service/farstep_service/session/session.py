@@ -34,6 +34,7 @@ from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
 from farstep_service.aggregation import Abort, Ledger, Members, Step, aggregation_for, mismatch
 from farstep_service.contents import Contents
+from farstep_service.durability import Snapshot
 from farstep_service.gradients import Contribution, first_nonfinite, reduce_
 from farstep_service.plan import Plan
 from farstep_service.rule import KernelSource
@@ -275,6 +276,19 @@ class Session:
         """Copy fields of the current version, of some segments or of all."""
         outcomes = self._finish()
         return self._state.copy(fields, indices), outcomes
+
+    def snapshot(self) -> tuple[Snapshot, Outcomes]:
+        """Copy all of the current version; what waits at a barrier is not part of it."""
+        outcomes = self._finish()
+        return self._state.snapshot(), outcomes
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Begin with a snapshot of a session with this plan, which is in no worker's way yet.
+
+        Raises:
+            TensorMismatch: a state that no session can have.
+        """
+        self._state.restore(snapshot)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from farstep.messages import PutHead
 from farstep.presence import PRESENT, mask_of
 from farstep.wire import from_ranges
 from farstep_service.contents import PARAM, Contents
+from farstep_service.durability import Snapshot
 from farstep_service.gradients import on_device
 from farstep_service.plan import Plan
 from farstep_service.rule import KernelSource
@@ -96,6 +97,11 @@ class SessionState:
         if values := self._values(contents):
             store.write(contents.indices, values, has=has, bump=False)
         self._store = store
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Begin with a snapshot, whose memory belongs to the session from now on; for errors see `begin`."""
+        self.begin(snapshot.contents, snapshot.version)
+        self.groups = snapshot.groups
 
     def _new_store(self, parameters: Buffers, version: int) -> Store:
         return Store(
@@ -201,6 +207,11 @@ class SessionState:
             else:
                 numbers.copy_(torch.tensor([each or 0.0 for each in store.numbers(name, chosen)], dtype=torch.float64))
         return contents
+
+    def snapshot(self) -> Snapshot:
+        """Copy all of the current version, and the options now in force."""
+        contents = self.copy((PARAM, *self.plan.rule.kinds, PRESENT))
+        return Snapshot(self.plan, tuple(self.groups), contents, self.version)
 
     def nbytes(self) -> dict[str, int]:
         """Return the memory taken, in bytes by kind."""
