@@ -180,7 +180,8 @@ class Session:
         if incarnation != self.incarnation:
             raise SessionLost(
                 f"Session {self.plan.name!r} was created anew since worker {name.worker!r} joined it.",
-                remedy="Load your last checkpoint and join again.",
+                remedy="Call rejoin() to take on what it holds now, which is another training's unless it was imported "
+                "from a file.",
                 field="incarnation",
             )
         self._ledger.judge(name, None)
