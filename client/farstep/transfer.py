@@ -24,7 +24,7 @@ from farstep.session_file import SessionFile, look_at, readable, write_whole
 from farstep.settings import NAME, resolve
 from farstep.wire.tensor_file import refused
 
-PREPARE_WITHIN_S = 600.0
+PREPARE_WITHIN_S = 300.0
 """How long a server may take to copy a session before its first byte, or to begin one after its last."""
 READ_BYTES = 1 << 20
 
