@@ -8,7 +8,7 @@
     ├── ProtocolMismatch          426  the other side speaks another protocol version
     ├── Unauthorized              401  no token, or a wrong one
     ├── InvalidOption             422  an option's value, or an option nobody knows (also a ValueError)
-    ├── TensorMismatch            422  dtype, shape, segment or count differs from the session's layout
+    ├── TensorMismatch            422  a tensor that does not fit the session or its optimizer (also a RuntimeError)
     ├── InvalidFile               422  a session file that is damaged, foreign, or of a newer release
     ├── NonFinite                 422  a gradient holds NaN or Inf
     ├── Conflict                  409
@@ -143,8 +143,8 @@ class InvalidOption(FarstepError, ValueError):
     status = 422
 
 
-class TensorMismatch(FarstepError):
-    """A tensor's dtype, shape or place differs from the session's layout."""
+class TensorMismatch(FarstepError, RuntimeError):
+    """A tensor does not fit the session's layout, or its optimizer does not take it."""
 
     code = "tensor_mismatch"
     status = 422

@@ -19,7 +19,8 @@ from torch import Tensor
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
-from farstep.link import FieldKind, Link, Options, SessionSpec, Start, State, StepReport, worth_sending
+from farstep.fields import FieldKind
+from farstep.link import Link, Options, SessionSpec, Start, State, StepReport, worth_sending
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
 from farstep.patience import Patience
 from farstep.presence import PRESENT

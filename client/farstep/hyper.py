@@ -25,40 +25,32 @@ from typing import Any, ClassVar, Self
 
 from farstep.errors import InvalidOption
 
-Option = float | int | bool | str | None | tuple[float, ...]
+Option = float | int | bool | str | None | tuple[float | None, ...]
 """What an option's value may be."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hyper:
-    """The options that every optimizer has; base of the record of each rule.
-
-    Attributes:
-        maximize: climb instead of descend.
-        foreach: kept for the client; the server has one kernel for all tensors.
-        capturable: kept for the client; nothing on a server is captured into the client's graph.
-        differentiable: refused when true, since autograd cannot reach through a server.
-    """
+    """A record of options, as yet without any; base of the record of each rule."""
 
     rule: ClassVar[str] = "optimizer"
 
-    maximize: bool = False
-    foreach: bool | None = None
-    differentiable: bool = False
     edited: InitVar[bool] = False
 
     def __post_init__(self, edited: bool) -> None:
         for field in fields(self):
             _check_type(self.rule, field.name, getattr(self, field.name), _annotations(type(self))[field.name])
-        if self.differentiable:
-            raise InvalidOption(
-                "differentiable=True is not possible: autograd cannot reach through a step that runs on a server.",
-                field="differentiable",
-                remedy="Use torch.optim for a differentiable step.",
-            )
+        self.check_possible()
         if not edited:
             self.check_ranges()
         _check_finite(self)
+
+    def check_possible(self) -> None:
+        """Refuse what cannot be done on a server, whatever torch does.
+
+        Raises:
+            InvalidOption: naming the option.
+        """
 
     def check_ranges(self) -> None:
         """Refuse what torch's constructor refuses, in the same order and words.
@@ -94,6 +86,30 @@ class Hyper:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
+@dataclass(frozen=True, kw_only=True)
+class CommonHyper(Hyper):
+    """The options that nearly every optimizer has.
+
+    Attributes:
+        maximize: climb instead of descend.
+        foreach: kept for the client; the server has one kernel for all tensors.
+        differentiable: refused when true, since autograd cannot reach through a server.
+    """
+
+    maximize: bool = False
+    foreach: bool | None = None
+    differentiable: bool = False
+
+    def check_possible(self) -> None:
+        """Refuse a step that autograd would have to run through."""
+        if self.differentiable:
+            raise InvalidOption(
+                "differentiable=True is not possible: autograd cannot reach through a step that runs on a server.",
+                field="differentiable",
+                remedy="Use torch.optim for a differentiable step.",
+            )
+
+
 def _number(value: Any) -> Any:
     """Return a huge int, which torch's operations do not take, as the float of its size; everything else as it is."""
     if type(value) is int and abs(value) >= 2**53:
@@ -127,6 +143,8 @@ def _is_a(value: object, annotation: Any) -> bool:
     origin, inner = typing.get_origin(annotation), typing.get_args(annotation)
     if origin in (types.UnionType, typing.Union):
         return any(_is_a(value, each) for each in inner)
+    if origin is tuple and inner[-1] is Ellipsis:
+        return isinstance(value, tuple) and all(_is_a(each, inner[0]) for each in value)
     if origin is tuple:
         return isinstance(value, tuple) and len(value) == len(inner) and all(map(_is_a, value, inner))
     if annotation is float:
@@ -140,7 +158,8 @@ def _words(annotation: Any) -> str:
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
         return " or ".join(_words(each) for each in typing.get_args(annotation))
     if typing.get_origin(annotation) is tuple:
-        return f"a list of {len(typing.get_args(annotation))} numbers"
+        inner = typing.get_args(annotation)
+        return "a list of numbers" if inner[-1] is Ellipsis else f"a list of {len(inner)} numbers"
     return {float: "a number", int: "an integer", bool: "true or false", str: "text", types.NoneType: "None"}[
         annotation
     ]

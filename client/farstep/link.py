@@ -16,13 +16,12 @@ from torch import Tensor
 
 from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError
+from farstep.fields import EVERYWHERE, FieldKind
 from farstep.settings import KernelChoice, NonFinitePolicy, Place
 
 Options = Mapping[str, Any]
-FieldKind = Literal["element", "number", "optional"]
-"""One number per element, one per parameter, or one per element with some options only."""
 State = dict[str, Tensor | float]
-"""The state of one parameter: element fields as tensors of its shape, number fields as floats."""
+"""The state of one parameter: tensors of the shapes that `farstep.fields` says, and numbers as floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,9 +174,9 @@ class Link(ABC):
 
 
 def worth_sending(fields: Mapping[str, FieldKind], states: Iterable[State | None]) -> list[str]:
-    """Return the fields but for optional ones that no parameter has."""
+    """Return the fields but for those that no parameter has, where a parameter may go without."""
     had = {name for own in states if own for name in own}
-    return [name for name, kind in fields.items() if kind != "optional" or name in had]
+    return [name for name, kind in fields.items() if kind in EVERYWHERE or name in had]
 
 
 def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None) -> Link:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from farstep.errors import InvalidRequest, TensorMismatch
-from farstep.link import FieldKind, State
+from farstep.fields import EVERYWHERE, NUMBERS, FieldKind, check_shape, shape_of
+from farstep.link import State
 from farstep.messages import Sparse
 from farstep.presence import PRESENT, mask_of, names_of
 from farstep.wire.memory import tensor_memory
@@ -60,26 +61,26 @@ def outgoing_presence(fields: Mapping[str, FieldKind], states: Sequence[State | 
 
 
 def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, State | None]]) -> list[memoryview]:
-    """Return one state field of some parameters; those without it send zeros.
+    """Return one state field of some parameters; those without it send zeros, those that never have it nothing.
 
     Args:
         field: the field's name.
-        kind: whether each element has a number, or each parameter one.
+        kind: the field's kind.
         chosen: the parameters with their states.
 
     Raises:
-        ValueError: a state that does not have its parameter's shape.
+        ValueError: a state that does not have the field's shape.
     """
-    if kind == "number":
+    if kind in NUMBERS:
         return [outgoing(torch.tensor([float((own or {}).get(field, 0.0)) for _, own in chosen], dtype=torch.float64))]
     views = []
     for parameter, own in chosen:
-        value = cast(Tensor, own[field]) if own and field in own else torch.zeros_like(parameter)
-        if value.shape != parameter.shape:
-            raise ValueError(
-                f"loaded state dict has {field!r} of shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}"
-            )
-        views.append(outgoing(value.to(parameter.dtype)))
+        if own and field in own:
+            value = cast(Tensor, own[field])
+            check_shape(field, kind, value.shape, parameter.shape)
+            views.append(outgoing(value.to(parameter.dtype)))
+        elif (shape := shape_of(kind, parameter.shape)) is not None:
+            views.append(outgoing(torch.zeros(shape, dtype=parameter.dtype)))
     return views
 
 
@@ -95,7 +96,7 @@ class StateArrivals:
         self._parameters = parameters
         self._fields = fields
         self._numbers: dict[str, Tensor] = {}
-        self._elements: dict[str, list[Tensor]] = {}
+        self._elements: dict[str, dict[int, Tensor]] = {}
 
     def targets(self, names: Sequence[str]) -> list[memoryview]:
         """Return where the payload of these fields goes.
@@ -103,17 +104,23 @@ class StateArrivals:
         Raises:
             InvalidRequest: not the fields that were asked for; those that nobody has may be missing.
         """
-        needed = {name for name, kind in self._fields.items() if kind != "optional"} | {PRESENT}
+        needed = {name for name, kind in self._fields.items() if kind in EVERYWHERE} | {PRESENT}
         if not needed <= set(names) <= {*self._fields, PRESENT}:
             raise InvalidRequest(f"The answer has the fields {names!r:.200}, not those asked for.", side="client")
         views: list[memoryview] = []
         for name in names:
-            if self._fields.get(name, "number") == "number":
+            kind = self._fields.get(name, "number")
+            if kind in NUMBERS:
                 self._numbers[name] = torch.empty(len(self._parameters), dtype=torch.float64)
                 views.append(tensor_memory(self._numbers[name]))
             else:
-                self._elements[name] = [torch.empty(p.shape, dtype=p.dtype) for p in self._parameters]
-                views += [tensor_memory(each) for each in self._elements[name]]
+                shapes = [shape_of(kind, p.shape) for p in self._parameters]
+                self._elements[name] = {
+                    i: torch.empty(shape, dtype=self._parameters[i].dtype)
+                    for i, shape in enumerate(shapes)
+                    if shape is not None
+                }
+                views += [tensor_memory(each) for each in self._elements[name].values()]
         return views
 
     def states(self) -> list[State | None]:

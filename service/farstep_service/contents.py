@@ -1,23 +1,25 @@
 """Fields of a session on their way in or out: parameters, element state, and numbers per segment.
 
-On the wire a field is, for each segment in order, its bytes in the parameter's dtype; a field of numbers is one float64
-per segment. Which fields a segment has is such a number too; `farstep.presence` says how to read it.
+On the wire a field is, for each segment in order, its bytes in the parameter's dtype and the field's shape; a field of
+numbers is one float64 per segment. Which fields a segment has is such a number too; `farstep.presence` says how to
+read it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from farstep.errors import InvalidOption, TensorMismatch
+from farstep.fields import shape_of
 from farstep.presence import PRESENT, names_of
 from farstep.wire.dtypes import DTYPES, NUMBER
 from farstep.wire.memory import tensor_memory
 from farstep.wire.tensor_file import Entry
 from farstep_service.gradients import memory_of
-from farstep_service.layout import Layout
+from farstep_service.layout import Layout, Segment
 from farstep_service.rule import AnyRule, Fields
 from farstep_service.store import FlatBuffers
 
@@ -38,7 +40,7 @@ class Contents:
     """
 
     def __init__(self, layout: Layout, rule: AnyRule, fields: Sequence[str], indices: Sequence[int]) -> None:
-        known = (PARAM, *rule.element_fields, *rule.segment_fields, PRESENT)
+        known = (PARAM, *rule.tensor_fields, *rule.segment_fields, PRESENT)
         for name in fields:
             if name not in known:
                 raise InvalidOption(
@@ -47,7 +49,7 @@ class Contents:
         self.fields = tuple(fields)
         self.indices = indices
         self._layout = layout
-        self._kinds = tuple(rule.kinds)
+        self._kinds = rule.kinds
         self._numbers = frozenset((*rule.segment_fields, PRESENT))
         self.elements: dict[str, FlatBuffers] = {}
         self.numbers: dict[str, Tensor] = {}
@@ -55,8 +57,13 @@ class Contents:
     @property
     def nbytes(self) -> int:
         """Return the bytes of the payload."""
-        one = self._layout.bytes_of(self.indices)
-        return sum(8 * len(self.indices) if name in self._numbers else one for name in self.fields)
+        return sum(
+            8 * len(self.indices) if name in self._numbers else self._layout_of(name).bytes_of(self.indices)
+            for name in self.fields
+        )
+
+    def _layout_of(self, name: str) -> Layout:
+        return self._layout.derived(self._kinds.get(name, "element"))
 
     def allocate(self) -> list[memoryview]:
         """Take the memory and return it in the order of the wire."""
@@ -64,7 +71,7 @@ class Contents:
             if name in self._numbers:
                 self.numbers[name] = torch.zeros(len(self.indices), dtype=torch.float64)
             else:
-                self.elements[name] = FlatBuffers(self._layout, zero=False)
+                self.elements[name] = FlatBuffers(self._layout_of(name), zero=False)
         return self.memory()
 
     def memory(self) -> list[memoryview]:
@@ -74,17 +81,19 @@ class Contents:
             if name in self.numbers:
                 views.append(tensor_memory(self.numbers[name]))
             else:
-                views += memory_of(self.elements[name], self._layout, self.indices)
+                views += memory_of(self.elements[name], self._layout_of(name), self.indices)
         return views
 
     def entries(self) -> list[Entry]:
-        """Describe the tensors of a session file: `exp_avg/weight` for each segment, `step` for a field of numbers."""
+        """Describe the tensors of a session file: `step` for numbers, `exp_avg/weight` for each segment otherwise.
+
+        A segment that never has a field has no tensor for it.
+        """
         found: list[Entry] = []
         for name in self.fields:
             if name in self._numbers:
                 found.append(Entry(name, NUMBER.name, (len(self.indices),)))
-                continue
-            for segment in map(self._layout.segments.__getitem__, self.indices):
+            for _, segment in self._possible(name):
                 dtype = DTYPES[segment.dtype]
                 pair = (dtype.parts,) if segment.is_complex else ()
                 found.append(Entry(f"{name}/{segment.name}", dtype.real, (*segment.shape, *pair)))
@@ -94,22 +103,43 @@ class Contents:
         """Return the bytes of each of `entries()`."""
         views: list[memoryview] = []
         for name in self.fields:
-            if name in self.numbers:
+            if name in self._numbers:
                 views.append(tensor_memory(self.numbers[name]))
-            else:
-                segments = ((index, self._layout.segments[index].length) for index in self.indices)
-                views += [tensor_memory(self.elements[name].stretch(*each)) for each in segments]
+            for index, segment in self._possible(name):
+                views.append(tensor_memory(self.elements[name].stretch(index, segment.length)))
         return views
+
+    def _possible(self, name: str) -> Iterator[tuple[int, Segment]]:
+        """Go through the segments that can have a field, as they are in the layout of that field."""
+        if name in self._numbers:
+            return
+        kind, layout = self._kinds.get(name, "element"), self._layout_of(name)
+        for index in self.indices:
+            if shape_of(kind, self._layout.segments[index].shape) is not None:
+                yield index, layout.segments[index]
 
     def has(self) -> list[Fields | None] | None:
         """Return which fields each segment has by its `present`, None for one without state; None if it is not here.
 
         Raises:
-            TensorMismatch: a number that stands for no set of fields.
+            TensorMismatch: a number that stands for no set of fields, or for one that the segment cannot have.
         """
         if PRESENT not in self.numbers:
             return None
+        order = tuple(self._kinds)
         try:
-            return [names_of(mask, self._kinds) if mask else None for mask in self.numbers[PRESENT].tolist()]
+            has = [names_of(mask, order) if mask else None for mask in self.numbers[PRESENT].tolist()]
         except ValueError as exc:
             raise TensorMismatch(str(exc), field=PRESENT) from exc
+        for index, names in zip(self.indices, has, strict=True):
+            self._check_possible(index, names or ())
+        return has
+
+    def _check_possible(self, index: int, names: Fields) -> None:
+        segment = self._layout.segments[index]
+        for name in names:
+            if shape_of(self._kinds[name], segment.shape) is None:
+                raise TensorMismatch(
+                    f"{segment.name!r} of shape {list(segment.shape)} is said to have {name!r}, which it never has.",
+                    field=PRESENT,
+                )

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from farstep.consistency import Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
-from farstep.link import FieldKind, Link, Options, SessionSpec, Start, State, StepReport, worth_sending
+from farstep.fields import NUMBERS, FieldKind, check_shape
+from farstep.link import Link, Options, SessionSpec, Start, State, StepReport, worth_sending
 from farstep.presence import PRESENT, mask_of
 from farstep.settings import Place
 from farstep_service.contents import Contents
@@ -119,7 +120,6 @@ class EmbeddedLink(Link):
         if missing:
             for index, gradient in enumerate(gradients):
                 if gradient is not None and gradient.is_sparse:
-                    self._plan.rule.check_sparse(self._state.groups[self._plan.layout.segments[index].group])
                     sparse[index] = (gradient._indices(), gradient._values())
                     dense[index] = None
         if self._plan.nonfinite == "refuse":
@@ -157,19 +157,16 @@ class EmbeddedLink(Link):
         for place, index in enumerate(contents.indices):
             contents.numbers[PRESENT][place] = mask_of(state[index] or (), names)
         for field in chosen:
+            kind = self._fields[field]
             for place, index in enumerate(contents.indices):
                 own = state[index]
-                if self._fields[field] == "number":
+                if kind in NUMBERS:
                     contents.numbers[field][place] = float(own[field]) if own is not None else 0.0
                 elif own is None or field not in own:
                     contents.elements[field].segment(index).zero_()
                 else:
                     value = cast(Tensor, own[field])
-                    expected = layout.segments[index].shape
-                    if tuple(value.shape) != expected:
-                        raise ValueError(
-                            f"loaded state dict has {field!r} of shape {tuple(value.shape)}, the parameter {expected}"
-                        )
+                    check_shape(field, kind, value.shape, layout.segments[index].shape)
                     contents.elements[field].segment(index).copy_(value)
         return contents
 
@@ -185,7 +182,7 @@ class EmbeddedLink(Link):
                 continue
             own: State = {}
             for field in present:
-                if self._fields[field] == "number":
+                if self._fields[field] in NUMBERS:
                     own[field] = float(contents.numbers[field][place])
                 else:
                     value = contents.elements[field].segment(index)

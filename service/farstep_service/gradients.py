@@ -37,7 +37,7 @@ class Contribution:
 
     Raises:
         InvalidRequest: segment ranges that are not in order, or a sparse row that names a segment without a gradient.
-        TensorMismatch: a sparse gradient of a shape the segment does not have, or where the optimizer takes none.
+        TensorMismatch: a sparse gradient of a shape the segment does not have, or one that the optimizer does not take.
     """
 
     def __init__(
@@ -51,10 +51,9 @@ class Contribution:
             raise InvalidRequest(
                 "Header key 'sparse' names a segment twice, or one without a gradient.", field="sparse"
             )
+        rule.check_gradients(layout, groups, self.dense, self._announced)
         for each in sparse:
-            segment = layout.segments[each.segment]
-            rule.check_sparse(groups[segment.group])
-            _check_shape(segment, each)
+            _check_shape(layout.segments[each.segment], each)
         self.nbytes = sum(self._size(index) for index in self.indices)
         self.buffers: FlatBuffers | None = None
         self.sparse: dict[int, tuple[Tensor, Tensor]] = {}

@@ -21,6 +21,7 @@ from types import MappingProxyType
 from typing import Self
 
 from farstep.errors import LimitExceeded, TensorMismatch
+from farstep.fields import FieldKind, shape_of
 from farstep.wire.dtypes import segment_dtype
 from farstep.wire.ranges import from_ranges
 
@@ -133,6 +134,22 @@ class Layout:
     def groups(self) -> int:
         """Return the number of parameter groups, the highest group's number plus one."""
         return 1 + max((segment.group for segment in self.segments), default=-1)
+
+    def derived(self, kind: FieldKind) -> Layout:
+        """Return the layout of a state field: the same segments in its shapes, empty where a parameter never has it."""
+        if kind in ("element", "optional"):
+            return self
+        if kind not in self._derived:
+            shapes = [shape_of(kind, segment.shape) for segment in self.segments]
+            self._derived[kind] = Layout((), MappingProxyType({}), 0).append(
+                SegmentSpec(segment.name, (0,) if shape is None else shape, segment.dtype, segment.group)
+                for segment, shape in zip(self.segments, shapes, strict=True)
+            )
+        return self._derived[kind]
+
+    @cached_property
+    def _derived(self) -> dict[FieldKind, Layout]:
+        return {}
 
     def chosen(self, ranges: list[int] | None) -> Sequence[int]:
         """Return the segments that a header's ranges `[start, stop, start, stop, ...]` name; all for None.

@@ -51,7 +51,7 @@ class Plan:
 
         Raises:
             InvalidOption: an optimizer, option or mode that nobody knows, or a value out of range.
-            TensorMismatch, LimitExceeded: a parameter that cannot be stored.
+            TensorMismatch, LimitExceeded: a parameter that cannot be stored, or that the optimizer does not take.
         """
         rule = RULES.get(optimizer)
         if rule is None:
@@ -61,6 +61,7 @@ class Plan:
                 field="optimizer",
             )
         layout = Layout.build(segments)
+        rule.check_layout(layout)
         if layout.groups > len(groups):
             raise InvalidOption(
                 f"A parameter is of group {layout.groups - 1}, but there are {len(groups)} groups.", field="groups"
@@ -72,7 +73,7 @@ class Plan:
             layout=layout,
             consistency=from_options(consistency),
             nonfinite=_one_of("nonfinite", nonfinite, ("refuse", "allow")),
-            kernel=cast(KernelMode, _one_of("kernel", kernel, ("auto", "reference", "fused"))),
+            kernel=_kernel(rule, kernel),
         )
 
     def difference(self, other: Plan) -> str | None:
@@ -99,6 +100,17 @@ class Plan:
             if getattr(self, key) != getattr(other, key):
                 return f"its {key} is {getattr(self, key)!r}, not {getattr(other, key)!r}"
         return None
+
+
+def _kernel(rule: AnyRule, wanted: str) -> KernelMode:
+    kernel = cast(KernelMode, _one_of("kernel", wanted, ("auto", "reference", "fused")))
+    if kernel == "fused" and "fused" not in rule.kernels:
+        raise InvalidOption(
+            f"There is no fused kernel for {rule.name}, which does not work on each element by itself.",
+            remedy="Use the kernel auto or reference.",
+            field="kernel",
+        )
+    return kernel
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> str:

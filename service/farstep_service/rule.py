@@ -1,6 +1,9 @@
 """The interface between the store, which has the memory, and the optimizers, which have the maths.
 
-    Rule      what one optimizer does to a stretch of memory, as a pure function      optimizers/adagrad.py, ...
+    Rule      what one optimizer does to memory, as a pure function
+    ├── ElementwiseRule   to any stretch of it, each element by itself                optimizers/adagrad.py, ...
+    └── TensorRule        to one whole tensor at a time                               optimizers/muon.py, ...
+    RowRule   what a rule of either kind does to the rows that a sparse gradient names
     Counts    what one segment has lived through: its steps, ASGD's eta and mu, and which state it has
     Form      what a rule is compiled for: an element type, and the optional state in use
     Call      the tensors and numbers of one application of a rule
@@ -8,7 +11,8 @@
     KernelSource   chooses the kernel of a step                                       optimizers/kernels.py
 
 A step computes, for each segment that has a gradient, `scalars(counts, hyper)` and the next counts; neighbours with
-equal scalars become one call. Both the store and the optimizers import this module and not each other.
+equal scalars become one call of an elementwise rule. Both the store and the optimizers import this module and not each
+other.
 
 Some state exists with certain options only, as `max_exp_avg_sq` with `amsgrad`. Such fields are optional: a step uses
 those that its options ask for, a segment has those that one of its steps has used, and memory is taken with the first.
@@ -19,25 +23,27 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
+from farstep.fields import FieldKind, shape_of
 from farstep.hyper import Hyper
+from farstep_service.layout import Layout
 
 Scalar = float | Tensor
 """A number of a step: a Python float in an eager kernel, a 0-dim float64 tensor in a compiled one."""
 
 Fields = tuple[str, ...]
-"""Names of element fields, in the order of `Rule.element_fields`."""
+"""Names of tensor fields, in the order of `Rule.tensor_fields`."""
 
 StateTensors = Mapping[str, Tensor]
-"""Memory, or values, of the element fields in use, under their names and in their order."""
+"""Memory, or values, of the tensor fields in use, under their names and in their order."""
 
 KernelName = Literal["reference", "fused"]
-Kind = Literal["number", "element", "optional"]
 H = TypeVar("H", bound=Hyper)
 
 
@@ -47,7 +53,7 @@ class Counts:
 
     Attributes:
         step: steps taken. An int, since torch's float32 counter stops at 16,777,216.
-        fields: the element fields that the segment has.
+        fields: the tensor fields that the segment has.
     """
 
     step: int = 0
@@ -59,7 +65,7 @@ class Form(NamedTuple):
 
     Attributes:
         dtype: the element type, under its wire name.
-        optional: the optional element fields in use.
+        optional: the optional tensor fields in use.
     """
 
     dtype: str
@@ -69,19 +75,22 @@ class Form(NamedTuple):
 class Rule(ABC, Generic[H]):
     """One optimizer: torch's names for its options and state, and its formula.
 
-    A new rule is one file with a class like this and a place in `optimizers/rules.py`. Rules have no state.
+    A new rule is one file with a class like this and a place in `optimizers/rules.py`. Rules have no state. They derive
+    from one of the two classes below.
     """
 
     name: ClassVar[str]
     """torch's class name."""
-    element_fields: ClassVar[Fields]
-    """State with one number per element, under torch's keys and in torch's order; the optional ones are among them."""
+    tensor_fields: ClassVar[Fields]
+    """State that is a tensor, under torch's keys and in torch's order."""
     optional_fields: ClassVar[Fields] = ()
-    """Element fields that some options do without."""
-    usual: ClassVar[tuple[Fields, ...]] = ((),)
-    """Which optional fields are in use so often together that kernels for them are built ahead."""
+    """Those of them, of the parameter's shape, that some options do without."""
     segment_fields: ClassVar[tuple[str, ...]] = ("step",)
     """State with one number per segment: the attributes of `counts`."""
+    special: ClassVar[Mapping[str, FieldKind]] = MappingProxyType({})
+    """The kinds of fields that are neither 0-dim tensors nor of the parameter's shape."""
+    kernels: ClassVar[tuple[KernelName, ...]] = ("reference",)
+    """What can run it."""
     hyper: type[H]
     """The record of its options."""
     counts: ClassVar[type[Counts]] = Counts
@@ -90,24 +99,35 @@ class Rule(ABC, Generic[H]):
     """Whether a segment has state before its first step."""
 
     @property
-    def kinds(self) -> dict[str, Kind]:
+    def kinds(self) -> dict[str, FieldKind]:
         """Return every state field, numbers first, with what it is."""
-        kinds: dict[str, Kind] = dict.fromkeys(self.segment_fields, "number")
-        return kinds | {name: "optional" if name in self.optional_fields else "element" for name in self.element_fields}
+        kinds: dict[str, FieldKind] = dict.fromkeys(self.segment_fields, "number")
+        kinds |= dict.fromkeys(self.tensor_fields, "element")
+        kinds |= dict.fromkeys(self.optional_fields, "optional")
+        return {**kinds, **self.special}
 
     def optional(self, hyper: H) -> Fields:
         """Return the optional fields that a step with these options uses."""
         return ()
 
-    def fields(self, optional: Iterable[str]) -> Fields:
-        """Return the element fields of a segment that has these optional ones."""
-        if not self.optional_fields:
-            return self.element_fields
-        chosen = set(optional)
-        return tuple(name for name in self.element_fields if name not in self.optional_fields or name in chosen)
+    def fields(self, optional: Iterable[str], shape: Sequence[int] = ()) -> Fields:
+        """Return the tensor fields of a segment that has these optional ones.
+
+        Args:
+            optional: names of fields, others than the optional ones among them.
+            shape: the segment's; it matters only to rules with fields that a parameter of some shape never has.
+        """
+        if not self.optional_fields and not self.special:
+            return self.tensor_fields
+        chosen, kinds = set(optional), self.kinds
+        return tuple(
+            name
+            for name in self.tensor_fields
+            if (name in chosen or name not in self.optional_fields) and shape_of(kinds[name], shape) is not None
+        )
 
     def initial(self, field: str, hyper: H) -> float:
-        """Return the number an element field is filled with before it is used."""
+        """Return the number a tensor field is filled with before it is used."""
         return 0.0
 
     def first(self, hyper: H) -> Counts:
@@ -116,7 +136,11 @@ class Rule(ABC, Generic[H]):
 
     @abstractmethod
     def scalars(self, counts: Counts, hyper: H) -> tuple[float, ...]:
-        """Return the numbers of the step that follows `counts`, in the order `update` takes them."""
+        """Return the numbers of the step that follows `counts`, in the order `update` takes them.
+
+        Raises:
+            InvalidOption: options with which torch fails in a step.
+        """
 
     def advance(self, counts: Counts, hyper: H) -> Counts:
         """Return the counts after the step that follows `counts`."""
@@ -126,26 +150,88 @@ class Rule(ABC, Generic[H]):
     def update(
         self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]
     ) -> tuple[Tensor, StateTensors]:
-        """Return new parameters and state, elementwise; change no argument and return none of them.
+        """Return new parameters and state; change no argument and return none of them.
 
         Args:
-            p, g: real tensors of one shape and dtype; complex ones come as pairs of reals.
-            state: the element fields in use, like `p`. Which ones are there may be branched on.
-            scalars: what `scalars()` returned, or the same as 0-dim float64 tensors when the rule is compiled. Nothing
-                may branch in Python on a tensor: `arithmetic.py` has what to use.
+            p, g: tensors of one shape and dtype; which ones is said by the classes that derive from this one.
+            state: the tensor fields in use. Which ones are there may be branched on.
+            scalars: what `scalars()` returned.
         """
 
-    def check_sparse(self, hyper: H) -> None:
-        """Refuse a sparse gradient where torch does, in torch's words.
+    def check_layout(self, layout: Layout) -> None:
+        """Refuse parameters that torch's constructor refuses, in torch's words.
 
         Raises:
-            FarstepError: the rule, or an option, does not go with sparse gradients.
+            TensorMismatch: naming the parameter.
+        """
+
+    def check_gradients(self, layout: Layout, groups: Sequence[H], dense: Iterable[int], sparse: Iterable[int]) -> None:
+        """Refuse gradients where torch does, in torch's words.
+
+        Args:
+            layout, groups: the session's.
+            dense: the segments with a dense gradient.
+            sparse: those with a sparse one.
+
+        Raises:
+            TensorMismatch: the rule, or an option, does not go with one of them.
+        """
+        for index in sparse:
+            self.check_sparse(groups[layout.segments[index].group])
+
+    def check_sparse(self, hyper: H) -> None:
+        """Refuse a sparse gradient where torch does, in torch's words; one that is accepted may be made dense.
+
+        Raises:
+            TensorMismatch: the rule, or an option, does not go with sparse gradients.
         """
         raise TensorMismatch(
             f"{self.name} does not support sparse gradients",
             remedy="Send a dense gradient, or use an optimizer that takes sparse ones.",
         )
 
+
+class ElementwiseRule(Rule[H]):
+    """A rule whose every element is by itself, so that memory may be cut and joined anywhere, and compiled.
+
+    `update` gets real tensors of any one shape (complex parameters come as pairs of reals), and the state fields like
+    them. In a compiled kernel its scalars are 0-dim float64 tensors: nothing may branch in Python on a tensor, and
+    `arithmetic.py` has what to use.
+    """
+
+    kernels: ClassVar[tuple[KernelName, ...]] = ("reference", "fused")
+    usual: ClassVar[tuple[Fields, ...]] = ((),)
+    """Which optional fields are in use so often together that kernels for them are built ahead."""
+
+
+class TensorRule(Rule[H]):
+    """A rule that looks at a parameter as a whole, for its norm or its product with others.
+
+    `update` gets one parameter in its shape and dtype, contiguous, and its state fields in theirs; its scalars are
+    Python floats. A parameter without elements is left out.
+    """
+
+    def check_gradients(self, layout: Layout, groups: Sequence[H], dense: Iterable[int], sparse: Iterable[int]) -> None:
+        """Refuse gradients of complex parameters, which no such rule of torch takes, and sparse ones."""
+        sparse = list(sparse)
+        for index in (*dense, *sparse):
+            if layout.segments[index].is_complex:
+                raise TensorMismatch(
+                    f"{self.name} does not support complex parameters",
+                    field=layout.segments[index].name,
+                    remedy="Give complex parameters to another optimizer.",
+                )
+        super().check_gradients(layout, groups, (), sparse)
+
+
+class RowRule(Rule[H]):
+    """A rule that knows what to do with the rows that a sparse gradient names."""
+
+    def by_rows(self, hyper: H) -> bool:
+        """Say whether a sparse gradient changes the rows it names and no other; if not, it is made dense."""
+        return True
+
+    @abstractmethod
     def update_rows(
         self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[float]
     ) -> tuple[Tensor, StateTensors]:
@@ -154,10 +240,9 @@ class Rule(ABC, Generic[H]):
         Args:
             p: the touched rows, `(nnz, *dense shape)`, in the parameter's own dtype, complex included.
             g: the coalesced gradient's values, like `p`.
-            state: the same rows of each element field in use.
+            state: the same rows of each tensor field in use, which are all of the parameter's shape.
             scalars: what `scalars()` returned.
         """
-        raise NotImplementedError(f"{self.name} does not take sparse gradients.")
 
 
 AnyRule = Rule[Any]
@@ -168,9 +253,9 @@ class Call(NamedTuple):
     """One application of a rule to a stretch of memory.
 
     Attributes:
-        p: parameters before the step, flat and real.
+        p: parameters before the step, flat and real for an elementwise rule, one in its own shape for the others.
         g: gradients, like `p`.
-        state: the element fields in use, changed in place.
+        state: the tensor fields in use, changed in place.
         out: where the new parameters go; may be `p` itself.
         scalars: the numbers of this step.
     """

@@ -45,7 +45,7 @@ BYTES = {"ASGD": 4 * 4, "SGD": 3 * 4}
 """Bytes per element that a rule must read and write, if not p, g and its state in, and p and its state out: ASGD need
 not read its average before averaging starts."""
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in RULES},
+    **{name: (name, {}) for name, rule in RULES.items() if "fused" in rule.kernels},
     "SGD momentum": ("SGD", {"momentum": 0.9}),
     "Adam amsgrad": ("Adam", {"amsgrad": True}),
     "RMSprop both": ("RMSprop", {"momentum": 0.9, "centered": True}),

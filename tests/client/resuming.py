@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from farstep.settings import RemoteOptions
-from tests.client.twins import Group, drawn, ours, parameters, theirs
+from tests.client.twins import Group, drawn, ours, parameters, plain, some_rows, theirs
 
 CUT, END = 5, 10
 """Steps before the training is interrupted, and in all."""
@@ -31,13 +31,30 @@ EXACT: Parameters = (
     ((0, 3), torch.float32),
     ((7,), torch.float32),
 )
-"""What torch and the reference kernels compute alike, bit by bit."""
 EVERY: Parameters = (
     *EXACT,
     ((2, 3), torch.bfloat16),
     ((3,), torch.complex64),
     ((6,), torch.float16),
     ((2, 2), torch.complex128),
+)
+REAL: Parameters = (*EXACT[:3], *EXACT[4:], *((shape, dtype) for shape, dtype in EVERY[5:] if not dtype.is_complex))
+"""What Adafactor takes: no complex numbers, and, as torch divides by it, some elements."""
+MATRICES: Parameters = (
+    ((4, 3), torch.float32),
+    ((5, 2), torch.float64),
+    ((1, 1), torch.float32),
+    ((0, 3), torch.float32),
+    ((9, 13), torch.float32),
+    ((2, 3), torch.bfloat16),
+)
+ROWS: Parameters = (
+    ((4, 3), torch.float32),
+    ((5,), torch.float64),
+    ((6, 2), torch.float32),
+    ((0, 3), torch.float32),
+    ((7, 2, 2), torch.float32),
+    ((6,), torch.bfloat16),
 )
 
 
@@ -52,6 +69,8 @@ class Case:
         has_state: whether a training without its state is another one.
         rounds: whether torch's `load_state_dict` rounds a number of the state to the parameter's dtype, as it does
             with `mu_product`, so that with 16-bit parameters not even torch resumes exactly from a state_dict.
+        parameters: the parameters it takes.
+        sparse: whether it takes sparse gradients only.
     """
 
     options: dict[str, Any]
@@ -59,6 +78,12 @@ class Case:
     torch_switches: bool = True
     has_state: bool = True
     rounds: bool = False
+    parameters: Parameters = EVERY
+    sparse: bool = False
+
+    def exact(self) -> Parameters:
+        """Return those of the parameters that torch and the reference kernels update alike, bit by bit."""
+        return [each for each in self.parameters if each[1] in (torch.float32, torch.float64)]
 
 
 CASES: dict[str, Case] = {
@@ -75,6 +100,13 @@ CASES: dict[str, Case] = {
     "RAdam": Case({"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "decoupled_weight_decay": True}, {"weight_decay": 0.1}),
     "RMSprop": Case({"lr": 0.1, "alpha": 0.7, "eps": 1e-2, "centered": True}, {"momentum": 0.5}, False),
     "Rprop": Case({"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (1e-3, 0.2)}, {"maximize": True}),
+    "Adafactor": Case(
+        {"lr": 0.1, "beta2_decay": -0.5, "eps": (1e-4, 1e-2), "weight_decay": 0.1}, {"maximize": True}, parameters=REAL
+    ),
+    "Muon": Case(
+        {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.02, "ns_steps": 3}, {"nesterov": False}, parameters=MATRICES
+    ),
+    "SparseAdam": Case({"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3}, {"maximize": True}, parameters=ROWS, sparse=True),
 }
 """One row for each class of `farstep.optim`; `test_resume.py` says so."""
 STATELESS = "SGD"
@@ -106,8 +138,8 @@ class Training:
         self.case = CASES_AND_PLAIN[name]
         self.parameters = parameters(start)
         self._switched = self.case.switched if switches else {}
-        options = {"foreach": False, **self.case.options}
         groups, kind = two_groups(self.parameters), name.split(" ")[0]
+        options = plain(kind, self.case.options)
         self.optimizer: Any = (
             theirs(kind)(groups, **options) if place is None else ours(kind)(groups, **options, **place)
         )
@@ -131,7 +163,8 @@ class Training:
             for index, (p, numbers) in enumerate(zip(self.parameters, drawn_ones, strict=True)):
                 p.grad = None
                 if not (index == LATE and step < CUT) and not (index == EVEN and step % 2):
-                    p.grad = numbers + 0.1 * p.detach()
+                    gradient = numbers + 0.1 * p.detach()
+                    p.grad = some_rows(gradient, step) if self.case.sparse else gradient
                     loss += (numbers.conj() * p.detach()).real.sum().float()
             return loss
 

@@ -18,7 +18,7 @@ from farstep.errors import FarstepError, Unauthorized, UnknownSession
 from farstep.optim import Adagrad, RemoteOptimizer
 from farstep.settings import RemoteOptions
 from tests.client.test_parity import NAMES, three_groups
-from tests.client.twins import Twins, check_parameters, check_states, drawn, parameters
+from tests.client.twins import Twins, check_parameters, check_states, drawn, gradients_of, parameters
 from tests.service.servers import TOKEN, RunningServer, running_server
 
 Copy = Callable[[Any], Any]
@@ -39,7 +39,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def step(optimizer: torch.optim.Optimizer, seed: int) -> None:
     """Take one step with drawn gradients."""
     ps = parameters_of(optimizer)
-    for p, g in zip(ps, drawn(seed, [p.shape for p in ps], ps[0].dtype), strict=True):
+    for p, g in zip(ps, gradients_of(type(optimizer).__name__, seed, ps), strict=True):
         p.grad = g
     optimizer.step()
 

@@ -5,6 +5,7 @@ Gradients are drawn, not computed: the optimizers see the same ones whatever hap
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,6 +17,13 @@ from farstep.optim import RemoteOptimizer
 from farstep.settings import RemoteOptions
 
 SHAPES: tuple[tuple[int, ...], ...] = ((7, 5), (5,), (), (0, 3), (2, 3, 4), (131,))
+
+FITTING: Mapping[str, tuple[tuple[int, ...], ...]] = {
+    "Adafactor": ((7, 5), (5,), (), (1, 3), (2, 3, 4), (131,)),  # torch divides by the number of elements
+    "Muon": ((7, 5), (5, 9), (1, 1), (0, 3), (24, 33), (131, 2)),
+    "SparseAdam": ((7, 5), (5,), (1,), (0, 3), (2, 3, 4), (131,)),
+}
+"""Shapes for optimizers that do not take all of `SHAPES`."""
 
 Group = dict[str, Any]
 Grouping = Callable[[list[Tensor]], list[Group]]
@@ -39,6 +47,30 @@ def drawn(
     """Return normally distributed tensors, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
     return [scale * torch.randn(tuple(shape), generator=generator, dtype=dtype) for shape in shapes]
+
+
+def start_of(name: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Return first values of parameters that an optimizer takes."""
+    return drawn(0, FITTING.get(name, SHAPES), dtype)
+
+
+def gradients_of(name: str, seed: int, like: Iterable[Tensor]) -> list[Tensor]:
+    """Return gradients in the form that an optimizer takes, the same for the same seed."""
+    like = list(like)
+    gradients = drawn(seed, [p.shape for p in like], like[0].dtype)
+    return [some_rows(g, seed) for g in gradients] if name == "SparseAdam" else gradients
+
+
+def some_rows(gradient: Tensor, seed: int) -> Tensor:
+    """Return two thirds of the rows of a gradient, other ones for each seed, as a sparse gradient."""
+    rows = torch.arange(gradient.shape[0])
+    rows = rows[(rows + seed) % 3 != 0]
+    return torch.sparse_coo_tensor(rows.unsqueeze(0), gradient[rows], gradient.shape, check_invariants=True).coalesce()
+
+
+def plain(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options with torch's plain implementation, where there is a choice."""
+    return {"foreach": False, **options} if "foreach" in inspect.signature(theirs(name)).parameters else {**options}
 
 
 def parameters(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -70,8 +102,9 @@ class Twins:
         grouping: Grouping = one_group,
         start: Sequence[Tensor] | None = None,
     ) -> None:
-        start = drawn(0) if start is None else start
-        options = {"foreach": False, **options}
+        start = start_of(name) if start is None else start
+        options = plain(name, options)
+        self.name = name
         self.here, self.there = parameters(start), parameters(start)
         self.ours = ours(name)(grouping(self.here), **options, **place)
         self.theirs = theirs(name)(grouping(self.there), **options)
@@ -88,10 +121,14 @@ class Twins:
         self.ours.step()
         self.theirs.step()
 
+    def drawn(self, seed: int) -> list[Tensor]:
+        """Return gradients for both."""
+        return gradients_of(self.name, seed, self.here)
+
     def train(self, steps: int, *, first: int = 1) -> None:
         """Take steps with gradients that are drawn."""
         for seed in range(first, first + steps):
-            self.step(drawn(seed, [p.shape for p in self.here], self.here[0].dtype))
+            self.step(self.drawn(seed))
 
     def check(self, *, exact: bool = True) -> None:
         """Compare parameters and state_dicts."""
@@ -124,4 +161,13 @@ def check_states(here: dict[str, Any], there: dict[str, Any], *, exact: bool = T
     for index, own in there["state"].items():
         assert here["state"][index].keys() == own.keys()
         for key, value in own.items():
-            check_equal([here["state"][index][key]], [value], exact=exact)
+            check_value(here["state"][index][key], value, exact=exact)
+
+
+def check_value(here: Any, there: Any, *, exact: bool = True) -> None:
+    """Compare one value of a state; what torch keeps sparse is dense in a session."""
+    assert type(here) is type(there)
+    if isinstance(there, Tensor):
+        check_equal([here], [there.to_dense() if there.is_sparse else there], exact=exact)
+    else:
+        assert here == there

@@ -22,6 +22,7 @@ def _one_thread() -> Iterator[None]:
 EVERY = [
     (name, optional)
     for name, rule in RULES.items()
+    if "fused" in rule.kernels
     for count in range(len(rule.optional_fields) + 1)
     for optional in combinations(rule.optional_fields, count)
 ]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from farstep.errors import InvalidOption, Unavailable
-from farstep_service.optimizers import RULES, Kernels
+from farstep_service.optimizers import RULES, Kernels, usual
 from farstep_service.optimizers.build import Report, build_in_subprocess
 from farstep_service.optimizers.packages import Package, default_directory, file_name, find
 from farstep_service.rule import Form
@@ -138,12 +138,10 @@ def test_names_differ_where_contents_do():
     """Another rule, dtype, thread count or choice of state is another file."""
     names = {
         file_name(Package(rule.name, dtype, "cpu", threads, optional), rule)
-        for rule in RULES.values()
-        for dtype in ("float32", "float64")
+        for rule, (dtype, optional) in usual(RULES.values(), ["float32", "float64"])
         for threads in ("one", "many")
-        for optional in rule.usual
     }
-    assert len(names) == 4 * sum(len(rule.usual) for rule in RULES.values())
+    assert len(names) == 4 * len(usual(RULES.values(), ["float32"]))
 
 
 def test_a_builder_that_dies_is_noticed(tmp_path: Path):

@@ -80,7 +80,7 @@ def test_state_put_in_continues_as_torch_does(optimizer: str) -> None:
     writer = Writer.join(session)
     rule = session.plan.rule
     contents: dict[str, list[torch.Tensor] | list[float]] = {"param": twin.parameters}
-    for field in rule.element_fields:
+    for field in rule.tensor_fields:
         contents[field] = [state[field] for state in states]
     for field in rule.segment_fields:
         contents[field] = [float(state[field]) for state in states]
@@ -89,7 +89,7 @@ def test_state_put_in_continues_as_torch_does(optimizer: str) -> None:
         gradients = values(session, 30 + step)
         writer.push(gradients)
         assert equal(parameters(session), twin.step(gradients))
-    copied, _ = session.copy([*rule.element_fields, *rule.segment_fields])
+    copied, _ = session.copy([*rule.tensor_fields, *rule.segment_fields])
     for field in rule.segment_fields:
         assert copied.numbers[field].tolist() == [float(twin.optimizer.state[p][field]) for p in twin.parameters]
 

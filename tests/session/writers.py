@@ -18,7 +18,7 @@ from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
-from farstep_service.rule import AnyRule, Form, Kernel, KernelName, KernelSource, Rule, Scalar, StateTensors
+from farstep_service.rule import AnyRule, ElementwiseRule, Form, Kernel, KernelName, KernelSource, Scalar, StateTensors
 from farstep_service.session import Outcome, Outcomes, Session
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (3, 4), "b": (5,), "scale": (), "z": (2,)}
@@ -44,7 +44,7 @@ class Fault:
                 raise RuntimeError("the device is on fire")
 
 
-class _Failing(Rule[Any]):
+class _Failing(ElementwiseRule[Any]):
     """A rule whose arithmetic fails where it is told to."""
 
     def __init__(self, rule: AnyRule, fault: Fault) -> None:

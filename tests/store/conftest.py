@@ -1,6 +1,6 @@
 """What the tests of the store share."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -9,9 +9,15 @@ import torch
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.rule import AnyRule, Call, Form, Kernel, KernelName, KernelSource, Progress
-from farstep_service.store import FlatBuffers, Store
+from farstep_service.store import FlatBuffers, Gradients, Store
 
 SHAPES = ((5, 7), (11,), (), (0, 4), (64, 3), (9,))
+
+FITTING: Mapping[str, tuple[tuple[int, ...], ...]] = {
+    "Muon": ((5, 7), (11, 2), (1, 1), (0, 4), (64, 3), (9, 9)),
+    "SparseAdam": ((5, 7), (11,), (1,), (0, 4), (64, 3), (9,)),
+}
+"""Shapes for rules that do not take all of `SHAPES`."""
 
 MakeStore = Callable[..., tuple[Store, list[Any]]]
 
@@ -26,6 +32,25 @@ def layout_of(
     )
 
 
+def layout_for(name: str, **more: Any) -> Layout:
+    """Return a layout that a rule takes."""
+    return layout_of(FITTING.get(name, SHAPES), **more)
+
+
+def gradients_for(name: str, layout: Layout, seed: int, present: Sequence[bool] | None = None) -> Gradients:
+    """Return gradients that a rule takes: noise, or every other row of it."""
+    buffers = noise(layout, seed)
+    if name != "SparseAdam":
+        return Gradients(buffers, present)
+    sparse = {}
+    for index in range(len(layout.segments)):
+        if present is None or present[index]:
+            values = buffers.segment(index)[seed % 2 :: 2]
+            rows = torch.arange(layout.segments[index].shape[0])[seed % 2 :: 2]
+            sparse[index] = (rows.unsqueeze(0), values)
+    return Gradients(buffers, present, sparse)
+
+
 def noise(layout: Layout, seed: int) -> FlatBuffers:
     """Return buffers full of normal noise."""
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +62,7 @@ def noise(layout: Layout, seed: int) -> FlatBuffers:
 
 def all_bytes(store: Store) -> list[bytes]:
     """Return everything a store holds, to be compared bit for bit."""
-    fields = ["param", *store.rule.element_fields]
+    fields = ["param", *store.rule.tensor_fields]
     tensors = [store.buffers(field).segment(index) for field in fields for index in range(len(store.layout.segments))]
     numbers = [repr(store.numbers(field)).encode() for field in store.rule.segment_fields]
     return [*(bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist()) for tensor in tensors), *numbers]
@@ -55,7 +80,7 @@ def make() -> MakeStore:
         options: Sequence[dict[str, Any]] = ({},),
         **more: Any,
     ) -> tuple[Store, list[Any]]:
-        layout = layout or layout_of()
+        layout = layout or layout_for(name)
         rule = RULES[name]
         hypers = [rule.hyper.from_options(options[index % len(options)]) for index in range(layout.groups)]
         parameters = more.pop("parameters", None) or noise(layout, 0)

@@ -8,7 +8,7 @@ import torch
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.store import FlatBuffers, Gradients, Store
-from tests.store.conftest import MakeStore, all_bytes, layout_of, noise
+from tests.store.conftest import MakeStore, all_bytes, gradients_for, layout_of, noise
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -17,14 +17,14 @@ def test_state_that_moves_to_another_store_goes_on_with_the_same_bits(make: Make
     options = ({"t0": 3, "lr": 0.1},) if name == "ASGD" else ({"lr": 0.1},)
     old, hypers = make(name, options=options)
     for step in range(5):
-        old.apply(hypers, Gradients(noise(old.layout, step), [index != step for index in range(6)]))
+        old.apply(hypers, gradients_for(name, old.layout, step, [index != step for index in range(6)]))
     new, _ = make(name, options=options, parameters=FlatBuffers(old.layout))
-    contents: dict[str, Any] = {field: old.buffers(field) for field in ("param", *old.rule.element_fields)}
+    contents: dict[str, Any] = {field: old.buffers(field) for field in ("param", *old.rule.tensor_fields)}
     contents |= {field: old.numbers(field) for field in old.rule.segment_fields}
     new.write(range(6), contents, bump=False)
     assert new.version == 0
     for store in (old, new):
-        store.apply(hypers, Gradients(noise(old.layout, 7)))
+        store.apply(hypers, gradients_for(name, old.layout, 7))
     assert all_bytes(new) == all_bytes(old)
 
 

@@ -5,7 +5,7 @@ import torch
 
 from farstep_service.optimizers import RULES
 from farstep_service.store import FlatBuffers, Gradients
-from tests.store.conftest import MakeStore, layout_of, noise
+from tests.store.conftest import MakeStore, gradients_for, layout_of, noise
 
 SIX = tuple((size,) for size in (3, 5, 7, 2, 4, 6))
 
@@ -67,5 +67,5 @@ def test_counts_have_no_end(make: MakeStore, name: str):
     """Steps are counted beyond 2**24, where torch's float32 counter stops."""
     store, hypers = make(name)
     store.write(range(6), {"step": [2**24] * 6})
-    store.apply(hypers, Gradients(noise(store.layout, 0)))
+    store.apply(hypers, gradients_for(name, store.layout, 0))
     assert store.numbers("step") == [2**24 + 1] * 6

@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from farstep.errors import FarstepError, InvalidOption
-from farstep.link import FieldKind, SessionSpec, Start, State, StepReport, open_link
+from farstep.fields import FieldKind
+from farstep.link import SessionSpec, Start, State, StepReport, open_link
 from farstep.optim.options import arguments, changes, check_group, plain_options, without
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import completed, describe, to_session
@@ -62,7 +63,7 @@ class RemoteOptimizer(torch.optim.Optimizer):
                 side="client",
             )
         place = resolve(remote)
-        defaults = self.twin([torch.zeros(1)], **options).defaults
+        defaults = self.twin([torch.zeros(1, 1)], **options).defaults
         super().__init__(params, defaults)
         self._check_groups()
         self._open(place, state)
@@ -278,14 +279,14 @@ class RemoteOptimizer(torch.optim.Optimizer):
             return Start(None, version)
 
         def states(fields: Mapping[str, FieldKind]) -> list[State | None]:
-            return [to_session(state.get(p) or {}, fields) or self._newborn(p, fields) for p in self._parameters]
+            return [to_session(p, state.get(p) or {}, fields) or self._newborn(p, fields) for p in self._parameters]
 
         return Start(states, version)
 
     def _newborn(self, p: Tensor, fields: Mapping[str, FieldKind]) -> State | None:
         """Return what torch's class gives a parameter at its construction, None where state begins with a step."""
         fresh = self.twin([torch.empty_like(p)], **arguments(self.twin, self.defaults))
-        return next((to_session(own, fields) for own in fresh.state.values()), None)
+        return next((to_session(p, own, fields) for own in fresh.state.values()), None)
 
     def _write_state(self, changed: Mapping[int, State | None]) -> None:
         """Send the state of some parameters; one whose state was taken away begins anew."""

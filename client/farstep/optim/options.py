@@ -17,7 +17,21 @@ def check_group(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> No
     Raises:
         ValueError: torch's own.
     """
-    twin([torch.zeros(1)], **arguments(twin, own))
+    twin([torch.zeros(1, 1)], **arguments(twin, own))
+
+
+def check_parameters(
+    twin: type[torch.optim.Optimizer], groups: Iterable[Mapping[str, Any]], defaults: Mapping[str, Any]
+) -> None:
+    """Let torch's class of the same name check the parameters of all groups; no memory is taken for that.
+
+    Raises:
+        ValueError: torch's own.
+    """
+    twin(
+        [{**group, "params": [torch.empty_like(p, device="meta") for p in group["params"]]} for group in groups],
+        **arguments(twin, defaults),
+    )
 
 
 def arguments(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> Options:

@@ -99,7 +99,7 @@ class RemoteState(defaultdict[Any, Any]):
                 if index in self._present:
                     found[index] = None
             elif not self._is_as_read(index, state):
-                found[index] = to_session(state, self._link.fields)
+                found[index] = to_session(p, state, self._link.fields)
         return found
 
     def differences(self, other: Mapping[Any, Any]) -> dict[int, State | None]:
@@ -111,7 +111,7 @@ class RemoteState(defaultdict[Any, Any]):
         self._know_()
         found: dict[int, State | None] = {}
         for p, index in self._indices.items():
-            state = to_session(other.get(p) or {}, self._link.fields)
+            state = to_session(p, other.get(p) or {}, self._link.fields)
             if state is None:
                 if index in self._present:
                     found[index] = None
@@ -180,7 +180,7 @@ class RemoteState(defaultdict[Any, Any]):
             return
         self._check()
         for p, values in zip(unread, self._link.read_state([self._indices[p] for p in unread]), strict=True):
-            read = {} if values is None else as_torch(p, values)
+            read = {} if values is None else as_torch(p, values, self._link.fields)
             self._seen[self._indices[p]] = {name: _Seen.of(value) for name, value in read.items()}
             dict.__setitem__(self, p, {**read, **dict.__getitem__(self, p).own})
 
@@ -198,7 +198,7 @@ class RemoteState(defaultdict[Any, Any]):
         mine = {} if isinstance(own, _Unread) else self._fields_of(own)
         if not mine or not self._is_as_read(index, mine):
             return False
-        here = to_session(mine, self._link.fields)
+        here = to_session(p, mine, self._link.fields)
         if here is None or here.keys() != state.keys():
             return False
         return all(_same_bits(here[key], value) for key, value in state.items())

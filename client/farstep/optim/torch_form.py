@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farstep.link import FieldKind, Parameter, State
+from farstep.fields import NUMBERS, FieldKind, shape_of
+from farstep.link import Parameter, State
 
 ON_DEVICE = frozenset({"eta", "mu"})
 """Numbers that torch keeps on the parameter's device; `step` is on the CPU."""
@@ -24,8 +25,8 @@ def describe(groups: Iterable[Mapping[str, Any]]) -> list[Parameter]:
     return described
 
 
-def to_session(own: Mapping[str, Any], fields: Mapping[str, FieldKind]) -> State | None:
-    """Return a parameter's state as the session takes it, None where there is none.
+def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind]) -> State | None:
+    """Return a parameter's state as the session takes it, dense, None where there is none.
 
     Raises:
         ValueError: a part of it is missing.
@@ -33,20 +34,29 @@ def to_session(own: Mapping[str, Any], fields: Mapping[str, FieldKind]) -> State
     present = {key: own[key] for key in fields if own.get(key) is not None}
     if not present:
         return None
-    if missing := [key for key, kind in fields.items() if kind != "optional" and key not in present]:
-        raise ValueError(f"loaded state dict has no {missing[0]!r} for a parameter; it is another optimizer's")
-    return {key: float(value) if fields[key] == "number" else value for key, value in present.items()}
+    for key, kind in fields.items():
+        if key not in present and kind != "optional" and shape_of(kind, p.shape) is not None:
+            raise ValueError(f"loaded state dict has no {key!r} for a parameter; it is another optimizer's")
+    return {key: float(value) if fields[key] in NUMBERS else _dense(value) for key, value in present.items()}
 
 
-def as_torch(p: Tensor, values: State) -> dict[str, Tensor]:
-    """Return a parameter's state under torch's keys, numbers as the 0-dim tensors torch has."""
+def _dense(value: Tensor) -> Tensor:
+    """Return a tensor as a session keeps it: torch's SGD has a sparse buffer after sparse gradients."""
+    return value.to_dense() if value.is_sparse else value
+
+
+def as_torch(p: Tensor, values: State, fields: Mapping[str, FieldKind]) -> dict[str, Tensor | int]:
+    """Return a parameter's state under torch's keys, numbers as the 0-dim tensors, or the ints, that torch has."""
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
-    return {
-        key: value
-        if isinstance(value, Tensor)
-        else torch.tensor(value, dtype=dtype, device=p.device if key in ON_DEVICE else "cpu")
-        for key, value in values.items()
-    }
+
+    def of_torch(key: str, value: Tensor | float) -> Tensor | int:
+        if isinstance(value, Tensor):
+            return value
+        if fields[key] == "count":
+            return int(value)
+        return torch.tensor(value, dtype=dtype, device=p.device if key in ON_DEVICE else "cpu")
+
+    return {key: of_torch(key, value) for key, value in values.items()}
 
 
 def completed(twin: type[torch.optim.Optimizer], state: Mapping[str, Any]) -> dict[str, Any]:

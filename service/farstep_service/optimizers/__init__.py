@@ -1,18 +1,21 @@
 """The update rules and what runs them."""
 
 from farstep_service.optimizers.adadelta import Adadelta, AdadeltaHyper
+from farstep_service.optimizers.adafactor import Adafactor, AdafactorHyper
 from farstep_service.optimizers.adagrad import Adagrad, AdagradHyper
 from farstep_service.optimizers.adam import Adam, AdamHyper
 from farstep_service.optimizers.adamax import Adamax, AdamaxHyper
 from farstep_service.optimizers.adamw import AdamW, AdamWHyper
 from farstep_service.optimizers.asgd import ASGD, ASGDCounts, ASGDHyper
 from farstep_service.optimizers.kernels import MODES, Kernels, Mode, PackageStatus, usual, warm_up
+from farstep_service.optimizers.muon import Muon, MuonHyper
 from farstep_service.optimizers.nadam import NAdam, NAdamCounts, NAdamHyper
 from farstep_service.optimizers.radam import RAdam, RAdamHyper
 from farstep_service.optimizers.rmsprop import RMSprop, RMSpropHyper
 from farstep_service.optimizers.rprop import Rprop, RpropHyper
 from farstep_service.optimizers.rules import RULES
 from farstep_service.optimizers.sgd import SGD, SGDHyper
+from farstep_service.optimizers.sparse_adam import SparseAdam, SparseAdamHyper
 from farstep_service.rule import Rule
 
 __all__ = [
@@ -24,6 +27,8 @@ __all__ = [
     "ASGDHyper",
     "Adadelta",
     "AdadeltaHyper",
+    "Adafactor",
+    "AdafactorHyper",
     "Adagrad",
     "AdagradHyper",
     "Adam",
@@ -34,6 +39,8 @@ __all__ = [
     "AdamaxHyper",
     "Kernels",
     "Mode",
+    "Muon",
+    "MuonHyper",
     "NAdam",
     "NAdamCounts",
     "NAdamHyper",
@@ -46,6 +53,8 @@ __all__ = [
     "RpropHyper",
     "Rule",
     "SGDHyper",
+    "SparseAdam",
+    "SparseAdamHyper",
     "usual",
     "warm_up",
 ]

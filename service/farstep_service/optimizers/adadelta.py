@@ -20,13 +20,13 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from farstep.hyper import Hyper, in_range
+from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add, addcmul_, decayed, sign_of, signed
-from farstep_service.rule import Counts, Rule, Scalar, StateTensors
+from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdadeltaHyper(Hyper):
+class AdadeltaHyper(CommonHyper):
     """Options of Adadelta, with torch's names and defaults."""
 
     rule: ClassVar[str] = "Adadelta"
@@ -46,11 +46,11 @@ class AdadeltaHyper(Hyper):
 
 
 @final
-class Adadelta(Rule[AdadeltaHyper]):
+class Adadelta(ElementwiseRule[AdadeltaHyper]):
     """The rule above."""
 
     name = "Adadelta"
-    element_fields = ("square_avg", "acc_delta")
+    tensor_fields = ("square_avg", "acc_delta")
     hyper = AdadeltaHyper
 
     def scalars(self, counts: Counts, hyper: AdadeltaHyper) -> tuple[float, ...]:

@@ -20,14 +20,14 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidOption
-from farstep.hyper import Hyper, in_range
+from farstep.errors import TensorMismatch
+from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import addcdiv, decayed, sign_of, signed
-from farstep_service.rule import Counts, Rule, Scalar, StateTensors
+from farstep_service.rule import Counts, ElementwiseRule, RowRule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdagradHyper(Hyper):
+class AdagradHyper(CommonHyper):
     """Options of Adagrad, with torch's names and defaults."""
 
     rule: ClassVar[str] = "Adagrad"
@@ -55,11 +55,11 @@ class AdagradHyper(Hyper):
 
 
 @final
-class Adagrad(Rule[AdagradHyper]):
+class Adagrad(ElementwiseRule[AdagradHyper], RowRule[AdagradHyper]):
     """The rule above."""
 
     name = "Adagrad"
-    element_fields = ("sum",)
+    tensor_fields = ("sum",)
     hyper = AdagradHyper
     eager = True
 
@@ -84,7 +84,7 @@ class Adagrad(Rule[AdagradHyper]):
     def check_sparse(self, hyper: AdagradHyper) -> None:
         """Refuse weight decay, which would have to touch every row."""
         if hyper.weight_decay != 0:
-            raise InvalidOption(
+            raise TensorMismatch(
                 "weight_decay option is not compatible with sparse gradients",
                 field="weight_decay",
                 remedy="Put the sparse parameter into a group with weight_decay=0.",

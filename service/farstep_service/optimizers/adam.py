@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
-from farstep.hyper import Hyper, in_range
+from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import (
     addcdiv,
     addcmul_,
@@ -37,13 +37,13 @@ from farstep_service.optimizers.arithmetic import (
     sign_of,
     signed,
 )
-from farstep_service.rule import Counts, Fields, Rule, Scalar, StateTensors
+from farstep_service.rule import Counts, ElementwiseRule, Fields, Scalar, StateTensors
 
 LARGEST = "max_exp_avg_sq"
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamHyper(Hyper):
+class AdamHyper(CommonHyper):
     """Options of Adam, with torch's names and defaults."""
 
     rule: ClassVar[str] = "Adam"
@@ -70,11 +70,11 @@ class AdamHyper(Hyper):
         in_range("`fused` and `foreach` cannot be `True` together.", not both, field="fused")
 
 
-class Adam(Rule[AdamHyper]):
+class Adam(ElementwiseRule[AdamHyper]):
     """The rule above."""
 
     name = "Adam"
-    element_fields = ("exp_avg", "exp_avg_sq", LARGEST)
+    tensor_fields = ("exp_avg", "exp_avg_sq", LARGEST)
     optional_fields = (LARGEST,)
     hyper = AdamHyper
 

@@ -20,13 +20,13 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from farstep.hyper import Hyper, in_range
+from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import addcdiv, decayed, lerp, sign_of, signed
-from farstep_service.rule import Counts, Rule, Scalar, StateTensors
+from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamaxHyper(Hyper):
+class AdamaxHyper(CommonHyper):
     """Options of Adamax, with torch's names and defaults."""
 
     rule: ClassVar[str] = "Adamax"
@@ -47,11 +47,11 @@ class AdamaxHyper(Hyper):
 
 
 @final
-class Adamax(Rule[AdamaxHyper]):
+class Adamax(ElementwiseRule[AdamaxHyper]):
     """The rule above."""
 
     name = "Adamax"
-    element_fields = ("exp_avg", "exp_inf")
+    tensor_fields = ("exp_avg", "exp_inf")
     hyper = AdamaxHyper
 
     def scalars(self, counts: Counts, hyper: AdamaxHyper) -> tuple[float, ...]:

@@ -23,13 +23,13 @@ from typing import ClassVar, cast, final
 import torch
 from torch import Tensor
 
-from farstep.hyper import Hyper, in_range
+from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add_, decayed, float32, sign_of, signed
-from farstep_service.rule import Counts, Rule, Scalar, StateTensors
+from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class ASGDHyper(Hyper):
+class ASGDHyper(CommonHyper):
     """Options of ASGD, with torch's names and defaults."""
 
     rule: ClassVar[str] = "ASGD"
@@ -65,11 +65,11 @@ class ASGDCounts(Counts):
 
 
 @final
-class ASGD(Rule[ASGDHyper]):
+class ASGD(ElementwiseRule[ASGDHyper]):
     """The rule above."""
 
     name = "ASGD"
-    element_fields = ("ax",)
+    tensor_fields = ("ax",)
     segment_fields = ("step", "eta", "mu")
     hyper = ASGDHyper
     counts = ASGDCounts

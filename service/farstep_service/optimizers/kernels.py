@@ -29,7 +29,7 @@ from farstep_service.optimizers.build import Builder, build_in_subprocess
 from farstep_service.optimizers.fused import FusedKernel, load
 from farstep_service.optimizers.packages import Package, default_directory, find, open_directory
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import AnyRule, Form, Kernel, KernelName, KernelSource
+from farstep_service.rule import AnyRule, ElementwiseRule, Form, Kernel, KernelName, KernelSource
 
 Mode = Literal["auto", "reference", "fused"]
 MODES: tuple[Mode, ...] = ("auto", "reference", "fused")
@@ -78,7 +78,7 @@ class Kernels(KernelSource):
         Raises:
             Unavailable: the mode is `fused` and the kernel cannot be had.
         """
-        if self.mode != "reference":
+        if self.mode != "reference" and "fused" in rule.kernels:
             needed = self.begin([(rule, form) for form in forms], device)
             if self.mode == "fused":
                 self._require(needed)
@@ -109,12 +109,15 @@ class Kernels(KernelSource):
 
     def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
         """Return the kernel for a step; see `KernelSource`."""
-        if not forms or wanted == "reference" or (wanted is None and self.mode == "reference"):
+        alone = wanted is None and (self.mode == "reference" or "fused" not in rule.kernels)
+        if not forms or wanted == "reference" or alone:
             return self.reference(rule)
         if not self.ready(rule, forms, device):
             if wanted is None and self.mode == "auto":
                 self.prepare(rule, forms, device)
                 return self.reference(rule)
+            if "fused" not in rule.kernels:
+                raise Unavailable(f"There is no fused kernel for {rule.name}.")
             if self.mode == "reference":
                 raise Unavailable(
                     "The fused kernel was asked for, but this process runs reference kernels only.",
@@ -192,8 +195,14 @@ class Kernels(KernelSource):
 
 
 def usual(rules: Iterable[AnyRule], dtypes: Sequence[str]) -> list[tuple[AnyRule, Form]]:
-    """Return what is worth building ahead: each rule with the state that most options ask for."""
-    return [(rule, Form(dtype, optional)) for rule in rules for dtype in dtypes for optional in rule.usual]
+    """Return what is worth building ahead: each rule that can be fused, with the state that most options ask for."""
+    return [
+        (rule, Form(dtype, optional))
+        for rule in rules
+        if isinstance(rule, ElementwiseRule) and "fused" in rule.kernels
+        for dtype in dtypes
+        for optional in rule.usual
+    ]
 
 
 def warm_up(

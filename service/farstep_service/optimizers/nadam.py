@@ -22,7 +22,7 @@ from typing import ClassVar, cast, final
 
 from torch import Tensor
 
-from farstep.hyper import Hyper, in_range
+from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import (
     addcdiv,
     addcmul_,
@@ -35,11 +35,11 @@ from farstep_service.optimizers.arithmetic import (
     sign_of,
     signed,
 )
-from farstep_service.rule import Counts, Rule, Scalar, StateTensors
+from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class NAdamHyper(Hyper):
+class NAdamHyper(CommonHyper):
     """Options of NAdam, with torch's names and defaults."""
 
     rule: ClassVar[str] = "NAdam"
@@ -79,11 +79,11 @@ class NAdamCounts(Counts):
 
 
 @final
-class NAdam(Rule[NAdamHyper]):
+class NAdam(ElementwiseRule[NAdamHyper]):
     """The rule above."""
 
     name = "NAdam"
-    element_fields = ("exp_avg", "exp_avg_sq")
+    tensor_fields = ("exp_avg", "exp_avg_sq")
     segment_fields = ("step", "mu_product")
     hyper = NAdamHyper
     counts = NAdamCounts

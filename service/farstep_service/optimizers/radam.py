@@ -22,7 +22,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from farstep.hyper import Hyper, in_range
+from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import (
     add,
     addcmul_,
@@ -35,11 +35,11 @@ from farstep_service.optimizers.arithmetic import (
     sign_of,
     signed,
 )
-from farstep_service.rule import Counts, Rule, Scalar, StateTensors
+from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class RAdamHyper(Hyper):
+class RAdamHyper(CommonHyper):
     """Options of RAdam, with torch's names and defaults."""
 
     rule: ClassVar[str] = "RAdam"
@@ -61,11 +61,11 @@ class RAdamHyper(Hyper):
 
 
 @final
-class RAdam(Rule[RAdamHyper]):
+class RAdam(ElementwiseRule[RAdamHyper]):
     """The rule above."""
 
     name = "RAdam"
-    element_fields = ("exp_avg", "exp_avg_sq")
+    tensor_fields = ("exp_avg", "exp_avg_sq")
     hyper = RAdamHyper
 
     def scalars(self, counts: Counts, hyper: RAdamHyper) -> tuple[float, ...]:

@@ -4,7 +4,8 @@ It needs no compiler and gives the bits of `torch.optim` with `foreach=False` on
 whatever the cuts between blocks. A block is small enough to stay in a core's cache over all the operations of a rule,
 which makes it up to twice as fast as whole tensors, and it bounds the memory for temporaries.
 
-The new values of a block are computed first and written then, so a block is all or nothing.
+The new values of a block are computed first and written then, so a block is all or nothing. What a rule looks at as a
+whole is one block.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-from farstep_service.rule import AnyRule, Call, Kernel, Progress, Write
+from farstep_service.rule import AnyRule, Call, ElementwiseRule, Kernel, Progress, Write
 
 BLOCK = 2**17
 """Elements of a block. 64k to 256k are equally fast; smaller ones cost more calls, larger ones leave the cache."""
@@ -44,7 +45,9 @@ class ReferenceKernel(Kernel):
             index, start = progress.at.call, progress.at.element
             call = calls[index]
             length = call.p.numel()
-            stop = min(start + (self._block if call.p.is_cpu else self._gpu_block), length)
+            stop = length
+            if isinstance(self._rule, ElementwiseRule):
+                stop = min(start + (self._block if call.p.is_cpu else self._gpu_block), length)
             writes = self._block_of(call if stop - start == length else _cut(call, start, stop))
             if stop < length:
                 progress.commit(writes, call=index, element=stop)

@@ -22,16 +22,16 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from farstep.hyper import Hyper, in_range
+from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add, addcdiv, addcmul, addcmul_, decayed, lerp, sign_of, signed
-from farstep_service.rule import Counts, Fields, Rule, Scalar, StateTensors
+from farstep_service.rule import Counts, ElementwiseRule, Fields, Scalar, StateTensors
 
 BUFFER = "momentum_buffer"
 MEAN = "grad_avg"
 
 
 @dataclass(frozen=True, kw_only=True)
-class RMSpropHyper(Hyper):
+class RMSpropHyper(CommonHyper):
     """Options of RMSprop, with torch's names and defaults."""
 
     rule: ClassVar[str] = "RMSprop"
@@ -54,11 +54,11 @@ class RMSpropHyper(Hyper):
 
 
 @final
-class RMSprop(Rule[RMSpropHyper]):
+class RMSprop(ElementwiseRule[RMSpropHyper]):
     """The rule above."""
 
     name = "RMSprop"
-    element_fields = ("square_avg", BUFFER, MEAN)
+    tensor_fields = ("square_avg", BUFFER, MEAN)
     optional_fields = (BUFFER, MEAN)
     hyper = RMSpropHyper
 

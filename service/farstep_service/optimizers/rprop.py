@@ -22,13 +22,13 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from farstep.hyper import Hyper, in_range
+from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import addcmul, sign_of, signed
-from farstep_service.rule import Counts, Rule, Scalar, StateTensors
+from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
-class RpropHyper(Hyper):
+class RpropHyper(CommonHyper):
     """Options of Rprop, with torch's names and defaults."""
 
     rule: ClassVar[str] = "Rprop"
@@ -46,11 +46,11 @@ class RpropHyper(Hyper):
 
 
 @final
-class Rprop(Rule[RpropHyper]):
+class Rprop(ElementwiseRule[RpropHyper]):
     """The rule above."""
 
     name = "Rprop"
-    element_fields = ("prev", "step_size")
+    tensor_fields = ("prev", "step_size")
     hyper = RpropHyper
 
     def scalars(self, counts: Counts, hyper: RpropHyper) -> tuple[float, ...]:

@@ -5,8 +5,9 @@
     g   ← g + μ·buf if nesterov, else buf                                           (if μ ≠ 0)
     p   ← p − lr·g
 
-torch counts no steps here, and without momentum there is no state at all. A sparse gradient changes the rows it names
-and no other; torch takes it with momentum, too, and then keeps a sparse buffer, which is not possible here.
+torch counts no steps here, and without momentum there is no state at all. Without momentum a sparse gradient changes
+the rows it names and no other. With momentum the rows of earlier gradients go on moving: torch keeps them in a sparse
+buffer, here the gradient is made dense and the buffer is, with the same numbers.
 
 Source: Sutskever et al., "On the importance of initialization and momentum in deep learning", ICML 2013, for Nesterov's
 momentum; order of operations as in torch 2.13, `torch/optim/sgd.py::_single_tensor_sgd`.
@@ -21,16 +22,16 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidOption
-from farstep.hyper import Hyper, in_range
+from farstep.errors import TensorMismatch
+from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add, add_, decayed, sign_of, signed
-from farstep_service.rule import Counts, Fields, Rule, Scalar, StateTensors
+from farstep_service.rule import Counts, ElementwiseRule, Fields, RowRule, Scalar, StateTensors
 
 BUFFER = "momentum_buffer"
 
 
 @dataclass(frozen=True, kw_only=True)
-class SGDHyper(Hyper):
+class SGDHyper(CommonHyper):
     """Options of SGD, with torch's names and defaults."""
 
     rule: ClassVar[str] = "SGD"
@@ -54,11 +55,11 @@ class SGDHyper(Hyper):
 
 
 @final
-class SGD(Rule[SGDHyper]):
+class SGD(ElementwiseRule[SGDHyper], RowRule[SGDHyper]):
     """The rule above."""
 
     name = "SGD"
-    element_fields = (BUFFER,)
+    tensor_fields = (BUFFER,)
     optional_fields = (BUFFER,)
     segment_fields = ()
     usual = ((), (BUFFER,))
@@ -102,19 +103,17 @@ class SGD(Rule[SGDHyper]):
         return add(p, g, minus_lr), {BUFFER: buffer}
 
     def check_sparse(self, hyper: SGDHyper) -> None:
-        """Refuse weight decay, as torch does, and momentum, whose buffer would have to be sparse."""
+        """Refuse weight decay, as torch does."""
         if hyper.weight_decay != 0:
-            raise InvalidOption(
+            raise TensorMismatch(
                 "add(sparse, dense) is not supported. Use add(dense, sparse) instead.",
                 field="weight_decay",
                 remedy="Put the sparse parameter into a group with weight_decay=0.",
             )
-        if hyper.momentum != 0:
-            raise InvalidOption(
-                "SGD with momentum does not take sparse gradients here: its buffer would have to be sparse.",
-                field="momentum",
-                remedy="Put the sparse parameter into a group with momentum=0.",
-            )
+
+    def by_rows(self, hyper: SGDHyper) -> bool:
+        """Say that momentum moves other rows, too."""
+        return hyper.momentum == 0
 
     def update_rows(
         self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[float]

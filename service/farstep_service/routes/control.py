@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import math
 from importlib.metadata import version
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel
 
 from farstep.consistency import to_options
+from farstep.fields import FieldKind
 from farstep.messages import VERSION
 from farstep_service.hosts import Host
 from farstep_service.optimizers import RULES
@@ -37,8 +38,8 @@ class Shard(BaseModel):
 class JoinedDocument(BaseModel):
     """What a worker is told when it has joined.
 
-    `initialise`: this worker is asked for the first parameters. `initialised`: they are there. `fields`: the state;
-    what is optional exists with some options only, and the field `present` says which parameters have it.
+    `initialise`: this worker is asked for the first parameters. `initialised`: they are there. `fields`: the state
+    and the kind of each field, which says its shape; the number field `present` says which of them a parameter has.
     """
 
     name: str
@@ -49,7 +50,7 @@ class JoinedDocument(BaseModel):
     version: int
     worker: str
     epoch: int
-    fields: dict[str, Literal["element", "number", "optional"]]
+    fields: dict[str, FieldKind]
     eager: bool
     placement: list[Shard]
 

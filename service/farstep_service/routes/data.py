@@ -144,7 +144,7 @@ def _indices(query: Sequence[str], count: int) -> list[int]:
 def _largest(host: Host) -> int:
     """Return the bytes the largest sensible body can have: parameters, every state field, indices and the framing."""
     layout, rule = host.plan.layout, host.plan.rule
-    fields = 2 + len(rule.element_fields) + len(rule.segment_fields)
+    fields = 2 + len(rule.tensor_fields) + len(rule.segment_fields)
     return (fields + 8) * (layout.nbytes + 8 * len(layout.segments)) + OVERHEAD_BYTES
 
 

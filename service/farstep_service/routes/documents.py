@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, mo
 from starlette.types import Message
 
 from farstep.errors import InvalidFile, LimitExceeded
+from farstep.fields import EVERYWHERE
 from farstep.messages import FURTHEST_BEGINNING
 from farstep.presence import PRESENT
 from farstep.session_file import description_in
@@ -135,7 +136,7 @@ def snapshot_of(head: Head, name: str | None) -> Snapshot:
     if len(document.options) != len(plan.groups):
         raise refused(f"it has {len(plan.groups)} param groups and options for {len(document.options)}")
     stored = {entry.name.partition("/")[0] for entry in head.entries}
-    fields = [each for each in (PARAM, *kinds, PRESENT) if kinds.get(each) != "optional" or each in stored]
+    fields = [each for each in (PARAM, *kinds, PRESENT) if kinds.get(each, "element") in EVERYWHERE or each in stored]
     contents = Contents(plan.layout, plan.rule, fields, range(len(plan.layout.segments)))
     groups = [plan.rule.hyper.from_options(options, edited=True) for options in document.options]
     return Snapshot(plan, groups, contents, document.version)

@@ -52,7 +52,7 @@ class SessionFile:
     async def _give(self, host: Host, send: Send) -> None:
         plan = host.plan
         with self._registry.in_flight() as reserve:
-            reserve(plan.layout.nbytes * (1 + len(plan.rule.element_fields)))
+            reserve(plan.layout.nbytes * (1 + len(plan.rule.tensor_fields)))
             snapshot = await host.snapshot()
             pieces = await asyncio.to_thread(file_of, snapshot)
             disposition = f'attachment; filename="{host.name}.safetensors"'.encode()

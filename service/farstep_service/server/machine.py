@@ -99,20 +99,17 @@ def check_device(name: str) -> None:
 
 def kernels_at_hand(device: str) -> str:
     """Say which kernels the first steps on a device will run; nothing is built or loaded for the answer."""
-    from farstep_service.optimizers import RULES
+    from farstep_service.optimizers import RULES, usual
     from farstep_service.optimizers.packages import Package, default_directory, find
 
     directory = default_directory()
     try:
-        built = [
-            name
-            for name, rule in RULES.items()
-            if all(
-                find(directory, Package(name, "float32", device, optional=optional), rule) for optional in rule.usual
-            )
-        ]
+        complete = all(
+            find(directory, Package(rule.name, form.dtype, device, optional=form.optional), rule)
+            for rule, form in usual(RULES.values(), ["float32"])
+        )
     except Unavailable as exc:
         return f"reference kernels: {exc.detail.rstrip('.')}"
-    if len(built) == len(RULES):
+    if complete:
         return "fused kernels"
     return "reference kernels until fused ones are built"

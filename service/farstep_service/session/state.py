@@ -12,6 +12,7 @@ from typing import Any, final
 import torch
 
 from farstep.errors import InvalidOption, NotInitialised, TensorMismatch
+from farstep.fields import EVERYWHERE
 from farstep.hyper import Hyper
 from farstep.messages import PutHead
 from farstep.presence import PRESENT, mask_of
@@ -183,7 +184,7 @@ class SessionState:
         return self.store.hold()
 
     def copy(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> Contents:
-        """Copy fields of the current version, of some segments or of all, but for optional ones that none of them has.
+        """Copy fields of the current version, of some segments or of all, but for those that none of them has.
 
         Raises:
             InvalidOption: a field the optimizer does not have.
@@ -194,12 +195,13 @@ class SessionState:
         every = store.all_counts()
         counts = every if indices is None else [every[index] for index in indices]
         used = {name for own in {id(each): each for each in counts if each}.values() for name in own.fields}
-        fields = [name for name in fields if name not in rule.optional_fields or name in used]
+        kinds = rule.kinds
+        fields = [name for name in fields if kinds.get(name, "element") in EVERYWHERE or name in used]
         contents = Contents(self.plan.layout, rule, fields, chosen)
         contents.allocate()
         for name, buffers in contents.elements.items():
             buffers.copy_(store.buffers(name), indices)
-        names = tuple(rule.kinds)
+        names = tuple(kinds)
         for name, numbers in contents.numbers.items():
             if name == PRESENT:
                 own = [mask_of((*rule.segment_fields, *each.fields), names) if each else 0 for each in counts]

@@ -58,6 +58,11 @@ class Rows:
     rows: Tensor
     values: Tensor
 
+    def dense(self) -> Tensor:
+        """Return the whole gradient, as a matrix of rows."""
+        whole = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
+        return whole.index_copy_(0, self.rows, self.values)
+
 
 def coalesce(index: int, segment: Segment, indices: Tensor, values: Tensor, device: torch.device) -> Rows:
     """Sum the duplicates of a sparse gradient, in torch's own order.

@@ -5,7 +5,8 @@
     with lr 0.1 everywhere: two runs, [w0 b0] and [b1 w2 b2], interrupted by w1
 
 Neighbours belong to one run if the step's numbers, and the state it uses, are equal for both and nothing lies between
-them in any memory. The usual step is one run per group. No tensor is touched here.
+them in any memory. The usual step is one run per group. A rule that looks at whole tensors has a run for each segment.
+No tensor is touched here.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import NamedTuple, final
 from farstep.errors import InvalidOption
 from farstep.hyper import Hyper
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Counts, Fields
+from farstep_service.rule import AnyRule, Counts, ElementwiseRule, Fields
 from farstep_service.store.gradients import Gradients
 
 
@@ -89,6 +90,9 @@ class Planner:
     def __init__(self, layout: Layout, rule: AnyRule) -> None:
         self._layout = layout
         self._rule = rule
+        self._alone = range(0 if isinstance(rule, ElementwiseRule) else len(layout.segments))
+        # Segments of these shapes have the same fields whatever they have lived through.
+        self._shapes = [segment.shape if rule.special else () for segment in layout.segments]
         self._key: tuple[object, ...] | None = None
         self._cut = Cut([], [], [])
 
@@ -118,16 +122,16 @@ class Planner:
         pattern = [classes.setdefault(hyper, number) for number, hyper in enumerate(groups)]
         present = None if gradients.present is None else tuple(gradients.present)
         key = (pattern, present, tuple(gradients.sparse), gradients.buffers.borders, borders)
-        known: dict[tuple[int, int], tuple[Numbers, Counts | None]] = {}
+        known: dict[tuple[int, int, tuple[int, ...]], tuple[Numbers, Counts | None]] = {}
         after = list(counts)
 
         def advance(segment: int) -> Numbers:
             group = self._layout.segments[segment].group
             # Counts that are equal are mostly one object; comparing them by identity is several times faster.
-            where = (pattern[group], id(counts[segment]))
+            where = (pattern[group], id(counts[segment]), self._shapes[segment])
             found = known.get(where)
             if found is None:
-                found = known[where] = self._numbers(counts[segment], groups[group])
+                found = known[where] = self._numbers(counts[segment], groups[group], self._shapes[segment])
             after[segment] = found[1]
             return found[0]
 
@@ -142,7 +146,7 @@ class Planner:
             self._key = None
             dense = gradients.dense()
             each = [advance(segment) for segment in dense]
-            runs = runs_of(self._layout, dense, each, (gradients.buffers.borders, borders))
+            runs = runs_of(self._layout, dense, each, (gradients.buffers.borders, borders, self._alone))
             cut = Cut(dense, sorted([*dense, *gradients.sparse]), runs)
             by_segment = dict(zip(dense, each, strict=True))
             numbers = [by_segment[run.members[0]] for run in runs]
@@ -150,7 +154,7 @@ class Planner:
                 self._key, self._cut = key, cut
         return Decision(cut, numbers, [advance(segment) for segment in gradients.sparse], after)
 
-    def _numbers(self, counts: Counts | None, hyper: Hyper) -> tuple[Numbers, Counts | None]:
+    def _numbers(self, counts: Counts | None, hyper: Hyper, shape: tuple[int, ...]) -> tuple[Numbers, Counts | None]:
         rule = self._rule
         try:
             now = counts or rule.first(hyper)
@@ -161,7 +165,7 @@ class Planner:
                 remedy="Change the options of the group.",
             ) from exc
         optional = rule.optional(hyper)
-        fields = rule.fields((*now.fields, *optional))
+        fields = rule.fields((*now.fields, *optional), shape)
         if not fields and not rule.segment_fields:
             return Numbers(scalars, optional), None
         return Numbers(scalars, optional), after if after.fields == fields else replace(after, fields=fields)

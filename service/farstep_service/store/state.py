@@ -1,4 +1,4 @@
-"""The optimizer state of a session: flat buffers for what each element has, counts for what each segment has."""
+"""The optimizer state of a session: flat buffers for its tensors, counts for what each segment has beside them."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ FieldValues = Buffers | Sequence[Number | None]
 
 @final
 class State:
-    """Hold the element fields, and know what state is allowed to be. Optional fields take memory when they are used.
+    """Hold the tensor fields, and know what state is allowed to be. Optional fields take memory when they are used.
 
     Args:
         layout: the segments.
         rule: the optimizer.
         groups: options of each param group at construction; they say what state begins with.
-        device: where the element fields are kept.
+        device: where the tensor fields are kept.
     """
 
     def __init__(self, layout: Layout, rule: AnyRule, groups: Sequence[Hyper], device: torch.device) -> None:
@@ -40,7 +40,9 @@ class State:
         self._rule = rule
         self._groups = tuple(groups)
         self._device = device
-        self.fields: dict[str, FlatBuffers] = {name: FlatBuffers(layout, device) for name in rule.fields(())}
+        self._layouts = {name: layout.derived(kind) for name, kind in rule.kinds.items() if name in rule.tensor_fields}
+        self.fields: dict[str, FlatBuffers] = {}
+        self.take_memory(name for name in rule.tensor_fields if name not in rule.optional_fields)
         self.refill([segment for segment in range(len(layout.segments)) if self._begins_filled(segment)])
 
     @property
@@ -49,31 +51,35 @@ class State:
         return sum(buffers.nbytes for buffers in self.fields.values())
 
     def memory(self, name: str) -> FlatBuffers:
-        """Return an element field's memory, and take it if nobody has used the field yet."""
+        """Return a tensor field's memory, and take it if nobody has used the field yet."""
         if name not in self.fields:
-            self.fields[name] = FlatBuffers(self._layout, self._device)
+            self.fields[name] = FlatBuffers(self._layouts[name], self._device)
         return self.fields[name]
 
     def take_memory(self, names: Iterable[str]) -> None:
-        """Take the memory of optional fields that a step is going to use."""
+        """Take the memory of fields that are going to be used."""
         for name in names:
             self.memory(name)
 
     def stretches(self, first: int, length: int, optional: Fields) -> dict[str, Tensor]:
-        """Return the memory of the element fields in use, as `Buffers.stretch` does."""
+        """Return the memory of the fields of an elementwise rule, as `Buffers.stretch` does."""
         return {name: self.fields[name].stretch(first, length) for name in self._rule.fields(optional)}
+
+    def tensors(self, segment: int, optional: Fields) -> dict[str, Tensor]:
+        """Return the memory of one segment's fields, in their shapes."""
+        shape = self._layout.segments[segment].shape
+        return {name: self.fields[name].segment(segment) for name in self._rule.fields(optional, shape)}
 
     def newborn(self, segment: int) -> Counts | None:
         """Return the counts of a segment that has not stepped; None if its state begins with its first step."""
         return self._having(segment, None, ()) if self._rule.eager else None
 
     def refill(self, segments: Sequence[int]) -> None:
-        """Fill the element fields of segments with what they begin with."""
+        """Fill the tensor fields of segments with what they begin with."""
         for name, buffers in self.fields.items():
             for segment in segments:
                 value = self._rule.initial(name, self._options(segment))
-                stretch = buffers.stretch(segment, self._layout.segments[segment].length)
-                stretch.fill_(value)
+                buffers.stretch(segment, buffers.layout.segments[segment].length).fill_(value)
 
     def clear_absent(self, segments: Sequence[int], counts: Sequence[Counts | None]) -> None:
         """Clear the optional fields that segments with state do not have, so that they begin anew when used."""
@@ -106,7 +112,7 @@ class State:
             counts: what every segment has lived through.
             segments: those that are written to.
             contents: what is written.
-            has: for each of `segments` the element fields it has afterwards; see `Store.write`.
+            has: for each of `segments` the tensor fields it has afterwards; see `Store.write`.
 
         Raises:
             TensorMismatch: an unknown field, another layout, or a number that no segment can have.
@@ -115,10 +121,12 @@ class State:
         for field, values in contents.items():
             if not isinstance(values, Buffers):
                 continue
-            if values.layout is not self._layout and values.layout != self._layout:
+            if field != PARAMETERS:
+                self.check_field(field, self._rule.tensor_fields)
+            layout = self._layouts.get(field, self._layout)
+            if values.layout is not layout and values.layout != layout:
                 raise TensorMismatch(f"`{field}` is not in the session's layout.", field=field)
             if field != PARAMETERS:
-                self.check_field(field, self._rule.element_fields)
                 for segment in segments:
                     after[segment] = self._having(segment, after[segment], (field,))
         for field, values in contents.items():
@@ -137,9 +145,10 @@ class State:
         return after
 
     def _having(self, segment: int, counts: Counts | None, more: Iterable[str]) -> Counts:
-        """Return counts, or those of a segment without state, with these element fields beside what it has."""
+        """Return counts, or those of a segment without state, with these tensor fields beside what it has."""
         counts = counts or self._rule.first(self._options(segment))
-        return replace(counts, fields=self._rule.fields((*counts.fields, *more)))
+        shape = self._layout.segments[segment].shape
+        return replace(counts, fields=self._rule.fields((*counts.fields, *more), shape))
 
     def _options(self, segment: int) -> Hyper:
         return self._groups[self._layout.segments[segment].group]

@@ -1,8 +1,8 @@
 """One step on its way: everything it will do, decided before anything is written, and how far it has come.
 
     begin      copies unchanged segments into the new version's memory      (only if the old one is held)
-    calls      one per run, on dense gradients
-    rows       one per sparse gradient
+    calls      one per run, on dense gradients, and one per sparse gradient that was made dense
+    rows       one per sparse gradient whose rows alone change
     end        brings results to where their owner finds them               (only memory of the user)
 
 Each part can be stopped anywhere, by a kernel that fails or by an interrupt from the keyboard, and be continued: what
@@ -12,16 +12,16 @@ has been done is never done twice, but for plain copies, which do not mind.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
 
 from farstep.errors import InvalidOption
-from farstep_service.rule import AnyRule, Call, Counts, Kernel, Progress, Write
-from farstep_service.store.buffers import Buffers, FlatBuffers, shaped
+from farstep_service.rule import AnyRule, Call, Counts, ElementwiseRule, Kernel, Progress, RowRule, Write
+from farstep_service.store.buffers import Buffers, FlatBuffers, flattened, shaped
 from farstep_service.store.gradients import Gradients, Rows
 from farstep_service.store.runs import Decision, Numbers
 from farstep_service.store.state import State
@@ -61,33 +61,37 @@ class Contents:
     changed: Sequence[int]
 
 
+class RowCall(NamedTuple):
+    """One sparse gradient whose rows a step changes, and no other."""
+
+    rule: RowRule[Any]
+    rows: Rows
+    numbers: Numbers
+
+
 @final
 @dataclass(slots=True)
 class Step:
     """A step that has been decided.
 
     Attributes:
-        rule: what computes it.
         source, target: parameters before and after; the same memory if nobody holds the version before.
-        state: the element fields that there are.
+        state: the tensor fields that there are.
         gradients: what it is computed from; they must stay as they are until the step is complete.
         touched: the segments it changes.
         stale: the segments to copy from source to target first.
         calls, rows: what it does.
-        row_numbers: the numbers for each of `rows`.
         after: the contents it makes.
     """
 
-    rule: AnyRule
     source: Buffers
     target: Memory
-    state: Mapping[str, FlatBuffers]
+    state: State
     gradients: Gradients
     touched: list[int]
     stale: list[int]
     calls: list[Call]
-    rows: list[Rows]
-    row_numbers: list[Numbers]
+    rows: list[RowCall]
     after: Contents
     progress: Progress = field(default_factory=Progress)
     row_progress: Progress = field(default_factory=Progress)
@@ -121,16 +125,15 @@ class Step:
 
     def _writes(self, number: int) -> list[Write]:
         """Compute the new rows of one sparse gradient."""
-        its = self.rows[number]
+        rule, its, (scalars, optional) = self.rows[number]
         segment = self.source.layout.segments[its.segment]
 
         def matrix(buffers: Buffers) -> Tensor:
             return shaped(buffers.stretch(its.segment, segment.length), segment).view(its.shape)
 
-        scalars, optional = self.row_numbers[number]
-        old = {name: matrix(self.state[name]) for name in self.rule.fields(optional)}
+        old = {name: field.view(its.shape) for name, field in self.state.tensors(its.segment, optional).items()}
         rows = {name: field[its.rows] for name, field in old.items()}
-        p, state = self.rule.update_rows(matrix(self.source)[its.rows], its.values, rows, scalars)
+        p, state = rule.update_rows(matrix(self.source)[its.rows], its.values, rows, scalars)
         return [
             Write(matrix(self.target.buffers), p, its.rows),
             *(Write(old[name], values, its.rows) for name, values in state.items()),
@@ -154,16 +157,48 @@ def check_numbers(steps: Iterable[tuple[torch.dtype, tuple[float, ...]]]) -> Non
                 )
 
 
-def calls_of(decision: Decision, gradients: Buffers, source: Buffers, target: Buffers, state: State) -> list[Call]:
-    """Return the kernel calls of a step: one for each run that has elements."""
-    calls = []
-    for run, (scalars, optional) in zip(decision.cut.runs, decision.runs, strict=True):
-        if run.length:
-            first, length = run.members[0], run.length
-            p = source.stretch(first, length)
-            g = gradients.stretch(first, length)
-            if g.device != p.device:
-                g = g.to(p.device)
-            out = p if target is source else target.stretch(first, length)
-            calls.append(Call(p, g, state.stretches(first, length, optional), out, scalars))
-    return calls
+@final
+class Caller:
+    """Make the kernel calls of a step.
+
+    Args:
+        rule: the optimizer.
+        source, target: parameters before and after.
+        state: the optimizer state, with the memory of every field in use.
+    """
+
+    def __init__(self, rule: AnyRule, source: Buffers, target: Buffers, state: State) -> None:
+        self._rule = rule
+        self._source = source
+        self._target = target
+        self._state = state
+
+    def dense(self, decision: Decision, gradients: Buffers) -> list[Call]:
+        """Return one call for each run that has elements."""
+        runs = zip(decision.cut.runs, decision.runs, strict=True)
+        return [
+            self._call(run.members[0], run.length, gradients.stretch(run.members[0], run.length), numbers)
+            for run, numbers in runs
+            if run.length
+        ]
+
+    def spread(self, gradients: Sequence[tuple[Rows, Numbers]]) -> list[Call]:
+        """Return one call for each sparse gradient that is made dense and has elements."""
+        segments = self._source.layout.segments
+        return [
+            self._call(its.segment, length, flattened(its.dense()), numbers)
+            for its, numbers in gradients
+            if (length := segments[its.segment].length)
+        ]
+
+    def _call(self, first: int, length: int, g: Tensor, numbers: Numbers) -> Call:
+        p = self._source.stretch(first, length)
+        if g.device != p.device:
+            g = g.to(p.device)
+        out = p if self._target is self._source else self._target.stretch(first, length)
+        scalars, optional = numbers
+        if isinstance(self._rule, ElementwiseRule):
+            return Call(p, g, self._state.stretches(first, length, optional), out, scalars)
+        segment = self._source.layout.segments[first]
+        p, g, out = (shaped(each, segment) for each in (p, g, out))
+        return Call(p, g, self._state.tensors(first, optional), out, scalars)

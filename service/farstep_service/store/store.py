@@ -22,12 +22,12 @@ import torch
 from farstep.errors import InvalidOption, StepInterrupted, TensorMismatch
 from farstep.hyper import Hyper
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Counts, Fields, Form, Kernel, KernelName, KernelSource
+from farstep_service.rule import AnyRule, Counts, Fields, Form, Kernel, KernelName, KernelSource, RowRule
 from farstep_service.store.buffers import Buffers, FlatBuffers
-from farstep_service.store.gradients import Gradients, coalesce
-from farstep_service.store.runs import Planner
+from farstep_service.store.gradients import Gradients, Rows, coalesce
+from farstep_service.store.runs import Decision, Numbers, Planner
 from farstep_service.store.state import PARAMETERS, FieldValues, Number, State
-from farstep_service.store.step import Applied, Contents, Step, calls_of, check_numbers
+from farstep_service.store.step import Applied, Caller, Contents, RowCall, Step, check_numbers
 from farstep_service.store.versions import Held, Memory, Versions
 
 
@@ -38,7 +38,7 @@ class StoreBytes:
     Attributes:
         parameters: the current version; of borrowed memory only what we allocated beside it.
         versions: older versions that are still held, and a spare.
-        state: the element fields.
+        state: the tensor fields.
     """
 
     parameters: int
@@ -134,12 +134,12 @@ class Store:
             return self._versions.hold(self.version, self._now.changed)
 
     def buffers(self, field: str) -> Buffers:
-        """Return the memory of the parameters (`param`) or of an element field; the next step changes it."""
+        """Return the memory of the parameters (`param`) or of a tensor field; the next step changes it."""
         with self._lock:
             self.finish()
             if field == PARAMETERS:
                 return self._versions.current
-            self._state.check_field(field, self.rule.element_fields)
+            self._state.check_field(field, self.rule.tensor_fields)
             return self._state.memory(field)
 
     def counts(self, segment: int) -> Counts | None:
@@ -202,38 +202,48 @@ class Store:
             raise TensorMismatch("The gradients are not in the session's layout.", field="gradients")
         source, target = self._versions.current, self._versions.target()
         decision = self._planner.decide(groups, gradients, self._now.counts, source.borders)
-        rows = []
-        for index, (indices, values) in gradients.sparse.items():
-            segment = self.layout.segments[index]
-            self.rule.check_sparse(groups[segment.group])
-            rows.append(coalesce(index, segment, indices, values, self.device))
-        forms = frozenset(
-            Form(self.layout.segments[run.members[0]].buffer, numbers.optional)
-            for run, numbers in zip(decision.cut.runs, decision.runs, strict=True)
-            if run.length
-        )
+        self.rule.check_gradients(self.layout, groups, decision.cut.dense, gradients.sparse)
+        rows, spread = self._sparse(groups, gradients, decision)
+        written = [*decision.cut.dense, *(its.segment for its, _ in spread)]
+        runs = [(run.members[0], run.length, its) for run, its in zip(decision.cut.runs, decision.runs, strict=True)]
+        segments = self.layout.segments
+        runs += [(its.segment, segments[its.segment].length, numbers) for its, numbers in spread]
+        forms = frozenset(Form(segments[first].buffer, its.optional) for first, length, its in runs if length)
         chosen = self._kernels.choose(self.rule, forms, self.device, wanted)
         self._state.take_memory(name for numbers in (*decision.runs, *decision.rows) for name in numbers.optional)
         gradients.buffers.begin(decision.cut.dense)
         source.begin(decision.cut.touched)
-        calls = calls_of(decision, gradients.buffers, source, target.buffers, self._state)
+        caller = Caller(self.rule, source, target.buffers, self._state)
+        calls = caller.dense(decision, gradients.buffers) + caller.spread(spread)
         check_numbers((call.p.dtype, call.scalars) for call in calls)
-        check_numbers((each.values.dtype, own.scalars) for each, own in zip(rows, decision.rows, strict=True))
+        check_numbers((each.rows.values.dtype, each.numbers.scalars) for each in rows)
         version = self.version + 1
         step = Step(
-            rule=self.rule,
             source=source,
             target=target,
-            state=self._state.fields,
+            state=self._state,
             gradients=gradients,
             touched=decision.cut.touched,
-            stale=self._stale(target, decision.cut.dense),
+            stale=self._stale(target, written),
             calls=calls,
             rows=rows,
-            row_numbers=decision.rows,
             after=Contents(version, decision.after, self._marked(decision.cut.touched, version)),
         )
         return step, chosen
+
+    def _sparse(
+        self, groups: Sequence[Hyper], gradients: Gradients, decision: Decision
+    ) -> tuple[list[RowCall], list[tuple[Rows, Numbers]]]:
+        """Return the sparse gradients whose rows alone change, and those that are to be made dense."""
+        rows, spread = [], []
+        for (index, (indices, values)), numbers in zip(gradients.sparse.items(), decision.rows, strict=True):
+            segment = self.layout.segments[index]
+            its = coalesce(index, segment, indices, values, self.device)
+            if isinstance(self.rule, RowRule) and self.rule.by_rows(groups[segment.group]):
+                rows.append(RowCall(self.rule, its, numbers))
+            else:
+                spread.append((its, numbers))
+        return rows, spread
 
     def _stale(self, target: Memory, written: Sequence[int]) -> list[int]:
         """Return the segments that have to be copied into other memory, those that are about to be written left out."""
@@ -285,9 +295,10 @@ class Store:
 
         Args:
             segments: which ones.
-            contents: for `param` and element fields, buffers in the store's layout; for fields with one number per
-                segment, that number for each of `segments`, or None to take the segment's state away.
-            has: for each of `segments` the element fields it has afterwards, None for one without state. Not given, a
+            contents: for `param` and tensor fields, buffers in the store's layout, or in the one derived for the field;
+                for fields with one number per segment, that number for each of `segments`, or None to take the
+                segment's state away.
+            has: for each of `segments` the tensor fields it has afterwards, None for one without state. Not given, a
                 segment has what it had and what is written, and whatever no rule goes without.
             bump: count the version up; without it the contents belong to the present one, as the first ones do.
 

@@ -1,0 +1,66 @@
+"""State fields: what kinds there are, and which shape each has for one parameter.
+
+    kind        for a parameter (*batch, n, m)      for one of fewer than two dimensions
+    number      one number, a 0-dim tensor in torch's state
+    count       one whole number, a Python int in torch's state
+    element     the parameter's own shape
+    optional    the parameter's own shape, with some options only
+    rows        (*batch, n, 1)                      nothing
+    columns     (*batch, 1, m)                      nothing
+    vector      nothing                             the parameter's own shape
+
+A parameter without elements has no rows and no columns either: state is never larger than its parameter. Both sides
+compute shapes by `shape_of`; no shape of a state field travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+FieldKind = Literal["number", "count", "element", "optional", "rows", "columns", "vector"]
+
+NUMBERS: frozenset[FieldKind] = frozenset({"number", "count"})
+"""Kinds of one number per parameter."""
+EVERYWHERE: frozenset[FieldKind] = NUMBERS | {"element"}
+"""Kinds that no parameter with state goes without."""
+
+
+def shape_of(kind: FieldKind, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """Return the shape of a state field of a parameter, None where the parameter never has that field.
+
+    Args:
+        kind: the field's kind.
+        shape: the parameter's shape.
+    """
+    match kind:
+        case "number" | "count":
+            return ()
+        case "element" | "optional":
+            return tuple(shape)
+        case "vector":
+            return tuple(shape) if len(shape) < 2 else None
+        case "rows":
+            return (*shape[:-1], 1) if len(shape) >= 2 and 0 not in shape else None
+        case "columns":
+            return (*shape[:-2], 1, shape[-1]) if len(shape) >= 2 and 0 not in shape else None
+
+
+def check_shape(field: str, kind: FieldKind, found: Sequence[int], parameter: Sequence[int]) -> None:
+    """Refuse a value of a state field that does not have the field's shape.
+
+    Args:
+        field: the field's name.
+        kind: the field's kind.
+        found: the value's shape.
+        parameter: the parameter's shape.
+
+    Raises:
+        ValueError: it has another one, or the parameter never has that field.
+    """
+    expected = shape_of(kind, parameter)
+    if expected is None:
+        raise ValueError(f"loaded state dict has {field!r} for a parameter of shape {tuple(parameter)}, which has none")
+    if tuple(found) != expected:
+        whose = "the parameter" if expected == tuple(parameter) else "it should be"
+        raise ValueError(f"loaded state dict has {field!r} of shape {tuple(found)}, {whose} {expected}")
