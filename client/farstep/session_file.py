@@ -126,8 +126,10 @@ def _put(temporary: str, file: Path, force: bool) -> None:
     else:
         try:
             os.link(temporary, file)  # which takes nobody's place, unlike a rename
-        except FileExistsError:
-            raise _there(file) from None
+        except OSError:
+            if os.path.lexists(file):
+                raise _there(file) from None
+            os.replace(temporary, file)  # not every file system has links
     directory = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(directory)

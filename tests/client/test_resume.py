@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 import farstep
+from farstep.conversation import Conversation
 from farstep.errors import SessionLost
 from farstep.optim import RemoteOptimizer
 from farstep.settings import RemoteOptions
@@ -165,8 +167,8 @@ def test_from_a_session_to_torch(name: str, remote: RemoteOptions) -> None:
 
 
 def test_a_server_that_is_killed_and_restored_from_files(tmp_path: Path) -> None:
-    """Sessions are exported, their server is killed, and the next one imports them: the worker rejoins, a new one joins
-    a second import, and both end where a training ends that was never interrupted."""
+    """Sessions are exported, their server goes on and is killed, and the next one imports them: the worker rejoins, a
+    new one joins a second import, and both end where a training ends that was never interrupted."""
     with running_server() as server:
         place: RemoteOptions = {"server": server.url, "kernel": "reference"}
         trainings: dict[str, Training] = {}
@@ -182,6 +184,8 @@ def test_a_server_that_is_killed_and_restored_from_files(tmp_path: Path) -> None
             else:
                 done = command("sessions", "export", f"s{number}", str(file), "--server", server.url)
                 assert (done.returncode, done.stderr) == (0, "")
+
+            trainings[name].train(CUT, CUT + 1)  # which is lost with the server
 
         server.kill()
         server.restart()
@@ -204,7 +208,7 @@ def test_a_server_that_is_killed_and_restored_from_files(tmp_path: Path) -> None
 
             rejoined = trainings[name]
             with pytest.raises(SessionLost, match="rejoin"):
-                rejoined.train(CUT, CUT + 1)  # named with the life that ended: refused, and not applied
+                rejoined.train(CUT + 1, CUT + 2)  # named with the life that ended: refused, and not applied
             assert not rejoined.optimizer.rejoin()
             assert rejoined.optimizer.version == CUT
             new = Training(name, {**place, "session": f"t{number}"}, start)
@@ -216,3 +220,35 @@ def test_a_server_that_is_killed_and_restored_from_files(tmp_path: Path) -> None
                 assert same_bits(each.result(), uninterrupted.result()), name
                 each.optimizer.close()
             assert same_bits(cold.result(), uninterrupted.result()) == (not CASES_AND_PLAIN[name].has_state), name
+
+
+def test_workers_in_step_go_on_from_a_file(server: RunningServer, tmp_path: Path) -> None:
+    """A sync session that was removed and imported: both workers rejoin it under their names, and continue together as
+    if nothing had happened."""
+    place: RemoteOptions = {"server": server.url, "kernel": "reference"}
+
+    def workers(session: str) -> list[Training]:
+        mode = farstep.Sync(workers=2, deadline_s=60)
+        return [
+            Training("Adam", {**place, "session": session, "worker": name, "consistency": mode}, begin(EVERY))
+            for name in ("w0", "w1")
+        ]
+
+    def together(trainings: list[Training], call: Callable[[Training], object]) -> None:
+        with ThreadPoolExecutor() as threads:
+            list(threads.map(call, trainings))
+
+    whole, cut = workers("whole"), workers("cut")
+    together(whole, lambda each: each.train(0, END))
+    together(cut, lambda each: each.train(0, CUT))
+    farstep.export_session("cut", tmp_path / "cut.safetensors", server=server.url)
+    talk = Conversation(server.url, None)
+    talk.control("DELETE", "/v1/sessions/cut")
+    farstep.import_session(tmp_path / "cut.safetensors", server=server.url)
+    together(cut, lambda each: each.optimizer.rejoin())
+    together(cut, lambda each: each.train(CUT, END))
+    for each in (*cut, whole[1]):
+        assert same_bits(each.result(), whole[0].result())
+    for name in ("whole", "cut"):
+        talk.control("DELETE", f"/v1/sessions/{name}")
+    talk.close()

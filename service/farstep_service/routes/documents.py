@@ -138,7 +138,10 @@ def snapshot_of(head: Head, name: str | None) -> Snapshot:
     stored = {entry.name.partition("/")[0] for entry in head.entries}
     fields = [each for each in (PARAM, *kinds, PRESENT) if kinds.get(each, "element") in EVERYWHERE or each in stored]
     contents = Contents(plan.layout, plan.rule, fields, range(len(plan.layout.segments)))
-    groups = [plan.rule.hyper.from_options(options, edited=True) for options in document.options]
+    groups = [
+        plan.rule.hyper.from_options({**created.to_options(), **options}, edited=True)
+        for created, options in zip(plan.groups, document.options, strict=True)
+    ]
     return Snapshot(plan, groups, contents, document.version)
 
 
