@@ -9,7 +9,7 @@
     columns     (*batch, 1, m)                      nothing
     vector      nothing                             the parameter's own shape
 
-A parameter without elements has no rows and no columns either: state is never larger than its parameter. Both sides
+A parameter without elements has neither rows nor columns: state is never larger than its parameter. Both sides
 compute shapes by `shape_of`; no shape of a state field travels.
 """
 

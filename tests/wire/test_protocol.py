@@ -4,12 +4,13 @@ import json
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pytest
 import torch
 
 from farstep import errors, wire
+from farstep.fields import NUMBERS, FieldKind, shape_of
 from farstep.messages import PushHead, PutHead, Receipt
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 from tests.wire.driving import read
@@ -117,6 +118,19 @@ def test_dtypes_are_those_of_the_code():
     for name, (_, data) in table.items():
         value = complex(1.5, -2) if name.startswith("complex") else -2 if name == "int64" else 1.5
         assert bytes(tensor_memory(torch.tensor([value], dtype=TORCH_DTYPES[name]))) == data
+
+
+def test_kinds_are_those_of_the_code():
+    """The table of kinds has every kind of state field, and the shape that the code computes for each segment shown."""
+    heading, *_ = re.findall(r"^\| kind \|.*$", DOCUMENT, re.MULTILINE)
+    segments = [tuple(json.loads(each)) for each in re.findall(r"`(\[.*?\])`", heading)]
+    table = {name.strip("`"): cells for name, *cells in rows("kind")}
+    assert tuple(table) == get_args(FieldKind)
+    for kind in get_args(FieldKind):
+        sent, *shapes, _ = table[kind]
+        assert sent.startswith("number" if kind in NUMBERS else "tensor")
+        shown = [None if each == "-" else tuple(json.loads(each.strip("`"))) for each in shapes]
+        assert shown == [shape_of(kind, segment) for segment in segments]
 
 
 def test_codes_are_those_of_the_code():
