@@ -18,7 +18,8 @@
     │   ├── SequenceGap           409  a push before this one is missing
     │   ├── Fenced                409  a newer worker has taken this worker's name
     │   ├── SessionFull           409  every place of a sync session is taken
-    │   └── BarrierTimeout        409  a sync step's deadline passed; nobody's gradients were applied
+    │   ├── BarrierTimeout        409  a sync step's deadline passed; nobody's gradients were applied
+    │   └── StepDiscarded         409  the step that an evaluation belongs to was given up meanwhile
     ├── IdempotencyMismatch       422  the same push name with another content
     ├── UnknownSession            404  no session of that name
     ├── SessionLost               410  the session this worker joined is gone, with its optimizer state
@@ -211,6 +212,12 @@ class BarrierTimeout(Conflict):
     """The deadline of a sync step passed before every worker had pushed."""
 
     code = "barrier_timeout"
+
+
+class StepDiscarded(Conflict):
+    """The step that an evaluation of the closure belongs to was given up meanwhile; begin another one."""
+
+    code = "step_discarded"
 
 
 class IdempotencyMismatch(FarstepError):

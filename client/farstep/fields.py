@@ -8,20 +8,23 @@
     rows        (*batch, n, 1)                      nothing
     columns     (*batch, 1, m)                      nothing
     vector      nothing                             the parameter's own shape
+    free        a number, or a tensor of a shape of its own; the first parameter's only
 
 A parameter without elements has neither rows nor columns: state is never larger than its parameter. Both sides
-compute shapes by `shape_of`; no shape of a state field travels.
+compute shapes by `shape_of`; the only shapes of state fields that travel are those of free ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
-FieldKind = Literal["number", "count", "element", "optional", "rows", "columns", "vector"]
+FieldKind = Literal["number", "count", "element", "optional", "rows", "columns", "vector", "free"]
 
 NUMBERS: frozenset[FieldKind] = frozenset({"number", "count"})
 """Kinds of one number per parameter."""
+Shapes = Mapping[str, tuple[int, ...] | None]
+"""Shapes of free fields, which travel with them; None is a number."""
 EVERYWHERE: frozenset[FieldKind] = NUMBERS | {"element"}
 """Kinds that no parameter with state goes without."""
 
@@ -40,6 +43,8 @@ def shape_of(kind: FieldKind, shape: Sequence[int]) -> tuple[int, ...] | None:
             return tuple(shape)
         case "vector":
             return tuple(shape) if len(shape) < 2 else None
+        case "free":
+            return None
         case "rows":
             return (*shape[:-1], 1) if len(shape) >= 2 and 0 not in shape else None
         case "columns":

@@ -20,8 +20,8 @@ from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
 from farstep.fields import FieldKind
-from farstep.link import Link, Options, SessionSpec, Start, State, StepReport, worth_sending
-from farstep.messages import PushHead, PutHead, Receipt, WriteName
+from farstep.link import Link, Options, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
+from farstep.messages import Evaluation, PushHead, PutHead, Receipt, WriteName, shapes_from_header
 from farstep.patience import Patience
 from farstep.presence import PRESENT
 from farstep.settings import Place
@@ -122,13 +122,26 @@ class HttpLink(Link):
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
-    def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
+    def push(
+        self,
+        gradients: Sequence[Tensor | None],
+        groups: Mapping[int, Options],
+        evaluation: Evaluation | None = None,
+    ) -> StepReport:
         began = time.perf_counter()
         present, sparse, payload = outgoing_gradients(gradients, self._parameters)
         segments = None if len(present) == len(self._parameters) else to_ranges(present)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
-            return PushHead(name, incarnation, self._version, segments=segments, sparse=tuple(sparse), groups=groups)
+            return PushHead(
+                name,
+                incarnation,
+                self._version,
+                segments=segments,
+                sparse=tuple(sparse),
+                groups=groups,
+                evaluation=evaluation,
+            )
 
         arrived: list[int] | None = None
 
@@ -154,6 +167,7 @@ class HttpLink(Link):
             contributors=receipt.contributors,
             divisor=receipt.divisor,
             kernel=receipt.kernel,
+            again=receipt.again,
             bytes_sent=sum(each.nbytes for each in payload),
             bytes_received=received.payload_bytes,
             attempts=self._writer.attempts,
@@ -180,6 +194,7 @@ class HttpLink(Link):
         version: int = 0,
     ) -> Receipt:
         segments = None if len(indices) == len(self._parameters) else to_ranges(indices)
+        shapes = shapes_of(self._fields, state or {})
         payload: list[memoryview] = []
         for field in fields:
             if field == "param":
@@ -192,7 +207,7 @@ class HttpLink(Link):
                 payload += outgoing_state(field, self._fields[field], chosen)
 
         def head(name: WriteName, incarnation: str) -> PutHead:
-            return PutHead(name, incarnation, tuple(fields), segments, initial, version)
+            return PutHead(name, incarnation, tuple(fields), segments, initial, version, shapes)
 
         with self._session_there():
             received = self._writer.put(head, payload)
@@ -224,7 +239,12 @@ class HttpLink(Link):
         path = f"{self._path}/contents?fields={','.join((*fields, PRESENT))}"
         if len(indices) < len(self._parameters):
             path += f"&segments={','.join(map(str, to_ranges(indices)))}"
-        received = self._get("Reading the state of", path, lambda header: arrivals.targets(header["fields"]))
+
+        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+            shapes = shapes_from_header(header.get("shapes", {}), side="client")
+            return arrivals.targets(header["fields"], shapes)
+
+        received = self._get("Reading the state of", path, place)
         return received, arrivals
 
     def _get(self, doing: str, path: str, targets: Callable[[dict[str, Any]], Sequence[memoryview]]) -> Received:

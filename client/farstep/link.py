@@ -16,7 +16,8 @@ from torch import Tensor
 
 from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError
-from farstep.fields import EVERYWHERE, FieldKind
+from farstep.fields import EVERYWHERE, FieldKind, Shapes
+from farstep.messages import Evaluation
 from farstep.settings import KernelChoice, NonFinitePolicy, Place
 
 Options = Mapping[str, Any]
@@ -90,6 +91,7 @@ class StepReport:
         contributors: the workers whose gradients made the step.
         divisor: what the sum of the gradients was divided by.
         kernel: `reference` or `fused`.
+        again: the step goes on with another evaluation of the closure, at the new parameters.
         bytes_sent: payload bytes of the gradients.
         bytes_received: payload bytes of the parameters.
         attempts: how often the push was sent.
@@ -105,6 +107,7 @@ class StepReport:
     contributors: tuple[str, ...] = ()
     divisor: int = 1
     kernel: str = ""
+    again: bool = False
     bytes_sent: int = 0
     bytes_received: int = 0
     attempts: int = 1
@@ -135,8 +138,17 @@ class Link(ABC):
         """Whether the session reads the parameters' own memory, so that edits between steps need no `write`."""
 
     @abstractmethod
-    def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
+    def push(
+        self,
+        gradients: Sequence[Tensor | None],
+        groups: Mapping[int, Options],
+        evaluation: Evaluation | None = None,
+    ) -> StepReport:
         """Send one gradient per parameter (None: it has none) and changed group options; update the parameters.
+
+        Args:
+            gradients, groups: as said above.
+            evaluation: what the closure returned, for an optimizer that asks for it.
 
         Raises:
             FarstepError: what the session refused, or `Unavailable` when no answer came in time. The parameters are
@@ -177,6 +189,23 @@ def worth_sending(fields: Mapping[str, FieldKind], states: Iterable[State | None
     """Return the fields but for those that no parameter has, where a parameter may go without."""
     had = {name for own in states if own for name in own}
     return [name for name, kind in fields.items() if kind in EVERYWHERE or name in had]
+
+
+def shapes_of(fields: Mapping[str, FieldKind], states: Mapping[int, State | None]) -> Shapes:
+    """Return the shapes of free fields; None for those that are numbers.
+
+    Raises:
+        ValueError: another parameter than the first has them.
+    """
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for index, own in states.items():
+        for name, value in (own or {}).items():
+            if fields[name] != "free":
+                continue
+            if index:
+                raise ValueError(f"loaded state dict has {name!r} for parameter {index}; the first one's holds it")
+            shapes[name] = tuple(value.shape) if isinstance(value, Tensor) else None
+    return shapes
 
 
 def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None) -> Link:

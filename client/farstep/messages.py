@@ -10,11 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from farstep.errors import InvalidRequest, ProtocolMismatch
+from farstep.errors import InvalidRequest, ProtocolMismatch, Side
+from farstep.fields import Shapes
 
 VERSION = 1
 FURTHEST_BEGINNING = 2**52
 """The highest version a session may begin at: room for the steps of a lifetime, and numbers that JSON can hold."""
+LARGEST_DIMENSION = 2**48
 Wanted = Literal["all", "changed", "none"]
 Times = dict[str, float]
 
@@ -52,6 +54,12 @@ class Header:
         if type(value) is not bool:
             raise InvalidRequest(f"Header key {key!r} is {value!r:.80}; it must be a bool.", field=key)
         return value
+
+    def number(self, key: str) -> float | None:
+        value = self._values.pop(key, None)
+        if value is not None and type(value) not in (int, float):
+            raise InvalidRequest(f"Header key {key!r} is {value!r:.80}; it must be a number.", field=key)
+        return None if value is None else float(value)
 
     def listing(self, key: str) -> list[Any] | None:
         value = self._values.pop(key, None)
@@ -100,6 +108,19 @@ class Sparse:
 
 
 @dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Say what a closure returned, to an optimizer that asks for the objective again and again within a step.
+
+    Attributes:
+        loss: the objective at the parameters of version `base`.
+        continues: the step before asked for this evaluation; otherwise it begins a step.
+    """
+
+    loss: float
+    continues: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PushHead:
     """Describe a push: gradients of some segments, computed on version `base`.
 
@@ -108,6 +129,7 @@ class PushHead:
         segments: half-open index ranges that have a gradient, flat and ascending; None for all.
         wanted: which parameters the answer shall carry.
         have: the version of the parameters this worker holds, for `wanted="changed"`.
+        evaluation: what the closure returned, for an optimizer that asks for it.
     """
 
     name: WriteName
@@ -118,6 +140,7 @@ class PushHead:
     segments: list[int] | None = None
     sparse: tuple[Sparse, ...] = ()
     groups: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    evaluation: Evaluation | None = None
 
     def to_header(self) -> dict[str, Any]:
         head: dict[str, Any] = {
@@ -135,6 +158,10 @@ class PushHead:
             head["sparse"] = [[each.segment, each.dims, each.nnz] for each in self.sparse]
         if self.groups:
             head["groups"] = {str(group): dict(options) for group, options in self.groups.items()}
+        if self.evaluation is not None:
+            head["loss"] = self.evaluation.loss
+            if self.evaluation.continues:
+                head["continues"] = True
         return head
 
     @classmethod
@@ -153,6 +180,7 @@ class PushHead:
             segments=header.listing("segments"),
             sparse=_sparse(header.listing("sparse") or []),
             groups=_groups(header.mapping("groups")),
+            evaluation=_evaluation(header.number("loss"), header.flag("continues")),
         )
         header.nothing_left()
         return head
@@ -166,6 +194,7 @@ class PutHead:
         fields: `param`, and the update rule's state fields, in the order of the payload.
         initial: these are the session's first contents; ignored by a session that has some already.
         version: the version the session is at afterwards, only with `initial` (a resumed training).
+        shapes: of the fields whose shape is their own.
     """
 
     name: WriteName
@@ -174,6 +203,7 @@ class PutHead:
     segments: list[int] | None = None
     initial: bool = False
     version: int = 0
+    shapes: Shapes = field(default_factory=dict)
 
     def to_header(self) -> dict[str, Any]:
         head: dict[str, Any] = {
@@ -186,6 +216,8 @@ class PutHead:
             head["segments"] = self.segments
         if self.initial:
             head |= {"initial": True, "version": self.version}
+        if self.shapes:
+            head["shapes"] = shapes_to_header(self.shapes)
         return head
 
     @classmethod
@@ -198,8 +230,9 @@ class PutHead:
             raise InvalidRequest("Header key 'fields' must name each field once.", field="fields")
         segments, initial = header.listing("segments"), header.flag("initial")
         version = header.integer("version", most=FURTHEST_BEGINNING, default=0)
+        shapes = shapes_from_header(header.mapping("shapes"))
         header.nothing_left()
-        return cls(name, incarnation, tuple(fields), segments, initial, version)
+        return cls(name, incarnation, tuple(fields), segments, initial, version, shapes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +247,7 @@ class Receipt:
         contributors: the workers whose gradients made the step, in the order of the reduction.
         divisor: what the sum of the gradients was divided by.
         kernel: which kernel ran, so that a replay can give the same bits.
+        again: the step goes on with another evaluation, at the new parameters.
     """
 
     version: int
@@ -223,9 +257,10 @@ class Receipt:
     contributors: tuple[str, ...] = ()
     divisor: int = 1
     kernel: str = ""
+    again: bool = False
 
     def to_header(self) -> dict[str, Any]:
-        return {
+        header: dict[str, Any] = {
             "version": self.version,
             "base": self.base,
             "staleness": self.staleness,
@@ -234,10 +269,44 @@ class Receipt:
             "divisor": self.divisor,
             "kernel": self.kernel,
         }
+        return {**header, "again": True} if self.again else header
 
     @classmethod
     def from_header(cls, values: Mapping[str, Any]) -> Receipt:
         return cls(**{**values, "contributors": tuple(values["contributors"])})
+
+
+def _evaluation(loss: float | None, continues: bool) -> Evaluation | None:
+    if loss is not None:
+        return Evaluation(loss, continues)
+    if continues:
+        raise InvalidRequest("Header key 'continues' goes with a 'loss'.", field="continues")
+    return None
+
+
+def shapes_to_header(shapes: Shapes) -> dict[str, list[int] | None]:
+    """Return shapes as they travel."""
+    return {name: None if shape is None else list(shape) for name, shape in shapes.items()}
+
+
+def shapes_from_header(values: Mapping[str, Any], side: Side = "server") -> Shapes:
+    """Return shapes that have travelled.
+
+    Raises:
+        InvalidRequest: one of them is no shape.
+    """
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for name, value in values.items():
+        if value is not None and (
+            type(value) is not list or not all(type(each) is int and 0 <= each <= LARGEST_DIMENSION for each in value)
+        ):
+            raise InvalidRequest(
+                f"Header key 'shapes' has {value!r:.80} for {name!r:.80}; it must be nil or a list of dimensions.",
+                field="shapes",
+                side=side,
+            )
+        shapes[name] = None if value is None else tuple(value)
+    return shapes
 
 
 def _sparse(rows: list[Any]) -> tuple[Sparse, ...]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from farstep.errors import InvalidRequest, TensorMismatch
-from farstep.fields import EVERYWHERE, NUMBERS, FieldKind, check_shape, shape_of
+from farstep.fields import EVERYWHERE, NUMBERS, FieldKind, Shapes, check_shape, shape_of
 from farstep.link import State
 from farstep.messages import Sparse
 from farstep.presence import PRESENT, mask_of, names_of
@@ -71,6 +71,11 @@ def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, S
     Raises:
         ValueError: a state that does not have the field's shape.
     """
+    if kind == "free":
+        parameter, own = chosen[0]
+        value = (own or {})[field]
+        number = torch.tensor(value, dtype=torch.float64) if not isinstance(value, Tensor) else None
+        return [outgoing(cast(Tensor, value).to(parameter.dtype.to_real()) if number is None else number)]
     if kind in NUMBERS:
         return [outgoing(torch.tensor([float((own or {}).get(field, 0.0)) for _, own in chosen], dtype=torch.float64))]
     views = []
@@ -97,9 +102,15 @@ class StateArrivals:
         self._fields = fields
         self._numbers: dict[str, Tensor] = {}
         self._elements: dict[str, dict[int, Tensor]] = {}
+        self._free: dict[str, Tensor] = {}
+        self._plain: set[str] = set()
 
-    def targets(self, names: Sequence[str]) -> list[memoryview]:
+    def targets(self, names: Sequence[str], shapes: Shapes) -> list[memoryview]:
         """Return where the payload of these fields goes.
+
+        Args:
+            names: the fields.
+            shapes: of those that have one of their own.
 
         Raises:
             InvalidRequest: not the fields that were asked for; those that nobody has may be missing.
@@ -113,6 +124,8 @@ class StateArrivals:
             if kind in NUMBERS:
                 self._numbers[name] = torch.empty(len(self._parameters), dtype=torch.float64)
                 views.append(tensor_memory(self._numbers[name]))
+            elif kind == "free":
+                views.append(self._free_target(name, shapes))
             else:
                 shapes = [shape_of(kind, p.shape) for p in self._parameters]
                 self._elements[name] = {
@@ -122,6 +135,16 @@ class StateArrivals:
                 }
                 views += [tensor_memory(each) for each in self._elements[name].values()]
         return views
+
+    def _free_target(self, name: str, shapes: Shapes) -> memoryview:
+        if name not in shapes:
+            raise InvalidRequest(f"The answer does not tell the shape of {name!r}.", field="shapes", side="client")
+        shape = shapes[name]
+        dtype = torch.float64 if shape is None else self._parameters[0].dtype.to_real()
+        self._free[name] = torch.empty(shape or (), dtype=dtype)
+        if shape is None:
+            self._plain.add(name)
+        return tensor_memory(self._free[name])
 
     def states(self) -> list[State | None]:
         """Return what has arrived, on the parameters' devices; None for a parameter that has no state.
@@ -135,14 +158,21 @@ class StateArrivals:
             own: State = {}
             try:
                 for name in names_of(mask, names):
-                    numbers = self._numbers.get(name)
-                    own[name] = self._elements[name][i].to(p.device) if numbers is None else float(numbers[i])
+                    own[name] = self._value(name, i, p.device)
             except (KeyError, ValueError) as exc:
                 raise InvalidRequest(
                     f"The answer's state of parameter {i} is incomplete: {exc}", side="client"
                 ) from exc
             states.append(own or None)
         return states
+
+    def _value(self, name: str, index: int, device: torch.device) -> Tensor | float:
+        if name in self._numbers:
+            return float(self._numbers[name][index])
+        if self._fields[name] == "free":
+            free = self._free[name]
+            return float(free) if name in self._plain else free.to(device)
+        return self._elements[name][index].to(device)
 
     def present(self) -> list[bool]:
         """Return for each parameter whether it has state, once `present` has arrived."""

@@ -6,6 +6,7 @@ rules. There is one worker and no network, so a step needs no name and no receip
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -17,14 +18,15 @@ from torch import Tensor
 from farstep.consistency import Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
 from farstep.fields import NUMBERS, FieldKind, check_shape
-from farstep.link import Link, Options, SessionSpec, Start, State, StepReport, worth_sending
+from farstep.link import Link, Options, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
+from farstep.messages import Evaluation
 from farstep.presence import PRESENT, mask_of
 from farstep.settings import Place
 from farstep_service.contents import Contents
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import KernelMode, Plan
-from farstep_service.session import SessionState
+from farstep_service.session import state_of
 from farstep_service.store import BorrowedBuffers, Gradients
 
 
@@ -80,7 +82,7 @@ class EmbeddedLink(Link):
     def _begin(self, start: Start) -> None:
         kernels = _kernels(self._plan.kernel)
         contents = None if start.state is None else self._contents(dict(enumerate(start.state(self._fields))))
-        state = SessionState(self._plan, kernels=kernels, device=self._device)
+        state = state_of(self._plan, kernels=kernels, device=self._device)
         parameters = BorrowedBuffers(self._plan.layout, self._parameters, device=self._device)
         state.adopt(parameters, contents, start.version)
         self._state = state
@@ -101,19 +103,27 @@ class EmbeddedLink(Link):
     def sees_edits(self) -> bool:
         return True
 
-    def push(self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options]) -> StepReport:
+    def push(
+        self,
+        gradients: Sequence[Tensor | None],
+        groups: Mapping[int, Options],
+        evaluation: Evaluation | None = None,
+    ) -> StepReport:
         began = time.perf_counter()
-        taken = self._taken(gradients)
-        applied = self._state.step(taken, self._state.changed(groups))
+        self._state.check_evaluation(evaluation)
+        self._state.check_base(self.version, evaluation)
+        taken = self._taken(gradients, evaluation)
+        applied = self._state.step(taken, self._state.changed(groups), evaluation)
         ended = time.perf_counter()
         return StepReport(
             version=applied.version,
             contributors=(self._worker,),
             kernel=applied.kernel,
+            again=applied.again,
             seconds={"total": ended - began, "kernel": ended - began},
         )
 
-    def _taken(self, gradients: Sequence[Tensor | None]) -> Gradients:
+    def _taken(self, gradients: Sequence[Tensor | None], evaluation: Evaluation | None) -> Gradients:
         sparse: dict[int, tuple[Tensor, Tensor]] = {}
         missing = any(each is None or each.is_sparse for each in gradients)
         dense = list(gradients)
@@ -123,11 +133,18 @@ class EmbeddedLink(Link):
                     sparse[index] = (gradient._indices(), gradient._values())
                     dense[index] = None
         if self._plan.nonfinite == "refuse":
-            self._check_finite(gradients)
+            self._check_finite(gradients, evaluation)
         self._gradients.lend(dense)
         return Gradients(self._gradients, [each is not None for each in dense] if missing else None, sparse)
 
-    def _check_finite(self, gradients: Sequence[Tensor | None]) -> None:
+    def _check_finite(self, gradients: Sequence[Tensor | None], evaluation: Evaluation | None) -> None:
+        if evaluation is not None and not math.isfinite(evaluation.loss):
+            raise NonFinite(
+                f"The loss is {evaluation.loss}; the step was refused.",
+                remedy="Lower the learning rate; nonfinite='allow' takes such a loss.",
+                field="loss",
+                side="client",
+            )
         for parameter, gradient in zip(self._spec.parameters, gradients, strict=True):
             if gradient is None:
                 continue
@@ -152,12 +169,19 @@ class EmbeddedLink(Link):
         layout = self._plan.layout
         names = list(self._fields)
         chosen = worth_sending(self._fields, state.values())
-        contents = Contents(layout, self._plan.rule, (*chosen, PRESENT), sorted(state))
+        shapes = shapes_of(self._fields, state)
+        contents = Contents(layout, self._plan.rule, (*chosen, PRESENT), sorted(state), shapes)
         contents.allocate()
         for place, index in enumerate(contents.indices):
             contents.numbers[PRESENT][place] = mask_of(state[index] or (), names)
         for field in chosen:
             kind = self._fields[field]
+            if kind == "free":
+                free = cast(State, state[0])[field]
+                contents.free[field].copy_(
+                    free if isinstance(free, Tensor) else torch.tensor(free, dtype=torch.float64)
+                )
+                continue
             for place, index in enumerate(contents.indices):
                 own = state[index]
                 if kind in NUMBERS:
@@ -184,6 +208,9 @@ class EmbeddedLink(Link):
             for field in present:
                 if self._fields[field] in NUMBERS:
                     own[field] = float(contents.numbers[field][place])
+                elif field in contents.free:
+                    free = contents.free[field]
+                    own[field] = float(free) if contents.shapes[field] is None else free.to(self._device, copy=True)
                 else:
                     value = contents.elements[field].segment(index)
                     own[field] = value.to(self._parameters[index].device, copy=True)

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from farstep.errors import InvalidRequest, TensorMismatch
 from farstep.hyper import Hyper
-from farstep.messages import Sparse
+from farstep.messages import Evaluation, Sparse
 from farstep.wire import DTYPES, from_ranges
 from farstep.wire.memory import tensor_memory
 from farstep_service.layout import Layout, Segment
-from farstep_service.rule import AnyRule
+from farstep_service.rule import AnyMethod
 from farstep_service.store import Buffers, FlatBuffers, Gradients
 
 HALVES = frozenset({torch.float16, torch.bfloat16})
@@ -41,7 +41,12 @@ class Contribution:
     """
 
     def __init__(
-        self, layout: Layout, ranges: list[int] | None, sparse: Sequence[Sparse], rule: AnyRule, groups: Sequence[Hyper]
+        self,
+        layout: Layout,
+        ranges: list[int] | None,
+        sparse: Sequence[Sparse],
+        rule: AnyMethod,
+        groups: Sequence[Hyper],
     ) -> None:
         count = len(layout.segments)
         self.layout = layout
@@ -199,6 +204,20 @@ def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.d
     chosen = present | joined.keys()
     mask = None if len(chosen) == len(layout.segments) else [i in chosen for i in range(len(layout.segments))]
     return Gradients(on_device(total, device), mask, joined)
+
+
+def mean_evaluation(evaluations: Sequence[Evaluation | None], divisor: int) -> Evaluation | None:
+    """Return the evaluation of one step: losses summed in the order given and divided, None where there is none.
+
+    It continues a step if all do: where somebody begins one, all begin it, since all are at the same parameters.
+    """
+    made = [each for each in evaluations if each is not None]
+    if not made:
+        return None
+    loss = made[0].loss
+    for each in made[1:]:
+        loss += each.loss  # not `sum`, which rounds in another way since Python 3.12
+    return Evaluation(loss / divisor, all(each.continues for each in made))
 
 
 def _add_(total: FlatBuffers, theirs: FlatBuffers, present: set[int], first: int, last: int) -> None:

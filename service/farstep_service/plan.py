@@ -10,8 +10,8 @@ from farstep.consistency import Consistency, from_options
 from farstep.errors import InvalidOption
 from farstep.hyper import Hyper
 from farstep_service.layout import Layout, SegmentSpec
-from farstep_service.optimizers import RULES
-from farstep_service.rule import AnyRule
+from farstep_service.optimizers import METHODS
+from farstep_service.rule import AnyMethod
 
 KernelMode = Literal["auto", "reference", "fused"]
 
@@ -28,7 +28,7 @@ class Plan:
     """
 
     name: str
-    rule: AnyRule
+    rule: AnyMethod
     groups: tuple[Hyper, ...]
     layout: Layout
     consistency: Consistency
@@ -53,11 +53,11 @@ class Plan:
             InvalidOption: an optimizer, option or mode that nobody knows, or a value out of range.
             TensorMismatch, LimitExceeded: a parameter that cannot be stored, or that the optimizer does not take.
         """
-        rule = RULES.get(optimizer)
+        rule = METHODS.get(optimizer)
         if rule is None:
             raise InvalidOption(
                 f"Unknown optimizer {optimizer!r:.80}.",
-                remedy=f"There are {', '.join(sorted(RULES))}.",
+                remedy=f"There are {', '.join(sorted(METHODS))}.",
                 field="optimizer",
             )
         layout = Layout.build(segments)
@@ -102,7 +102,7 @@ class Plan:
         return None
 
 
-def _kernel(rule: AnyRule, wanted: str) -> KernelMode:
+def _kernel(rule: AnyMethod, wanted: str) -> KernelMode:
     kernel = cast(KernelMode, _one_of("kernel", wanted, ("auto", "reference", "fused")))
     if kernel == "fused" and "fused" not in rule.kernels:
         raise InvalidOption(

@@ -1,8 +1,10 @@
 """The interface between the store, which has the memory, and the optimizers, which have the maths.
 
-    Rule      what one optimizer does to memory, as a pure function
-    ├── ElementwiseRule   to any stretch of it, each element by itself                optimizers/adagrad.py, ...
-    └── TensorRule        to one whole tensor at a time                               optimizers/muon.py, ...
+    Method    one optimizer
+    ├── Rule      what it does to memory in a step, as a pure function
+    │   ├── ElementwiseRule   to any stretch of it, each element by itself            optimizers/adagrad.py, ...
+    │   └── TensorRule        to one whole tensor at a time                           optimizers/muon.py, ...
+    └── LBFGS     asks for the objective several times in a step                      optimizers/lbfgs.py
     RowRule   what a rule of either kind does to the rows that a sparse gradient names
     Counts    what one segment has lived through: its steps, ASGD's eta and mu, and which state it has
     Form      what a rule is compiled for: an element type, and the optional state in use
@@ -72,11 +74,10 @@ class Form(NamedTuple):
     optional: Fields = ()
 
 
-class Rule(ABC, Generic[H]):
-    """One optimizer: torch's names for its options and state, and its formula.
+class Method(ABC, Generic[H]):
+    """One optimizer: torch's names for its options and state, and what it does not take.
 
-    A new rule is one file with a class like this and a place in `optimizers/rules.py`. Rules have no state. They derive
-    from one of the two classes below.
+    A new one is one file with a class and a place in `optimizers/rules.py`. It has no state of its own.
     """
 
     name: ClassVar[str]
@@ -86,15 +87,13 @@ class Rule(ABC, Generic[H]):
     optional_fields: ClassVar[Fields] = ()
     """Those of them, of the parameter's shape, that some options do without."""
     segment_fields: ClassVar[tuple[str, ...]] = ("step",)
-    """State with one number per segment: the attributes of `counts`."""
+    """State with one number per segment."""
     special: ClassVar[Mapping[str, FieldKind]] = MappingProxyType({})
     """The kinds of fields that are neither 0-dim tensors nor of the parameter's shape."""
     kernels: ClassVar[tuple[KernelName, ...]] = ("reference",)
     """What can run it."""
     hyper: type[H]
     """The record of its options."""
-    counts: ClassVar[type[Counts]] = Counts
-    """The record of its numbers per segment."""
     eager: ClassVar[bool] = False
     """Whether a segment has state before its first step."""
 
@@ -105,6 +104,48 @@ class Rule(ABC, Generic[H]):
         kinds |= dict.fromkeys(self.tensor_fields, "element")
         kinds |= dict.fromkeys(self.optional_fields, "optional")
         return {**kinds, **self.special}
+
+    def check_layout(self, layout: Layout) -> None:
+        """Refuse parameters that torch's constructor refuses, in torch's words.
+
+        Raises:
+            TensorMismatch: naming the parameter.
+        """
+
+    def check_gradients(self, layout: Layout, groups: Sequence[H], dense: Iterable[int], sparse: Iterable[int]) -> None:
+        """Refuse gradients where torch does, in torch's words.
+
+        Args:
+            layout, groups: the session's.
+            dense: the segments with a dense gradient.
+            sparse: those with a sparse one.
+
+        Raises:
+            TensorMismatch: the rule, or an option, does not go with one of them.
+        """
+        for index in sparse:
+            self.check_sparse(groups[layout.segments[index].group])
+
+    def check_sparse(self, hyper: H) -> None:
+        """Refuse a sparse gradient where torch does, in torch's words; one that is accepted may be made dense.
+
+        Raises:
+            TensorMismatch: the rule, or an option, does not go with sparse gradients.
+        """
+        raise TensorMismatch(
+            f"{self.name} does not support sparse gradients",
+            remedy="Send a dense gradient, or use an optimizer that takes sparse ones.",
+        )
+
+
+class Rule(Method[H]):
+    """An optimizer whose step is a formula: each push with its gradients is a step.
+
+    Rules derive from one of the two classes below.
+    """
+
+    counts: ClassVar[type[Counts]] = Counts
+    """The record of its numbers per segment, whose attributes are `segment_fields`."""
 
     def optional(self, hyper: H) -> Fields:
         """Return the optional fields that a step with these options uses."""
@@ -157,38 +198,6 @@ class Rule(ABC, Generic[H]):
             state: the tensor fields in use. Which ones are there may be branched on.
             scalars: what `scalars()` returned.
         """
-
-    def check_layout(self, layout: Layout) -> None:
-        """Refuse parameters that torch's constructor refuses, in torch's words.
-
-        Raises:
-            TensorMismatch: naming the parameter.
-        """
-
-    def check_gradients(self, layout: Layout, groups: Sequence[H], dense: Iterable[int], sparse: Iterable[int]) -> None:
-        """Refuse gradients where torch does, in torch's words.
-
-        Args:
-            layout, groups: the session's.
-            dense: the segments with a dense gradient.
-            sparse: those with a sparse one.
-
-        Raises:
-            TensorMismatch: the rule, or an option, does not go with one of them.
-        """
-        for index in sparse:
-            self.check_sparse(groups[layout.segments[index].group])
-
-    def check_sparse(self, hyper: H) -> None:
-        """Refuse a sparse gradient where torch does, in torch's words; one that is accepted may be made dense.
-
-        Raises:
-            TensorMismatch: the rule, or an option, does not go with sparse gradients.
-        """
-        raise TensorMismatch(
-            f"{self.name} does not support sparse gradients",
-            remedy="Send a dense gradient, or use an optimizer that takes sparse ones.",
-        )
 
 
 class ElementwiseRule(Rule[H]):
@@ -245,6 +254,7 @@ class RowRule(Rule[H]):
         """
 
 
+AnyMethod = Method[Any]
 AnyRule = Rule[Any]
 """A rule whose kind of options is known to itself."""
 

@@ -111,6 +111,7 @@ def test_the_layout_of_a_file() -> None:
         "nonfinite": "refuse",
         "kernel": "reference",
         "fields": {"momentum_buffer": "optional"},
+        "shapes": {},
         "segments": [
             {"name": "w", "shape": [3, 4], "dtype": "float32", "group": 0},
             {"name": "scale", "shape": [], "dtype": "float64", "group": 0},

@@ -8,6 +8,7 @@ from farstep.optim.adamax import Adamax
 from farstep.optim.adamw import AdamW
 from farstep.optim.asgd import ASGD
 from farstep.optim.base import RemoteOptimizer
+from farstep.optim.lbfgs import LBFGS
 from farstep.optim.muon import Muon
 from farstep.optim.nadam import NAdam
 from farstep.optim.radam import RAdam
@@ -18,6 +19,7 @@ from farstep.optim.sparse_adam import SparseAdam
 
 __all__ = [
     "ASGD",
+    "LBFGS",
     "SGD",
     "Adadelta",
     "Adafactor",

@@ -11,14 +11,14 @@ under keys that the optimizer does not have are the user's own: they stay here.
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, final
 
-import torch
 from torch import Tensor
 
 from farstep.link import Link, State
+from farstep.optim.bits import Seen, same_bits
+from farstep.optim.mapping import Fetched
 from farstep.optim.torch_form import as_torch, to_session
 
 Own = dict[str, Any]
@@ -30,22 +30,8 @@ class _Unread(NamedTuple):
     own: Own
 
 
-class _Seen(NamedTuple):
-    """Remember a value: the object, and the version counter of a tensor."""
-
-    value: Any
-    version: int
-
-    @classmethod
-    def of(cls, value: Any) -> _Seen:
-        return cls(value, value._version if isinstance(value, Tensor) else 0)
-
-    def is_still(self, value: Any) -> bool:
-        return value is self.value and _Seen.of(value).version == self.version
-
-
 @final
-class RemoteState(defaultdict[Any, Any]):
+class RemoteState(Fetched):
     """Map parameters to their state, as `torch.optim.Optimizer.state` does.
 
     Args:
@@ -55,14 +41,14 @@ class RemoteState(defaultdict[Any, Any]):
     """
 
     def __init__(self, link: Link, parameters: Sequence[Tensor], check: Callable[[], None]) -> None:
-        super().__init__(dict)
+        super().__init__()
         self._link = link
         self._check = check
         self._indices = {p: index for index, p in enumerate(parameters)}
         self._known = False
         self._version = -1
         self._present: set[int] = set()
-        self._seen: dict[int, dict[str, _Seen]] = {}
+        self._seen: dict[int, dict[str, Seen]] = {}
 
     # -- what the optimizer asks ------------------------------------------------------------------------------------
 
@@ -108,7 +94,7 @@ class RemoteState(defaultdict[Any, Any]):
         Raises:
             ValueError: a part of a parameter's state is missing.
         """
-        self._know_()
+        self.know_()
         found: dict[int, State | None] = {}
         for p, index in self._indices.items():
             state = to_session(p, other.get(p) or {}, self._link.fields)
@@ -155,7 +141,7 @@ class RemoteState(defaultdict[Any, Any]):
                     continue
             dict.__setitem__(self, key, value)
 
-    def _know_(self) -> None:
+    def know_(self) -> None:
         """Find out which parameters have state."""
         if self._known:
             return
@@ -171,9 +157,9 @@ class RemoteState(defaultdict[Any, Any]):
         self._seen = {}
         self._known = True
 
-    def _read_(self, keys: Sequence[Any]) -> None:
+    def read_(self, keys: Sequence[Any]) -> None:
         """Fetch what has not been read of these keys, all at once."""
-        self._know_()
+        self.know_()
         unread = [key for key in keys if isinstance(dict.get(self, key), _Unread)]
         unread.sort(key=self._indices.__getitem__)
         if not unread:
@@ -181,12 +167,8 @@ class RemoteState(defaultdict[Any, Any]):
         self._check()
         for p, values in zip(unread, self._link.read_state([self._indices[p] for p in unread]), strict=True):
             read = {} if values is None else as_torch(p, values, self._link.fields)
-            self._seen[self._indices[p]] = {name: _Seen.of(value) for name, value in read.items()}
+            self._seen[self._indices[p]] = {name: Seen.of(value) for name, value in read.items()}
             dict.__setitem__(self, p, {**read, **dict.__getitem__(self, p).own})
-
-    def _read_all_(self) -> None:
-        self._know_()
-        self._read_(list(dict.keys(self)))
 
     def _is_as_read(self, index: int, state: Own) -> bool:
         seen = self._seen.get(index, {})
@@ -201,113 +183,4 @@ class RemoteState(defaultdict[Any, Any]):
         here = to_session(p, mine, self._link.fields)
         if here is None or here.keys() != state.keys():
             return False
-        return all(_same_bits(here[key], value) for key, value in state.items())
-
-    # -- the mapping ------------------------------------------------------------------------------------------------
-
-    def __getitem__(self, key: Any) -> Any:
-        self._read_([key])
-        return super().__getitem__(key)
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        """Return a parameter's state, or the default where it has none."""
-        self._read_([key])
-        return super().get(key, default)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._know_()
-        super().__setitem__(key, value)
-
-    def __delitem__(self, key: Any) -> None:
-        self._know_()
-        super().__delitem__(key)
-
-    def __contains__(self, key: object) -> bool:
-        self._know_()
-        return super().__contains__(key)
-
-    def __iter__(self) -> Iterator[Any]:
-        self._know_()
-        return super().__iter__()
-
-    def __reversed__(self) -> Iterator[Any]:
-        self._know_()
-        return super().__reversed__()
-
-    def __len__(self) -> int:
-        self._know_()
-        return super().__len__()
-
-    def keys(self) -> Any:
-        """Return the parameters that have state; moves no tensors."""
-        self._know_()
-        return super().keys()
-
-    def values(self) -> Any:
-        """Return the states of all parameters."""
-        self._read_all_()
-        return super().values()
-
-    def items(self) -> Any:
-        """Return all parameters that have state, with it."""
-        self._read_all_()
-        return super().items()
-
-    def pop(self, key: Any, *default: Any) -> Any:
-        """Take a parameter's state away and return it."""
-        self._read_([key])
-        return super().pop(key, *default)
-
-    def popitem(self) -> tuple[Any, Any]:
-        """Take the last parameter's state away and return both."""
-        self._read_all_()
-        return super().popitem()
-
-    def clear(self) -> None:
-        """Take all state away; each parameter begins anew."""
-        self._know_()
-        super().clear()
-
-    def setdefault(self, key: Any, default: Any = None) -> Any:
-        """Return a parameter's state, which is the default from now on where it has none."""
-        self._read_([key])
-        return super().setdefault(key, default)
-
-    def update(self, *args: Any, **named: Any) -> None:
-        """Put states in the place of those of the same parameters."""
-        self._know_()
-        super().update(*args, **named)
-
-    def copy(self) -> Any:
-        """Return a plain mapping with the state of all parameters."""
-        return defaultdict(dict, self.items())
-
-    def __copy__(self) -> Any:
-        return self.copy()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return defaultdict, (dict, dict(self.items()))
-
-    def __eq__(self, other: object) -> bool:
-        return self is other or bool(self.copy() == other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __repr__(self) -> str:
-        return repr(self.copy())
-
-
-def _same_bits(here: Tensor | float, there: Tensor | float) -> bool:
-    if not isinstance(here, Tensor) or not isinstance(there, Tensor):
-        return not isinstance(here, Tensor) and not isinstance(there, Tensor) and here == there
-    if here is there:
-        return True
-    if here.shape != there.shape or here.dtype != there.dtype or here.device != there.device:
-        return False
-    return torch.equal(_bits(here), _bits(there))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
-    return (torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor).view(torch.uint8)
+        return all(same_bits(here[key], value) for key, value in state.items())

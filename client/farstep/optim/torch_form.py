@@ -10,6 +10,8 @@ from torch import Tensor
 
 from farstep.fields import NUMBERS, FieldKind, shape_of
 from farstep.link import Parameter, State
+from farstep.optim.lists import lists_as_torch, lists_to_session
+from farstep.optim.options import arguments
 
 ON_DEVICE = frozenset({"eta", "mu"})
 """Numbers that torch keeps on the parameter's device; `step` is on the CPU."""
@@ -34,6 +36,8 @@ def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind
     present = {key: own[key] for key in fields if own.get(key) is not None}
     if not present:
         return None
+    if "free" in fields.values():
+        return lists_to_session(present)
     for key, kind in fields.items():
         if key not in present and kind != "optional" and shape_of(kind, p.shape) is not None:
             raise ValueError(f"loaded state dict has no {key!r} for a parameter; it is another optimizer's")
@@ -45,8 +49,10 @@ def _dense(value: Tensor) -> Tensor:
     return value.to_dense() if value.is_sparse else value
 
 
-def as_torch(p: Tensor, values: State, fields: Mapping[str, FieldKind]) -> dict[str, Tensor | int]:
+def as_torch(p: Tensor, values: State, fields: Mapping[str, FieldKind]) -> dict[str, Any]:
     """Return a parameter's state under torch's keys, numbers as the 0-dim tensors, or the ints, that torch has."""
+    if "free" in fields.values():
+        return lists_as_torch(values)
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
     def of_torch(key: str, value: Tensor | float) -> Tensor | int:
@@ -65,3 +71,38 @@ def completed(twin: type[torch.optim.Optimizer], state: Mapping[str, Any]) -> di
     torch_part = {key: state[key] for key in ("defaults", "state", "param_groups") if key in state}
     shell.__setstate__({"defaults": {}, **torch_part})
     return {**state, **{key: getattr(shell, key) for key in torch_part}}
+
+
+def newborn(
+    twin: type[torch.optim.Optimizer], defaults: Mapping[str, Any], p: Tensor, fields: Mapping[str, FieldKind]
+) -> State | None:
+    """Return what torch's class gives a parameter at its construction, None where state begins with a step."""
+    fresh = twin([torch.empty_like(p)], **arguments(twin, defaults))
+    return next((to_session(p, own, fields) for own in fresh.state.values()), None)
+
+
+def _cloned(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_cloned(each) for each in value]
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def local(
+    twin: type[torch.optim.Optimizer],
+    param_groups: Iterable[Mapping[str, Any]],
+    defaults: Mapping[str, Any],
+    state: Mapping[Any, Any],
+) -> torch.optim.Optimizer:
+    """Return torch's optimizer over the parameters of some groups, with their options and a copy of the state."""
+    groups = [dict(group) for group in param_groups]
+    made = twin(groups, **arguments(twin, defaults))
+    made.state.clear()
+    for key, own in state.items():
+        made.state[key] = {name: _cloned(value) for name, value in own.items()}
+    for group in groups:
+        for p in group["params"] if group.get("capturable") or group.get("fused") else ():
+            own = made.state.get(p, {})
+            own.update(
+                {key: own[key].to(p.device) for key in ("step", "mu_product") if isinstance(own.get(key), Tensor)}
+            )
+    return made

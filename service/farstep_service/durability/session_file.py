@@ -17,6 +17,7 @@ import json
 from typing import Any
 
 from farstep.consistency import to_options
+from farstep.messages import shapes_to_header
 from farstep.session_file import DESCRIPTION, FORMAT, FORMAT_VERSION
 from farstep.wire.tensor_file import Head, in_file_order, refused, write_head
 from farstep_service.contents import Contents
@@ -44,6 +45,7 @@ def _description(snapshot: Snapshot) -> dict[str, Any]:
         "nonfinite": plan.nonfinite,
         "kernel": plan.kernel,
         "fields": plan.rule.kinds,
+        "shapes": shapes_to_header(snapshot.contents.shapes),
         "segments": [
             {"name": each.name, "shape": list(each.shape), "dtype": each.dtype, "group": each.group}
             for each in plan.layout.segments

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from farstep.fields import Shapes
 from farstep.messages import PushHead, PutHead, Receipt, Times
 from farstep_service.durability import Snapshot
 from farstep_service.plan import Plan
@@ -80,6 +81,11 @@ class View(ABC):
     @abstractmethod
     def fields(self) -> Sequence[str]:
         """Which fields they are, in the order of the wire."""
+
+    @property
+    def shapes(self) -> Shapes:
+        """The shapes of those fields that have one of their own."""
+        return {}
 
     @property
     @abstractmethod

@@ -8,6 +8,7 @@ from typing import final
 import torch
 
 from farstep.errors import TensorMismatch
+from farstep.fields import Shapes
 from farstep.wire import MAX_HEADER_BYTES, Limits
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import Contribution, memory_of, on_device
@@ -122,6 +123,10 @@ class CopiedView(View):
     @property
     def fields(self) -> Sequence[str]:
         return self._contents.fields
+
+    @property
+    def shapes(self) -> Shapes:
+        return self._contents.shapes
 
     @property
     def views(self) -> Sequence[memoryview]:

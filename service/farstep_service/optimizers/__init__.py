@@ -8,18 +8,21 @@ from farstep_service.optimizers.adamax import Adamax, AdamaxHyper
 from farstep_service.optimizers.adamw import AdamW, AdamWHyper
 from farstep_service.optimizers.asgd import ASGD, ASGDCounts, ASGDHyper
 from farstep_service.optimizers.kernels import MODES, Kernels, Mode, PackageStatus, usual, warm_up
+from farstep_service.optimizers.lbfgs import LBFGS, LBFGSHyper
 from farstep_service.optimizers.muon import Muon, MuonHyper
 from farstep_service.optimizers.nadam import NAdam, NAdamCounts, NAdamHyper
 from farstep_service.optimizers.radam import RAdam, RAdamHyper
 from farstep_service.optimizers.rmsprop import RMSprop, RMSpropHyper
 from farstep_service.optimizers.rprop import Rprop, RpropHyper
-from farstep_service.optimizers.rules import RULES
+from farstep_service.optimizers.rules import METHODS, RULES
 from farstep_service.optimizers.sgd import SGD, SGDHyper
 from farstep_service.optimizers.sparse_adam import SparseAdam, SparseAdamHyper
 from farstep_service.rule import Rule
 
 __all__ = [
     "ASGD",
+    "LBFGS",
+    "METHODS",
     "MODES",
     "RULES",
     "SGD",
@@ -38,6 +41,7 @@ __all__ = [
     "Adamax",
     "AdamaxHyper",
     "Kernels",
+    "LBFGSHyper",
     "Mode",
     "Muon",
     "MuonHyper",

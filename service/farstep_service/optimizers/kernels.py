@@ -29,7 +29,7 @@ from farstep_service.optimizers.build import Builder, build_in_subprocess
 from farstep_service.optimizers.fused import FusedKernel, load
 from farstep_service.optimizers.packages import Package, default_directory, find, open_directory
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import AnyRule, ElementwiseRule, Form, Kernel, KernelName, KernelSource
+from farstep_service.rule import AnyMethod, AnyRule, ElementwiseRule, Form, Kernel, KernelName, KernelSource
 
 Mode = Literal["auto", "reference", "fused"]
 MODES: tuple[Mode, ...] = ("auto", "reference", "fused")
@@ -194,7 +194,7 @@ class Kernels(KernelSource):
         log.log(level, "%s runs on reference kernels: no fused one (%s)", package.rule, reason.partition("\n")[0])
 
 
-def usual(rules: Iterable[AnyRule], dtypes: Sequence[str]) -> list[tuple[AnyRule, Form]]:
+def usual(rules: Iterable[AnyMethod], dtypes: Sequence[str]) -> list[tuple[AnyRule, Form]]:
     """Return what is worth building ahead: each rule that can be fused, with the state that most options ask for."""
     return [
         (rule, Form(dtype, optional))
@@ -206,7 +206,7 @@ def usual(rules: Iterable[AnyRule], dtypes: Sequence[str]) -> list[tuple[AnyRule
 
 
 def warm_up(
-    rules: Iterable[AnyRule],
+    rules: Iterable[AnyMethod],
     dtypes: Sequence[str] = ("float32", "bfloat16", "float16", "float64"),
     device: str = "cpu",
     *,

@@ -10,6 +10,7 @@ from farstep_service.optimizers.adam import Adam
 from farstep_service.optimizers.adamax import Adamax
 from farstep_service.optimizers.adamw import AdamW
 from farstep_service.optimizers.asgd import ASGD
+from farstep_service.optimizers.lbfgs import LBFGS
 from farstep_service.optimizers.muon import Muon
 from farstep_service.optimizers.nadam import NAdam
 from farstep_service.optimizers.radam import RAdam
@@ -17,7 +18,7 @@ from farstep_service.optimizers.rmsprop import RMSprop
 from farstep_service.optimizers.rprop import Rprop
 from farstep_service.optimizers.sgd import SGD
 from farstep_service.optimizers.sparse_adam import SparseAdam
-from farstep_service.rule import AnyRule
+from farstep_service.rule import AnyMethod, AnyRule
 
 _ALL: tuple[AnyRule, ...] = (
     Adagrad(),
@@ -37,3 +38,6 @@ _ALL: tuple[AnyRule, ...] = (
 )
 
 RULES: Mapping[str, AnyRule] = MappingProxyType({rule.name: rule for rule in _ALL})
+
+METHODS: Mapping[str, AnyMethod] = MappingProxyType({**RULES, "LBFGS": LBFGS()})
+"""Every optimizer: those that are rules, and the one that asks for the objective several times in a step."""

@@ -20,7 +20,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest
-from farstep.messages import VERSION, PushHead, PutHead
+from farstep.messages import VERSION, PushHead, PutHead, shapes_to_header
 from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake
 from farstep_service.registry import Registry
@@ -128,6 +128,8 @@ class Contents(Endpoint):
         }
         if view.segments is not None:
             header["segments"] = view.segments
+        if view.shapes:
+            header["shapes"] = shapes_to_header(view.shapes)
         try:
             await answer_message(send, header, view.views)
         finally:

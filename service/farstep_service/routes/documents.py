@@ -16,7 +16,7 @@ from starlette.types import Message
 
 from farstep.errors import InvalidFile, LimitExceeded
 from farstep.fields import EVERYWHERE
-from farstep.messages import FURTHEST_BEGINNING
+from farstep.messages import FURTHEST_BEGINNING, shapes_from_header
 from farstep.presence import PRESENT
 from farstep.session_file import description_in
 from farstep.wire.tensor_file import Head, refused
@@ -84,6 +84,7 @@ class SnapshotDocument(PlanDocument):
     version: Annotated[int, Field(ge=0, le=FURTHEST_BEGINNING)]
     options: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_GROUPS), FailFast()]
     fields: dict[str, str]
+    shapes: dict[str, Any]
 
 
 class GroupsDocument(Whole):
@@ -137,7 +138,8 @@ def snapshot_of(head: Head, name: str | None) -> Snapshot:
         raise refused(f"it has {len(plan.groups)} param groups and options for {len(document.options)}")
     stored = {entry.name.partition("/")[0] for entry in head.entries}
     fields = [each for each in (PARAM, *kinds, PRESENT) if kinds.get(each, "element") in EVERYWHERE or each in stored]
-    contents = Contents(plan.layout, plan.rule, fields, range(len(plan.layout.segments)))
+    shapes = shapes_from_header(document.shapes)
+    contents = Contents(plan.layout, plan.rule, fields, range(len(plan.layout.segments)), shapes)
     groups = [
         plan.rule.hyper.from_options({**created.to_options(), **options}, edited=True)
         for created, options in zip(plan.groups, document.options, strict=True)

@@ -12,6 +12,7 @@ time comes in with the call. Writes that are refused leave no trace, and their s
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from farstep.errors import (
     InvalidOption,
     NonFinite,
     SessionLost,
-    TensorMismatch,
     Unavailable,
 )
 from farstep.hyper import Hyper
@@ -35,10 +35,11 @@ from farstep.messages import PushHead, PutHead, Receipt, WriteName
 from farstep_service.aggregation import Abort, Ledger, Members, Step, aggregation_for, mismatch
 from farstep_service.contents import Contents
 from farstep_service.durability import Snapshot
-from farstep_service.gradients import Contribution, first_nonfinite, reduce_
+from farstep_service.gradients import Contribution, first_nonfinite, mean_evaluation, reduce_
 from farstep_service.plan import Plan
 from farstep_service.rule import KernelSource
-from farstep_service.session.state import GroupChanges, SessionState
+from farstep_service.session.state import GroupChanges
+from farstep_service.session.states import state_of
 from farstep_service.store import Applied, Held
 
 log = logging.getLogger("farstep.session")
@@ -86,7 +87,7 @@ class Session:
     def __init__(self, plan: Plan, *, incarnation: str, kernels: KernelSource, device: str) -> None:
         self.plan = plan
         self.incarnation = incarnation
-        self._state = SessionState(plan, kernels=kernels, device=torch.device(device))
+        self._state = state_of(plan, kernels=kernels, device=torch.device(device))
         self._aggregation = aggregation_for(plan.consistency)
         self._members = Members(self._aggregation.places())
         self._ledger = Ledger()
@@ -187,7 +188,8 @@ class Session:
         self._ledger.judge(name, None)
 
     def contribution(self, head: PushHead) -> Contribution:
-        """Return memory for a push's gradients; see `Contribution` for what it refuses."""
+        """Return memory for a push's gradients; see `Contribution` and `SessionState` for what they refuse."""
+        self._state.check_evaluation(head.evaluation)
         return Contribution(self.plan.layout, head.segments, head.sparse, self.plan.rule, self.groups)
 
     def push(self, head: PushHead, contribution: Contribution, fingerprint: str, now: float) -> Outcomes:
@@ -211,13 +213,8 @@ class Session:
             if earlier.fingerprint != fingerprint:
                 raise mismatch(head.name)
             return outcomes
-        version = self._state.store.version
-        if head.base > version:
-            raise TensorMismatch(
-                f"The gradient claims version {head.base}, but the session is at {version}.",
-                field="base",
-                limit=version,
-            )
+        self._state.check_initialised()
+        self._state.check_base(head.base, head.evaluation)
         groups = self._state.changed(head.groups)
         contribution.check_indices()
         self._check_finite(head, contribution)
@@ -296,6 +293,12 @@ class Session:
     def _check_finite(self, head: PushHead, contribution: Contribution) -> None:
         if self.plan.nonfinite == "allow":
             return
+        if head.evaluation is not None and not math.isfinite(head.evaluation.loss):
+            raise NonFinite(
+                f"The loss from worker {head.name.worker!r} is {head.evaluation.loss}; the push was refused.",
+                remedy="Lower the learning rate; nonfinite='allow' would take such a loss.",
+                field="loss",
+            )
         index = first_nonfinite(contribution)
         if index is not None:
             name = self.plan.layout.segments[index].name
@@ -314,7 +317,8 @@ class Session:
         try:
             gradients = reduce_([push.contribution for push in pushes], step.divisor, self._state.device)
             began = time.perf_counter()
-            applied = self._state.step(gradients, changed)
+            evaluation = mean_evaluation([push.head.evaluation for push in pushes], step.divisor)
+            applied = self._state.step(gradients, changed, evaluation)
         except Exception as exc:
             if self._state.pending:
                 self._unfinished = _Unfinished(pushes, step)
@@ -332,6 +336,7 @@ class Session:
                 contributors=step.workers,
                 divisor=step.divisor,
                 kernel=applied.kernel,
+                again=applied.again,
             )
             self._ledger.commit(push.head.name, push.fingerprint, receipt)
             outcomes[push.head.name] = Outcome(receipt, kernel_s=kernel_s)

@@ -3,6 +3,7 @@
 from farstep_service.store.borrowed import BorrowedBuffers
 from farstep_service.store.buffers import Buffers, FlatBuffers
 from farstep_service.store.gradients import Gradients
+from farstep_service.store.plain import PlainStore
 from farstep_service.store.state import PARAMETERS, FieldValues
 from farstep_service.store.step import Applied
 from farstep_service.store.store import Store, StoreBytes
@@ -17,6 +18,7 @@ __all__ = [
     "FlatBuffers",
     "Gradients",
     "Held",
+    "PlainStore",
     "Store",
     "StoreBytes",
 ]

@@ -39,11 +39,13 @@ class Applied:
         version: the version it made.
         kernel: what ran it; replay with the same kernel gives the same bits.
         runs: kernel calls it took.
+        again: it is part of a larger step, which goes on with another evaluation of the objective.
     """
 
     version: int
     kernel: Ran
     runs: int
+    again: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,126 @@
+"""An optimizer in a session: what every worker can do there beside `torch.optim.Optimizer`'s own.
+
+Join and leave, tell which version is held, bring the parameters up to date, and come back after the session was lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from farstep.link import SessionSpec, StepReport
+from farstep.optim.membership import Membership, refused
+from farstep.optim.options import plain_options
+from farstep.optim.torch_form import describe, newborn
+from farstep.settings import Place
+
+
+class InSession(torch.optim.Optimizer):
+    """Base of `RemoteOptimizer`.
+
+    Attributes:
+        last_step: what the last `step()` did, None before the first one.
+    """
+
+    twin: ClassVar[type[torch.optim.Optimizer]]
+    """torch's class of the same name."""
+    of_constructor: ClassVar[frozenset[str]] = frozenset()
+    """Options whose value in the constructor counts, whatever a group says."""
+
+    last_step: StepReport | None
+
+    @property
+    def version(self) -> int:
+        """The version of the session's parameters that this worker holds: its count of committed steps."""
+        return self._membership.link.version
+
+    @property
+    def session(self) -> str:
+        """The session's name."""
+        return self._membership.place.session
+
+    @property
+    def worker(self) -> str:
+        """This worker's name."""
+        return self._membership.place.worker
+
+    def pull(self) -> int:
+        """Bring the parameters to the session's current version, without a step, and return the version."""
+        member = self._member()
+        self._settle(member)
+        return member.pull()
+
+    def rejoin(self, state_dict: dict[str, Any] | None = None, *, version: int | None = None) -> bool:
+        """Join the session again after `SessionLost` or `Fenced`; return whether it had to be created anew.
+
+        A session that is there is joined, and its parameters replace this worker's. One that is gone is created from
+        this worker's parameters, with the optimizer state of `state_dict` and at `version` (default: the version held).
+        """
+        member = self._member()
+        before = {"state": self.state, "param_groups": self.param_groups}
+        if state_dict is not None:
+            super().load_state_dict(state_dict)
+        try:
+            state = None if state_dict is None else self.state
+            created = member.rejoin(state, self.version if version is None else version)
+        except BaseException:
+            vars(self).update(before)
+            raise
+        member.state.replace_({} if self.state is member.state else self.state)
+        self.state = member.state
+        return created
+
+    def close(self) -> None:
+        """Leave the session; a private one is removed from the server. Safe to call twice."""
+        self._membership.close()
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _open(self, place: Place, state: Mapping[Any, Any] | None = None, version: int = 0) -> None:
+        """Open the session at a version, with torch's form of a state that it begins with."""
+        spec = SessionSpec(
+            name=place.session,
+            # A subclass, the user's or Lightning's, is what it derives from.
+            optimizer=next(each for each in type(self).__mro__ if "twin" in vars(each)).__name__,
+            groups=tuple(self._options()),
+            parameters=tuple(describe(self.param_groups)),
+            consistency=place.consistency,
+            nonfinite=place.nonfinite,
+            kernel=place.kernel,
+        )
+        self._membership = Membership(
+            spec,
+            self._parameters(),
+            place,
+            newborn=partial(newborn, self.twin, self.defaults),
+            state=state,
+            version=version,
+        )
+        self._membership.state.replace_(self.state if state is None else state)
+        self.state = self._membership.state
+        self.last_step = None
+
+    def _parameters(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _options(self) -> list[dict[str, Any]]:
+        """Return each group's options as plain values that travel."""
+        fixed = {key: self.defaults[key] for key in self.of_constructor}
+        return [plain_options({**group, **fixed}, self.defaults) for group in self.param_groups]
+
+    def _member(self) -> Membership:
+        """Return the membership, or refuse what this optimizer cannot do: go on after `close`, or in a copy."""
+        membership: Membership | None = getattr(self, "_membership", None)
+        if membership is None:
+            raise refused("This optimizer is in no session.", "Make a new one and load a state_dict.")
+        membership.check(self._parameters())
+        return membership
+
+    def _settle(self, member: Membership) -> None:
+        """Bring to the session what was put in the place of its state."""
+        member.settle(self.state)
+        self.state = member.state

@@ -1,0 +1,89 @@
+"""`farstep.optim.LBFGS`: torch's signature, and the options of a session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from farstep.messages import Evaluation
+from farstep.optim.base import RemoteOptimizer
+from farstep.optim.options import check_parameters
+from farstep.settings import RemoteOptions
+
+
+class LBFGS(RemoteOptimizer):
+    """L-BFGS, steps along the gradient times an inverse Hessian that is built from the last steps.
+
+    The arguments are those of `torch.optim.LBFGS`, which checks them; the rest are `farstep.RemoteOptions`. A step is
+    several exchanges, one for each evaluation of the closure; `version` counts them. All parameters are of one dtype.
+    """
+
+    twin = torch.optim.LBFGS
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1,
+        max_iter: int = 20,
+        max_eval: int | None = None,
+        tolerance_grad: float = 1e-7,
+        tolerance_change: float = 1e-9,
+        history_size: int = 100,
+        line_search_fn: str | None = None,
+        **remote: Unpack[RemoteOptions],
+    ) -> None:
+        options = {
+            "lr": lr,
+            "max_iter": max_iter,
+            "max_eval": max_eval,
+            "tolerance_grad": tolerance_grad,
+            "tolerance_change": tolerance_change,
+            "history_size": history_size,
+            "line_search_fn": line_search_fn,
+        }
+        super().__init__(params, options, remote)
+
+    def _check_groups(self) -> None:
+        super()._check_groups()
+        check_parameters(self.twin, self.param_groups, self.defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]  # as torch's: the closure is needed
+        """Perform one optimization step: evaluate the closure as often as the session asks, and update the parameters.
+
+        An error in the closure ends the step: the parameters stay where the closure was to evaluate them, and the next
+        step begins there.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Raises:
+            RuntimeError: torch's own, for another line search than its one.
+            FarstepError: what the session refused, or `Unavailable` when no answer came within `timeout_s`. The
+                parameters are then as they were before that evaluation.
+        """
+        member = self._member()
+        evaluate = torch.enable_grad()(closure)
+        first = evaluate()
+        if self.param_groups[0]["line_search_fn"] not in (None, "strong_wolfe"):
+            raise RuntimeError("only 'strong_wolfe' is supported")
+        self._settle(member)
+        report = member.evaluate(self._options(), Evaluation(float(first)))
+        while report.again:
+            report = member.evaluate(self._options(), Evaluation(float(evaluate()), continues=True))
+        self.last_step = report
+        return first
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add the constructor's group; there is only one.
+
+        Raises:
+            ValueError: torch's own, for another one; torch itself takes it and refuses the next step.
+        """
+        if getattr(self, "_membership", None) is not None:
+            raise ValueError("LBFGS doesn't support per-parameter options (parameter groups)")
+        super().add_param_group(param_group)

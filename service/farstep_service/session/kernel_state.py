@@ -1,0 +1,195 @@
+"""Parameters and state of an optimizer whose step is one push: the store applies the rule, a kernel runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+import torch
+
+from farstep.errors import InvalidRequest, TensorMismatch
+from farstep.fields import EVERYWHERE
+from farstep.hyper import Hyper
+from farstep.messages import Evaluation
+from farstep.presence import PRESENT, mask_of
+from farstep_service.contents import PARAM, Contents
+from farstep_service.gradients import on_device
+from farstep_service.plan import Plan
+from farstep_service.rule import AnyRule, KernelSource
+from farstep_service.session.state import SessionState
+from farstep_service.store import Applied, Buffers, Gradients, Held, Store
+
+
+@final
+class KernelState(SessionState):
+    """Hold one session's tensors and options.
+
+    Args:
+        plan: what the session is.
+        rule: its update rule.
+        kernels: runs the update rule.
+        device: where parameters and state live.
+    """
+
+    def __init__(self, plan: Plan, rule: AnyRule, *, kernels: KernelSource, device: torch.device) -> None:
+        super().__init__(plan, device=device)
+        self._rule = rule
+        self._kernels = kernels
+        self._store: Store | None = None
+
+    @property
+    def initialised(self) -> bool:
+        """Say whether the first parameters have arrived."""
+        return self._store is not None
+
+    @property
+    def version(self) -> int:
+        """Return the number of the last complete version."""
+        return self._store.version if self._store else 0
+
+    @property
+    def pending(self) -> bool:
+        """Say whether a step failed midway and has to be finished."""
+        return self._store is not None and self._store.pending
+
+    @property
+    def crowded(self) -> bool:
+        """Say whether the next step would need more than twice the memory of the parameters."""
+        return self._store is not None and self._store.crowded
+
+    @property
+    def store(self) -> Store:
+        """Return the store.
+
+        Raises:
+            NotInitialised: the first parameters have not arrived.
+        """
+        self.check_initialised()
+        assert self._store is not None
+        return self._store
+
+    # -- beginning --------------------------------------------------------------------------------------------------
+
+    def adopt(self, parameters: Buffers, state: Contents | None = None, version: int = 0) -> None:
+        """Begin with these parameters, in their own memory, and with what state there is."""
+        store = self._new_store(parameters, version)
+        if state is not None:
+            store.write(state.indices, self._values(state), has=state.has(), bump=False)
+        self._store = store
+
+    def begin(self, contents: Contents, version: int) -> None:
+        """Begin with contents that arrived; their memory belongs to the session from now on.
+
+        Raises:
+            TensorMismatch: a state that no session can have; there is still nothing then.
+        """
+        store = self._new_store(on_device(contents.elements.pop(PARAM), self.device), version)
+        has = contents.has()
+        if values := self._values(contents):
+            store.write(contents.indices, values, has=has, bump=False)
+        self._store = store
+
+    def _new_store(self, parameters: Buffers, version: int) -> Store:
+        return Store(
+            self.plan.layout,
+            self._rule,
+            self.groups,
+            kernels=self._kernels,
+            device=self.device,
+            parameters=parameters,
+            version=version,
+        )
+
+    # -- steps and writes -------------------------------------------------------------------------------------------
+
+    def check_evaluation(self, evaluation: Evaluation | None) -> None:
+        if evaluation is not None:
+            raise InvalidRequest(
+                f"{self.plan.rule.name} does not ask for a loss.", remedy="Send gradients only.", field="loss"
+            )
+
+    def check_base(self, base: int, evaluation: Evaluation | None) -> None:
+        if base > self.version:
+            raise TensorMismatch(
+                f"The gradient claims version {base}, but the session is at {self.version}.",
+                field="base",
+                limit=self.version,
+            )
+
+    def step(self, gradients: Gradients, changed: Mapping[int, Hyper], evaluation: Evaluation | None) -> Applied:
+        """Take one step with changed groups, which stay in force if it is taken; for errors see `Store.apply`."""
+        before, self.groups = self.groups, self._with(changed)
+        try:
+            return self.store.apply(self.groups, gradients)
+        except BaseException:
+            if not self.pending:
+                self.groups = before
+            raise
+
+    def finish(self) -> Applied | None:
+        """Complete a step that failed midway; see `Store.finish`."""
+        return self.store.finish()
+
+    def write(self, contents: Contents) -> None:
+        """Replace contents, as one new version."""
+        has = contents.has()
+        self.store.write(contents.indices, self._values(contents), has=has)
+
+    # -- reads and room for what arrives ----------------------------------------------------------------------------
+
+    def hold(self) -> Held:
+        """Hold the current version, which nobody changes until it is released."""
+        return self.store.hold()
+
+    def copy(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> Contents:
+        """Copy fields of the current version, of some segments or of all, but for those that none of them has.
+
+        Raises:
+            InvalidOption: a field the optimizer does not have.
+            NotInitialised: the first parameters have not arrived.
+        """
+        store, rule = self.store, self.plan.rule
+        chosen = range(len(self.plan.layout.segments)) if indices is None else indices
+        every = store.all_counts()
+        counts = every if indices is None else [every[index] for index in indices]
+        used = {name for own in {id(each): each for each in counts if each}.values() for name in own.fields}
+        kinds = rule.kinds
+        fields = [name for name in fields if kinds.get(name, "element") in EVERYWHERE or name in used]
+        contents = Contents(self.plan.layout, rule, fields, chosen)
+        contents.allocate()
+        for name, buffers in contents.elements.items():
+            buffers.copy_(store.buffers(name), indices)
+        names = tuple(kinds)
+        for name, numbers in contents.numbers.items():
+            if name == PRESENT:
+                own = [mask_of((*rule.segment_fields, *each.fields), names) if each else 0 for each in counts]
+                numbers.copy_(torch.tensor(own, dtype=torch.float64))
+            else:
+                numbers.copy_(torch.tensor([each or 0.0 for each in store.numbers(name, chosen)], dtype=torch.float64))
+        return contents
+
+    def nbytes(self) -> dict[str, int]:
+        """Return the memory taken, in bytes by kind."""
+        if self._store is None:
+            return {"parameters": 0, "versions": 0, "state": 0}
+        own = self._store.nbytes
+        return {"parameters": own.parameters, "versions": own.versions, "state": own.state}
+
+    def _values(self, contents: Contents) -> dict[str, Buffers | Sequence[float | None]]:
+        """Return contents as the store takes them.
+
+        Without `present` among them, a segment at step 0 has no state, unless the rule is eager.
+        """
+        values: dict[str, Buffers | Sequence[float | None]] = {
+            name: on_device(buffers, self.device) for name, buffers in contents.elements.items()
+        }
+        told = PRESENT in contents.numbers or self.plan.rule.eager
+        steps = contents.numbers["step"].tolist() if "step" in contents.numbers and not told else None
+        for name, numbers in contents.numbers.items():
+            if name == PRESENT:
+                continue
+            listed: list[float | None] = list(numbers.tolist())
+            if steps is not None:
+                listed = [value if step else None for value, step in zip(listed, steps, strict=True)]
+            values[name] = listed
+        return values
