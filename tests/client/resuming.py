@@ -56,6 +56,7 @@ ROWS: Parameters = (
     ((7, 2, 2), torch.float32),
     ((6,), torch.bfloat16),
 )
+ALIKE: Parameters = tuple((shape, torch.float32) for shape, _ in EXACT)
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class Case:
             with `mu_product`, so that with 16-bit parameters not even torch resumes exactly from a state_dict.
         parameters: the parameters it takes.
         sparse: whether it takes sparse gradients only.
+        groups: how many param groups it has.
     """
 
     options: dict[str, Any]
@@ -80,6 +82,7 @@ class Case:
     rounds: bool = False
     parameters: Parameters = EVERY
     sparse: bool = False
+    groups: int = 2
 
     def exact(self) -> Parameters:
         """Return those of the parameters that torch and the reference kernels update alike, bit by bit."""
@@ -107,6 +110,12 @@ CASES: dict[str, Case] = {
         {"lr": 0.1, "momentum": 0.5, "weight_decay": 0.02, "ns_steps": 3}, {"nesterov": False}, parameters=MATRICES
     ),
     "SparseAdam": Case({"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3}, {"maximize": True}, parameters=ROWS, sparse=True),
+    "LBFGS": Case(
+        {"lr": 0.3, "max_iter": 3, "history_size": 4, "tolerance_change": 0.0},
+        {"line_search_fn": "strong_wolfe"},
+        parameters=ALIKE,
+        groups=1,
+    ),
 }
 """One row for each class of `farstep.optim`; `test_resume.py` says so."""
 STATELESS = "SGD"
@@ -117,9 +126,9 @@ CASES_AND_PLAIN: dict[str, Case] = {
 }
 
 
-def two_groups(ps: list[Tensor]) -> list[Group]:
-    """Put the parameters into two groups, of which the second has a learning rate of its own."""
-    return [{"params": ps[:3]}, {"params": ps[3:], "lr": 0.05}]
+def grouped(ps: list[Tensor], groups: int) -> list[Group]:
+    """Put the parameters into one group, or into two of which the second has a learning rate of its own."""
+    return [{"params": ps}] if groups == 1 else [{"params": ps[:3]}, {"params": ps[3:], "lr": 0.05}]
 
 
 class Training:
@@ -138,7 +147,7 @@ class Training:
         self.case = CASES_AND_PLAIN[name]
         self.parameters = parameters(start)
         self._switched = self.case.switched if switches else {}
-        groups, kind = two_groups(self.parameters), name.split(" ")[0]
+        groups, kind = grouped(self.parameters, self.case.groups), name.split(" ")[0]
         options = plain(kind, self.case.options)
         self.optimizer: Any = (
             theirs(kind)(groups, **options) if place is None else ours(kind)(groups, **options, **place)
@@ -165,7 +174,7 @@ class Training:
                 if not (index == LATE and step < CUT) and not (index == EVEN and step % 2):
                     gradient = numbers + 0.1 * p.detach()
                     p.grad = some_rows(gradient, step) if self.case.sparse else gradient
-                    loss += (numbers.conj() * p.detach()).real.sum().float()
+                    loss += (p.detach() * (numbers + 0.05 * p.detach()).conj()).real.sum().float()
             return loss
 
         return closure
