@@ -200,6 +200,21 @@ def test_a_name_cannot_be_taken_for_another() -> None:
     assert written(restored(written(session))) == written(session)
 
 
+def test_many_small_parameters_are_sent_in_few_pieces() -> None:
+    """Thousands of parameters, with and without elements, take a few pieces, and large ones none that is copied."""
+    shapes = [(0,)] * 1500 + [(1,)] * 1500 + [(100_000,)]
+    specs = [SegmentSpec(str(index), shape, "float32") for index, shape in enumerate(shapes)]
+    plan = Plan.build(
+        name="s", optimizer="SGD", groups=[{}], segments=specs, consistency={"mode": "async"},
+        nonfinite="refuse", kernel="reference",
+    )  # fmt: skip
+    session = Session(plan, incarnation="here", kernels=Kernels("reference"), device="cpu")
+    begun(session)
+    pieces = file_of(session.snapshot()[0])
+    assert [type(each) for each in pieces] == [bytes, memoryview, bytes, bytes, bytes, memoryview]
+    assert written(restored(written(session))) == written(session)
+
+
 # -- what is going on meanwhile
 
 

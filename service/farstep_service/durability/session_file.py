@@ -14,6 +14,8 @@ memory it is meant for. Nothing is joined.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
 from typing import Any
 
 from farstep.consistency import to_options
@@ -23,6 +25,10 @@ from farstep.wire.tensor_file import Head, in_file_order, refused, write_head
 from farstep_service.contents import Contents
 from farstep_service.durability.snapshot import Snapshot
 
+SMALL_BYTES = 16 * 1024
+JOINED_AT_MOST = 1024
+"""Pieces that are sent as one."""
+
 
 def file_of(snapshot: Snapshot) -> list[bytes | memoryview]:
     """Return a session file in pieces: its head, and the memory of each tensor in the order of the file."""
@@ -30,7 +36,17 @@ def file_of(snapshot: Snapshot) -> list[bytes | memoryview]:
     memory = dict(zip((each.name for each in entries), snapshot.contents.memory_of_entries(), strict=True))
     ordered = in_file_order(entries)
     metadata = {FORMAT: FORMAT_VERSION, DESCRIPTION: json.dumps(_description(snapshot), ensure_ascii=False)}
-    return [write_head(ordered, metadata), *(memory[each.name] for each in ordered)]
+    return [write_head(ordered, metadata), *_small_ones_joined([memory[each.name] for each in ordered])]
+
+
+def _small_ones_joined(pieces: Sequence[memoryview]) -> Iterator[bytes | memoryview]:
+    """Go through pieces, neighbours that are small as one: sending each by itself takes longer than copying them."""
+    for small, group in groupby(pieces, lambda piece: len(piece) < SMALL_BYTES):
+        if not small:
+            yield from group
+            continue
+        while batch := list(islice(group, JOINED_AT_MOST)):
+            yield b"".join(batch)
 
 
 def _description(snapshot: Snapshot) -> dict[str, Any]:
