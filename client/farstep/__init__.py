@@ -19,11 +19,28 @@ if TYPE_CHECKING:
     from farstep.link import StepReport
     from farstep.optim.moving import remote
     from farstep.settings import RemoteOptions
+    from farstep.transfer import export_session, import_session
 
-__all__ = ["Async", "FarstepError", "RemoteOptions", "StepReport", "Sync", "optim", "remote"]
+__all__ = [
+    "Async",
+    "FarstepError",
+    "RemoteOptions",
+    "StepReport",
+    "Sync",
+    "export_session",
+    "import_session",
+    "optim",
+    "remote",
+]
 __version__ = _version("farstep")
 
-_LAZY = {"StepReport": "farstep.link", "RemoteOptions": "farstep.settings", "remote": "farstep.optim.moving"}
+_LAZY = {
+    "RemoteOptions": "farstep.settings",
+    "StepReport": "farstep.link",
+    "export_session": "farstep.transfer",
+    "import_session": "farstep.transfer",
+    "remote": "farstep.optim.moving",
+}
 
 
 def __getattr__(name: str) -> Any:

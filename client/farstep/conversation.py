@@ -18,6 +18,8 @@ from farstep.transport import DEADLINE_S, NAMED, Pieces, SocketTransport, body_o
 from farstep.wire import Decoder, encode
 
 MSGPACK = "application/msgpack"
+FILE = "application/octet-stream"
+CHUNK_BYTES = 1 << 20
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
 FROM_PROXIES = frozenset({502, 503, 504})
@@ -136,6 +138,58 @@ class Conversation:
                 decoder.buffer_updated(count)
             decoder.close()
             return Received(decoder.header, decoder.payload_bytes, time.perf_counter() - began)
+        finally:
+            response.close()
+
+    def download(self, path: str, take: Callable[[memoryview], object], *, wait_s: float = 0.0) -> int:
+        """Ask for a file and hand its bytes on as they come; return how many there were.
+
+        Args:
+            path: the route.
+            take: called with memory that is used again for what follows.
+            wait_s: seconds the server may be silent beyond the usual, because it prepares the file.
+
+        Raises:
+            FarstepError: the problem the server answered with.
+            httpx.TransportError: no complete answer came.
+        """
+        request = self._request("GET", path, None, (), wait_s)
+        response = self._transport.handle_request(request)
+        response.request = request
+        try:
+            if not response.is_success:
+                response.read()
+                raise problem_of(response)
+            body, buffer, received = body_of(response), memoryview(bytearray(CHUNK_BYTES)), 0
+            while count := body.readinto(buffer):
+                take(buffer[:count])
+                received += count
+            if response.headers.get("content-length", str(received)) != str(received):
+                raise httpx.RemoteProtocolError("the answer was cut off", request=request)
+            return received
+        finally:
+            response.close()
+
+    def upload(self, path: str, body: httpx.SyncByteStream, nbytes: int, *, wait_s: float = 0.0) -> dict[str, Any]:
+        """Send a file of `nbytes` and return the JSON answer.
+
+        Raises:
+            FarstepError: the problem the server answered with, or an answer that is not of the protocol.
+            httpx.TransportError: no complete answer came.
+        """
+        request = self._request("PUT", path, None, (), wait_s)
+        request.headers["content-type"] = FILE
+        request.headers["content-length"] = str(nbytes)
+        request.stream = body
+        response = self._transport.handle_request(request)
+        response.request = request
+        try:
+            response.read()
+            if not response.is_success:
+                raise problem_of(response)
+            return cast("dict[str, Any]", response.json())
+        except ValueError as exc:
+            raise _foreign(response) from exc
         finally:
             response.close()
 

@@ -9,9 +9,11 @@
     ├── Unauthorized              401  no token, or a wrong one
     ├── InvalidOption             422  an option's value, or an option nobody knows (also a ValueError)
     ├── TensorMismatch            422  a tensor that does not fit the session or its optimizer (also a RuntimeError)
+    ├── InvalidFile               422  a session file that is damaged, foreign, or of a newer release
     ├── NonFinite                 422  a gradient holds NaN or Inf
     ├── Conflict                  409
     │   ├── OptionsDiffer         409  a session of that name has other options or parameters
+    │   ├── SessionExists         409  a session of that name is there, and would have to be another one
     │   ├── NotInitialised        409  the session's first parameters have not arrived
     │   ├── SequenceGap           409  a push before this one is missing
     │   ├── Fenced                409  the worker's name was taken, or the session has grown
@@ -149,6 +151,13 @@ class TensorMismatch(FarstepError, RuntimeError):
     status = 422
 
 
+class InvalidFile(FarstepError):
+    """The session file is damaged, foreign, or of a newer release."""
+
+    code = "invalid_file"
+    status = 422
+
+
 class NonFinite(FarstepError):
     """A gradient holds NaN or Inf."""
 
@@ -167,6 +176,12 @@ class OptionsDiffer(Conflict):
     """A session of that name exists with other options or parameters."""
 
     code = "options_differ"
+
+
+class SessionExists(Conflict):
+    """A session of that name is there already."""
+
+    code = "session_exists"
 
 
 class NotInitialised(Conflict):

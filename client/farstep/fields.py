@@ -11,7 +11,7 @@
     free        a number, or a tensor of a shape of its own; the first parameter's only
 
 A parameter without elements has neither rows nor columns: state is never larger than its parameter. Both sides
-compute shapes by `shape_of`; only the shapes of free fields travel.
+compute shapes by `shape_of`; the only shapes of state fields that travel are those of free ones.
 """
 
 from __future__ import annotations

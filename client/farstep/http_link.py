@@ -336,7 +336,8 @@ class HttpLink(Link):
         return SessionLost(
             f"Session {self._spec.name!r}, of which worker {self._place.worker!r} held version {self._version}, {what} "
             f"{self._server.server}: the server restarted, or somebody removed it.",
-            remedy="Its optimizer state is lost: load your last checkpoint and call rejoin(state_dict).",
+            remedy="Its optimizer state is lost, unless it was imported from a file: then call rejoin(), "
+            "else load your last checkpoint and call rejoin(state_dict).",
             side="client",
         )
 

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from farstep_service.auth import Tokens
 from farstep_service.registry import Registry
-from farstep_service.routes import Edge, control_router, data_routes, error_of
+from farstep_service.routes import Edge, control_router, data_routes, error_of, session_file_routes
 from farstep_service.routes.problems import PROBLEM, problem_of
 from farstep_service.settings import Settings
 
@@ -26,7 +26,8 @@ DESCRIPTION = """An optimizer as a service.
 
 The control routes below speak JSON. Gradients, parameters and optimizer state move as msgpack streams on
 `POST /v1/sessions/{name}/push`, `GET|PUT /v1/sessions/{name}/contents` and `POST /v1/sessions/{name}/groups`,
-described in `farstep/wire/PROTOCOL.md`.
+described in `farstep/wire/PROTOCOL.md`; `GET|PUT /v1/sessions/{name}/file` moves a whole session as a safetensors file,
+described in `docs/sessions.md`.
 Every error is an `application/problem+json` document with a stable `code`."""
 
 
@@ -46,7 +47,7 @@ def create_app(settings: Settings) -> ASGIApp:
         title="farstep", version=version("farstep"), description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False
     )
     app.include_router(control_router(registry, settings))
-    data = data_routes(registry, settings)
+    data = [*data_routes(registry, settings), *session_file_routes(registry, settings)]
     app.router.routes.extend(data)
 
     async def problem(_: Request, exc: Exception) -> Response:

@@ -8,7 +8,7 @@ read it. A free field is one tensor of a shape that travels with it, or one floa
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,9 +16,11 @@ from torch import Tensor
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep.fields import Shapes, shape_of
 from farstep.presence import PRESENT, names_of
+from farstep.wire.dtypes import DTYPES, NUMBER
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from farstep.wire.tensor_file import Entry
 from farstep_service.gradients import memory_of
-from farstep_service.layout import Layout
+from farstep_service.layout import Layout, Segment
 from farstep_service.rule import AnyMethod, Fields
 from farstep_service.store import FlatBuffers
 
@@ -115,6 +117,45 @@ class Contents:
             else:
                 views += memory_of(self.elements[name], self._layout_of(name), self.indices)
         return views
+
+    def entries(self) -> list[Entry]:
+        """Describe the tensors of a session file: `step` for numbers, `exp_avg/weight` for each segment otherwise.
+
+        A segment that never has a field has no tensor for it, and a free field is one tensor for all.
+        """
+        found: list[Entry] = []
+        for name in self.fields:
+            if name in self._numbers:
+                found.append(Entry(name, NUMBER.name, (len(self.indices),)))
+            if name in self.shapes:
+                (buffer,), shape = self._layout.sizes, self.shapes[name]
+                found.append(Entry(name, NUMBER.name if shape is None else buffer, shape or ()))
+            for _, segment in self._possible(name):
+                dtype = DTYPES[segment.dtype]
+                pair = (dtype.parts,) if segment.is_complex else ()
+                found.append(Entry(f"{name}/{segment.name}", dtype.real, (*segment.shape, *pair)))
+        return found
+
+    def memory_of_entries(self) -> list[memoryview]:
+        """Return the bytes of each of `entries()`."""
+        views: list[memoryview] = []
+        for name in self.fields:
+            if name in self._numbers:
+                views.append(tensor_memory(self.numbers[name]))
+            if name in self.shapes:
+                views.append(tensor_memory(self.free[name]))
+            for index, segment in self._possible(name):
+                views.append(tensor_memory(self.elements[name].stretch(index, segment.length)))
+        return views
+
+    def _possible(self, name: str) -> Iterator[tuple[int, Segment]]:
+        """Go through the segments that can have a field, as they are in the layout of that field."""
+        if name in self._numbers or name in self.shapes:
+            return
+        kind, layout = self._kinds.get(name, "element"), self._layout_of(name)
+        for index in self.indices:
+            if shape_of(kind, self._layout.segments[index].shape) is not None:
+                yield index, layout.segments[index]
 
     def has(self) -> list[Fields | None] | None:
         """Return which fields each segment has by its `present`, None for one without state; None if it is not here.

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 
-from farstep.errors import Busy, LimitExceeded, OptionsDiffer, UnknownSession
+from farstep.errors import Busy, LimitExceeded, OptionsDiffer, SessionExists, UnknownSession
+from farstep_service.durability import Snapshot
 from farstep_service.hosts import Host, LocalHost
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
@@ -77,12 +78,49 @@ class Registry:
                     )
                 return host, False
             self._check_room(plan)
-            kernels = self._kernels.get(plan.kernel)
-            if kernels is None:
-                kernels = self._kernels[plan.kernel] = Kernels(plan.kernel)
-            session = Session(plan, incarnation=secrets.token_hex(16), kernels=kernels, device=self._settings.device)
-            host = self._hosts[plan.name] = LocalHost(session, self._executor, room=self._check_growth)
+            host = self._hosts[plan.name] = self._new_host(self._new_session(plan))
             return host, True
+
+    def check_free(self, plan: Plan) -> None:
+        """Refuse a session that could not be added to the others.
+
+        Raises:
+            SessionExists: its name is taken.
+            LimitExceeded, Busy: it is too large, or the server has no room for it.
+        """
+        if plan.name in self._hosts:
+            raise SessionExists(
+                f"There is a session {plan.name!r} here.",
+                remedy="Give the new one another name, or remove the one that is here.",
+                field="name",
+            )
+        self._check_room(plan)
+
+    async def restore(self, snapshot: Snapshot) -> Host:
+        """Add a session that begins with a snapshot; it can be joined when it is complete, and not before.
+
+        Raises:
+            SessionExists, LimitExceeded, Busy: see `check_free`.
+            TensorMismatch: a state that no session can have.
+        """
+        plan = snapshot.plan
+        self.check_free(plan)
+        session = self._new_session(plan)
+        # Not inline: it may wait for a kernel to be built.
+        await asyncio.get_running_loop().run_in_executor(self._executor, session.restore, snapshot)
+        async with self._turn:
+            self.check_free(plan)  # another one may have come first
+            host = self._hosts[plan.name] = self._new_host(session)
+            return host
+
+    def _new_host(self, session: Session) -> LocalHost:
+        return LocalHost(session, self._executor, room=self._check_growth)
+
+    def _new_session(self, plan: Plan) -> Session:
+        kernels = self._kernels.get(plan.kernel)
+        if kernels is None:
+            kernels = self._kernels[plan.kernel] = Kernels(plan.kernel)
+        return Session(plan, incarnation=secrets.token_hex(16), kernels=kernels, device=self._settings.device)
 
     def _check_room(self, plan: Plan) -> None:
         """Refuse a session that is too large, or that there is no room for."""

@@ -148,6 +148,7 @@ def test_every_route_is_known_to_these_tests(app: Edge) -> None:
         "/v1/sessions/s",
         "/v1/sessions/s/push",
         "/v1/sessions/s/contents",
+        "/v1/sessions/s/file",
         "/v1/sessions/s/groups",
         "/v1/sessions/s/workers/w0",
     }

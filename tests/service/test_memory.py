@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import farstep
+from farstep.conversation import FILE
 from farstep.wire import encode
 from tests.service.answers import MSGPACK, half_sent, opened, read_answer, read_head
 from tests.service.raw import RawClient, RawWorker, payload_of
@@ -183,6 +185,30 @@ def test_state_on_its_way_is_given_back(server: RunningServer, process: Process,
     worker.last += 1
     for _ in range(10):
         assert step(server, worker, "none") == 200
+    assert process.settle(2 * SIZE + SLACK) <= 2 * SIZE + SLACK
+
+
+def test_a_file_takes_one_copy_on_its_way(
+    server: RunningServer, process: Process, worker: RawWorker, tmp_path: Path
+) -> None:
+    """An export costs a copy of the session while it is sent, an import what has arrived; nothing is joined."""
+    path, file = f"{worker.path}/file", tmp_path / "large.safetensors"
+    with opened(server.url, buffer_bytes=1 << 14) as sock:
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        assert sock.recv(1000)
+        assert worker.raw.request("GET", "/healthz").status == 200
+        assert process.taken <= 4 * SIZE + SLACK
+    assert process.settle(2 * SIZE + SLACK) <= 2 * SIZE + SLACK
+    farstep.export_session("large", file, server=server.url)
+    assert abs(file.stat().st_size - 2 * SIZE) < MIB
+    whole = memoryview(file.read_bytes())
+    headers = {"Content-Type": FILE, "Content-Length": str(len(whole))}
+    with half_sent(server.url, "PUT", "/v1/sessions/second/file", headers, [whole[: len(whole) // 2]]):
+        assert process.settle(3 * SIZE + SLACK) <= 3 * SIZE + SLACK
+    assert process.settle(2 * SIZE + SLACK) <= 2 * SIZE + SLACK
+    farstep.import_session(file, name="second", server=server.url)
+    assert process.settle(4 * SIZE + SLACK) <= 4 * SIZE + SLACK
+    assert worker.raw.request("DELETE", "/v1/sessions/second").status == 204
     assert process.settle(2 * SIZE + SLACK) <= 2 * SIZE + SLACK
 
 

@@ -1,8 +1,10 @@
-"""`farstep sessions`: list, show, remove."""
+"""`farstep sessions`: list, show, remove; export into a file and import from one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,7 +13,7 @@ from farstep.errors import InvalidOption
 from farstep_service.cli.output import JsonOutput, print_facts, print_json, print_table, reporting, size
 from farstep_service.cli.remote import Server, Token, conversation, document_of, documents_of
 
-sessions = typer.Typer(help="List, show and remove the sessions of a server.", no_args_is_help=True)
+sessions = typer.Typer(help="List, show, remove, export and import the sessions of a server.", no_args_is_help=True)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's name.")]
 
@@ -83,6 +85,47 @@ def remove_session(
         print_json({"removed": name})
     else:
         typer.echo(f"Removed session {name}.")
+
+
+@sessions.command("export")
+def export_session(
+    name: Name,
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; readable by you alone.")],
+    server: Server,
+    token: Token = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Take the place of a file that is there.")] = False,
+    json_output: JsonOutput = False,
+) -> None:
+    """Write one version of a session, all of it, into a safetensors file. Workers may go on."""
+    from farstep.transfer import save
+
+    with reporting(json_output), conversation(server, token) as speaking:
+        found = save(speaking, name, file, force=force)
+    if json_output:
+        print_json({**asdict(found), "file": str(file)})
+    else:
+        typer.echo(f"Exported session {name} at version {found.version} to {file} ({size(found.nbytes)}).")
+
+
+@sessions.command("import")
+def import_session(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `export` wrote.")],
+    server: Server,
+    token: Token = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call it instead.")] = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Create a session from a file that was exported."""
+    from farstep.session_file import look_at
+    from farstep.transfer import load
+
+    with reporting(json_output), conversation(server, token) as speaking:
+        found = look_at(file)
+        created = load(speaking, found, name)
+    if json_output:
+        print_json({**asdict(found), "file": str(file), "name": created})
+    else:
+        typer.echo(f"Imported {found.optimizer} session {created} at version {found.version}.")
 
 
 def print_sessions(found: Sequence[dict[str, Any]]) -> None:

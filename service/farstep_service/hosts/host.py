@@ -13,6 +13,7 @@ from typing import Any
 from farstep.fields import Shapes
 from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, Receipt, Times, WriteName
+from farstep_service.durability import Snapshot
 from farstep_service.plan import Plan
 
 
@@ -177,6 +178,10 @@ class Host(ABC):
     @abstractmethod
     async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
         """Copy fields of the current version, of some segments or of all."""
+
+    @abstractmethod
+    async def snapshot(self) -> Snapshot:
+        """Copy all of the current version, with the options in force at it."""
 
     @abstractmethod
     async def close(self) -> None:

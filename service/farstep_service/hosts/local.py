@@ -19,6 +19,7 @@ from farstep.errors import FarstepError, OptionsDiffer, SessionLost, StepInterru
 from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import to_ranges
+from farstep_service.durability import Snapshot
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
 from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, PushIntake
 from farstep_service.plan import Plan
@@ -230,6 +231,15 @@ class LocalHost(Host):
             self._resolve(outcomes)
             count = len(self.plan.layout.segments)
             return CopiedView(contents, self._session.version, count, None if indices is None else to_ranges(indices))
+
+    async def snapshot(self) -> Snapshot:
+        async with self._turn:
+            self._check_open()
+            snapshot, outcomes = await self._run(
+                self._session.snapshot, lambda unasked: self._resolve(unasked[1]), inline=self._small
+            )
+            self._resolve(outcomes)
+            return snapshot
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

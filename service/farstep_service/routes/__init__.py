@@ -3,5 +3,6 @@
 from farstep_service.routes.control import control_router
 from farstep_service.routes.data import data_routes
 from farstep_service.routes.problems import Edge, error_of
+from farstep_service.routes.session_files import session_file_routes
 
-__all__ = ["Edge", "control_router", "data_routes", "error_of"]
+__all__ = ["Edge", "control_router", "data_routes", "error_of", "session_file_routes"]

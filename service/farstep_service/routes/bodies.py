@@ -7,7 +7,7 @@ session's layout, and a claim (`Content-Length`) that does not fit is refused be
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,9 +47,23 @@ async def read_body(scope: Scope, receive: Receive, place: Place, *, largest: in
         ClientDisconnect: the connection is gone.
         FarstepError: what `place` raises about the header.
     """
-    size = _declared(scope, largest)
+    size = declared(scope, MSGPACK, largest)
     decoder = Decoder(lambda header: place(header, size))
     digest = xxhash.xxh3_128()
+    async for chunk in chunks(receive, size, idle_s):
+        digest.update(chunk)
+        decoder.feed(chunk)
+    decoder.close()
+    return Body(decoder.header, digest.hexdigest())
+
+
+async def chunks(receive: Receive, size: int, idle_s: float) -> AsyncIterator[bytes]:
+    """Receive a body of `size` bytes piece by piece.
+
+    Raises:
+        Truncated: no byte came for `idle_s`.
+        ClientDisconnect: the connection is gone.
+    """
     received = 0
     more = True
     while more:
@@ -65,17 +79,23 @@ async def read_body(scope: Scope, receive: Receive, place: Place, *, largest: in
         chunk = message.get("body", b"")
         more = message.get("more_body", False)
         received += len(chunk)
-        digest.update(chunk)
-        decoder.feed(chunk)
-    decoder.close()
-    return Body(decoder.header, digest.hexdigest())
+        yield chunk
 
 
-def _declared(scope: Scope, largest: int) -> int:
+def declared(scope: Scope, wanted: bytes, largest: int) -> int:
+    """Return the length of a body that has a content type, uncompressed.
+
+    Raises:
+        UnsupportedMedia: another content type, or an encoding.
+        InvalidRequest: it does not say how long it is.
+        LimitExceeded: it is longer than `largest`.
+    """
     headers: Mapping[bytes, bytes] = dict(scope["headers"])
     kind = headers.get(b"content-type", b"")
-    if kind != MSGPACK:
-        raise UnsupportedMedia(f"Content-Type is {kind.decode('latin-1')!r:.80}; this route takes application/msgpack.")
+    if kind != wanted:
+        raise UnsupportedMedia(
+            f"Content-Type is {kind.decode('latin-1')!r:.80}; this route takes {wanted.decode()}.",
+        )
     if headers.get(b"content-encoding", b"identity") != b"identity":
         raise UnsupportedMedia("Content-Encoding is not supported; send the body as it is.", field="content-encoding")
     declared = headers.get(b"content-length", b"")
@@ -92,10 +112,21 @@ async def answer_message(
     send: Send, header: Mapping[str, Any], payload: Sequence[memoryview], *, status: int = 200
 ) -> None:
     """Answer with a message; when this returns, no byte of `payload` is needed any more."""
-    pieces = encode(header, payload)
+    await answer_pieces(send, MSGPACK, encode(header, payload), status=status)
+
+
+async def answer_pieces(
+    send: Send,
+    kind: bytes,
+    pieces: list[bytes | memoryview],
+    *,
+    status: int = 200,
+    headers: Sequence[tuple[bytes, bytes]] = (),
+) -> None:
+    """Answer with a body in pieces; when this returns, none of their memory is needed any more."""
     size = sum(memoryview(piece).nbytes for piece in pieces)
-    headers = [(b"content-type", MSGPACK), (b"content-length", str(size).encode())]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
+    told = [(b"content-type", kind), (b"content-length", str(size).encode()), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": told})
     if size <= TAIL_BYTES:
         await send({"type": "http.response.body", "body": b"".join(pieces)})
         return

@@ -11,10 +11,17 @@ from typing import Annotated, Any, Literal
 
 from fastapi import HTTPException, Path, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
 from starlette.types import Message
 
-from farstep.errors import LimitExceeded
+from farstep.errors import InvalidFile, LimitExceeded
+from farstep.fields import EVERYWHERE
+from farstep.messages import FURTHEST_BEGINNING, shapes_from_header
+from farstep.presence import PRESENT
+from farstep.session_file import description_in
+from farstep.wire.tensor_file import Head, refused
+from farstep_service.contents import PARAM, Contents
+from farstep_service.durability import Snapshot
 from farstep_service.layout import MAX_SEGMENTS, SegmentSpec
 from farstep_service.plan import MAX_GROUPS, Plan
 from farstep_service.routes.problems import MAX_DOCUMENT_BYTES, too_large
@@ -52,17 +59,31 @@ class SegmentDocument(Document):
     group: int = 0
 
 
-class SessionDocument(Whole):
-    """A session to create or join, and the worker that joins it."""
+class PlanDocument(Whole):
+    """Base of the documents that say what a session is."""
 
     name: Name
-    worker: Name
     optimizer: str
     groups: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_GROUPS), FailFast()]
     segments: Annotated[list[SegmentDocument], Field(min_length=1, max_length=MAX_SEGMENTS), FailFast()]
     consistency: dict[str, Any] = Field(default_factory=lambda: {"mode": "async"})
     nonfinite: Literal["refuse", "allow"] = "refuse"
     kernel: Literal["auto", "reference", "fused"] = "auto"
+
+
+class SessionDocument(PlanDocument):
+    """A session to create or join, and the worker that joins it."""
+
+    worker: Name
+
+
+class SnapshotDocument(PlanDocument):
+    """What a session file says about its session: the options in force and the state fields beside what it is."""
+
+    version: Annotated[int, Field(ge=0, le=FURTHEST_BEGINNING)]
+    options: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_GROUPS), FailFast()]
+    fields: dict[str, str]
+    shapes: dict[str, Any]
 
 
 class GroupsDocument(Whole):
@@ -73,7 +94,7 @@ class GroupsDocument(Whole):
     ]
 
 
-def plan_of(document: SessionDocument) -> Plan:
+def plan_of(document: PlanDocument) -> Plan:
     """Return the plan a document describes; see `Plan.build` for what it refuses."""
     return Plan.build(
         name=document.name,
@@ -84,6 +105,45 @@ def plan_of(document: SessionDocument) -> Plan:
         nonfinite=document.nonfinite,
         kernel=document.kernel,
     )
+
+
+def snapshot_of(head: Head, name: str | None) -> Snapshot:
+    """Return the snapshot that a session file describes, its contents without memory as yet.
+
+    Args:
+        head: of the file.
+        name: what the session shall be called, if not what it was.
+
+    Raises:
+        InvalidFile: the description is not one of a session, or of another release's optimizer.
+        FarstepError: see `Plan.build`.
+    """
+    try:
+        document = SnapshotDocument.model_validate(description_in(head.metadata))
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise refused(f"its session says something odd about {where!r:.100}: {first['msg']:.200}") from None
+    plan = plan_of(document if name is None else document.model_copy(update={"name": name}))
+    kinds = plan.rule.kinds
+    if list(document.fields.items()) != list(kinds.items()):
+        raise InvalidFile(
+            f"In this file {plan.rule.name} has the state {', '.join(document.fields)!s:.300}; "
+            f"here it has {', '.join(kinds)}.",
+            remedy="Import it with the release that wrote it, and take the state over by state_dict.",
+            field="fields",
+        )
+    if len(document.options) != len(plan.groups):
+        raise refused(f"it has {len(plan.groups)} param groups and options for {len(document.options)}")
+    stored = {entry.name.partition("/")[0] for entry in head.entries}
+    fields = [each for each in (PARAM, *kinds, PRESENT) if kinds.get(each, "element") in EVERYWHERE or each in stored]
+    shapes = shapes_from_header(document.shapes)
+    contents = Contents(plan.layout, plan.rule, fields, range(len(plan.layout.segments)), shapes)
+    groups = [
+        plan.rule.hyper.from_options({**created.to_options(), **options}, edited=True)
+        for created, options in zip(plan.groups, document.options, strict=True)
+    ]
+    return Snapshot(plan, groups, contents, document.version)
 
 
 class DocumentRoute(APIRoute):

@@ -29,6 +29,7 @@ from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
 from farstep_service.aggregation import Abort, KnownGroups, Ledger, Members, Step, aggregation_for, mismatch
 from farstep_service.contents import PARAM, Contents
+from farstep_service.durability import Snapshot
 from farstep_service.gradients import Contribution, check_finite, mean_evaluation, reduce_
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
@@ -186,7 +187,8 @@ class Session:
         if incarnation != self.incarnation:
             raise SessionLost(
                 f"Session {self.plan.name!r} was created anew since worker {name.worker!r} joined it.",
-                remedy="Load your last checkpoint and join again.",
+                remedy="Call rejoin() to take on what it holds now, which is another training's unless it was imported "
+                "from a file.",
                 field="incarnation",
             )
         return self._ledger.judge(name, None) is None
@@ -340,6 +342,19 @@ class Session:
         """Copy fields of the current version, of some segments or of all."""
         outcomes = self._finish()
         return self._state.copy(fields, indices), outcomes
+
+    def snapshot(self) -> tuple[Snapshot, Outcomes]:
+        """Copy all of the current version; what waits at a barrier is not part of it."""
+        outcomes = self._finish()
+        return self._state.snapshot(), outcomes
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Begin with a snapshot of a session with this plan, which is in no worker's way yet.
+
+        Raises:
+            TensorMismatch: a state that no session can have.
+        """
+        self._state.restore(snapshot)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,9 @@ import torch
 from farstep.errors import InvalidOption, NotInitialised, TensorMismatch
 from farstep.hyper import Hyper
 from farstep.messages import Evaluation, PutHead
+from farstep.presence import PRESENT
 from farstep_service.contents import PARAM, Contents
+from farstep_service.durability import Snapshot
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.store import Applied, Buffers, FlatBuffers, Gradients, Held
@@ -87,6 +89,11 @@ class SessionState(ABC):
         Raises:
             TensorMismatch: a state that no session can have; there is still nothing then.
         """
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Begin with a snapshot, whose memory belongs to the session from now on; for errors see `begin`."""
+        self.begin(snapshot.contents, snapshot.version)
+        self.groups = snapshot.groups
 
     # -- growing ----------------------------------------------------------------------------------------------------
 
@@ -195,6 +202,11 @@ class SessionState(ABC):
             InvalidOption: a field the optimizer does not have.
             NotInitialised: the first parameters have not arrived.
         """
+
+    def snapshot(self) -> Snapshot:
+        """Copy all of the current version, and the options now in force."""
+        contents = self.copy((PARAM, *self.plan.rule.kinds, PRESENT))
+        return Snapshot(self.plan, tuple(self.groups), contents, self.version)
 
     @abstractmethod
     def nbytes(self) -> dict[str, int]:

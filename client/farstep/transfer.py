@@ -1,0 +1,139 @@
+"""Export a session of a server into a file, and import it into a server that does not have it.
+
+    farstep.export_session("digits", "digits.safetensors", server="http://box:7171")
+    farstep.import_session("digits.safetensors", server="http://box:7171")
+
+The file holds one version of everything (`docs/sessions.md`); workers may go on pushing while it is written. After an
+import, `optimizer.rejoin()` takes a worker whose server was restarted on from there.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import final
+from urllib.parse import quote
+
+import httpx
+
+from farstep.conversation import Conversation
+from farstep.errors import InvalidOption, Unavailable
+from farstep.session_file import SessionFile, look_at, readable, write_whole
+from farstep.settings import NAME, resolve
+from farstep.wire.tensor_file import refused
+
+PREPARE_WITHIN_S = 300.0
+"""How long a server may take to copy a session before its first byte, or to begin one after its last."""
+READ_BYTES = 1 << 20
+
+
+def export_session(
+    name: str, file: str | os.PathLike[str], *, server: str | None = None, token: str | None = None, force: bool = False
+) -> SessionFile:
+    """Write a session into a file: one version of its parameters, state and options.
+
+    Args:
+        name: the session.
+        file: where to; it is there when it is complete, readable by its owner only.
+        server: the server's URL, else that of FARSTEP_SERVER.
+        token: its token, else that of FARSTEP_TOKEN.
+        force: take the place of a file that is there.
+
+    Raises:
+        InvalidOption: the file is there, or cannot be written.
+        FarstepError: there is no such session, it has no parameters yet, or no complete answer came.
+    """
+    with _speaking(server, token) as speaking:
+        return save(speaking, name, Path(file), force=force)
+
+
+def import_session(
+    file: str | os.PathLike[str], *, name: str | None = None, server: str | None = None, token: str | None = None
+) -> str:
+    """Create a session from a file and return its name.
+
+    Args:
+        file: what `export_session` wrote.
+        name: what to call it, if not what it was called.
+        server: the server's URL, else that of FARSTEP_SERVER.
+        token: its token, else that of FARSTEP_TOKEN.
+
+    Raises:
+        InvalidFile: the file is damaged, foreign, or of a newer release; the server has nothing of it.
+        SessionExists: the name is taken.
+        FarstepError: the server has no room for it, or no answer came.
+    """
+    with _speaking(server, token) as speaking:
+        return load(speaking, look_at(Path(file)), name)
+
+
+def save(speaking: Conversation, name: str, file: Path, *, force: bool) -> SessionFile:
+    """Write a session into a file; see `export_session`.
+
+    Raises:
+        httpx.TransportError: no complete answer came; there is no file then.
+    """
+    path = path_of_file(name)
+    return write_whole(file, lambda write: speaking.download(path, write, wait_s=PREPARE_WITHIN_S), force=force)
+
+
+def load(speaking: Conversation, found: SessionFile, name: str | None) -> str:
+    """Create a session from a file; see `import_session`.
+
+    Raises:
+        httpx.TransportError: no answer came; whether the session was created is unknown.
+    """
+    name = found.name if name is None else name
+    body = FileBody(found.file, found.nbytes)
+    speaking.upload(path_of_file(name), body, found.nbytes, wait_s=PREPARE_WITHIN_S)
+    return name
+
+
+def path_of_file(name: str) -> str:
+    """Return the path of a session's file.
+
+    Raises:
+        InvalidOption: no session can have that name.
+    """
+    if not NAME.fullmatch(name):
+        raise InvalidOption(f"No session can be called {name!r:.80}.", field="name", side="client")
+    return f"/v1/sessions/{quote(name)}/file"
+
+
+@final
+class FileBody(httpx.SyncByteStream):
+    """Read a file as a request's body, a piece at a time."""
+
+    def __init__(self, file: Path, nbytes: int) -> None:
+        self._file = file
+        self._nbytes = nbytes
+
+    def __iter__(self) -> Iterator[bytes]:
+        left = self._nbytes
+        with readable(self._file), self._file.open("rb") as opened:
+            while left:
+                piece = opened.read(min(left, READ_BYTES))
+                if not piece:
+                    raise refused("it became shorter while it was read", "client")
+                left -= len(piece)
+                yield piece
+
+
+@contextmanager
+def _speaking(server: str | None, token: str | None) -> Iterator[Conversation]:
+    place = resolve({"server": server, "token": token})
+    if place.server is None:
+        raise InvalidOption("No server is named.", remedy="Give server=... or set FARSTEP_SERVER.", side="client")
+    speaking = Conversation(place.server, place.token)
+    try:
+        yield speaking
+    except httpx.TransportError as exc:
+        raise Unavailable(
+            f"{place.server} gave no complete answer: {str(exc) or type(exc).__name__}.",
+            remedy="Check that `farstep serve` runs there; an import that got no answer may have been made.",
+            side="client",
+        ) from exc
+    finally:
+        speaking.close()
