@@ -8,7 +8,7 @@
     ├── ProtocolMismatch          426  the other side speaks another protocol version
     ├── Unauthorized              401  no token, or a wrong one
     ├── InvalidOption             422  an option's value, or an option nobody knows (also a ValueError)
-    ├── TensorMismatch            422  dtype, shape, segment or count differs from the session's layout
+    ├── TensorMismatch            422  dtype, shape, count or sparsity is not what the session takes (a RuntimeError)
     ├── NonFinite                 422  a gradient holds NaN or Inf
     ├── Conflict                  409
     │   ├── OptionsDiffer         409  a session of that name has other options
@@ -141,7 +141,7 @@ class InvalidOption(FarstepError, ValueError):
     status = 422
 
 
-class TensorMismatch(FarstepError):
+class TensorMismatch(FarstepError, RuntimeError):
     """A tensor's dtype, shape or place differs from the session's layout."""
 
     code = "tensor_mismatch"

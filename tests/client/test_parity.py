@@ -1,4 +1,4 @@
-"""Twenty steps of every optimizer, embedded and through a real server process, against torch.optim."""
+"""Groups, gradients and kernels against torch.optim, embedded and on a real server; `tests/parity/` has each option."""
 
 from __future__ import annotations
 
@@ -14,43 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from farstep.settings import RemoteOptions
 from tests.client.twins import SHAPES, Group, Twins, check_parameters, check_states, drawn, ours, parameters, theirs
+from tests.parity.cases import DENSE, usual_options
 
 STEPS = 20
 
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("Adagrad", {}),
-    ("Adagrad", {"lr": 0.1, "lr_decay": 0.05, "weight_decay": 0.02, "initial_accumulator_value": 0.3, "eps": 1e-6}),
-    ("Adagrad", {"lr": 0.5, "maximize": True, "weight_decay": 0.1}),
-    ("Adadelta", {}),
-    ("Adadelta", {"lr": 0.5, "rho": 0.7, "eps": 1e-4, "weight_decay": 0.02}),
-    ("Adadelta", {"maximize": True, "rho": 0.0, "weight_decay": 0.1}),
-    ("Adamax", {}),
-    ("Adamax", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02}),
-    ("Adamax", {"maximize": True, "betas": (0.0, 0.0), "weight_decay": 0.1}),
-    ("ASGD", {}),
-    ("ASGD", {"lr": 0.1, "lambd": 0.02, "alpha": 0.6, "t0": 5, "weight_decay": 0.02}),
-    ("ASGD", {"maximize": True, "t0": 0, "weight_decay": 0.1}),
-    ("SGD", {}),
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.02}),
-    ("SGD", {"momentum": 0.7, "nesterov": True, "maximize": True}),
-    ("Adam", {}),
-    ("Adam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02, "amsgrad": True}),
-    ("Adam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    ("AdamW", {}),
-    ("AdamW", {"lr": 0.1, "betas": (0.0, 0.9), "eps": 1e-4, "amsgrad": True, "maximize": True, "weight_decay": 0.1}),
-    ("NAdam", {}),
-    ("NAdam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02, "momentum_decay": 0.1}),
-    ("NAdam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    ("RAdam", {}),
-    ("RAdam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02}),
-    ("RAdam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    ("RMSprop", {}),
-    ("RMSprop", {"lr": 0.1, "alpha": 0.7, "eps": 1e-3, "weight_decay": 0.02, "momentum": 0.5}),
-    ("RMSprop", {"centered": True, "momentum": 0.9, "maximize": True}),
-    ("Rprop", {}),
-    ("Rprop", {"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (1e-3, 0.2), "maximize": True}),
-]
-NAMES = list(dict.fromkeys(name for name, _ in CASES))
+NAMES = list(DENSE)
 """The optimizers there are."""
 
 
@@ -59,18 +27,11 @@ def has(name: str, option: str) -> bool:
     return option in inspect.signature(theirs(name)).parameters
 
 
-BY_OPTIONS = [pytest.param(name, options, id=f"{name}-{'-'.join(options) or 'defaults'}") for name, options in CASES]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("name", "options"), BY_OPTIONS)
-def test_twenty_steps_equal_torch_bit_for_bit(
-    name: str, options: dict[str, Any], dtype: torch.dtype, place: RemoteOptions
-) -> None:
-    """Parameters and state_dict are torch's, with each option, in float32 and float64."""
-    twins = Twins(name, options, place, start=drawn(0, dtype=dtype))
-    twins.train(STEPS)
-    twins.check()
+BY_OPTIONS = [
+    pytest.param(name, options, id=f"{name}-{'-'.join(options) or 'defaults'}")
+    for name in NAMES
+    for options in usual_options(name)
+]
 
 
 def with_holes(seed: int, gradients: Sequence[Tensor]) -> list[Tensor | None]:
@@ -109,25 +70,6 @@ def test_a_group_keeps_its_own_initial_value_to_itself(place: RemoteOptions) -> 
     twins.check()
     twins.train(2)
     twins.check()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.complex64, torch.complex128], ids=str)
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        (name, {"maximize": name == "Adamax"} | ({"weight_decay": 0.02} if has(name, "weight_decay") else {}))
-        for name in NAMES
-    ],
-)
-def test_other_dtypes_are_within_torchs_tolerance(
-    name: str, options: dict[str, Any], dtype: torch.dtype, place: RemoteOptions
-) -> None:
-    """Halves and complex parameters follow torch within torch's own tolerance for their dtype."""
-    # eps must not vanish in float16, or torch itself divides by zero.
-    eps = {"eps": 1e-3} if has(name, "eps") else {}
-    twins = Twins(name, options | eps, place, start=drawn(0, dtype=dtype))
-    twins.train(STEPS)
-    twins.check(exact=False)
 
 
 def test_parameters_of_several_dtypes_in_one_session(place: RemoteOptions) -> None:

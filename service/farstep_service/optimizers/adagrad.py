@@ -20,7 +20,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidOption
+from farstep.errors import TensorMismatch
 from farstep.hyper import Hyper, in_range
 from farstep_service.optimizers.arithmetic import addcdiv, decayed, sign_of, signed
 from farstep_service.rule import Counts, Rule, Scalar, StateTensors
@@ -84,7 +84,7 @@ class Adagrad(Rule[AdagradHyper]):
     def check_sparse(self, hyper: AdagradHyper) -> None:
         """Refuse weight decay, which would have to touch every row."""
         if hyper.weight_decay != 0:
-            raise InvalidOption(
+            raise TensorMismatch(
                 "weight_decay option is not compatible with sparse gradients",
                 field="weight_decay",
                 remedy="Put the sparse parameter into a group with weight_decay=0.",

@@ -21,7 +21,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidOption
+from farstep.errors import TensorMismatch
 from farstep.hyper import Hyper, in_range
 from farstep_service.optimizers.arithmetic import add, add_, decayed, sign_of, signed
 from farstep_service.rule import Counts, Fields, Rule, Scalar, StateTensors
@@ -104,13 +104,13 @@ class SGD(Rule[SGDHyper]):
     def check_sparse(self, hyper: SGDHyper) -> None:
         """Refuse weight decay, as torch does, and momentum, whose buffer would have to be sparse."""
         if hyper.weight_decay != 0:
-            raise InvalidOption(
+            raise TensorMismatch(
                 "add(sparse, dense) is not supported. Use add(dense, sparse) instead.",
                 field="weight_decay",
                 remedy="Put the sparse parameter into a group with weight_decay=0.",
             )
         if hyper.momentum != 0:
-            raise InvalidOption(
+            raise TensorMismatch(
                 "SGD with momentum does not take sparse gradients here: its buffer would have to be sparse.",
                 field="momentum",
                 remedy="Put the sparse parameter into a group with momentum=0.",
