@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -29,7 +29,18 @@ from tests.parity.options import (
     TOGETHER,
     Options,
 )
-from tests.parity.ways import Changed, Groups, Missing, Sparse, Way
+from tests.parity.ways import (
+    Changed,
+    Closure,
+    Groups,
+    Missing,
+    Sparse,
+    Way,
+    contiguous,
+    embeddings,
+    matrices,
+    not_empty,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
 
@@ -74,7 +85,7 @@ class Skip:
     reason: str
 
 
-SINGLE = "torch computes in float32 with a float32 tensor lr, farstep in float64 with its value"
+SINGLE = "torch computes in float32 with an option that is a float32 tensor, farstep in float64 with its value"
 
 
 WIDER = "torch multiplies a scalar parameter in the dtype of a tensor lr, here the wider one"
@@ -82,13 +93,14 @@ WIDER = "torch multiplies a scalar parameter in the dtype of a tensor lr, here t
 
 def _inexact(name: str, options: Options) -> str:
     """Return why torch's bits cannot be had with some options, empty where they can."""
-    lr = options.get("lr")
-    if not isinstance(lr, Tensor):
-        return ""
-    return SINGLE if lr.dtype == torch.float32 else WIDER if name == "AdamW" else ""
+    values = [each for value in options.values() for each in (value if isinstance(value, tuple) else [value])]
+    dtypes = {each.dtype for each in values if isinstance(each, Tensor)}
+    return SINGLE if torch.float32 in dtypes else WIDER if name == "AdamW" and dtypes else ""
 
 
 def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
     if not isinstance(value, Tensor):
         return str(value)
     numbers = [round(each, 6) for each in value.reshape(-1).tolist()]
@@ -103,11 +115,24 @@ def parameters_of(kind: type) -> dict[str, inspect.Parameter]:
     return taken
 
 
-WAY: dict[str, Way] = {}
-"""How an optimizer trains that does not take parameters of any shape, or not dense gradients."""
-ADDED_UP = "of a row that is named twice torch subtracts one gradient after the other, farstep their sum"
+WAY: dict[str, Way] = {
+    "Adafactor": Way(not_empty),
+    "LBFGS": Closure(contiguous),
+    "Muon": Way(matrices),
+    "SparseAdam": Sparse(embeddings),
+}
+"""How an optimizer trains that does not take parameters of any kind, dense gradients, or a step without a closure."""
+REAL = tuple(dtype for dtype in DTYPES if not dtype.is_complex)
+TAKEN: dict[str, tuple[torch.dtype, ...]] = {
+    "Adafactor": REAL,
+    "LBFGS": tuple(dtype for dtype in DTYPES if dtype != torch.float16),
+    "Muon": REAL,
+    "SparseAdam": REAL,
+}
+"""The dtypes of an optimizer that does not take all."""
 DENSE = tuple(name for name in NAMES if name not in WAY)
 """The optimizers that take parameters of any shape and dense gradients."""
+ADDED_UP = "of a row that is named twice torch subtracts one gradient after the other, farstep their sum"
 SPARSE: dict[str, list[Case]] = {
     "Adagrad": [
         Case("Adagrad", {"lr": 0.1}, Sparse()),
@@ -123,6 +148,14 @@ SPARSE: dict[str, list[Case]] = {
 """Sparse gradients, for the optimizers that take them."""
 
 
+OF_NO_USE: dict[str, list[Case]] = {
+    "LBFGS": [Case("LBFGS", {}, Groups(contiguous), (torch.float32,))],
+    "Muon": [Case("Muon", {"lr": 0.1}, Way(), (torch.float32,))],
+    "SparseAdam": [Case("SparseAdam", {}, Way(), (torch.float32,))],
+}
+"""Parameters, groups and gradients that only some optimizers refuse."""
+
+
 def usual_options(name: str) -> list[Options]:
     """Return defaults and options together, for tests that look at something else than options."""
     return [{}, *TOGETHER.get(name, [])]
@@ -130,17 +163,29 @@ def usual_options(name: str) -> list[Options]:
 
 def trained(name: str) -> Iterator[Case]:
     """Return an optimizer's cases: defaults, each option alone, options together, and the ways to train."""
+    for case in _trained(name):
+        yield replace(case, dtypes=tuple(each for each in case.dtypes if each in TAKEN.get(name, DTYPES)))
+
+
+def _trained(name: str) -> Iterator[Case]:
     way, taken = WAY.get(name, Way()), parameters_of(vars(torch.optim)[name])
+
+    def alone(option: str) -> tuple[Options, ...]:
+        return OWN.get((name, option), ALONE.get(option, ())) if option in taken else ()
+
     yield Case(name, way=way)
     for option, parameter in taken.items():
         if option in IMPLEMENTATIONS:
             yield Case(name, {option: True}, way, instead={option: parameter.default})
-        for options in OWN.get((name, option), ALONE.get(option, ())):
+        for options in alone(option):
             yield Case(name, options, way, inexact=_inexact(name, options))
     for options in TOGETHER.get(name, []):
         yield Case(name, options, way)
-    for usual in (Groups, Missing, Changed):
-        yield Case(name, {"lr": 0.1}, usual(way.start))
+    if type(way) is Way:
+        for usual in (Groups, Missing, Changed):
+            yield Case(name, {"lr": 0.1}, usual(way.start))
+        # float16 rounds most defaults of eps to 0, and gradients that are computed would end as infinities.
+        yield Case(name, {"lr": 0.1, **next(iter(alone("eps")), {})}, Closure(way.start))
     yield from SPARSE.get(name, [])
 
 
@@ -152,8 +197,11 @@ def refused(name: str) -> Iterator[Case]:
             yield Case(name, options, way, (torch.float32,))
     for options in REFUSED_TOGETHER.get(name, ()):
         yield Case(name, options, way, (torch.float32,))
-    if name not in SPARSE:
-        yield Case(name, {}, Sparse(), (torch.float32,))
+    if TAKEN.get(name) == REAL:
+        yield Case(name, {}, way, (torch.complex64,))
+    if type(way) is Way and name not in SPARSE:
+        yield Case(name, {}, Sparse(embeddings), (torch.float32,))
+    yield from OF_NO_USE.get(name, [])
 
 
 def cases(names: tuple[str, ...] = NAMES) -> list[Case]:

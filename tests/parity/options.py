@@ -32,13 +32,37 @@ ALONE: dict[str, tuple[Options, ...]] = {
     "amsgrad": ({"amsgrad": True},),
     "centered": ({"centered": True},),
     "maximize": ({"maximize": True},),
+    "nesterov": ({"nesterov": True, "momentum": 0.8},),
+    "beta2_decay": ({"beta2_decay": -0.5},),
+    "d": ({"d": 2.0},),
+    "ns_coefficients": ({"ns_coefficients": (3.0, -4.0, 2.0)},),
+    "ns_steps": ({"ns_steps": 3},),
+    "adjust_lr_fn": ({"adjust_lr_fn": "match_rms_adamw"}, {"adjust_lr_fn": "original"}),
+    "max_iter": ({"max_iter": 3},),
+    "max_eval": ({"max_eval": 2},),
+    "tolerance_grad": ({"tolerance_grad": 0.1},),
+    "tolerance_change": ({"tolerance_change": 0.01},),
+    "history_size": ({"history_size": 2},),
+    "line_search_fn": ({"line_search_fn": "strong_wolfe"},),
 }
 """What each option is set to, with what it needs to have an effect."""
 
 OWN: dict[tuple[str, str], tuple[Options, ...]] = {
-    ("SGD", "nesterov"): ({"nesterov": True, "momentum": 0.8},),
+    ("Adafactor", "eps"): ({"eps": (1e-8, 1e-2)},),
+    ("LBFGS", "lr"): ({"lr": 0.1},),
+    ("Muon", "lr"): ({"lr": 0.1},),
+    ("Muon", "nesterov"): ({"nesterov": False},),
+    ("SGD", "weight_decay"): ({"weight_decay": 0.05}, {"weight_decay": torch.tensor(0.05)}),
+    **{
+        (name, "betas"): (
+            {"betas": (0.7, 0.9)},
+            {"betas": (0.0, 0.3)},
+            {"betas": (torch.tensor(0.7), torch.tensor(0.9))},
+        )
+        for name in ("Adam", "AdamW")
+    },
 }
-"""The same where an option means something else in one class, or has another default."""
+"""The same where an option means something else in one class, has another default or takes more."""
 
 TOGETHER: dict[str, list[Options]] = {
     "Adagrad": [
@@ -108,6 +132,22 @@ TOGETHER: dict[str, list[Options]] = {
         {"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (1e-3, 0.2), "maximize": True},
         {"maximize": True, "etas": (0.9, 1.01), "step_sizes": (0, 1)},
     ],
+    "Adafactor": [
+        {"lr": 0.1, "beta2_decay": -0.6, "d": 2.0, "eps": (1e-6, 1e-2)},
+        {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
+    ],
+    "Muon": [
+        {"lr": 0.1, "momentum": 0.5, "weight_decay": 0},
+        {"nesterov": False, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 4},
+    ],
+    "SparseAdam": [
+        {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-3},
+        {"lr": 0.1, "betas": (0.0, 0.3), "maximize": True},
+    ],
+    "LBFGS": [
+        {"lr": 0.5, "history_size": 3, "max_iter": 4},
+        {"line_search_fn": "strong_wolfe", "history_size": 5, "max_iter": 8, "max_eval": 12},
+    ],
 }
 """Options that act on each other."""
 
@@ -120,6 +160,9 @@ REFUSED: dict[str, tuple[Options, ...]] = {
     "rho": ({"rho": 1.5},),
     "betas": ({"betas": (1.0, 0.9)}, {"betas": (0.9, -0.1)}),
     "alpha": ({"alpha": -1.0},),
+    "beta2_decay": ({"beta2_decay": 0.1},),
+    "d": ({"d": 0.5},),
+    "ns_steps": ({"ns_steps": 100},),
     "momentum": ({"momentum": -1.0},),
     "momentum_decay": ({"momentum_decay": -1.0},),
     "etas": ({"etas": (1.0, 1.5)}, {"etas": (0.5, 0.9)}),
@@ -128,6 +171,8 @@ REFUSED: dict[str, tuple[Options, ...]] = {
 """What torch refuses in some class or other. A class that takes the value trains with it."""
 
 REFUSED_TOGETHER: dict[str, tuple[Options, ...]] = {
+    "LBFGS": ({"line_search_fn": "weak_wolfe"},),
+    "Muon": ({"adjust_lr_fn": "none"},),
     "SGD": ({"nesterov": True, "momentum": 0}, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
     "Adam": ({"foreach": True, "lr": torch.tensor(0.1)}, {"betas": (0, 0.5)}),
     "AdamW": ({"foreach": True, "lr": torch.tensor(0.1)}, {"betas": (0.5, torch.tensor(0.5))}),
@@ -152,5 +197,7 @@ SKIPPED_TOGETHER = {
         "SGD",
         "sparse gradients, momentum=0.9",
     ): "torch keeps a sparse buffer, which farstep has no place for: it refuses such a gradient and names the option",
+    ("Adafactor", "empty parameters"): "torch divides by their number of elements",
+    ("LBFGS", "float16"): "torch's own values overflow",
 }
 """What else has no case, each with the reason."""

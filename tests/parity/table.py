@@ -14,14 +14,19 @@ from tests.parity.running import Result
 from tests.parity.tolerances import CLOSE, EXACT, REASONS
 
 
+BESIDE = "the notes beside the cases say why"
+FUSED = "one rounding where torch has several: a compiled kernel keeps what is between in registers"
+
+
 def render(results: Sequence[Result], skipped: Sequence[Skip], kernel: str) -> str:
-    """Return all tables."""
+    """Return all tables; of fused kernels totals only, as the cases are the same."""
+    if kernel == "fused":
+        return f"{_totals(results, kernel)}\n\n{_by_optimizer(results)}\n"
     parts = [_totals(results, kernel), *_details(results)]
     if refused := list(_refused(results)):
         parts.append("### Refused alike\n\n" + _table(["optimizer", "case", "torch"], refused))
-    if kernel == "reference":
-        rows = [[f"`{each.name}`", f"`{each.label}`", each.reason] for each in skipped]
-        parts.append("### Not compared\n\n" + _table(["optimizer", "case", "why"], rows))
+    rows = [[f"`{each.name}`", f"`{each.label}`", each.reason] for each in skipped]
+    parts.append("### Not compared\n\n" + _table(["optimizer", "case", "why"], rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -39,7 +44,7 @@ def _totals(results: Sequence[Result], kernel: str) -> str:
                 allowed = tolerances[dtype]
                 if inexact:
                     allowed = max(allowed, CLOSE[torch.float32], key=lambda each: each.atol)
-                why = "for the reasons beside the cases" if inexact else REASONS[dtype] if kernel == "reference" else ""
+                why = FUSED if kernel == "fused" else BESIDE if inexact else REASONS[dtype]
                 rows.append(
                     [
                         place,
@@ -54,6 +59,17 @@ def _totals(results: Sequence[Result], kernel: str) -> str:
                 )
     head = ["place", "dtype", "cases", "tensors", "bit-identical", "largest difference", "in ulps", "tolerance", "why"]
     return _table(head, rows)
+
+
+def _by_optimizer(results: Sequence[Result]) -> str:
+    """Return one row for each optimizer and dtype, with the worst of both places."""
+    rows = []
+    for name, own in groupby(results, key=lambda each: each.case.name):
+        these = list(own)
+        for dtype in dict.fromkeys(each.dtype for each in these):
+            total = sum((at for each in these if each.dtype is dtype for at in each.at.values()), Comparison())
+            rows.append([f"`{name}`", _dtype(dtype), f"{total.tensors:,}", f"{total.identical:,}", *_largest(total)])
+    return _table(["optimizer", "dtype", "tensors", "bit-identical", "largest difference", "in ulps"], rows)
 
 
 def _details(results: Sequence[Result]) -> Iterator[str]:

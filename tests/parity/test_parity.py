@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.parity.cases import Case, cases
+from tests.parity.cases import NAMES, Case, cases, trained, usual_options
 from tests.parity.running import Places, run
 from tests.service.servers import running_server
 
@@ -31,11 +31,22 @@ def places() -> Iterator[Places]:
         yield {"embedded": {"kernel": "reference"}, "server": {"kernel": "reference", "server": server.url}}
 
 
+def check(case: Case, dtype: torch.dtype, places: Places) -> None:
+    """Fail unless both places are like torch."""
+    for place, found in run(case, dtype, STEPS, places).at.items():
+        assert found.wrong == (), f"{case.name}({case.label}) {dtype} {place}"
+        assert found.tensors > 0 or found.refusal
+
+
 @pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.name}-{case.label}")
 def test_parameters_state_and_refusals_are_torchs(case: Case, places: Places):
-    """Parameters, state and groups are torch's, within what the dtype allows, and so is what is refused."""
-    results = [run(case, dtype, STEPS, places) for dtype in case.dtypes]
-    assert [
-        f"{each.dtype} {at}: {found.wrong}" for each in results for at, found in each.at.items() if found.wrong
-    ] == []
-    assert all(found.tensors > 0 or found.refusal for each in results for found in each.at.values())
+    """Parameters, state and groups are torch's in every case, and so is what is refused."""
+    check(case, case.dtypes[0], places)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_other_dtypes_are_torchs_within_their_tolerance(name: str, places: Places):
+    """Defaults and options together are torch's in the other dtypes, bit by bit in float64."""
+    for case in trained(name):
+        for dtype in case.dtypes[1:] if case.options in usual_options(name) else ():
+            check(case, dtype, places)

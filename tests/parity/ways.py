@@ -35,10 +35,19 @@ def drawn(shape: tuple[int, ...], dtype: torch.dtype, *seed: int) -> Tensor:
     return torch.randn(shape, dtype=dtype, generator=generator)
 
 
-def of_any_shape(dtype: torch.dtype) -> list[Tensor]:
-    """Return parameters of every kind, one of them a transposed matrix and one a column of a larger tensor."""
-    usual = [drawn(shape, dtype, 0, index).clone() for index, shape in enumerate(SHAPES)]
-    return [*usual, drawn((13, 7), dtype, 0, 98).clone().t(), drawn((29, 3), dtype, 0, 99).clone()[:, 1]]
+def contiguous(dtype: torch.dtype) -> list[Tensor]:
+    """Return parameters of every shape."""
+    return [drawn(shape, dtype, 0, index).clone() for index, shape in enumerate(SHAPES)]
+
+
+def of_any_kind(dtype: torch.dtype) -> list[Tensor]:
+    """Return parameters of every shape, a transposed matrix and a column of a larger tensor."""
+    return [*contiguous(dtype), drawn((13, 7), dtype, 0, 98).clone().t(), drawn((29, 3), dtype, 0, 99).clone()[:, 1]]
+
+
+def not_empty(dtype: torch.dtype) -> list[Tensor]:
+    """Return parameters of every kind that have elements."""
+    return [each for each in of_any_kind(dtype) if each.numel()]
 
 
 def matrices(dtype: torch.dtype) -> list[Tensor]:
@@ -66,7 +75,7 @@ class Way:
         label: names the way in tables; empty for this one.
     """
 
-    start: Start = of_any_shape
+    start: Start = of_any_kind
     label: ClassVar[str] = ""
 
     def parameters(self, dtype: torch.dtype) -> list[Tensor]:
@@ -169,7 +178,8 @@ class Closure(Way):
 
         def closure() -> float:
             optimizer.zero_grad()
-            loss = torch.stack([(p - goal).abs().square().sum() for p, goal in zip(ps, goals, strict=True)]).sum()
+            apart = [(p - goal).abs().square() for p, goal in zip(ps, goals, strict=True)]
+            loss = torch.stack([(each / (1 + i) + 0.1 * each.square()).sum() for i, each in enumerate(apart)]).sum()
             loss.backward()  # type: ignore[no-untyped-call]
             return loss  # type: ignore[return-value]
 
