@@ -8,7 +8,7 @@
     ├── ProtocolMismatch          426  the other side speaks another protocol version
     ├── Unauthorized              401  no token, or a wrong one
     ├── InvalidOption             422  an option's value, or an option nobody knows (also a ValueError)
-    ├── TensorMismatch            422  dtype, shape, count or sparsity is not what the session takes (a RuntimeError)
+    ├── TensorMismatch            422  a tensor that does not fit the session or its optimizer (also a RuntimeError)
     ├── NonFinite                 422  a gradient holds NaN or Inf
     ├── Conflict                  409
     │   ├── OptionsDiffer         409  a session of that name has other options
@@ -142,7 +142,7 @@ class InvalidOption(FarstepError, ValueError):
 
 
 class TensorMismatch(FarstepError, RuntimeError):
-    """A tensor's dtype, shape or place differs from the session's layout."""
+    """A tensor does not fit the session's layout, or its optimizer does not take it."""
 
     code = "tensor_mismatch"
     status = 422

@@ -14,11 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from farstep.settings import RemoteOptions
 from tests.client.twins import SHAPES, Group, Twins, check_parameters, check_states, drawn, ours, parameters, theirs
-from tests.parity.cases import DENSE, usual_options
+from tests.parity.cases import STEPPED, usual_options
 
 STEPS = 20
 
-NAMES = list(DENSE)
+NAMES = list(STEPPED)
 """The optimizers there are."""
 
 

@@ -130,8 +130,8 @@ TAKEN: dict[str, tuple[torch.dtype, ...]] = {
     "SparseAdam": REAL,
 }
 """The dtypes of an optimizer that does not take all."""
-DENSE = tuple(name for name in NAMES if name not in WAY)
-"""The optimizers that take parameters of any shape and dense gradients."""
+STEPPED = tuple(name for name in NAMES if type(WAY.get(name)) is not Closure)
+"""The optimizers that step along gradients, without a closure."""
 ADDED_UP = "of a row that is named twice torch subtracts one gradient after the other, farstep their sum"
 SPARSE: dict[str, list[Case]] = {
     "Adagrad": [

@@ -119,6 +119,7 @@ def _entry(path: str, ours: object, theirs: object, tolerance: Tolerance) -> Com
 
 
 def _tensors(path: str, ours: Tensor, theirs: Tensor, tolerance: Tolerance) -> Comparison:
+    theirs = theirs.to_dense() if theirs.is_sparse else theirs  # what torch keeps sparse is dense in a session
     if (ours.dtype, ours.shape, ours.device) != (theirs.dtype, theirs.shape, theirs.device):
         words = [f"{each.dtype} {tuple(each.shape)} on {each.device}" for each in (ours, theirs)]
         return Comparison(tensors=1, wrong=(f"{path} is {words[0]}, torch's {words[1]}",))

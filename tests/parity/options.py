@@ -135,10 +135,12 @@ TOGETHER: dict[str, list[Options]] = {
     "Adafactor": [
         {"lr": 0.1, "beta2_decay": -0.6, "d": 2.0, "eps": (1e-6, 1e-2)},
         {"lr": 0.1, "weight_decay": 0.1, "maximize": True},
+        {"maximize": True, "weight_decay": 0.01, "eps": (0.0, 0.0)},
     ],
     "Muon": [
-        {"lr": 0.1, "momentum": 0.5, "weight_decay": 0},
-        {"nesterov": False, "momentum": 0.9, "adjust_lr_fn": "match_rms_adamw", "ns_steps": 4},
+        {"lr": 0.1, "momentum": 0.5, "nesterov": False, "weight_decay": 0.02, "adjust_lr_fn": "match_rms_adamw"},
+        {"weight_decay": 0.02, "adjust_lr_fn": "original", "eps": 1e-2},
+        {"ns_coefficients": (3.0, -4.0, 2.0), "ns_steps": 2, "momentum": 0.0},
     ],
     "SparseAdam": [
         {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-3},
@@ -171,8 +173,10 @@ REFUSED: dict[str, tuple[Options, ...]] = {
 """What torch refuses in some class or other. A class that takes the value trains with it."""
 
 REFUSED_TOGETHER: dict[str, tuple[Options, ...]] = {
+    "Adafactor": ({"eps": (-1, 0)}, {"eps": (None, -1)}),
     "LBFGS": ({"line_search_fn": "weak_wolfe"},),
     "Muon": ({"adjust_lr_fn": "none"},),
+    "SparseAdam": ({"lr": 0}, {"eps": 0}),
     "SGD": ({"nesterov": True, "momentum": 0}, {"nesterov": True, "momentum": 0.9, "dampening": 0.1}),
     "Adam": ({"foreach": True, "lr": torch.tensor(0.1)}, {"betas": (0, 0.5)}),
     "AdamW": ({"foreach": True, "lr": torch.tensor(0.1)}, {"betas": (0.5, torch.tensor(0.5))}),

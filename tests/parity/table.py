@@ -13,7 +13,6 @@ from tests.parity.options import IMPLEMENTATIONS
 from tests.parity.running import Result
 from tests.parity.tolerances import CLOSE, EXACT, REASONS
 
-
 BESIDE = "the notes beside the cases say why"
 FUSED = "one rounding where torch has several: a compiled kernel keeps what is between in registers"
 
