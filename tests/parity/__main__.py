@@ -21,6 +21,7 @@ from tests.benchmarks.hardware import hardware
 from tests.parity.cases import DTYPES, NAMES, cases, skipped
 from tests.parity.running import Result, run_all
 from tests.parity.table import render
+from tests.parity.ways import Closure
 from tests.service.servers import running_server
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
@@ -33,12 +34,13 @@ def main() -> int:
     named = [getattr(torch, name) for name in asked.dtypes.split(",") if name]
     dtypes = named or (FUSED_DTYPES if asked.kernel == "fused" else DTYPES)
     names = tuple(asked.only.split(",")) if asked.only else NAMES
+    table = [case for case in cases(names) if asked.kernel == "reference" or not isinstance(case.way, Closure)]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")  # torch's own, of its Adagrad
     here: RemoteOptions = {"kernel": asked.kernel}
     with running_server() as server:
         places: dict[str, RemoteOptions] = {"embedded": here, "server": {**here, "server": server.url}}
-        results = run_all(cases(names), dtypes, asked.steps, places, lambda word: print(word, file=sys.stderr))
+        results = run_all(table, dtypes, asked.steps, places, lambda word: print(word, file=sys.stderr))
     title = f"{hardware()}; farstep {version('farstep')}; {asked.steps} steps, {asked.kernel} kernels"
     text = f"{title}.\n\n{render(results, skipped(names), asked.kernel)}"
     print(text)

@@ -40,6 +40,7 @@ from tests.parity.ways import (
     embeddings,
     matrices,
     not_empty,
+    strided,
 )
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
@@ -70,8 +71,11 @@ class Case:
 
     @property
     def label(self) -> str:
-        """Return way and options in a few words."""
+        """Return way and options in a few words, and what else is not the optimizer's usual."""
         said = [self.way.label] if self.way.label else []
+        if type(self.way) is Way and self.way.start is not WAY.get(self.name, Way()).start:
+            said.append(self.way.start.__name__.replace("_", " "))
+        said += [str(self.dtypes[0])] if len(self.dtypes) == 1 and self.dtypes[0] != torch.float32 else []
         said += [f"{option}={_short(value)}" for option, value in self.options.items()]
         return ", ".join(said) or "defaults"
 
@@ -148,6 +152,9 @@ SPARSE: dict[str, list[Case]] = {
 """Sparse gradients, for the optimizers that take them."""
 
 
+IN_MEMORY = "torch adds up along the parameter's memory, and that of a session is contiguous"
+OTHER: dict[str, list[Case]] = {"Adafactor": [Case("Adafactor", {}, Way(strided), inexact=IN_MEMORY)]}
+"""What else only some optimizers have."""
 OF_NO_USE: dict[str, list[Case]] = {
     "LBFGS": [Case("LBFGS", {}, Groups(contiguous), (torch.float32,))],
     "Muon": [Case("Muon", {"lr": 0.1}, Way(), (torch.float32,))],
@@ -187,6 +194,7 @@ def _trained(name: str) -> Iterator[Case]:
         # float16 rounds most defaults of eps to 0, and gradients that are computed would end as infinities.
         yield Case(name, {"lr": 0.1, **next(iter(alone("eps")), {})}, Closure(way.start))
     yield from SPARSE.get(name, [])
+    yield from OTHER.get(name, [])
 
 
 def refused(name: str) -> Iterator[Case]:

@@ -46,8 +46,13 @@ def of_any_kind(dtype: torch.dtype) -> list[Tensor]:
 
 
 def not_empty(dtype: torch.dtype) -> list[Tensor]:
-    """Return parameters of every kind that have elements."""
-    return [each for each in of_any_kind(dtype) if each.numel()]
+    """Return parameters of every shape that has elements."""
+    return [each for each in contiguous(dtype) if each.numel()]
+
+
+def strided(dtype: torch.dtype) -> list[Tensor]:
+    """Return a transposed matrix and a column of a larger tensor."""
+    return of_any_kind(dtype)[-2:]
 
 
 def matrices(dtype: torch.dtype) -> list[Tensor]:
