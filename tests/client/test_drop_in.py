@@ -27,7 +27,6 @@ from tests.client.twins import (
     drawn,
     ours,
     parameters,
-    start_of,
     theirs,
 )
 from tests.service.servers import RunningServer
@@ -36,62 +35,13 @@ from tests.service.servers import RunningServer
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_signature_is_torchs_and_then_ours(name: str) -> None:
-    """Names, order, kinds and defaults of the arguments are torch's; what is ours comes after them, by keyword."""
-    own, torchs = getattr(farstep.optim, name), getattr(torch.optim, name)
-    here, there = (list(inspect.signature(kind.__init__).parameters.values()) for kind in (own, torchs))
-    assert [(p.name, p.kind, p.default) for p in here[:-1]] == [(p.name, p.kind, p.default) for p in there]
-    assert here[-1].kind is inspect.Parameter.VAR_KEYWORD
+def test_what_is_ours_comes_after_torchs_arguments(name: str) -> None:
+    """What is ours comes after torch's arguments, by keyword, in a class of torch's name."""
+    own = getattr(farstep.optim, name)
+    *_, last = inspect.signature(own.__init__).parameters.values()
+    assert last.kind is inspect.Parameter.VAR_KEYWORD
     assert own.__name__ == name
     assert issubclass(own, torch.optim.Optimizer)
-
-
-BAD_OPTIONS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {"lr": -1}) for name in NAMES),
-    *((name, {"weight_decay": -1}) for name in NAMES if has(name, "weight_decay")),
-    *((name, {"lr": torch.ones(2)}) for name in NAMES),
-    *((name, {"eps": -1}) for name in NAMES if has(name, "eps") and name != "Muon"),
-    ("Adagrad", {"lr_decay": -1}),
-    ("Adagrad", {"initial_accumulator_value": -1}),
-    ("Adagrad", {"fused": True, "foreach": True}),
-    ("Adadelta", {"rho": 1.5}),
-    ("Adamax", {"betas": (1.0, 0.5)}),
-    ("Adamax", {"betas": (0.5, -0.1)}),
-    ("SGD", {"momentum": -1}),
-    ("SGD", {"nesterov": True}),
-    ("SGD", {"nesterov": True, "momentum": 0.5, "dampening": 0.5}),
-    *((name, {"fused": True, "foreach": True}) for name in ("SGD", "Adam", "AdamW")),
-    *((name, {"betas": (1.0, 0.5)}) for name in ("Adam", "AdamW", "NAdam", "RAdam")),
-    ("Adam", {"betas": (0, 0.5)}),
-    ("AdamW", {"betas": (0.5, torch.tensor(0.5))}),
-    ("Adam", {"lr": torch.tensor(0.1), "foreach": True}),
-    ("NAdam", {"momentum_decay": -1}),
-    ("RMSprop", {"alpha": -1}),
-    ("RMSprop", {"momentum": -1}),
-    ("Rprop", {"etas": (1.0, 1.5)}),
-    ("Adafactor", {"beta2_decay": 0.1}),
-    ("Adafactor", {"eps": (-1, 0)}),
-    ("Adafactor", {"eps": (None, -1)}),
-    ("Adafactor", {"d": 0.5}),
-    ("Muon", {"momentum": -1}),
-    ("Muon", {"adjust_lr_fn": "best"}),
-    ("SparseAdam", {"lr": 0}),
-    ("SparseAdam", {"eps": 0}),
-    ("SparseAdam", {"betas": (1.0, 0.5)}),
-    ("SparseAdam", {"betas": (0.5, -0.1)}),
-]
-
-
-@pytest.mark.parametrize(("name", "options"), BAD_OPTIONS)
-def test_a_bad_option_gives_torchs_own_error(name: str, options: dict[str, Any]) -> None:
-    """Type and words of the error are torch's."""
-    errors = []
-    for kind in (ours(name), theirs(name)):
-        with pytest.raises(Exception, match=r".") as refused:
-            kind(parameters(start_of(name)), **options)
-        errors.append(refused.value)
-    assert type(errors[0]) is type(errors[1])
-    assert str(errors[0]) == str(errors[1])
 
 
 @pytest.mark.parametrize(
@@ -119,14 +69,6 @@ def test_an_option_nobody_knows_is_a_type_error() -> None:
     """A misspelt keyword is refused as by any function."""
     with pytest.raises(TypeError, match="momentum"):
         ours("Adagrad")(parameters(drawn(0)), momentum=0.9)
-
-
-def test_options_that_choose_an_implementation_are_kept(place: RemoteOptions) -> None:
-    """foreach, fused and capturable change nothing on a server, and stand in the groups as torch has them."""
-    for name, options in [("Adagrad", {"fused": True}), ("Adamax", {"capturable": False, "foreach": True})]:
-        twins = Twins(name, options, place)
-        twins.train(2)
-        twins.check(exact=False)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -519,8 +461,3 @@ def test_a_fork_does_not_end_the_session_of_its_parent(server: RunningServer) ->
     os.waitpid(child, 0)
     twins.train(1, first=2)
     twins.check()
-
-
-def test_the_package_offers_them() -> None:
-    """farstep.optim has torch's names."""
-    assert [getattr(farstep.optim, name).__name__ for name in NAMES] == NAMES

@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from farstep.errors import BY_CODE, Busy, FarstepError, InvalidOption, SequenceGap, Unavailable, from_problem
+from farstep.errors import (
+    BY_CODE,
+    Busy,
+    FarstepError,
+    InvalidOption,
+    SequenceGap,
+    TensorMismatch,
+    Unavailable,
+    from_problem,
+)
 from farstep_service.routes import problems
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
@@ -55,7 +64,8 @@ def test_an_unknown_code_is_understood_by_its_status(problem: dict[str, object])
     assert type(from_problem(problem, 418)) is FarstepError
 
 
-def test_an_invalid_option_is_a_value_error() -> None:
-    """Code that catches torch's ValueError for a bad option catches ours."""
+def test_what_torch_refuses_is_caught_as_torchs() -> None:
+    """Code that catches torch's ValueError for a bad option, or its RuntimeError for a bad tensor, catches ours."""
     assert issubclass(InvalidOption, ValueError)
+    assert issubclass(TensorMismatch, RuntimeError)
     assert issubclass(Busy, Unavailable)

@@ -1,4 +1,4 @@
-"""Twenty steps of every optimizer, embedded and through a real server process, against torch.optim."""
+"""Groups, gradients and kernels against torch.optim, embedded and on a real server; `tests/parity/` has each option."""
 
 from __future__ import annotations
 
@@ -25,51 +25,11 @@ from tests.client.twins import (
     start_of,
     theirs,
 )
+from tests.parity.cases import STEPPED, usual_options
 
 STEPS = 20
 
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("Adagrad", {}),
-    ("Adagrad", {"lr": 0.1, "lr_decay": 0.05, "weight_decay": 0.02, "initial_accumulator_value": 0.3, "eps": 1e-6}),
-    ("Adagrad", {"lr": 0.5, "maximize": True, "weight_decay": 0.1}),
-    ("Adadelta", {}),
-    ("Adadelta", {"lr": 0.5, "rho": 0.7, "eps": 1e-4, "weight_decay": 0.02}),
-    ("Adadelta", {"maximize": True, "rho": 0.0, "weight_decay": 0.1}),
-    ("Adamax", {}),
-    ("Adamax", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02}),
-    ("Adamax", {"maximize": True, "betas": (0.0, 0.0), "weight_decay": 0.1}),
-    ("ASGD", {}),
-    ("ASGD", {"lr": 0.1, "lambd": 0.02, "alpha": 0.6, "t0": 5, "weight_decay": 0.02}),
-    ("ASGD", {"maximize": True, "t0": 0, "weight_decay": 0.1}),
-    ("SGD", {}),
-    ("SGD", {"lr": 0.1, "momentum": 0.9, "dampening": 0.2, "weight_decay": 0.02}),
-    ("SGD", {"momentum": 0.7, "nesterov": True, "maximize": True}),
-    ("Adam", {}),
-    ("Adam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02, "amsgrad": True}),
-    ("Adam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    ("AdamW", {}),
-    ("AdamW", {"lr": 0.1, "betas": (0.0, 0.9), "eps": 1e-4, "amsgrad": True, "maximize": True, "weight_decay": 0.1}),
-    ("NAdam", {}),
-    ("NAdam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02, "momentum_decay": 0.1}),
-    ("NAdam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    ("RAdam", {}),
-    ("RAdam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "weight_decay": 0.02}),
-    ("RAdam", {"maximize": True, "weight_decay": 0.1, "decoupled_weight_decay": True}),
-    ("RMSprop", {}),
-    ("RMSprop", {"lr": 0.1, "alpha": 0.7, "eps": 1e-3, "weight_decay": 0.02, "momentum": 0.5}),
-    ("RMSprop", {"centered": True, "momentum": 0.9, "maximize": True}),
-    ("Rprop", {}),
-    ("Rprop", {"lr": 0.1, "etas": (0.3, 1.5), "step_sizes": (1e-3, 0.2), "maximize": True}),
-    ("Adafactor", {}),
-    ("Adafactor", {"lr": 0.1, "beta2_decay": -0.5, "eps": (1e-4, 1e-2), "weight_decay": 0.1}),
-    ("Adafactor", {"d": 2.0, "maximize": True}),
-    ("Muon", {}),
-    ("Muon", {"lr": 0.1, "momentum": 0.5, "nesterov": False, "weight_decay": 0.02, "adjust_lr_fn": "match_rms_adamw"}),
-    ("Muon", {"ns_steps": 3, "ns_coefficients": (3.0, -4.0, 2.0), "eps": 1e-3, "adjust_lr_fn": "original"}),
-    ("SparseAdam", {}),
-    ("SparseAdam", {"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-4, "maximize": True}),
-]
-NAMES = list(dict.fromkeys(name for name, _ in CASES))
+NAMES = list(STEPPED)
 """The optimizers there are."""
 REAL = ("Adafactor", "Muon", "SparseAdam")
 """Those that take no complex parameters."""
@@ -80,18 +40,11 @@ def has(name: str, option: str) -> bool:
     return option in inspect.signature(theirs(name)).parameters
 
 
-BY_OPTIONS = [pytest.param(name, options, id=f"{name}-{'-'.join(options) or 'defaults'}") for name, options in CASES]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize(("name", "options"), BY_OPTIONS)
-def test_twenty_steps_equal_torch_bit_for_bit(
-    name: str, options: dict[str, Any], dtype: torch.dtype, place: RemoteOptions
-) -> None:
-    """Parameters and state_dict are torch's, with each option, in float32 and float64."""
-    twins = Twins(name, options, place, start=start_of(name, dtype))
-    twins.train(STEPS)
-    twins.check()
+BY_OPTIONS = [
+    pytest.param(name, options, id=f"{name}-{'-'.join(options) or 'defaults'}")
+    for name in NAMES
+    for options in usual_options(name)
+]
 
 
 def with_holes(seed: int, gradients: Sequence[Tensor]) -> list[Tensor | None]:
@@ -130,27 +83,6 @@ def test_a_group_keeps_its_own_initial_value_to_itself(place: RemoteOptions) -> 
     twins.check()
     twins.train(2)
     twins.check()
-
-
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        (name, dtype)
-        for dtype in (torch.bfloat16, torch.float16, torch.complex64, torch.complex128)
-        for name in NAMES
-        if not dtype.is_complex or name not in REAL
-    ],
-    ids=str,
-)
-def test_other_dtypes_are_within_torchs_tolerance(name: str, dtype: torch.dtype, place: RemoteOptions) -> None:
-    """Halves and complex parameters follow torch within torch's own tolerance for their dtype."""
-    # eps must not vanish in float16, or torch itself divides by zero.
-    options: dict[str, Any] = {"maximize": True} if name == "Adamax" else {}
-    options |= {"weight_decay": 0.02} if has(name, "weight_decay") else {}
-    eps = {"eps": (1e-3, 1e-3) if name == "Adafactor" else 1e-3} if has(name, "eps") else {}
-    twins = Twins(name, options | eps, place, start=start_of(name, dtype))
-    twins.train(STEPS)
-    twins.check(exact=False)
 
 
 def test_parameters_of_several_dtypes_in_one_session(place: RemoteOptions) -> None:

@@ -7,118 +7,15 @@ import torch
 
 from farstep_service.optimizers import RULES
 from tests.optimizers.twins import Twins
+from tests.parity.cases import usual_options
 
 STEPS = 200
 
-OPTIONS: dict[str, list[dict[str, Any]]] = {
-    "Adagrad": [
-        {},
-        {"lr": 0.5, "lr_decay": 0.01},
-        {"weight_decay": 0.1, "eps": 1e-3},
-        {"initial_accumulator_value": 0.7},
-        {"maximize": True, "weight_decay": 0.01},
-    ],
-    "Adadelta": [
-        {},
-        {"lr": 0.3, "rho": 0.5, "eps": 1e-3},
-        {"weight_decay": 0.1},
-        {"rho": 0.0},
-        {"maximize": True, "weight_decay": 0.01},
-    ],
-    "Adamax": [
-        {},
-        {"lr": 0.3, "betas": (0.7, 0.9), "eps": 1e-3},
-        {"weight_decay": 0.1},
-        {"betas": (0.0, 0.3)},
-        {"maximize": True, "weight_decay": 0.01},
-    ],
-    "ASGD": [
-        {},
-        {"lr": 0.3, "lambd": 0.1, "alpha": 0.5, "t0": 20},
-        {"weight_decay": 0.1, "t0": 0},
-        {"lambd": 0, "alpha": 1, "t0": 100.5},
-        {"maximize": True, "weight_decay": 0.01, "t0": 150},
-    ],
-    "SGD": [
-        {},
-        {"lr": 0.1, "momentum": 0.9, "dampening": 0.3},
-        {"lr": 0.01, "momentum": 0.8, "nesterov": True, "weight_decay": 0.1},
-        {"lr": 0.1, "weight_decay": 0.02, "maximize": True},
-        {"lr": 0.01, "momentum": 0.5, "maximize": True, "weight_decay": 0.01},
-    ],
-    "Adam": [
-        {},
-        {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-3},
-        {"weight_decay": 0.1, "amsgrad": True},
-        {"betas": (0.0, 0.3), "weight_decay": 0.1, "decoupled_weight_decay": True},
-        {"maximize": True, "weight_decay": 0.01},
-        {"maximize": True, "weight_decay": 0.01, "decoupled_weight_decay": True, "amsgrad": True},
-    ],
-    "AdamW": [
-        {},
-        {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-3},
-        {"weight_decay": 0.1, "amsgrad": True},
-        {"betas": (0.0, 0.3), "weight_decay": 0},
-        {"maximize": True, "weight_decay": 0.01},
-    ],
-    "NAdam": [
-        {},
-        {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-3, "momentum_decay": 0.1},
-        {"weight_decay": 0.1, "momentum_decay": 0},
-        {"weight_decay": 0.1, "decoupled_weight_decay": True},
-        {"betas": (0.0, 0.3), "maximize": True, "weight_decay": 0.01},
-    ],
-    "RAdam": [
-        {},
-        {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-3},
-        {"weight_decay": 0.1},
-        {"weight_decay": 0.1, "decoupled_weight_decay": True, "lr": 0.01},
-        {"betas": (0.0, 0.3), "maximize": True, "weight_decay": 0.01},
-    ],
-    "RMSprop": [
-        {},
-        {"lr": 0.1, "alpha": 0.7, "eps": 1e-3},
-        {"weight_decay": 0.1, "momentum": 0.9},
-        {"centered": True, "weight_decay": 0.01},
-        {"centered": True, "momentum": 0.5, "maximize": True, "eps": 1e-2},
-    ],
-    "Rprop": [
-        {},
-        {"lr": 0.1, "etas": (0.3, 1.5)},
-        {"step_sizes": (1e-3, 0.2)},
-        {"maximize": True, "etas": (0.9, 1.01), "step_sizes": (0, 1)},
-    ],
-    "Adafactor": [
-        {},
-        {"lr": 0.3, "beta2_decay": -0.5, "eps": (1e-3, 1e-2)},
-        {"weight_decay": 0.1, "d": 2.5},
-        {"maximize": True, "weight_decay": 0.01, "eps": (0.0, 0.0)},
-    ],
-    "Muon": [
-        {},
-        {"lr": 0.1, "momentum": 0.5, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"},
-        {"weight_decay": 0.02, "adjust_lr_fn": "original", "eps": 1e-2},
-        {"ns_coefficients": (3.0, -4.0, 2.0), "ns_steps": 2, "momentum": 0.0},
-    ],
-    "SparseAdam": [
-        {},
-        {"lr": 0.1, "betas": (0.7, 0.9), "eps": 1e-3},
-        {"betas": (0.0, 0.3), "maximize": True},
-    ],
-}
-"""Every rule with every option, ASGD with a t0 so small that averaging starts."""
+OPTIONS = {name: usual_options(name) for name in RULES}
+"""Every rule with its defaults and with options that act on each other. Each option alone is in `tests/parity/`."""
 
 CASES = [(name, options) for name, every in OPTIONS.items() for options in every]
 IDS = [f"{name}-{','.join(map(str, options)) or 'defaults'}" for name, options in CASES]
-
-
-def test_every_option_is_in_the_table():
-    """The table changes each option of each rule, but for those that mean nothing to the numbers."""
-    silent = {"foreach", "fused", "capturable", "differentiable"}
-    for name, rule in RULES.items():
-        changed = {option for options in OPTIONS[name] for option in options}
-        changed |= {"decoupled_weight_decay"} if name == "AdamW" else set()  # its constructor does not take it
-        assert changed | silent >= set(rule.hyper().to_options())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
