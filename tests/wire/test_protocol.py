@@ -127,7 +127,8 @@ def test_kinds_are_those_of_the_code():
     segments = [tuple(json.loads(each)) for each in re.findall(r"`(\[.*?\])`", heading)]
     table = {name.strip("`"): cells for name, *cells in rows("kind")}
     assert tuple(table) == get_args(FieldKind)
-    for kind, (sent, *shapes, _) in table.items():
+    for kind in get_args(FieldKind):
+        sent, *shapes, _ = table[kind]
         assert sent.startswith("number" if kind in NUMBERS else "tensor")
         shown = [None if each == "-" else tuple(json.loads(each.strip("`"))) for each in shapes]
         assert shown == [shape_of(kind, segment) for segment in segments]

@@ -71,16 +71,19 @@ class Adafactor(TensorRule[AdafactorHyper]):
     hyper = AdafactorHyper
 
     def scalars(self, counts: Counts, hyper: AdafactorHyper) -> tuple[float, ...]:
-        """Return the sign, β, ρ, what weight decay leaves of p, whether ε₁ is given, ε₁ or 0, ε₂ and d."""
+        """Return the sign, β, ρ, what weight decay leaves of p, whether ε₁ is given, ε₁ and ε₁² or 0, ε₂ and d."""
+        in_range("Clipping threshold d is 0, by which a step divides", hyper.d != 0, field="d")
         step = float(counts.step + 1)
         first, second = hyper.eps
+        eps1 = first or 0.0
         return (
             sign_of(hyper.maximize),
             step**hyper.beta2_decay,
             min(hyper.lr, 1 / (step**0.5)),
             1 - hyper.lr * hyper.weight_decay,
             float(first is not None),
-            first or 0.0,
+            eps1,
+            eps1 * eps1,
             second,
             hyper.d,
         )
@@ -89,9 +92,11 @@ class Adafactor(TensorRule[AdafactorHyper]):
         self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]
     ) -> tuple[Tensor, StateTensors]:
         """Apply the formula above."""
-        sign, rest, rho, keep, given, eps1, eps2, d = map(float, scalars)
+        sign, rest, rho, keep, given, eps1, least, eps2, d = map(float, scalars)
         g = signed(g, sign)
-        eps1 = eps1 if given else torch.finfo(p.dtype).eps
+        if not given:
+            eps1 = torch.finfo(p.dtype).eps
+            least = eps1 * eps1
         alpha = max(eps2, p.norm(2).item() / (p.numel() ** 0.5)) * rho
         new: dict[str, Tensor] = {}
         if ROWS in state:
@@ -105,6 +110,6 @@ class Adafactor(TensorRule[AdafactorHyper]):
         else:
             new[VECTOR] = state[VECTOR].lerp(g * g, rest)
             estimate = new[VECTOR].clone()
-        update = estimate.clamp_(min=eps1 * eps1).rsqrt_().mul_(g)
+        update = estimate.clamp_(min=least).rsqrt_().mul_(g)
         denominator = max(1.0, update.norm(2).item() / ((update.numel() ** 0.5) * d))
         return p.mul(keep).add_(update, alpha=-alpha / denominator), new

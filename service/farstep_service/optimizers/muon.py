@@ -87,6 +87,12 @@ class Muon(TensorRule[MuonHyper]):
         in_range(
             "Coefficients must be a tuple of exactly 3 values", len(hyper.ns_coefficients) == 3, field="ns_coefficients"
         )
+        numbers = (hyper.eps, *hyper.ns_coefficients)
+        in_range(
+            f"The iteration is in bfloat16, which does not hold all of {numbers}",
+            all(abs(number) <= torch.finfo(torch.bfloat16).max for number in numbers),
+            field="ns_coefficients",
+        )
         named = hyper.adjust_lr_fn or ADJUSTMENTS[0]
         return (
             hyper.momentum,
