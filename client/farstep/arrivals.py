@@ -57,9 +57,9 @@ class Arrivals:
         grown.keep_(range(count, count + len(parameters)))
         return grown
 
-    def edited(self) -> list[int]:
-        """Return which parameters differ from what the session has of them."""
-        found = self._edits.found()
+    def edited(self, addresses: list[int]) -> list[int]:
+        """Return which parameters differ from what the session has of them; see `Edits.found`."""
+        found = self._edits.found(addresses)
         return sorted({*found, *self._differing}) if self._differing else found
 
     def keep_(self, indices: Sequence[int] | None = None, *, but: Sequence[int] = ()) -> None:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import httpx
 
-from farstep.errors import FarstepError, InvalidRequest, Unauthorized, Unavailable, from_problem
+from farstep.errors import FarstepError, InvalidOption, InvalidRequest, Unauthorized, Unavailable, from_problem
 from farstep.transport import DEADLINE_S, NAMED, Pieces, SocketTransport, body_of
 from farstep.wire import Decoder, encode
 
@@ -73,10 +73,14 @@ class Conversation:
             within_s: seconds that all of it may take, where silence alone is not the limit.
 
         Raises:
+            InvalidOption: a number in the document is not finite.
             FarstepError: the problem the server answered with, or an answer that is not of the protocol.
             httpx.TransportError: no complete answer came.
         """
-        content = None if document is None else json.dumps(document, allow_nan=False)
+        try:
+            content = None if document is None else json.dumps(document, allow_nan=False)
+        except ValueError as exc:
+            raise InvalidOption("An option is NaN or infinite; options are finite numbers.", side="client") from exc
         headers = {} if content is None else {"content-type": "application/json"}
         extensions = self._extensions(0.0) | ({} if within_s is None else {DEADLINE_S: within_s})
         response = self._client.request(method, path, content=content, headers=headers, extensions=extensions)

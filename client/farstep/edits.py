@@ -1,14 +1,19 @@
 """Which tensors are not what a copy of them says: compared byte by byte.
 
 Version counters would be cheaper to look at, but writing through `.data` does not move them, and `p.data.clamp_(...)`
-is what much code does after a step. Comparing costs less than moving the same bytes once: for 300 small tensors about a
-tenth of a millisecond, for 100 MB about 13 ms (`tests/benchmarks/bench_bookkeeping.py`).
+is what much code does after a step. Comparing costs less than moving the same bytes once
+(`tests/benchmarks/bench_bookkeeping.py`).
+
+    large tensor        compared where it is
+    small neighbours    their bytes are joined and compared at once: a call for each would take longer than the bytes
+    odd                 strided, lazily negated, or not on the CPU: compared by torch
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -16,8 +21,21 @@ from torch import Tensor
 
 from farstep.bits import same_bits
 
+SMALL_BYTES = 16_384
+"""Up to here copying a tensor's bytes takes less than a call of a foreign function."""
+
 _memcmp = ctypes.CDLL(None).memcmp
 _memcmp.restype = ctypes.c_int
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Small tensors whose copies are one piece of memory."""
+
+    members: Sequence[int]
+    here: Sequence[memoryview]
+    there: ctypes.c_void_p
+    nbytes: ctypes.c_size_t
 
 
 @final
@@ -33,32 +51,65 @@ class Edits:
         self._tensors = list(tensors)
         self._copies = list(copies)
         self._there = [ctypes.c_void_p(copy.data_ptr()) for copy in copies]
+        self._nbytes = [copy.nbytes for copy in copies]
         self._addresses: list[int] = []
 
-    def found(self) -> list[int]:
-        """Return the indices of those that differ."""
-        addresses = list(map(Tensor.data_ptr, self._tensors))
+    def found(self, addresses: list[int]) -> list[int]:
+        """Return the indices of those that differ; `addresses` is where their memory begins now."""
         if addresses != self._addresses:
             self._look_again_(addresses)
-        if not self._odd and not any(map(_memcmp, self._here, self._there, self._sizes)):
-            return []
-        odd = set(self._odd)
-        return [index for index in range(len(self._tensors)) if self._differs(index, odd)]
+        found = [
+            index for index in self._odd if not same_bits(self._tensors[index].detach().cpu(), self._copies[index])
+        ]
+        for run in self._runs:
+            if _memcmp(b"".join(run.here), run.there, run.nbytes):
+                found += [index for index in run.members if self._differs(index)]
+        if any(map(_memcmp, *self._single)):
+            found += [index for index in self._alone if self._differs(index)]
+        return sorted(found)
 
-    def _differs(self, index: int, odd: set[int]) -> bool:
-        if index in odd:
-            return not same_bits(self._tensors[index].detach().cpu(), self._copies[index])
-        return bool(_memcmp(self._here[index], self._there[index], self._sizes[index]))
+    def _differs(self, index: int) -> bool:
+        here = ctypes.c_void_p(self._addresses[index])
+        return bool(_memcmp(here, self._there[index], ctypes.c_size_t(self._nbytes[index])))
 
     def _look_again_(self, addresses: list[int]) -> None:
-        """Find out which tensors' memory can be compared as it is; of the odd ones no byte is."""
+        """Find out how each tensor can be compared, now that there is other memory behind some."""
         self._addresses = addresses
-        self._here = [ctypes.c_void_p(address) for address in addresses]
-        self._odd = [i for i, (p, copy) in enumerate(zip(self._tensors, self._copies, strict=True)) if _is_odd(p, copy)]
-        sizes = [copy.nbytes for copy in self._copies]
-        for index in self._odd:
-            sizes[index] = 0
-        self._sizes = [ctypes.c_size_t(size) for size in sizes]
+        pairs = list(zip(self._tensors, self._copies, strict=True))
+        self._odd = [index for index, (tensor, copy) in enumerate(pairs) if _is_odd(tensor, copy)]
+        gathered = _neighbours(self._copies, set(self._odd))
+        self._runs = [self._run(members) for members in gathered if len(members) > 1]
+        taken = {*self._odd, *(index for run in self._runs for index in run.members)}
+        self._alone = [index for index in range(len(pairs)) if index not in taken]
+        self._single = (
+            [ctypes.c_void_p(addresses[index]) for index in self._alone],
+            [self._there[index] for index in self._alone],
+            [ctypes.c_size_t(self._nbytes[index]) for index in self._alone],
+        )
+
+    def _run(self, members: Sequence[int]) -> _Run:
+        here = [_bytes_at(self._addresses[index], self._nbytes[index]) for index in members]
+        nbytes = sum(self._nbytes[index] for index in members)
+        return _Run(members, here, self._there[members[0]], ctypes.c_size_t(nbytes))
+
+
+def _neighbours(copies: Sequence[Tensor], left_out: set[int]) -> list[list[int]]:
+    """Return runs of small copies with memory that follows on another's."""
+    runs: list[list[int]] = []
+    after = 0
+    for index, copy in enumerate(copies):
+        if index in left_out or not 0 < copy.nbytes <= SMALL_BYTES:
+            continue
+        if runs and copy.data_ptr() == after:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+        after = copy.data_ptr() + copy.nbytes
+    return runs
+
+
+def _bytes_at(address: int, nbytes: int) -> memoryview:
+    return memoryview((ctypes.c_char * nbytes).from_address(address)).cast("B")
 
 
 def _is_odd(tensor: Tensor, copy: Tensor) -> bool:

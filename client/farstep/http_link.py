@@ -141,6 +141,8 @@ class HttpLink(Link):
         except BaseException:
             self._arrivals.keep_()  # of what has arrived nobody knows how much
             raise
+        if arrived is None and segments is not None:  # what has no gradient, and is as it was, is not touched
+            arrived = sorted({*present, *self._arrivals.edited(self._addresses())})
         self._arrivals.settle_(arrived)
         self._version = int(received.header["version"])
         receipt = Receipt.from_header(received.header["receipt"])
@@ -233,8 +235,8 @@ class HttpLink(Link):
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
-    def edited(self) -> list[int]:
-        return self._arrivals.edited()
+    def edited(self, addresses: list[int]) -> list[int]:
+        return self._arrivals.edited(addresses)
 
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         self._parameters = list(parameters)
@@ -242,7 +244,7 @@ class HttpLink(Link):
         return True
 
     def pull(self) -> int:
-        edited = self._arrivals.edited()
+        edited = self._arrivals.edited(self._addresses())
         try:
             received = self._get("Pulling", f"{self._path}/contents", lambda header: self._arrivals.targets(None))
         except BaseException:
@@ -299,6 +301,9 @@ class HttpLink(Link):
         return None
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _addresses(self) -> list[int]:
+        return list(map(Tensor.data_ptr, self._parameters))
 
     @contextmanager
     def _session_there(self) -> Iterator[None]:

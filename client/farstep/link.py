@@ -169,8 +169,12 @@ class Link(ABC):
         """
 
     @abstractmethod
-    def edited(self) -> list[int]:
-        """Return which parameters the session has other values of; none where it reads the parameters' own memory."""
+    def edited(self, addresses: list[int]) -> list[int]:
+        """Return which parameters the session has other values of; none where it reads the parameters' own memory.
+
+        Args:
+            addresses: where each parameter's memory begins now.
+        """
 
     @abstractmethod
     def rebind(self, parameters: Sequence[Tensor]) -> bool:

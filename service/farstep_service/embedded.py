@@ -131,7 +131,7 @@ class EmbeddedLink(Link):
                     side="client",
                 )
 
-    def edited(self) -> list[int]:
+    def edited(self, addresses: list[int]) -> list[int]:
         return []
 
     def rebind(self, parameters: Sequence[Tensor]) -> bool:

@@ -245,29 +245,51 @@ def test_a_pull_takes_edits_away(server: RunningServer) -> None:
 # -- the comparison itself -----------------------------------------------------------------------------------------
 
 
+def addresses(tensors: list[Tensor]) -> list[int]:
+    return [tensor.data_ptr() for tensor in tensors]
+
+
 def test_bits_are_compared() -> None:
     """Zeros of another sign and NaNs of another payload differ, and the same NaN does not."""
     p = torch.tensor([0.0, float("nan"), 1.0])
-    edits = Edits([p, torch.empty(0)], [p.clone(), torch.empty(0)])
-    assert edits.found() == []
+    tensors = [p, torch.empty(0)]
+    edits = Edits(tensors, [p.clone(), torch.empty(0)])
+    assert edits.found(addresses(tensors)) == []
     p.data[0] = -0.0
-    assert edits.found() == [0]
+    assert edits.found(addresses(tensors)) == [0]
     p.data[0] = 0.0
-    assert edits.found() == []
+    assert edits.found(addresses(tensors)) == []
     p.view(torch.int32)[1] += 1
-    assert edits.found() == [0]
+    assert edits.found(addresses(tensors)) == [0]
 
 
 def test_memory_that_was_exchanged_is_looked_at_again() -> None:
     """A tensor may become one of other strides or another dtype, and come back."""
     p = torch.arange(6.0).view(2, 3)
-    edits = Edits([p], [p.clone()])
+    tensors = [p]
+    edits = Edits(tensors, [p.clone()])
     first = p.data
     p.data = torch.arange(6.0).view(3, 2).t()
-    assert edits.found() == [0]
+    assert edits.found(addresses(tensors)) == [0]
     p.data = first.t().contiguous().t()
-    assert edits.found() == []
+    assert edits.found(addresses(tensors)) == []
     p.data = first + 1
-    assert edits.found() == [0]
+    assert edits.found(addresses(tensors)) == [0]
     p.data = first
-    assert edits.found() == []
+    assert edits.found(addresses(tensors)) == []
+
+
+def test_small_neighbours_are_compared_at_once_and_told_apart() -> None:
+    """Large ones between small ones, dtypes side by side, empty ones: the ones that differ are found, and only they."""
+    sizes = [3, 0, 5, 9000, 7, 1, 20_000, 4, 4]
+    tensors = [torch.arange(float(size)) for size in sizes]
+    flat = torch.cat(tensors)
+    edits = Edits(tensors, list(torch.split(flat, sizes)))
+    assert edits.found(addresses(tensors)) == []
+    for changed in ([0], [2], [3], [4, 5], [6], [7, 8], [0, 3, 8]):
+        for index in changed:
+            tensors[index].data[-1] += 1
+        assert edits.found(addresses(tensors)) == changed
+        for index in changed:
+            tensors[index].data[-1] -= 1
+    assert edits.found(addresses(tensors)) == []

@@ -240,6 +240,18 @@ def test_a_session_that_cannot_be_had_changes_nothing(place: RemoteOptions) -> N
     assert twins.ours.session == session
 
 
+def test_a_parameter_that_became_smaller(place: RemoteOptions) -> None:
+    """`p.data = p.data[:2]` is at the same address, and begins a session of that shape."""
+    twins = Twins("Adagrad", {"lr": 0.1}, place, start=drawn(0, SHAPES))
+    twins.train(1)
+    for optimizer, ps in ((twins.ours, twins.here), (twins.theirs, twins.there)):
+        optimizer.state.clear()
+        ps[1].grad = None
+        ps[1].data = ps[1].data[:2]
+    twins.train(2, first=2)
+    twins.check()
+
+
 def test_a_parameter_of_another_dtype_behind_the_same_name(place: RemoteOptions) -> None:
     """`module.double()` puts other memory behind the parameters, which begin a session of that dtype."""
     models = [torch.nn.Linear(3, 2), torch.nn.Linear(3, 2)]

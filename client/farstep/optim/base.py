@@ -21,6 +21,7 @@ from copy import deepcopy
 from typing import Any, Self, overload
 
 import torch
+from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from farstep.errors import InvalidOption, TensorMismatch
@@ -48,7 +49,10 @@ class RemoteOptimizer(InSession):
                 field="differentiable",
                 side="client",
             )
-        place = resolve(remote)
+        try:
+            place = resolve(remote)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}.__init__() got an {error}") from None
         defaults = self.twin([torch.zeros(1, 1)], **options).defaults
         super().__init__(params, defaults)
         self._check_groups()
@@ -69,7 +73,7 @@ class RemoteOptimizer(InSession):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch._disable_dynamo  # which, unlike torch.compiler.disable, does not import the compiler with us
+    @_disable_dynamo  # which, unlike torch.compiler.disable, does not import the compiler with us
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Perform one optimization step in the session and update the parameters in place.
@@ -87,6 +91,7 @@ class RemoteOptimizer(InSession):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+            member = self._member()
         self._settle(member)
         member.prepare()
         try:

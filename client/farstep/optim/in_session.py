@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from farstep.link import SessionSpec, StepReport
-from farstep.optim.membership import Membership, refused
+from farstep.link import SessionSpec, StepReport, open_link
+from farstep.optim.membership import Membership, OpenLink, refused
 from farstep.optim.options import plain_options
 from farstep.optim.torch_form import describe, newborn
 from farstep.settings import Place, elsewhere
@@ -29,6 +29,8 @@ class InSession(torch.optim.Optimizer):
     """torch's class of the same name."""
     of_constructor: ClassVar[frozenset[str]] = frozenset()
     """Options whose value in the constructor counts, whatever a group says."""
+    opened_by: OpenLink = staticmethod(open_link)
+    """Opens the link to a session; a class of its own in tests and benchmarks may have another."""
 
     last_step: StepReport | None
 
@@ -95,6 +97,7 @@ class InSession(torch.optim.Optimizer):
             spec,
             [group["params"] for group in self.param_groups],
             place,
+            opened_by=self.opened_by,
             newborn=partial(newborn, self.twin, self.defaults),
             state=state,
             version=version,

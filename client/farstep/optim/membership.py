@@ -21,13 +21,14 @@ from torch import Tensor
 
 from farstep.errors import FarstepError
 from farstep.fields import FieldKind
-from farstep.link import Link, Parameter, SessionSpec, Start, State, StepReport, open_link
+from farstep.link import Link, Parameter, SessionSpec, Start, State, StepReport
 from farstep.optim.options import Options, changes, without
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import to_session
 from farstep.settings import Place
 
 Parameters = Sequence[Tensor]
+OpenLink = Callable[[SessionSpec, Sequence[Tensor], Place, Start], Link]
 Newborn = Callable[[Tensor, Mapping[str, FieldKind]], State | None]
 """Given a parameter and the state fields, returns the state it begins with, None where state begins with a step."""
 
@@ -40,6 +41,7 @@ class Membership:
         spec: what the session is.
         groups: the parameters of each of its groups.
         place: where it is.
+        opened_by: opens the link to it.
         newborn: the state that a parameter begins with.
         state: torch's form of the state that a new session begins with, None for none.
         version: the version that a new session begins at.
@@ -54,6 +56,7 @@ class Membership:
         groups: Sequence[Parameters],
         place: Place,
         *,
+        opened_by: OpenLink,
         newborn: Newborn,
         state: Mapping[Any, Any] | None = None,
         version: int = 0,
@@ -62,7 +65,7 @@ class Membership:
         self.parameters = list(chain.from_iterable(groups))
         self._newborn = newborn
         self._sent: list[Options] = [dict(group) for group in spec.groups]
-        self.link: Link = open_link(spec, self.parameters, place, self._start(state, version))
+        self.link = opened_by(spec, self.parameters, place, self._start(state, version))
         self.close = weakref.finalize(self, self.link.close)
         self.state = RemoteState(self.link, self.parameters, partial(_check_open, self.close, place.session))
         self._remember(list(map(len, groups)))
@@ -81,6 +84,7 @@ class Membership:
         """Remember what `holds` and `rebind` compare with: the parameters, in groups of these lengths."""
         self._lengths = lengths
         self._forms = [(p.shape, p.dtype) for p in self.parameters]
+        self._sizes = list(map(Tensor.numel, self.parameters))
         self._addresses = list(map(Tensor.data_ptr, self.parameters))
 
     def holds(self, groups: Sequence[Parameters]) -> bool:
@@ -89,6 +93,7 @@ class Membership:
             list(map(len, groups)) == self._lengths
             and all(map(is_, chain.from_iterable(groups), self.parameters))
             and list(map(Tensor.data_ptr, self.parameters)) == self._addresses
+            and list(map(Tensor.numel, self.parameters)) == self._sizes
         )
 
     def rebind(self, groups: Sequence[Parameters]) -> bool:
@@ -114,9 +119,12 @@ class Membership:
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Send edits of state and parameters; forget what was read of the state, which the next step makes old."""
+        """Send edits of state and parameters; forget what was read of the state, which the next step makes old.
+
+        `holds` has just said that the parameters are those of the session.
+        """
         self._send_state()
-        if edited := self.link.edited():
+        if edited := self.link.edited(self._addresses):
             self.link.write(edited)
 
     def push(self, options: list[Options]) -> StepReport:

@@ -48,7 +48,7 @@ def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind
     """Return a parameter's state as the session takes it, dense, None where there is none.
 
     Raises:
-        ValueError: a part of it is missing.
+        ValueError: a part of it is missing, or is no tensor.
     """
     present = {key: own[key] for key in fields if own.get(key) is not None}
     if not present:
@@ -56,6 +56,8 @@ def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind
     for key, kind in fields.items():
         if key not in present and kind != "optional" and shape_of(kind, p.shape) is not None:
             raise ValueError(f"loaded state dict has no {key!r} for a parameter; it is another optimizer's")
+    if wrong := [key for key in present if fields[key] not in NUMBERS and not isinstance(present[key], Tensor)]:
+        raise ValueError(f"loaded state dict has {wrong[0]!r} that is no tensor; it is another optimizer's")
     return {key: float(value) if fields[key] in NUMBERS else _dense(value) for key, value in present.items()}
 
 
