@@ -22,7 +22,7 @@ from torch import Tensor
 
 from farstep.arrivals import Arrivals
 from farstep.fields import FieldKind
-from farstep.link import Link, Options, SessionSpec, Start, State, StepReport
+from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport
 from farstep.messages import Evaluation
 from farstep.optim import Adagrad, Adam, RemoteOptimizer
 from farstep.settings import Place
@@ -68,6 +68,9 @@ class NoLink(Link):
 
     def write(self, parameters: Sequence[int] = (), state: Mapping[int, State | None] | None = None) -> int:
         raise AssertionError("nothing was edited")
+
+    def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
+        raise AssertionError("nothing was added")
 
     def edited(self, addresses: list[int]) -> list[int]:
         return self._arrivals.edited(addresses)

@@ -113,7 +113,8 @@ def _alike(ours: Refusal, theirs: Refusal) -> bool:
 def _entry(path: str, ours: object, theirs: object, tolerance: Tolerance) -> Comparison:
     if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
         return _tensors(path, ours, theirs, tolerance)
-    if type(ours) is type(theirs) and ours == theirs:
+    alike = type(ours) is type(theirs) or {type(ours), type(theirs)} <= {int, float}  # L-BFGS has t=1 or t=1.0
+    if alike and ours == theirs:
         return Comparison()
     return Comparison(wrong=(f"{path} is {ours!r}, torch's {theirs!r}",))
 
