@@ -125,6 +125,18 @@ class HttpLink(Link):
         def head(name: WriteName, incarnation: str) -> PushHead:
             return PushHead(name, incarnation, self._version, segments=segments, sparse=tuple(sparse), groups=groups)
 
+        return self._push(head, payload, began)
+
+    def skip(self, groups: Mapping[int, Options]) -> StepReport:
+        def head(name: WriteName, incarnation: str) -> PushHead:
+            have = self._version
+            return PushHead(name, incarnation, have, "changed", have, segments=[], groups=groups, skip=True)
+
+        return self._push(head, (), time.perf_counter())
+
+    def _push(
+        self, head: Callable[[WriteName, str], PushHead], payload: Sequence[memoryview], began: float
+    ) -> StepReport:
         arrived: list[int] | None = None
 
         def place(header: dict[str, Any]) -> Sequence[memoryview]:

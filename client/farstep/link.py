@@ -140,6 +140,14 @@ class Link(ABC):
         """
 
     @abstractmethod
+    def skip(self, groups: Mapping[int, Options]) -> StepReport:
+        """Say that this worker's gradients overflowed: nobody takes the step, and whoever waits for it goes on.
+
+        Raises:
+            FarstepError: see `push`.
+        """
+
+    @abstractmethod
     def pull(self) -> int:
         """Bring the parameters to the session's current version and return it."""
 

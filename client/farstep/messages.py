@@ -108,6 +108,7 @@ class PushHead:
         segments: half-open index ranges that have a gradient, flat and ascending; None for all.
         wanted: which parameters the answer shall carry.
         have: the version of the parameters this worker holds, for `wanted="changed"`.
+        skip: this worker's gradients overflowed; the step is not taken, by it or by those it steps with.
     """
 
     name: WriteName
@@ -118,6 +119,7 @@ class PushHead:
     segments: list[int] | None = None
     sparse: tuple[Sparse, ...] = ()
     groups: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    skip: bool = False
 
     def to_header(self) -> dict[str, Any]:
         head: dict[str, Any] = {
@@ -135,6 +137,8 @@ class PushHead:
             head["sparse"] = [[each.segment, each.dims, each.nnz] for each in self.sparse]
         if self.groups:
             head["groups"] = {str(group): dict(options) for group, options in self.groups.items()}
+        if self.skip:
+            head["skip"] = True
         return head
 
     @classmethod
@@ -153,8 +157,11 @@ class PushHead:
             segments=header.listing("segments"),
             sparse=_sparse(header.listing("sparse") or []),
             groups=_groups(header.mapping("groups")),
+            skip=header.flag("skip"),
         )
         header.nothing_left()
+        if head.skip and head.segments != []:
+            raise InvalidRequest("A push that skips its step has no gradients: 'segments' must be [].", field="skip")
         return head
 
 

@@ -18,6 +18,8 @@ from tests.session.writers import Twin, Writer, equal, new_session, parameters, 
 DEADLINE_S = 10.0
 BAD = 3
 """The content that holds NaN."""
+SKIP = 4
+"""The content of a push that skips its step."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,11 @@ class Model:
         self.workers = workers
         self.pages: dict[str, Page] = {}
         self.steps: list[tuple[Message, ...]] = []
+        self.skipped: set[WriteName] = set()
         self.deadline: float | None = None
 
     def expect(self, message: Message, now: float) -> type[FarstepError] | str:
-        """Return the error a push gets, or `duplicate`, `joins`, `waits` or `applied`, having done it."""
+        """Return the error a push gets, or `duplicate`, `joins`, `waits`, `applied` or `skipped`, having done it."""
         page, name = self.pages.get(message.name.worker, Page()), message.name
         if name.epoch != page.epoch:
             return Fenced
@@ -67,13 +70,18 @@ class Model:
         if len(together) < self.workers:
             self.deadline = now + DEADLINE_S if len(together) == 1 else self.deadline
             return "waits"
-        self.steps.append(tuple(page.waiting for page in together if page.waiting))
+        step = tuple(page.waiting for page in together if page.waiting)
+        skipped = any(each.content == SKIP for each in step)
+        if skipped:
+            self.skipped = {each.name for each in step}
+        else:
+            self.steps.append(step)
         for each in together:
             assert each.waiting
             each.last += 1
             each.done[each.last], each.waiting = (each.waiting.content, None), None
         self.deadline = None
-        return "applied"
+        return "skipped" if skipped else "applied"
 
     def withdraw(self) -> None:
         """Note that a push that waited may have been taken out."""
@@ -130,7 +138,7 @@ class Network(RuleBasedStateMachine):
         which=st.integers(0, 2),
         ahead=st.sampled_from([0, 0, 0, 0, 0, 0, -1, -2, 1]),
         older=st.sampled_from([0, 0, 0, 0, 0, 1]),
-        content=st.sampled_from([0, 0, 1, 1, 2, BAD]),
+        content=st.sampled_from([0, 0, 1, 1, 2, BAD, SKIP]),
     )
     def send(self, which: int, ahead: int, older: int, content: int) -> Message:
         """Make a push, most often the next one, and deliver it."""
@@ -152,7 +160,10 @@ class Network(RuleBasedStateMachine):
             with pytest.raises(expected):
                 writer.push(gradient, sequence=message.name.sequence, base=0, now=self.now)
             return
-        outcomes = writer.push(gradient, sequence=message.name.sequence, base=0, now=self.now)
+        if message.content == SKIP:
+            outcomes = writer.skip(sequence=message.name.sequence, base=0, now=self.now)
+        else:
+            outcomes = writer.push(gradient, sequence=message.name.sequence, base=0, now=self.now)
         if expected in ("joins", "waits"):
             assert outcomes == {}
         elif expected == "duplicate":
@@ -160,6 +171,13 @@ class Network(RuleBasedStateMachine):
             assert outcomes[message.name].duplicate
             known = self.receipts.get(message.name)
             assert known is None or outcomes[message.name].result == known
+        elif expected == "skipped":
+            assert outcomes.keys() == self.model.skipped
+            for name, outcome in outcomes.items():
+                assert outcome.result == Receipt(
+                    len(self.model.steps), 0, len(self.model.steps), applied=False, divisor=self.model.workers
+                )
+                self.receipts[name] = outcome.result
         else:
             assert expected == "applied"
             step = self.model.steps[-1]

@@ -3,7 +3,7 @@
     rebind      other parameters in the places of some: their values and state are sent
     settle      a mapping that stands in the state's place: what differs is sent
     prepare     before a step: edits of state and parameters are sent, and what was read of the state is forgotten
-    push        the step: gradients and changed options there, new parameters back
+    push        the step: gradients and changed options there, new parameters back; or word that the step is skipped
 
 An optimizer has one membership at a time; one that goes to another session gets another.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 from farstep.errors import FarstepError
 from farstep.link import FieldKind, Link, SessionSpec, Start, State, StepReport
 from farstep.optim.options import Options, changes, without
+from farstep.optim.scaling import Scaling
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import to_session
 from farstep.settings import Place
@@ -122,14 +123,19 @@ class Membership:
         if edited := self.link.edited(self._addresses):
             self.link.write(edited)
 
-    def push(self, options: list[Options]) -> StepReport:
-        """Send the gradients and the options that changed; bring the new parameters back."""
+    def push(self, options: list[Options], scaling: Scaling) -> StepReport:
+        """Send the gradients, unless they overflowed, and the options that changed; bring the new parameters back."""
         changed = changes(options, self._sent)
+        gradients = [p.grad for p in self.parameters]
         try:
-            report = self.link.push([p.grad for p in self.parameters], changed)
+            if scaling.overflowed:
+                report = self.link.skip(changed)
+            else:
+                report = self.link.push(scaling.unscaled(gradients), changed)
         except BaseException:
             self._sent = without(self._sent, changed)
             raise
+        scaling.settle_(gradients)
         self._sent = options
         return report
 

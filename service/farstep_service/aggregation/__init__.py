@@ -2,7 +2,7 @@
 
 from farstep_service.aggregation.ledger import Entry, Ledger, mismatch
 from farstep_service.aggregation.members import Members
-from farstep_service.aggregation.modes import Abort, Aggregation, Barrier, Immediate, Step, aggregation_for
+from farstep_service.aggregation.modes import Abort, Aggregation, Barrier, Immediate, Skip, Step, aggregation_for
 
 __all__ = [
     "Abort",
@@ -12,6 +12,7 @@ __all__ = [
     "Immediate",
     "Ledger",
     "Members",
+    "Skip",
     "Step",
     "aggregation_for",
     "mismatch",
