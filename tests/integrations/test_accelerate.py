@@ -1,7 +1,7 @@
 """Hugging Face Accelerate, the package itself: `prepare`, gradient accumulation, clipping, save and load.
 
-`prepare` wraps the optimizer and makes a round trip of its state, every tensor moved to the device; the wrapper passes a
-closure by position. A training is compared with the same one on torch's optimizer, bit by bit.
+`prepare` wraps the optimizer and makes a round trip of its state, every tensor moved to the device; the wrapper passes
+a closure by position. A training is compared with the same one on torch's optimizer, bit by bit.
 """
 
 from __future__ import annotations

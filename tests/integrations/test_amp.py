@@ -1,4 +1,4 @@
-"""`torch.amp.GradScaler`: steps that it skips are skipped here, alone and in a sync session, where nobody waits for them.
+"""`torch.amp.GradScaler`: steps that it skips are skipped here, alone and in a sync session, where nobody waits.
 
 Alone, GradScaler simply does not call `step()`. In a sync session it does, so that the others learn of the skip; torch
 on the mean of the gradients, which leaves out the steps that somebody skipped, is the oracle.
@@ -58,7 +58,7 @@ class Training:
     def step(self, number: int, inputs: Tensor, classes: Tensor) -> None:
         self.optimizer.zero_grad()
         loss = loss_of(self.model, inputs, classes)
-        self.scaler.scale(loss * float("inf") if number == BAD else loss).backward()
+        torch.autograd.backward(self.scaler.scale(loss * float("inf") if number == BAD else loss))
         if self._clip:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), 0.5)
@@ -82,7 +82,8 @@ def test_a_scaled_training_has_torchs_bits(name: str, clip: bool, place: RemoteO
     assert here.scales == there.scales
     assert here.scales[BAD] == here.scales[BAD - 1] / 2
     check_states(here.optimizer.state_dict(), there.optimizer.state_dict())
-    same([p.grad for p in here.model.parameters()], [p.grad for p in there.model.parameters()])
+    for one, other in zip(here.model.parameters(), there.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
     assert isinstance(here.optimizer, RemoteOptimizer)
     assert here.optimizer.version == len(batches()) - 1
 
@@ -110,8 +111,8 @@ class Scaled(Worker):
     def step(self, gradients: Sequence[Tensor | None]) -> None:
         """Come by these gradients as a loss's, and step."""
         self.optimizer.zero_grad()
-        terms = [(p * g).sum() for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
-        self.scaler.scale(torch.stack(terms).sum()).backward()
+        terms: list[Tensor] = [(p * g).sum() for p, g in zip(self.parameters, gradients, strict=True) if g is not None]
+        torch.autograd.backward(self.scaler.scale(torch.stack(terms).sum()))
         self.try_()
 
     def try_(self) -> None:
@@ -119,6 +120,10 @@ class Scaled(Worker):
             self.scaler.unscale_(self.optimizer)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters if p.grad is not None]
 
     @property
     def applied(self) -> bool:
@@ -159,7 +164,7 @@ def test_a_step_that_one_skips_is_skipped_by_both(
             check_parameters(worker.parameters, reference.parameters)
             assert (worker.scaler.get_scale() < before[index]) == (bad == index)
             if index != bad:
-                check_parameters([p.grad for p in worker.parameters], gradients[index])  # type: ignore[arg-type]
+                check_parameters(worker.gradients, gradients[index])
     assert workers[0].optimizer.version == 4
     check_states(workers[0].optimizer.state_dict(), reference.optimizer.state_dict())
 
@@ -220,7 +225,7 @@ def test_a_scaled_step_that_failed_can_be_tried_again(
     group["lr"] = "much"
     with pytest.raises(InvalidOption):
         workers[0].step(drawn(1))
-    check_parameters([p.grad for p in workers[0].parameters], [SCALE * g for g in drawn(1)])  # type: ignore[arg-type]
+    check_parameters(workers[0].gradients, [SCALE * g for g in drawn(1)])
     group["lr"] = 0.1
     pushes = [threads.submit(workers[0].try_), threads.submit(workers[1].step, drawn(2))]
     for push in pushes:
@@ -241,15 +246,14 @@ def test_sparse_gradients_are_unscaled_too(shared: RemoteOptions, threads: Threa
         scaler = scaler_()
         for rows in ([1, 2, 1], [4, 2, 2]):
             optimizer.zero_grad()
-            scaler.scale(network(torch.tensor(rows)).square().sum()).backward()
+            torch.autograd.backward(scaler.scale(network(torch.tensor(rows)).square().sum()))
             scaler.step(optimizer)
             scaler.update()
 
     reference, workers = embedding(), [embedding(), embedding()]
     work(reference, torch.optim.Adagrad(reference.parameters(), lr=0.1, foreach=False))
-    optimizers = [
-        Adagrad(each.parameters(), lr=0.1, worker=f"w{index}", **place) for index, each in enumerate(workers)
-    ]
+    places: list[RemoteOptions] = [{**place, "worker": "w0"}, {**place, "worker": "w1"}]
+    optimizers = [Adagrad(each.parameters(), lr=0.1, **own) for each, own in zip(workers, places, strict=True)]
     runs = [threads.submit(work, *pair) for pair in zip(workers, optimizers, strict=True)]
     for run in runs:
         run.result()
@@ -271,7 +275,8 @@ def test_who_asks_for_it_is_told_of_skipped_steps_in_any_session(place: RemoteOp
         for each, own, scaler in ((p, optimizer, scalers[0]), (q, plain, scalers[1])):
             own.zero_grad()
             own.param_groups[0]["lr"] = 0.1 / (number + 1)
-            scaler.scale((each.square() * (float("inf") if number == BAD else 1.0)).sum()).backward()
+            loss = (each.square() * (float("inf") if number == BAD else 1.0)).sum()
+            torch.autograd.backward(scaler.scale(loss))
             scaler.step(own)
             scaler.update()
         check_parameters([p], [q])

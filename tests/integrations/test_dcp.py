@@ -1,8 +1,8 @@
 """`torch.distributed.checkpoint`: saved from a session and resumed in another one, bit by bit, without a step too many.
 
 DCP reads `state_dict()`. Where the state of an optimizer is empty it makes one, by a step with zero gradients and a
-learning rate of 0, so that there are tensors to load into. That step is taken in the session like any other: it changes no
-parameter, and the state that is loaded afterwards replaces what it left.
+learning rate of 0, so that there are tensors to load into. That step is taken in the session like any other: it changes
+no parameter, and the state that is loaded afterwards replaces what it left.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed.checkpoint as dcp
+import torch
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -20,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
     set_state_dict,
 )
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
 from farstep.optim import RemoteOptimizer
@@ -31,12 +33,11 @@ from tests.service.servers import RunningServer
 
 NAMES = ["Adagrad", "AdamW", "SGD", "NAdam"]
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"lr": 0.05, "momentum": 0.9}}
-TOLD = pytest.mark.filterwarnings(
+pytestmark = pytest.mark.filterwarnings(
     # what DCP says, whoever's optimizer it is, about a training in one process and about itself
     "ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning",
     "ignore:TypedStorage is deprecated:UserWarning",
 )
-pytestmark = TOLD
 
 
 class Part:
@@ -49,21 +50,19 @@ class Part:
     def train(self, seed: int) -> Part:
         for inputs, classes in batches(seed):
             self.optimizer.zero_grad()
-            loss_of(self.model, inputs, classes).backward()
+            torch.autograd.backward(loss_of(self.model, inputs, classes))
             self.optimizer.step()
         return self
 
     def save(self, path: Path) -> None:
         weights, state = get_state_dict(self.model, self.optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=str(path))
+        save({"model": weights, "optimizer": state}, checkpoint_id=str(path))
 
     def load(self, path: Path) -> Part:
         weights, state = get_state_dict(self.model, self.optimizer)
-        held = {"model": weights, "optimizer": state}
-        dcp.load(held, checkpoint_id=str(path))
-        set_state_dict(
-            self.model, self.optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"]
-        )
+        held: dict[str, Any] = {"model": weights, "optimizer": state}
+        load(held, checkpoint_id=str(path))
+        set_state_dict(self.model, self.optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
         return self
 
 
@@ -149,7 +148,9 @@ def test_a_model_in_two_groups(place: RemoteOptions, tmp_path: Path) -> None:
     """Groups with options of their own come back to the parameters they belong to."""
 
     def grouped(make_: Any) -> Make:
-        return lambda params: make_([{"params": each, "lr": lr} for each, lr in zip(halves(params), (0.1, 0.01), strict=True)])
+        return lambda params: make_(
+            [{"params": each, "lr": lr} for each, lr in zip(halves(params), (0.1, 0.01), strict=True)]
+        )
 
     def halves(params: Any) -> list[Any]:
         listed = list(params)

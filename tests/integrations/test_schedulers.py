@@ -1,7 +1,7 @@
 """Every scheduler of `torch.optim.lr_scheduler` on our optimizers: each step has the bits that torch's has.
 
-A scheduler writes `lr`, and some momentum or betas, into the groups, patches `step` on the instance and keeps a state of
-its own. The table names all of them, and a test compares it with torch's module, so that a new one has to be added.
+A scheduler writes `lr`, and some momentum or betas, into the groups, patches `step` on the instance and keeps a state
+of its own. The table names all of them, and a test compares it with torch's module, so that a new one has to be added.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim import lr_scheduler as ls
 from torch.optim import Optimizer
+from torch.optim import lr_scheduler as ls
 
 from farstep.settings import RemoteOptions
 from tests.client.twins import Twins, drawn
@@ -23,7 +23,9 @@ Scheduler = ls.LRScheduler
 STEPS = 12
 
 TABLE: dict[str, Callable[[Optimizer], Scheduler]] = {
-    "ChainedScheduler": lambda o: ls.ChainedScheduler([ls.ConstantLR(o, 0.5, 3), ls.ExponentialLR(o, 0.9)], optimizer=o),
+    "ChainedScheduler": lambda o: ls.ChainedScheduler(
+        [ls.ConstantLR(o, 0.5, 3), ls.ExponentialLR(o, 0.9)], optimizer=o
+    ),
     "ConstantLR": lambda o: ls.ConstantLR(o, factor=0.5, total_iters=4),
     "CosineAnnealingLR": lambda o: ls.CosineAnnealingLR(o, T_max=5, eta_min=1e-4),
     "CosineAnnealingWarmRestarts": lambda o: ls.CosineAnnealingWarmRestarts(o, T_0=3, T_mult=2),
@@ -81,10 +83,12 @@ def test_a_schedule_has_torchs_bits(name: str, optimizer: str, place: RemoteOpti
     make = TABLE[name]
     schedulers = [scheduler for _, scheduler in parts(twins, make)]
     steps(twins, schedulers, 1, STEPS // 2)
-    saved = [copy.deepcopy(each.state_dict()) for each in (twins.ours, twins.theirs, *schedulers)]
+    keepers: list[Any] = [twins.ours, twins.theirs, *schedulers]
+    saved = [copy.deepcopy(each.state_dict()) for each in keepers]
     resumed = Twins(optimizer, OPTIMIZERS[optimizer], place, start=[p.detach() for p in twins.here])
     others = [scheduler for _, scheduler in parts(resumed, make)]
-    for each, state in zip((resumed.ours, resumed.theirs, *others), saved, strict=True):
+    keepers = [resumed.ours, resumed.theirs, *others]
+    for each, state in zip(keepers, saved, strict=True):
         each.load_state_dict(state)
     steps(resumed, others, STEPS // 2 + 1, STEPS)
     steps(twins, schedulers, STEPS // 2 + 1, STEPS)
@@ -94,9 +98,7 @@ def test_a_schedule_has_torchs_bits(name: str, optimizer: str, place: RemoteOpti
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["CosineAnnealingLR", "OneCycleLR", "ReduceLROnPlateau"])
-def test_a_schedule_fills_a_learning_rate_that_is_a_tensor(
-    name: str, dtype: torch.dtype, place: RemoteOptions
-) -> None:
+def test_a_schedule_fills_a_learning_rate_that_is_a_tensor(name: str, dtype: torch.dtype, place: RemoteOptions) -> None:
     """The group keeps the caller's tensor, the scheduler writes into it, and the session takes its value.
 
     torch computes step sizes in the tensor's dtype, the session in float64; they are equal where the tensor is float64

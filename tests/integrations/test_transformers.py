@@ -1,7 +1,8 @@
 """Hugging Face `transformers.Trainer`, the package itself, on a language model of two layers with random weights.
 
 Trainer takes an optimizer (`optimizers=`) or makes one from a class and its arguments (`optimizer_cls_and_kwargs=`),
-prepares it with Accelerate, clips gradients and writes checkpoints. Each training is compared with torch's AdamW, bit by bit.
+prepares it with Accelerate, clips gradients and writes checkpoints. Each training is compared with torch's AdamW, bit
+by bit.
 """
 
 from __future__ import annotations
@@ -77,15 +78,15 @@ def given(make: Make, at: Path, *, resume: Path | None = None, seed: int = 0, **
     """Train with an optimizer and a schedule of our own (`optimizers=`)."""
     network = language_model(seed)
     optimizer = make(network.parameters())
-    schedule = get_linear_schedule_with_warmup(optimizer, 2, STEPS)
-    trainer = Trainer(
-        network, arguments(at, **options), train_dataset=Text(), optimizers=(optimizer, schedule)
-    )
+    schedule = get_linear_schedule_with_warmup(optimizer, 2, STEPS)  # type: ignore[no-untyped-call]
+    trainer = Trainer(network, arguments(at, **options), train_dataset=Text(), optimizers=(optimizer, schedule))
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
     return trainer
 
 
-def made(kind: Any, kwargs: dict[str, Any], at: Path, *, resume: Path | None = None, seed: int = 0, **options: Any) -> Trainer:
+def made(
+    kind: Any, kwargs: dict[str, Any], at: Path, *, resume: Path | None = None, seed: int = 0, **options: Any
+) -> Trainer:
     """Train with an optimizer that Trainer makes (`optimizer_cls_and_kwargs=`), in groups with and without decay."""
     trainer = Trainer(
         language_model(seed),
@@ -152,7 +153,5 @@ def test_a_training_resumed_from_a_checkpoint(way: str, place: RemoteOptions, tm
 def test_a_training_that_torch_began(place: RemoteOptions, tmp_path: Path) -> None:
     """A checkpoint of Trainer with torch's AdamW goes on in a session."""
     there = given(theirs("AdamW", lr=LR), tmp_path / "theirs", save_strategy="steps", save_steps=5)
-    resumed = given(
-        ours("AdamW", place, lr=LR), tmp_path / "ours", resume=tmp_path / "theirs" / "checkpoint-5", seed=5
-    )
+    resumed = given(ours("AdamW", place, lr=LR), tmp_path / "ours", resume=tmp_path / "theirs" / "checkpoint-5", seed=5)
     check(resumed, there)

@@ -30,9 +30,7 @@ def model(seed: int = 0) -> nn.Sequential:
 def dataset(seed: int = 1, count: int = 24) -> TensorDataset:
     """Return inputs and classes, the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
-    return TensorDataset(
-        torch.randn(count, 6, generator=generator), torch.randint(3, (count,), generator=generator)
-    )
+    return TensorDataset(torch.randn(count, 6, generator=generator), torch.randint(3, (count,), generator=generator))
 
 
 def batches(seed: int = 1, count: int = 24, size: int = 4) -> DataLoader[Any]:

@@ -41,7 +41,7 @@ class Scaling:
     factor: float = 1.0
 
     def unscaled(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Return the gradients to send. Their own stay scaled until the step is taken, so that it may be tried again."""
+        """Return the gradients to send. The caller's own stay scaled until the step is taken: it may be tried again."""
         if self.factor == 1.0:
             return gradients
         return [None if gradient is None else gradient * self.factor for gradient in gradients]
