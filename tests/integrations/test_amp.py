@@ -285,6 +285,18 @@ def test_who_asks_for_it_is_told_of_skipped_steps_in_any_session(place: RemoteOp
     assert optimizer.version == 4
 
 
+def test_a_scaled_step_without_any_gradient(place: RemoteOptions) -> None:
+    """There is nothing to unscale and nothing that could overflow; the step is taken and changes nothing."""
+    (p,) = parameters(drawn(0, [(5,)]))
+    optimizer: Any = Adagrad([p], lr=0.1, **place)
+    optimizer._step_supports_amp_scaling = True
+    scaler = scaler_()
+    scaler.scale(torch.zeros(()))
+    scaler.step(optimizer)
+    assert optimizer.last_step.applied
+    check_parameters([p], drawn(0, [(5,)]))
+
+
 def test_only_who_keeps_others_waiting_handles_scaling(shared: RemoteOptions) -> None:
     """Lightning does not clip for an optimizer that does, so one that is alone, such as a copy, leaves it to torch."""
     worker = Worker(synced(shared, 2), "w0")

@@ -63,7 +63,7 @@ def scaling_of(attributes: dict[str, Any]) -> Iterator[Scaling]:
     found, scale = attributes.get("found_inf"), attributes.get("grad_scale")
     try:
         yield Scaling(
-            overflowed=found is not None and bool(found.item()),
+            overflowed=bool(found),  # a plain 0 where there is no gradient at all
             factor=1.0 if scale is None else float(scale.double().reciprocal().float().item()),
         )
     except BaseException:
