@@ -3,7 +3,8 @@
 `Async`: every push is a step of its own, applied in the order of arrival.
 `Sync`: a step waits for one push of each of N workers, reduces them in the order of the worker names (so that a run
 gives the same bits whatever the order of arrival), divides by N and is applied once. If the deadline passes first,
-nobody's gradients are applied and every waiting worker learns so.
+nobody's gradients are applied and every waiting worker learns so. If one of the workers skips the step, because its
+scaled gradients overflowed, all of them do, as soon as all are there.
 """
 
 from __future__ import annotations

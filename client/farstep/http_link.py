@@ -141,6 +141,23 @@ class HttpLink(Link):
                 evaluation=evaluation,
             )
 
+        return self._push(head, present, payload, began)
+
+    def skip(self, groups: Mapping[int, Options]) -> StepReport:
+        def head(name: WriteName, incarnation: str) -> PushHead:
+            have = self._version
+            return PushHead(name, incarnation, have, "changed", have, segments=[], groups=groups, skip=True)
+
+        return self._push(head, (), (), time.perf_counter())
+
+    def _push(
+        self,
+        head: Callable[[WriteName, str], PushHead],
+        present: Sequence[int],
+        payload: Sequence[memoryview],
+        began: float,
+    ) -> StepReport:
+        """Send a push with the gradients of the parameters `present`, and take in what comes back."""
         arrived: list[int] | None = None
 
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
@@ -154,7 +171,9 @@ class HttpLink(Link):
         except BaseException:
             self._arrivals.keep_()  # of what has arrived nobody knows how much
             raise
-        if arrived is None and segments is not None:  # what has no gradient, and is as it was, is not touched
+        if arrived is None and len(present) < len(
+            self._parameters
+        ):  # what has no gradient, and is as it was, is not touched
             arrived = sorted({*present, *self._arrivals.edited(self._addresses())})
         self._arrivals.settle_(arrived)
         self._version = int(received.header["version"])

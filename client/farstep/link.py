@@ -84,7 +84,7 @@ class StepReport:
     Attributes:
         version: the session's version after it.
         staleness: steps between the version the gradient was computed on and the one it was applied to.
-        applied: whether the parameters changed by it.
+        applied: whether the parameters changed by it; not so if a worker skipped the step.
         duplicate: whether the server had seen this push before, so that this answer is the first one's receipt.
         earlier: what became of a write before this one that had got no answer and was not repeated: `applied`, or
             `dropped` because it never arrived or its barrier was given up. None if there was none.
@@ -148,6 +148,14 @@ class Link(ABC):
         Raises:
             FarstepError: what the session refused, or `Unavailable` when no answer came in time. The parameters are
                 then as they were.
+        """
+
+    @abstractmethod
+    def skip(self, groups: Mapping[int, Options]) -> StepReport:
+        """Say that this worker's gradients overflowed: nobody takes the step, and whoever waits for it goes on.
+
+        Raises:
+            FarstepError: see `push`.
         """
 
     @abstractmethod

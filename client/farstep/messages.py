@@ -130,6 +130,7 @@ class PushHead:
         wanted: which parameters the answer shall carry.
         have: the version of the parameters this worker holds, for `wanted="changed"`.
         evaluation: what the closure returned, for an optimizer that asks for it.
+        skip: this worker's gradients overflowed; the step is not taken, by it or by those it steps with.
     """
 
     name: WriteName
@@ -141,6 +142,7 @@ class PushHead:
     sparse: tuple[Sparse, ...] = ()
     groups: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     evaluation: Evaluation | None = None
+    skip: bool = False
 
     def to_header(self) -> dict[str, Any]:
         head: dict[str, Any] = {
@@ -162,6 +164,8 @@ class PushHead:
             head["loss"] = self.evaluation.loss
             if self.evaluation.continues:
                 head["continues"] = True
+        if self.skip:
+            head["skip"] = True
         return head
 
     @classmethod
@@ -181,8 +185,11 @@ class PushHead:
             sparse=_sparse(header.listing("sparse") or []),
             groups=_groups(header.mapping("groups")),
             evaluation=_evaluation(header.number("loss"), header.flag("continues")),
+            skip=header.flag("skip"),
         )
         header.nothing_left()
+        if head.skip and head.segments != []:
+            raise InvalidRequest("A push that skips its step has no gradients: 'segments' must be [].", field="skip")
         return head
 
 

@@ -114,6 +114,10 @@ class EmbeddedLink(Link):
             seconds={"total": ended - began, "kernel": ended - began},
         )
 
+    def skip(self, groups: Mapping[int, Options]) -> StepReport:
+        self._state.set_groups(self._state.changed(groups))
+        return StepReport(version=self.version, applied=False)
+
     def _taken(self, gradients: Sequence[Tensor | None], evaluation: Evaluation | None) -> Gradients:
         sparse: dict[int, tuple[Tensor, Tensor]] = {}
         missing = any(each is None or each.is_sparse for each in gradients)

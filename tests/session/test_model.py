@@ -33,6 +33,8 @@ BAD = 3
 """The content that holds NaN."""
 LRS = (0.1, 0.3, 0.4)
 """Learning rates of groups, by content."""
+SKIP = 4
+"""The content of a push that skips its step."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,14 @@ class Model:
         self.pages: dict[str, Page] = {}
         self.steps: list[tuple[Message, ...]] = []
         self.groups: list[int] = [0]
+        self.skipped: set[WriteName] = set()
         self.deadline: float | None = None
 
     def expect(self, message: Message, now: float) -> type[FarstepError] | str:
-        """Return the error a write gets, or `duplicate`, `joins`, `waits`, `learned` or `applied`, having done it."""
+        """Return the error a write gets, or what becomes of it, having done it.
+
+        That is `duplicate`, `joins`, `waits`, `learned`, `applied` or `skipped`.
+        """
         page, name = self.pages.get(message.name.worker, Page(1)), message.name
         if name.epoch != page.epoch:
             return Fenced
@@ -103,13 +109,18 @@ class Model:
         if len(together) < self.workers:
             self.deadline = now + DEADLINE_S if len(together) == 1 else self.deadline
             return "waits"
-        self.steps.append(tuple(page.waiting for page in together if page.waiting))
+        step = tuple(page.waiting for page in together if page.waiting)
+        skipped = any(each.content == SKIP for each in step)
+        if skipped:
+            self.skipped = {each.name for each in step}
+        else:
+            self.steps.append(step)
         for each in together:
             assert each.waiting
             each.commit(each.waiting)
             each.waiting = None
         self.deadline = None
-        return "applied"
+        return "skipped" if skipped else "applied"
 
     def expect_group(self, page: Page, message: Message) -> type[FarstepError] | str:
         """Return what becomes of a group: the session's own, one that it has, or another one in its place."""
@@ -184,7 +195,7 @@ class Network(RuleBasedStateMachine):
         which=st.integers(0, 2),
         ahead=st.sampled_from([0, 0, 0, 0, 0, 0, -1, -2, 1]),
         older=st.sampled_from([0, 0, 0, 0, 0, 1]),
-        content=st.sampled_from([0, 0, 1, 1, 2, BAD]),
+        content=st.sampled_from([0, 0, 1, 1, 2, BAD, SKIP]),
     )
     def send(self, which: int, ahead: int, older: int, content: int) -> Message:
         """Make a push, most often the next one, and deliver it."""
@@ -240,6 +251,13 @@ class Network(RuleBasedStateMachine):
             assert outcomes[message.name].duplicate
             known = self.receipts.get(message.name)
             assert known is None or outcomes[message.name].result == known
+        elif expected == "skipped":
+            assert outcomes.keys() == self.model.skipped
+            for name, outcome in outcomes.items():
+                assert outcome.result == Receipt(
+                    len(self.model.steps), 0, len(self.model.steps), applied=False, divisor=self.model.workers
+                )
+                self.receipts[name] = outcome.result
         else:
             assert expected == "applied"
             step = self.model.steps[-1]
@@ -259,6 +277,8 @@ class Network(RuleBasedStateMachine):
                 {"lr": LRS[message.content]},
             )
             return writer.append(late, group=message.groups, options=options, sequence=sequence)
+        if message.content == SKIP:
+            return writer.skip(sequence=sequence, base=0, now=self.now)
         gradient = values(self.session, message.content)[: message.groups]
         if message.content == BAD:
             gradient[0][0] = float("nan")

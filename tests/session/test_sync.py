@@ -279,3 +279,14 @@ def test_options_of_a_step_are_taken_in_the_order_of_names() -> None:
         for who in order:
             writers[who].push(values(session, who), groups={0: {"lr": 0.5 + who}})
         assert session.groups[0].to_options()["lr"] == 1.5
+
+
+def test_workers_may_change_different_options_of_one_group() -> None:
+    """What each of them changed holds, also what a control route changed while a push waited; the later name wins."""
+    session = new_session(consistency=sync(2))
+    first, second = begun(session, "w0", "w1")
+    twin = Twin(parameters(session), lr=0.5, eps=1e-3, weight_decay=0.25)
+    second.push(values(session, 1), groups={0: {"eps": 1e-3, "lr": 0.5}})
+    session.set_groups({0: {"weight_decay": 0.25}})
+    first.push(values(session, 1), groups={0: {"lr": 0.2}})
+    assert equal(parameters(session), twin.step(values(session, 1)))

@@ -191,8 +191,9 @@ class Writer:
         groups: Mapping[int, Mapping[str, Any]] | None = None,
         incarnation: str = "here",
         evaluation: Evaluation | None = None,
+        skip: bool = False,
     ) -> Outcomes:
-        """Push gradients; the next sequence is taken up when the outcome of this one is a receipt."""
+        """Push gradients, or skip the step; the next sequence is taken up when the outcome of this one is a receipt."""
         name = self.named(sequence)
         present = [index for index, each in enumerate(gradients) if each is not None]
         sparse = [
@@ -208,13 +209,18 @@ class Writer:
             sparse=tuple(sparse),
             groups=groups or {},
             evaluation=evaluation,
+            skip=skip,
         )
         self.session.check(name, incarnation)
         contribution = self.session.contribution(head)
         content = b"".join(map(_bytes, gradients))
         _fill(contribution.allocate(), content)
-        outcomes = self.session.push(head, contribution, _digest(content, head.segments, groups, evaluation), now)
+        outcomes = self.session.push(head, contribution, _digest(content, head.segments, groups, evaluation, skip), now)
         return self._noted(name, outcomes)
+
+    def skip(self, **options: Any) -> Outcomes:
+        """Push that the step is skipped; the options are those of `push`."""
+        return self.push([None] * len(self.session.plan.layout.segments), skip=True, **options)
 
     def put(
         self,

@@ -28,6 +28,7 @@ from farstep.errors import InvalidOption, TensorMismatch
 from farstep.optim.in_session import InSession
 from farstep.optim.options import check_group
 from farstep.optim.refusals import refusal
+from farstep.optim.scaling import scaling_of
 from farstep.optim.torch_form import completed, describe, local
 from farstep.settings import RemoteOptions, carried, of_copy, resolve
 
@@ -92,14 +93,15 @@ class RemoteOptimizer(InSession):
             with torch.enable_grad():
                 loss = closure()
             member = self._member()
-        self._settle(member)
-        member.prepare()
-        try:
-            self.last_step = member.push(self._options())
-        except (InvalidOption, TensorMismatch) as refused_there:
-            if (error := refusal(self.twin, self.defaults, self.param_groups)) is not None:
-                raise error from refused_there
-            raise
+        with scaling_of(vars(self)) as scaling:
+            self._settle(member)
+            member.prepare()
+            try:
+                self.last_step = member.push(self._options(), scaling)
+            except (InvalidOption, TensorMismatch) as refused_there:
+                if (error := refusal(self.twin, self.defaults, self.param_groups)) is not None:
+                    raise error from refused_there
+                raise
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

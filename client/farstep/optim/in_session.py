@@ -14,6 +14,7 @@ import torch
 from farstep.link import SessionSpec, StepReport, open_link
 from farstep.optim.membership import Membership, OpenLink, refused
 from farstep.optim.options import plain_options
+from farstep.optim.scaling import waits_for_others
 from farstep.optim.torch_form import describe, newborn
 from farstep.settings import Place, elsewhere
 
@@ -105,6 +106,7 @@ class InSession(torch.optim.Optimizer):
         self._membership.state.replace_(self.state if state is None else state)
         self.state = self._membership.state
         self.last_step = None
+        self._step_supports_amp_scaling = waits_for_others(place.consistency)
 
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""

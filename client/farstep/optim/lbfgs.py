@@ -83,7 +83,7 @@ class LBFGS(RemoteOptimizer):
         member = self._member()
         self._settle(member)
         member.prepare()
-        return member.push(self._options(), evaluation)
+        return member.push(self._options(), evaluation=evaluation)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the constructor's group; there is only one.

@@ -3,7 +3,7 @@
     rebind      other parameters in the places of some: their values and state are sent
     settle      a mapping that stands in the state's place: what differs is sent
     prepare     before a step: edits of state and parameters are sent, and what was read of the state is forgotten
-    push        the step: gradients and changed options there, new parameters back
+    push        the step: gradients and changed options there, new parameters back; or word that the step is skipped
 
 An optimizer has one membership at a time; one that goes to another session gets another.
 """
@@ -24,6 +24,7 @@ from farstep.fields import FieldKind
 from farstep.link import Link, Parameter, SessionSpec, Start, State, StepReport
 from farstep.messages import Evaluation
 from farstep.optim.options import Options, changes, without
+from farstep.optim.scaling import NOT_SCALED, Scaling
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import to_session
 from farstep.settings import Place
@@ -128,14 +129,21 @@ class Membership:
         if edited := self.link.edited(self._addresses):
             self.link.write(edited)
 
-    def push(self, options: list[Options], evaluation: Evaluation | None = None) -> StepReport:
-        """Send the gradients and the options that changed; bring the new parameters back."""
+    def push(
+        self, options: list[Options], scaling: Scaling = NOT_SCALED, evaluation: Evaluation | None = None
+    ) -> StepReport:
+        """Send the gradients, unless they overflowed, and the options that changed; bring the new parameters back."""
         changed = changes(options, self._sent)
+        gradients = [p.grad for p in self.parameters]
         try:
-            report = self.link.push([p.grad for p in self.parameters], changed, evaluation)
+            if scaling.overflowed:
+                report = self.link.skip(changed)
+            else:
+                report = self.link.push(scaling.unscaled(gradients), changed, evaluation)
         except BaseException:
             self._sent = without(self._sent, changed)
             raise
+        scaling.settle_(gradients)
         self._sent = options
         return report
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from farstep.errors import TensorMismatch
 from farstep.fields import NUMBERS, FieldKind, shape_of
@@ -22,7 +23,8 @@ def describe(groups: Sequence[Mapping[str, Any]]) -> list[Parameter]:
     """Describe the parameters of all groups in order, by torch's `param_names` where the caller gave names.
 
     Raises:
-        TensorMismatch: a parameter is there twice, or its elements share memory; a step on it would mean nothing.
+        TensorMismatch: a parameter is there twice, or its elements share memory; a step on it would mean nothing. Or it
+            has no elements of its own, such as a DTensor.
     """
     described = []
     if len(every := [p for group in groups for p in group["params"]]) != len(set(every)):
@@ -34,6 +36,13 @@ def describe(groups: Sequence[Mapping[str, Any]]) -> list[Parameter]:
     for index, group in enumerate(groups):
         names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
         for name, p in zip(names, group["params"], strict=True):
+            if is_traceable_wrapper_subclass(p):
+                raise TensorMismatch(
+                    f"Parameter {name!r} is a {type(p).__name__}, whose elements are other tensors'.",
+                    remedy="Give whole parameters; a sync session takes the place of sharding them.",
+                    field=name,
+                    side="client",
+                )
             if any(size > 1 and not stride for size, stride in zip(p.shape, p.stride(), strict=True)):
                 raise TensorMismatch(
                     f"Elements of parameter {name!r} share memory, as those of an expanded tensor do.",

@@ -3,7 +3,7 @@
 from farstep_service.aggregation.groups import KnownGroups
 from farstep_service.aggregation.ledger import Entry, Ledger, mismatch
 from farstep_service.aggregation.members import Members
-from farstep_service.aggregation.modes import Abort, Aggregation, Barrier, Immediate, Step, aggregation_for
+from farstep_service.aggregation.modes import Abort, Aggregation, Barrier, Immediate, Skip, Step, aggregation_for
 
 __all__ = [
     "Abort",
@@ -14,6 +14,7 @@ __all__ = [
     "KnownGroups",
     "Ledger",
     "Members",
+    "Skip",
     "Step",
     "aggregation_for",
     "mismatch",

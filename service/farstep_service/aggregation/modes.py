@@ -21,6 +21,14 @@ class Step:
 
 
 @dataclass(frozen=True, slots=True)
+class Skip:
+    """Apply nothing: one of these workers skips the step, so all of them do, with one outcome."""
+
+    workers: tuple[str, ...]
+    divisor: int
+
+
+@dataclass(frozen=True, slots=True)
 class Abort:
     """Give the step up: every waiting worker gets the same answer, and may push again."""
 
@@ -29,7 +37,7 @@ class Abort:
     wanted: int
 
 
-Decision = Step | Abort
+Decision = Step | Skip | Abort
 
 
 class Aggregation(ABC):
@@ -40,8 +48,12 @@ class Aggregation(ABC):
         """Return how many workers the mode has room for, None for any number."""
 
     @abstractmethod
-    def offer(self, worker: str, now: float) -> Step | None:
-        """Add the push of `worker` at `now` (monotonic seconds); return the step it completes."""
+    def offer(self, worker: str, now: float, *, skip: bool = False) -> Step | Skip | None:
+        """Add the push of `worker` at `now` (monotonic seconds); return what it completes.
+
+        Args:
+            skip: the worker has no gradients to give to this step and asks that nobody takes it.
+        """
 
     @abstractmethod
     def withdraw(self, worker: str) -> None:
@@ -63,8 +75,8 @@ class Immediate(Aggregation):
     def places(self) -> int | None:
         return None
 
-    def offer(self, worker: str, now: float) -> Step | None:
-        return Step((worker,), 1)
+    def offer(self, worker: str, now: float, *, skip: bool = False) -> Step | Skip | None:
+        return Skip((worker,), 1) if skip else Step((worker,), 1)
 
     def withdraw(self, worker: str) -> None:
         return None
@@ -78,26 +90,34 @@ class Immediate(Aggregation):
 
 
 class Barrier(Aggregation):
-    """Sync: a step is one push of each of N workers, reduced in the order of their names."""
+    """Sync: a step is one push of each of N workers, reduced in the order of their names.
+
+    Who skips is waited for like everybody else, so that the workers stay at the same step.
+    """
 
     def __init__(self, mode: Sync) -> None:
         self._mode = mode
         self._waiting: set[str] = set()
+        self._skipping: set[str] = set()
         self._deadline: float | None = None
 
     def places(self) -> int | None:
         return self._mode.workers
 
-    def offer(self, worker: str, now: float) -> Step | None:
+    def offer(self, worker: str, now: float, *, skip: bool = False) -> Step | Skip | None:
         if not self._waiting:
             self._deadline = now + self._mode.deadline_s
         self._waiting.add(worker)
+        if skip:
+            self._skipping.add(worker)
         if len(self._waiting) < self._mode.workers:
             return None
-        return Step(self._clear(), self._mode.workers)
+        decision = Skip if self._skipping else Step
+        return decision(self._clear(), self._mode.workers)
 
     def withdraw(self, worker: str) -> None:
         self._waiting.discard(worker)
+        self._skipping.discard(worker)
         if not self._waiting:
             self._deadline = None
 
@@ -114,6 +134,7 @@ class Barrier(Aggregation):
     def _clear(self) -> tuple[str, ...]:
         waiting = tuple(sorted(self._waiting))
         self._waiting.clear()
+        self._skipping.clear()
         self._deadline = None
         return waiting
 

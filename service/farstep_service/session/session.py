@@ -12,14 +12,15 @@ time comes in with the call. Writes that are refused leave no trace, and their s
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import torch
 
 from farstep.errors import (
     BarrierTimeout,
+    FarstepError,
     Fenced,
     InternalError,
     SessionLost,
@@ -27,7 +28,7 @@ from farstep.errors import (
 from farstep.growth import AppendHead, outgrown
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
-from farstep_service.aggregation import Abort, KnownGroups, Ledger, Members, Step, aggregation_for, mismatch
+from farstep_service.aggregation import Abort, KnownGroups, Ledger, Members, Skip, Step, aggregation_for, mismatch
 from farstep_service.contents import PARAM, Contents
 from farstep_service.durability import Snapshot
 from farstep_service.gradients import Contribution, check_finite, mean_evaluation, reduce_
@@ -46,7 +47,6 @@ class _Waiting:
     head: PushHead
     fingerprint: str
     contribution: Contribution
-    groups: Mapping[int, Hyper]
 
 
 @dataclass(slots=True)
@@ -221,14 +221,19 @@ class Session:
             return outcomes
         self._state.check_initialised()
         self._state.check_base(head.base, head.evaluation)
-        groups = self._state.changed(head.groups)
+        self._state.changed(head.groups)  # refuses what is wrong with them
         contribution.check_indices()
         if self.plan.nonfinite == "refuse":
             check_finite(contribution, head.name.worker, head.evaluation)
         self._members.seen(head.name.worker)
-        self._waiting[head.name.worker] = _Waiting(head, fingerprint, contribution, groups)
-        step = self._aggregation.offer(head.name.worker, now)
-        return outcomes | self._step(step) if step else outcomes
+        self._waiting[head.name.worker] = _Waiting(head, fingerprint, contribution)
+        match self._aggregation.offer(head.name.worker, now, skip=head.skip):
+            case None:
+                return outcomes
+            case Skip() as skip:
+                return outcomes | self._skip(skip)
+            case Step() as step:
+                return outcomes | self._step(step)
 
     def tick(self, now: float) -> Outcomes:
         """Let time decide: a barrier whose deadline has passed is given up, with one answer for all who wait."""
@@ -360,11 +365,9 @@ class Session:
 
     def _step(self, step: Step) -> Outcomes:
         pushes = [self._waiting.pop(worker) for worker in step.workers]
-        changed: dict[int, Hyper] = {}
-        for push in pushes:
-            changed |= push.groups
         began = time.perf_counter()
         try:
+            changed = self._changed(pushes)
             gradients = reduce_([push.contribution for push in pushes], step.divisor, self._state.device)
             began = time.perf_counter()
             evaluation = mean_evaluation([push.head.evaluation for push in pushes], step.divisor)
@@ -375,6 +378,33 @@ class Session:
             error = told(exc, "The step")
             return {push.head.name: Outcome(error) for push in pushes}
         return self._commit(pushes, step, applied, time.perf_counter() - began)
+
+    def _skip(self, skip: Skip) -> Outcomes:
+        """Commit the pushes of a step that is not taken; options they changed hold all the same."""
+        pushes = [self._waiting.pop(worker) for worker in skip.workers]
+        try:
+            self._state.set_groups(self._changed(pushes))
+        except FarstepError as error:
+            return {push.head.name: Outcome(error) for push in pushes}
+        outcomes: Outcomes = {}
+        for push in pushes:
+            version, base = self._state.version, push.head.base
+            receipt = Receipt(version, base, staleness=version - base, applied=False, divisor=skip.divisor)
+            self._ledger.commit(push.head.name, push.fingerprint, receipt)
+            outcomes[push.head.name] = Outcome(receipt)
+        return outcomes
+
+    def _changed(self, pushes: Sequence[_Waiting]) -> dict[int, Hyper]:
+        """Return the groups that the options of several pushes lead to; of two values the later worker's counts.
+
+        Raises:
+            InvalidOption: options that are right by themselves and wrong together.
+        """
+        merged: dict[int, dict[str, Any]] = {}
+        for push in pushes:
+            for index, options in push.head.groups.items():
+                merged.setdefault(index, {}).update(options)
+        return self._state.changed(merged)
 
     def _commit(self, pushes: list[_Waiting], step: Step, applied: Applied, kernel_s: float) -> Outcomes:
         outcomes: Outcomes = {}

@@ -1,0 +1,75 @@
+"""Gradients that `torch.amp.GradScaler` has scaled, in sessions whose workers wait for each other.
+
+By itself GradScaler divides the gradients by the scale and calls `step()` unless one of them is Inf or NaN. A worker
+whose gradients overflowed would then say nothing, and those at the barrier would wait for it. To an optimizer that sets
+`_step_supports_amp_scaling`, as torch's fused ones do, it leaves both decisions: it always calls `step()`, having set
+
+    grad_scale    what the gradients are to be divided by; None if that was done, by `unscale_`
+    found_inf     above 0 if one of them is Inf or NaN
+
+on the optimizer, and removes both after a `step()` that returned. Such a step is skipped by all workers if one of them
+skips it. Each has a scale of its own: only the one whose gradients overflowed lowers it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from farstep.consistency import Consistency, Sync
+
+
+def waits_for_others(consistency: Consistency) -> bool:
+    """Say whether a worker that says nothing keeps others waiting."""
+    return isinstance(consistency, Sync) and consistency.workers > 1
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What GradScaler asks of one step.
+
+    Attributes:
+        overflowed: whether the step is to be skipped.
+        factor: what the gradients are to be multiplied by, as `GradScaler.unscale_` does it.
+    """
+
+    overflowed: bool = False
+    factor: float = 1.0
+
+    def unscaled(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Return the gradients to send. The caller's own stay scaled until the step is taken: it may be tried again."""
+        if self.factor == 1.0:
+            return gradients
+        return [None if gradient is None else gradient * self.factor for gradient in gradients]
+
+    def settle_(self, gradients: Sequence[Tensor | None]) -> None:
+        """Unscale the gradients themselves, where the caller finds them unscaled after each step of GradScaler."""
+        if self.factor != 1.0:
+            for gradient in gradients:
+                if gradient is not None:
+                    gradient.mul_(self.factor)
+
+
+NOT_SCALED = Scaling()
+
+
+@contextmanager
+def scaling_of(attributes: dict[str, Any]) -> Iterator[Scaling]:
+    """Read what GradScaler set among an optimizer's attributes, which is nothing in a step that it does not make.
+
+    A step that fails removes it, so that GradScaler can try again; one that returns leaves that to GradScaler.
+    """
+    found, scale = attributes.get("found_inf"), attributes.get("grad_scale")
+    try:
+        yield Scaling(
+            overflowed=bool(found),  # a plain 0 where there is no gradient at all
+            factor=1.0 if scale is None else float(scale.double().reciprocal().float().item()),
+        )
+    except BaseException:
+        attributes.pop("grad_scale", None)
+        attributes.pop("found_inf", None)
+        raise
