@@ -177,6 +177,18 @@ def test_options_edited_between_steps_hold_from_the_next_one(place: RemoteOption
     check(here, there, mine.state_dict(), other.state_dict())
 
 
+def test_a_rate_in_a_tensor_counts_as_its_value(place: RemoteOptions) -> None:
+    """A tensor `lr` is followed as in torch, if it is another one for each step, and stays a tensor in the groups."""
+    here, there = network(torch.float64), network(torch.float64)
+    mine, other = ours(here, lr=torch.tensor([0.5]), **place), theirs(there, lr=torch.tensor([0.5]))
+    for optimizer, objective in ((mine, here), (other, there)):
+        for rate in (0.5, 0.25, 0.1):
+            optimizer.param_groups[0]["lr"] = torch.tensor([rate])
+            optimizer.step(objective.closure)
+    check_equal([p.detach() for p in here.parameters], [p.detach() for p in there.parameters])
+    assert torch.equal(mine.param_groups[0]["lr"], other.param_groups[0]["lr"])
+
+
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
