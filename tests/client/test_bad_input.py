@@ -154,7 +154,7 @@ def test_a_state_that_does_not_fit_changes_nothing(
     """Of another optimizer, shape or count: a ValueError, torch's own where torch looks at all."""
     given = copy.deepcopy(twins.ours.state_dict())
     spoil(given)
-    if spoil is of_another_optimizer and type(twins.theirs) is torch.optim.SGD:
+    if spoil is of_another_optimizer and type(twins.theirs) in (torch.optim.SGD, torch.optim.Muon):
         given["state"][0] = {"momentum_buffer": "a word"}  # else all of its state is optional
     with nothing_changes(twins, talk):
         said = outcome(lambda: twins.ours.load_state_dict(given))
