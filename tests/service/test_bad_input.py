@@ -405,7 +405,7 @@ def test_sparse_rows_are_refused_with_weight_decay(raw: RawClient) -> None:
     (worker,) = raw.begun("decaying", parameters=[torch.zeros(3, 4)], groups=[{"weight_decay": 0.1}])
     rows = torch.sparse_coo_tensor(torch.tensor([[0]]), torch.ones(1, 4), (3, 4))
     answer = worker.push([rows])
-    assert (answer.status, answer.code) == (422, "invalid_option")
+    assert (answer.status, answer.code) == (422, "tensor_mismatch")
     assert "weight_decay" in answer.document["detail"]
     assert worker.push([torch.ones(3, 4)]).receipt["version"] == 1
 
