@@ -17,7 +17,9 @@ compute shapes by `shape_of`; the only shapes of state fields that travel are th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
+
+from farstep.errors import InvalidRequest, Side
 
 FieldKind = Literal["number", "count", "element", "optional", "rows", "columns", "vector", "free"]
 
@@ -25,6 +27,7 @@ NUMBERS: frozenset[FieldKind] = frozenset({"number", "count"})
 """Kinds of one number per parameter."""
 Shapes = Mapping[str, tuple[int, ...] | None]
 """Shapes of free fields, which travel with them; None is a number."""
+LARGEST_DIMENSION = 2**48
 EVERYWHERE: frozenset[FieldKind] = NUMBERS | {"element"}
 """Kinds that no parameter with state goes without."""
 
@@ -69,3 +72,28 @@ def check_shape(field: str, kind: FieldKind, found: Sequence[int], parameter: Se
     if tuple(found) != expected:
         whose = "the parameter" if expected == tuple(parameter) else "it should be"
         raise ValueError(f"loaded state dict has {field!r} of shape {tuple(found)}, {whose} {expected}")
+
+
+def shapes_to_header(shapes: Shapes) -> dict[str, list[int] | None]:
+    """Return shapes as they travel."""
+    return {name: None if shape is None else list(shape) for name, shape in shapes.items()}
+
+
+def shapes_from_header(values: Mapping[str, Any], side: Side = "server") -> Shapes:
+    """Return shapes that have travelled.
+
+    Raises:
+        InvalidRequest: one of them is no shape.
+    """
+    shapes: dict[str, tuple[int, ...] | None] = {}
+    for name, value in values.items():
+        if value is not None and (
+            type(value) is not list or not all(type(each) is int and 0 <= each <= LARGEST_DIMENSION for each in value)
+        ):
+            raise InvalidRequest(
+                f"Header key 'shapes' has {value!r:.80} for {name!r:.80}; it must be nil or a list of dimensions.",
+                field="shapes",
+                side=side,
+            )
+        shapes[name] = None if value is None else tuple(value)
+    return shapes

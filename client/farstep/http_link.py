@@ -21,10 +21,10 @@ from farstep.arrivals import Arrivals
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
-from farstep.fields import FieldKind
+from farstep.fields import FieldKind, shapes_from_header
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
-from farstep.messages import Evaluation, PushHead, PutHead, Receipt, WriteName, shapes_from_header
+from farstep.messages import Evaluation, PushHead, PutHead, Receipt, WriteName
 from farstep.patience import Patience
 from farstep.presence import PRESENT
 from farstep.settings import Place

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from farstep.errors import InvalidRequest, ProtocolMismatch, Side
-from farstep.fields import Shapes
+from farstep.errors import InvalidRequest, ProtocolMismatch
+from farstep.fields import Shapes, shapes_from_header, shapes_to_header
 
 VERSION = 1
 FURTHEST_BEGINNING = 2**52
 """The highest version a session may begin at: room for the steps of a lifetime, and numbers that JSON can hold."""
-LARGEST_DIMENSION = 2**48
 Wanted = Literal["all", "changed", "none"]
 Times = dict[str, float]
 
@@ -291,31 +290,6 @@ def _evaluation(loss: float | None, continues: bool) -> Evaluation | None:
     if continues:
         raise InvalidRequest("Header key 'continues' goes with a 'loss'.", field="continues")
     return None
-
-
-def shapes_to_header(shapes: Shapes) -> dict[str, list[int] | None]:
-    """Return shapes as they travel."""
-    return {name: None if shape is None else list(shape) for name, shape in shapes.items()}
-
-
-def shapes_from_header(values: Mapping[str, Any], side: Side = "server") -> Shapes:
-    """Return shapes that have travelled.
-
-    Raises:
-        InvalidRequest: one of them is no shape.
-    """
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    for name, value in values.items():
-        if value is not None and (
-            type(value) is not list or not all(type(each) is int and 0 <= each <= LARGEST_DIMENSION for each in value)
-        ):
-            raise InvalidRequest(
-                f"Header key 'shapes' has {value!r:.80} for {name!r:.80}; it must be nil or a list of dimensions.",
-                field="shapes",
-                side=side,
-            )
-        shapes[name] = None if value is None else tuple(value)
-    return shapes
 
 
 def _sparse(rows: list[Any]) -> tuple[Sparse, ...]:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 import farstep
-from farstep.errors import InvalidOption, StepDiscarded, TensorMismatch, Unavailable
+from farstep.conversation import Conversation
+from farstep.errors import InvalidOption, SessionLost, StepDiscarded, TensorMismatch, Unavailable
 from farstep.settings import RemoteOptions
 from tests.client.twins import check_equal
 from tests.faults import Network, faulty
@@ -175,6 +176,18 @@ def test_options_edited_between_steps_hold_from_the_next_one(place: RemoteOption
         mine.step(here.closure)
         other.step(there.closure)
     check(here, there, mine.state_dict(), other.state_dict())
+
+
+def test_a_rate_in_a_tensor_counts_as_its_value(place: RemoteOptions) -> None:
+    """A tensor `lr` is followed as in torch, if it is another one for each step, and stays a tensor in the groups."""
+    here, there = network(torch.float64), network(torch.float64)
+    mine, other = ours(here, lr=torch.tensor([0.5]), **place), theirs(there, lr=torch.tensor([0.5]))
+    for optimizer, objective in ((mine, here), (other, there)):
+        for rate in (0.5, 0.25, 0.1):
+            optimizer.param_groups[0]["lr"] = torch.tensor([rate])
+            optimizer.step(objective.closure)
+    check_equal([p.detach() for p in here.parameters], [p.detach() for p in there.parameters])
+    assert torch.equal(mine.param_groups[0]["lr"], other.param_groups[0]["lr"])
 
 
 # -- errors -----------------------------------------------------------------------------------------------------------
@@ -461,6 +474,28 @@ def test_a_step_that_was_given_up_for_want_of_an_answer_can_be_followed_by_anoth
     assert optimizer.last_step is not None
     assert not optimizer.last_step.again
     assert float(objective.loss().detach()) <= before
+
+
+def test_a_session_that_was_removed_is_created_anew_from_a_state_dict(
+    server: RunningServer, talk: Conversation
+) -> None:
+    """`rejoin` continues bit for bit from what was saved, at the version that was held."""
+    here, there = network(torch.float64), network(torch.float64)
+    mine, other = ours(here, **WOLFE, server=server.url), theirs(there, **WOLFE)
+    for _ in range(3):
+        mine.step(here.closure)
+        other.step(there.closure)
+    saved, version = copy.deepcopy(mine.state_dict()), mine.version
+    talk.control("DELETE", f"/v1/sessions/{mine.session}")
+    with pytest.raises(SessionLost):
+        mine.step(here.closure)
+    assert mine.rejoin(saved)
+    assert mine.version == version
+    for _ in range(2):
+        mine.step(here.closure)
+        other.step(there.closure)
+    check_equal([p.detach() for p in here.parameters], [p.detach() for p in there.parameters])
+    check_state(mine.state_dict(), other.state_dict())
 
 
 def halves(dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from farstep.errors import InvalidOption, NonFinite
-from farstep_service.optimizers.lbfgs import LBFGSHyper, Memory, Turn, begin, resume
+from farstep_service.optimizers.lbfgs import LBFGSHyper
+from farstep_service.optimizers.lbfgs_steps import Memory, Turn, begin, resume
 from tests.optimizers.objectives import OBJECTIVES, Objective, network, rosenbrock, slope
 
 STEPS = 20

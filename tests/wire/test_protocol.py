@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from farstep import errors, wire
-from farstep.fields import NUMBERS, FieldKind, shape_of
+from farstep.fields import NUMBERS, FieldKind, shape_of, shapes_from_header, shapes_to_header
 from farstep.growth import AppendHead
-from farstep.messages import PushHead, PutHead, Receipt, shapes_from_header, shapes_to_header
+from farstep.messages import PushHead, PutHead, Receipt
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 from tests.wire.driving import read
 

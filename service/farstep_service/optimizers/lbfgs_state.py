@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from farstep.errors import LimitExceeded, TensorMismatch
-from farstep_service.optimizers.lbfgs import FIELDS, Memory
+from farstep_service.optimizers.lbfgs import FIELDS
+from farstep_service.optimizers.lbfgs_steps import Memory
 from farstep_service.optimizers.line_search import Number
 
 Shape = tuple[int, ...] | None

@@ -23,8 +23,9 @@ from farstep.presence import PRESENT, mask_of
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import on_device
 from farstep_service.layout import Layout
-from farstep_service.optimizers.lbfgs import LBFGSHyper, Memory, Turn, Waiting, begin, most_pairs, resume
+from farstep_service.optimizers.lbfgs import LBFGSHyper, most_pairs
 from farstep_service.optimizers.lbfgs_state import check_shapes, fields_of, memory_of
+from farstep_service.optimizers.lbfgs_steps import Memory, Turn, Waiting, begin, resume
 from farstep_service.plan import Plan
 from farstep_service.session.state import SessionState
 from farstep_service.store import Applied, Buffers, FlatBuffers, Gradients, Held, PlainStore
