@@ -24,7 +24,7 @@ from farstep.messages import VERSION, PushHead, PutHead
 from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake
 from farstep_service.registry import Registry
-from farstep_service.routes.bodies import answer_message, read_body
+from farstep_service.routes.bodies import Pace, answer_message, read_body
 from farstep_service.settings import Settings
 
 Head = TypeVar("Head", PushHead, PutHead)
@@ -67,7 +67,7 @@ class Endpoint(ABC):
             parts.append((head, intake))
             return intake.views
 
-        body = await read_body(scope, receive, place, largest=_largest(host), idle_s=self._settings.idle_body_s)
+        body = await read_body(scope, receive, place, largest=_largest(host), pace=Pace(self._settings.idle_body_s))
         ((head, intake),) = parts
         return head, intake, body.fingerprint
 
