@@ -19,7 +19,7 @@ from itertools import groupby, islice
 from typing import Any
 
 from farstep.consistency import to_options
-from farstep.messages import shapes_to_header
+from farstep.fields import shapes_to_header
 from farstep.session_file import DESCRIPTION, FORMAT, FORMAT_VERSION
 from farstep.wire.tensor_file import Head, in_file_order, refused, write_head
 from farstep_service.contents import Contents

@@ -10,15 +10,17 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from farstep_service.optimizers.packages import Package
+from farstep_service.optimizers.packages import ARCHIVE, Package
 
 Report = Callable[[Package, str | None], None]
 """Called with each package as soon as it is ready (None), or with why it could not be built."""
@@ -82,13 +84,25 @@ def _build(package: Package, directory: Path) -> None:
             return
         name = name_of(package, rule)
         unfinished = directory / f".{os.getpid()}-{name}"
+        archive = unfinished.with_suffix(ARCHIVE)
         device = torch.device(package.device)
         try:
-            compile_rule(rule, package.form, device, one_thread=package.threads == "one", to=unfinished)
+            compile_rule(rule, package.form, device, one_thread=package.threads == "one", to=archive)
+            if archive != unfinished:
+                _take_library(archive, unfinished)
             unfinished.chmod(0o644)
             unfinished.replace(directory / name)
         finally:
-            unfinished.unlink(missing_ok=True)
+            for each in (archive, unfinished):
+                each.unlink(missing_ok=True)
+
+
+def _take_library(archive: Path, to: Path) -> None:
+    """Take the shared library out of torch's archive: loading needs nothing else of it, and no place to unpack."""
+    with zipfile.ZipFile(archive) as packed:
+        (library,) = (name for name in packed.namelist() if name.endswith(".so"))
+        with packed.open(library) as source, to.open("wb") as target:
+            shutil.copyfileobj(source, target)
 
 
 @contextmanager

@@ -26,7 +26,8 @@ import torch
 from farstep.errors import InvalidOption, Unavailable
 from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.optimizers.build import Builder, build_in_subprocess
-from farstep_service.optimizers.fused import FusedKernel, load
+from farstep_service.optimizers.fused import FusedKernel
+from farstep_service.optimizers.native import load
 from farstep_service.optimizers.packages import Package, default_directory, find, open_directory
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.rule import AnyMethod, AnyRule, ElementwiseRule, Form, Kernel, KernelName, KernelSource
@@ -160,12 +161,12 @@ class Kernels(KernelSource):
             if path is None:
                 self._status[package] = PackageStatus(package, "building")
                 return False
-            run = load(path, device)
+            program = load(path, device)
         except Exception as exc:
             self._fail(package, str(exc))
         else:
             fused = self._fused.setdefault((package.rule, device), FusedKernel(rule, device))
-            fused.add(package.form, run, many_threads=package.threads == "many")
+            fused.add(package.form, program, many_threads=package.threads == "many")
             self._status[package] = PackageStatus(package, "ready")
         return True
 

@@ -1,9 +1,10 @@
 """Compiled kernels as files: which one belongs to this machine, where it is, and whether to trust it.
 
-A package is a shared library that torch loads into this process, so the directory must belong to us (or to root, as
-in an image) and nobody else may be able to write there. A file's name holds a hash of everything its contents depend
-on: torch, the source of the rule and of what compiles it, the element type, the machine's instructions, the number of
-threads it was made for. A name that exists is therefore right, and files are put in place by renaming.
+A package is a shared library that is loaded into this process (on a GPU an archive with one in it), so the directory
+must belong to us (or to root, as in an image) and nobody else may be able to write there. A file's name holds a hash of
+everything its contents depend on: torch, the source of the rule and of what compiles it, the element type, the
+machine's instructions, the number of threads it was made for. A name that exists is therefore right, and files are put
+in place by renaming.
 """
 
 from __future__ import annotations
@@ -53,6 +54,10 @@ class Package:
         return Form(self.dtype, self.optional)
 
 
+ARCHIVE = ".pt2"
+"""The ending of torch's own archives."""
+
+
 def default_directory() -> Path:
     """Return `FARSTEP_KERNEL_CACHE`, or `farstep/kernels` in the user's cache directory."""
     if told := os.environ.get("FARSTEP_KERNEL_CACHE"):
@@ -66,7 +71,7 @@ def file_name(package: Package, rule: AnyRule) -> str:
     facts = [torch.__version__, _sources(type(rule)), *package.form, package.threads, machine(package.device)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
     names = (package.rule, *package.optional, package.dtype, torch.device(package.device).type, package.threads, key)
-    return "-".join(names) + ".pt2"
+    return "-".join(names) + (".so" if torch.device(package.device).type == "cpu" else ARCHIVE)
 
 
 @cache

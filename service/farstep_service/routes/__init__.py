@@ -1,8 +1,20 @@
 """HTTP in, HTTP out: no arithmetic, no policy."""
 
+from farstep_service.routes.bodies import RECEIVE_INTO, Pace, Sink
 from farstep_service.routes.control import control_router
 from farstep_service.routes.data import data_routes
-from farstep_service.routes.problems import Edge, error_of
+from farstep_service.routes.problems import PROBLEM, Edge, error_of, problem_of
 from farstep_service.routes.session_files import session_file_routes
 
-__all__ = ["Edge", "control_router", "data_routes", "error_of", "session_file_routes"]
+__all__ = [
+    "PROBLEM",
+    "RECEIVE_INTO",
+    "Edge",
+    "Pace",
+    "Sink",
+    "control_router",
+    "data_routes",
+    "error_of",
+    "problem_of",
+    "session_file_routes",
+]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import xxhash
 from starlette.requests import ClientDisconnect
@@ -27,6 +27,52 @@ Place = Callable[[dict[str, Any], int], Sequence[memoryview]]
 """Given the header and the body bytes that can follow, return where the payload goes."""
 
 
+RECEIVE_INTO = "farstep.receive_into"
+"""The ASGI extension of a server that receives bodies into memory we name: `await it(sink, size, pace)`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How slowly a body may come.
+
+    Attributes:
+        idle_s: seconds of silence at most.
+        bytes_per_s: on the whole, at least.
+    """
+
+    idle_s: float
+    bytes_per_s: float = 16 * 1024
+
+    def allowed_s(self, received: int) -> float:
+        """Return the seconds that so many bytes may take."""
+        return self.idle_s + received / self.bytes_per_s
+
+    def too_slow(self, received: int, size: int, elapsed_s: float, *, silent: bool) -> Truncated | None:
+        """Return the error for a body that comes too slowly, None for one that does not."""
+        if silent:
+            return Truncated(
+                f"No byte of the body came for {self.idle_s:g} s; {received} of {size} had arrived.", limit=self.idle_s
+            )
+        if elapsed_s > self.allowed_s(received):
+            return Truncated(
+                f"The body comes too slowly: {received} of {size} bytes in {elapsed_s:.0f} s.", limit=self.bytes_per_s
+            )
+        return None
+
+
+class Sink(Protocol):
+    """Where a body goes, as `farstep.wire.Decoder` has it."""
+
+    def get_buffer(self) -> memoryview:
+        """Return memory for the next bytes."""
+
+    def buffer_updated(self, count: int) -> None:
+        """Take note that so many bytes are in it."""
+
+    def feed(self, chunk: bytes) -> None:
+        """Take bytes that are somewhere else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Body:
     """A complete body: its header and what identifies its content."""
@@ -35,12 +81,38 @@ class Body:
     fingerprint: str
 
 
-async def read_body(scope: Scope, receive: Receive, place: Place, *, largest: int, idle_s: float) -> Body:
+class _Message:
+    """A message on its way into memory, and its fingerprint."""
+
+    def __init__(self, place: Callable[[dict[str, Any]], Sequence[memoryview]]) -> None:
+        self._decoder = Decoder(place)
+        self._digest = xxhash.xxh3_128()
+        self._offered = memoryview(b"")
+
+    def get_buffer(self) -> memoryview:
+        self._offered = self._decoder.get_buffer()
+        return self._offered
+
+    def buffer_updated(self, count: int) -> None:
+        self._digest.update(self._offered[:count])
+        self._decoder.buffer_updated(count)
+
+    def feed(self, chunk: bytes) -> None:
+        self._digest.update(chunk)
+        self._decoder.feed(chunk)
+
+    def close(self) -> Body:
+        """Return the complete message; raise if it is not."""
+        self._decoder.close()
+        return Body(self._decoder.header, self._digest.hexdigest())
+
+
+async def read_body(scope: Scope, receive: Receive, place: Place, *, largest: int, pace: Pace) -> Body:
     """Receive one message into the memory that `place` names.
 
     Args:
         largest: bytes a body may have at most.
-        idle_s: seconds of silence after which the body is given up.
+        pace: how slowly it may come.
 
     Raises:
         InvalidRequest: the body is not a message of the protocol, or was cut off, or stalled.
@@ -48,32 +120,36 @@ async def read_body(scope: Scope, receive: Receive, place: Place, *, largest: in
         FarstepError: what `place` raises about the header.
     """
     size = declared(scope, MSGPACK, largest)
-    decoder = Decoder(lambda header: place(header, size))
-    digest = xxhash.xxh3_128()
-    async for chunk in chunks(receive, size, idle_s):
-        digest.update(chunk)
-        decoder.feed(chunk)
-    decoder.close()
-    return Body(decoder.header, digest.hexdigest())
+    message = _Message(lambda header: place(header, size))
+    receive_into = scope.get("extensions", {}).get(RECEIVE_INTO)
+    if receive_into is not None:
+        await receive_into(message, size, pace)
+    else:
+        async for chunk in chunks(receive, size, pace):
+            message.feed(chunk)
+    return message.close()
 
 
-async def chunks(receive: Receive, size: int, idle_s: float) -> AsyncIterator[bytes]:
-    """Receive a body of `size` bytes piece by piece.
+async def chunks(receive: Receive, size: int, pace: Pace) -> AsyncIterator[bytes]:
+    """Receive a body of `size` bytes piece by piece, as every ASGI server gives it.
 
     Raises:
-        Truncated: no byte came for `idle_s`.
+        Truncated: it comes too slowly.
         ClientDisconnect: the connection is gone.
     """
+    began = asyncio.get_running_loop().time()
     received = 0
     more = True
     while more:
+        silent = False
         try:
-            async with asyncio.timeout(idle_s):
+            async with asyncio.timeout(pace.idle_s):
                 message = await receive()
         except TimeoutError:
-            raise Truncated(
-                f"No byte of the body came for {idle_s:g} s; {received} of {size} had arrived.", limit=idle_s
-            ) from None
+            silent = True
+        elapsed_s = asyncio.get_running_loop().time() - began
+        if error := pace.too_slow(received, size, elapsed_s, silent=silent):
+            raise error from None
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
         chunk = message.get("body", b"")

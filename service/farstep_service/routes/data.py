@@ -27,7 +27,7 @@ from farstep.messages import VERSION, PushHead, PutHead
 from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake, View
 from farstep_service.registry import Registry
-from farstep_service.routes.bodies import answer_message, read_body
+from farstep_service.routes.bodies import Pace, answer_message, read_body
 from farstep_service.settings import Settings
 
 Head = TypeVar("Head", PushHead, PutHead, AppendHead)
@@ -72,7 +72,7 @@ class Endpoint(ABC):
             parts.append((head, intake))
             return intake.views
 
-        body = await read_body(scope, receive, place, largest=largest, idle_s=self._settings.idle_body_s)
+        body = await read_body(scope, receive, place, largest=largest, pace=Pace(self._settings.idle_body_s))
         ((head, intake),) = parts
         return head, intake, body.fingerprint
 

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, mo
 from starlette.types import Message
 
 from farstep.errors import InvalidFile, LimitExceeded
-from farstep.fields import EVERYWHERE
-from farstep.messages import FURTHEST_BEGINNING, shapes_from_header
+from farstep.fields import EVERYWHERE, shapes_from_header
+from farstep.messages import FURTHEST_BEGINNING
 from farstep.presence import PRESENT
 from farstep.session_file import description_in
 from farstep.wire.tensor_file import Head, refused

@@ -145,9 +145,15 @@ def http_error(status: int, detail: str) -> FarstepError:
     return InvalidRequest(f"{detail} ({status}).")
 
 
-def problem_of(error: FarstepError) -> bytes:
-    """Return the document that tells an error; what a client sent is not sent back at any length."""
+def problem_of(error: FarstepError, *, status: int | None = None) -> bytes:
+    """Return the document that tells an error; what a client sent is not sent back at any length.
+
+    Args:
+        status: the HTTP status it goes with, where that is not the error's own.
+    """
     document = error.to_problem()
+    if status is not None:
+        document["status"] = status
     for key, most in LONGEST.items():
         if isinstance(text := document.get(key), str) and len(text) > most:
             document[key] = f"{text[:most]}..."

@@ -23,7 +23,7 @@ from farstep.wire.tensor_file import LENGTH_BYTES, head_length, read_head
 from farstep_service.durability import file_of, places_of
 from farstep_service.hosts import Host
 from farstep_service.registry import Registry
-from farstep_service.routes.bodies import answer_pieces, chunks, declared
+from farstep_service.routes.bodies import Pace, answer_pieces, chunks, declared
 from farstep_service.routes.documents import snapshot_of
 from farstep_service.settings import Settings
 
@@ -63,7 +63,7 @@ class SessionFile:
             raise InvalidRequest(f"No session can be called {name!r:.80}.", field="name")
         size = declared(scope, FILE, LARGEST)
         with self._registry.in_flight() as reserve:
-            incoming = Incoming(chunks(receive, size, self._settings.idle_body_s))
+            incoming = Incoming(chunks(receive, size, Pace(self._settings.idle_body_s)))
             first = bytearray(min(LENGTH_BYTES, size))
             await incoming.fill([memoryview(first)])
             length = head_length(bytes(first), size)

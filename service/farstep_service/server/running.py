@@ -27,7 +27,6 @@ GRACE_S = 8
 """Seconds for requests in flight; container runtimes send SIGKILL ten seconds after SIGTERM."""
 KEEP_ALIVE_S = 120
 """Seconds a connection may be idle: longer than clients keep theirs (60 s), or a push would meet a closed one."""
-HEAD_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +79,7 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
         import torch
 
         from farstep_service.app import create_app
+        from farstep_service.server.protocol import Protocol
 
         listening = Listening(
             url=url_of(sock),
@@ -92,12 +92,12 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
         )
         config = uvicorn.Config(
             create_app(settings),
+            http=Protocol,
             interface="asgi3",
             lifespan="on",
             ws="none",
             workers=1,
             backlog=BACKLOG,
-            h11_max_incomplete_event_size=HEAD_BYTES,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=GRACE_S,
             proxy_headers=False,

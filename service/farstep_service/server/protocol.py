@@ -1,0 +1,195 @@
+"""One HTTP connection: uvicorn's, with limits, deadlines, and bodies that arrive where they are used.
+
+    waiting     a head must be complete within `head_s`, in `MAX_HEAD_BYTES` and `MAX_HEADERS`
+    head        handed to the application
+    body        an endpoint that says where it goes gets it there (`receiving.py`); otherwise in pieces, as ASGI has it
+    answer      a reader that takes nothing for `stalled_s` is cut off, so that it cannot hold a version for ever
+    idle        uvicorn's keep-alive
+
+What uvicorn decides about messages stays its own; this only adds what it leaves out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from functools import partial
+from typing import Any, cast
+
+import httptools
+from starlette.requests import ClientDisconnect
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from farstep.errors import FarstepError, InvalidRequest, LimitExceeded
+from farstep_service.routes import PROBLEM, RECEIVE_INTO, Pace, Sink, problem_of
+from farstep_service.server.receiving import Reading
+
+MAX_HEAD_BYTES = 32 * 1024
+"""Bytes of a request line and its headers, at most."""
+MAX_HEADERS = 100
+HEAD_S = 10.0
+"""Seconds within which a request's head must be complete."""
+STALLED_S = 60.0
+"""Seconds for which a client may take nothing of an answer that waits for it."""
+LOOKS = 4
+"""How often within that time its progress is looked at."""
+HEADERS_TOO_LARGE = 431
+
+
+class Protocol(HttpToolsProtocol):
+    """Speak HTTP/1.1 on one connection; `uvicorn.Config(http=Protocol)`."""
+
+    head_s = HEAD_S
+    stalled_s = STALLED_S
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _stall_timer: asyncio.TimerHandle | None = None
+    _in_head = True
+    _head_bytes = 0
+    _refused = False
+
+    # -- the head ---------------------------------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
+        super().data_received(data)
+        if self._in_head:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse_head(f"The request's head has more than {MAX_HEAD_BYTES} bytes.", MAX_HEAD_BYTES)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        if not self._in_head:
+            self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._in_head = False
+        self._head_bytes = 0
+        self._head_timer = _cancelled(self._head_timer)
+        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+            self._refuse_head(
+                f"The request's head has {len(self.headers)} headers and {size} bytes.",
+                MAX_HEADERS if len(self.headers) > MAX_HEADERS else MAX_HEAD_BYTES,
+            )
+            return
+        super().on_headers_complete()
+        # The next request may be parsed before this one is answered, so the cycle is bound.
+        cast("dict[str, Any]", self.scope)["extensions"] = {RECEIVE_INTO: partial(self._receive_into, self.cycle)}
+
+    def on_body(self, body: bytes) -> None:
+        if not self._refused:
+            super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        if not self._refused:
+            super().on_message_complete()
+
+    def _await_head(self) -> None:
+        self._in_head = True
+        self._head_bytes = 0
+        self._head_timer = _cancelled(self._head_timer)
+        self._head_timer = self.loop.call_later(self.head_s, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        if self._head_bytes == 0:
+            self.transport.close()  # it never asked anything
+            return
+        late = InvalidRequest(
+            f"The request's head was not complete after {self.head_s:g} s.", remedy="Send it in one go."
+        )
+        self._answer_and_close(408, late)
+
+    def _refuse_head(self, detail: str, limit: int) -> None:
+        self._answer_and_close(HEADERS_TOO_LARGE, LimitExceeded(detail, limit=limit))
+
+    def _answer_and_close(self, status: int, error: FarstepError) -> None:
+        self._refused = True
+        self._head_timer = _cancelled(self._head_timer)
+        if self.transport.is_closing():
+            return
+        body = problem_of(error, status=status)
+        head = f"HTTP/1.1 {status} \r\ncontent-length: {len(body)}\r\nconnection: close\r\ncontent-type: "
+        self.transport.write(head.encode() + PROBLEM + b"\r\n\r\n" + body)
+        self.transport.close()
+
+    # -- the body ---------------------------------------------------------------------------------------------------
+
+    async def _receive_into(self, cycle: RequestResponseCycle, sink: Sink, size: int, pace: Pace) -> None:
+        """Receive the body of a request, `size` bytes, into the memory a sink names.
+
+        Raises:
+            ClientDisconnect: the connection is gone.
+            FarstepError: what the sink raises, or `Truncated` when the body comes too slowly. The rest of the body is
+                read and dropped, so that the client reads the answer.
+        """
+        if cycle.disconnected:
+            raise ClientDisconnect
+        begun, cycle.body = bytes(cycle.body), bytearray()
+        if not cycle.more_body:
+            sink.feed(begun)
+            return
+        if cycle.waiting_for_100_continue:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            cycle.waiting_for_100_continue = False
+        reading = Reading(self.transport, sink, size - len(begun), pace, self._body_is_over, self.connection_lost)
+        self.flow.read_paused = False
+        try:
+            reading.start()
+            sink.feed(begun)
+            await reading.wait()
+        except BaseException:
+            reading.drop()
+            raise
+        finally:
+            del reading  # an error in it and this frame would keep each other
+
+    def _body_is_over(self) -> None:
+        """Go on as if the parser had seen the body."""
+        self.transport.pause_reading()
+        self.transport.set_protocol(self)
+        self.transport.resume_reading()
+        self.parser = httptools.HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
+
+    # -- the answer -------------------------------------------------------------------------------------------------
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._stall_timer is None:
+            self._watch(self.transport.get_write_buffer_size(), LOOKS)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stall_timer = _cancelled(self._stall_timer)
+
+    def _watch(self, left: int, looks: int) -> None:
+        self._stall_timer = self.loop.call_later(self.stalled_s / LOOKS, self._look, left, looks)
+
+    def _look(self, left: int, looks: int) -> None:
+        now = self.transport.get_write_buffer_size()
+        if now != left:
+            self._watch(now, LOOKS)
+        elif looks > 1:
+            self._watch(now, looks - 1)
+        else:
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._head_timer = _cancelled(self._head_timer)
+        self._stall_timer = _cancelled(self._stall_timer)
+        super().connection_lost(exc)
+
+
+def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
+    """Cancel a timer and return what takes its place."""
+    if timer is not None:
+        timer.cancel()
+    return None
