@@ -129,7 +129,7 @@ WAY: dict[str, Way] = {
 REAL = tuple(dtype for dtype in DTYPES if not dtype.is_complex)
 TAKEN: dict[str, tuple[torch.dtype, ...]] = {
     "Adafactor": REAL,
-    "LBFGS": tuple(dtype for dtype in DTYPES if dtype != torch.float16),
+    "LBFGS": tuple(dtype for dtype in DTYPES if dtype not in (torch.float16, torch.bfloat16)),
     "Muon": REAL,
     "SparseAdam": REAL,
 }

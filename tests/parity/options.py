@@ -199,5 +199,9 @@ SKIPPED = {
 SKIPPED_TOGETHER = {
     ("Adafactor", "empty parameters"): "torch divides by their number of elements",
     ("LBFGS", "float16"): "torch's own values overflow",
+    (
+        "LBFGS",
+        "bfloat16",
+    ): "its line search amplifies the rounding of the last elements of a vector, which is the processor's",
 }
 """What else has no case, each with the reason."""
