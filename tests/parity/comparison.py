@@ -113,8 +113,8 @@ def _alike(ours: Refusal, theirs: Refusal) -> bool:
 def _entry(path: str, ours: object, theirs: object, tolerance: Tolerance) -> Comparison:
     if isinstance(ours, Tensor) and isinstance(theirs, Tensor):
         return _tensors(path, ours, theirs, tolerance)
-    alike = type(ours) is type(theirs) or {type(ours), type(theirs)} <= {int, float}  # L-BFGS has t=1 or t=1.0
-    if alike and ours == theirs:
+    a_rate = path.endswith(".t")  # of L-BFGS: the group's lr as the user wrote it, 1 or 1.0
+    if ours == theirs and (type(ours) is type(theirs) or a_rate):
         return Comparison()
     return Comparison(wrong=(f"{path} is {ours!r}, torch's {theirs!r}",))
 

@@ -202,6 +202,6 @@ SKIPPED_TOGETHER = {
     (
         "LBFGS",
         "bfloat16",
-    ): "its line search amplifies the rounding of the last elements of a vector, which is the processor's",
+    ): "the line search amplifies how the last elements of a vector are rounded",
 }
 """What else has no case, each with the reason."""
