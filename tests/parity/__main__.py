@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from farstep.settings import RemoteOptions
+from farstep_service.optimizers import METHODS
 from tests.benchmarks.hardware import hardware
 from tests.parity.cases import DTYPES, NAMES, cases, skipped
 from tests.parity.running import Result, run_all
@@ -34,6 +35,7 @@ def main() -> int:
     named = [getattr(torch, name) for name in asked.dtypes.split(",") if name]
     dtypes = named or (FUSED_DTYPES if asked.kernel == "fused" else DTYPES)
     names = tuple(asked.only.split(",")) if asked.only else NAMES
+    names = tuple(name for name in names if asked.kernel in METHODS[name].kernels)
     table = [case for case in cases(names) if asked.kernel == "reference" or not isinstance(case.way, Closure)]
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Sparse invariant checks are implicitly disabled")  # torch's own, of its Adagrad

@@ -198,6 +198,7 @@ SKIPPED = {
 
 SKIPPED_TOGETHER = {
     ("Adafactor", "empty parameters"): "torch divides by their number of elements",
+    ("SGD", "sparse gradients, momentum=0.9, float16"): "torch adds no sparse halves; farstep takes them",
     ("LBFGS", "float16"): "torch's own values overflow",
     (
         "LBFGS",

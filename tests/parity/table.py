@@ -7,6 +7,7 @@ from itertools import groupby
 
 import torch
 
+from farstep_service.optimizers import METHODS
 from tests.parity.cases import Skip
 from tests.parity.comparison import Comparison, Tolerance
 from tests.parity.options import IMPLEMENTATIONS
@@ -22,7 +23,9 @@ GROWING = "Their gradients come from the parameters, so that one rounding apart 
 def render(results: Sequence[Result], skipped: Sequence[Skip], kernel: str) -> str:
     """Return all tables; of fused kernels totals only, as the cases are the same."""
     if kernel == "fused":
-        return f"{_totals(results, kernel)}\n\n{_by_optimizer(results)}\n\nNot compared: closures. {GROWING}\n"
+        without = ", ".join(name for name, method in METHODS.items() if kernel not in method.kernels)
+        left_out = f"Not compared: closures. {GROWING} {without} have no fused kernel."
+        return f"{_totals(results, kernel)}\n\n{_by_optimizer(results)}\n\n{left_out}\n"
     parts = [_totals(results, kernel), *_details(results)]
     if refused := list(_refused(results)):
         parts.append("### Refused alike\n\n" + _table(["optimizer", "case", "torch"], refused))
