@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from farstep.errors import InvalidOption
-from farstep_service.rule import AnyRule, Call, Counts, ElementwiseRule, Kernel, Progress, RowRule, Write
+from farstep_service.kernel import Call, Kernel, Progress, Write
+from farstep_service.rule import AnyRule, Counts, ElementwiseRule, RowRule
 from farstep_service.store.buffers import Buffers, FlatBuffers, flattened, shaped
 from farstep_service.store.gradients import Gradients, Rows
 from farstep_service.store.runs import Decision, Numbers

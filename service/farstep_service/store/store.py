@@ -22,8 +22,9 @@ import torch
 
 from farstep.errors import InvalidOption, StepInterrupted, TensorMismatch
 from farstep.hyper import Hyper
+from farstep_service.kernel import Kernel, KernelSource
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Counts, Fields, Form, Kernel, KernelName, KernelSource, RowRule
+from farstep_service.rule import AnyRule, Counts, Fields, Form, KernelName, RowRule
 from farstep_service.store.buffers import Buffers, FlatBuffers
 from farstep_service.store.gradients import Gradients, Rows, coalesce
 from farstep_service.store.runs import Decision, Numbers, Planner
