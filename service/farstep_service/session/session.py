@@ -17,10 +17,10 @@ from typing import final
 import torch
 
 from farstep.errors import Fenced, SessionLost
-from farstep.growth import AppendHead, outgrown
+from farstep.growth import AppendHead
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
-from farstep_service.aggregation import KnownGroups, Ledger, Members, aggregation_for, mismatch
+from farstep_service.aggregation import Ledger, aggregation_for, mismatch
 from farstep_service.contents import PARAM, Contents
 from farstep_service.durability import Snapshot
 from farstep_service.gradients import Contribution, check_finite
@@ -28,6 +28,7 @@ from farstep_service.kernel import KernelSource
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.session.growth import grown, segments_of
+from farstep_service.session.membership import Membership
 from farstep_service.session.outcomes import Outcome, Outcomes, told
 from farstep_service.session.pushes import Pushes
 from farstep_service.session.state import GroupChanges
@@ -51,9 +52,9 @@ class Session:
         self.incarnation = incarnation
         self._state = state_of(plan, kernels=kernels, device=torch.device(device))
         aggregation = aggregation_for(plan.consistency)
-        self._members = Members(aggregation.places())
         self._ledger = Ledger()
-        self._known = KnownGroups()
+        self._membership = Membership(plan.name, aggregation.places(), self._ledger)
+        self._members = self._membership.members
         self._pushes = Pushes(self._state, aggregation, self._members, self._ledger)
 
     # -- what is there ----------------------------------------------------------------------------------------------
@@ -107,24 +108,15 @@ class Session:
             SessionFull: the mode's places are taken by workers that are present.
         """
         self._pushes.finish()
-        displaced = self._members.make_room(worker)
-        if displaced is not None:
-            self._ledger.join(displaced)  # fences it: its place is another's now
-            self._known.joined(displaced)
-        outcomes = self._withdraw(worker, "joined again")
-        epoch = self._ledger.join(worker)
-        self._members.join(worker, epoch)
-        self._known.joined(worker)
-        return epoch, outcomes
+        epoch = self._membership.join(worker)
+        return epoch, self._withdraw(worker, "joined again")
 
     def leave(self, worker: str, epoch: int) -> Outcomes:
         """Give a worker's place up; an epoch that is not current has nothing to give up."""
         self._pushes.finish()
         if self._members.epoch(worker) != epoch:
             return {}
-        self._members.leave(worker)
-        self._ledger.join(worker)
-        self._known.joined(worker)
+        self._membership.leave(worker)
         return self._withdraw(worker, "left")
 
     def _withdraw(self, worker: str, why: str) -> Outcomes:
@@ -133,12 +125,7 @@ class Session:
 
     def layout_at(self, name: WriteName) -> Layout:
         """Return the layout that a worker knew when it made a write: the session's, or what it was before it grew."""
-        known = self._known.at(name)
-        return self.plan.layout if known is None else self.plan.layout.first(known)
-
-    def _outgrown(self, worker: str) -> Fenced | None:
-        lag = self._known.lag(worker)
-        return None if lag is None else outgrown(self.plan.name, worker, lag[0], by=lag[1])
+        return self._membership.layout_at(name, self.plan.layout)
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
@@ -149,7 +136,7 @@ class Session:
             SessionLost, Fenced, SequenceGap: the write belongs to another life of the session, is not next, or its
                 worker does not know all groups.
         """
-        if self._is_new(name, incarnation) and (error := self._outgrown(name.worker)):
+        if self._is_new(name, incarnation) and (error := self._membership.outgrown(name.worker)):
             raise error
 
     def _is_new(self, name: WriteName, incarnation: str) -> bool:
@@ -261,7 +248,7 @@ class Session:
             raise mismatch(head.name)
         plan = self._plan_with(head)
         if plan is self.plan:
-            self._known.learned(head.group, head.name)
+            self._membership.known.learned(head.group, head.name)
             receipt = Receipt(base, base, applied=False)
         else:
             try:
@@ -269,9 +256,9 @@ class Session:
             except Exception as exc:
                 raise told(exc, "The param group") from exc
             self.plan = plan
-            self._known.added(head.group, head.name, self.workers)
+            self._membership.known.added(head.group, head.name, self.workers)
             for other in self.workers:
-                if error := self._outgrown(other):
+                if error := self._membership.outgrown(other):
                     outcomes |= self._pushes.withdraw(other, error)
             receipt = Receipt(self.version, base)
         self._ledger.commit(head.name, fingerprint, receipt)
@@ -279,8 +266,7 @@ class Session:
 
     def _plan_with(self, head: AppendHead) -> Plan:
         self._state.check_initialised()
-        lag = self._known.lag(head.name.worker)
-        return grown(self.plan, head, known=len(self.plan.groups) if lag is None else lag[0])
+        return grown(self.plan, head, known=self._membership.groups(head.name.worker, len(self.plan.groups)))
 
     # -- options ----------------------------------------------------------------------------------------------------
 
