@@ -13,7 +13,7 @@ from farstep_service.layout import Layout
 
 @final
 class Membership:
-    """Keep the members of a session, the epochs in the ledger, and what each knows of the groups in step.
+    """Keep members, epochs and known param groups of one session consistent with each other.
 
     Args:
         session: its name.
