@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from farstep.errors import Fenced, InvalidRequest, Side
-from farstep.messages import VERSION, Header, WriteName
+from farstep.header import VERSION, Header
+from farstep.messages import WriteName
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,28 +19,21 @@ from torch import Tensor
 
 from farstep.arrivals import Arrivals
 from farstep.consistency import Sync
-from farstep.conversation import READ_TIMEOUT_S, Conversation, Received
+from farstep.conversation import READ_TIMEOUT_S, Conversation
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
-from farstep.fields import FieldKind, shapes_from_header
+from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
 from farstep.messages import Evaluation, PushHead, PutHead, Receipt, WriteName
 from farstep.patience import Patience
 from farstep.presence import PRESENT
+from farstep.reader import Reader
 from farstep.settings import Place
-from farstep.staging import (
-    StateArrivals,
-    outgoing,
-    outgoing_gradients,
-    outgoing_presence,
-    outgoing_state,
-)
+from farstep.staging import outgoing, outgoing_contents, outgoing_gradients
 from farstep.wire import from_ranges, to_ranges
 from farstep.writer import Writer
 
 CLOSE_TIMEOUT_S = 2.0
-QUERY_BOUNDS = 1000
-"""Bounds of ranges in a URL, which servers do not take at any length; beyond it what lies between is read too."""
 
 
 class HttpLink(Link):
@@ -70,6 +63,7 @@ class HttpLink(Link):
             patience=Patience(place.timeout_s + barrier_s),
             barrier_s=barrier_s,
         )
+        self._reader = Reader(self._server, spec.name, patience=self._patience)
         self._arrivals = Arrivals(self._parameters)
         self._version = 0
         self._process = os.getpid()
@@ -171,25 +165,18 @@ class HttpLink(Link):
         except BaseException:
             self._arrivals.keep_()  # of what has arrived nobody knows how much
             raise
-        if arrived is None and len(present) < len(
-            self._parameters
-        ):  # what has no gradient, and is as it was, is not touched
+        if arrived is None and len(present) < len(self._parameters):
+            # What has no gradient, and is as it was, is not touched.
             arrived = sorted({*present, *self._arrivals.edited(self._addresses())})
         self._arrivals.settle_(arrived)
         self._version = int(received.header["version"])
         receipt = Receipt.from_header(received.header["receipt"])
         total_s = time.perf_counter() - began
         seconds = {key: float(value) for key, value in received.header.get("times", {}).items()}
-        return StepReport(
-            version=receipt.version,
-            staleness=receipt.staleness,
-            applied=receipt.applied,
+        return StepReport.of(
+            receipt,
             duplicate=bool(received.header["duplicate"]),
             earlier=self._writer.names.tell(),
-            contributors=receipt.contributors,
-            divisor=receipt.divisor,
-            kernel=receipt.kernel,
-            again=receipt.again,
             bytes_sent=sum(each.nbytes for each in payload),
             bytes_received=received.payload_bytes,
             attempts=self._writer.attempts,
@@ -217,16 +204,8 @@ class HttpLink(Link):
     ) -> Receipt:
         segments = None if len(indices) == len(self._parameters) else to_ranges(indices)
         shapes = shapes_of(self._fields, state or {})
-        payload: list[memoryview] = []
-        for field in fields:
-            if field == "param":
-                payload += [outgoing(self._parameters[i]) for i in indices]
-                continue
-            chosen = [(self._parameters[i], state[i] if state else None) for i in indices]
-            if field == PRESENT:
-                payload += outgoing_presence(self._fields, [own for _, own in chosen])
-            else:
-                payload += outgoing_state(field, self._fields[field], chosen)
+        chosen = [(self._parameters[i], state[i] if state else None) for i in indices]
+        payload = outgoing_contents(fields, self._fields, chosen)
 
         def head(name: WriteName, incarnation: str) -> PutHead:
             return PutHead(name, incarnation, tuple(fields), segments, initial, version, shapes)
@@ -280,7 +259,8 @@ class HttpLink(Link):
     def pull(self) -> int:
         edited = self._arrivals.edited(self._addresses())
         try:
-            received = self._get("Pulling", f"{self._path}/contents", lambda header: self._arrivals.targets(None))
+            with self._session_there():
+                received = self._reader.parameters(self._arrivals, self._check_arriving)
         except BaseException:
             self._arrivals.keep_(but=edited)
             raise
@@ -289,42 +269,18 @@ class HttpLink(Link):
         return self._version
 
     def stateful(self) -> tuple[int, list[bool]]:
-        received, arrivals = self._read({}, range(len(self._parameters)))
-        return int(received.header["version"]), arrivals.present()
+        with self._session_there():
+            return self._reader.stateful(self._parameters, self._check_arriving)
 
     def read_state(self, indices: Sequence[int]) -> list[State | None]:
-        if len(to_ranges(indices)) > QUERY_BOUNDS:
-            first, last = indices[0], indices[-1]
-            states = self.read_state(range(first, last + 1))
-            return [states[index - first] for index in indices]
-        _, arrivals = self._read(self._fields, indices)
-        return arrivals.states()
-
-    def _read(self, fields: Mapping[str, FieldKind], indices: Sequence[int]) -> tuple[Received, StateArrivals]:
-        arrivals = StateArrivals([self._parameters[i] for i in indices], fields)
-        path = f"{self._path}/contents?fields={','.join((*fields, PRESENT))}"
-        if len(indices) < len(self._parameters):
-            path += f"&segments={','.join(map(str, to_ranges(indices)))}"
-
-        def place(header: dict[str, Any]) -> Sequence[memoryview]:
-            shapes = shapes_from_header(header.get("shapes", {}), side="client")
-            return arrivals.targets(header["fields"], shapes)
-
-        received = self._get("Reading the state of", path, place)
-        return received, arrivals
-
-    def _get(self, doing: str, path: str, targets: Callable[[dict[str, Any]], Sequence[memoryview]]) -> Received:
-        def place(header: dict[str, Any]) -> Sequence[memoryview]:
-            if header["incarnation"] != self._writer.incarnation:
-                raise self._lost("was created anew at")
-            self._arriving(header, len(self._parameters))
-            return targets(header)
-
-        def attempt() -> Received:
-            return self._server.data("GET", path, None, (), place)
-
         with self._session_there():
-            return self._patience.call(f"{doing} session {self._spec.name!r}", self._server.server, attempt)
+            return self._reader.states(self._fields, self._parameters, indices, self._check_arriving)
+
+    def _check_arriving(self, header: Mapping[str, Any]) -> None:
+        """Refuse what another life of the session answers, or a session that has grown."""
+        if header["incarnation"] != self._writer.incarnation:
+            raise self._lost("was created anew at")
+        self._arriving(header, len(self._parameters))
 
     def _arriving(self, header: Mapping[str, Any], count: int) -> list[int] | None:
         """Return which parameters an answer holds, None for all that are here.

@@ -17,7 +17,7 @@ from torch import Tensor
 from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError
 from farstep.fields import EVERYWHERE, FieldKind, Shapes
-from farstep.messages import Evaluation
+from farstep.messages import Evaluation, Receipt
 from farstep.settings import KernelChoice, NonFinitePolicy, Place
 
 Options = Mapping[str, Any]
@@ -112,6 +112,35 @@ class StepReport:
     bytes_received: int = 0
     attempts: int = 1
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        receipt: Receipt,
+        *,
+        duplicate: bool,
+        earlier: Literal["applied", "dropped"] | None,
+        bytes_sent: int,
+        bytes_received: int,
+        attempts: int,
+        seconds: Mapping[str, float],
+    ) -> StepReport:
+        """Return what a receipt says of a step, with what the worker knows of the way there and back."""
+        return cls(
+            version=receipt.version,
+            staleness=receipt.staleness,
+            applied=receipt.applied,
+            duplicate=duplicate,
+            earlier=earlier,
+            contributors=receipt.contributors,
+            divisor=receipt.divisor,
+            kernel=receipt.kernel,
+            again=receipt.again,
+            bytes_sent=bytes_sent,
+            bytes_received=bytes_received,
+            attempts=attempts,
+            seconds=seconds,
+        )
 
 
 class Link(ABC):

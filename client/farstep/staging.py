@@ -88,6 +88,27 @@ def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, S
     return views
 
 
+def outgoing_contents(
+    fields: Sequence[str], kinds: Mapping[str, FieldKind], chosen: Sequence[tuple[Tensor, State | None]]
+) -> list[memoryview]:
+    """Return parameters and state fields of some parameters.
+
+    Args:
+        fields: what is sent, in this order: `param`, `present` and state fields.
+        kinds: the optimizer's state fields.
+        chosen: the parameters with their states.
+    """
+    payload: list[memoryview] = []
+    for field in fields:
+        if field == "param":
+            payload += [outgoing(parameter) for parameter, _ in chosen]
+        elif field == PRESENT:
+            payload += outgoing_presence(kinds, [own for _, own in chosen])
+        else:
+            payload += outgoing_state(field, kinds[field], chosen)
+    return payload
+
+
 class StateArrivals:
     """Memory for the optimizer state of some parameters.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from farstep.conversation import Conversation
 from farstep.settings import RemoteOptions
@@ -33,3 +34,12 @@ def place(request: pytest.FixtureRequest) -> RemoteOptions:
         return {"kernel": "reference"}
     running: RunningServer = request.getfixturevalue("server")
     return {"kernel": "reference", "server": running.url}
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Use one thread, as the server does: how a product is cut decides how it is rounded."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

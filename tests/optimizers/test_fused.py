@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from farstep_service.kernel import Call, Progress
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.optimizers.build import Report
@@ -17,7 +18,7 @@ from farstep_service.optimizers.fused import FusedKernel
 from farstep_service.optimizers.native import LONG_FROM, Bound
 from farstep_service.optimizers.packages import Package
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import Call, Form, Progress
+from farstep_service.rule import Form
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
 from tests.optimizers.test_bits import OPTIONS
 from tests.optimizers.twins import SHAPES, Twins

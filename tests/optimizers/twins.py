@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from farstep_service.kernel import KernelSource
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
-from farstep_service.rule import KernelSource
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
 
 SHAPES: tuple[tuple[int, ...], ...] = ((7, 13), (1,), (129,), (3, 5, 7), (), (4099,), (64, 33), (17,), (0, 3), (1000,))

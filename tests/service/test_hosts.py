@@ -19,10 +19,11 @@ from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire.memory import tensor_memory
 from farstep_service.hosts import Answer, Host, LocalHost
 from farstep_service.hosts.local import INITIALISE_WITHIN_S, INLINE_BYTES
+from farstep_service.kernel import Call, Kernel, KernelSource, Progress
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
-from farstep_service.rule import AnyRule, Call, Form, Kernel, KernelName, KernelSource, Progress
+from farstep_service.rule import AnyRule, Form, KernelName
 from farstep_service.session import Session
 
 SMALL, LARGE = 8, INLINE_BYTES // 2

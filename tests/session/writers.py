@@ -16,11 +16,12 @@ from farstep.growth import AppendHead, NewParameter
 from farstep.messages import Evaluation, PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.wire import to_ranges
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from farstep_service.kernel import Kernel, KernelSource
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
-from farstep_service.rule import AnyRule, ElementwiseRule, Form, Kernel, KernelName, KernelSource, Scalar, StateTensors
+from farstep_service.rule import AnyRule, ElementwiseRule, Form, KernelName, Scalar, StateTensors
 from farstep_service.session import Outcome, Outcomes, Session
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (3, 4), "b": (5,), "scale": (), "z": (2,)}

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 
+from farstep_service.kernel import Call, Kernel, KernelSource, Progress
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
-from farstep_service.rule import AnyRule, Call, Form, Kernel, KernelName, KernelSource, Progress
+from farstep_service.rule import AnyRule, Form, KernelName
 from farstep_service.store import FlatBuffers, Gradients, Store
 
 SHAPES = ((5, 7), (11,), (), (0, 4), (64, 3), (9,))

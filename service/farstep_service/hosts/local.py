@@ -13,15 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from copy import copy
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 from farstep.errors import FarstepError, OptionsDiffer, SessionLost, StepInterrupted
 from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import to_ranges
 from farstep_service.durability import Snapshot
+from farstep_service.hosts.alarm import Alarm
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
 from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, PushIntake
+from farstep_service.hosts.work import run
 from farstep_service.plan import Plan
 from farstep_service.session import Outcome, Outcomes, Session
 
@@ -35,7 +37,6 @@ INITIALISE_WITHIN_S = 60.0
 READERS_WITHIN_S = 1.0
 """How long a step waits for readers of two versions, so that it does not need memory for a third."""
 
-Result = TypeVar("Result")
 Room = Callable[[Plan, int], None]
 """Called before a session of that plan grows by so many bytes; raises if there is no room for them."""
 
@@ -70,8 +71,7 @@ class LocalHost(Host):
         self._coming_bytes = 0
         self._turn = asyncio.Lock()
         self._futures: dict[WriteName, asyncio.Future[Outcome]] = {}
-        self._timer: asyncio.TimerHandle | None = None
-        self._ticks: set[asyncio.Task[None]] = set()
+        self._alarm = Alarm(clock)
         self._initialiser = ""
         self._initialising_until = -1.0
         self._closed = False
@@ -187,7 +187,7 @@ class LocalHost(Host):
             if self._session.crowded:
                 await self._wait_for_memory()
             with self._room_for(coming()):
-                outcomes = await self._run(work, self._resolve, inline=inline)
+                outcomes = await run(self._executor, work, self._resolve, inline=inline)
             future = self._futures.setdefault(name, asyncio.get_running_loop().create_future())
             self._resolve(outcomes)
         outcome = await asyncio.shield(future)
@@ -223,7 +223,8 @@ class LocalHost(Host):
     async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
         async with self._turn:
             self._check_open()
-            contents, outcomes = await self._run(
+            contents, outcomes = await run(
+                self._executor,
                 lambda: self._session.copy(fields, indices),
                 lambda unasked: self._resolve(unasked[1]),
                 inline=self._small,
@@ -235,8 +236,8 @@ class LocalHost(Host):
     async def snapshot(self) -> Snapshot:
         async with self._turn:
             self._check_open()
-            snapshot, outcomes = await self._run(
-                self._session.snapshot, lambda unasked: self._resolve(unasked[1]), inline=self._small
+            snapshot, outcomes = await run(
+                self._executor, self._session.snapshot, lambda unasked: self._resolve(unasked[1]), inline=self._small
             )
             self._resolve(outcomes)
             return snapshot
@@ -262,47 +263,13 @@ class LocalHost(Host):
                     self._released.clear()
                     await self._released.wait()
 
-    async def _run(self, work: Callable[[], Result], abandoned: Callable[[Result], None], *, inline: bool) -> Result:
-        """Do work on the session; the turn is kept until it has ended, even if whoever asked has gone.
-
-        Args:
-            abandoned: takes the result in the place of one who has gone, since others may wait for it.
-            inline: do it here and now.
-        """
-        if inline:
-            return work()
-        running = asyncio.get_running_loop().run_in_executor(self._executor, work)
-        try:
-            return await asyncio.shield(running)
-        except asyncio.CancelledError:
-            with suppress(FarstepError):
-                abandoned(await running)
-            raise
-        finally:
-            del running  # an error in it and this frame would keep each other, and the gradients with them
-
     def _resolve(self, outcomes: Outcomes) -> None:
-        """Tell those who wait what became of their writes, and set the timer to what is to be decided next."""
+        """Tell those who wait what became of their writes, and set the alarm to what is to be decided next."""
         for name, outcome in outcomes.items():
             future = self._futures.pop(name, None)
             if future is not None and not future.done():
                 future.set_result(outcome)
-        self._arm()
-
-    def _arm(self) -> None:
-        """Set the timer to the barrier's deadline."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        deadline = self._session.deadline
-        if deadline is not None:
-            delay_s = max(0.0, deadline - self._clock())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._begin_tick)
-
-    def _begin_tick(self) -> None:
-        task = asyncio.get_running_loop().create_task(self._tick())
-        self._ticks.add(task)
-        task.add_done_callback(self._ticks.discard)
+        self._alarm.set(self._session.deadline, self._tick)
 
     async def _tick(self) -> None:
         async with self._turn:
@@ -319,9 +286,7 @@ class LocalHost(Host):
     async def close(self) -> None:
         async with self._turn:
             self._closed = True
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+            self._alarm.cancel()
             for future in self._futures.values():
                 if not future.done():
                     future.set_result(Outcome(self._gone()))

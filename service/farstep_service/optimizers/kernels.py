@@ -25,12 +25,13 @@ import torch
 
 from farstep.errors import InvalidOption, Unavailable
 from farstep.wire.memory import TORCH_DTYPES
+from farstep_service.kernel import Kernel, KernelSource
 from farstep_service.optimizers.build import Builder, build_in_subprocess
 from farstep_service.optimizers.fused import FusedKernel
 from farstep_service.optimizers.native import load
 from farstep_service.optimizers.packages import Package, default_directory, find, open_directory
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import AnyMethod, AnyRule, ElementwiseRule, Form, Kernel, KernelName, KernelSource
+from farstep_service.rule import AnyMethod, AnyRule, ElementwiseRule, Form, KernelName
 
 Mode = Literal["auto", "reference", "fused"]
 MODES: tuple[Mode, ...] = ("auto", "reference", "fused")

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
-from farstep_service.rule import AnyRule, Call, ElementwiseRule, Kernel, Progress, Write
+from farstep_service.kernel import Call, Kernel, Progress, Write
+from farstep_service.rule import AnyRule, ElementwiseRule
 
 BLOCK = 2**17
 """Elements of a block. 64k to 256k are equally fast; smaller ones cost more calls, larger ones leave the cache."""

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from farstep.consistency import to_options
 from farstep.fields import FieldKind
-from farstep.messages import VERSION
+from farstep.header import VERSION
 from farstep_service.hosts import Host
 from farstep_service.optimizers import METHODS
 from farstep_service.registry import Registry

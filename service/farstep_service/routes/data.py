@@ -23,7 +23,8 @@ from starlette.types import Receive, Scope, Send
 from farstep.errors import InvalidRequest
 from farstep.fields import shapes_to_header
 from farstep.growth import AppendHead
-from farstep.messages import VERSION, PushHead, PutHead
+from farstep.header import VERSION
+from farstep.messages import PushHead, PutHead
 from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake, View
 from farstep_service.registry import Registry

@@ -14,8 +14,9 @@ from farstep.messages import Evaluation
 from farstep.presence import PRESENT, mask_of
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import on_device
+from farstep_service.kernel import KernelSource
 from farstep_service.plan import Plan
-from farstep_service.rule import AnyRule, KernelSource
+from farstep_service.rule import AnyRule
 from farstep_service.session.state import SessionState
 from farstep_service.store import Applied, Buffers, Gradients, Held, Store
 

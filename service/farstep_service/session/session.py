@@ -11,50 +11,29 @@ time comes in with the call. Writes that are refused leave no trace, and their s
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import torch
 
-from farstep.errors import (
-    BarrierTimeout,
-    FarstepError,
-    Fenced,
-    InternalError,
-    SessionLost,
-)
-from farstep.growth import AppendHead, outgrown
+from farstep.errors import Fenced, SessionLost
+from farstep.growth import AppendHead
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
-from farstep_service.aggregation import Abort, KnownGroups, Ledger, Members, Skip, Step, aggregation_for, mismatch
+from farstep_service.aggregation import Ledger, aggregation_for, mismatch
 from farstep_service.contents import PARAM, Contents
 from farstep_service.durability import Snapshot
-from farstep_service.gradients import Contribution, check_finite, mean_evaluation, reduce_
+from farstep_service.gradients import Contribution, check_finite
+from farstep_service.kernel import KernelSource
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
-from farstep_service.rule import KernelSource
 from farstep_service.session.growth import grown, segments_of
+from farstep_service.session.membership import Membership
 from farstep_service.session.outcomes import Outcome, Outcomes, told
+from farstep_service.session.pushes import Pushes
 from farstep_service.session.state import GroupChanges
 from farstep_service.session.states import state_of
-from farstep_service.store import Applied, Held
-
-
-@dataclass(slots=True)
-class _Waiting:
-    head: PushHead
-    fingerprint: str
-    contribution: Contribution
-
-
-@dataclass(slots=True)
-class _Unfinished:
-    """A step whose kernel failed midway: what has to be recorded when the store has finished it."""
-
-    pushes: list[_Waiting]
-    step: Step
+from farstep_service.store import Held
 
 
 @final
@@ -72,12 +51,11 @@ class Session:
         self.plan = plan
         self.incarnation = incarnation
         self._state = state_of(plan, kernels=kernels, device=torch.device(device))
-        self._aggregation = aggregation_for(plan.consistency)
-        self._members = Members(self._aggregation.places())
+        aggregation = aggregation_for(plan.consistency)
         self._ledger = Ledger()
-        self._known = KnownGroups()
-        self._waiting: dict[str, _Waiting] = {}
-        self._unfinished: _Unfinished | None = None
+        self._membership = Membership(plan.name, aggregation.places(), self._ledger)
+        self._members = self._membership.members
+        self._pushes = Pushes(self._state, aggregation, self._members, self._ledger)
 
     # -- what is there ----------------------------------------------------------------------------------------------
 
@@ -109,17 +87,17 @@ class Session:
     @property
     def deadline(self) -> float | None:
         """Return the time at which `tick` has something to decide."""
-        return self._aggregation.deadline
+        return self._pushes.deadline
 
     def position(self, worker: str) -> tuple[int, int, bool]:
         """Return a worker's epoch (0: none), its last committed sequence, and whether a push of it waits."""
-        self._finish()
+        self._pushes.finish()
         epoch = self._members.epoch(worker)
-        return epoch, self._ledger.last(worker) if epoch else 0, worker in self._waiting
+        return epoch, self._ledger.last(worker) if epoch else 0, worker in self._pushes
 
     def nbytes(self) -> dict[str, int]:
         """Return the memory the session takes, in bytes by kind."""
-        return {**self._state.nbytes(), "waiting": sum(each.contribution.nbytes for each in self._waiting.values())}
+        return {**self._state.nbytes(), "waiting": self._pushes.nbytes}
 
     # -- membership -------------------------------------------------------------------------------------------------
 
@@ -129,47 +107,25 @@ class Session:
         Raises:
             SessionFull: the mode's places are taken by workers that are present.
         """
-        self._finish()
-        displaced = self._members.make_room(worker)
-        if displaced is not None:
-            self._ledger.join(displaced)  # fences it: its place is another's now
-            self._known.joined(displaced)
-        outcomes = self._withdraw(worker, "joined again")
-        epoch = self._ledger.join(worker)
-        self._members.join(worker, epoch)
-        self._known.joined(worker)
-        return epoch, outcomes
+        self._pushes.finish()
+        epoch = self._membership.join(worker)
+        return epoch, self._withdraw(worker, "joined again")
 
     def leave(self, worker: str, epoch: int) -> Outcomes:
         """Give a worker's place up; an epoch that is not current has nothing to give up."""
-        self._finish()
+        self._pushes.finish()
         if self._members.epoch(worker) != epoch:
             return {}
-        self._members.leave(worker)
-        self._ledger.join(worker)
-        self._known.joined(worker)
+        self._membership.leave(worker)
         return self._withdraw(worker, "left")
 
     def _withdraw(self, worker: str, why: str) -> Outcomes:
         error = Fenced(f"Worker {worker!r} {why} while this push waited; it was not applied.", field="epoch")
-        return self._shut_out(worker, error)
-
-    def _shut_out(self, worker: str, error: Fenced) -> Outcomes:
-        """Take the push of a worker that waits back, if there is one, and tell it why."""
-        waiting = self._waiting.pop(worker, None)
-        if waiting is None:
-            return {}
-        self._aggregation.withdraw(worker)
-        return {waiting.head.name: Outcome(error)}
+        return self._pushes.withdraw(worker, error)
 
     def layout_at(self, name: WriteName) -> Layout:
         """Return the layout that a worker knew when it made a write: the session's, or what it was before it grew."""
-        known = self._known.at(name)
-        return self.plan.layout if known is None else self.plan.layout.first(known)
-
-    def _outgrown(self, worker: str) -> Fenced | None:
-        lag = self._known.lag(worker)
-        return None if lag is None else outgrown(self.plan.name, worker, lag[0], by=lag[1])
+        return self._membership.layout_at(name, self.plan.layout)
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
@@ -180,7 +136,7 @@ class Session:
             SessionLost, Fenced, SequenceGap: the write belongs to another life of the session, is not next, or its
                 worker does not know all groups.
         """
-        if self._is_new(name, incarnation) and (error := self._outgrown(name.worker)):
+        if self._is_new(name, incarnation) and (error := self._membership.outgrown(name.worker)):
             raise error
 
     def _is_new(self, name: WriteName, incarnation: str) -> bool:
@@ -209,15 +165,12 @@ class Session:
             FarstepError: the push is refused; nothing has changed and its sequence is free.
             StepInterrupted: a kernel failed midway; the step is finished before anything else happens.
         """
-        outcomes = self._finish()
+        outcomes = self._pushes.finish()
         self.check(head.name, head.incarnation)
         receipt = self._ledger.judge(head.name, fingerprint)
         if receipt is not None:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
-        earlier = self._waiting.get(head.name.worker)
-        if earlier is not None:
-            if earlier.fingerprint != fingerprint:
-                raise mismatch(head.name)
+        if self._pushes.holds(head.name, fingerprint):
             return outcomes
         self._state.check_initialised()
         self._state.check_base(head.base, head.evaluation)
@@ -226,19 +179,11 @@ class Session:
         if self.plan.nonfinite == "refuse":
             check_finite(contribution, head.name.worker, head.evaluation)
         self._members.seen(head.name.worker)
-        self._waiting[head.name.worker] = _Waiting(head, fingerprint, contribution)
-        match self._aggregation.offer(head.name.worker, now, skip=head.skip):
-            case None:
-                return outcomes
-            case Skip() as skip:
-                return outcomes | self._skip(skip)
-            case Step() as step:
-                return outcomes | self._step(step)
+        return outcomes | self._pushes.offer(head, contribution, fingerprint, now)
 
     def tick(self, now: float) -> Outcomes:
         """Let time decide: a barrier whose deadline has passed is given up, with one answer for all who wait."""
-        abort = self._aggregation.tick(now)
-        return self._abort(abort) if abort else {}
+        return self._pushes.tick(now)
 
     def intake(self, head: PutHead) -> Contents:
         """Return memory for new contents; see `SessionState.intake` for what it refuses."""
@@ -246,12 +191,12 @@ class Session:
 
     def put(self, head: PutHead, contents: Contents, fingerprint: str) -> Outcomes:
         """Replace contents of the session in one step; their memory belongs to the session from now on."""
-        outcomes = self._finish()
+        outcomes = self._pushes.finish()
         self.check(head.name, head.incarnation)
         receipt = self._ledger.judge(head.name, fingerprint)
         if receipt is not None:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
-        if head.name.worker in self._waiting:
+        if head.name.worker in self._pushes:
             raise mismatch(head.name)
         base = self.version
         if not head.initial:
@@ -293,17 +238,17 @@ class Session:
             InvalidOption, TensorMismatch, LimitExceeded: groups before it are missing, or it cannot be stored.
             Unavailable: there is no memory. Nothing has changed then, whatever the error.
         """
-        outcomes = self._finish()
+        outcomes = self._pushes.finish()
         self._is_new(head.name, head.incarnation)
         receipt = self._ledger.judge(head.name, fingerprint)
         if receipt is not None:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
         worker, base = head.name.worker, self.version
-        if worker in self._waiting:
+        if worker in self._pushes:
             raise mismatch(head.name)
         plan = self._plan_with(head)
         if plan is self.plan:
-            self._known.learned(head.group, head.name)
+            self._membership.known.learned(head.group, head.name)
             receipt = Receipt(base, base, applied=False)
         else:
             try:
@@ -311,18 +256,17 @@ class Session:
             except Exception as exc:
                 raise told(exc, "The param group") from exc
             self.plan = plan
-            self._known.added(head.group, head.name, self.workers)
+            self._membership.known.added(head.group, head.name, self.workers)
             for other in self.workers:
-                if error := self._outgrown(other):
-                    outcomes |= self._shut_out(other, error)
+                if error := self._membership.outgrown(other):
+                    outcomes |= self._pushes.withdraw(other, error)
             receipt = Receipt(self.version, base)
         self._ledger.commit(head.name, fingerprint, receipt)
         return outcomes | {head.name: Outcome(receipt)}
 
     def _plan_with(self, head: AppendHead) -> Plan:
         self._state.check_initialised()
-        lag = self._known.lag(head.name.worker)
-        return grown(self.plan, head, known=len(self.plan.groups) if lag is None else lag[0])
+        return grown(self.plan, head, known=self._membership.groups(head.name.worker, len(self.plan.groups)))
 
     # -- options ----------------------------------------------------------------------------------------------------
 
@@ -332,7 +276,7 @@ class Session:
         Raises:
             InvalidOption: an unknown group or option, or a value of a wrong type; nothing has changed then.
         """
-        outcomes = self._finish()
+        outcomes = self._pushes.finish()
         self._state.set_groups(self._state.changed(changes))
         return outcomes
 
@@ -340,17 +284,17 @@ class Session:
 
     def hold(self) -> tuple[Held, Outcomes]:
         """Hold the current version, which nobody changes until it is released."""
-        outcomes = self._finish()
+        outcomes = self._pushes.finish()
         return self._state.hold(), outcomes
 
     def copy(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> tuple[Contents, Outcomes]:
         """Copy fields of the current version, of some segments or of all."""
-        outcomes = self._finish()
+        outcomes = self._pushes.finish()
         return self._state.copy(fields, indices), outcomes
 
     def snapshot(self) -> tuple[Snapshot, Outcomes]:
         """Copy all of the current version; what waits at a barrier is not part of it."""
-        outcomes = self._finish()
+        outcomes = self._pushes.finish()
         return self._state.snapshot(), outcomes
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -360,87 +304,3 @@ class Session:
             TensorMismatch: a state that no session can have.
         """
         self._state.restore(snapshot)
-
-    # -- inside -----------------------------------------------------------------------------------------------------
-
-    def _step(self, step: Step) -> Outcomes:
-        pushes = [self._waiting.pop(worker) for worker in step.workers]
-        began = time.perf_counter()
-        try:
-            changed = self._changed(pushes)
-            gradients = reduce_([push.contribution for push in pushes], step.divisor, self._state.device)
-            began = time.perf_counter()
-            evaluation = mean_evaluation([push.head.evaluation for push in pushes], step.divisor)
-            applied = self._state.step(gradients, changed, evaluation)
-        except Exception as exc:
-            if self._state.pending:
-                self._unfinished = _Unfinished(pushes, step)
-            error = told(exc, "The step")
-            return {push.head.name: Outcome(error) for push in pushes}
-        return self._commit(pushes, step, applied, time.perf_counter() - began)
-
-    def _skip(self, skip: Skip) -> Outcomes:
-        """Commit the pushes of a step that is not taken; options they changed hold all the same."""
-        pushes = [self._waiting.pop(worker) for worker in skip.workers]
-        try:
-            self._state.set_groups(self._changed(pushes))
-        except FarstepError as error:
-            return {push.head.name: Outcome(error) for push in pushes}
-        outcomes: Outcomes = {}
-        for push in pushes:
-            version, base = self._state.version, push.head.base
-            receipt = Receipt(version, base, staleness=version - base, applied=False, divisor=skip.divisor)
-            self._ledger.commit(push.head.name, push.fingerprint, receipt)
-            outcomes[push.head.name] = Outcome(receipt)
-        return outcomes
-
-    def _changed(self, pushes: Sequence[_Waiting]) -> dict[int, Hyper]:
-        """Return the groups that the options of several pushes lead to; of two values the later worker's counts.
-
-        Raises:
-            InvalidOption: options that are right by themselves and wrong together.
-        """
-        merged: dict[int, dict[str, Any]] = {}
-        for push in pushes:
-            for index, options in push.head.groups.items():
-                merged.setdefault(index, {}).update(options)
-        return self._state.changed(merged)
-
-    def _commit(self, pushes: list[_Waiting], step: Step, applied: Applied, kernel_s: float) -> Outcomes:
-        outcomes: Outcomes = {}
-        for push in pushes:
-            receipt = Receipt(
-                applied.version,
-                push.head.base,
-                staleness=applied.version - 1 - push.head.base,
-                contributors=step.workers,
-                divisor=step.divisor,
-                kernel=applied.kernel,
-                again=applied.again,
-            )
-            self._ledger.commit(push.head.name, push.fingerprint, receipt)
-            outcomes[push.head.name] = Outcome(receipt, kernel_s=kernel_s)
-        return outcomes
-
-    def _finish(self) -> Outcomes:
-        """Finish an interrupted step, if there is one, before anything else happens."""
-        if self._unfinished is None:
-            return {}
-        applied = self._state.finish()
-        unfinished, self._unfinished = self._unfinished, None
-        if applied is None:
-            raise InternalError("An interrupted step is recorded, but the store has none.")
-        return self._commit(unfinished.pushes, unfinished.step, applied, 0.0)
-
-    def _abort(self, abort: Abort) -> Outcomes:
-        missing = self._members.missed(abort.waiting)
-        who = f"missing: {', '.join(missing)}" if missing else f"only {abort.arrived} workers have joined"
-        outcomes: Outcomes = {}
-        for worker in abort.waiting:
-            error = BarrierTimeout(
-                f"The deadline passed with {abort.arrived} of {abort.wanted} workers ({who}); nothing was applied.",
-                remedy="Push again when the others are there; another worker may take a missing one's place.",
-                missing=missing,
-            )
-            outcomes[self._waiting.pop(worker).head.name] = Outcome(error)
-        return outcomes

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from farstep_service.kernel import KernelSource
 from farstep_service.plan import Plan
-from farstep_service.rule import KernelSource, Rule
+from farstep_service.rule import Rule
 from farstep_service.session.closure_state import ClosureState
 from farstep_service.session.kernel_state import KernelState
 from farstep_service.session.state import SessionState

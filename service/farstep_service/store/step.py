@@ -11,19 +11,17 @@ has been done is never done twice, but for plain copies, which do not mind.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple, final
+from typing import Literal, final
 
-import torch
 from torch import Tensor
 
-from farstep.errors import InvalidOption
-from farstep_service.rule import AnyRule, Call, Counts, ElementwiseRule, Kernel, Progress, RowRule, Write
-from farstep_service.store.buffers import Buffers, FlatBuffers, flattened, shaped
-from farstep_service.store.gradients import Gradients, Rows
-from farstep_service.store.runs import Decision, Numbers
+from farstep_service.kernel import Call, Kernel, Progress, Write
+from farstep_service.rule import Counts
+from farstep_service.store.buffers import Buffers, FlatBuffers, shaped
+from farstep_service.store.calls import RowCall
+from farstep_service.store.gradients import Gradients
 from farstep_service.store.state import State
 from farstep_service.store.versions import Memory
 
@@ -62,13 +60,17 @@ class Contents:
     counts: Sequence[Counts | None]
     changed: Sequence[int]
 
+    def marked(self, segments: Sequence[int], version: int) -> list[int]:
+        """Return which version changed each segment last, when that version changes these segments."""
+        changed = list(self.changed)
+        for index in segments:
+            changed[index] = version
+        return changed
 
-class RowCall(NamedTuple):
-    """One sparse gradient whose rows a step changes, and no other."""
-
-    rule: RowRule[Any]
-    rows: Rows
-    numbers: Numbers
+    def stale(self, since: int, written: Sequence[int]) -> list[int]:
+        """Return the segments that changed since a version, those that are about to be written left out."""
+        skipped = set(written)
+        return [index for index, last in enumerate(self.changed) if last > since and index not in skipped]
 
 
 @final
@@ -140,67 +142,3 @@ class Step:
             Write(matrix(self.target.buffers), p, its.rows),
             *(Write(old[name], values, its.rows) for name, values in state.items()),
         ]
-
-
-def check_numbers(steps: Iterable[tuple[torch.dtype, tuple[float, ...]]]) -> None:
-    """Refuse a step whose numbers its dtype cannot hold, which torch's operations would refuse one by one, midway.
-
-    Raises:
-        InvalidOption: naming the number and the dtype.
-    """
-    for dtype, numbers in steps:
-        limit = torch.finfo(dtype).max
-        for number in numbers:
-            if limit < abs(number) < math.inf:
-                raise InvalidOption(
-                    f"With these options the step takes the number {number:g}, beyond {dtype}.",
-                    remedy="Correct the group options.",
-                    limit=limit,
-                )
-
-
-@final
-class Caller:
-    """Make the kernel calls of a step.
-
-    Args:
-        rule: the optimizer.
-        source, target: parameters before and after.
-        state: the optimizer state, with the memory of every field in use.
-    """
-
-    def __init__(self, rule: AnyRule, source: Buffers, target: Buffers, state: State) -> None:
-        self._rule = rule
-        self._source = source
-        self._target = target
-        self._state = state
-
-    def dense(self, decision: Decision, gradients: Buffers) -> list[Call]:
-        """Return one call for each run that has elements."""
-        runs = zip(decision.cut.runs, decision.runs, strict=True)
-        return [
-            self._call(run.members[0], run.length, gradients.stretch(run.members[0], run.length), numbers)
-            for run, numbers in runs
-            if run.length
-        ]
-
-    def spread(self, gradients: Sequence[tuple[Rows, Numbers]]) -> list[Call]:
-        """Return one call for each sparse gradient that is made dense and has elements."""
-        segments = self._source.layout.segments
-        return [
-            self._call(its.segment, length, flattened(its.dense()), numbers)
-            for its, numbers in gradients
-            if (length := segments[its.segment].length)
-        ]
-
-    def _call(self, first: int, length: int, g: Tensor, numbers: Numbers) -> Call:
-        p = self._source.stretch(first, length)
-        if g.device != p.device:
-            g = g.to(p.device)
-        out = p if self._target is self._source else self._target.stretch(first, length)
-        scalars, optional = numbers
-        if isinstance(self._rule, ElementwiseRule):
-            return Call(p, g, self._state.stretches(first, length, optional), out, scalars)
-        segment = self._source.layout.segments[first]
-        p, g, out = (shaped(each, segment) for each in (p, g, out))
-        return Call(p, g, self._state.tensors(first, optional), out, scalars)

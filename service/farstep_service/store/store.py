@@ -20,16 +20,17 @@ from typing import final
 
 import torch
 
-from farstep.errors import InvalidOption, StepInterrupted, TensorMismatch
+from farstep.errors import StepInterrupted, TensorMismatch
 from farstep.hyper import Hyper
+from farstep_service.kernel import Kernel, KernelSource
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Counts, Fields, Form, Kernel, KernelName, KernelSource, RowRule
+from farstep_service.rule import AnyRule, Counts, Fields, KernelName
 from farstep_service.store.buffers import Buffers, FlatBuffers
-from farstep_service.store.gradients import Gradients, Rows, coalesce
-from farstep_service.store.runs import Decision, Numbers, Planner
+from farstep_service.store.decider import Decider
+from farstep_service.store.gradients import Gradients
 from farstep_service.store.state import PARAMETERS, FieldValues, Number, State
-from farstep_service.store.step import Applied, Caller, Contents, RowCall, Step, check_numbers
-from farstep_service.store.versions import Held, Memory, Versions
+from farstep_service.store.step import Applied, Contents, Step
+from farstep_service.store.versions import Held, Versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +84,14 @@ class Store:
         self.rule = rule
         self.device = torch.device(device)
         self._kernels = kernels
-        self._check_groups(groups)
+        decider = Decider(layout, rule, kernels, self.device)
+        decider.check_groups(groups)
         parameters = parameters or FlatBuffers(layout, self.device)
         if parameters.layout != layout or parameters.device != self.device:
             raise TensorMismatch("The parameters are not in the session's layout, or not on its device.")
-        self._prepare(layout, groups)
+        decider.prepare(groups)
         self._lock = threading.RLock()
-        self._planner = Planner(layout, rule)
+        self._decider = decider
         self._pending: Step | None = None
         self._versions = Versions(parameters, version)
         self._state = State(layout, rule, groups, self.device)
@@ -178,7 +180,7 @@ class Store:
         """
         with self._lock, torch.no_grad():
             self.finish()
-            step, chosen = self._decide(groups, gradients, kernel)
+            step, chosen = self._decider.decide(groups, gradients, self._versions, self._state, self._now, kernel)
             self._pending = step
             return self._carry_out(step, chosen)
 
@@ -193,71 +195,6 @@ class Store:
         with self._lock, torch.no_grad():
             step = self._pending
             return step and self._carry_out(step, self._kernels.reference(self.rule))
-
-    def _decide(self, groups: Sequence[Hyper], gradients: Gradients, wanted: KernelName | None) -> tuple[Step, Kernel]:
-        """Decide everything about a step; nothing that anybody sees is written."""
-        self._check_groups(groups)
-        if gradients.buffers.layout is not self.layout and gradients.buffers.layout != self.layout:
-            raise TensorMismatch("The gradients are not in the session's layout.", field="gradients")
-        source, target = self._versions.current, self._versions.target()
-        decision = self._planner.decide(groups, gradients, self._now.counts, source.borders)
-        self.rule.check_gradients(self.layout, groups, decision.cut.dense, gradients.sparse)
-        rows, spread = self._sparse(groups, gradients, decision)
-        written = [*decision.cut.dense, *(its.segment for its, _ in spread)]
-        runs = [(run.members[0], run.length, its) for run, its in zip(decision.cut.runs, decision.runs, strict=True)]
-        segments = self.layout.segments
-        runs += [(its.segment, segments[its.segment].length, numbers) for its, numbers in spread]
-        forms = frozenset(Form(segments[first].buffer, its.optional) for first, length, its in runs if length)
-        chosen = self._kernels.choose(self.rule, forms, self.device, wanted)
-        self._state.take_memory(name for numbers in (*decision.runs, *decision.rows) for name in numbers.optional)
-        gradients.buffers.begin(decision.cut.dense)
-        source.begin(decision.cut.touched)
-        caller = Caller(self.rule, source, target.buffers, self._state)
-        calls = caller.dense(decision, gradients.buffers) + caller.spread(spread)
-        check_numbers((call.p.dtype, call.scalars) for call in calls)
-        check_numbers((each.rows.values.dtype, each.numbers.scalars) for each in rows)
-        version = self.version + 1
-        step = Step(
-            source=source,
-            target=target,
-            state=self._state,
-            gradients=gradients,
-            touched=decision.cut.touched,
-            stale=self._stale(target, written),
-            calls=calls,
-            rows=rows,
-            after=Contents(version, decision.after, self._marked(decision.cut.touched, version)),
-        )
-        return step, chosen
-
-    def _sparse(
-        self, groups: Sequence[Hyper], gradients: Gradients, decision: Decision
-    ) -> tuple[list[RowCall], list[tuple[Rows, Numbers]]]:
-        """Return the sparse gradients whose rows alone change, and those that are to be made dense."""
-        rows, spread = [], []
-        for (index, (indices, values)), numbers in zip(gradients.sparse.items(), decision.rows, strict=True):
-            segment = self.layout.segments[index]
-            its = coalesce(index, segment, indices, values, self.device)
-            if isinstance(self.rule, RowRule) and self.rule.by_rows(groups[segment.group]):
-                rows.append(RowCall(self.rule, its, numbers))
-            else:
-                spread.append((its, numbers))
-        return rows, spread
-
-    def _stale(self, target: Memory, written: Sequence[int]) -> list[int]:
-        """Return the segments that have to be copied into other memory, those that are about to be written left out."""
-        if target.buffers is self._versions.current:
-            return []
-        skipped = set(written)
-        changed = self._now.changed
-        return [index for index, last in enumerate(changed) if last > target.version and index not in skipped]
-
-    def _marked(self, segments: Sequence[int], version: int) -> list[int]:
-        """Return which version changed each segment last, when that version changes these segments."""
-        changed = list(self._now.changed)
-        for index in segments:
-            changed[index] = version
-        return changed
 
     def _carry_out(self, step: Step, kernel: Kernel) -> Applied:
         try:
@@ -316,8 +253,8 @@ class Store:
                 self._write_parameters(segments, parameters, version)
             self._state.clear_absent(segments, counts)
             self._state.refill([index for index in segments if counts[index] is None])
-            self._planner.forget()
-            self._now = Contents(version, counts, self._marked(segments if parameters else (), version))
+            self._decider.forget()
+            self._now = Contents(version, counts, self._now.marked(segments if parameters else (), version))
 
     def reset(self, segments: Sequence[int]) -> None:
         """Take the state of some segments away; it begins anew with their next step."""
@@ -327,7 +264,7 @@ class Store:
             for index in segments:
                 counts[index] = self._state.newborn(index)
             self._state.refill(segments)
-            self._planner.forget()
+            self._decider.forget()
             self._now = replace(self._now, counts=counts)
 
     def append(self, layout: Layout, groups: Sequence[Hyper], parameters: Buffers) -> None:
@@ -346,39 +283,25 @@ class Store:
             if parameters.layout is not layout or parameters.device != self.device:
                 raise TensorMismatch("The parameters are not in the session's new layout, or not on its device.")
             present, count = len(self.layout.segments), len(layout.segments)
-            self._prepare(layout, groups)
+            decider = Decider(layout, self.rule, self._kernels, self.device)
+            decider.prepare(groups)
             if isinstance(parameters, FlatBuffers):
                 parameters.copy_(self._versions.current, range(present))
             state = self._state.appended(layout, groups)
-            planner = Planner(layout, self.rule)
             version = self.version + 1
             born = [state.newborn(index) for index in range(present, count)]
             now = Contents(version, [*self._now.counts, *born], [*self._now.changed, *[version] * (count - present)])
             self._versions.grow(parameters, version)
-            self.layout, self._planner, self._state, self._now = layout, planner, state, now
-
-    def _prepare(self, layout: Layout, groups: Sequence[Hyper]) -> None:
-        """Have kernels made ready for what a layout holds."""
-        kinds = {(segment.buffer, segment.group) for segment in layout.segments}
-        forms = {Form(dtype, self.rule.optional(groups[group])) for dtype, group in kinds}
-        self._kernels.prepare(self.rule, sorted(forms), self.device)
+            self.layout, self._decider, self._state, self._now = layout, decider, state, now
 
     def _write_parameters(self, segments: Sequence[int], values: Buffers, version: int) -> None:
         """Copy parameters into the next version's memory."""
         target = self._versions.target()
         if isinstance(target.buffers, FlatBuffers):
-            if stale := self._stale(target, segments):
+            if target.buffers is not self._versions.current and (stale := self._now.stale(target.version, segments)):
                 target.buffers.copy_(self._versions.current, stale)
             target.buffers.copy_(values, segments)
         else:
             for index in segments:
                 target.buffers.segment(index).copy_(values.segment(index))
         self._versions.publish(target, version)
-
-    # -- checks -------------------------------------------------------------------------------------------------------
-
-    def _check_groups(self, groups: Sequence[Hyper]) -> None:
-        if len(groups) < self.layout.groups or not all(isinstance(each, self.rule.hyper) for each in groups):
-            raise InvalidOption(
-                f"{self.rule.name} needs its options for each of {self.layout.groups} groups.", field="groups"
-            )

@@ -1,0 +1,88 @@
+"""What one worker reads of its session: the parameters, and the optimizer state of some of them.
+
+Reading changes nothing, so it is repeated until an answer comes or the time is up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from torch import Tensor
+
+from farstep.arrivals import Arrivals
+from farstep.conversation import Conversation, Place, Received
+from farstep.fields import FieldKind, shapes_from_header
+from farstep.link import State
+from farstep.patience import Patience
+from farstep.presence import PRESENT
+from farstep.staging import StateArrivals
+from farstep.wire import to_ranges
+
+QUERY_BOUNDS = 1000
+"""Bounds of ranges in a URL, which servers do not take at any length; beyond it what lies between is read too."""
+
+Check = Callable[[Mapping[str, Any]], None]
+"""Refuse the header of an answer that is not the session's as its worker knows it."""
+
+
+class Reader:
+    """Read one session.
+
+    Args:
+        server: the conversation with its server.
+        session: its name.
+        patience: how long a read is repeated.
+    """
+
+    def __init__(self, server: Conversation, session: str, *, patience: Patience) -> None:
+        self._server = server
+        self._session = session
+        self._patience = patience
+        self._path = f"/v1/sessions/{quote(session)}/contents"
+
+    def parameters(self, arrivals: Arrivals, check: Check) -> Received:
+        """Bring all parameters; they are in `arrivals` then."""
+        return self._get("Pulling", self._path, lambda header: arrivals.targets(None), check)
+
+    def stateful(self, parameters: Sequence[Tensor], check: Check) -> tuple[int, list[bool]]:
+        """Return the session's version, and for each parameter whether it has state."""
+        received, arrivals = self._state({}, parameters, range(len(parameters)), check)
+        return int(received.header["version"]), arrivals.present()
+
+    def states(
+        self, fields: Mapping[str, FieldKind], parameters: Sequence[Tensor], indices: Sequence[int], check: Check
+    ) -> list[State | None]:
+        """Return the state of some of all parameters, ascending, None where one has none."""
+        if len(to_ranges(indices)) > QUERY_BOUNDS:
+            first, last = indices[0], indices[-1]
+            states = self.states(fields, parameters, range(first, last + 1), check)
+            return [states[index - first] for index in indices]
+        _, arrivals = self._state(fields, parameters, indices, check)
+        return arrivals.states()
+
+    def _state(
+        self, fields: Mapping[str, FieldKind], parameters: Sequence[Tensor], indices: Sequence[int], check: Check
+    ) -> tuple[Received, StateArrivals]:
+        arrivals = StateArrivals([parameters[i] for i in indices], fields)
+        path = f"{self._path}?fields={','.join((*fields, PRESENT))}"
+        if len(indices) < len(parameters):
+            path += f"&segments={','.join(map(str, to_ranges(indices)))}"
+
+        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+            shapes = shapes_from_header(header.get("shapes", {}), side="client")
+            return arrivals.targets(header["fields"], shapes)
+
+        received = self._get("Reading the state of", path, place, check)
+        return received, arrivals
+
+    def _get(self, doing: str, path: str, targets: Place, check: Check) -> Received:
+        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+            check(header)
+            return targets(header)
+
+        def attempt() -> Received:
+            return self._server.data("GET", path, None, (), place)
+
+        return self._patience.call(f"{doing} session {self._session!r}", self._server.server, attempt)

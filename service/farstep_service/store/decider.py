@@ -1,0 +1,131 @@
+"""What a step is going to do, decided over the store's memory before anything is written.
+
+    planner    cuts the step into runs and says with which numbers              runs.py
+    calls      what a kernel does with each of them                             calls.py
+    step       all of it, and how far it has come                               step.py
+
+Whatever is wrong with a step is found here. Memory is taken here too: a step that finds none has not begun.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import final
+
+import torch
+
+from farstep.errors import InvalidOption, TensorMismatch
+from farstep.hyper import Hyper
+from farstep_service.kernel import Kernel, KernelSource
+from farstep_service.layout import Layout
+from farstep_service.rule import AnyRule, Form, KernelName, RowRule
+from farstep_service.store.calls import Caller, RowCall, check_numbers
+from farstep_service.store.gradients import Gradients, Rows, coalesce
+from farstep_service.store.runs import Decision, Numbers, Planner
+from farstep_service.store.state import State
+from farstep_service.store.step import Contents, Step
+from farstep_service.store.versions import Versions
+
+
+@final
+class Decider:
+    """Decide the steps of one optimizer over one layout.
+
+    Args:
+        layout: the segments.
+        rule: the optimizer.
+        kernels: where kernels come from.
+        device: where the state is kept, and the parameters are.
+    """
+
+    def __init__(self, layout: Layout, rule: AnyRule, kernels: KernelSource, device: torch.device) -> None:
+        self._layout = layout
+        self._rule = rule
+        self._kernels = kernels
+        self._device = device
+        self._planner = Planner(layout, rule)
+
+    def forget(self) -> None:
+        """Cut the next step anew, because counts have been replaced."""
+        self._planner.forget()
+
+    def prepare(self, groups: Sequence[Hyper]) -> None:
+        """Have kernels made ready for what the layout holds."""
+        kinds = {(segment.buffer, segment.group) for segment in self._layout.segments}
+        forms = {Form(dtype, self._rule.optional(groups[group])) for dtype, group in kinds}
+        self._kernels.prepare(self._rule, sorted(forms), self._device)
+
+    def check_groups(self, groups: Sequence[Hyper]) -> None:
+        """Refuse options that are too few, or another optimizer's."""
+        if len(groups) < self._layout.groups or not all(isinstance(each, self._rule.hyper) for each in groups):
+            raise InvalidOption(
+                f"{self._rule.name} needs its options for each of {self._layout.groups} groups.", field="groups"
+            )
+
+    def decide(
+        self,
+        groups: Sequence[Hyper],
+        gradients: Gradients,
+        versions: Versions,
+        state: State,
+        now: Contents,
+        wanted: KernelName | None,
+    ) -> tuple[Step, Kernel]:
+        """Decide everything about a step; nothing that anybody sees is written.
+
+        Args:
+            groups: options of each param group.
+            gradients: what to step along.
+            versions, state, now: what the store has.
+            wanted: the kernel to run, None for the best one that is ready.
+
+        Raises:
+            FarstepError: the step is refused.
+        """
+        self.check_groups(groups)
+        if gradients.buffers.layout is not self._layout and gradients.buffers.layout != self._layout:
+            raise TensorMismatch("The gradients are not in the session's layout.", field="gradients")
+        source, target = versions.current, versions.target()
+        decision = self._planner.decide(groups, gradients, now.counts, source.borders)
+        self._rule.check_gradients(self._layout, groups, decision.cut.dense, gradients.sparse)
+        rows, spread = self._sparse(groups, gradients, decision)
+        written = [*decision.cut.dense, *(its.segment for its, _ in spread)]
+        runs = [(run.members[0], run.length, its) for run, its in zip(decision.cut.runs, decision.runs, strict=True)]
+        segments = self._layout.segments
+        runs += [(its.segment, segments[its.segment].length, numbers) for its, numbers in spread]
+        forms = frozenset(Form(segments[first].buffer, its.optional) for first, length, its in runs if length)
+        chosen = self._kernels.choose(self._rule, forms, self._device, wanted)
+        state.take_memory(name for numbers in (*decision.runs, *decision.rows) for name in numbers.optional)
+        gradients.buffers.begin(decision.cut.dense)
+        source.begin(decision.cut.touched)
+        caller = Caller(self._rule, source, target.buffers, state)
+        calls = caller.dense(decision, gradients.buffers) + caller.spread(spread)
+        check_numbers((call.p.dtype, call.scalars) for call in calls)
+        check_numbers((each.rows.values.dtype, each.numbers.scalars) for each in rows)
+        version = now.version + 1
+        step = Step(
+            source=source,
+            target=target,
+            state=state,
+            gradients=gradients,
+            touched=decision.cut.touched,
+            stale=[] if target.buffers is source else now.stale(target.version, written),
+            calls=calls,
+            rows=rows,
+            after=Contents(version, decision.after, now.marked(decision.cut.touched, version)),
+        )
+        return step, chosen
+
+    def _sparse(
+        self, groups: Sequence[Hyper], gradients: Gradients, decision: Decision
+    ) -> tuple[list[RowCall], list[tuple[Rows, Numbers]]]:
+        """Return the sparse gradients whose rows alone change, and those that are to be made dense."""
+        rows, spread = [], []
+        for (index, (indices, values)), numbers in zip(gradients.sparse.items(), decision.rows, strict=True):
+            segment = self._layout.segments[index]
+            its = coalesce(index, segment, indices, values, self._device)
+            if isinstance(self._rule, RowRule) and self._rule.by_rows(groups[segment.group]):
+                rows.append(RowCall(self._rule, its, numbers))
+            else:
+                spread.append((its, numbers))
+        return rows, spread
