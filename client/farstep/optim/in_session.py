@@ -13,7 +13,7 @@ import torch
 
 from farstep.link import SessionSpec, StepReport, open_link
 from farstep.optim.membership import Membership, OpenLink, refused
-from farstep.optim.options import plain_options
+from farstep.optim.options import option_names, plain_options
 from farstep.optim.scaling import waits_for_others
 from farstep.optim.torch_form import describe, newborn
 from farstep.settings import Place, elsewhere
@@ -111,7 +111,7 @@ class InSession(torch.optim.Optimizer):
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""
         fixed = {key: self.defaults[key] for key in self.of_constructor}
-        return [plain_options({**group, **fixed}, self.defaults) for group in self.param_groups]
+        return [plain_options({**group, **fixed}, option_names(self.twin)) for group in self.param_groups]
 
     def _member(self) -> Membership:
         """Return the membership, which has the parameters that the groups have now.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,17 @@ def arguments(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> Opti
     code = twin.__init__.__code__
     names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     return {key: value for key, value in own.items() if key in names}
+
+
+_NAMES: dict[str, tuple[str, ...]] = {}
+
+
+def option_names(twin: Callable[..., torch.optim.Optimizer]) -> tuple[str, ...]:
+    """Return the options of torch's class. After a load `defaults` has more: torch adds `differentiable` to all."""
+    names = _NAMES.get(twin.__name__)
+    if names is None:
+        names = _NAMES[twin.__name__] = tuple(twin([torch.zeros(1, 1)]).defaults)
+    return names
 
 
 def plain_options(group: Mapping[str, Any], keys: Iterable[str]) -> Options:
