@@ -121,7 +121,7 @@ def check_memory(workload: Workload, server: str | None, info: dict[str, Any]) -
         here += workload.state_bytes
     else:
         here += workload.nbytes  # where parameters arrive
-        if is_loopback(urlsplit(server).hostname or "") and info.get("device") == "cpu":
+        if is_loopback(urlsplit(server).hostname or "localhost") and info.get("device") == "cpu":
             who, here = "this process and the server", here + there
         elif (room := info.get("available_bytes")) is not None and there > room:
             raise LimitExceeded(
