@@ -168,7 +168,9 @@ class HttpLink(Link):
         if arrived is None and len(present) < len(self._parameters):
             # What has no gradient, and is as it was, is not touched.
             arrived = sorted({*present, *self._arrivals.edited(self._addresses())})
+        copying = time.perf_counter()
         self._arrivals.settle_(arrived)
+        copy_s = time.perf_counter() - copying
         self._version = int(received.header["version"])
         receipt = Receipt.from_header(received.header["receipt"])
         total_s = time.perf_counter() - began
@@ -180,7 +182,7 @@ class HttpLink(Link):
             bytes_sent=sum(each.nbytes for each in payload),
             bytes_received=received.payload_bytes,
             attempts=self._writer.attempts,
-            seconds={"total": total_s, **seconds, "send": received.receive_s},
+            seconds={"total": total_s, **seconds, "send": received.receive_s, "copy": copy_s},
         )
 
     def write(self, parameters: Sequence[int] = (), state: Mapping[int, State | None] | None = None) -> int:

@@ -95,8 +95,9 @@ class StepReport:
         bytes_sent: payload bytes of the gradients.
         bytes_received: payload bytes of the parameters.
         attempts: how often the push was sent.
-        seconds: where the time went: `total`; on the server `queue` (waiting for its turn), `receive`, `barrier`,
-            `kernel`; and `send`, the answer's way back as the client saw it.
+        seconds: where the time went: `total`; on the server `queue` (waiting for its turn), `receive`, `check`
+            (for NaN and Inf), `barrier`, `kernel`; and here `send`, the answer's way back as the client saw it, and
+            `copy`, from where it arrived into the parameters.
     """
 
     version: int

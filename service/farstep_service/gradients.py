@@ -7,6 +7,7 @@ Dense gradients lie in flat buffers like the parameters; sparse ones are indices
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,9 @@ class Contribution:
         sparse: which of them are sparse.
         rule, groups: say where a sparse gradient is accepted.
 
+    Attributes:
+        check_s: the seconds that looking for NaN and Inf in it took.
+
     Raises:
         InvalidRequest: segment ranges that are not in order, or a sparse row that names a segment without a gradient.
         TensorMismatch: a sparse gradient of a shape the segment does not have, or one that the optimizer does not take.
@@ -60,6 +64,7 @@ class Contribution:
         for each in sparse:
             _check_shape(layout.segments[each.segment], each)
         self.nbytes = sum(self._size(index) for index in self.indices)
+        self.check_s = 0.0
         self.buffers: FlatBuffers | None = None
         self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -177,7 +182,9 @@ def check_finite(contribution: Contribution, worker: str, evaluation: Evaluation
             remedy="Lower the learning rate; nonfinite='allow' would take such a loss.",
             field="loss",
         )
+    began = time.perf_counter()
     index = first_nonfinite(contribution)
+    contribution.check_s = time.perf_counter() - began
     if index is not None:
         name = contribution.layout.segments[index].name
         raise NonFinite(

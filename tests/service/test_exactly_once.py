@@ -56,7 +56,7 @@ def test_a_push_is_answered_with_the_step_it_made(worker: RawWorker) -> None:
             "divisor": 1,
             "kernel": "reference",
         }
-        assert set(answer.header["times"]) == {"queue", "receive", "barrier", "kernel"}
+        assert set(answer.header["times"]) == {"queue", "receive", "check", "barrier", "kernel"}
         expected = torch_steps(*steps[: index + 1])
         assert all(map(torch.equal, tensors_of(answer.payload, PARAMETERS), expected))
 

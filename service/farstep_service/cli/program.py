@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from farstep import __version__
+from farstep_service.cli.bench import bench
 from farstep_service.cli.demo import demo
 from farstep_service.cli.health import healthcheck, status
 from farstep_service.cli.serve import serve
@@ -46,6 +47,6 @@ def farstep(
     """Take the options that come before the verb."""
 
 
-for verb in (serve, demo, status, healthcheck, warmup):
+for verb in (serve, demo, status, healthcheck, warmup, bench):
     program.command()(verb)
 program.add_typer(sessions, name="sessions")

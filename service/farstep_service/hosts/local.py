@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from copy import copy
+from dataclasses import replace
 from typing import Any, cast
 
 from farstep.errors import FarstepError, OptionsDiffer, SessionLost, StepInterrupted
@@ -146,9 +147,12 @@ class LocalHost(Host):
 
     async def push(self, head: PushHead, intake: Intake, fingerprint: str) -> Answer:
         contribution = cast(PushIntake, intake).contribution
-        return await self._write(
+        answer = await self._write(
             head.name, lambda: self._session.push(head, contribution, fingerprint, self._clock()), inline=self._small
         )
+        check_s = contribution.check_s
+        barrier_s = max(0.0, answer.times["barrier"] - check_s)
+        return replace(answer, times={**answer.times, "check": check_s, "barrier": barrier_s})
 
     def begin_put(self, head: PutHead, body_bytes: int) -> Intake:
         self._check_open()

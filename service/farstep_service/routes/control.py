@@ -14,6 +14,7 @@ from farstep.consistency import to_options
 from farstep.fields import FieldKind
 from farstep.header import VERSION
 from farstep_service.hosts import Host
+from farstep_service.memory import available_bytes
 from farstep_service.optimizers import METHODS
 from farstep_service.registry import Registry
 from farstep_service.routes.documents import DocumentRoute, GroupsDocument, NamePath, SessionDocument, plan_of
@@ -83,7 +84,7 @@ class SessionView(BaseModel):
 
 
 class Info(BaseModel):
-    """What this server is."""
+    """What this server is. `available_bytes`: what its device could still give, null where nobody says."""
 
     farstep: str
     protocol: int
@@ -91,6 +92,7 @@ class Info(BaseModel):
     optimizers: list[str]
     sessions: int
     parameter_bytes: int
+    available_bytes: int | None
     authentication: bool
 
 
@@ -139,6 +141,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             optimizers=sorted(METHODS),
             sessions=len(registry),
             parameter_bytes=registry.parameter_bytes,
+            available_bytes=available_bytes(settings.device),
             authentication=bool(settings.tokens),
         )
 

@@ -1,0 +1,178 @@
+"""What is measured: parameters of certain shapes, the optimizer that updates them, and the memory that takes.
+
+    this process   parameters, their gradients, and a copy in which parameters arrive      3 x the parameters
+    the server     two versions of the parameters, gradients on their way, and the state   3 x, and the state
+    embedded       parameters, gradients and state, all in this process
+
+Nothing here takes that memory.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from farstep.consistency import Async, to_options
+from farstep.errors import InvalidOption
+from farstep.wire import DTYPES
+from farstep_service.layout import SegmentSpec
+from farstep_service.optimizers import METHODS, RULES
+from farstep_service.plan import Plan
+
+MATRICES_ONLY = frozenset({"Muon", "Adafactor"})
+"""Optimizers that see whole tensors; measured with square ones, as those of a layer are."""
+OTHERWISE = {
+    "LBFGS": "Each evaluation of its closure is one exchange: measure SGD, and count evaluations.",
+    "SparseAdam": "Its cost is that of the rows that have a gradient, which only the model knows.",
+}
+"""Optimizers whose steps no shapes foretell, and what to do instead."""
+LARGEST_COUNT = 10**15
+MOST_TENSORS = 100_000
+
+_COUNT = re.compile(r"(\d+(?:\.\d*)?(?:[eE]\+?\d{1,2})?)([kKmMgGbBtT]?)")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """State parameters and their optimizer.
+
+    Attributes:
+        optimizer: a name of `farstep.optim`.
+        dtype: of parameters and gradients, such as `float32`.
+        shapes: one for each parameter.
+
+    Raises:
+        InvalidOption: there is no such optimizer or dtype, or no shapes can stand for it.
+    """
+
+    optimizer: str
+    dtype: str
+    shapes: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in METHODS:
+            raise _refused("optimizer", self.optimizer, f"There are {', '.join(sorted(METHODS))}.")
+        if self.optimizer in OTHERWISE:
+            raise _refused("optimizer", self.optimizer, OTHERWISE[self.optimizer])
+        if self.dtype not in DTYPES or not self.dtype.startswith(("float", "bfloat")):
+            known = [name for name in DTYPES if name.startswith(("float", "bfloat"))]
+            raise _refused("dtype", self.dtype, f"There are {', '.join(known)}.")
+        if self.optimizer == "Muon" and any(len(shape) != 2 for shape in self.shapes):
+            raise _refused("optimizer", self.optimizer, "It takes matrices only.")
+
+    @classmethod
+    def of(cls, optimizer: str, dtype: str, parameters: int, tensors: int) -> Workload:
+        """Return so many parameters in so many tensors of about the same size.
+
+        They are vectors, or for optimizers that see whole tensors square matrices of a few elements fewer.
+        """
+        if not 1 <= tensors <= MOST_TENSORS:
+            raise _refused("tensors", tensors, f"There may be 1 to {MOST_TENSORS}.")
+        if not tensors <= parameters <= LARGEST_COUNT:
+            raise _refused("parameters", parameters, f"There may be one for each tensor, up to {LARGEST_COUNT:.0e}.")
+        each, rest = divmod(parameters, tensors)
+        lengths = [each + (place < rest) for place in range(tensors)]
+        shapes = [_square(length) if optimizer in MATRICES_ONLY else (length,) for length in lengths]
+        return cls(optimizer, dtype, tuple(shapes))
+
+    def scaled(self, parameters: int) -> Workload:
+        """Return about so many parameters in as many tensors, as far as there is one for each."""
+        return Workload.of(self.optimizer, self.dtype, parameters, min(len(self.shapes), parameters))
+
+    @cached_property
+    def parameters(self) -> int:
+        """Return how many parameters there are."""
+        return sum(map(math.prod, self.shapes))
+
+    @property
+    def itemsize(self) -> int:
+        """Return the bytes of one parameter."""
+        return DTYPES[self.dtype].itemsize
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the parameters; their gradients take as many."""
+        return self.parameters * self.itemsize
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Return the bytes that the optimizer's state takes at most, if every option asks for state."""
+        plan = Plan.build(
+            name="bench",
+            optimizer=self.optimizer,
+            groups=[{}],
+            segments=[SegmentSpec(str(place), shape, self.dtype, 0) for place, shape in enumerate(self.shapes)],
+            consistency=to_options(Async()),
+            nonfinite="refuse",
+            kernel="auto",
+        )
+        return plan.rule.state_bytes(plan.layout, plan.groups)
+
+    @property
+    def fuses(self) -> bool:
+        """Say whether there is a fused kernel for the optimizer."""
+        return "fused" in RULES[self.optimizer].kernels
+
+    def document(self) -> dict[str, Any]:
+        """Return it for `--json`."""
+        return {
+            "optimizer": self.optimizer,
+            "dtype": self.dtype,
+            "parameters": self.parameters,
+            "tensors": len(self.shapes),
+            "bytes": self.nbytes,
+        }
+
+
+def count_of(text: str) -> int:
+    """Return a number of parameters as people write it: `25M`, `2.5k`, `1e9`, `7B`.
+
+    Raises:
+        InvalidOption: it is none.
+    """
+    found = _COUNT.fullmatch(text.strip().replace("_", "").replace(",", ""))
+    if found is None:
+        raise _refused("parameters", text, "Write 25M, 2.5k, 1e9 or 7B.")
+    amount = float(found[1]) * _UNITS[found[2].lower()]
+    if not 1 <= amount <= LARGEST_COUNT:
+        raise _refused("parameters", text, f"There may be 1 to {LARGEST_COUNT:.0e}.")
+    return round(amount)
+
+
+def read_shapes(file: Path) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes in a file: one in each line, `64x3x7x7`; empty lines and lines that begin with # do not count.
+
+    Raises:
+        InvalidOption: the file cannot be read, has no shape, or has a line that is none.
+    """
+    try:
+        lines = [line.strip() for line in file.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as exc:
+        reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
+        raise InvalidOption(f"Cannot read the shapes in {file}: {reason}.", field="shapes", side="client") from exc
+    shapes: list[tuple[int, ...]] = []
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#"):
+            continue
+        lengths = line.split("x")
+        if not all(length.isascii() and length.isdecimal() and 0 < len(length) < 16 for length in lengths):
+            raise _refused("shapes", line, f"Line {number} of {file} is to be a shape such as 64x3x7x7.")
+        shapes.append(tuple(map(int, lengths)))
+    if not shapes or not 1 <= sum(map(math.prod, shapes)) <= LARGEST_COUNT or len(shapes) > MOST_TENSORS:
+        raise _refused("shapes", str(file), f"Give 1 to {MOST_TENSORS} shapes, one in a line, such as 64x3x7x7.")
+    return tuple(shapes)
+
+
+def _square(length: int) -> tuple[int, int]:
+    """Return the shape of a matrix with about so many elements, at most."""
+    side = math.isqrt(length)
+    return side, length // side
+
+
+def _refused(field: str, value: object, remedy: str) -> InvalidOption:
+    return InvalidOption(f"Invalid {field}: {value!r:.80}.", remedy=remedy, field=field, side="client")
