@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from farstep.consistency import Async, Sync
 from farstep.errors import FarstepError
+from farstep.narrow import Wire
 
 if TYPE_CHECKING:
     from farstep import optim
@@ -27,6 +28,7 @@ __all__ = [
     "RemoteOptions",
     "StepReport",
     "Sync",
+    "Wire",
     "export_session",
     "import_session",
     "optim",

@@ -21,15 +21,16 @@ class Arrivals:
 
     Args:
         parameters: the tensors that arrive, in the session's order.
+        dtypes: what each arrives as, if not as it is.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype] | None = None) -> None:
         sizes: dict[torch.dtype, int] = {}
         places: list[tuple[torch.dtype, int]] = []
-        for p in parameters:
-            offset = sizes.get(p.dtype, 0)
-            places.append((p.dtype, offset))
-            sizes[p.dtype] = offset + p.numel()
+        for p, dtype in zip(parameters, dtypes or [p.dtype for p in parameters], strict=True):
+            offset = sizes.get(dtype, 0)
+            places.append((dtype, offset))
+            sizes[dtype] = offset + p.numel()
         flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
         self._staged = [
             flat[dtype][offset : offset + p.numel()].view(p.shape)
@@ -52,7 +53,7 @@ class Arrivals:
         """Return memory for more parameters behind these, taken for what the session has; edits of these stay known."""
         count = len(self._parameters)
         grown = Arrivals([*self._parameters, *parameters])
-        _copy(grown._staged[:count], self._staged, lazy=False)
+        copy_all(grown._staged[:count], self._staged, lazy=False)
         grown._differing = set(self._differing)
         grown.keep_(range(count, count + len(parameters)))
         return grown
@@ -70,11 +71,16 @@ class Arrivals:
             but: those among them that are known to differ, though it is forgotten from what.
         """
         chosen = range(len(self._parameters)) if indices is None else indices
-        _copy([self._staged[i] for i in chosen], [self._parameters[i].detach() for i in chosen], self._lazy)
+        copy_all([self._staged[i] for i in chosen], [self._parameters[i].detach() for i in chosen], self._lazy)
         self._differing = (self._differing - set(chosen)) | set(but)
 
-    def targets(self, indices: Sequence[int] | None) -> list[memoryview]:
-        """Return where the payload of these parameters goes (None: all of them)."""
+    def targets(self, indices: Sequence[int] | None, *, whole: bool = False) -> list[memoryview]:
+        """Return where the payload of these parameters goes.
+
+        Args:
+            indices: which ones; None for all of them.
+            whole: they come as they are, whatever was asked for; see `NarrowArrivals`.
+        """
         if indices is None:
             return self._all
         return [tensor_memory(self._staged[i]) for i in indices]
@@ -85,7 +91,7 @@ class Arrivals:
         if indices is not None:
             targets, sources = [targets[i] for i in indices], [sources[i] for i in indices]
         with torch.no_grad():
-            _copy(targets, sources, self._lazy)
+            copy_all(targets, sources, self._lazy)
         self._differing = set() if indices is None else self._differing - set(indices)
 
 
@@ -100,7 +106,8 @@ def _merged(spans: Iterable[tuple[Tensor, int, int]]) -> list[memoryview]:
     return [tensor_memory(flat[start:stop]) for flat, start, stop in merged]
 
 
-def _copy(targets: list[Tensor], sources: list[Tensor], lazy: bool) -> None:
+def copy_all(targets: list[Tensor], sources: list[Tensor], lazy: bool) -> None:
+    """Copy each source into its target, converted if their dtypes differ."""
     if targets and not lazy:
         torch._foreach_copy_(targets, sources)
         return

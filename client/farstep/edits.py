@@ -24,8 +24,8 @@ from farstep.bits import same_bits
 SMALL_BYTES = 16_384
 """Up to here copying a tensor's bytes takes less than a call of a foreign function."""
 
-_memcmp = ctypes.CDLL(None).memcmp
-_memcmp.restype = ctypes.c_int
+memcmp = ctypes.CDLL(None).memcmp
+memcmp.restype = ctypes.c_int
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +62,15 @@ class Edits:
             index for index in self._odd if not same_bits(self._tensors[index].detach().cpu(), self._copies[index])
         ]
         for run in self._runs:
-            if _memcmp(b"".join(run.here), run.there, run.nbytes):
+            if memcmp(b"".join(run.here), run.there, run.nbytes):
                 found += [index for index in run.members if self._differs(index)]
-        if any(map(_memcmp, *self._single)):
+        if any(map(memcmp, *self._single)):
             found += [index for index in self._alone if self._differs(index)]
         return sorted(found)
 
     def _differs(self, index: int) -> bool:
         here = ctypes.c_void_p(self._addresses[index])
-        return bool(_memcmp(here, self._there[index], ctypes.c_size_t(self._nbytes[index])))
+        return bool(memcmp(here, self._there[index], ctypes.c_size_t(self._nbytes[index])))
 
     def _look_again_(self, addresses: list[int]) -> None:
         """Find out how each tensor can be compared, now that there is other memory behind some."""
@@ -115,5 +115,10 @@ def _bytes_at(address: int, nbytes: int) -> memoryview:
 def _is_odd(tensor: Tensor, copy: Tensor) -> bool:
     """Say whether a tensor's memory does not simply hold its elements in order, as the copy's does."""
     alike = tensor.shape == copy.shape and tensor.dtype == copy.dtype and tensor.device == copy.device
-    plain = tensor.layout is torch.strided and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    return not (alike and plain)
+    return not (alike and is_plain(tensor))
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Say whether a tensor's memory, on the CPU, holds its elements in order and as they are."""
+    dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
+    return dense and not tensor.is_conj() and not tensor.is_neg()

@@ -27,6 +27,9 @@ class Header:
         self._values = dict(values)
         del self._values["v"]
 
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
     def integer(self, key: str, *, least: int = 0, most: int = 2**63 - 1, default: int | None = None) -> int:
         value = self._values.pop(key, default)
         if type(value) is not int or not least <= value <= most:

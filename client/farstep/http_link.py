@@ -25,6 +25,8 @@ from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
 from farstep.messages import Evaluation, PushHead, PutHead, Receipt, WriteName
+from farstep.narrow_arrivals import NarrowArrivals
+from farstep.narrowing import Narrowing
 from farstep.patience import Patience
 from farstep.presence import PRESENT
 from farstep.reader import Reader
@@ -64,7 +66,13 @@ class HttpLink(Link):
             barrier_s=barrier_s,
         )
         self._reader = Reader(self._server, spec.name, patience=self._patience)
-        self._arrivals = Arrivals(self._parameters)
+        self._wire_gradients, self._wire_parameters = place.wire.dtypes
+        self._arrivals = (
+            Arrivals(self._parameters)
+            if self._wire_parameters is None
+            else NarrowArrivals(self._parameters, self._wire_parameters)
+        )
+        self._narrowing = self._new_narrowing()
         self._version = 0
         self._process = os.getpid()
         try:
@@ -121,7 +129,7 @@ class HttpLink(Link):
         evaluation: Evaluation | None = None,
     ) -> StepReport:
         began = time.perf_counter()
-        present, sparse, payload = outgoing_gradients(gradients, self._parameters)
+        present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
         segments = None if len(present) == len(self._parameters) else to_ranges(present)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
@@ -133,6 +141,8 @@ class HttpLink(Link):
                 sparse=tuple(sparse),
                 groups=groups,
                 evaluation=evaluation,
+                wire_gradients=self._wire_gradients,
+                wire_parameters=self._wire_parameters,
             )
 
         return self._push(head, present, payload, began)
@@ -140,7 +150,17 @@ class HttpLink(Link):
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
         def head(name: WriteName, incarnation: str) -> PushHead:
             have = self._version
-            return PushHead(name, incarnation, have, "changed", have, segments=[], groups=groups, skip=True)
+            return PushHead(
+                name,
+                incarnation,
+                have,
+                "changed",
+                have,
+                segments=[],
+                groups=groups,
+                skip=True,
+                wire_parameters=self._wire_parameters,
+            )
 
         return self._push(head, (), (), time.perf_counter())
 
@@ -230,7 +250,7 @@ class HttpLink(Link):
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
             nonlocal arrived
             arrived = self._arriving(header, len(everything))
-            return arrivals.targets(arrived)
+            return arrivals.targets(arrived, whole=True)
 
         with self._session_there():
             received = self._writer.append(head, [outgoing(each) for each in tensors], place)
@@ -244,6 +264,7 @@ class HttpLink(Link):
             self._spec, groups=(*self._spec.groups, options), parameters=(*self._spec.parameters, *parameters)
         )
         self._parameters, self._arrivals = everything, arrivals
+        self._narrowing = self._new_narrowing()
         return receipt.applied
 
     # -- reads ------------------------------------------------------------------------------------------------------
@@ -260,7 +281,7 @@ class HttpLink(Link):
         edited = self._arrivals.edited(self._addresses())
         try:
             with self._session_there():
-                received = self._reader.parameters(self._arrivals, self._check_arriving)
+                received = self._reader.parameters(self._arrivals, self._check_arriving, self._wire_parameters)
         except BaseException:
             self._arrivals.keep_(but=edited)
             raise
@@ -296,6 +317,10 @@ class HttpLink(Link):
         return None
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _new_narrowing(self) -> Narrowing | None:
+        half = self._wire_gradients
+        return None if half is None else Narrowing(half, self._parameters)
 
     def _addresses(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._parameters))

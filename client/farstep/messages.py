@@ -13,6 +13,7 @@ from typing import Any, Literal
 from farstep.errors import InvalidRequest
 from farstep.fields import Shapes, shapes_from_header, shapes_to_header
 from farstep.header import VERSION, Header
+from farstep.narrow import check_half
 
 FURTHEST_BEGINNING = 2**52
 """The highest version a session may begin at: room for the steps of a lifetime, and numbers that JSON can hold."""
@@ -69,6 +70,8 @@ class PushHead:
         have: the version of the parameters this worker holds, for `wanted="changed"`.
         evaluation: what the closure returned, for an optimizer that asks for it.
         skip: this worker's gradients overflowed; the step is not taken, by it or by those it steps with.
+        wire_gradients: the 16-bit dtype that float32 gradients come in; None for their own.
+        wire_parameters: the 16-bit dtype in which the answer shall carry float32 parameters; None for their own.
     """
 
     name: WriteName
@@ -81,6 +84,8 @@ class PushHead:
     groups: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     skip: bool = False
+    wire_gradients: str | None = None
+    wire_parameters: str | None = None
 
     def to_header(self) -> dict[str, Any]:
         head: dict[str, Any] = {
@@ -104,6 +109,10 @@ class PushHead:
                 head["continues"] = True
         if self.skip:
             head["skip"] = True
+        if self.wire_gradients is not None:
+            head["wire_gradients"] = self.wire_gradients
+        if self.wire_parameters is not None:
+            head["wire_parameters"] = self.wire_parameters
         return head
 
     @classmethod
@@ -124,6 +133,8 @@ class PushHead:
             groups=_groups(header.mapping("groups")),
             evaluation=_evaluation(header.number("loss"), header.flag("continues")),
             skip=header.flag("skip"),
+            wire_gradients=_half(header, "wire_gradients"),
+            wire_parameters=_half(header, "wire_parameters"),
         )
         header.nothing_left()
         if head.skip and head.segments != []:
@@ -229,6 +240,10 @@ def _evaluation(loss: float | None, continues: bool) -> Evaluation | None:
     if continues:
         raise InvalidRequest("Header key 'continues' goes with a 'loss'.", field="continues")
     return None
+
+
+def _half(header: Header, key: str) -> str | None:
+    return check_half(key, header.text(key)) if key in header else None
 
 
 def _sparse(rows: list[Any]) -> tuple[Sparse, ...]:

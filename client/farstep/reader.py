@@ -42,9 +42,10 @@ class Reader:
         self._patience = patience
         self._path = f"/v1/sessions/{quote(session)}/contents"
 
-    def parameters(self, arrivals: Arrivals, check: Check) -> Received:
-        """Bring all parameters; they are in `arrivals` then."""
-        return self._get("Pulling", self._path, lambda header: arrivals.targets(None), check)
+    def parameters(self, arrivals: Arrivals, check: Check, half: str | None = None) -> Received:
+        """Bring all parameters, float32 ones as a 16-bit dtype if there is one; they are in `arrivals` then."""
+        path = self._path if half is None else f"{self._path}?wire_parameters={half}"
+        return self._get("Pulling", path, lambda header: arrivals.targets(None, whole=half is None), check)
 
     def stateful(self, parameters: Sequence[Tensor], check: Check) -> tuple[int, list[bool]]:
         """Return the session's version, and for each parameter whether it has state."""

@@ -5,6 +5,7 @@ server         FARSTEP_SERVER       none: embedded, in this process
 session        FARSTEP_SESSION      none: a fresh private session
 worker         FARSTEP_WORKER       a fresh name of host, process and a random part
 token          FARSTEP_TOKEN        none
+wire           FARSTEP_WIRE         none: everything travels as it is; counts where there is a server
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, TypedDict
+from typing import Literal, TypedDict, cast
 from urllib.parse import urlsplit
 
 import httpx
 
 from farstep.consistency import Async, Consistency, Sync
 from farstep.errors import InvalidOption
+from farstep.narrow import Half, Wire
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 NonFinitePolicy = Literal["refuse", "allow"]
@@ -40,6 +42,8 @@ class RemoteOptions(TypedDict, total=False):
         server, or "allow" it as torch does, which is the default of an embedded optimizer.
     kernel: "auto" takes fused kernels when they are built, "reference" equals `torch.optim` with `foreach=False` bit
         for bit, "fused" waits for fused kernels.
+    wire: "bf16" or "fp16" sends this worker's float32 gradients and brings its float32 parameters in 16 bits, and
+        `farstep.Wire(gradients="bf16")` one of the two; the server's parameters stay float32. Not for embedded ones.
     timeout_s: seconds to go on retrying before an error says that the server does not answer.
     transport: the httpx transport that carries the conversation, for tests and unusual networks.
     """
@@ -51,6 +55,7 @@ class RemoteOptions(TypedDict, total=False):
     consistency: Consistency
     nonfinite: NonFinitePolicy | None
     kernel: KernelChoice
+    wire: Wire | Half | None
     timeout_s: float
     transport: httpx.BaseTransport | None
 
@@ -69,6 +74,7 @@ class Place:
     kernel: KernelChoice
     timeout_s: float
     transport: httpx.BaseTransport | None = None
+    wire: Wire = Wire()
 
 
 def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:
@@ -113,6 +119,17 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         raise InvalidOption(
             f"Invalid timeout_s: {timeout_s!r}. Must be positive seconds.", field="timeout_s", side="client"
         )
+    said = options.get("wire")
+    if said is None and server is not None:
+        said = cast("Half | None", environment.get("FARSTEP_WIRE") or None)
+    wire = Wire.of(said)
+    if wire and server is None:
+        raise InvalidOption(
+            "An embedded session has no wire: it works on the parameters' own memory.",
+            remedy="Leave wire out, or give server=... or set FARSTEP_SERVER.",
+            field="wire",
+            side="client",
+        )
     return Place(
         server=server.rstrip("/") if server else None,
         session=session or _fresh_session(),
@@ -124,6 +141,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         kernel=kernel,
         timeout_s=timeout_s,
         transport=options.get("transport"),
+        wire=wire,
     )
 
 
@@ -143,6 +161,7 @@ def carried(place: Place) -> RemoteOptions:
         "consistency": replace(mode, workers=1) if isinstance(mode, Sync) else mode,
         "nonfinite": place.nonfinite,
         "kernel": place.kernel,
+        "wire": place.wire,
         "timeout_s": place.timeout_s,
     }
 

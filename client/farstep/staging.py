@@ -15,6 +15,7 @@ from farstep.errors import InvalidRequest, TensorMismatch
 from farstep.fields import EVERYWHERE, NUMBERS, FieldKind, Shapes, check_shape, shape_of
 from farstep.link import State
 from farstep.messages import Sparse
+from farstep.narrowing import Narrowing
 from farstep.presence import PRESENT, mask_of, names_of
 from farstep.wire.memory import tensor_memory
 
@@ -25,12 +26,13 @@ def outgoing(tensor: Tensor) -> memoryview:
 
 
 def outgoing_gradients(
-    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]
+    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], narrowing: Narrowing | None = None
 ) -> tuple[list[int], list[Sparse], list[memoryview]]:
     """Return which parameters have a gradient, which of them are sparse, and the payload.
 
     Raises:
         TensorMismatch: a gradient of another dtype than its parameter.
+        NonFinite: see `Narrowing`.
     """
     present: list[int] = []
     sparse: list[Sparse] = []
@@ -47,9 +49,13 @@ def outgoing_gradients(
         if gradient.is_sparse:
             coalesced = gradient.detach().coalesce()
             sparse.append(Sparse(index, coalesced.sparse_dim(), coalesced._nnz()))
-            payload += [outgoing(coalesced.indices()), outgoing(coalesced.values())]
+            values = coalesced.values()
+            payload += [
+                outgoing(coalesced.indices()),
+                outgoing(narrowing.values(index, values) if narrowing is not None else values),
+            ]
         else:
-            payload.append(outgoing(gradient))
+            payload.append(outgoing(narrowing.dense(index, gradient) if narrowing is not None else gradient))
     return present, sparse, payload
 
 

@@ -34,6 +34,7 @@ class Contribution:
         ranges: which segments have a gradient; None for all.
         sparse: which of them are sparse.
         rule, groups: say where a sparse gradient is accepted.
+        half: the 16-bit dtype in which gradients of float32 segments come; None for their own.
 
     Raises:
         InvalidRequest: segment ranges that are not in order, or a sparse row that names a segment without a gradient.
@@ -47,9 +48,12 @@ class Contribution:
         sparse: Sequence[Sparse],
         rule: AnyMethod,
         groups: Sequence[Hyper],
+        half: str | None = None,
     ) -> None:
         count = len(layout.segments)
         self.layout = layout
+        self.on_wire = layout.on_wire(half)
+        self.half = half
         self.indices: Sequence[int] = range(count) if ranges is None else from_ranges(ranges, count)
         self._announced = {each.segment: each for each in sparse}
         if len(self._announced) != len(sparse) or not self._announced.keys() <= set(self.indices):
@@ -65,7 +69,7 @@ class Contribution:
 
     def _size(self, index: int) -> int:
         announced = self._announced.get(index)
-        segment = self.layout.segments[index]
+        segment = self.on_wire.segments[index]
         return (
             segment.nbytes
             if announced is None
@@ -79,24 +83,29 @@ class Contribution:
 
     def allocate(self) -> list[memoryview]:
         """Take the memory and return it in the order of the wire."""
-        self.buffers = FlatBuffers(self.layout, zero=False)
+        self.buffers = FlatBuffers(self.on_wire, zero=False)
         views: list[memoryview] = []
         dense: list[int] = []
         for index in self.indices:
             if index not in self._announced:
                 dense.append(index)
                 continue
-            views += memory_of(self.buffers, self.layout, dense)
+            views += memory_of(self.buffers, self.on_wire, dense)
             dense = []
             views += self._allocate_sparse(index)
-        return views + memory_of(self.buffers, self.layout, dense)
+        return views + memory_of(self.buffers, self.on_wire, dense)
 
     def _allocate_sparse(self, index: int) -> list[memoryview]:
-        announced, segment = self._announced[index], self.layout.segments[index]
+        announced, segment = self._announced[index], self.on_wire.segments[index]
         indices = torch.empty(announced.dims, announced.nnz, dtype=torch.int64)
         values = torch.empty(announced.nnz, *segment.shape[announced.dims :], dtype=getattr(torch, segment.dtype))
         self.sparse[index] = (indices, values)
         return [tensor_memory(indices), tensor_memory(values)]
+
+    def widened(self, index: int) -> tuple[Tensor, Tensor]:
+        """Return a sparse gradient in its segment's dtype."""
+        indices, values = self.sparse[index]
+        return indices, values.to(getattr(torch, self.layout.segments[index].dtype))
 
     def check_indices(self) -> None:
         """Refuse sparse indices outside their segment.
@@ -151,7 +160,7 @@ def first_nonfinite(contribution: Contribution) -> int | None:
     if buffers is None:
         return None
     dense = contribution.dense
-    for first, last in contribution.layout.spans(dense):
+    for first, last in contribution.on_wire.spans(dense):
         span = buffers.span(first, last)
         if span is None or _all_finite(span):
             continue
@@ -180,8 +189,9 @@ def check_finite(contribution: Contribution, worker: str, evaluation: Evaluation
     index = first_nonfinite(contribution)
     if index is not None:
         name = contribution.layout.segments[index].name
+        came = "" if contribution.half is None else f", as it came in {contribution.half}"
         raise NonFinite(
-            f"The gradient of {name!r} from worker {worker!r} holds NaN or Inf; the push was refused.",
+            f"The gradient of {name!r} from worker {worker!r} holds NaN or Inf{came}; the push was refused.",
             remedy="Skip the step or lower the loss scale; nonfinite='allow' would take such gradients.",
             field=name,
         )
@@ -197,20 +207,21 @@ def _all_finite(span: Tensor) -> bool:
 def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.device) -> Gradients:
     """Sum contributions in the order given, divide by `divisor`, and return the gradients of one step.
 
-    The sum is built in the first one's memory. A segment that only some have counts as zero for the others; one that
+    The sum is built in the first one's memory, if it came in the gradients' own dtypes. What came in 16 bits is widened
+    in the copy, or in the addition, which rounds as that of widened numbers does. A segment that only some have counts as zero for the others; one that
     nobody has is missing from the step. Each sum is rounded in the gradient's dtype, as `(g0 + g1 + ...) / divisor` is.
     """
     first, *others = contributions
     layout = first.layout
-    total = first.buffers if first.buffers is not None else FlatBuffers(layout)
+    total = _total_of(first)
     present = set(first.dense)
-    sparse = {index: [pair] for index, pair in first.sparse.items()}
+    sparse = {index: [first.widened(index)] for index in first.sparse}
     for other in others:
         theirs = other.buffers
         if theirs is None:
             continue
-        for index, pair in other.sparse.items():
-            sparse.setdefault(index, []).append(pair)
+        for index in other.sparse:
+            sparse.setdefault(index, []).append(other.widened(index))
         for first_index, last in layout.spans(other.dense):
             _add_(total, theirs, present, first_index, last)
         present |= set(other.dense)
@@ -242,9 +253,18 @@ def mean_evaluation(evaluations: Sequence[Evaluation | None], divisor: int) -> E
     return Evaluation(loss / divisor, all(each.continues for each in made))
 
 
+def _total_of(first: Contribution) -> FlatBuffers:
+    """Return memory that holds the first gradients in their own dtypes."""
+    if first.buffers is None:
+        return FlatBuffers(first.layout)
+    if first.on_wire is first.layout:
+        return first.buffers
+    return FlatBuffers(first.layout, zero=False).copy_(first.buffers, first.dense)
+
+
 def _add_(total: FlatBuffers, theirs: FlatBuffers, present: set[int], first: int, last: int) -> None:
     """Add a span of theirs to the total, where the total has one; copy it where it has none."""
-    if all(index in present for index in range(first, last)):
+    if all(index in present for index in range(first, last)) and theirs.span(first, last) is not None:
         pieces = [(first, last, True)]
     else:
         pieces = [(index, index + 1, index in present) for index in range(first, last)]
@@ -252,10 +272,13 @@ def _add_(total: FlatBuffers, theirs: FlatBuffers, present: set[int], first: int
         into, source = total.span(start, stop), theirs.span(start, stop)
         if into is None or source is None:
             continue
-        if known:
-            into.add_(source)
-        else:
+        if not known:
             into.copy_(source)
+        elif into.dtype is source.dtype:
+            into.add_(source)
+        else:  # block by block, since torch widens into temporary memory first
+            for block, narrow in zip(into.split(BLOCK), source.split(BLOCK), strict=True):
+                block.add_(narrow)
 
 
 def _densify_(layout: Layout, total: FlatBuffers, index: int, pair: tuple[Tensor, Tensor]) -> None:

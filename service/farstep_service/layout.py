@@ -22,6 +22,7 @@ from typing import Self
 
 from farstep.errors import LimitExceeded, TensorMismatch
 from farstep.fields import FieldKind, shape_of
+from farstep.narrow import WIDE
 from farstep.wire.dtypes import segment_dtype
 from farstep.wire.ranges import from_ranges
 
@@ -161,6 +162,24 @@ class Layout:
                 for segment, shape in zip(self.segments, shapes, strict=True)
             )
         return self._derived[kind]
+
+    def on_wire(self, half: str | None) -> Layout:
+        """Return the layout in which parameters or gradients travel: float32 segments in a 16-bit dtype, if it is said.
+
+        Its segments are those of this one; they may lie in other buffers, and next to others.
+        """
+        if half is None or all(each.dtype != WIDE for each in self.segments):
+            return self
+        if half not in self._on_wire:
+            self._on_wire[half] = Layout.empty().append(
+                SegmentSpec(each.name, each.shape, half if each.dtype == WIDE else each.dtype, each.group)
+                for each in self.segments
+            )
+        return self._on_wire[half]
+
+    @cached_property
+    def _on_wire(self) -> dict[str, Layout]:
+        return {}
 
     @cached_property
     def _derived(self) -> dict[FieldKind, Layout]:

@@ -168,11 +168,14 @@ class Host(ABC):
         """Grow by a param group, or note that a worker knows it."""
 
     @abstractmethod
-    async def parameters(self, since: int | None = None, write: WriteName | None = None) -> View:
+    async def parameters(
+        self, since: int | None = None, write: WriteName | None = None, half: str | None = None
+    ) -> View:
         """Hold the parameters of the current version: all, or those that changed after version `since`.
 
         Args:
             write: leave those of groups out that its worker did not know when it made this write.
+            half: the 16-bit dtype to give float32 ones in; None for as they are.
         """
 
     @abstractmethod

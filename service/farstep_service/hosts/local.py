@@ -22,6 +22,7 @@ from farstep.wire import to_ranges
 from farstep_service.durability import Snapshot
 from farstep_service.hosts.alarm import Alarm
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
+from farstep_service.hosts.narrowed import NarrowedView, Narrowings
 from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, PushIntake
 from farstep_service.hosts.work import run
 from farstep_service.plan import Plan
@@ -76,6 +77,7 @@ class LocalHost(Host):
         self._initialising_until = -1.0
         self._closed = False
         self._released = asyncio.Event()
+        self._narrowings = Narrowings(executor)
 
     @property
     def plan(self) -> Plan:
@@ -126,7 +128,9 @@ class LocalHost(Host):
             with suppress(StepInterrupted):  # a session whose step cannot be finished is still there to be seen
                 workers = {name: self._page(name) for name in session.workers}
             groups = [group.to_options() for group in session.groups]
-            return Summary(session.version, session.initialised, groups, workers, session.nbytes())
+            nbytes = session.nbytes()
+            nbytes["versions"] += self._narrowings.nbytes
+            return Summary(session.version, session.initialised, groups, workers, nbytes)
 
     async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
         async with self._turn:
@@ -203,7 +207,9 @@ class LocalHost(Host):
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
-    async def parameters(self, since: int | None = None, write: WriteName | None = None) -> View:
+    async def parameters(
+        self, since: int | None = None, write: WriteName | None = None, half: str | None = None
+    ) -> View:
         async with self._turn:
             self._check_open()
             held, outcomes = self._session.hold()
@@ -214,6 +220,10 @@ class LocalHost(Host):
         if known < count and since is not None:
             chosen = [index for index in chosen if index < known]
         indices, ranges = (None, None) if len(chosen) == count else (chosen, to_ranges(chosen))
+        if half is not None:
+            narrowed = await self._narrowings.of(held, half, chosen, inline=layout.nbytes <= INLINE_BYTES)
+            self._released.set()
+            return NarrowedView(narrowed, chosen, ranges, self._released.set)
         if held.buffers.device.type == "cpu" or layout.nbytes <= INLINE_BYTES:
             return HeldView(held, indices, ranges, self._released.set)
         return await asyncio.get_running_loop().run_in_executor(

@@ -1,7 +1,7 @@
 """The data routes: msgpack messages in and out (`farstep/wire/PROTOCOL.md`).
 
     POST /v1/sessions/{name}/push                 gradients in; receipt and parameters out
-    GET  /v1/sessions/{name}/contents[?fields=&segments=]   parameters (the default) or state fields out
+    GET  /v1/sessions/{name}/contents[?fields=&segments=&wire_parameters=]   parameters (the default) or state fields out
     PUT  /v1/sessions/{name}/contents             parameters and state in
     POST /v1/sessions/{name}/groups               a param group and its parameters in
 
@@ -25,6 +25,7 @@ from farstep.fields import shapes_to_header
 from farstep.growth import AppendHead
 from farstep.header import VERSION
 from farstep.messages import PushHead, PutHead
+from farstep.narrow import check_half
 from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake, View
 from farstep_service.registry import Registry
@@ -83,8 +84,13 @@ class Push(Endpoint):
 
     async def serve(self, host: Host, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
+
+        def begin(head: PushHead, body_bytes: int) -> Intake:
+            reserve(_converted_bytes(host, head))
+            return host.begin_push(head, body_bytes)
+
         head, intake, fingerprint = await self.take(
-            host, reserve, scope, receive, PushHead.from_header, host.begin_push, largest=_largest(host)
+            host, reserve, scope, receive, PushHead.from_header, begin, largest=_largest(host)
         )
         received_s = time.perf_counter() - began
         answer = await host.push(head, intake, fingerprint)
@@ -93,7 +99,7 @@ class Push(Endpoint):
         if head.wanted == "none":
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
             return
-        view = await host.parameters(head.have if head.wanted == "changed" else None, head.name)
+        view = await host.parameters(head.have if head.wanted == "changed" else None, head.name, head.wire_parameters)
         await answer_view(send, header, view)
 
 
@@ -112,16 +118,21 @@ class Contents(Endpoint):
 
     async def _give(self, host: Host, reserve: Reserve, scope: Scope, send: Send) -> None:
         query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        if unknown := sorted(set(query) - {"fields", "segments"}):
+        if unknown := sorted(set(query) - {"fields", "segments", "wire_parameters"}):
             raise InvalidRequest(f"Unknown query parameter {unknown[0]!r:.80}.", field="query")
         fields = ",".join(query.get("fields", ["param"])).split(",")
         if len(set(fields)) != len(fields):
             raise InvalidRequest("A field is named twice.", field="fields")
         layout = host.plan.layout
         indices = _indices(query["segments"], len(layout.segments)) if "segments" in query else None
-        reserve(await _size(host, fields, indices))
         whole = fields == ["param"] and indices is None
-        view = await (host.parameters() if whole else host.contents(fields, indices))
+        half = check_half("wire_parameters", ",".join(query["wire_parameters"])) if "wire_parameters" in query else None
+        if half is not None and not whole:
+            raise InvalidRequest(
+                "Only all parameters, and nothing else, are given in 16 bits.", field="wire_parameters"
+            )
+        reserve(await _size(host, fields, indices))
+        view = await (host.parameters(half=half) if whole else host.contents(fields, indices))
         await answer_view(send, {"v": VERSION, "incarnation": host.incarnation, "fields": list(view.fields)}, view)
 
 
@@ -166,6 +177,12 @@ async def _size(host: Host, fields: Sequence[str], indices: Sequence[int] | None
     free = [name for name in fields if kinds.get(name) == "free"]
     one = layout.nbytes if indices is None else layout.bytes_of(indices)
     return one * (len(fields) - len(free)) + ((await host.summary()).bytes["state"] if free else 0)
+
+
+def _converted_bytes(host: Host, head: PushHead) -> int:
+    """Return the bytes that a push takes beside its body: gradients that are widened, parameters that are narrowed."""
+    nbytes = host.plan.layout.nbytes
+    return (nbytes if head.wire_gradients else 0) + (nbytes // 2 if head.wire_parameters else 0)
 
 
 def _indices(query: Sequence[str], count: int) -> list[int]:

@@ -152,7 +152,8 @@ class Session:
     def contribution(self, head: PushHead) -> Contribution:
         """Return memory for a push's gradients; see `Contribution` and `SessionState` for what they refuse."""
         self._state.check_evaluation(head.evaluation)
-        return Contribution(self.layout_at(head.name), head.segments, head.sparse, self.plan.rule, self.groups)
+        layout, rule = self.layout_at(head.name), self.plan.rule
+        return Contribution(layout, head.segments, head.sparse, rule, self.groups, head.wire_gradients)
 
     def push(self, head: PushHead, contribution: Contribution, fingerprint: str, now: float) -> Outcomes:
         """Take a complete push in and return every outcome it decides; none under its own name means that it waits.

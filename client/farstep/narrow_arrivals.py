@@ -1,0 +1,185 @@
+"""Parameters that arrive in 16 bits: widened in the copy into the model, and compared with it just as exactly.
+
+    arrived in 16 bits   the session has other bits, but this worker was told these: an unedited parameter is them, widened
+    sent by this worker  the session has its float32 values, which are kept until the parameter arrives again
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from farstep.arrivals import Arrivals, copy_all
+from farstep.bits import same_bits
+from farstep.edits import Edits, is_plain, memcmp
+from farstep.narrowing import is_wide
+from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+
+BLOCK = 2**16
+"""Elements that are widened at once to be compared: both forms stay in the cache."""
+
+
+@final
+class NarrowArrivals(Arrivals):
+    """Staging memory for parameters of which the float32 ones arrive in 16 bits; see `Arrivals`.
+
+    Args:
+        parameters: the tensors that arrive, in the session's order.
+        half: the wire's name of the 16-bit dtype.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], half: str) -> None:
+        self._half = half
+        self._narrow = {index for index, p in enumerate(parameters) if is_wide(p)}
+        self._whole: dict[int, Tensor] = {}
+        super().__init__(parameters, [TORCH_DTYPES[half] if is_wide(p) else p.dtype for p in parameters])
+
+    def rebind_(self, parameters: Sequence[Tensor]) -> None:
+        self._parameters = list(parameters)
+        self._lazy = True  # one by one: foreach operations do not convert faster
+        self._comparing = False
+
+    def grown(self, parameters: Sequence[Tensor]) -> NarrowArrivals:
+        count = len(self._parameters)
+        grown = NarrowArrivals([*self._parameters, *parameters], self._half)
+        copy_all(grown._staged[:count], self._staged, lazy=False)
+        grown._whole = dict(self._whole)
+        grown._differing = set(self._differing)
+        grown.keep_(range(count, count + len(parameters)))
+        return grown
+
+    def edited(self, addresses: list[int]) -> list[int]:
+        if not self._comparing:
+            self._compare_()
+        found = {self._as_is[i] for i in self._edits.found([addresses[index] for index in self._as_is])}
+        found |= {self._widened[i] for i in self._wide_edits.found([addresses[index] for index in self._widened])}
+        return sorted(found | self._differing)
+
+    def _compare_(self) -> None:
+        """Find out anew which parameters are compared with what."""
+        every = range(len(self._parameters))
+        self._widened = [index for index in every if index in self._narrow and index not in self._whole]
+        widened = set(self._widened)
+        self._as_is = [index for index in every if index not in widened]
+        self._edits = Edits([self._parameters[i] for i in self._as_is], [self._known(i) for i in self._as_is])
+        self._wide_edits = WideEdits(
+            [self._parameters[i] for i in self._widened], [self._staged[i] for i in self._widened]
+        )
+        self._comparing = True
+
+    def _known(self, index: int) -> Tensor:
+        return self._whole.get(index, self._staged[index])
+
+    def keep_(self, indices: Sequence[int] | None = None, *, but: Sequence[int] = ()) -> None:
+        chosen = range(len(self._parameters)) if indices is None else indices
+        for index in chosen:
+            if index in self._narrow:
+                self._whole[index] = torch.empty(self._parameters[index].shape)
+            self._known(index).copy_(self._parameters[index].detach())
+        self._comparing = False
+        self._differing = (self._differing - set(chosen)) | set(but)
+
+    def targets(self, indices: Sequence[int] | None, *, whole: bool = False) -> list[memoryview]:
+        chosen = range(len(self._parameters)) if indices is None else indices
+        for index in chosen:
+            if whole and index in self._narrow:
+                self._whole[index] = torch.empty(self._parameters[index].shape)
+                self._comparing = False
+            elif self._whole.pop(index, None) is not None:
+                self._comparing = False
+        if whole:
+            return [tensor_memory(self._known(index)) for index in chosen]
+        return super().targets(indices)
+
+    def settle_(self, indices: Sequence[int] | None) -> None:
+        chosen = range(len(self._parameters)) if indices is None else indices
+        with torch.no_grad():
+            for index in chosen:
+                self._parameters[index].copy_(self._known(index))
+        self._differing -= set(chosen)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Neighbours that are widened in one go, and where each is then compared with what."""
+
+    narrow: Tensor
+    wide: Tensor
+    members: Sequence[int]
+    compared: tuple[Sequence[ctypes.c_void_p], Sequence[ctypes.c_void_p], Sequence[ctypes.c_size_t]]
+
+
+@final
+class WideEdits:
+    """Compare float32 tensors, byte by byte, with 16-bit copies widened; see `Edits`.
+
+    Args:
+        tensors: whose bytes may change; other memory may be put behind one.
+        copies: 16-bit ones, contiguous, on the CPU.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
+        self._tensors = list(tensors)
+        self._copies = list(copies)
+        self._scratch = torch.empty(BLOCK, dtype=torch.float32)
+        self._addresses: list[int] | None = None
+
+    def found(self, addresses: list[int]) -> list[int]:
+        """Return the indices of those that differ; `addresses` is where their memory begins now."""
+        if addresses != self._addresses:
+            self._look_again_(addresses)
+        found = {
+            index
+            for index in self._odd
+            if not same_bits(self._tensors[index].detach().cpu(), self._copies[index].to(torch.float32))
+        }
+        for block in self._blocks:
+            block.wide.copy_(block.narrow)
+            if any(map(memcmp, *block.compared)):
+                differ = map(memcmp, *block.compared)
+                found |= {index for index, how in zip(block.members, differ, strict=True) if how}
+        return sorted(found)
+
+    def _look_again_(self, addresses: list[int]) -> None:
+        """Cut the copies into blocks, now that there is other memory behind some tensors."""
+        self._addresses = addresses
+        self._odd = [index for index, tensor in enumerate(self._tensors) if not is_plain(tensor)]
+        odd = set(self._odd)
+        self._blocks: list[_Block] = []
+        pieces: list[tuple[int, int, int]] = []  # a tensor, its first element, how many
+        length, after = 0, 0
+        for index, copy in enumerate(self._copies):
+            if index in odd:
+                continue
+            first, left = 0, copy.numel()
+            while left:
+                if pieces and (length == BLOCK or (not first and copy.data_ptr() != after)):
+                    self._blocks.append(self._block(pieces))
+                    pieces, length = [], 0
+                count = min(left, BLOCK - length)
+                pieces.append((index, first, count))
+                first, left, length = first + count, left - count, length + count
+            after = copy.data_ptr() + copy.nbytes
+        if pieces:
+            self._blocks.append(self._block(pieces))
+
+    def _block(self, pieces: Sequence[tuple[int, int, int]]) -> _Block:
+        (index, first, _), *_ = pieces
+        length = sum(count for _, _, count in pieces)
+        copy = self._copies[index]
+        narrow = copy.as_strided((length,), (1,), copy.storage_offset() + first)
+        wide = self._scratch[:length]
+        size, at = wide.element_size(), wide.data_ptr()
+        here, there, sizes = [], [], []
+        assert self._addresses is not None
+        for index, first, count in pieces:
+            here.append(ctypes.c_void_p(self._addresses[index] + size * first))
+            there.append(ctypes.c_void_p(at))
+            sizes.append(ctypes.c_size_t(size * count))
+            at += size * count
+        return _Block(narrow, wide, [index for index, _, _ in pieces], (here, there, sizes))

@@ -1,0 +1,113 @@
+"""Parameters on their way out in 16 bits: one conversion for all who ask for a version while one of them still reads it.
+
+A conversion is a copy, so the version it was made of is given back at once, and the next step may write over it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from typing import final
+from weakref import WeakValueDictionary
+
+from farstep_service.contents import PARAM
+from farstep_service.gradients import memory_of
+from farstep_service.hosts.host import View
+from farstep_service.layout import Layout
+from farstep_service.store import FlatBuffers, Held
+
+
+@final
+class Narrowed:
+    """A copy of one version, float32 segments in a 16-bit dtype."""
+
+    def __init__(self, held: Held, layout: Layout, indices: Sequence[int]) -> None:
+        self.version = held.version
+        self.count = len(layout.segments)
+        self.buffers = FlatBuffers(layout, zero=False).copy_(held.buffers, indices)
+
+
+@final
+class Narrowings:
+    """The conversions that are being read.
+
+    Args:
+        executor: runs large ones.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._executor = executor
+        self._turn = asyncio.Lock()
+        self._made: WeakValueDictionary[tuple[int, int, str], Narrowed] = WeakValueDictionary()
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory of conversions that others may share."""
+        return sum(each.buffers.nbytes for each in self._made.values())
+
+    async def of(self, held: Held, half: str, indices: Sequence[int], *, inline: bool) -> Narrowed:
+        """Return some segments of a held version, which is given back, in a 16-bit dtype.
+
+        Only a conversion of all segments is shared: others are of one worker's own.
+        """
+        layout = held.buffers.layout.on_wire(half)
+        if len(indices) < len(layout.segments):
+            return await self._make(held, layout, indices, inline=inline)
+        key = (held.version, len(layout.segments), half)
+        async with self._turn:
+            found = self._made.get(key)
+            if found is None:
+                found = self._made[key] = await self._make(held, layout, indices, inline=inline)
+            else:
+                held.release()
+            return found
+
+    async def _make(self, held: Held, layout: Layout, indices: Sequence[int], *, inline: bool) -> Narrowed:
+        def make() -> Narrowed:
+            with held:
+                return Narrowed(held, layout, indices)
+
+        if inline:
+            return make()
+        return await asyncio.get_running_loop().run_in_executor(self._executor, make)
+
+
+@final
+class NarrowedView(View):
+    """Parameters of a version in 16 bits, or some of them."""
+
+    def __init__(
+        self, narrowed: Narrowed, indices: Sequence[int], ranges: list[int] | None, released: Callable[[], None]
+    ) -> None:
+        self._narrowed: Narrowed | None = narrowed
+        self._released = released
+        self._version = narrowed.version
+        self._count = narrowed.count
+        self._ranges = ranges
+        self._views: Sequence[memoryview] = memory_of(narrowed.buffers, narrowed.buffers.layout, indices)
+
+    @property
+    def version(self) -> int:
+        return self._version
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    @property
+    def segments(self) -> list[int] | None:
+        return self._ranges
+
+    @property
+    def fields(self) -> Sequence[str]:
+        return (PARAM,)
+
+    @property
+    def views(self) -> Sequence[memoryview]:
+        return self._views
+
+    def release(self) -> None:
+        self._narrowed = None
+        self._views = ()
+        self._released()
