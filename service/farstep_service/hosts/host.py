@@ -169,13 +169,18 @@ class Host(ABC):
 
     @abstractmethod
     async def parameters(
-        self, since: int | None = None, write: WriteName | None = None, half: str | None = None
+        self,
+        since: int | None = None,
+        write: WriteName | None = None,
+        half: str | None = None,
+        spent: Intake | None = None,
     ) -> View:
         """Hold the parameters of the current version: all, or those that changed after version `since`.
 
         Args:
             write: leave those of groups out that its worker did not know when it made this write.
             half: the 16-bit dtype to give float32 ones in; None for as they are.
+            spent: a push's, which has been answered for: its memory may be written over.
         """
 
     @abstractmethod

@@ -208,7 +208,11 @@ class LocalHost(Host):
     # -- reads ------------------------------------------------------------------------------------------------------
 
     async def parameters(
-        self, since: int | None = None, write: WriteName | None = None, half: str | None = None
+        self,
+        since: int | None = None,
+        write: WriteName | None = None,
+        half: str | None = None,
+        spent: Intake | None = None,
     ) -> View:
         async with self._turn:
             self._check_open()
@@ -221,7 +225,8 @@ class LocalHost(Host):
             chosen = [index for index in chosen if index < known]
         indices, ranges = (None, None) if len(chosen) == count else (chosen, to_ranges(chosen))
         if half is not None:
-            narrowed = await self._narrowings.of(held, half, chosen, inline=layout.nbytes <= INLINE_BYTES)
+            memory = spent.contribution.spent() if isinstance(spent, PushIntake) else None
+            narrowed = await self._narrowings.of(held, half, chosen, memory, inline=layout.nbytes <= INLINE_BYTES)
             self._released.set()
             return NarrowedView(narrowed, chosen, ranges, self._released.set)
         if held.buffers.device.type == "cpu" or layout.nbytes <= INLINE_BYTES:

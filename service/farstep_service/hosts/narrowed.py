@@ -22,10 +22,12 @@ from farstep_service.store import FlatBuffers, Held
 class Narrowed:
     """A copy of one version, float32 segments in a 16-bit dtype."""
 
-    def __init__(self, held: Held, layout: Layout, indices: Sequence[int]) -> None:
+    def __init__(self, held: Held, layout: Layout, indices: Sequence[int], spent: FlatBuffers | None) -> None:
         self.version = held.version
         self.count = len(layout.segments)
-        self.buffers = FlatBuffers(layout, zero=False).copy_(held.buffers, indices)
+        fits = spent is not None and spent.layout is layout
+        self.buffers = spent if fits and spent is not None else FlatBuffers(layout, zero=False)
+        self.buffers.copy_(held.buffers, indices)
 
 
 @final
@@ -46,27 +48,34 @@ class Narrowings:
         """Return the memory of conversions that others may share."""
         return sum(each.buffers.nbytes for each in self._made.values())
 
-    async def of(self, held: Held, half: str, indices: Sequence[int], *, inline: bool) -> Narrowed:
+    async def of(
+        self, held: Held, half: str, indices: Sequence[int], spent: FlatBuffers | None, *, inline: bool
+    ) -> Narrowed:
         """Return some segments of a held version, which is given back, in a 16-bit dtype.
 
         Only a conversion of all segments is shared: others are of one worker's own.
+
+        Args:
+            spent: memory that may be written over, such as that of the gradients this answers.
         """
         layout = held.buffers.layout.on_wire(half)
         if len(indices) < len(layout.segments):
-            return await self._make(held, layout, indices, inline=inline)
+            return await self._make(held, layout, indices, spent, inline=inline)
         key = (held.version, len(layout.segments), half)
         async with self._turn:
             found = self._made.get(key)
             if found is None:
-                found = self._made[key] = await self._make(held, layout, indices, inline=inline)
+                found = self._made[key] = await self._make(held, layout, indices, spent, inline=inline)
             else:
                 held.release()
             return found
 
-    async def _make(self, held: Held, layout: Layout, indices: Sequence[int], *, inline: bool) -> Narrowed:
+    async def _make(
+        self, held: Held, layout: Layout, indices: Sequence[int], spent: FlatBuffers | None, *, inline: bool
+    ) -> Narrowed:
         def make() -> Narrowed:
             with held:
-                return Narrowed(held, layout, indices)
+                return Narrowed(held, layout, indices, spent)
 
         if inline:
             return make()

@@ -94,12 +94,15 @@ class Push(Endpoint):
         )
         received_s = time.perf_counter() - began
         answer = await host.push(head, intake, fingerprint)
-        del intake  # the gradients' memory is free while the answer is sent
+        spent = intake if head.wire_gradients is not None and head.wire_gradients == head.wire_parameters else None
+        del intake  # the gradients' memory is free while the answer is sent, if that is not in it
         header = _header(host, answer, {"receive": received_s})
         if head.wanted == "none":
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
             return
-        view = await host.parameters(head.have if head.wanted == "changed" else None, head.name, head.wire_parameters)
+        since = head.have if head.wanted == "changed" else None
+        view = await host.parameters(since, head.name, head.wire_parameters, spent)
+        del spent
         await answer_view(send, header, view)
 
 
