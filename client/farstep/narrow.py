@@ -36,7 +36,7 @@ class Wire:
 
     def __post_init__(self) -> None:
         for name, value in (("gradients", self.gradients), ("parameters", self.parameters)):
-            if value is not None and value not in HALVES:
+            if value is not None and value not in tuple(HALVES):
                 raise InvalidOption(
                     f"Invalid wire: {name} as {value!r:.80}. There are bf16 and fp16.", field="wire", side="client"
                 )

@@ -74,7 +74,7 @@ class Place:
     kernel: KernelChoice
     timeout_s: float
     transport: httpx.BaseTransport | None = None
-    wire: Wire = Wire()
+    wire: Wire = field(default_factory=Wire)
 
 
 def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:

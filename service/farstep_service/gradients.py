@@ -213,9 +213,10 @@ def _all_finite(span: Tensor) -> bool:
 def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.device) -> Gradients:
     """Sum contributions in the order given, divide by `divisor`, and return the gradients of one step.
 
-    The sum is built in the first one's memory, if it came in the gradients' own dtypes. What came in 16 bits is widened
-    in the copy, or in the addition, which rounds as that of widened numbers does. A segment that only some have counts as zero for the others; one that
-    nobody has is missing from the step. Each sum is rounded in the gradient's dtype, as `(g0 + g1 + ...) / divisor` is.
+    The sum is built in the first one's memory, if that holds the gradients' own dtypes. What came in 16 bits is widened
+    in the copy, or in the addition, which rounds as that of widened numbers does. A segment that only some have counts
+    as zero for the others; one that nobody has is missing from the step. Each sum is rounded in the gradient's dtype,
+    as `(g0 + g1 + ...) / divisor` is.
     """
     first, *others = contributions
     layout = first.layout
@@ -283,7 +284,7 @@ def _add_(total: FlatBuffers, theirs: FlatBuffers, present: set[int], first: int
         elif into.dtype is source.dtype:
             into.add_(source)
         else:  # block by block, since torch widens into temporary memory first
-            for block, narrow in zip(into.split(BLOCK), source.split(BLOCK), strict=True):
+            for block, narrow in zip(torch.split(into, BLOCK), torch.split(source, BLOCK), strict=True):
                 block.add_(narrow)
 
 

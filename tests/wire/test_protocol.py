@@ -146,7 +146,9 @@ def test_ranges_are_the_ones_shown():
     assert wire.from_ranges([0, 3, 7, 8], 8) == [0, 1, 2, 7]
 
 
-@pytest.mark.parametrize("title", ["A push", "A sparse gradient", "An evaluation", "A step that is skipped"])
+@pytest.mark.parametrize(
+    "title", ["A push", "A sparse gradient", "An evaluation", "A step that is skipped", "A push in 16 bits"]
+)
 def test_pushes_are_what_the_server_reads(title):
     """The header of a push in the document is one the server understands, key for key."""
     header, _ = parts(EXAMPLES[title])

@@ -1,4 +1,4 @@
-"""Parameters on their way out in 16 bits: one conversion for all who ask for a version while one of them still reads it.
+"""Parameters on their way out in 16 bits: one conversion for all who ask for a version while one still reads it.
 
 A conversion is a copy, so the version it was made of is given back at once, and the next step may write over it.
 """

@@ -1,7 +1,8 @@
 """The data routes: msgpack messages in and out (`farstep/wire/PROTOCOL.md`).
 
     POST /v1/sessions/{name}/push                 gradients in; receipt and parameters out
-    GET  /v1/sessions/{name}/contents[?fields=&segments=&wire_parameters=]   parameters (the default) or state fields out
+    GET  /v1/sessions/{name}/contents[?fields=&segments=]   parameters (the default) or state fields out
+         /v1/sessions/{name}/contents?wire_parameters=      parameters out, in 16 bits
     PUT  /v1/sessions/{name}/contents             parameters and state in
     POST /v1/sessions/{name}/groups               a param group and its parameters in
 
