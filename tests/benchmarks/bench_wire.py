@@ -7,6 +7,7 @@ worker, server and worker in processes of their own, one torch thread each. Colu
 
     raw        the same bytes there and back over plain sockets, nothing computed: the limit
     farstep    `optimizer.step()`: gradients there, a fused Adagrad step, parameters back into the model
+    bfloat16   the same step with `wire="bf16"`: float32 at both ends, half the bytes between
     torch RPC  torch.distributed.rpc (TensorPipe) parameter server, the same step with torch.optim.Adagrad(fused=True)
 
 The sides take turns, `--cycles` times, so that a machine whose speed drifts does not favour one of them.
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 import farstep
+from farstep.narrow import Half
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.peers import raw_sockets, torch_rpc
 from tests.benchmarks.peers.torch_rpc import Size
@@ -37,6 +39,7 @@ from tests.service.servers import running_server
 SIZES = (Size(25_000_000, 56), Size(250_000, 60), Size(2_500, 6))
 ROUNDS = (7, 100, 300)
 LIMITS = ("at most 1.6 x raw", "", "at most torch RPC")
+HALF_LIMIT = "at most 0.6 x float32"
 
 
 def parameters_of(size: Size) -> list[torch.nn.Parameter]:
@@ -48,9 +51,9 @@ def parameters_of(size: Size) -> list[torch.nn.Parameter]:
     return parameters
 
 
-def remote_steps(url: str, size: Size, rounds: int) -> tuple[list[float], farstep.StepReport]:
+def remote_steps(url: str, size: Size, rounds: int, wire: Half | None = None) -> tuple[list[float], farstep.StepReport]:
     """Return the seconds of timed steps against a server, and the report of the last one."""
-    optimizer = farstep.optim.Adagrad(parameters_of(size), server=url, kernel="fused")
+    optimizer = farstep.optim.Adagrad(parameters_of(size), server=url, kernel="fused", wire=wire)
     try:
         for _ in range(max(2, rounds // 5)):
             optimizer.step()
@@ -72,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cycles = parser.parse_args(arguments).cycles
     torch.set_num_threads(1)
     print(hardware())
-    times: dict[str, list[list[float]]] = {side: [[] for _ in SIZES] for side in ("raw", "farstep", "rpc")}
+    times: dict[str, list[list[float]]] = {side: [[] for _ in SIZES] for side in ("raw", "farstep", "bf16", "rpc")}
     reports: list[farstep.StepReport] = []
     with running_server() as server:
         for _ in range(cycles):
@@ -81,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 seconds, report = remote_steps(server.url, size, rounds)
                 times["farstep"][place] += seconds
                 reports.append(report)
+                times["bf16"][place] += remote_steps(server.url, size, rounds, "bf16")[0]
                 times["rpc"][place] += torch_rpc.measure_all([size], rounds)[0]
     print(f"{'parameters':>22} {'raw':>9} {'farstep':>9} {'torch RPC':>10} {'to raw':>8} {'to RPC':>8}  target")
     for place, size in enumerate(SIZES):
@@ -88,6 +92,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         label = f"{size.parameters:,} in {size.tensors}"
         ratios = f"{ours / raw:>7.2f}x {ours / rpc:>7.2f}x"
         print(f"{label:>22} {raw:>9.3f} {ours:>9.3f} {rpc:>10.3f} {ratios}  {LIMITS[place]}")
+    for place, size in enumerate(SIZES):
+        ours, half = (1e3 * median(times[side][place]) for side in ("farstep", "bf16"))
+        limit = "" if place else f"  {HALF_LIMIT}"
+        print(f"{size.parameters:>12,} in bfloat16 on the wire {half:>9.3f} ms, {half / ours:.2f} x float32{limit}")
     for size, report in zip(SIZES, reports[-len(SIZES) :], strict=True):
         parts = ", ".join(f"{name} {1e3 * seconds:.3f}" for name, seconds in report.seconds.items())
         print(f"where the time of the last step of {size.parameters:,} went (ms, {report.kernel} kernel): {parts}")

@@ -33,6 +33,8 @@ INLINE_BYTES = 256 * 1024
 """Work on a session of fewer bytes than this is done on the event loop itself; it takes well under a millisecond."""
 SEGMENT_COST_BYTES = 512
 """What a segment's bookkeeping adds to a step, as the bytes that take as long."""
+NARROW_INLINE_BYTES = 4 * 1024 * 1024
+"""Parameters of fewer bytes than this are narrowed on the event loop; it takes a fraction of a millisecond."""
 INITIALISE_WITHIN_S = 60.0
 """How long the first contents may take before another worker is asked for them."""
 
@@ -230,7 +232,9 @@ class LocalHost(Host):
         indices, ranges = (None, None) if len(chosen) == count else (chosen, to_ranges(chosen))
         if half is not None:
             memory = spent.contribution.spent() if isinstance(spent, PushIntake) else None
-            narrowed = await self._narrowings.of(held, half, chosen, memory, inline=layout.nbytes <= INLINE_BYTES)
+            narrowed = await self._narrowings.of(
+                held, half, chosen, memory, inline=layout.nbytes <= NARROW_INLINE_BYTES
+            )
             self._released.set()
             return NarrowedView(narrowed, chosen, ranges, self._released.set)
         if held.buffers.device.type == "cpu" or layout.nbytes <= INLINE_BYTES:

@@ -96,6 +96,7 @@ class Reading(asyncio.BufferedProtocol):
                 self._fail(exc)
         if self._left == 0:
             self._timer.cancel()
+            self._sink = None  # uvloop remembers whose buffer it read into last, for as long as the connection lives
             self._over()
             if self._done is not None and not self._done.done():
                 self._done.set_result(None)
