@@ -59,7 +59,7 @@ class Contribution:
         rule.check_gradients(layout, groups, self.dense, self._announced)
         for each in sparse:
             _check_shape(layout.segments[each.segment], each)
-        self.nbytes = sum(self._size(index) for index in self.indices)
+        self.nbytes = layout.nbytes if self.is_whole else sum(self._size(index) for index in self.indices)
         self.buffers: FlatBuffers | None = None
         self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -73,13 +73,22 @@ class Contribution:
         )
 
     @property
-    def dense(self) -> list[int]:
+    def is_whole(self) -> bool:
+        """Say whether every segment has a dense gradient."""
+        return not self._announced and len(self.indices) == len(self.layout.segments)
+
+    @property
+    def dense(self) -> Sequence[int]:
         """Return the segments with a dense gradient."""
+        if not self._announced:
+            return self.indices
         return [index for index in self.indices if index not in self._announced]
 
     def allocate(self) -> list[memoryview]:
         """Take the memory and return it in the order of the wire."""
         self.buffers = FlatBuffers(self.layout, zero=False)
+        if not self._announced:
+            return memory_of(self.buffers, self.layout, self.indices)
         views: list[memoryview] = []
         dense: list[int] = []
         for index in self.indices:
@@ -203,6 +212,8 @@ def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.d
     first, *others = contributions
     layout = first.layout
     total = first.buffers if first.buffers is not None else FlatBuffers(layout)
+    if not others and divisor == 1 and first.is_whole:
+        return Gradients(on_device(total, device))
     present = set(first.dense)
     sparse = {index: [pair] for index, pair in first.sparse.items()}
     for other in others:
