@@ -20,11 +20,12 @@ from torch import Tensor
 from farstep.arrivals import Arrivals
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation
+from farstep.departures import Departures
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
 from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
-from farstep.messages import Evaluation, PushHead, PutHead, Receipt, WriteName
+from farstep.messages import Evaluation, PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.patience import Patience
 from farstep.presence import PRESENT
 from farstep.reader import Reader
@@ -65,6 +66,7 @@ class HttpLink(Link):
         )
         self._reader = Reader(self._server, spec.name, patience=self._patience)
         self._arrivals = Arrivals(self._parameters)
+        self._departures = Departures(self._parameters)
         self._version = 0
         self._process = os.getpid()
         try:
@@ -121,7 +123,11 @@ class HttpLink(Link):
         evaluation: Evaluation | None = None,
     ) -> StepReport:
         began = time.perf_counter()
-        present, sparse, payload = outgoing_gradients(gradients, self._parameters)
+        present: Sequence[int] = range(len(self._parameters))
+        sparse: Sequence[Sparse] = ()
+        payload = self._departures.payload(gradients)
+        if payload is None:
+            present, sparse, payload = outgoing_gradients(gradients, self._parameters)
         segments = None if len(present) == len(self._parameters) else to_ranges(present)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
@@ -243,7 +249,7 @@ class HttpLink(Link):
         self._spec = replace(
             self._spec, groups=(*self._spec.groups, options), parameters=(*self._spec.parameters, *parameters)
         )
-        self._parameters, self._arrivals = everything, arrivals
+        self._parameters, self._arrivals, self._departures = everything, arrivals, Departures(everything)
         return receipt.applied
 
     # -- reads ------------------------------------------------------------------------------------------------------
@@ -253,7 +259,7 @@ class HttpLink(Link):
 
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         self._parameters = list(parameters)
-        self._arrivals.rebind_(parameters)
+        self._arrivals.rebind_(parameters)  # the departures go by shapes and dtypes, which are the same
         return True
 
     def pull(self) -> int:
