@@ -20,11 +20,12 @@ from torch import Tensor
 from farstep.arrivals import Arrivals
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation
+from farstep.departures import Departures
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
 from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
-from farstep.messages import Evaluation, PushHead, PutHead, Receipt, WriteName
+from farstep.messages import Evaluation, PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.narrow_arrivals import NarrowArrivals
 from farstep.narrowing import Narrowing
 from farstep.patience import Patience
@@ -72,6 +73,7 @@ class HttpLink(Link):
             if self._wire_parameters is None
             else NarrowArrivals(self._parameters, self._wire_parameters)
         )
+        self._departures = Departures(self._parameters)
         self._narrowing = self._new_narrowing()
         self._version = 0
         self._process = os.getpid()
@@ -129,7 +131,11 @@ class HttpLink(Link):
         evaluation: Evaluation | None = None,
     ) -> StepReport:
         began = time.perf_counter()
-        present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
+        present: Sequence[int] = range(len(self._parameters))
+        sparse: Sequence[Sparse] = ()
+        payload = None if self._narrowing else self._departures.payload(gradients)
+        if payload is None:
+            present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
         segments = None if len(present) == len(self._parameters) else to_ranges(present)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
@@ -265,7 +271,7 @@ class HttpLink(Link):
         self._spec = replace(
             self._spec, groups=(*self._spec.groups, options), parameters=(*self._spec.parameters, *parameters)
         )
-        self._parameters, self._arrivals = everything, arrivals
+        self._parameters, self._arrivals, self._departures = everything, arrivals, Departures(everything)
         self._narrowing = self._new_narrowing()
         return receipt.applied
 
@@ -276,7 +282,7 @@ class HttpLink(Link):
 
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         self._parameters = list(parameters)
-        self._arrivals.rebind_(parameters)
+        self._arrivals.rebind_(parameters)  # the departures go by shapes and dtypes, which are the same
         return True
 
     def pull(self) -> int:

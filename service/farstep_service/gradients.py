@@ -67,7 +67,7 @@ class Contribution:
         rule.check_gradients(layout, groups, self.dense, self._announced)
         for each in sparse:
             _check_shape(layout.segments[each.segment], each)
-        self.nbytes = sum(self._size(index) for index in self.indices)
+        self.nbytes = self.on_wire.nbytes if self.is_whole else sum(self._size(index) for index in self.indices)
         self.check_s = 0.0
         self.buffers: FlatBuffers | None = None
         self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
@@ -82,13 +82,22 @@ class Contribution:
         )
 
     @property
-    def dense(self) -> list[int]:
+    def is_whole(self) -> bool:
+        """Say whether every segment has a dense gradient."""
+        return not self._announced and len(self.indices) == len(self.layout.segments)
+
+    @property
+    def dense(self) -> Sequence[int]:
         """Return the segments with a dense gradient."""
+        if not self._announced:
+            return self.indices
         return [index for index in self.indices if index not in self._announced]
 
     def allocate(self) -> list[memoryview]:
         """Take the memory and return it in the order of the wire."""
         self.buffers = FlatBuffers(self.on_wire, zero=False)
+        if not self._announced:
+            return memory_of(self.buffers, self.on_wire, self.indices)
         views: list[memoryview] = []
         dense: list[int] = []
         for index in self.indices:
@@ -228,6 +237,8 @@ def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.d
     first, *others = contributions
     layout = first.layout
     total = _total_of(first)
+    if not others and divisor == 1 and first.is_whole:
+        return Gradients(on_device(total, device))
     present = set(first.dense)
     sparse = {index: [first.widened(index)] for index in first.sparse}
     for other in others:

@@ -204,6 +204,15 @@ class Layout:
 
         The spans keep the order given, so their bytes one after the other are the bytes of the segments.
         """
+        if segments == range(len(self.segments)):
+            return self._whole
+        return self._spans(segments)
+
+    @cached_property
+    def _whole(self) -> list[tuple[int, int]]:
+        return self._spans(range(len(self.segments)))
+
+    def _spans(self, segments: Sequence[int]) -> list[tuple[int, int]]:
         spans: list[tuple[int, int]] = []
         for index in segments:
             if spans and spans[-1][1] == index and self._follows(index):
@@ -211,6 +220,20 @@ class Layout:
             else:
                 spans.append((index, index + 1))
         return spans
+
+    def stretch(self, first: int, last: int) -> int | None:
+        """Return the elements from segment `first` to before `last`, None if they are none, or not contiguous."""
+        known = self._stretches
+        if (first, last) not in known:
+            if len(known) > 2 * len(self.segments):
+                known.clear()
+            together = first < last and all(map(self._follows, range(first + 1, last)))
+            known[first, last] = self.segments[last - 1].stop - self.segments[first].offset if together else None
+        return known[first, last]
+
+    @cached_property
+    def _stretches(self) -> dict[tuple[int, int], int | None]:
+        return {}
 
     def _follows(self, index: int) -> bool:
         """Say whether a segment begins where the one before it ends."""

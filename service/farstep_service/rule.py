@@ -217,12 +217,20 @@ class ElementwiseRule(Rule[H]):
     """Which optional fields are in use so often together that kernels for them are built ahead."""
 
 
+PASSES = 8
+"""How often a rule that looks at whole tensors goes through them, about."""
+
+
 class TensorRule(Rule[H]):
     """A rule that looks at a parameter as a whole, for its norm or its product with others.
 
     `update` gets one parameter in its shape and dtype, contiguous, and its state fields in theirs; its scalars are
     Python floats. A parameter without elements is left out.
     """
+
+    def step_bytes(self, layout: Layout, groups: Sequence[H]) -> int:
+        """Return more than the parameters' bytes: norms and products go through them several times."""
+        return PASSES * layout.nbytes
 
     def check_gradients(self, layout: Layout, groups: Sequence[H], dense: Iterable[int], sparse: Iterable[int]) -> None:
         """Refuse gradients of complex parameters, which no such rule of torch takes, and sparse ones."""

@@ -63,10 +63,10 @@ def raw(server: RunningServer) -> Iterator[RawClient]:
 
 @pytest.fixture(scope="module")
 def process(server: RunningServer, raw: RawClient) -> Process:
-    """Return the process after all of its code has run once."""
-    (warm,) = raw.begun("warm", parameters=(torch.zeros(200_000),))
+    """Return the process after all of its code has run once, the threads for large sessions included."""
+    (warm,) = raw.begun("warm", parameters=(torch.zeros(400_000),))
     for _ in range(3):
-        warm.push([torch.ones(200_000)])
+        warm.push([torch.ones(400_000)])
         warm.pull()
     raw.request("DELETE", warm.path)
     return Process(server)

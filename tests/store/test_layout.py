@@ -101,3 +101,16 @@ def test_too_many_segments_are_refused():
     with pytest.raises(LimitExceeded) as caught:
         Layout.build(specs)
     assert caught.value.limit == MAX_SEGMENTS
+
+
+def test_a_stretch_is_contiguous_or_none() -> None:
+    """Segments of one buffer that follow on each other have a common length; others, and no segments, have none."""
+    layout = Layout.build(
+        [SegmentSpec("a", (2,), "float32"), SegmentSpec("b", (3,), "float32"), SegmentSpec("c", (1,), "float64")]
+    )
+    for _ in range(2):  # the second time it is remembered
+        assert layout.stretch(0, 2) == 5
+        assert layout.stretch(1, 2) == 3
+        assert layout.stretch(1, 3) is None
+        assert layout.stretch(2, 2) is None
+    assert layout.spans(range(3)) == layout.spans([0, 1, 2]) == [(0, 2), (2, 3)]

@@ -10,9 +10,9 @@ from pathlib import Path
 import msgpack
 import pytest
 
-from farstep.errors import InvalidRequest, LimitExceeded, Truncated
+from farstep.errors import FarstepError, InvalidRequest, LimitExceeded, Truncated
 from farstep.wire import Limits, encode
-from farstep.wire.header import parse_header
+from farstep.wire.header import pack_header, parse_header
 from tests.wire.driving import read
 
 COMPILED = msgpack.Unpacker.__module__ != "msgpack.fallback"
@@ -253,3 +253,15 @@ def test_the_same_without_the_c_extension():
     )
     assert done.returncode == 0, done.stdout
     assert "skipped" not in done.stdout
+
+
+@pytest.mark.parametrize("filler", [0, 5000], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "value",
+    [(1, 2), {1: "one"}, 2**63, [[[[[[[[]]]]]]]], {"at": msgpack.Timestamp(1)}, {"code": msgpack.ExtType(1, b"")}],
+    ids=["tuple", "number as key", "wide int", "deep", "timestamp", "extension"],
+)
+def test_what_no_reader_accepts_is_not_written(value: object, filler: int) -> None:
+    """A short header, which is not read back before it is sent, is held to the same rules as a long one."""
+    with pytest.raises(FarstepError):
+        pack_header({"filler": [0] * filler, "value": value})

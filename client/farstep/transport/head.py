@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import httpx
@@ -17,6 +18,8 @@ import httpx
 MAX_HEAD_BYTES: Final = 65536
 MAX_HEADERS: Final = 256
 END: Final = b"\r\n\r\n"
+HEADS_KEPT: Final = 32
+"""Heads that are remembered: those of one step after the other are alike."""
 
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([^\x00\r\n]*))?")
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00\r\n]*)")
@@ -41,7 +44,7 @@ class ResponseHead:
     status: int
     reason: bytes
     version: bytes
-    headers: list[tuple[bytes, bytes]]
+    headers: tuple[tuple[bytes, bytes], ...]
     length: int | None
     chunked: bool
     reusable: bool
@@ -56,7 +59,7 @@ _HTTPX_ACCEPTS = _default_accept_encoding()
 
 
 def request_head(request: httpx.Request, body_bytes: int | None) -> bytes:
-    """Return the head of a request.
+    """Return the head of a request; one step's is the one of the step before, mostly.
 
     Args:
         request: its own `Content-Length` and `Transfer-Encoding` are replaced by what `body_bytes` says. The
@@ -67,14 +70,18 @@ def request_head(request: httpx.Request, body_bytes: int | None) -> bytes:
     Raises:
         httpx.LocalProtocolError: a header or the target holds what would end the line.
     """
-    raw = request.headers.raw
-    lines = [b"%s %s HTTP/1.1" % (request.method.encode("ascii"), request.url.raw_path)]
+    return _request_head(request.method, request.url.raw_path, tuple(request.headers.raw), body_bytes)
+
+
+@lru_cache(maxsize=HEADS_KEPT)
+def _request_head(method: str, target: bytes, raw: tuple[tuple[bytes, bytes], ...], body_bytes: int | None) -> bytes:
+    lines = [b"%s %s HTTP/1.1" % (method.encode("ascii"), target)]
     lines += [b"%s: %s" % (name, value) for name, value in raw if name.lower() not in _FRAMING]
     accepted = [value for name, value in raw if name.lower() == b"accept-encoding" and value != _HTTPX_ACCEPTS]
     lines.append(b"Accept-Encoding: " + (b", ".join(accepted) or b"identity"))
     if body_bytes is None:
         lines.append(b"Transfer-Encoding: chunked")
-    elif body_bytes or request.method in ("POST", "PUT", "PATCH"):
+    elif body_bytes or method in ("POST", "PUT", "PATCH"):
         lines.append(b"Content-Length: %d" % body_bytes)
     head = b"\r\n".join(lines) + END
     breaks = len(lines) + 1
@@ -85,6 +92,7 @@ def request_head(request: httpx.Request, body_bytes: int | None) -> bytes:
     return head
 
 
+@lru_cache(maxsize=HEADS_KEPT)
 def response_head(block: bytes, method: str) -> ResponseHead:
     """Return what the head of a response says.
 
@@ -124,7 +132,7 @@ def response_head(block: bytes, method: str) -> ResponseHead:
         status=status,
         reason=status_line[3] or b"",
         version=version,
-        headers=headers,
+        headers=tuple(headers),
         length=length,
         chunked=chunked,
         reusable=(

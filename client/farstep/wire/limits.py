@@ -47,5 +47,10 @@ class Limits:
         if self.frame_bytes > 0xFFFF_FFFF:
             raise ValueError(f"Invalid frame_bytes={self.frame_bytes}. A msgpack bin ends at 4 GiB - 1.")
 
+    @property
+    def least(self) -> int:
+        """Return the bytes of a header that cannot pass any bound but that of `depth`."""
+        return min(self.header_bytes, self.map_len, self.array_len, self.str_bytes, self.bin_bytes, self.containers)
+
 
 DEFAULT_LIMITS = Limits()

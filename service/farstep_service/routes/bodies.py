@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
 import xxhash
@@ -207,7 +208,8 @@ async def answer_pieces(
         await send({"type": "http.response.body", "body": b"".join(pieces)})
         return
     body, tail = _split(pieces)
-    for piece in body:
+    heads = len(list(takewhile(lambda piece: isinstance(piece, bytes), body)))
+    for piece in [b"".join(body[:heads]), *body[heads:]]:
         await _write(send, piece)
     await _write(send, tail)
     await send({"type": "http.response.body", "body": b""})

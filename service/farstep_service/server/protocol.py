@@ -17,10 +17,13 @@ from typing import Any, cast
 
 import httptools
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
+from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from farstep.errors import FarstepError, InvalidRequest, LimitExceeded
 from farstep_service.routes import PROBLEM, RECEIVE_INTO, Pace, Sink, problem_of
+from farstep_service.server.answering import Answering
 from farstep_service.server.receiving import Reading
 
 MAX_HEAD_BYTES = 32 * 1024
@@ -160,6 +163,11 @@ class Protocol(HttpToolsProtocol):
         self.cycle.message_event.set()
 
     # -- the answer -------------------------------------------------------------------------------------------------
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        answering = Answering(cast(ASGIApp, app), self.transport)
+        cycle.transport = cast(asyncio.Transport, answering)
+        super()._start_asgi_task(cycle, cast(ASGI3Application, answering))
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from typing import Self, final
 
 import torch
@@ -43,13 +42,10 @@ class Buffers(ABC):
 
     def span(self, first: int, last: int) -> Tensor | None:
         """Return the flat memory of the segments from `first` to before `last`, None if it is not one piece."""
-        segments = self.layout.segments[first:last]
-        if not segments or any(index in self.borders for index in range(first + 1, last)):
+        if self.borders and any(index in self.borders for index in range(first + 1, last)):
             return None
-        for before, segment in pairwise(segments):
-            if segment.offset != before.stop or segment.buffer != before.buffer:
-                return None
-        return self.stretch(first, segments[-1].stop - segments[0].offset)
+        length = self.layout.stretch(first, last)
+        return None if length is None else self.stretch(first, length)
 
     def segment(self, index: int) -> Tensor:
         """Return a segment as its parameter looks: its shape, its dtype. It shares memory with the buffer."""
