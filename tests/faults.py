@@ -1,4 +1,4 @@
-"""A TCP proxy that does to a connection what networks do: cut it anywhere, lose answers, fall silent, be away.
+"""A proxy that does to a connection what networks do: cut it anywhere, lose answers, fall silent, be away.
 
     with faulty(server.port) as network:
         optimizer = Adagrad(..., server=network.url)
@@ -10,6 +10,7 @@ Faults are used up one by one, each by the next bytes that move in its direction
 
 from __future__ import annotations
 
+import os
 import selectors
 import socket
 import threading
@@ -34,16 +35,24 @@ class Fault:
 
 
 class Network:
-    """A proxy in front of a port of this machine.
+    """A proxy in front of a server on this machine.
+
+    Args:
+        to: the server's port; or the path of its socket, and the proxy is a socket beside it.
 
     Attributes:
         down: whether connections are refused and the open ones cut, until it is set to False again.
         moved: the bytes that have gone each way.
     """
 
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
+    def __init__(self, to: int | str) -> None:
+        self._to = to
+        if isinstance(to, str):
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            self._listener.bind(f"{to}.p")
+            self._listener.listen()
+        else:
+            self._listener = socket.create_server(("127.0.0.1", 0))
         self._wake, self._woken = socket.socketpair()
         self._faults: deque[Fault] = deque()
         self._pairs: dict[socket.socket, tuple[socket.socket, Way]] = {}
@@ -58,6 +67,8 @@ class Network:
     @property
     def url(self) -> str:
         """Return where clients find it."""
+        if isinstance(self._to, str):
+            return f"unix://{self._listener.getsockname()}"
         return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def cut_request(self, *, after: int) -> None:
@@ -95,6 +106,8 @@ class Network:
         self._thread.join()
         for each in (*self._pairs, self._listener, self._wake, self._woken):
             each.close()
+        if isinstance(self._to, str):
+            os.unlink(f"{self._to}.p")
 
     def _add(self, fault: Fault) -> None:
         with self._lock:
@@ -121,14 +134,26 @@ class Network:
             client.close()
             return
         try:
-            server = socket.create_connection(("127.0.0.1", self._port))
+            server = self._reach()
         except OSError:
             client.close()
             return
         self._pairs |= {client: (server, "request"), server: (client, "response")}
         for sock in (client, server):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            if not isinstance(self._to, str):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._selector.register(sock, selectors.EVENT_READ)
+
+    def _reach(self) -> socket.socket:
+        if not isinstance(self._to, str):
+            return socket.create_connection(("127.0.0.1", self._to))
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(self._to)
+        except OSError:
+            sock.close()
+            raise
+        return sock
 
     def _move(self, sock: socket.socket) -> None:
         other, way = self._pairs[sock]
@@ -183,9 +208,9 @@ class Network:
 
 
 @contextmanager
-def faulty(port: int) -> Iterator[Network]:
+def faulty(to: int | str) -> Iterator[Network]:
     """Put a network in front of a server on this machine, until the end of the block."""
-    network = Network(port)
+    network = Network(to)
     try:
         yield network
     finally:

@@ -15,6 +15,7 @@ import httpx
 
 from farstep.errors import FarstepError, InvalidOption, InvalidRequest, Unauthorized, Unavailable, from_problem
 from farstep.transport import DEADLINE_S, NAMED, Pieces, SocketTransport, body_of
+from farstep.unix import dialer, path_of_url
 from farstep.wire import Decoder, encode
 
 MSGPACK = "application/msgpack"
@@ -22,6 +23,8 @@ FILE = "application/octet-stream"
 CHUNK_BYTES = 1 << 20
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
+LOCAL = "http://localhost"
+"""What requests to a server at a path name as their origin; HTTP wants one."""
 FROM_PROXIES = frozenset({502, 503, 504})
 """What a proxy answers while the server behind it is away."""
 
@@ -41,7 +44,7 @@ class Conversation:
     """Speak with one server.
 
     Args:
-        server: its URL.
+        server: its URL; one of a path (`unix:///...`) is reached through that socket.
         token: its bearer token, None where it asks for none.
         transport: what carries the bytes; the default moves them without copies.
         read_timeout_s: longest silence of the server, and longest wait for a connection up to 10 s.
@@ -58,9 +61,14 @@ class Conversation:
         self.server = server
         headers = {"authorization": f"Bearer {token}"} if token else {}
         timeout = httpx.Timeout(min(CONNECT_TIMEOUT_S, read_timeout_s), read=read_timeout_s, write=read_timeout_s)
-        self._transport = transport or SocketTransport()
+        path = path_of_url(server)
+        self._transport = transport or (SocketTransport() if path is None else SocketTransport(dial=dialer(path)))
         self._client = httpx.Client(
-            base_url=server, headers=headers, timeout=timeout, transport=self._transport, trust_env=False
+            base_url=server if path is None else LOCAL,
+            headers=headers,
+            timeout=timeout,
+            transport=self._transport,
+            trust_env=False,
         )
         self._urls: dict[str, httpx.URL] = {}
 
@@ -87,11 +95,11 @@ class Conversation:
         extensions = self._extensions(0.0) | ({} if within_s is None else {DEADLINE_S: within_s})
         response = self._client.request(method, path, content=content, headers=headers, extensions=extensions)
         if not response.is_success:
-            raise problem_of(response)
+            raise self._problem(response)
         try:
             return cast("dict[str, Any]", response.json()) if response.content else {}
         except ValueError as exc:
-            raise _foreign(response) from exc
+            raise self._foreign(response) from exc
 
     def _extensions(self, wait_s: float) -> dict[str, Any]:
         timeout = self._client.timeout.as_dict()
@@ -127,7 +135,7 @@ class Conversation:
         try:
             if not response.is_success:
                 response.read()
-                raise problem_of(response)
+                raise self._problem(response)
             began = time.perf_counter()
             decoder = Decoder(place, side="client")
             body = body_of(response)
@@ -159,7 +167,7 @@ class Conversation:
         try:
             if not response.is_success:
                 response.read()
-                raise problem_of(response)
+                raise self._problem(response)
             body, buffer, received = body_of(response), memoryview(bytearray(CHUNK_BYTES)), 0
             while count := body.readinto(buffer):
                 take(buffer[:count])
@@ -186,10 +194,10 @@ class Conversation:
         try:
             response.read()
             if not response.is_success:
-                raise problem_of(response)
+                raise self._problem(response)
             return cast("dict[str, Any]", response.json())
         except ValueError as exc:
-            raise _foreign(response) from exc
+            raise self._foreign(response) from exc
         finally:
             response.close()
 
@@ -216,26 +224,24 @@ class Conversation:
         """Close every connection."""
         self._client.close()
 
+    def _problem(self, response: httpx.Response) -> FarstepError:
+        """Return the error that an answer other than 2xx stands for."""
+        try:
+            document = response.json()
+        except ValueError:
+            document = None
+        if isinstance(document, dict) and "code" in document:
+            return from_problem(document, response.status_code)
+        if response.status_code == 401:
+            return Unauthorized(f"{self.server} asks for credentials.", remedy="Give token=... or set FARSTEP_TOKEN.")
+        if response.status_code in FROM_PROXIES:
+            return Unavailable(f"a proxy answered {response.status_code} in the server's place", side="client")
+        return self._foreign(response)
 
-def problem_of(response: httpx.Response) -> FarstepError:
-    """Return the error that an answer other than 2xx stands for."""
-    try:
-        document = response.json()
-    except ValueError:
-        document = None
-    if isinstance(document, dict) and "code" in document:
-        return from_problem(document, response.status_code)
-    if response.status_code == 401:
-        return Unauthorized(f"{response.url.host} asks for credentials.", remedy="Give token=... or set FARSTEP_TOKEN.")
-    if response.status_code in FROM_PROXIES:
-        return Unavailable(f"a proxy answered {response.status_code} in the server's place", side="client")
-    return _foreign(response)
-
-
-def _foreign(response: httpx.Response) -> InvalidRequest:
-    server = f"{response.url.scheme}://{response.url.netloc.decode()}"
-    return InvalidRequest(
-        f"{server} does not answer as a farstep server does: it said {response.status_code} to {response.url.path}.",
-        remedy="Check that the URL is a farstep server's and that no proxy answers in its place.",
-        side="client",
-    )
+    def _foreign(self, response: httpx.Response) -> InvalidRequest:
+        return InvalidRequest(
+            f"{self.server} does not answer as a farstep server does: it said {response.status_code} to "
+            f"{response.url.path}.",
+            remedy="Check that the URL is a farstep server's and that no proxy answers in its place.",
+            side="client",
+        )

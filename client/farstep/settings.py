@@ -22,6 +22,7 @@ import httpx
 
 from farstep.consistency import Async, Consistency, Sync
 from farstep.errors import InvalidOption
+from farstep.unix import check_path, path_of_url
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 NonFinitePolicy = Literal["refuse", "allow"]
@@ -31,7 +32,8 @@ KernelChoice = Literal["auto", "reference", "fused"]
 class RemoteOptions(TypedDict, total=False):
     """The keyword-only options every farstep optimizer takes beside torch's own.
 
-    server: URL of a farstep server; without one the optimizer runs embedded in this process.
+    server: URL of a farstep server, `unix:///path` for one at a socket of this machine; without one the optimizer runs
+        embedded in this process.
     session: the name to create or join; without one the session is private to this optimizer and removed with it.
     worker: this worker's name in the session. A sync step reduces gradients in the order of these names.
     token: the server's bearer token.
@@ -75,7 +77,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     """Complete remote options from the environment and check them.
 
     Raises:
-        InvalidOption: on an unknown option, a URL that is not http(s), or a name that cannot be one.
+        InvalidOption: on an unknown option, a URL that is not http(s) or unix, or a name that cannot be one.
     """
     unknown = sorted(set(options) - set(RemoteOptions.__annotations__))
     if unknown:
@@ -87,13 +89,8 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     kernel = options.get("kernel", "auto")
     nonfinite = options.get("nonfinite") or ("refuse" if server else "allow")
     timeout_s = options.get("timeout_s", 60.0)
-    if server is not None and not _is_http(server):
-        raise InvalidOption(
-            f"Invalid server: {server!r}.",
-            remedy="Give a URL such as http://127.0.0.1:7171.",
-            field="server",
-            side="client",
-        )
+    if server is not None:
+        _check_server(server)
     for name, value in (("session", session), ("worker", worker)):
         if value is not None and not NAME.fullmatch(value):
             raise InvalidOption(
@@ -154,6 +151,19 @@ def of_copy(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         InvalidOption: see `resolve`.
     """
     return resolve(options, {key: environment[key] for key in ("FARSTEP_TOKEN",) if key in environment})
+
+
+def _check_server(server: str) -> None:
+    path = path_of_url(server)
+    if path is not None:
+        check_path(path, field="server", side="client")
+    elif not _is_http(server):
+        raise InvalidOption(
+            f"Invalid server: {server!r}.",
+            remedy="Give a URL such as http://127.0.0.1:7171 or unix:///run/farstep/server.sock.",
+            field="server",
+            side="client",
+        )
 
 
 def _is_http(server: str) -> bool:

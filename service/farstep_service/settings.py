@@ -19,6 +19,8 @@ class Settings:
     Attributes:
         host: address to listen on; loopback unless told otherwise.
         port: TCP port, 0 for any free one.
+        tcp: listen on that address and port.
+        unix: path of a socket to listen at, which only this process's user may use; "" for none.
         device: torch device of the sessions: `cpu`, `cuda`, `cuda:1`.
         tokens: accepted bearer tokens; none means that nobody has to show one.
         insecure_no_auth: allow another address than loopback without a token.
@@ -31,6 +33,8 @@ class Settings:
 
     host: str = DEFAULT_HOST
     port: int = DEFAULT_PORT
+    tcp: bool = True
+    unix: str = ""
     device: str = "cpu"
     tokens: tuple[str, ...] = ()
     insecure_no_auth: bool = False
@@ -48,7 +52,11 @@ class Settings:
                     remedy="Make one with `openssl rand -hex 32`.",
                     field="token",
                 )
-        if not self.tokens and not self.insecure_no_auth and not is_loopback(self.host):
+        if not self.tcp and not self.unix:
+            raise InvalidOption(
+                "There is nothing to listen on: no TCP port and no socket.", remedy="Give --unix PATH.", field="tcp"
+            )
+        if self.tcp and not self.tokens and not self.insecure_no_auth and not is_loopback(self.host):
             raise InvalidOption(
                 f"Refusing to listen on {self.host} without a token: whoever reaches it could change every session.",
                 remedy="Set FARSTEP_TOKEN (or --token-file), listen on 127.0.0.1, or pass --insecure-no-auth.",

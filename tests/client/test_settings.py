@@ -7,6 +7,7 @@ import pytest
 from farstep.consistency import Async, Sync
 from farstep.errors import InvalidOption
 from farstep.settings import NAME, RemoteOptions, resolve
+from farstep.unix import MAX_PATH_BYTES
 
 
 def test_nothing_said_means_embedded_private_and_async() -> None:
@@ -43,6 +44,13 @@ def test_arguments_win_over_the_environment() -> None:
     assert (place.server, place.worker, place.consistency) == ("https://other", "w1", Sync(workers=2))
 
 
+def test_a_server_may_be_a_path() -> None:
+    """A unix URL holds an absolute path, taken as it is."""
+    assert resolve({"server": "unix:///run/a b%20c/server.sock"}, {}).server == "unix:///run/a b%20c/server.sock"
+    longest = "unix:///" + "a" * (MAX_PATH_BYTES - 1)
+    assert resolve({}, {"FARSTEP_SERVER": longest}).server == longest
+
+
 def test_a_token_does_not_appear_in_a_repr() -> None:
     """What is printed or logged about a place holds no secret."""
     assert "secret" not in repr(resolve(RemoteOptions(token="secret-secret-secret"), {}))
@@ -55,6 +63,10 @@ def test_a_token_does_not_appear_in_a_repr() -> None:
         {"server": "ftp://box"},
         {"server": "http://[::1"},
         {"server": "http://box:99999"},
+        {"server": "unix://relative/path"},
+        {"server": "unix://"},
+        {"server": "unix:///run/"},
+        {"server": "unix:///" + "a" * 107},
         {"session": "../etc"},
         {"session": "a" * 64},
         {"worker": "w 0"},

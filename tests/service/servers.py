@@ -59,6 +59,11 @@ class RunningServer:
         return int(self.said["port"])
 
     @property
+    def unix(self) -> str:
+        """Return the URL of its socket, "" if it has none."""
+        return str(self.said["unix"])
+
+    @property
     def pid(self) -> int:
         """Return the process that serves now."""
         return self.process.pid

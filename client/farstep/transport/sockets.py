@@ -96,7 +96,7 @@ class SocketTransport(httpx.BaseTransport):
             because httpx ignores its own `verify` when it is given a transport.
         idle_connections: connections kept open for each origin between requests.
         idle_s: seconds after which such a connection is not used again.
-        dial: makes the connected sockets; another one connects elsewhere, say to a unix socket.
+        dial: makes the connected sockets; another one connects elsewhere, as `farstep.unix` does.
     """
 
     def __init__(

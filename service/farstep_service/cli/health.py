@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 import typer
 
+from farstep.errors import FarstepError, InvalidOption
+from farstep.unix import check_path, connected, path_of_url
 from farstep_service.cli.output import FAILED, JsonOutput, print_json, reporting, size
 from farstep_service.cli.remote import Server, Token, conversation, document_of, documents_of, own_server
 from farstep_service.cli.sessions import print_sessions
@@ -37,22 +39,44 @@ def fault_of(server: str, timeout_s: float) -> str:
     The standard library asks, because this runs every few seconds in a new process, and httpx takes longer to import.
     """
     try:
-        url = urlsplit(server)
-        kind = {"http": HTTPConnection, "https": HTTPSConnection}[url.scheme]
-        connection = kind(url.hostname or "", url.port, timeout=timeout_s)
-    except (ValueError, KeyError):
+        connection, base = _connection(server, timeout_s)
+    except (ValueError, KeyError, InvalidOption):
         return f"that is no URL of a server; give one such as {own_server()}"
     try:
-        connection.request("GET", url.path.rstrip("/") + "/healthz")
+        connection.request("GET", base + "/healthz")
         answer = connection.getresponse()
         if answer.status != 200:
             return f"answers {answer.status}"
         return "" if HEALTHY in answer.read(1024).replace(b" ", b"") else "answers, but is not a farstep server"
+    except FarstepError as exc:
+        return f"no answer: {exc.detail}"
     except (OSError, HTTPException, ValueError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else None
         return f"no answer: {reason or str(exc) or type(exc).__name__}"
     finally:
         connection.close()
+
+
+def _connection(server: str, timeout_s: float) -> tuple[HTTPConnection, str]:
+    """Return a connection to a server, not yet open, and what its paths begin with."""
+    path = path_of_url(server)
+    if path is not None:
+        check_path(path, field="server", side="client")
+        return _UnixConnection(path, timeout_s), ""
+    url = urlsplit(server)
+    kind = {"http": HTTPConnection, "https": HTTPSConnection}[url.scheme]
+    return kind(url.hostname or "", url.port, timeout=timeout_s), url.path.rstrip("/")
+
+
+class _UnixConnection(HTTPConnection):
+    """A connection to a socket at a path."""
+
+    def __init__(self, path: str, timeout_s: float) -> None:
+        super().__init__("localhost", timeout=timeout_s)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = connected(self._path, self.timeout)
 
 
 def status(server: Server, token: Token = None, json_output: JsonOutput = False) -> None:

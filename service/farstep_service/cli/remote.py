@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farstep.errors import FarstepError, InvalidOption, InvalidRequest, Unavailable
+from farstep.unix import url_of_path
 from farstep_service.settings import DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ READ_TIMEOUT_S = 10.0
 
 def own_server() -> str:
     """Return the URL of the server that `farstep serve` starts on this machine in this environment."""
+    if path := os.environ.get("FARSTEP_SERVE_UNIX"):
+        return url_of_path(path)
     return f"http://127.0.0.1:{os.environ.get('FARSTEP_SERVE_PORT') or DEFAULT_PORT}"
 
 

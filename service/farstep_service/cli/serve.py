@@ -51,6 +51,10 @@ def serve(
     port: Annotated[
         int, option("--port", "TCP port; 0 for any free one.", metavar="N", min=0, max=65535)
     ] = DEFAULT_PORT,
+    unix: Annotated[
+        str, option("--unix", "Also listen at a socket, for this user on this machine only.", metavar="PATH")
+    ] = DEFAULTS.unix,
+    no_tcp: Annotated[bool, option("--no-tcp", "Listen at the socket only.")] = not DEFAULTS.tcp,
     device: Annotated[
         str, option("--device", "Where sessions live: cpu, cuda, cuda:1.", metavar="NAME")
     ] = DEFAULTS.device,
@@ -84,6 +88,8 @@ def serve(
         settings = Settings(
             host=host,
             port=port,
+            tcp=not no_tcp,
+            unix=unix,
             device=device,
             tokens=tokens_of(os.environ.get(TOKEN_VARIABLE, ""), token_file),
             insecure_no_auth=insecure_no_auth,
@@ -101,11 +107,12 @@ def serve(
                         "url": listening.url,
                         "address": listening.address,
                         "port": listening.port,
+                        "unix": listening.unix,
                         "device": listening.device,
                         "steps": listening.steps,
                         "threads": listening.threads,
                         "kernels": listening.kernels,
-                        "docs": f"{listening.url}/docs",
+                        "docs": f"{listening.url}/docs" if listening.port else "",
                         "tokens": len(settings.tokens),
                         "durable": False,
                         "version": __version__,
@@ -177,18 +184,21 @@ def tokens_of(variable: str, file: Path | None) -> tuple[str, ...]:
 
 def banner(listening: Listening, settings: Settings) -> list[str]:
     """Return the lines that a person sees when the server has started."""
-    wide = "" if is_loopback(listening.address) else f" (listens on {listening.address}, reachable from other machines)"
+    local = not listening.port or is_loopback(listening.address)
+    wide = "" if local else f" (listens on {listening.address}, reachable from other machines)"
+    also = f" and {listening.unix}" if listening.port and listening.unix else ""
+    docs = f"{listening.url}/docs" if listening.port else "/docs, over the socket"
     if settings.tokens:
         auth = f"on: {len(settings.tokens)} token{'s' if len(settings.tokens) > 1 else ''}"
     elif wide:
         auth = "OFF: whoever reaches this machine can read and change every session"
     else:
-        auth = "off: loopback only"
+        auth = "off: loopback only" if listening.port else "off: this user only"
     return [
-        f"farstep {__version__} serves at {listening.url}{wide}",
+        f"farstep {__version__} serves at {listening.url}{wide}{also}",
         f"  device  {listening.device}; steps at once: {listening.steps}, CPU threads in each: {listening.threads}; "
         f"{listening.kernels}",
-        f"  docs    {listening.url}/docs{', with the token' if settings.tokens else ''}",
+        f"  docs    {docs}{', with the token' if settings.tokens else ''}",
         f"  auth    {auth}",
         "  data    memory only: sessions end with the server",
     ]

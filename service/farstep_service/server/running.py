@@ -1,6 +1,6 @@
 """Run one server in this process, from the first look at its settings to the last answer.
 
-bind          the port is taken and listens: of two servers started at once, one is refused
+bind          port and path are taken and listened on: of two servers started at once, one is refused
 threads       chosen before torch is loaded, which reads them from the environment once
 load          torch and the application; a client that has connected meanwhile waits
 serve         `announce` is called when requests are answered
@@ -13,14 +13,18 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import TypedDict
 
 import uvicorn
 
+from farstep.unix import url_of_path
 from farstep_service.server.address import BACKLOG, bind, url_of
 from farstep_service.server.machine import check_device, check_device_name, keep_freed_memory, kernels_at_hand, tune_
+from farstep_service.server.socket_file import listening as listening_at
 from farstep_service.settings import Settings
 
 GRACE_S = 8
@@ -35,8 +39,9 @@ class Listening:
 
     Attributes:
         url: where a client on this machine reaches it.
-        address: the address it listens on.
-        port: its TCP port.
+        address: the address it listens on, "" without TCP.
+        port: its TCP port, 0 without TCP.
+        unix: the URL of its socket, "" without one.
         device: where sessions live.
         steps: how many large steps may run at once.
         threads: CPU threads within one step.
@@ -50,13 +55,14 @@ class Listening:
     steps: int
     threads: int
     kernels: str
+    unix: str = ""
 
 
 def run(settings: Settings, announce: Callable[[Listening], None], *, log_level: str = "info") -> None:
     """Serve until SIGTERM or SIGINT, then finish what is in flight and return.
 
     Raises:
-        InvalidOption: the address, the port or the device cannot be had.
+        InvalidOption: the address, the port, the path or the device cannot be had.
         SystemExit: a signal came while the server was still loading.
     """
     server: uvicorn.Server | None = None
@@ -70,7 +76,7 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
         signal.signal(number, leave)  # uvicorn puts its own in front, and repeats to ours what it caught
     _log_to_stderr(log_level)
     check_device_name(settings.device)
-    with bind(settings.host, settings.port) as sock:
+    with _sockets(settings) as sockets:
         tune_(os.environ, settings.threads)
         keep_freed_memory()
 
@@ -82,9 +88,7 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
         from farstep_service.server.protocol import Protocol
 
         listening = Listening(
-            url=url_of(sock),
-            address=sock.getsockname()[0],
-            port=sock.getsockname()[1],
+            **_places(settings, sockets[0]),
             device=settings.device,
             steps=settings.threads,
             threads=torch.get_num_threads(),
@@ -107,7 +111,32 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
             log_config=None,
         )
         server = _Announcing(config, lambda: announce(listening))
-        server.run(sockets=[sock])
+        server.run(sockets=sockets)
+
+
+@contextmanager
+def _sockets(settings: Settings) -> Iterator[list[socket.socket]]:
+    """Yield the sockets that listen, that of TCP first."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(bind(settings.host, settings.port))] if settings.tcp else []
+        if settings.unix:
+            sockets.append(stack.enter_context(listening_at(settings.unix)))
+        yield sockets
+
+
+def _places(settings: Settings, first: socket.socket) -> _Places:
+    unix = url_of_path(settings.unix) if settings.unix else ""
+    if not settings.tcp:
+        return {"url": unix, "address": "", "port": 0, "unix": unix}
+    address, port = first.getsockname()[:2]
+    return {"url": url_of(first), "address": address, "port": port, "unix": unix}
+
+
+class _Places(TypedDict):
+    url: str
+    address: str
+    port: int
+    unix: str
 
 
 class _Announcing(uvicorn.Server):

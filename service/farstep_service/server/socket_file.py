@@ -1,0 +1,104 @@
+"""Where a server listens on this machine only: a socket file that nobody but its user may use.
+
+The file has mode 0600 before the socket listens, and its directory must not let others put something in its place. One
+that a server left behind when it was killed is removed if, and only if, nobody listens on it; of two servers started at
+once, which would both find it, the directory's lock lets one look at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from farstep.errors import InvalidOption
+from farstep.unix import check_path
+from farstep_service.server.address import BACKLOG
+
+OWNER_ONLY = 0o600
+ASK_WITHIN_S = 1.0
+"""How long a socket that is there may take to accept; one that is too busy to is in use."""
+
+
+@contextmanager
+def listening(path: str) -> Iterator[socket.socket]:
+    """Yield a socket that listens at a path, and remove its file afterwards.
+
+    Raises:
+        InvalidOption: it cannot be had; the error says why and what to do.
+    """
+    check_path(path, field="unix", side="server")
+    try:
+        sock, identity = _bind(path)
+    except OSError as exc:
+        raise InvalidOption(
+            f"Cannot listen at {path}: {exc.strerror}.",
+            remedy="Choose a path in a directory that is there and that this user may write to.",
+            field="unix",
+        ) from exc
+    try:
+        with sock:
+            yield sock
+    finally:
+        with suppress(FileNotFoundError):
+            if _identity(os.lstat(path)) == identity:  # else another one has taken its place
+                os.unlink(path)
+
+
+def _bind(path: str) -> tuple[socket.socket, tuple[int, int]]:
+    directory = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _check_directory(path, os.fstat(directory))
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        _remove_stale(path)
+        sock.bind(path)
+        os.chmod(path, OWNER_ONLY)
+        sock.listen(BACKLOG)
+        return sock, _identity(os.lstat(path))
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        os.close(directory)
+
+
+def _check_directory(path: str, found: os.stat_result) -> None:
+    if found.st_mode & stat.S_IWOTH or found.st_uid not in (0, os.geteuid()):
+        whose = "every user may write to" if found.st_mode & stat.S_IWOTH else "belongs to another user"
+        raise InvalidOption(
+            f"Refusing to listen at {path}: its directory {whose}, who could put a socket of their own there.",
+            remedy="Choose a directory of this user's own, such as $XDG_RUNTIME_DIR or /run/farstep.",
+            field="unix",
+        )
+
+
+def _remove_stale(path: str) -> None:
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(found.st_mode):
+        raise InvalidOption(
+            f"Cannot listen at {path}: something that is not a socket is there.",
+            remedy="Choose another --unix path, or move it away.",
+            field="unix",
+        )
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        asking.settimeout(ASK_WITHIN_S)
+        refused = asking.connect_ex(path)
+    if refused != errno.ECONNREFUSED:
+        raise InvalidOption(
+            f"Cannot listen at {path}: another program, perhaps another server of ours, has it.",
+            remedy="Choose another --unix path, or end that server.",
+            field="unix",
+        )
+    os.unlink(path)
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
