@@ -7,7 +7,7 @@ worker knows, so a parameter that differs from it was edited here since.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,16 +21,18 @@ class Arrivals:
 
     Args:
         parameters: the tensors that arrive, in the session's order.
+        flat: memory to use, by dtype as large as these take; without it, memory of its own.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], flat: Mapping[torch.dtype, Tensor] | None = None) -> None:
         sizes: dict[torch.dtype, int] = {}
         places: list[tuple[torch.dtype, int]] = []
         for p in parameters:
             offset = sizes.get(p.dtype, 0)
             places.append((p.dtype, offset))
             sizes[p.dtype] = offset + p.numel()
-        flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+        if flat is None:
+            flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
         self._staged = [
             flat[dtype][offset : offset + p.numel()].view(p.shape)
             for (dtype, offset), p in zip(places, parameters, strict=True)
@@ -47,6 +49,13 @@ class Arrivals:
         # Views shown as the conjugate or the negative of their memory, which foreach operations do not take.
         self._lazy = any(p.is_conj() or p.is_neg() for p in parameters)
         self._edits = Edits(self._parameters, self._staged)
+
+    def within(self, flat: Mapping[torch.dtype, Tensor] | None) -> Arrivals:
+        """Return the same in other memory: `flat`, or memory of its own."""
+        moved = Arrivals(self._parameters, flat)
+        _copy(moved._staged, self._staged, lazy=False)
+        moved._differing = set(self._differing)
+        return moved
 
     def grown(self, parameters: Sequence[Tensor]) -> Arrivals:
         """Return memory for more parameters behind these, taken for what the session has; edits of these stay known."""

@@ -59,6 +59,21 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class Fill:
+    """Say that a push's gradients are in shared memory (`farstep.area`), and not in its body.
+
+    Attributes:
+        area: the key of the memory.
+        count: how often it has been filled; the same number means the same gradients.
+        deliver: the parameters shall be put there, too. Not part of what the push is.
+    """
+
+    area: str
+    count: int
+    deliver: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class PushHead:
     """Describe a push: gradients of some segments, computed on version `base`.
 
@@ -69,6 +84,7 @@ class PushHead:
         have: the version of the parameters this worker holds, for `wanted="changed"`.
         evaluation: what the closure returned, for an optimizer that asks for it.
         skip: this worker's gradients overflowed; the step is not taken, by it or by those it steps with.
+        fill: where the gradients are, if not in the body.
     """
 
     name: WriteName
@@ -81,6 +97,7 @@ class PushHead:
     groups: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     evaluation: Evaluation | None = None
     skip: bool = False
+    fill: Fill | None = None
 
     def to_header(self) -> dict[str, Any]:
         head: dict[str, Any] = {
@@ -104,6 +121,8 @@ class PushHead:
                 head["continues"] = True
         if self.skip:
             head["skip"] = True
+        if self.fill is not None:
+            head |= {"area": self.fill.area, "fill": self.fill.count, "deliver": self.fill.deliver}
         return head
 
     @classmethod
@@ -124,10 +143,13 @@ class PushHead:
             groups=_groups(header.mapping("groups")),
             evaluation=_evaluation(header.number("loss"), header.flag("continues")),
             skip=header.flag("skip"),
+            fill=_fill(header),
         )
         header.nothing_left()
         if head.skip and head.segments != []:
             raise InvalidRequest("A push that skips its step has no gradients: 'segments' must be [].", field="skip")
+        if head.fill is not None and (head.sparse or head.skip or head.evaluation is not None):
+            raise InvalidRequest("Only dense gradients can be in shared memory.", field="area")
         return head
 
 
@@ -228,6 +250,15 @@ def _evaluation(loss: float | None, continues: bool) -> Evaluation | None:
         return Evaluation(loss, continues)
     if continues:
         raise InvalidRequest("Header key 'continues' goes with a 'loss'.", field="continues")
+    return None
+
+
+def _fill(header: Header) -> Fill | None:
+    count, deliver = header.integer("fill", default=0), header.flag("deliver")
+    if count:
+        return Fill(header.text("area"), count, deliver)
+    if deliver:
+        raise InvalidRequest("Header key 'deliver' goes with 'area' and 'fill'.", field="deliver")
     return None
 
 

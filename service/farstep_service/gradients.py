@@ -61,6 +61,7 @@ class Contribution:
             _check_shape(layout.segments[each.segment], each)
         self.nbytes = sum(self._size(index) for index in self.indices)
         self.buffers: FlatBuffers | None = None
+        self.borrowed = False
         self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _size(self, index: int) -> int:
@@ -76,6 +77,10 @@ class Contribution:
     def dense(self) -> list[int]:
         """Return the segments with a dense gradient."""
         return [index for index in self.indices if index not in self._announced]
+
+    def borrow(self, buffers: FlatBuffers) -> None:
+        """Use gradients that are there already, in memory that is only read."""
+        self.buffers, self.borrowed = buffers, True
 
     def allocate(self) -> list[memoryview]:
         """Take the memory and return it in the order of the wire."""
@@ -197,12 +202,15 @@ def _all_finite(span: Tensor) -> bool:
 def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.device) -> Gradients:
     """Sum contributions in the order given, divide by `divisor`, and return the gradients of one step.
 
-    The sum is built in the first one's memory. A segment that only some have counts as zero for the others; one that
-    nobody has is missing from the step. Each sum is rounded in the gradient's dtype, as `(g0 + g1 + ...) / divisor` is.
+    The sum is built in the first one's memory, unless that is borrowed. A segment that only some have counts as zero
+    for the others; one that nobody has is missing from the step. Each sum is rounded in the gradient's dtype, as
+    `(g0 + g1 + ...) / divisor` is.
     """
     first, *others = contributions
     layout = first.layout
     total = first.buffers if first.buffers is not None else FlatBuffers(layout)
+    if first.borrowed and (others or divisor != 1):
+        total = FlatBuffers(layout, zero=False).copy_(total, first.dense)
     present = set(first.dense)
     sparse = {index: [pair] for index, pair in first.sparse.items()}
     for other in others:
