@@ -7,7 +7,7 @@ worker knows, so a parameter that differs from it was edited here since.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,16 +22,23 @@ class Arrivals:
     Args:
         parameters: the tensors that arrive, in the session's order.
         dtypes: what each arrives as, if not as it is.
+        flat: memory to use, by dtype as large as these take; without it, memory of its own.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype] | None = None,
+        flat: Mapping[torch.dtype, Tensor] | None = None,
+    ) -> None:
         sizes: dict[torch.dtype, int] = {}
         places: list[tuple[torch.dtype, int]] = []
         for p, dtype in zip(parameters, dtypes or [p.dtype for p in parameters], strict=True):
             offset = sizes.get(dtype, 0)
             places.append((dtype, offset))
             sizes[dtype] = offset + p.numel()
-        flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+        if flat is None:
+            flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
         self._staged = [
             flat[dtype][offset : offset + p.numel()].view(p.shape)
             for (dtype, offset), p in zip(places, parameters, strict=True)
@@ -48,6 +55,13 @@ class Arrivals:
         # Views shown as the conjugate or the negative of their memory, which foreach operations do not take.
         self._lazy = any(p.is_conj() or p.is_neg() for p in parameters)
         self._edits = Edits(self._parameters, self._staged)
+
+    def within(self, flat: Mapping[torch.dtype, Tensor] | None) -> Arrivals:
+        """Return the same in other memory: `flat`, or memory of its own."""
+        moved = Arrivals(self._parameters, flat=flat)
+        copy_all(moved._staged, self._staged, lazy=False)
+        moved._differing = set(self._differing)
+        return moved
 
     def grown(self, parameters: Sequence[Tensor]) -> Arrivals:
         """Return memory for more parameters behind these, taken for what the session has; edits of these stay known."""

@@ -25,15 +25,18 @@ from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSessio
 from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
-from farstep.messages import Evaluation, PushHead, PutHead, Receipt, Sparse, WriteName
+from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.narrow_arrivals import NarrowArrivals
 from farstep.narrowing import Narrowing
 from farstep.patience import Patience
 from farstep.presence import PRESENT
 from farstep.reader import Reader
 from farstep.settings import Place
+from farstep.sharing import Sharing
 from farstep.staging import outgoing, outgoing_contents, outgoing_gradients
+from farstep.unix import path_of_url
 from farstep.wire import from_ranges, to_ranges
+from farstep.wire.memory import TORCH_DTYPES
 from farstep.writer import Writer
 
 CLOSE_TIMEOUT_S = 2.0
@@ -75,6 +78,8 @@ class HttpLink(Link):
         )
         self._departures = Departures(self._parameters)
         self._narrowing = self._new_narrowing()
+        own_socket = path_of_url(cast(str, place.server)) is not None and place.transport is None
+        self._sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
         self._version = 0
         self._process = os.getpid()
         try:
@@ -99,6 +104,7 @@ class HttpLink(Link):
 
     def _join(self, start: Start) -> bool:
         """Create or join the session; return whether this worker gave it its first contents."""
+        self._share_no_more()
         document = {**self._spec.to_document(), "worker": self._place.worker}
 
         def attempt() -> bool:
@@ -137,6 +143,7 @@ class HttpLink(Link):
         if payload is None:
             present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
         segments = None if len(present) == len(self._parameters) else to_ranges(present)
+        fill = None if sparse or evaluation else self._fill(present, gradients)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             return PushHead(
@@ -149,9 +156,10 @@ class HttpLink(Link):
                 evaluation=evaluation,
                 wire_gradients=self._wire_gradients,
                 wire_parameters=self._wire_parameters,
+                fill=fill,
             )
 
-        return self._push(head, present, payload, began)
+        return self._push(head, present, payload, began, shared=fill is not None)
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
         def head(name: WriteName, incarnation: str) -> PushHead:
@@ -176,6 +184,8 @@ class HttpLink(Link):
         present: Sequence[int],
         payload: Sequence[memoryview],
         began: float,
+        *,
+        shared: bool = False,
     ) -> StepReport:
         """Send a push with the gradients of the parameters `present`, and take in what comes back."""
         arrived: list[int] | None = None
@@ -183,12 +193,18 @@ class HttpLink(Link):
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
             nonlocal arrived
             arrived = self._arriving(header, len(self._parameters))
+            if header.get("delivered"):
+                return []
+            if self._writer.attempts > 1:
+                self._share_no_more()
             return self._arrivals.targets(arrived)
 
         try:
             with self._session_there():
                 received = self._writer.push(head, payload, place)
         except BaseException:
+            if self._writer.names.unsure or self._writer.attempts > 1:
+                self._share_no_more()
             self._arrivals.keep_()  # of what has arrived nobody knows how much
             raise
         if arrived is None and len(present) < len(self._parameters):
@@ -205,11 +221,33 @@ class HttpLink(Link):
             receipt,
             duplicate=bool(received.header["duplicate"]),
             earlier=self._writer.names.tell(),
-            bytes_sent=sum(each.nbytes for each in payload),
+            bytes_sent=0 if shared else sum(each.nbytes for each in payload),
             bytes_received=received.payload_bytes,
             attempts=self._writer.attempts,
+            path="" if not payload else "shared memory" if shared else "bodies",
             seconds={"total": total_s, **seconds, "send": received.receive_s, "copy": copy_s},
         )
+
+    def _fill(self, present: Sequence[int], gradients: Sequence[Tensor | None]) -> Fill | None:
+        """Put gradients into shared memory, if there is any and nothing is unclear; return how to name them."""
+        if self._writer.names.unsure:
+            return None
+        self._own_memory()
+        if self._sharing.offer(self._writer.names.epoch, self._parameters) and self._sharing.area:
+            halves = self._sharing.area.parameters
+            self._arrivals = self._arrivals.within({TORCH_DTYPES[name]: flat for name, flat in halves.items()})
+        return self._sharing.fill(present, gradients)
+
+    def _share_no_more(self) -> None:
+        """Give shared memory up until more is offered."""
+        if self._sharing.area is not None:
+            self._arrivals = self._arrivals.within(None)
+            self._sharing.give_up()
+
+    def _own_memory(self) -> None:
+        """Leave shared memory to the process that this one was forked from."""
+        if self._sharing.foreign:
+            self._share_no_more()
 
     def write(self, parameters: Sequence[int] = (), state: Mapping[int, State | None] | None = None) -> int:
         if state is None:
@@ -230,6 +268,7 @@ class HttpLink(Link):
         initial: bool = False,
         version: int = 0,
     ) -> Receipt:
+        self._own_memory()
         segments = None if len(indices) == len(self._parameters) else to_ranges(indices)
         shapes = shapes_of(self._fields, state or {})
         chosen = [(self._parameters[i], state[i] if state else None) for i in indices]
@@ -248,6 +287,7 @@ class HttpLink(Link):
     def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
         group, everything = len(self._spec.groups), [*self._parameters, *tensors]
         described = tuple(NewParameter(each.name, each.shape, each.dtype) for each in parameters)
+        self._share_no_more()  # what there is has no room for more
         arrivals = self._arrivals.grown(tensors)
 
         def head(name: WriteName, incarnation: str) -> AppendHead:
@@ -286,6 +326,7 @@ class HttpLink(Link):
         return True
 
     def pull(self) -> int:
+        self._own_memory()
         edited = self._arrivals.edited(self._addresses())
         try:
             with self._session_there():

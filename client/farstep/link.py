@@ -95,6 +95,7 @@ class StepReport:
         bytes_sent: payload bytes of the gradients.
         bytes_received: payload bytes of the parameters.
         attempts: how often the push was sent.
+        path: how the tensors moved: `bodies` of requests, or `shared memory`; "" if they did not.
         seconds: where the time went: `total`; on the server `queue` (waiting for its turn), `receive`, `check`
             (for NaN and Inf), `barrier`, `kernel`; and here `send`, the answer's way back as the client saw it, and
             `copy`, from where it arrived into the parameters.
@@ -112,6 +113,7 @@ class StepReport:
     bytes_sent: int = 0
     bytes_received: int = 0
     attempts: int = 1
+    path: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -125,6 +127,7 @@ class StepReport:
         bytes_received: int,
         attempts: int,
         seconds: Mapping[str, float],
+        path: str = "",
     ) -> StepReport:
         """Return what a receipt says of a step, with what the worker knows of the way there and back."""
         return cls(
@@ -140,6 +143,7 @@ class StepReport:
             bytes_sent=bytes_sent,
             bytes_received=bytes_received,
             attempts=attempts,
+            path=path,
             seconds=seconds,
         )
 

@@ -60,6 +60,21 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
+class Fill:
+    """Say that a push's gradients are in shared memory (`farstep.area`), and not in its body.
+
+    Attributes:
+        area: the key of the memory.
+        count: how often it has been filled; the same number means the same gradients.
+        deliver: the parameters shall be put there, too. Not part of what the push is.
+    """
+
+    area: str
+    count: int
+    deliver: bool = True
+
+
+@dataclass(frozen=True, slots=True)
 class PushHead:
     """Describe a push: gradients of some segments, computed on version `base`.
 
@@ -72,6 +87,7 @@ class PushHead:
         skip: this worker's gradients overflowed; the step is not taken, by it or by those it steps with.
         wire_gradients: the 16-bit dtype that float32 gradients come in; None for their own.
         wire_parameters: the 16-bit dtype in which the answer shall carry float32 parameters; None for their own.
+        fill: where the gradients are, if not in the body.
     """
 
     name: WriteName
@@ -86,6 +102,7 @@ class PushHead:
     skip: bool = False
     wire_gradients: str | None = None
     wire_parameters: str | None = None
+    fill: Fill | None = None
 
     def to_header(self) -> dict[str, Any]:
         head: dict[str, Any] = {
@@ -113,6 +130,8 @@ class PushHead:
             head["wire_gradients"] = self.wire_gradients
         if self.wire_parameters is not None:
             head["wire_parameters"] = self.wire_parameters
+        if self.fill is not None:
+            head |= {"area": self.fill.area, "fill": self.fill.count, "deliver": self.fill.deliver}
         return head
 
     @classmethod
@@ -135,10 +154,15 @@ class PushHead:
             skip=header.flag("skip"),
             wire_gradients=_half(header, "wire_gradients"),
             wire_parameters=_half(header, "wire_parameters"),
+            fill=_fill(header),
         )
         header.nothing_left()
+        if head.fill is not None and (head.wire_gradients or head.wire_parameters):
+            raise InvalidRequest("Gradients in shared memory are not narrowed.", field="area")
         if head.skip and head.segments != []:
             raise InvalidRequest("A push that skips its step has no gradients: 'segments' must be [].", field="skip")
+        if head.fill is not None and (head.sparse or head.skip or head.evaluation is not None):
+            raise InvalidRequest("Only dense gradients can be in shared memory.", field="area")
         return head
 
 
@@ -244,6 +268,15 @@ def _evaluation(loss: float | None, continues: bool) -> Evaluation | None:
 
 def _half(header: Header, key: str) -> str | None:
     return check_half(key, header.text(key)) if key in header else None
+
+
+def _fill(header: Header) -> Fill | None:
+    count, deliver = header.integer("fill", default=0), header.flag("deliver")
+    if count:
+        return Fill(header.text("area"), count, deliver)
+    if deliver:
+        raise InvalidRequest("Header key 'deliver' goes with 'area' and 'fill'.", field="deliver")
+    return None
 
 
 def _sparse(rows: list[Any]) -> tuple[Sparse, ...]:

@@ -31,7 +31,7 @@ from farstep.messages import WriteName
 Fate = Literal["applied", "dropped"]
 """What became of a write that got no answer and was not repeated."""
 
-NOT_CONTENT = frozenset({"seq", "base", "have"})
+NOT_CONTENT = frozenset({"seq", "base", "have", "area", "fill", "deliver"})
 """Header keys that do not tell one write from another; a write that is repeated keeps those of its first time."""
 
 
@@ -92,7 +92,8 @@ class Names:
     def failed(self, header: Mapping[str, Any], payload: Sequence[memoryview], error: BaseException) -> None:
         """Take note that a write ended in an error: refused, or unknown."""
         if not _is_refusal(error):
-            self.unanswered, self.unsure = Unanswered(header, digest_of(payload)), True
+            again = {key: value for key, value in header.items() if key != "deliver"}
+            self.unanswered, self.unsure = Unanswered(again, digest_of(payload)), True
 
     def mismatched(self, sequence: int) -> bool:
         """Take note that a name is taken; return whether an unanswered write of ours explains it."""

@@ -82,7 +82,10 @@ class Writer:
             self._check_known(header)
 
             def attempt(header: Mapping[str, Any] = header) -> Received:
-                return self._server.data(method, path, header, payload, place, wait_s=self._barrier_s)
+                if self._patience.attempts > 1:  # an answer to the first try may still come where it was told to
+                    header = {key: value for key, value in header.items() if key != "deliver"}
+                body = () if "area" in header else payload
+                return self._server.data(method, path, header, body, place, wait_s=self._barrier_s)
 
             try:
                 received = self._patience.call(f"{doing} session {self._session!r}", self._server.server, attempt)

@@ -70,6 +70,7 @@ class Contribution:
         self.nbytes = self.on_wire.nbytes if self.is_whole else sum(self._size(index) for index in self.indices)
         self.check_s = 0.0
         self.buffers: FlatBuffers | None = None
+        self.borrowed = False
         self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _size(self, index: int) -> int:
@@ -92,6 +93,10 @@ class Contribution:
         if not self._announced:
             return self.indices
         return [index for index in self.indices if index not in self._announced]
+
+    def borrow(self, buffers: FlatBuffers) -> None:
+        """Use gradients that are there already, in memory that is only read."""
+        self.buffers, self.borrowed = buffers, True
 
     def allocate(self) -> list[memoryview]:
         """Take the memory and return it in the order of the wire."""
@@ -229,16 +234,18 @@ def _all_finite(span: Tensor) -> bool:
 def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.device) -> Gradients:
     """Sum contributions in the order given, divide by `divisor`, and return the gradients of one step.
 
-    The sum is built in the first one's memory, if that holds the gradients' own dtypes. What came in 16 bits is widened
-    in the copy, or in the addition, which rounds as that of widened numbers does. A segment that only some have counts
-    as zero for the others; one that nobody has is missing from the step. Each sum is rounded in the gradient's dtype,
-    as `(g0 + g1 + ...) / divisor` is.
+    The sum is built in the first one's memory, if that holds the gradients' own dtypes and is not borrowed. What came
+    in 16 bits is widened in the copy, or in the addition, which rounds as that of widened numbers does. A segment that
+    only some have counts as zero for the others; one that nobody has is missing from the step. Each sum is rounded in
+    the gradient's dtype, as `(g0 + g1 + ...) / divisor` is.
     """
     first, *others = contributions
     layout = first.layout
     total = _total_of(first)
     if not others and divisor == 1 and first.is_whole:
         return Gradients(on_device(total, device))
+    if first.borrowed and (others or divisor != 1):
+        total = FlatBuffers(layout, zero=False).copy_(total, first.dense)
     present = set(first.dense)
     sparse = {index: [first.widened(index)] for index in first.sparse}
     for other in others:

@@ -46,6 +46,11 @@ class Registry:
         """Return the bytes of the parameters of all sessions."""
         return sum(host.parameter_bytes for host in self._hosts.values())
 
+    @property
+    def shared_bytes(self) -> int:
+        """Return the bytes that workers share with all sessions."""
+        return sum(host.shared_bytes for host in self._hosts.values())
+
     def get(self, name: str) -> Host:
         """Return the host of a session.
 
@@ -144,11 +149,20 @@ class Registry:
                 limit=limit,
             )
 
+    def check_room_to_share(self, host: Host) -> None:
+        """Refuse memory that a worker would share with a session, if there is no room for it.
+
+        Raises:
+            Busy: see `_check_memory`.
+        """
+        self._check_memory(2 * host.plan.layout.nbytes)
+
     def _check_memory(self, nbytes: int) -> None:
         limits = self._settings
-        if self.parameter_bytes + nbytes > limits.max_bytes:
+        taken = self.parameter_bytes + self.shared_bytes
+        if taken + nbytes > limits.max_bytes:
             raise Busy(
-                f"The sessions here take {self.parameter_bytes} bytes; there is no room for {nbytes} more.",
+                f"The sessions here take {taken} bytes; there is no room for {nbytes} more.",
                 remedy="Remove a session that is done.",
                 limit=limits.max_bytes,
             )

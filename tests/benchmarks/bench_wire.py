@@ -8,6 +8,8 @@ worker, server and worker in processes of their own, one torch thread each. Colu
     raw        the same bytes there and back over plain sockets, nothing computed: the limit
     farstep    `optimizer.step()`: gradients there, a fused Adagrad step, parameters back into the model
     bfloat16   the same step with `wire="bf16"`: float32 at both ends, half the bytes between
+    shared     the same over a unix socket, with gradients and parameters in shared memory where that is used
+    embedded   the same in this process, with nothing to move
     torch RPC  torch.distributed.rpc (TensorPipe) parameter server, the same step with torch.optim.Adagrad(fused=True)
 
 The sides take turns, `--cycles` times, so that a machine whose speed drifts does not favour one of them.
@@ -22,6 +24,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,6 +41,7 @@ from tests.service.servers import running_server
 
 SIZES = (Size(25_000_000, 56), Size(250_000, 60), Size(2_500, 6))
 ROUNDS = (7, 100, 300)
+SIDES = ("raw", "farstep", "shared", "embedded", "rpc")
 LIMITS = ("at most 1.6 x raw", "", "at most torch RPC")
 HALF_LIMIT = "at most 0.6 x float32"
 
@@ -51,7 +55,9 @@ def parameters_of(size: Size) -> list[torch.nn.Parameter]:
     return parameters
 
 
-def remote_steps(url: str, size: Size, rounds: int, wire: Half | None = None) -> tuple[list[float], farstep.StepReport]:
+def remote_steps(
+    url: str | None, size: Size, rounds: int, wire: Half | None = None
+) -> tuple[list[float], farstep.StepReport]:
     """Return the seconds of timed steps against a server, and the report of the last one."""
     optimizer = farstep.optim.Adagrad(parameters_of(size), server=url, kernel="fused", wire=wire)
     try:
@@ -75,9 +81,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cycles = parser.parse_args(arguments).cycles
     torch.set_num_threads(1)
     print(hardware())
-    times: dict[str, list[list[float]]] = {side: [[] for _ in SIZES] for side in ("raw", "farstep", "bf16", "rpc")}
+    times: dict[str, list[list[float]]] = {
+        side: [[] for _ in SIZES] for side in ("raw", "farstep", "bf16", "shared", "embedded", "rpc")
+    }
     reports: list[farstep.StepReport] = []
-    with running_server() as server:
+    with TemporaryDirectory() as directory, running_server("--unix", f"{directory}/s") as server:
         for _ in range(cycles):
             for place, (size, rounds) in enumerate(zip(SIZES, ROUNDS, strict=True)):
                 times["raw"][place] += raw_sockets.measure_all([4 * size.parameters], rounds)[0]
@@ -85,13 +93,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 times["farstep"][place] += seconds
                 reports.append(report)
                 times["bf16"][place] += remote_steps(server.url, size, rounds, "bf16")[0]
+                times["shared"][place] += remote_steps(server.unix, size, rounds)[0]
+                times["embedded"][place] += remote_steps(None, size, rounds)[0]
                 times["rpc"][place] += torch_rpc.measure_all([size], rounds)[0]
-    print(f"{'parameters':>22} {'raw':>9} {'farstep':>9} {'torch RPC':>10} {'to raw':>8} {'to RPC':>8}  target")
+    heads = " ".join(f"{side:>9}" for side in SIDES)
+    print(f"{'parameters':>22} {heads} {'to raw':>8} {'to RPC':>8}  target")
     for place, size in enumerate(SIZES):
-        raw, ours, rpc = (1e3 * median(times[side][place]) for side in ("raw", "farstep", "rpc"))
+        medians = {side: 1e3 * median(times[side][place]) for side in SIDES}
         label = f"{size.parameters:,} in {size.tensors}"
-        ratios = f"{ours / raw:>7.2f}x {ours / rpc:>7.2f}x"
-        print(f"{label:>22} {raw:>9.3f} {ours:>9.3f} {rpc:>10.3f} {ratios}  {LIMITS[place]}")
+        columns = " ".join(f"{each:>9.3f}" for each in medians.values())
+        to_raw, to_rpc = (medians["farstep"] / medians[side] for side in ("raw", "rpc"))
+        print(f"{label:>22} {columns} {to_raw:>7.2f}x {to_rpc:>7.2f}x  {LIMITS[place]}")
     for place, size in enumerate(SIZES):
         ours, half = (1e3 * median(times[side][place]) for side in ("farstep", "bf16"))
         limit = "" if place else f"  {HALF_LIMIT}"

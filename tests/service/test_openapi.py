@@ -24,6 +24,7 @@ CONTROL = {
     ("patch", "/v1/sessions/{name}/groups"),
     ("get", "/v1/sessions/{name}/workers/{worker}"),
     ("delete", "/v1/sessions/{name}/workers/{worker}"),
+    ("put", "/v1/sessions/{name}/workers/{worker}/memory"),
 }
 ERRORS = Path(__file__).parents[2] / "docs" / "errors.md"
 

@@ -2,6 +2,18 @@
 
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
 from farstep_service.hosts.local import LocalHost
+from farstep_service.hosts.shared import Offer
 from farstep_service.hosts.views import OVERHEAD_BYTES
 
-__all__ = ["OVERHEAD_BYTES", "Answer", "Host", "Intake", "Joined", "LocalHost", "Summary", "View", "WorkerPage"]
+__all__ = [
+    "OVERHEAD_BYTES",
+    "Answer",
+    "Host",
+    "Intake",
+    "Joined",
+    "LocalHost",
+    "Offer",
+    "Summary",
+    "View",
+    "WorkerPage",
+]

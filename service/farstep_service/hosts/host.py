@@ -14,6 +14,7 @@ from farstep.fields import Shapes
 from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, Receipt, Times, WriteName
 from farstep_service.durability import Snapshot
+from farstep_service.hosts.shared import Offer
 from farstep_service.plan import Plan
 
 
@@ -130,6 +131,24 @@ class Host(ABC):
     @abstractmethod
     async def leave(self, worker: str, epoch: int) -> None:
         """Give a worker's place up."""
+
+    @property
+    @abstractmethod
+    def shared_bytes(self) -> int:
+        """The bytes of the memory that workers share with the session."""
+
+    @abstractmethod
+    async def share(self, worker: str, offer: Offer) -> None:
+        """Map memory of a worker, in the place of what it shared before, for as long as its epoch lasts.
+
+        Raises:
+            Fenced: the worker has another epoch.
+            InvalidOption: it is not memory that can be shared.
+        """
+
+    @abstractmethod
+    async def deliver(self, head: PushHead, view: View) -> bool:
+        """Put parameters where a push wants them; return whether they are there, and need no body."""
 
     @abstractmethod
     async def worker(self, worker: str) -> WorkerPage:

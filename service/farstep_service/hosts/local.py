@@ -16,18 +16,21 @@ from copy import copy
 from dataclasses import replace
 from typing import Any, cast
 
-from farstep.errors import FarstepError, OptionsDiffer, SessionLost, StepInterrupted
+from farstep.errors import FarstepError, Fenced, InvalidRequest, OptionsDiffer, SessionLost, StepInterrupted
 from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import to_ranges
 from farstep_service.durability import Snapshot
+from farstep_service.gradients import Contribution
 from farstep_service.hosts.alarm import Alarm
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
 from farstep_service.hosts.narrowed import NarrowedView, Narrowings
+from farstep_service.hosts.shared import Offer, Shared, refused
 from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, PushIntake
 from farstep_service.hosts.work import run
 from farstep_service.plan import Plan
 from farstep_service.session import Outcome, Outcomes, Session
+from farstep_service.store import FlatBuffers
 
 INLINE_BYTES = 1280 * 1024
 """Work on a session of fewer bytes than this is done on the event loop itself: it takes up to a millisecond with the
@@ -80,6 +83,7 @@ class LocalHost(Host):
         self._initialiser = ""
         self._initialising_until = -1.0
         self._closed = False
+        self._shared: dict[str, Shared] = {}
         self._released = asyncio.Event()
         self._narrowings = Narrowings(executor)
 
@@ -109,6 +113,7 @@ class LocalHost(Host):
                     field="name",
                 )
             epoch, outcomes = self._session.join(worker)
+            self._unshare()
             self._resolve(outcomes)
             initialised = self._session.initialised
             initialise = not initialised and (worker == self._initialiser or self._clock() >= self._initialising_until)
@@ -120,6 +125,7 @@ class LocalHost(Host):
     async def leave(self, worker: str, epoch: int) -> None:
         async with self._turn:
             self._resolve(self._session.leave(worker, epoch))
+            self._unshare()
 
     async def worker(self, worker: str) -> WorkerPage:
         async with self._turn:
@@ -145,12 +151,55 @@ class LocalHost(Host):
     def _page(self, worker: str) -> WorkerPage:
         return WorkerPage(*self._session.position(worker))
 
+    # -- shared memory ----------------------------------------------------------------------------------------------
+
+    @property
+    def shared_bytes(self) -> int:
+        return sum(each.nbytes for each in self._shared.values())
+
+    async def share(self, worker: str, offer: Offer) -> None:
+        async with self._turn:
+            self._check_open()
+            if self._session.position(worker)[0] != offer.epoch or not offer.epoch:
+                raise Fenced(f"Epoch {offer.epoch} of worker {worker!r} is not the current one.", field="epoch")
+            if self._session.layout_of(worker) is not self.plan.layout:
+                raise refused("the worker does not know all param groups")
+            self._shared.pop(worker, None)
+            self._shared[worker] = Shared(offer, self.plan.layout)
+
+    async def deliver(self, head: PushHead, view: View) -> bool:
+        shared = self._shared.get(head.name.worker)
+        if head.fill is None or not head.fill.deliver or shared is None or shared.key != head.fill.area:
+            return False
+        if view.count != len(shared.layout.segments):
+            return False
+        copy_to = cast(HeldView, view).copy_to_
+        await run(self._executor, lambda: copy_to(shared.parameters), lambda _: None, inline=self._small)
+        return True
+
+    def _gradients_in(self, head: PushHead, contribution: Contribution) -> FlatBuffers | None:
+        """Return the shared memory that a push's gradients are in, None if they come in its body."""
+        if head.fill is None:
+            return None
+        shared = self._shared.get(head.name.worker)
+        if shared is None or shared.key != head.fill.area or shared.layout is not contribution.layout:
+            raise InvalidRequest(
+                f"Worker {head.name.worker!r} shares no such memory.", remedy="Send the gradients.", field="area"
+            )
+        return shared.gradients
+
+    def _unshare(self) -> None:
+        """Let go of the memory of epochs that are over."""
+        position = self._session.position
+        self._shared = {worker: each for worker, each in self._shared.items() if position(worker)[0] == each.epoch}
+
     # -- writes -----------------------------------------------------------------------------------------------------
 
     def begin_push(self, head: PushHead, body_bytes: int) -> Intake:
         self._check_open()
         self._session.check(head.name, head.incarnation)
-        return PushIntake(self._session.contribution(head), body_bytes)
+        contribution = self._session.contribution(head)
+        return PushIntake(contribution, body_bytes, self._gradients_in(head, contribution))
 
     async def push(self, head: PushHead, intake: Intake, fingerprint: str) -> Answer:
         contribution = cast(PushIntake, intake).contribution
@@ -315,3 +364,4 @@ class LocalHost(Host):
                 if not future.done():
                     future.set_result(Outcome(self._gone()))
             self._futures.clear()
+            self._shared.clear()

@@ -13,7 +13,7 @@ from farstep.wire import MAX_HEADER_BYTES, Limits
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import Contribution, memory_of, on_device
 from farstep_service.hosts.host import Intake, View
-from farstep_service.store import Held
+from farstep_service.store import FlatBuffers, Held
 
 CPU = torch.device("cpu")
 OVERHEAD_BYTES = MAX_HEADER_BYTES + 5 * Limits().frames
@@ -36,12 +36,14 @@ def check_fit(payload_bytes: int, body_bytes: int) -> None:
 
 @final
 class PushIntake(Intake):
-    """Memory for the gradients of a push."""
+    """Memory for the gradients of a push; where they are in shared memory already, nothing is to come."""
 
-    def __init__(self, contribution: Contribution, body_bytes: int) -> None:
-        check_fit(contribution.nbytes, body_bytes)
+    def __init__(self, contribution: Contribution, body_bytes: int, shared: FlatBuffers | None = None) -> None:
+        check_fit(0 if shared else contribution.nbytes, body_bytes)
         self.contribution = contribution
-        self._views = contribution.allocate()
+        if shared is not None:
+            contribution.borrow(shared)
+        self._views = [] if shared is not None else contribution.allocate()
 
     @property
     def views(self) -> Sequence[memoryview]:
@@ -74,11 +76,17 @@ class HeldView(View):
         released: Callable[[], None],
     ) -> None:
         self._held = held
+        self._indices = indices
         self._released = released
         layout = held.buffers.layout
         chosen = range(len(layout.segments)) if indices is None else indices
         self._views = memory_of(on_device(held.buffers, CPU), layout, chosen)
         self._ranges = ranges
+
+    def copy_to_(self, buffers: FlatBuffers) -> None:
+        """Copy the parameters into other memory of the same layout."""
+        chosen = None if self._indices is None else list(self._indices)
+        buffers.copy_(self._held.buffers, chosen)
 
     @property
     def version(self) -> int:

@@ -7,17 +7,25 @@ import math
 from importlib.metadata import version
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
 from farstep.consistency import to_options
+from farstep.errors import InvalidOption
 from farstep.fields import FieldKind
 from farstep.header import VERSION
-from farstep_service.hosts import Host
+from farstep_service.hosts import Host, Offer
 from farstep_service.memory import available_bytes
 from farstep_service.optimizers import METHODS
 from farstep_service.registry import Registry
-from farstep_service.routes.documents import DocumentRoute, GroupsDocument, NamePath, SessionDocument, plan_of
+from farstep_service.routes.documents import (
+    DocumentRoute,
+    GroupsDocument,
+    MemoryDocument,
+    NamePath,
+    SessionDocument,
+    plan_of,
+)
 from farstep_service.routes.problems import PROBLEM, Problem
 from farstep_service.settings import Settings
 
@@ -194,6 +202,16 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         return WorkerDocument(
             incarnation=host.incarnation, epoch=page.epoch, sequence=page.sequence, waiting=page.waiting
         )
+
+    @router.put("/v1/sessions/{name}/workers/{worker}/memory", tags=["workers"], status_code=204)
+    async def share(name: NamePath, worker: NamePath, document: MemoryDocument, request: Request) -> Response:
+        """Map memory of a worker on this machine, which its pushes name from then on; over a unix socket only."""
+        if (request.scope.get("server") or ("", 0))[1] is not None:
+            raise InvalidOption("Memory is shared over a unix socket only.", field="memory")
+        host = registry.get(name)
+        registry.check_room_to_share(host)
+        await host.share(worker, Offer(document.epoch, document.key, document.pid, document.fd))
+        return Response(status_code=204)
 
     @router.delete("/v1/sessions/{name}/workers/{worker}", tags=["workers"], status_code=204)
     async def leave(name: NamePath, worker: NamePath, epoch: Annotated[int, Query(ge=1)]) -> Response:

@@ -15,9 +15,11 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 from urllib.parse import parse_qs
 
+import xxhash
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -25,7 +27,7 @@ from farstep.errors import InvalidRequest
 from farstep.fields import shapes_to_header
 from farstep.growth import AppendHead
 from farstep.header import VERSION
-from farstep.messages import PushHead, PutHead
+from farstep.messages import Fill, PushHead, PutHead
 from farstep.narrow import check_half
 from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake, View
@@ -94,6 +96,8 @@ class Push(Endpoint):
             host, reserve, scope, receive, PushHead.from_header, begin, largest=_largest(host)
         )
         received_s = time.perf_counter() - began
+        if head.fill is not None:
+            fingerprint = fingerprint_of(head, head.fill)
         answer = await host.push(head, intake, fingerprint)
         spent = intake if head.wire_gradients is not None and head.wire_gradients == head.wire_parameters else None
         del intake  # the gradients' memory is free while the answer is sent, if that is not in it
@@ -104,7 +108,7 @@ class Push(Endpoint):
         since = head.have if head.wanted == "changed" else None
         view = await host.parameters(since, head.name, head.wire_parameters, spent)
         del spent
-        await answer_view(send, header, view)
+        await answer_view(send, header, view, delivered=await _delivered(host, head, view))
 
 
 class Contents(Endpoint):
@@ -162,15 +166,38 @@ class Groups(Endpoint):
             await answer_view(send, header, await host.parameters(write=head.name))
 
 
-async def answer_view(send: Send, header: dict[str, Any], view: View) -> None:
-    """Answer with the contents of a version, and give it back."""
+async def _delivered(host: Host, head: PushHead, view: View) -> bool:
+    try:
+        return await host.deliver(head, view)
+    except BaseException:
+        view.release()
+        raise
+
+
+def fingerprint_of(head: PushHead, fill: Fill) -> str:
+    """Return what identifies a push whose gradients are in shared memory: all of its header but where answers go.
+
+    The worker has promised that the same filling holds the same gradients.
+    """
+    same = replace(head, fill=replace(fill, deliver=False))
+    return xxhash.xxh3_128_hexdigest(repr(same).encode())
+
+
+async def answer_view(send: Send, header: dict[str, Any], view: View, *, delivered: bool = False) -> None:
+    """Answer with the contents of a version, and give it back.
+
+    Args:
+        delivered: they are in shared memory already.
+    """
     try:
         header |= {"version": view.version, "count": view.count}
         if view.segments is not None:
             header["segments"] = view.segments
         if view.shapes:
             header["shapes"] = shapes_to_header(view.shapes)
-        await answer_message(send, header, view.views)
+        if delivered:
+            header["delivered"] = True
+        await answer_message(send, header, () if delivered else view.views)
     finally:
         view.release()
 

@@ -86,6 +86,15 @@ class SnapshotDocument(PlanDocument):
     shapes: dict[str, Any]
 
 
+class MemoryDocument(Document):
+    """Memory that a worker offers to share: the random key in its name, and where the worker's process has it open."""
+
+    epoch: Annotated[int, Field(ge=1)]
+    key: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+    pid: Annotated[int, Field(ge=1, lt=2**31)]
+    fd: Annotated[int, Field(ge=0, lt=2**31)]
+
+
 class GroupsDocument(Whole):
     """Changed options, by param group number."""
 

@@ -127,6 +127,11 @@ class Session:
         """Return the layout that a worker knew when it made a write: the session's, or what it was before it grew."""
         return self._membership.layout_at(name, self.plan.layout)
 
+    def layout_of(self, worker: str) -> Layout:
+        """Return the layout that a worker knows."""
+        known = self._membership.groups(worker, len(self.plan.groups))
+        return self.plan.layout if known == len(self.plan.groups) else self.plan.layout.first(known)
+
     # -- writes -----------------------------------------------------------------------------------------------------
 
     def check(self, name: WriteName, incarnation: str) -> None:

@@ -67,13 +67,21 @@ class FlatBuffers(Buffers):
         layout: the segments.
         device: where to allocate.
         zero: fill with zeros; otherwise the contents are undefined until they are written.
+        flat: memory that somebody else has allocated there, as large as the layout says, to use as it is.
     """
 
-    def __init__(self, layout: Layout, device: torch.device | str = "cpu", *, zero: bool = True) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        device: torch.device | str = "cpu",
+        *,
+        zero: bool = True,
+        flat: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.layout = layout
         self.device = torch.device(device)
         make = torch.zeros if zero else torch.empty
-        self._flat: dict[str, Tensor] = {
+        self._flat: Mapping[str, Tensor] = flat or {
             buffer: make(size, dtype=TORCH_DTYPES[buffer], device=self.device) for buffer, size in layout.sizes.items()
         }
         self._views: dict[tuple[int, int], Tensor] = {}
