@@ -94,7 +94,7 @@ class Model:
         if not message.adds:
             if name.sequence > page.last and page.known < len(self.groups):
                 return Fenced
-            if message.groups != page.knew.get(name.sequence, page.known):
+            if message.content != SKIP and message.groups != page.knew.get(name.sequence, page.known):
                 return TensorMismatch
         if name.sequence <= page.last:
             return "duplicate" if page.done[name.sequence] == message else IdempotencyMismatch
@@ -202,7 +202,7 @@ class Network(RuleBasedStateMachine):
         name = self.names[which % len(self.names)]
         page = self.model.pages[name]
         sequence = max(1, page.last + 1 + ahead)
-        known = page.knew.get(sequence, page.known)
+        known = 0 if content == SKIP else page.knew.get(sequence, page.known)  # a skip names no groups
         message = Message(WriteName(name, page.epoch - older, sequence), content, known)
         self.deliver(message)
         return message
