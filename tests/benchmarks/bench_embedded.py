@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 import farstep
+from tests.benchmarks.bench_kernels import settle_heap
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, within
 
@@ -54,6 +55,7 @@ def sides_of(name: str, elements: int, tensors: int) -> dict[str, torch.optim.Op
 
 def measure(*, quick: bool) -> Sequence[Row]:
     """Return the rows of each optimizer, at each size."""
+    settle_heap()
     rows = []
     for name in NAMES[:1] if quick else NAMES:
         for elements, tensors, rounds in SIZES:
@@ -80,6 +82,7 @@ def medians(sides: dict[str, torch.optim.Optimizer], rounds: int) -> dict[str, f
 def main() -> None:
     """Measure and print the table."""
     torch.set_num_threads(1)
+    settle_heap()
     print(hardware())
     print(f"{'optimizer':>9} {'parameters':>20} {'loop':>9} {'foreach':>9} {'fused':>9} {'farstep':>9} {'to best':>8}")
     for name in NAMES:

@@ -60,8 +60,11 @@ class Step:
 def measure(*, quick: bool) -> Sequence[Row]:
     """Return the rows of a fresh server."""
     size = SMALLER if quick else SIZE
-    steps, different = first_steps(size)
-    work = f"first step, {size.parameters:,}, no kernel built"
+    return rows_of(f"first step, {size.parameters:,}, no kernel built", *first_steps(size))
+
+
+def rows_of(work: str, steps: Sequence[Step], different: int) -> list[Row]:
+    """Return what the steps and their replay came to."""
     later = [step.seconds for step in steps[1:] if step.kernel == steps[0].kernel]
     before = [step for step in steps if step.kernel != "fused"]
     rows = [shown(work, 1e3 * steps[0].seconds, "ms", f"{steps[0].kernel} kernel")]
@@ -72,7 +75,8 @@ def measure(*, quick: bool) -> Sequence[Row]:
     else:
         taken_s = steps[len(before)].ended_s
         rows.append(fact("fused kernels take over", taken_s, "s", f"after {len(before)} steps", "when ready", True))
-    return [*rows, fact("replay by recorded kernels", different, "different", f"{len(steps)} steps", "none", not different)]
+    taken = f"{len(steps)} steps"
+    return [*rows, fact("replay by recorded kernels", different, "different", taken, "none", not different)]
 
 
 def first_steps(size: Size) -> tuple[list[Step], int]:

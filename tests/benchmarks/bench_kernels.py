@@ -71,10 +71,20 @@ OF_COPY = 1.4
 Step = Callable[[], object]
 
 
+def settle_heap() -> None:
+    """Let glibc keep what is freed, as in a process that has trained: freeing a large block raises its thresholds.
+
+    In a process that has done nothing yet, the temporaries of torch.optim go back to the kernel each time and come in
+    page faults, and its for-loop takes up to three times as long.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 def measure(*, quick: bool) -> Sequence[Row]:
     """Return the rows of each elementwise optimizer: against torch's eager ones, its compiled one, and a copy."""
+    settle_heap()
     size, kernels = SIZES["25M"], Kernels("fused")
-    rows = []
+    rows: list[Row] = []
     for name in FASTER if quick else ELEMENTWISE:
         compiled = not quick and name in FASTER
         sides = sides_of(name, {}, size, kernels, ours=("server",), compiled=compiled)
@@ -170,7 +180,9 @@ def sides_of(
     if name in FUSED:
         sides["fused"] = theirs(fused=True)
     if compiled:
-        torch._logging.set_logs(dynamo=logging.ERROR, inductor=logging.ERROR)
+        torch._logging.set_logs(  # type: ignore[attr-defined]
+            dynamo=logging.ERROR, inductor=logging.ERROR
+        )
         sides["compiled"] = torch.compile(theirs(), fullgraph=False)
     return sides | {side: makes[side]() for side in ours} | {"copy": lambda: into.copy_(source)}
 
@@ -205,6 +217,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true")
     told = parser.parse_args(arguments)
     torch.set_num_threads(told.threads)
+    settle_heap()
     kernels = Kernels("fused")
     columns = (*TORCHS, "embedded", "reference", "server", "held", "copy")
     if not told.json:
@@ -213,9 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for label in told.sizes.split(","):
         for case in told.rules.split(","):
             name, options = CASES[case]
-            found = medians(
-                sides_of(name, options, SIZES[label], kernels, compiled=told.compiled), SIZES[label].rounds
-            )
+            found = medians(sides_of(name, options, SIZES[label], kernels, compiled=told.compiled), SIZES[label].rounds)
             ratios = {
                 "of best": found["embedded"] / found[best_of(found)],
                 "of copy": bytes_of(name, options) / found["server"] * found["copy"] / 8,

@@ -56,19 +56,21 @@ Found = dict[tuple[bool, int], Figures]
 
 
 def measure(*, quick: bool) -> Sequence[Row]:
-    """Return the rows: each number of workers against the best of fewer, and its CPU against that of one."""
-    found = take_turns(1, (1, 4), STEPS // 3) if quick else take_turns(2)
+    """Return the rows of each number of workers: against the best of fewer, and its CPU against that of one."""
+    return rows_of(take_turns(1, (1, 4), STEPS // 3) if quick else take_turns(2))
+
+
+def rows_of(found: Found) -> list[Row]:
+    """Return what was found, compared."""
     rows = []
-    for sync in (False, True):
+    for sync in sorted({mode for mode, _ in found}):
         counts = [count for mode, count in found if mode == sync]
         for fewer, count in pairwise(counts):
             name = f"{count} {'sync' if sync else 'async'} workers, {PARAMETERS:,}"
             ours, best = found[sync, count], max(found[sync, each].gb_per_s for each in counts if each <= fewer)
             rows.append(gained(name, ours.gb_per_s, "GB/s", "fewer workers", best, 1 - ROUGHLY))
             alone = found[sync, counts[0]].cpu_s_per_gb
-            rows.append(
-                within(f"{name}, server CPU", ours.cpu_s_per_gb, "s/GB", "one worker", alone, 1 + 2 * ROUGHLY)
-            )
+            rows.append(within(f"{name}, server CPU", ours.cpu_s_per_gb, "s/GB", "one worker", alone, 1 + 2 * ROUGHLY))
     return rows
 
 

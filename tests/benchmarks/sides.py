@@ -1,13 +1,13 @@
 """Every side of the comparison of remote steps, in turn, so that a machine whose speed drifts favours none of them.
 
-    raw                  the same bytes there and back over plain sockets, nothing computed: the limit
-    farstep, bf16        `optimizer.step()` over TCP: gradients there, a fused Adagrad step, parameters back into the model;
-                         with `wire="bf16"`, float32 at both ends and half the bytes between
-    shared               the same over a unix socket, with gradients and parameters in shared memory where that is used
-    embedded             the same in this process, with nothing to move
-    RPC, default, uv     a parameter server of torch.distributed.rpc over each of its ways (`peers/torch_rpc.py`); RPC is
-                         the way that is fastest on one machine
-    Ray                  a Ray actor, where Ray is installed (`peers/ray_actor.py`)
+raw                  the same bytes there and back over plain sockets, nothing computed: the limit
+farstep, bf16        `optimizer.step()` over TCP: gradients there, a fused Adagrad step, parameters back into the model;
+                     with `wire="bf16"`, float32 at both ends and half the bytes between
+shared               the same over a unix socket, with gradients and parameters in shared memory where that is used
+embedded             the same in this process, with nothing to move
+RPC, default, uv     a parameter server of torch.distributed.rpc over each of its ways (`peers/torch_rpc.py`); RPC is
+                     the way that is fastest on one machine
+Ray                  a Ray actor, where Ray is installed (`peers/ray_actor.py`)
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.peers import bare_http, ray_actor, raw_sockets, torch_rpc
+from tests.benchmarks.peers import bare_http, raw_sockets, ray_actor, torch_rpc
 
 RAY = pytest.mark.skipif(not ray_actor.installed(), reason="pip install 'farstep[ray]'")
 
@@ -29,7 +29,7 @@ def children() -> set[str]:
         lambda: bare_http.measure([1, 100_000], 2, client="httpx"),
         lambda: torch_rpc.measure([torch_rpc.Size(10, 3), torch_rpc.Size(1000, 1)], [2, 3]),
         lambda: torch_rpc.measure([torch_rpc.Size(10, 3), torch_rpc.Size(1000, 1)], [2, 3], "uv"),
-        pytest.param(lambda: ray_actor.measure([ray_actor.Size(10, 3), ray_actor.Size(1000, 1)], [2, 3]), marks=RAY),
+        pytest.param(lambda: ray_actor.measure([torch_rpc.Size(10, 3), torch_rpc.Size(1000, 1)], [2, 3]), marks=RAY),
     ],
     ids=["raw sockets", "bare HTTP", "httpx", "torch.distributed.rpc", "torch.distributed.rpc over TCP", "Ray actor"],
 )

@@ -32,12 +32,19 @@ from typing import Literal, NamedTuple
 
 Way = Literal["default", "basic", "uv"]
 
-OPTIONS: dict[Way, dict[str, list[str]]] = {
-    "default": {},
-    "basic": {"_channels": ["basic"]},
-    "uv": {"_transports": ["uv"], "_channels": ["basic"]},
+
+class Through(NamedTuple):
+    """State what messages and tensors go through; None leaves it to TensorPipe."""
+
+    transports: list[str] | None = None
+    channels: list[str] | None = None
+
+
+WAYS: dict[Way, Through] = {
+    "default": Through(),
+    "basic": Through(channels=["basic"]),
+    "uv": Through(["uv"], ["basic"]),
 }
-"""What `TensorPipeRpcBackendOptions` is told."""
 LIMIT_S = 300.0
 """Longest life of the two processes."""
 
@@ -116,7 +123,10 @@ def _play(role: str, folder: str, way: Way, rounds: Sequence[int], sizes: Sequen
     from torch.distributed import rpc
 
     store = f"file://{Path(folder) / 'store'}"
-    options = rpc.TensorPipeRpcBackendOptions(init_method=store, rpc_timeout=LIMIT_S, **OPTIONS[way])
+    transports, channels = WAYS[way]
+    options = rpc.TensorPipeRpcBackendOptions(
+        init_method=store, rpc_timeout=LIMIT_S, _transports=transports, _channels=channels
+    )
     rpc.init_rpc(  # type: ignore[no-untyped-call]
         role, rank=("server", "worker").index(role), world_size=2, rpc_backend_options=options
     )
@@ -164,7 +174,7 @@ def main() -> None:
         role, folder, order = sys.argv[1:]
         way, rounds, sizes = json.loads(order)
         return _play(role, folder, way, rounds, [Size(*each) for each in sizes])
-    for way in OPTIONS:
+    for way in WAYS:
         for size, seconds in zip(SIZES, measure(SIZES, [20] * len(SIZES), way), strict=True):
             label = f"{size.parameters:>12,} parameters in {size.tensors:>2} tensors"
             print(f"{label}  {seconds * 1e3:8.2f} ms  {way}")
