@@ -177,14 +177,23 @@ def sides_of(
     }
     source, into = torch.randn(size.elements, device=device), torch.randn(size.elements, device=device)
     sides = {"loop": theirs(foreach=False), "foreach": theirs(foreach=True)}
-    if name in FUSED:
-        sides["fused"] = theirs(fused=True)
+    if name in FUSED and _runs(fused := theirs(fused=True)):
+        sides["fused"] = fused
     if compiled:
         torch._logging.set_logs(  # type: ignore[attr-defined]
             dynamo=logging.ERROR, inductor=logging.ERROR
         )
         sides["compiled"] = torch.compile(theirs(), fullgraph=False)
     return sides | {side: makes[side]() for side in ours} | {"copy": lambda: into.copy_(source)}
+
+
+def _runs(step: Step) -> bool:
+    """Say whether torch has this for the device; it says so at the first step."""
+    try:
+        step()
+    except NotImplementedError:
+        return False
+    return True
 
 
 def medians(sides: Mapping[str, Step], rounds: int, finish: Callable[[], object] = lambda: None) -> dict[str, float]:
