@@ -21,6 +21,7 @@ from farstep.arrivals import Arrivals
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation
 from farstep.departures import Departures
+from farstep.edits import Edited, Looking
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
 from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter, outgrown
@@ -29,11 +30,13 @@ from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Spars
 from farstep.narrow_arrivals import NarrowArrivals
 from farstep.narrowing import Narrowing
 from farstep.patience import Patience
+from farstep.payload import Payload, nbytes_of
 from farstep.presence import PRESENT
 from farstep.reader import Reader
 from farstep.settings import Place
 from farstep.sharing import Sharing
 from farstep.staging import outgoing, outgoing_contents, outgoing_gradients
+from farstep.transport import Supply
 from farstep.unix import path_of_url
 from farstep.wire import from_ranges, to_ranges
 from farstep.wire.memory import TORCH_DTYPES
@@ -76,10 +79,11 @@ class HttpLink(Link):
             if self._wire_parameters is None
             else NarrowArrivals(self._parameters, self._wire_parameters)
         )
-        self._departures = Departures(self._parameters)
-        self._narrowing = self._new_narrowing()
+        self._set_out()
         own_socket = path_of_url(cast(str, place.server)) is not None and place.transport is None
         self._sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
+        self._unlooked: list[int] | None = None  # addresses of parameters in which edits were not yet looked for
+        self._edited_last = False
         self._version = 0
         self._process = os.getpid()
         try:
@@ -139,9 +143,12 @@ class HttpLink(Link):
         began = time.perf_counter()
         present: Sequence[int] = range(len(self._parameters))
         sparse: Sequence[Sparse] = ()
-        payload = None if self._narrowing else self._departures.payload(gradients)
+        looking = None if self._unlooked is None else Looking(self._arrivals.checks(self._unlooked))
+        payload = self._departures.payload(gradients, looking, at_once=self._sharing.possible)
         if payload is None:
             present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
+        if not isinstance(payload, Supply):
+            self._look_now()
         segments = None if len(present) == len(self._parameters) else to_ranges(present)
         fill = None if sparse or evaluation else self._fill(present, gradients)
 
@@ -159,9 +166,17 @@ class HttpLink(Link):
                 fill=fill,
             )
 
-        return self._push(head, present, payload, began, shared=fill is not None)
+        try:
+            report = self._push(head, present, payload, began, shared=fill is not None)
+        except Edited:  # the server has a part of this push, which it throws away
+            self._look_now()
+            report = self.push(gradients, groups, evaluation)
+        self._unlooked = None
+        return report
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
+        self._look_now()
+
         def head(name: WriteName, incarnation: str) -> PushHead:
             have = self._version
             return PushHead(
@@ -182,7 +197,7 @@ class HttpLink(Link):
         self,
         head: Callable[[WriteName, str], PushHead],
         present: Sequence[int],
-        payload: Sequence[memoryview],
+        payload: Payload,
         began: float,
         *,
         shared: bool = False,
@@ -192,20 +207,24 @@ class HttpLink(Link):
 
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
             nonlocal arrived
+            self._arrivals.undo_()  # what an earlier try has brought
             arrived = self._arriving(header, len(self._parameters))
             if header.get("delivered"):
                 return []
             if self._writer.attempts > 1:
                 self._share_no_more()
+            if arrived is None and len(present) == len(self._parameters):
+                return self._arrivals.landing()
             return self._arrivals.targets(arrived)
 
         try:
             with self._session_there():
-                received = self._writer.push(head, payload, place)
+                received = self._writer.push(head, payload, place, self._advance)
         except BaseException:
+            self._arrivals.undo_()
             if self._writer.names.unsure or self._writer.attempts > 1:
                 self._share_no_more()
-            self._arrivals.keep_()  # of what has arrived nobody knows how much
+            self._arrivals.give_up_(lost=shared)
             raise
         if arrived is None and len(present) < len(self._parameters):
             # What has no gradient, and is as it was, is not touched.
@@ -221,12 +240,15 @@ class HttpLink(Link):
             receipt,
             duplicate=bool(received.header["duplicate"]),
             earlier=self._writer.names.tell(),
-            bytes_sent=0 if shared else sum(each.nbytes for each in payload),
+            bytes_sent=0 if shared else nbytes_of(payload),
             bytes_received=received.payload_bytes,
             attempts=self._writer.attempts,
             path="" if not payload else "shared memory" if shared else "bodies",
             seconds={"total": total_s, **seconds, "send": received.receive_s, "copy": copy_s},
         )
+
+    def _advance(self, received_bytes: int) -> None:
+        self._arrivals.advance_(received_bytes)
 
     def _fill(self, present: Sequence[int], gradients: Sequence[Tensor | None]) -> Fill | None:
         """Put gradients into shared memory, if there is any and nothing is unclear; return how to name them."""
@@ -311,14 +333,30 @@ class HttpLink(Link):
         self._spec = replace(
             self._spec, groups=(*self._spec.groups, options), parameters=(*self._spec.parameters, *parameters)
         )
-        self._parameters, self._arrivals, self._departures = everything, arrivals, Departures(everything)
-        self._narrowing = self._new_narrowing()
+        self._parameters, self._arrivals = everything, arrivals
+        self._set_out()
         return receipt.applied
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
     def edited(self, addresses: list[int]) -> list[int]:
         return self._arrivals.edited(addresses)
+
+    def settle_edits(self, addresses: list[int]) -> None:
+        self._unlooked = addresses
+        hidden = self._departures.large and not self._sharing.possible and not self._writer.names.unsure
+        if not hidden or self._edited_last:
+            self._look_now()
+
+    def _look_now(self) -> None:
+        """Send what was edited, if that is not known yet."""
+        if self._unlooked is None:
+            return
+        edited = self._arrivals.edited(self._unlooked)
+        self._edited_last = bool(edited)
+        if edited:
+            self.write(edited)
+        self._unlooked = None
 
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         self._parameters = list(parameters)
@@ -367,9 +405,10 @@ class HttpLink(Link):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _new_narrowing(self) -> Narrowing | None:
+    def _set_out(self) -> None:
         half = self._wire_gradients
-        return None if half is None else Narrowing(half, self._parameters)
+        self._narrowing = None if half is None else Narrowing(half, self._parameters)
+        self._departures = Departures(self._parameters, self._narrowing)
 
     def _addresses(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._parameters))

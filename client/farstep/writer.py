@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from farstep.conversation import Conversation, Place, Received
+from farstep.conversation import Arrived, Conversation, Place, Received
 from farstep.errors import IdempotencyMismatch, Unavailable
 from farstep.growth import AppendHead, outgrown
 from farstep.messages import PushHead, PutHead, WriteName
@@ -58,9 +58,9 @@ class Writer:
         self.names.join(epoch)
         self.incarnation = incarnation
 
-    def push(self, head: MakeHead, payload: Payload, place: Place) -> Received:
+    def push(self, head: MakeHead, payload: Payload, place: Place, arrived: Arrived) -> Received:
         """Send gradients; see `_write`."""
-        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place)
+        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place, arrived)
 
     def put(self, head: MakeHead, payload: Payload) -> Received:
         """Send contents; see `_write`."""
@@ -70,7 +70,16 @@ class Writer:
         """Send a param group; see `_write`."""
         return self._write("Adding a param group to", "POST", f"{self._path}/groups", head, payload, place)
 
-    def _write(self, doing: str, method: str, path: str, head: MakeHead, payload: Payload, place: Place) -> Received:
+    def _write(
+        self,
+        doing: str,
+        method: str,
+        path: str,
+        head: MakeHead,
+        payload: Payload,
+        place: Place,
+        arrived: Arrived | None = None,
+    ) -> Received:
         """Repeat a named write until it is answered. Its sequence is consumed when, and only when, it is committed.
 
         Raises:
@@ -84,7 +93,7 @@ class Writer:
                 if self._patience.attempts > 1:  # an answer to the first try may still come where it was told to
                     header = {key: value for key, value in header.items() if key != "deliver"}
                 body: Payload = () if "area" in header else payload
-                return self._server.data(method, path, header, body, place, wait_s=self._barrier_s)
+                return self._server.data(method, path, header, body, place, arrived=arrived, wait_s=self._barrier_s)
 
             try:
                 received = self._patience.call(f"{doing} session {self._session!r}", self._server.server, attempt)
