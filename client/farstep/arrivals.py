@@ -20,7 +20,7 @@ from farstep.edits import Check, Comparer, Edits
 from farstep.landing import Landing
 from farstep.wire.memory import tensor_memory
 
-LARGE_BYTES: Final = 2 << 20
+LARGE_BYTES: Final = 4 << 20
 """From here on an answer is copied as it comes; a smaller one takes no time to copy."""
 
 

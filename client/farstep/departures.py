@@ -4,20 +4,21 @@ A view of a tensor's memory takes as long as a copy of some ten thousand of its 
 costs again on its way to the socket. So a step of many small gradients is one copy, and one buffer.
 
     up to LARGE_BYTES in all    the payload is there before it is sent
-    above                       it is made piece by piece while it is sent: what has to be cast or copied takes one
-                                piece of memory, and between the pieces there is time to look for edits
+    above                       it is made piece by piece while it is sent; what has to be cast takes the memory of
+                                one piece
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, final
 
 import torch
 from torch import Tensor
 
-from farstep.edits import Looking
+from farstep.looking import Looking
 from farstep.narrowing import Narrowing
 from farstep.payload import Payload
 from farstep.staging import outgoing
@@ -27,8 +28,8 @@ from farstep.wire.memory import tensor_memory
 SMALL_BYTES: Final = 32 * 1024
 """Up to here a gradient is copied."""
 PIECE_BYTES: Final = 1 << 20
-"""What is sent between two pieces of other work."""
-LARGE_BYTES: Final = 2 << 20
+"""What is made and sent at once."""
+LARGE_BYTES: Final = 4 << 20
 """From here on a payload is made while it is sent."""
 
 
@@ -45,10 +46,6 @@ class _Joined:
     def nbytes(self) -> int:
         return len(self.memory)
 
-    @property
-    def pieces(self) -> int:
-        return 1
-
     def made(self, gradients: list[Tensor]) -> Iterator[memoryview]:
         chosen = gradients[self.first : self.first + len(self.staged)]
         torch._foreach_copy_(self.staged, chosen)
@@ -64,10 +61,6 @@ class _Lying:
 
     index: int
     nbytes: int
-
-    @property
-    def pieces(self) -> int:
-        return -(-self.nbytes // PIECE_BYTES)
 
     def made(self, gradients: list[Tensor]) -> Iterator[memoryview]:
         memory = outgoing(gradients[self.index])
@@ -87,10 +80,6 @@ class _Cast:
     @property
     def nbytes(self) -> int:
         return self.elements * self.scratch.element_size()
-
-    @property
-    def pieces(self) -> int:
-        return -(-self.elements // len(self.scratch))
 
     def made(self, gradients: list[Tensor]) -> Iterator[memoryview]:
         gradient = gradients[self.index].detach().reshape(-1)
@@ -155,18 +144,24 @@ class Departures:
             return None
         if at_once or not self.large:
             return [piece for run in self._runs for piece in run.made(there)]
-        pieces = sum(run.pieces for run in self._runs)
+        return Supply(partial(self._made, there, looking), self.nbytes)
 
-        def begin() -> Generator[Batch]:
-            sent = 0
+    def _made(self, gradients: list[Tensor], looking: Looking | None) -> Generator[Batch]:
+        left = self.nbytes
+        if looking is not None:
+            looking.start()
+        try:
             for run in self._runs:
-                for piece in run.made(there):
-                    sent += 1
-                    if looking is not None:
-                        looking.go_on((sent - 1) / (pieces - 1) if sent < pieces else 1.0)
+                for piece in run.made(gradients):
+                    left -= len(piece)
+                    if looking is not None and left:
+                        looking.glance()
+                    elif looking is not None:
+                        looking.finish()
                     yield [piece]
-
-        return Supply(begin, self.nbytes)
+        finally:
+            if looking is not None:
+                looking.stop()
 
     def _run(self, parameters: Sequence[Tensor], first: int, last: int) -> _Joined | _Lying | _Cast:
         members, dtype = parameters[first:last], self._travel[first]

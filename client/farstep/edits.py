@@ -1,7 +1,6 @@
 """Which tensors are not what a copy of them says: compared byte by byte.
 
-A comparison can be made at once (`found`), or a part at a time between other work (`Looking`): the first one that
-differs tells that there is an edit, and then the whole is compared.
+A comparison can be made at once (`found`), or a part at a time, as `farstep.looking` does.
 
 Version counters would be cheaper to look at, but writing through `.data` does not move them, and `p.data.clamp_(...)`
 is what much code does after a step. Comparing costs less than moving the same bytes once
@@ -18,7 +17,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from math import ceil
 from typing import Protocol, final
 
 import torch
@@ -47,36 +45,6 @@ class _Run:
     here: Sequence[memoryview]
     there: ctypes.c_void_p
     nbytes: ctypes.c_size_t
-
-
-@final
-class Edited(Exception):
-    """A parameter was edited, which was found when a request had begun; raised to end the request."""
-
-
-@final
-class Looking:
-    """Look for edits a part at a time.
-
-    Args:
-        checks: what is to be compared.
-    """
-
-    def __init__(self, checks: Sequence[Check]) -> None:
-        self._checks = checks
-        self._next = 0
-
-    def go_on(self, share: float) -> None:
-        """Compare until this share of everything has been compared; 1 for all.
-
-        Raises:
-            Edited: something differs.
-        """
-        until = ceil(share * len(self._checks))
-        while self._next < until:
-            if self._checks[self._next]():
-                raise Edited
-            self._next += 1
 
 
 class Comparer(Protocol):

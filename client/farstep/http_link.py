@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -21,11 +22,11 @@ from farstep.arrivals import Arrivals
 from farstep.consistency import Sync
 from farstep.conversation import READ_TIMEOUT_S, Conversation
 from farstep.departures import Departures
-from farstep.edits import Edited, Looking
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
 from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
+from farstep.looking import Edited, Looking
 from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.narrow_arrivals import NarrowArrivals
 from farstep.narrowing import Narrowing
@@ -143,7 +144,8 @@ class HttpLink(Link):
         began = time.perf_counter()
         present: Sequence[int] = range(len(self._parameters))
         sparse: Sequence[Sparse] = ()
-        looking = None if self._unlooked is None else Looking(self._arrivals.checks(self._unlooked))
+        unlooked = self._unlooked
+        looking = None if unlooked is None else Looking(partial(self._arrivals.checks, unlooked))
         payload = self._departures.payload(gradients, looking, at_once=self._sharing.possible)
         if payload is None:
             present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
@@ -344,7 +346,8 @@ class HttpLink(Link):
 
     def settle_edits(self, addresses: list[int]) -> None:
         self._unlooked = addresses
-        hidden = self._departures.large and not self._sharing.possible and not self._writer.names.unsure
+        here = all(p.device.type == "cpu" for p in self._parameters)
+        hidden = self._departures.large and here and not self._sharing.possible and not self._writer.names.unsure
         if not hidden or self._edited_last:
             self._look_now()
 

@@ -23,8 +23,8 @@ from tests.client.twins import Twins, check_parameters, drawn, parameters
 from tests.faults import Network, faulty
 from tests.service.servers import RunningServer
 
-SHAPES = [(3, 5), (700, 900), (0, 3), (), (800, 500), (123, 321), (4,)]
-"""A bit over 4 MB: large ones, and small, empty and scalar ones before and between them."""
+SHAPES = [(3, 5), (1200, 1000), (0, 3), (), (900, 1000), (123, 321), (4,)]
+"""A bit over 8 MB: large ones, and small, empty and scalar ones before and between them."""
 SHORT_S = 1.0
 
 
@@ -112,7 +112,7 @@ def test_steps_are_torchs(server: RunningServer) -> None:
 
 def test_parameters_of_any_strides(server: RunningServer) -> None:
     """What is transposed, has gaps or shares memory with something else is updated where it lies."""
-    transposed, gaps, shared = drawn(1, [(600, 700), (500, 800), (300, 400)])
+    transposed, gaps, shared = drawn(1, [(1000, 900), (1000, 800), (300, 400)])
     here = [transposed.clone().t(), gaps.clone()[::2], shared.clone()]
     tied = here[2].view(-1)
     there = parameters([transposed.t(), gaps[::2], shared])
