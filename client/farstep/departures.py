@@ -27,8 +27,12 @@ from farstep.wire.memory import tensor_memory
 
 SMALL_BYTES: Final = 32 * 1024
 """Up to here a gradient is copied."""
-PIECE_BYTES: Final = 1 << 20
-"""What is made and sent at once."""
+PIECE_BYTES: Final = 4 << 20
+"""What is sent at once of a gradient that lies in memory; with pieces of 256 KiB sending takes a third longer."""
+CAST_BYTES: Final = 1 << 20
+"""What is cast at once, and sent while a cache still has it."""
+JOINED_BYTES: Final = 1 << 20
+"""What is joined at once, at most."""
 LARGE_BYTES: Final = 4 << 20
 """From here on a payload is made while it is sent."""
 
@@ -113,7 +117,7 @@ class Departures:
         first = size = 0
         for last, p in enumerate(parameters):
             size += p.nbytes
-            if last and (size > PIECE_BYTES or not _joined(parameters[last - 1], p)):
+            if last and (size > JOINED_BYTES or not _joined(parameters[last - 1], p)):
                 self._runs.append(self._run(parameters, first, last))
                 first, size = last, p.nbytes
         if parameters:
@@ -171,7 +175,7 @@ class Departures:
             return _Lying(first, members[0].nbytes)
         if narrowing is not None and self.large and last - first == 1:
             if self._scratch is None:
-                self._scratch = torch.empty(PIECE_BYTES // 2 // dtype.itemsize, dtype=dtype)
+                self._scratch = torch.empty(CAST_BYTES // dtype.itemsize, dtype=dtype)
             return _Cast(first, elements, self._scratch, narrowing)
         flat = torch.empty(elements, dtype=dtype)
         pieces = torch.split(flat, [p.numel() for p in members])

@@ -83,8 +83,8 @@ class HttpLink(Link):
         self._set_out()
         own_socket = path_of_url(cast(str, place.server)) is not None and place.transport is None
         self._sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
-        self._unlooked: list[int] | None = None  # addresses of parameters in which edits were not yet looked for
-        self._edited_last = False
+        self._unlooked: list[int] | None = None  # addresses of parameters that the next push has to look at
+        self._edited_last = False  # whether the last look found an edit: then the next one comes before the push
         self._version = 0
         self._process = os.getpid()
         try:
@@ -142,15 +142,34 @@ class HttpLink(Link):
         evaluation: Evaluation | None = None,
     ) -> StepReport:
         began = time.perf_counter()
+        unlooked, self._unlooked = self._unlooked, None
+        try:
+            return self._push_gradients(gradients, groups, evaluation, began, unlooked)
+        except Edited:  # the server has a part of this push, which it throws away
+            self._send_edits(unlooked)
+            return self._push_gradients(gradients, groups, evaluation, began, None)
+
+    def _push_gradients(
+        self,
+        gradients: Sequence[Tensor | None],
+        groups: Mapping[int, Options],
+        evaluation: Evaluation | None,
+        began: float,
+        unlooked: list[int] | None,
+    ) -> StepReport:
+        """Send gradients, and look for edits of parameters at the addresses `unlooked` before they are whole.
+
+        Raises:
+            Edited: there is an edit; nothing was done.
+        """
         present: Sequence[int] = range(len(self._parameters))
         sparse: Sequence[Sparse] = ()
-        unlooked = self._unlooked
         looking = None if unlooked is None else Looking(partial(self._arrivals.checks, unlooked))
         payload = self._departures.payload(gradients, looking, at_once=self._sharing.possible)
         if payload is None:
             present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
         if not isinstance(payload, Supply):
-            self._look_now()
+            self._send_edits(unlooked)
         segments = None if len(present) == len(self._parameters) else to_ranges(present)
         fill = None if sparse or evaluation else self._fill(present, gradients)
 
@@ -168,16 +187,11 @@ class HttpLink(Link):
                 fill=fill,
             )
 
-        try:
-            report = self._push(head, present, payload, began, shared=fill is not None)
-        except Edited:  # the server has a part of this push, which it throws away
-            self._look_now()
-            report = self.push(gradients, groups, evaluation)
-        self._unlooked = None
-        return report
+        return self._push(head, present, payload, began, shared=fill is not None)
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
-        self._look_now()
+        unlooked, self._unlooked = self._unlooked, None
+        self._send_edits(unlooked)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             have = self._version
@@ -345,21 +359,21 @@ class HttpLink(Link):
         return self._arrivals.edited(addresses)
 
     def settle_edits(self, addresses: list[int]) -> None:
-        self._unlooked = addresses
         here = all(p.device.type == "cpu" for p in self._parameters)
         hidden = self._departures.large and here and not self._sharing.possible and not self._writer.names.unsure
-        if not hidden or self._edited_last:
-            self._look_now()
+        if hidden and not self._edited_last:
+            self._unlooked = addresses
+        else:
+            self._send_edits(addresses)
 
-    def _look_now(self) -> None:
-        """Send what was edited, if that is not known yet."""
-        if self._unlooked is None:
+    def _send_edits(self, addresses: list[int] | None) -> None:
+        """Send what was edited, unless that is done already (None)."""
+        if addresses is None:
             return
-        edited = self._arrivals.edited(self._unlooked)
+        edited = self._arrivals.edited(addresses)
         self._edited_last = bool(edited)
         if edited:
             self.write(edited)
-        self._unlooked = None
 
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         self._parameters = list(parameters)
