@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import httpx
 
 from farstep.errors import FarstepError, InvalidOption, InvalidRequest, Unauthorized, Unavailable, from_problem
-from farstep.transport import DEADLINE_S, NAMED, Pieces, SocketTransport, body_of
+from farstep.payload import Payload, batches_of, nbytes_of
+from farstep.transport import DEADLINE_S, NAMED, Batch, Pieces, SocketTransport, Supply, body_of
 from farstep.unix import dialer, path_of_url
-from farstep.wire import Decoder, encode
+from farstep.wire import Decoder, Frames, encode, encoded_size
+from farstep.wire.header import pack_header
 
 MSGPACK = "application/msgpack"
 FILE = "application/octet-stream"
@@ -111,7 +115,7 @@ class Conversation:
         method: str,
         path: str,
         header: Mapping[str, Any] | None,
-        payload: Sequence[memoryview],
+        payload: Payload,
         place: Place,
         *,
         wait_s: float = 0.0,
@@ -121,7 +125,8 @@ class Conversation:
         Args:
             method, path: the route.
             header: what to send; None for a request without a body.
-            payload: what follows it.
+            payload: what follows it; what a `Supply` raises while the request is sent ends the request, which the
+                server then never has, and is raised here.
             place: says where the answer's payload goes.
             wait_s: seconds the server may be silent beyond the usual, because it waits for others.
 
@@ -206,7 +211,7 @@ class Conversation:
         method: str,
         path: str,
         header: Mapping[str, Any] | None,
-        payload: Sequence[memoryview],
+        payload: Payload,
         wait_s: float,
     ) -> httpx.Request:
         url = self._urls.get(path)
@@ -215,7 +220,7 @@ class Conversation:
         headers = self._client.headers.copy()
         stream = None
         if header is not None:
-            stream = Pieces(encode(header, payload, side="client"))
+            stream = _message(header, payload)
             headers["content-type"] = MSGPACK
             headers["content-length"] = str(stream.nbytes)
         return httpx.Request(method, url, headers=headers, stream=stream, extensions=self._extensions(wait_s))
@@ -245,3 +250,20 @@ class Conversation:
             remedy="Check that the URL is a farstep server's and that no proxy answers in its place.",
             side="client",
         )
+
+
+def _message(header: Mapping[str, Any], payload: Payload) -> Pieces | Supply:
+    if not isinstance(payload, Supply):
+        return Pieces(encode(header, payload, side="client"))
+    packed = pack_header(header, side="client")
+    return Supply(partial(_framed, packed, payload), encoded_size(len(packed), payload.nbytes))
+
+
+def _framed(packed: bytes, payload: Payload) -> Generator[Batch]:
+    frames = Frames(nbytes_of(payload))
+    first = [packed]
+    with closing(batches_of(payload)) as batches:
+        for batch in batches:
+            yield [*first, *frames.cut(map(memoryview, batch))]
+            first = []
+    yield first

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
@@ -14,6 +14,7 @@ from farstep.errors import IdempotencyMismatch, Unavailable
 from farstep.growth import AppendHead, outgrown
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.patience import Patience
+from farstep.payload import Payload
 from farstep.sequence import Names
 
 MakeHead = Callable[[WriteName, str], PushHead | PutHead | AppendHead]
@@ -57,21 +58,19 @@ class Writer:
         self.names.join(epoch)
         self.incarnation = incarnation
 
-    def push(self, head: MakeHead, payload: Sequence[memoryview], place: Place) -> Received:
+    def push(self, head: MakeHead, payload: Payload, place: Place) -> Received:
         """Send gradients; see `_write`."""
         return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place)
 
-    def put(self, head: MakeHead, payload: Sequence[memoryview]) -> Received:
+    def put(self, head: MakeHead, payload: Payload) -> Received:
         """Send contents; see `_write`."""
         return self._write("Writing", "PUT", f"{self._path}/contents", head, payload, lambda header: [])
 
-    def append(self, head: MakeHead, payload: Sequence[memoryview], place: Place) -> Received:
+    def append(self, head: MakeHead, payload: Payload, place: Place) -> Received:
         """Send a param group; see `_write`."""
         return self._write("Adding a param group to", "POST", f"{self._path}/groups", head, payload, place)
 
-    def _write(
-        self, doing: str, method: str, path: str, head: MakeHead, payload: Sequence[memoryview], place: Place
-    ) -> Received:
+    def _write(self, doing: str, method: str, path: str, head: MakeHead, payload: Payload, place: Place) -> Received:
         """Repeat a named write until it is answered. Its sequence is consumed when, and only when, it is committed.
 
         Raises:
@@ -84,7 +83,7 @@ class Writer:
             def attempt(header: Mapping[str, Any] = header) -> Received:
                 if self._patience.attempts > 1:  # an answer to the first try may still come where it was told to
                     header = {key: value for key, value in header.items() if key != "deliver"}
-                body = () if "area" in header else payload
+                body: Payload = () if "area" in header else payload
                 return self._server.data(method, path, header, body, place, wait_s=self._barrier_s)
 
             try:
@@ -110,7 +109,7 @@ class Writer:
             group = int(before.header["group"])
             raise outgrown(self._session, self.names.worker, group, by=self.names.worker, side="client")
 
-    def _named(self, head: MakeHead, payload: Sequence[memoryview]) -> Mapping[str, Any]:
+    def _named(self, head: MakeHead, payload: Payload) -> Mapping[str, Any]:
         """Return a write's header, under a new name or as it was sent before; ask the server if that is not clear."""
         header = head(self.names.next(), self.incarnation).to_header()
         if not self.names.unsure:

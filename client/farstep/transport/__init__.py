@@ -2,18 +2,20 @@
 
 from .body import Readable, ResponseBody, body_of
 from .extensions import BODY, DEADLINE_S, NAMED
-from .pieces import Pieces
+from .pieces import Batch, Pieces, Supply
 from .sockets import Dial, SocketTransport, dial_tcp
 
 __all__ = [
     "BODY",
     "DEADLINE_S",
     "NAMED",
+    "Batch",
     "Dial",
     "Pieces",
     "Readable",
     "ResponseBody",
     "SocketTransport",
+    "Supply",
     "body_of",
     "dial_tcp",
 ]

@@ -79,6 +79,7 @@ class Connection:
         self._scratch = memoryview(self._memory)
         self._start = self._end = 0
         self._interim = 0
+        self._sending = False
         self._answer: ResponseHead | None = None
         self._method = ""
         self._limits = Limits(None, None, None, None)
@@ -89,7 +90,7 @@ class Connection:
     def begin(self, method: str, limits: Limits) -> None:
         """Start an exchange."""
         self._method, self._limits = method, limits
-        self._interim, self._answer, self.heard = 0, None, False
+        self._interim, self._answer, self.heard, self._sending = 0, None, False, False
 
     def quiet(self) -> bool:
         """Tell whether an idle connection still is one: open, ours and without a byte nobody asked for."""
@@ -97,7 +98,7 @@ class Connection:
         return mine and self._start == self._end and not self._link.wait(READ, 0)
 
     def send(self, views: Iterable[memoryview]) -> bool:
-        """Send buffers and return True, or False when the server's refusal ended it.
+        """Send the next buffers of an exchange and return True, or False when the server's refusal ended it.
 
         Raises:
             httpx.WriteTimeout: there was no room for a byte in time.
@@ -105,6 +106,11 @@ class Connection:
         """
         self._check_process()
         listening = self._answer is None
+        if self._sending and listening and self._link.wait(READ, 0):  # while these buffers were made
+            listening = self._listen()
+            if self._refused():
+                return False
+        self._sending = True
         cursor = Cursor(views, MAX_BUFFERS)
         while not cursor.done:
             if self._limits.passed():
@@ -125,7 +131,7 @@ class Connection:
                     raise httpx.WriteTimeout("The server did not take the request's next byte in time.")
             if listening and ready & READ:
                 listening = self._listen()
-                if self._answer is not None and self._answer.status >= 400:
+                if self._refused():
                     return False
         return True
 
@@ -208,6 +214,9 @@ class Connection:
             self._received(got)
             self._answer = self._parse()
         return got != 0 and self._answer is None
+
+    def _refused(self) -> bool:
+        return self._answer is not None and self._answer.status >= 400
 
     def _answered(self) -> bool:
         """Tell whether an answer had arrived before sending failed."""

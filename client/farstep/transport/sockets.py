@@ -5,7 +5,8 @@
 Users keep httpx's client and everything they configure on it. Beside `httpx.HTTPTransport` (100 MB each way over
 loopback: about five times the time of bare sockets; it copies the unsent rest at every partial send) this one
 
-* sends the buffers of a `Pieces` where they lie, the head in front of them in the same system call;
+* sends the buffers of a `Pieces` where they lie, the head in front of them in the same system call, and those of a
+  `Supply` as they are made;
 * gives the body of a response to `readinto`, see `body_of`;
 * listens while it sends, so that 401 and 413 arrive instead of a broken pipe;
 * sends `Accept-Encoding: identity` unless told otherwise and decompresses nothing.
@@ -26,7 +27,8 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from typing import Any, Final, final
 
 import httpx
@@ -36,7 +38,7 @@ from .connection import Connection, Limits
 from .extensions import BODY, NAMED
 from .head import request_head
 from .link import Link, Plain, Secure
-from .pieces import Pieces
+from .pieces import Pieces, Supply
 from .pool import Origin, Pool
 
 Dial = Callable[[Origin, float | None], socket.socket]
@@ -154,7 +156,8 @@ class SocketTransport(httpx.BaseTransport):
 
         try:
             connection.begin(request.method, limits)
-            complete = all(map(connection.send, _message(request)))
+            with closing(_message(request)) as message:
+                complete = all(map(connection.send, message))
             head = connection.answer()
             body = ResponseBody(connection, head, request=request, release=release, complete=complete)
         except BaseException:
@@ -204,10 +207,10 @@ def _origin(request: httpx.Request) -> Origin:
 
 def _repeatable(request: httpx.Request) -> bool:
     harmless = request.method in _IDEMPOTENT or bool(request.extensions.get(NAMED))
-    return harmless and isinstance(request.stream, Pieces | httpx.ByteStream)
+    return harmless and isinstance(request.stream, Pieces | Supply | httpx.ByteStream)
 
 
-def _message(request: httpx.Request) -> Iterator[Iterable[memoryview]]:
+def _message(request: httpx.Request) -> Generator[Iterable[memoryview]]:
     """Yield the request, head and body, in lists of buffers that are sent together."""
     stream = request.stream
     if not isinstance(stream, httpx.SyncByteStream):
@@ -216,6 +219,14 @@ def _message(request: httpx.Request) -> Iterator[Iterable[memoryview]]:
         stream = Pieces(stream)
     if isinstance(stream, Pieces):
         yield [memoryview(request_head(request, stream.nbytes)), *stream.views]
+        return
+    if isinstance(stream, Supply):
+        head = [memoryview(request_head(request, stream.nbytes))]
+        with closing(stream.batches()) as batches:
+            for batch in batches:
+                yield [*head, *Pieces(batch).views]
+                head = []
+        yield head
         return
     stated = request.headers.get("Content-Length")
     declared = None if stated is None else int(stated)
