@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -28,6 +29,7 @@ from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, St
 from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.narrow_arrivals import NarrowArrivals
 from farstep.narrowing import Narrowing
+from farstep.overlap import LEAST_BYTES, OTHERS, UNUSED, Overlapped, Overlapping
 from farstep.patience import Patience
 from farstep.presence import PRESENT
 from farstep.reader import Reader
@@ -80,6 +82,9 @@ class HttpLink(Link):
         self._narrowing = self._new_narrowing()
         own_socket = path_of_url(cast(str, place.server)) is not None and place.transport is None
         self._sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
+        self._overlapping = Overlapping()
+        # float16 gradients are looked at before anything is sent.
+        self._streams = self._wire_gradients != "float16" and all(p.device.type == "cpu" for p in parameters)
         self._version = 0
         self._process = os.getpid()
         try:
@@ -105,6 +110,7 @@ class HttpLink(Link):
     def _join(self, start: Start) -> bool:
         """Create or join the session; return whether this worker gave it its first contents."""
         self._share_no_more()
+        self._overlapping.end(OTHERS)
         document = {**self._spec.to_document(), "worker": self._place.worker}
 
         def attempt() -> bool:
@@ -137,13 +143,55 @@ class HttpLink(Link):
         evaluation: Evaluation | None = None,
     ) -> StepReport:
         began = time.perf_counter()
+        begun = self._overlapping.take()
+        if begun is not None:
+            present = [index for index, each in enumerate(gradients) if each is not None]
+            head = self._head(present, groups, evaluation=evaluation, order=begun.order)
+            name = self._writer.names.next()
+            if begun.carries(head(name, self._writer.incarnation).to_header(), gradients):
+                return replace(
+                    self._push(head, present, begun.payload(), began, begun=begun),
+                    overlap=begun.outcome,
+                    bytes_overlapped=begun.bytes_overlapped,
+                )
+        report = self._push_all(gradients, groups, evaluation, began)
+        return report if begun is None else replace(report, overlap=begun.outcome)
+
+    def _push_all(
+        self,
+        gradients: Sequence[Tensor | None],
+        groups: Mapping[int, Options],
+        evaluation: Evaluation | None,
+        began: float,
+    ) -> StepReport:
+        """Send gradients of which none has been sent."""
         present: Sequence[int] = range(len(self._parameters))
         sparse: Sequence[Sparse] = ()
-        payload = None if self._narrowing else self._departures.payload(gradients)
+        before = self._writer.names.unanswered
+        order = None if before is None else before.header.get("order")
+        payload = None if self._narrowing or order else self._departures.payload(gradients)
         if payload is None:
             present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
-        segments = None if len(present) == len(self._parameters) else to_ranges(present)
+        if order is not None and not sparse and sorted(order) == present:
+            views = dict(zip(present, payload, strict=True))  # it may be that push again
+            payload = [views[index] for index in order]
+        else:
+            order = None
         fill = None if sparse or evaluation else self._fill(present, gradients)
+        head = self._head(present, groups, evaluation=evaluation, order=order, sparse=sparse, fill=fill)
+        return self._push(head, present, payload, began, shared=fill is not None)
+
+    def _head(
+        self,
+        present: Sequence[int],
+        groups: Mapping[int, Options],
+        *,
+        evaluation: Evaluation | None = None,
+        order: Sequence[int] | None = None,
+        sparse: Sequence[Sparse] = (),
+        fill: Fill | None = None,
+    ) -> Callable[[WriteName, str], PushHead]:
+        segments = None if len(present) == len(self._parameters) else to_ranges(present)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             return PushHead(
@@ -157,11 +205,24 @@ class HttpLink(Link):
                 wire_gradients=self._wire_gradients,
                 wire_parameters=self._wire_parameters,
                 fill=fill,
+                order=None if order is None else tuple(order),
             )
 
-        return self._push(head, present, payload, began, shared=fill is not None)
+        return head
+
+    def begin_push(self, order: Sequence[int], groups: Mapping[int, Options]) -> Overlapped | None:
+        names = self._writer.names
+        if not self._streams or names.unsure or self._sharing.area is not None or self._process != os.getpid():
+            return None
+        if sum(self._parameters[index].nbytes for index in order) < LEAST_BYTES:
+            return None
+        header = self._head(sorted(order), groups, order=order)(names.next(), self._writer.incarnation).to_header()
+        send = partial(self._writer.send_push, header)
+        return self._overlapping.begin(header, order, self._parameters, self._wire_gradients, send)
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
+        self._overlapping.end(OTHERS)
+
         def head(name: WriteName, incarnation: str) -> PushHead:
             have = self._version
             return PushHead(
@@ -186,6 +247,7 @@ class HttpLink(Link):
         began: float,
         *,
         shared: bool = False,
+        begun: Overlapped | None = None,
     ) -> StepReport:
         """Send a push with the gradients of the parameters `present`, and take in what comes back."""
         arrived: list[int] | None = None
@@ -201,7 +263,7 @@ class HttpLink(Link):
 
         try:
             with self._session_there():
-                received = self._writer.push(head, payload, place)
+                received = self._writer.push(head, payload, place, begun)
         except BaseException:
             if self._writer.names.unsure or self._writer.attempts > 1:
                 self._share_no_more()
@@ -313,6 +375,7 @@ class HttpLink(Link):
         )
         self._parameters, self._arrivals, self._departures = everything, arrivals, Departures(everything)
         self._narrowing = self._new_narrowing()
+        self._overlapping.forget_()
         return receipt.applied
 
     # -- reads ------------------------------------------------------------------------------------------------------
@@ -393,6 +456,7 @@ class HttpLink(Link):
     def close(self) -> None:
         if self._process != os.getpid():
             return  # a fork of the worker must not end the session of its parent
+        self._overlapping.end(UNUSED)
         epoch = self._writer.names.epoch
         path = self._path if self._place.private else f"{self._writer.worker_path}?epoch={epoch}"
         try:
@@ -401,3 +465,4 @@ class HttpLink(Link):
                     self._server.control("DELETE", path, within_s=CLOSE_TIMEOUT_S)
         finally:
             self._server.close()
+            self._overlapping.close(CLOSE_TIMEOUT_S)
