@@ -24,6 +24,7 @@ from farstep.conversation import READ_TIMEOUT_S, Conversation
 from farstep.departures import Departures
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
 from farstep.fields import FieldKind
+from farstep.foresight import STREAMED
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
 from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, WriteName
@@ -149,11 +150,9 @@ class HttpLink(Link):
             head = self._head(present, groups, evaluation=evaluation, order=begun.order)
             name = self._writer.names.next()
             if begun.carries(head(name, self._writer.incarnation).to_header(), gradients):
-                return replace(
-                    self._push(head, present, begun.payload(), began, begun=begun),
-                    overlap=begun.outcome,
-                    bytes_overlapped=begun.bytes_overlapped,
-                )
+                report = self._push(head, present, begun.payload(), began, begun=begun)
+                hidden = begun.bytes_overlapped if begun.outcome == STREAMED else 0
+                return replace(report, overlap=begun.outcome, bytes_overlapped=hidden)
         report = self._push_all(gradients, groups, evaluation, began)
         return report if begun is None else replace(report, overlap=begun.outcome)
 

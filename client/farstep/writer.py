@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -16,7 +15,7 @@ from farstep.conversation import Conversation, Place, Received
 from farstep.errors import IdempotencyMismatch, Truncated, Unavailable
 from farstep.growth import AppendHead, outgrown
 from farstep.messages import PushHead, PutHead, WriteName
-from farstep.overlap import Overlapped
+from farstep.overlap import BROKEN, Overlapped
 from farstep.patience import Patience
 from farstep.payload import Payload
 from farstep.sequence import Names
@@ -108,8 +107,10 @@ class Writer:
                 nonlocal begun
                 if begun is not None:
                     first, begun = begun, None
-                    with suppress(Truncated):  # it came too slowly, so nothing has happened
+                    try:
                         return self._server.receive(first.finish(), place)
+                    except Truncated:  # it came too slowly, so nothing has happened
+                        first.outcome = BROKEN
                 if self._patience.attempts > 1:  # an answer to the first try may still come where it was told to
                     header = {key: value for key, value in header.items() if key != "deliver"}
                 body: Payload = () if "area" in header else payload

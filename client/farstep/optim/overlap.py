@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import final
+from typing import Final, final
 
 import torch
 from torch import Tensor
@@ -21,11 +21,20 @@ from torch.utils.hooks import RemovableHandle
 
 from farstep.foresight import PAUSE_STEPS, WRONG_IN_A_ROW, Foresight
 from farstep.link import StepReport
-from farstep.overlap import AGAIN, Overlapped
+from farstep.overlap import AGAIN, BROKEN, CHANGED, OTHERS, UNUSED, Overlapped
 from farstep.stage import plain
 
 Begin = Callable[[Sequence[int]], Overlapped | None]
 """Begin the push of these gradients, in this order, if that can be."""
+
+REMEDIES: Final = {
+    AGAIN: "Put all backward passes of a step but the last one into `with optimizer.no_sync():`.",
+    CHANGED: "Gradients that are clipped, unscaled or averaged after the backward pass are sent in step(): leave it out.",
+    OTHERS: "Change options and parameters before the backward pass or after step(), and use the same parameters.",
+    BROKEN: "A server waits 30 s for the next gradient; a slower backward pass goes without it.",
+    UNUSED: "It is for loops in which each backward pass is followed by its step.",
+}
+"""What to do about each way in which a stream ends."""
 
 _LOG = logging.getLogger("farstep.overlap")
 
@@ -106,10 +115,8 @@ class Overlap:
         if wrong and not self._told:
             self._told = True
             warnings.warn(
-                f"overlap=True did not help: {WRONG_IN_A_ROW} times in a row {report.overlap}, so step() sent all "
-                f"of them again. It is not tried in the next {PAUSE_STEPS} steps. Where gradients are clipped, unscaled "
-                "or averaged after the backward pass, leave overlap out; where backward passes accumulate them "
-                "irregularly, put all but the last one into `with optimizer.no_sync():`.",
+                f"overlap=True does not help here: {WRONG_IN_A_ROW} times in a row a push had to be sent again, lastly "
+                f"because {report.overlap}. It is not tried in the next {PAUSE_STEPS} steps. {REMEDIES[report.overlap]}",
                 stacklevel=4,
             )
 
