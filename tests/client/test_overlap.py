@@ -402,8 +402,10 @@ def test_clipping_and_scaling_are_noticed(how: object, both: Both) -> None:
     """Twice in a row is enough: the optimizer says so once, and sends gradients in step() from then on."""
     assert callable(how)
     assert both.train(2, how) == ["", CHANGED]
-    with pytest.warns(UserWarning, match="after they had been sent"):
+    with pytest.warns(UserWarning, match="after they had been sent") as warned:
         both.step(how)
+    (warning,) = warned
+    assert (warning.filename == __file__) == (how is clipped)  # GradScaler calls step() itself
     assert both.train(3, how) == ["", "", ""]
     both.check()
 

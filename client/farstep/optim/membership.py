@@ -152,10 +152,10 @@ class Membership:
         except BaseException:
             self._sent = without(self._sent, changed)
             raise
-        if self.overlap is not None:
-            self.overlap.stepped(gradients, report)
         scaling.settle_(gradients)
         self._sent = options
+        if self.overlap is not None:
+            self.overlap.stepped(gradients, report)
         return report
 
     def pull(self) -> int:

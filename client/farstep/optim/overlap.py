@@ -29,12 +29,15 @@ Begin = Callable[[Sequence[int]], Overlapped | None]
 
 REMEDIES: Final = {
     AGAIN: "Put all backward passes of a step but the last one into `with optimizer.no_sync():`.",
-    CHANGED: "Gradients that are clipped, unscaled or averaged after the backward pass are sent in step(): leave it out.",
+    CHANGED: "Gradients that are clipped, unscaled or averaged after the backward pass are sent in step().",
     OTHERS: "Change options and parameters before the backward pass or after step(), and use the same parameters.",
     BROKEN: "A server waits 30 s for the next gradient; a slower backward pass goes without it.",
     UNUSED: "It is for loops in which each backward pass is followed by its step.",
 }
 """What to do about each way in which a stream ends."""
+
+CALLER: Final = 8
+"""Frames from here to the caller of step(), with those of torch between."""
 
 _LOG = logging.getLogger("farstep.overlap")
 
@@ -115,9 +118,10 @@ class Overlap:
         if wrong and not self._told:
             self._told = True
             warnings.warn(
-                f"overlap=True does not help here: {WRONG_IN_A_ROW} times in a row a push had to be sent again, lastly "
-                f"because {report.overlap}. It is not tried in the next {PAUSE_STEPS} steps. {REMEDIES[report.overlap]}",
-                stacklevel=4,
+                f"overlap=True does not help here: {WRONG_IN_A_ROW} times in a row a push had to be sent again, "
+                f"because {report.overlap}. It is not tried in the next {PAUSE_STEPS} steps. "
+                + REMEDIES[report.overlap],
+                stacklevel=CALLER,
             )
 
 
