@@ -128,7 +128,10 @@ class Overlapped:
         """
         if self._process != os.getpid() or header != self.header:
             self.end(OTHERS)
-        final = {index: plain(each) for index in self.order if (each := gradients[index]) is not None}
+        takes = self._stage.takes
+        final = {i: plain(each) for i in self.order if (each := gradients[i]) is not None and takes(i, each)}
+        if len(final) < len(self.order):
+            self.end(CHANGED)
         with self._moved:
             if self._over:
                 self.outcome = self.outcome or BROKEN

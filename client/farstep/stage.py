@@ -70,6 +70,11 @@ class Stage:
         """Return the memory of a unit."""
         return tensor_memory(self._memory[unit.index][unit.first : unit.last])
 
+    def takes(self, index: int, gradient: Tensor) -> bool:
+        """Say whether a gradient is one that can be here: dense, and of its parameter's dtype and size."""
+        dense = gradient.layout is torch.strided and gradient.dtype is self._dtypes[index]
+        return dense and gradient.numel() == self._memory[index].numel()
+
     def fill_(self, unit: Unit, gradient: Tensor) -> None:
         """Copy a unit of a plain gradient."""
         self._memory[unit.index][unit.first : unit.last].copy_(gradient.view(-1)[unit.first : unit.last])
@@ -77,8 +82,6 @@ class Stage:
     def holds(self, index: int, count: int, gradient: Tensor) -> bool:
         """Say whether the first elements of a plain gradient are, in every bit, those that are here."""
         staged = self._memory[index]
-        if gradient.dtype is not self._dtypes[index] or gradient.numel() != staged.numel():
-            return False
         if staged.dtype is gradient.dtype:
             nbytes = count * staged.element_size()
             here, there = ctypes.c_void_p(gradient.data_ptr()), ctypes.c_void_p(staged.data_ptr())

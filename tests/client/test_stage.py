@@ -54,8 +54,10 @@ def test_a_gradient_of_another_dtype_or_size_is_another() -> None:
     """Bytes that happen to be equal do not make it the same."""
     gradient = torch.zeros(6)
     stage = filled([gradient])
-    assert not stage.holds(0, 6, torch.zeros(6, dtype=torch.float64))
-    assert not stage.holds(0, 6, torch.zeros(5))
+    assert stage.takes(0, gradient)
+    assert not stage.takes(0, torch.zeros(6, dtype=torch.float64))
+    assert not stage.takes(0, gradient.to_sparse())
+    assert not stage.takes(0, torch.zeros(5))
 
 
 def test_plain_gradients_are_not_copied() -> None:
