@@ -140,9 +140,19 @@ class Conversation:
             FarstepError: the problem the server answered with, or an answer that is not of the protocol.
             httpx.TransportError: no complete answer came; memory that `place` named is then unspecified.
         """
+        return self.receive(self.send(method, path, header, payload, wait_s=wait_s), place, arrived)
+
+    def send(
+        self, method: str, path: str, header: Mapping[str, Any] | None, payload: Payload, *, wait_s: float = 0.0
+    ) -> httpx.Response:
+        """Do the first half of `data` and return when the head of an answer is there, for `receive`."""
         request = self._request(method, path, header, payload, wait_s)
         response = self._transport.handle_request(request)  # past the client's cookies and redirects, which take longer
         response.request = request
+        return response
+
+    def receive(self, response: httpx.Response, place: Place, arrived: Arrived | None = None) -> Received:
+        """Do the second half of `data`."""
         try:
             if not response.is_success:
                 response.read()
@@ -154,7 +164,7 @@ class Conversation:
                 buffer = decoder.get_buffer()
                 count = body.readinto(buffer if arrived is None else buffer[:HOT_BYTES])
                 if count == 0:
-                    raise httpx.RemoteProtocolError("the answer was cut off", request=request)
+                    raise httpx.RemoteProtocolError("the answer was cut off", request=response.request)
                 decoder.buffer_updated(count)
                 if arrived is not None:
                     arrived(decoder.received)

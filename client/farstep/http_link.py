@@ -24,12 +24,14 @@ from farstep.conversation import READ_TIMEOUT_S, Conversation
 from farstep.departures import Departures
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
 from farstep.fields import FieldKind
+from farstep.foresight import STREAMED
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
 from farstep.looking import Edited, Looking
 from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.narrow_arrivals import NarrowArrivals
 from farstep.narrowing import Narrowing
+from farstep.overlap import LEAST_BYTES, OTHERS, UNUSED, Overlapped, Overlapping
 from farstep.patience import Patience
 from farstep.payload import Payload, nbytes_of
 from farstep.presence import PRESENT
@@ -85,6 +87,9 @@ class HttpLink(Link):
         self._sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
         self._unlooked: list[int] | None = None  # addresses of parameters that the next push has to look at
         self._edited_last = False  # whether the last look found an edit: then the next one comes before the push
+        self._overlapping = Overlapping()
+        # float16 gradients are looked at before anything is sent.
+        self._streams = self._wire_gradients != "float16" and all(p.device.type == "cpu" for p in parameters)
         self._version = 0
         self._process = os.getpid()
         try:
@@ -110,6 +115,7 @@ class HttpLink(Link):
     def _join(self, start: Start) -> bool:
         """Create or join the session; return whether this worker gave it its first contents."""
         self._share_no_more()
+        self._overlapping.end(OTHERS)
         document = {**self._spec.to_document(), "worker": self._place.worker}
 
         def attempt() -> bool:
@@ -143,13 +149,25 @@ class HttpLink(Link):
     ) -> StepReport:
         began = time.perf_counter()
         unlooked, self._unlooked = self._unlooked, None
+        begun = self._overlapping.take()
+        if begun is not None:
+            self._send_edits(unlooked)
+            unlooked = None
+            present = [index for index, each in enumerate(gradients) if each is not None]
+            head = self._head(present, groups, evaluation=evaluation, order=begun.order)
+            name = self._writer.names.next()
+            if begun.carries(head(name, self._writer.incarnation).to_header(), gradients):
+                report = self._push(head, present, begun.payload(), began, begun=begun)
+                hidden = begun.bytes_overlapped if begun.outcome == STREAMED else 0
+                return replace(report, overlap=begun.outcome, bytes_overlapped=hidden)
         try:
-            return self._push_gradients(gradients, groups, evaluation, began, unlooked)
+            report = self._push_all(gradients, groups, evaluation, began, unlooked)
         except Edited:  # the server has a part of this push, which it throws away
             self._send_edits(unlooked)
-            return self._push_gradients(gradients, groups, evaluation, began, None)
+            report = self._push_all(gradients, groups, evaluation, began, None)
+        return report if begun is None else replace(report, overlap=begun.outcome)
 
-    def _push_gradients(
+    def _push_all(
         self,
         gradients: Sequence[Tensor | None],
         groups: Mapping[int, Options],
@@ -157,21 +175,44 @@ class HttpLink(Link):
         began: float,
         unlooked: list[int] | None,
     ) -> StepReport:
-        """Send gradients, and look for edits of parameters at the addresses `unlooked` before they are whole.
+        """Send gradients of which none has been sent, and look for edits of parameters at the addresses `unlooked`.
 
         Raises:
             Edited: there is an edit; nothing was done.
         """
         present: Sequence[int] = range(len(self._parameters))
         sparse: Sequence[Sparse] = ()
-        looking = None if unlooked is None else Looking(partial(self._arrivals.checks, unlooked))
-        payload = self._departures.payload(gradients, looking, at_once=self._sharing.possible)
-        if payload is None:
-            present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
+        before = self._writer.names.unanswered
+        order = None if before is None else before.header.get("order")
+        payload: Payload | None = None
+        if not order:
+            looking = None if unlooked is None else Looking(partial(self._arrivals.checks, unlooked))
+            payload = self._departures.payload(gradients, looking, at_once=self._sharing.possible)
         if not isinstance(payload, Supply):
             self._send_edits(unlooked)
-        segments = None if len(present) == len(self._parameters) else to_ranges(present)
+        if payload is None:
+            present, sparse, views = outgoing_gradients(gradients, self._parameters, self._narrowing)
+            payload = views
+            if order is not None and not sparse and sorted(order) == present:
+                of = dict(zip(present, views, strict=True))  # it may be that push again
+                payload = [of[index] for index in order]
+            else:
+                order = None
         fill = None if sparse or evaluation else self._fill(present, gradients)
+        head = self._head(present, groups, evaluation=evaluation, order=order, sparse=sparse, fill=fill)
+        return self._push(head, present, payload, began, shared=fill is not None)
+
+    def _head(
+        self,
+        present: Sequence[int],
+        groups: Mapping[int, Options],
+        *,
+        evaluation: Evaluation | None = None,
+        order: Sequence[int] | None = None,
+        sparse: Sequence[Sparse] = (),
+        fill: Fill | None = None,
+    ) -> Callable[[WriteName, str], PushHead]:
+        segments = None if len(present) == len(self._parameters) else to_ranges(present)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             return PushHead(
@@ -185,13 +226,25 @@ class HttpLink(Link):
                 wire_gradients=self._wire_gradients,
                 wire_parameters=self._wire_parameters,
                 fill=fill,
+                order=None if order is None else tuple(order),
             )
 
-        return self._push(head, present, payload, began, shared=fill is not None)
+        return head
+
+    def begin_push(self, order: Sequence[int], groups: Mapping[int, Options]) -> Overlapped | None:
+        names = self._writer.names
+        if not self._streams or names.unsure or self._sharing.area is not None or self._process != os.getpid():
+            return None
+        if sum(self._parameters[index].nbytes for index in order) < LEAST_BYTES:
+            return None
+        header = self._head(sorted(order), groups, order=order)(names.next(), self._writer.incarnation).to_header()
+        send = partial(self._writer.send_push, header)
+        return self._overlapping.begin(header, order, self._parameters, self._wire_gradients, send)
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
         unlooked, self._unlooked = self._unlooked, None
         self._send_edits(unlooked)
+        self._overlapping.end(OTHERS)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             have = self._version
@@ -217,6 +270,7 @@ class HttpLink(Link):
         began: float,
         *,
         shared: bool = False,
+        begun: Overlapped | None = None,
     ) -> StepReport:
         """Send a push with the gradients of the parameters `present`, and take in what comes back."""
         arrived: list[int] | None = None
@@ -235,7 +289,7 @@ class HttpLink(Link):
 
         try:
             with self._session_there():
-                received = self._writer.push(head, payload, place, self._advance)
+                received = self._writer.push(head, payload, place, self._advance, begun)
         except BaseException:
             self._arrivals.undo_()
             if self._writer.names.unsure or self._writer.attempts > 1:
@@ -351,6 +405,7 @@ class HttpLink(Link):
         )
         self._parameters, self._arrivals = everything, arrivals
         self._set_out()
+        self._overlapping.forget_()
         return receipt.applied
 
     # -- reads ------------------------------------------------------------------------------------------------------
@@ -449,6 +504,7 @@ class HttpLink(Link):
     def close(self) -> None:
         if self._process != os.getpid():
             return  # a fork of the worker must not end the session of its parent
+        self._overlapping.end(UNUSED)
         epoch = self._writer.names.epoch
         path = self._path if self._place.private else f"{self._writer.worker_path}?epoch={epoch}"
         try:
@@ -457,3 +513,4 @@ class HttpLink(Link):
                     self._server.control("DELETE", path, within_s=CLOSE_TIMEOUT_S)
         finally:
             self._server.close()
+            self._overlapping.close(CLOSE_TIMEOUT_S)

@@ -9,10 +9,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
+import httpx
+
 from farstep.conversation import Arrived, Conversation, Place, Received
-from farstep.errors import IdempotencyMismatch, Unavailable
+from farstep.errors import IdempotencyMismatch, Truncated, Unavailable
 from farstep.growth import AppendHead, outgrown
 from farstep.messages import PushHead, PutHead, WriteName
+from farstep.overlap import BROKEN, Overlapped
 from farstep.patience import Patience
 from farstep.payload import Payload
 from farstep.sequence import Names
@@ -58,9 +61,20 @@ class Writer:
         self.names.join(epoch)
         self.incarnation = incarnation
 
-    def push(self, head: MakeHead, payload: Payload, place: Place, arrived: Arrived) -> Received:
+    def push(
+        self,
+        head: MakeHead,
+        payload: Payload,
+        place: Place,
+        arrived: Arrived | None = None,
+        begun: Overlapped | None = None,
+    ) -> Received:
         """Send gradients; see `_write`."""
-        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place, arrived)
+        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place, arrived, begun)
+
+    def send_push(self, header: Mapping[str, Any], payload: Payload) -> httpx.Response:
+        """Send gradients once, and return when the head of an answer is there."""
+        return self._server.send("POST", f"{self._path}/push", header, payload, wait_s=self._barrier_s)
 
     def put(self, head: MakeHead, payload: Payload) -> Received:
         """Send contents; see `_write`."""
@@ -79,8 +93,17 @@ class Writer:
         payload: Payload,
         place: Place,
         arrived: Arrived | None = None,
+        begun: Overlapped | None = None,
     ) -> Received:
         """Repeat a named write until it is answered. Its sequence is consumed when, and only when, it is committed.
+
+        Args:
+            doing, method, path: what it is, and its route.
+            head: makes its header.
+            payload: what follows it.
+            place: says where the answer's payload goes.
+            arrived: called while it comes.
+            begun: the first try, which is on its way already.
 
         Raises:
             FarstepError: the server refused it, or `Unavailable`: its outcome is unknown.
@@ -90,6 +113,13 @@ class Writer:
             self._check_known(header)
 
             def attempt(header: Mapping[str, Any] = header) -> Received:
+                nonlocal begun
+                if begun is not None:
+                    first, begun = begun, None
+                    try:
+                        return self._server.receive(first.finish(), place, arrived)
+                    except Truncated:  # it came too slowly, so nothing has happened
+                        first.outcome = BROKEN
                 if self._patience.attempts > 1:  # an answer to the first try may still come where it was told to
                     header = {key: value for key, value in header.items() if key != "deliver"}
                 body: Payload = () if "area" in header else payload

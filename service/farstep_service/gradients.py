@@ -36,12 +36,14 @@ class Contribution:
         sparse: which of them are sparse.
         rule, groups: say where a sparse gradient is accepted.
         half: the 16-bit dtype in which gradients of float32 segments come; None for their own.
+        order: the segments in the order in which they come; None for ascending.
 
     Attributes:
         check_s: the seconds that looking for NaN and Inf in it took.
 
     Raises:
-        InvalidRequest: segment ranges that are not in order, or a sparse row that names a segment without a gradient.
+        InvalidRequest: segment ranges that are not in order, a sparse row that names a segment without a gradient, or
+            an order of other segments.
         TensorMismatch: a sparse gradient of a shape the segment does not have, or one that the optimizer does not take.
     """
 
@@ -53,12 +55,16 @@ class Contribution:
         rule: AnyMethod,
         groups: Sequence[Hyper],
         half: str | None = None,
+        order: Sequence[int] | None = None,
     ) -> None:
         count = len(layout.segments)
         self.layout = layout
         self.on_wire = layout.on_wire(half)
         self.half = half
         self.indices: Sequence[int] = range(count) if ranges is None else from_ranges(ranges, count)
+        if order is not None and sorted(order) != list(self.indices):
+            raise InvalidRequest("Header key 'order' must name each segment with a gradient once.", field="order")
+        self._order = self.indices if order is None else order
         self._announced = {each.segment: each for each in sparse}
         if len(self._announced) != len(sparse) or not self._announced.keys() <= set(self.indices):
             raise InvalidRequest(
@@ -102,7 +108,7 @@ class Contribution:
         """Take the memory and return it in the order of the wire."""
         self.buffers = FlatBuffers(self.on_wire, zero=False)
         if not self._announced:
-            return memory_of(self.buffers, self.on_wire, self.indices)
+            return memory_of(self.buffers, self.on_wire, self._order)
         views: list[memoryview] = []
         dense: list[int] = []
         for index in self.indices:
