@@ -14,7 +14,7 @@ from typing import Any, cast
 import httpx
 
 from farstep.errors import FarstepError, InvalidOption, InvalidRequest, Unauthorized, Unavailable, from_problem
-from farstep.transport import DEADLINE_S, NAMED, Pieces, SocketTransport, body_of
+from farstep.transport import DEADLINE_S, NAMED, Answer, Pieces, Route, SocketTransport, body_of
 from farstep.unix import dialer, path_of_url
 from farstep.wire import Decoder, encode
 
@@ -23,6 +23,8 @@ FILE = "application/octet-stream"
 CHUNK_BYTES = 1 << 20
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
+ROUTES_KEPT = 32
+"""Requests that are kept prepared: those of one step after the other are alike."""
 LOCAL = "http://localhost"
 """What requests to a server at a path name as their origin; HTTP wants one."""
 FROM_PROXIES = frozenset({502, 503, 504})
@@ -71,6 +73,7 @@ class Conversation:
             trust_env=False,
         )
         self._urls: dict[str, httpx.URL] = {}
+        self._routes: dict[tuple[str, str, float], Route] = {}
 
     def control(
         self, method: str, path: str, document: Mapping[str, Any] | None = None, *, within_s: float | None = None
@@ -129,25 +132,36 @@ class Conversation:
             FarstepError: the problem the server answered with, or an answer that is not of the protocol.
             httpx.TransportError: no complete answer came; memory that `place` named is then unspecified.
         """
-        request = self._request(method, path, header, payload, wait_s)
-        response = self._transport.handle_request(request)  # past the client's cookies and redirects, which take longer
-        response.request = request
+        answer = self._ask(method, path, None if header is None else encode(header, payload, side="client"), wait_s)
         try:
-            if not response.is_success:
-                response.read()
-                raise self._problem(response)
+            if not answer.ok:
+                raise self._problem(answer.response())
             began = time.perf_counter()
-            decoder = Decoder(place, side="client")
-            body = body_of(response)
+            decoder, body = Decoder(place, side="client"), answer.body
             while not decoder.done:
                 count = body.readinto(decoder.get_buffer())
                 if count == 0:
-                    raise httpx.RemoteProtocolError("the answer was cut off", request=request)
+                    raise httpx.RemoteProtocolError("the answer was cut off")
                 decoder.buffer_updated(count)
             decoder.close()
             return Received(decoder.header, decoder.payload_bytes, time.perf_counter() - began)
         finally:
-            response.close()
+            answer.close()
+
+    def _ask(self, method: str, path: str, message: Sequence[bytes | memoryview] | None, wait_s: float) -> Answer:
+        """Send a message, None for a request without a body, past httpx's client and what it builds."""
+        if not isinstance(self._transport, SocketTransport):
+            request = self._request(method, path, message, wait_s)
+            response = self._transport.handle_request(request)
+            response.request = request
+            return Answer.of(response)
+        route = self._routes.get((method, path, wait_s))
+        if route is None:
+            if len(self._routes) == ROUTES_KEPT:
+                self._routes.clear()
+            route = Route(self._request(method, path, None if message is None else (), wait_s))
+            self._routes[method, path, wait_s] = route
+        return self._transport.ask(route, list(map(memoryview, message or ())))
 
     def download(self, path: str, take: Callable[[memoryview], object], *, wait_s: float = 0.0) -> int:
         """Ask for a file and hand its bytes on as they come; return how many there were.
@@ -161,7 +175,7 @@ class Conversation:
             FarstepError: the problem the server answered with.
             httpx.TransportError: no complete answer came.
         """
-        request = self._request("GET", path, None, (), wait_s)
+        request = self._request("GET", path, None, wait_s)
         response = self._transport.handle_request(request)
         response.request = request
         try:
@@ -185,7 +199,7 @@ class Conversation:
             FarstepError: the problem the server answered with, or an answer that is not of the protocol.
             httpx.TransportError: no complete answer came.
         """
-        request = self._request("PUT", path, None, (), wait_s)
+        request = self._request("PUT", path, None, wait_s)
         request.headers["content-type"] = FILE
         request.headers["content-length"] = str(nbytes)
         request.stream = body
@@ -202,20 +216,15 @@ class Conversation:
             response.close()
 
     def _request(
-        self,
-        method: str,
-        path: str,
-        header: Mapping[str, Any] | None,
-        payload: Sequence[memoryview],
-        wait_s: float,
+        self, method: str, path: str, message: Sequence[bytes | memoryview] | None, wait_s: float
     ) -> httpx.Request:
         url = self._urls.get(path)
         if url is None:
             url = self._urls[path] = self._client.build_request(method, path).url
         headers = self._client.headers.copy()
         stream = None
-        if header is not None:
-            stream = Pieces(encode(header, payload, side="client"))
+        if message is not None:
+            stream = Pieces(message)
             headers["content-type"] = MSGPACK
             headers["content-length"] = str(stream.nbytes)
         return httpx.Request(method, url, headers=headers, stream=stream, extensions=self._extensions(wait_s))

@@ -17,6 +17,7 @@ from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from farstep_service.auth import Tokens
+from farstep_service.hosts import in_task
 from farstep_service.registry import Registry
 from farstep_service.routes import Edge, control_router, data_routes, error_of, session_file_routes
 from farstep_service.routes.problems import PROBLEM, problem_of
@@ -79,6 +80,7 @@ class FastLane:
                     scope.update(matched)
                     await route.handle(scope, receive, send)
                     return
+            await in_task()  # as everything that builds on anyio needs
         await self.app(scope, receive, send)
 
 

@@ -3,16 +3,19 @@
 from .body import Readable, ResponseBody, body_of
 from .extensions import BODY, DEADLINE_S, NAMED
 from .pieces import Pieces
+from .route import Answer, Route
 from .sockets import Dial, SocketTransport, dial_tcp
 
 __all__ = [
     "BODY",
     "DEADLINE_S",
     "NAMED",
+    "Answer",
     "Dial",
     "Pieces",
     "Readable",
     "ResponseBody",
+    "Route",
     "SocketTransport",
     "body_of",
     "dial_tcp",

@@ -23,6 +23,7 @@ from farstep.wire import to_ranges
 from farstep_service.durability import Snapshot
 from farstep_service.gradients import Contribution
 from farstep_service.hosts.alarm import Alarm
+from farstep_service.hosts.eager import in_task
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
 from farstep_service.hosts.narrowed import NarrowedView, Narrowings
 from farstep_service.hosts.shared import Offer, Shared, refused
@@ -330,6 +331,7 @@ class LocalHost(Host):
 
     async def _wait_for_memory(self) -> None:
         """Let readers of two versions finish before a step makes a third; very slow ones cost memory instead."""
+        await in_task()
         with suppress(TimeoutError):
             async with asyncio.timeout(READERS_WITHIN_S):
                 while self._session.crowded:

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest, LimitExceeded, Truncated, UnsupportedMedia
 from farstep.wire import Decoder, encode
+from farstep_service.hosts import in_task
 
 MSGPACK = b"application/msgpack"
 TAIL_BYTES = 128 * 1024
@@ -138,6 +139,7 @@ async def chunks(receive: Receive, size: int, pace: Pace) -> AsyncIterator[bytes
         Truncated: it comes too slowly.
         ClientDisconnect: the connection is gone.
     """
+    await in_task()
     began = asyncio.get_running_loop().time()
     received = 0
     more = True

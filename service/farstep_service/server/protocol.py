@@ -6,6 +6,9 @@
     answer      a reader that takes nothing for `stalled_s` is cut off, so that it cannot hold a version for ever
     idle        uvicorn's keep-alive
 
+A request begins when all that came with its head has been read, and goes as far as it can without waiting: a small push
+is answered before the event loop turns, and never becomes a task (`farstep_service.hosts.eager`).
+
 What uvicorn decides about messages stays its own; this only adds what it leaves out.
 """
 
@@ -22,6 +25,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from farstep.errors import FarstepError, InvalidRequest, LimitExceeded
+from farstep_service.hosts import begin
 from farstep_service.routes import PROBLEM, RECEIVE_INTO, Pace, Sink, problem_of
 from farstep_service.server.answering import Answering
 from farstep_service.server.receiving import Reading
@@ -49,21 +53,28 @@ class Protocol(HttpToolsProtocol):
     _in_head = True
     _head_bytes = 0
     _refused = False
+    _occupied = False
+    _next: tuple[RequestResponseCycle, ASGI3Application] | None = None
 
     # -- the head ---------------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # an answer leaves when it is written, not when all else is done
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
+        self._occupied = True
         super().data_received(data)
+        self._occupied = False
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse_head(f"The request's head has more than {MAX_HEAD_BYTES} bytes.", MAX_HEAD_BYTES)
+        if self._next is not None:
+            self._begin_next()
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -165,9 +176,22 @@ class Protocol(HttpToolsProtocol):
     # -- the answer -------------------------------------------------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        answering = Answering(cast(ASGIApp, app), self.transport)
-        cycle.transport = cast(asyncio.Transport, answering)
-        super()._start_asgi_task(cycle, cast(ASGI3Application, answering))
+        self._next = cycle, app
+        if not self._occupied:
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        """Answer the request that is next, and those behind it that came early, as far as that needs no waiting."""
+        self._occupied = True
+        while self._next is not None:
+            (cycle, app), self._next = self._next, None
+            answering = Answering(cast(ASGIApp, app), cycle, self.transport)
+            cycle.transport = cast(asyncio.Transport, answering)
+            task = begin(self.loop, cycle.run_asgi(cast(ASGI3Application, answering)))
+            if task is not None:
+                self.tasks.add(task)
+                task.add_done_callback(self.tasks.discard)
+        self._occupied = False
 
     def pause_writing(self) -> None:
         super().pause_writing()
