@@ -138,6 +138,9 @@ class Conversation:
                 raise self._problem(answer.response())
             began = time.perf_counter()
             decoder, body = Decoder(place, side="client"), answer.body
+            early = body.arrived()
+            decoder.feed(early)
+            body.skip(len(early))
             while not decoder.done:
                 count = body.readinto(decoder.get_buffer())
                 if count == 0:
@@ -161,7 +164,7 @@ class Conversation:
                 self._routes.clear()
             route = Route(self._request(method, path, None if message is None else (), wait_s))
             self._routes[method, path, wait_s] = route
-        return self._transport.ask(route, list(map(memoryview, message or ())))
+        return self._transport.ask(route, [memoryview(each) for each in message or ()])
 
     def download(self, path: str, take: Callable[[memoryview], object], *, wait_s: float = 0.0) -> int:
         """Ask for a file and hand its bytes on as they come; return how many there were.

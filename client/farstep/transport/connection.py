@@ -159,6 +159,14 @@ class Connection:
         self._start += taken
         return taken
 
+    def arrived(self) -> memoryview:
+        """Return what has arrived and was not read, where it lies until the next read."""
+        return self._scratch[self._start : self._end]
+
+    def skip(self, count: int) -> None:
+        """Count so many bytes of what has arrived as read."""
+        self._start += count
+
     def read_line(self) -> bytes:
         """Return the next line without its line break.
 

@@ -32,9 +32,7 @@ def origin_of(request: httpx.Request) -> Origin:
     """
     scheme, url = request.url.scheme, request.url
     if scheme not in _PORTS:
-        raise httpx.UnsupportedProtocol(
-            f"Invalid URL {url}: it must begin with http:// or https://.", request=request
-        )
+        raise httpx.UnsupportedProtocol(f"Invalid URL {url}: it must begin with http:// or https://.", request=request)
     host = url.raw_host.decode("ascii")
     name: str = request.extensions.get("sni_hostname", host)
     return Origin(scheme, host, url.port or _PORTS[scheme], name)

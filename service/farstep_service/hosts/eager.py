@@ -15,9 +15,13 @@ from typing import Any
 def begin(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
     """Run a coroutine up to where it waits, and return the task that goes on from there; None if it has ended.
 
+    Within a task it is not begun at once: what it asks of its task, it would ask of that one.
+
     Raises:
         BaseException: whatever it raised before it waited.
     """
+    if asyncio.current_task() is not None:
+        return loop.create_task(work)
     try:
         waits_for = work.send(None)
     except StopIteration:

@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import httptools
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, HTTPScope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from farstep.errors import FarstepError, InvalidRequest, LimitExceeded
@@ -29,6 +30,7 @@ from farstep_service.hosts import begin
 from farstep_service.routes import PROBLEM, RECEIVE_INTO, Pace, Sink, problem_of
 from farstep_service.server.answering import Answering
 from farstep_service.server.receiving import Reading
+from farstep_service.server.repeated import Head
 
 MAX_HEAD_BYTES = 32 * 1024
 """Bytes of a request line and its headers, at most."""
@@ -54,6 +56,8 @@ class Protocol(HttpToolsProtocol):
     _head_bytes = 0
     _refused = False
     _occupied = False
+    _between = True
+    _head: Head | None = None
     _next: tuple[RequestResponseCycle, ASGI3Application] | None = None
 
     # -- the head ---------------------------------------------------------------------------------------------------
@@ -66,9 +70,15 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
+        if self._between and self._head is not None and self._head.begins(data) and self._is_idle():
+            self._repeat(self._head, data)
+            return
+        begun = data if self._between else None
         self._occupied = True
         super().data_received(data)
         self._occupied = False
+        if begun is not None and self._between and self._next is not None and not self.pipeline:
+            self._head = Head.of(begun, cast("dict[str, Any]", self.scope))
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
@@ -76,7 +86,35 @@ class Protocol(HttpToolsProtocol):
         if self._next is not None:
             self._begin_next()
 
+    def _is_idle(self) -> bool:
+        """Say whether the request before is answered."""
+        return self.cycle.response_complete and self.limit_concurrency is None and not self.transport.is_closing()
+
+    def _repeat(self, head: Head, body: bytes) -> None:
+        """Begin a request whose head came before, and which is complete."""
+        self._unset_keepalive_if_required()
+        scope = head.scope()
+        self.cycle = RequestResponseCycle(
+            scope=cast(HTTPScope, scope),
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=True,
+            on_response=self.on_response_complete,
+        )
+        scope |= {"state": self.app_state.copy(), "extensions": {RECEIVE_INTO: partial(self._receive_into, self.cycle)}}
+        self.cycle.body += memoryview(body)[len(head.raw) :]
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
+        self._start_asgi_task(self.cycle, cast(ASGI3Application, self.app))
+
     def on_message_begin(self) -> None:
+        self._between = False
         super().on_message_begin()
         if not self._in_head:
             self._await_head()
@@ -85,7 +123,7 @@ class Protocol(HttpToolsProtocol):
         self._in_head = False
         self._head_bytes = 0
         self._head_timer = _cancelled(self._head_timer)
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        size = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
         if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             self._refuse_head(
                 f"The request's head has {len(self.headers)} headers and {size} bytes.",
@@ -101,6 +139,7 @@ class Protocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._between = True
         if not self._refused:
             super().on_message_complete()
 
@@ -170,6 +209,7 @@ class Protocol(HttpToolsProtocol):
         self.transport.resume_reading()
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._between = True
         self.cycle.more_body = False
         self.cycle.message_event.set()
 
