@@ -132,17 +132,18 @@ class Conversation:
             FarstepError: the problem the server answered with, or an answer that is not of the protocol.
             httpx.TransportError: no complete answer came; memory that `place` named is then unspecified.
         """
-        answer = self._ask(method, path, None if header is None else encode(header, payload, side="client"), wait_s)
+        body = None if header is None else Pieces(encode(header, payload, side="client"))
+        answer = self._ask(method, path, body, wait_s)
         try:
             if not answer.ok:
                 raise self._problem(answer.response())
             began = time.perf_counter()
-            decoder, body = Decoder(place, side="client"), answer.body
-            early = body.arrived()
+            decoder = Decoder(place, side="client")
+            early = answer.body.arrived()
             decoder.feed(early)
-            body.skip(len(early))
+            answer.body.skip(len(early))
             while not decoder.done:
-                count = body.readinto(decoder.get_buffer())
+                count = answer.body.readinto(decoder.get_buffer())
                 if count == 0:
                     raise httpx.RemoteProtocolError("the answer was cut off")
                 decoder.buffer_updated(count)
@@ -151,10 +152,10 @@ class Conversation:
         finally:
             answer.close()
 
-    def _ask(self, method: str, path: str, message: Sequence[bytes | memoryview] | None, wait_s: float) -> Answer:
-        """Send a message, None for a request without a body, past httpx's client and what it builds."""
+    def _ask(self, method: str, path: str, body: Pieces | None, wait_s: float) -> Answer:
+        """Send a request past httpx's client, its cookies and redirects, and past its objects if the transport can."""
         if not isinstance(self._transport, SocketTransport):
-            request = self._request(method, path, message, wait_s)
+            request = self._request(method, path, body, wait_s)
             response = self._transport.handle_request(request)
             response.request = request
             return Answer.of(response)
@@ -162,9 +163,8 @@ class Conversation:
         if route is None:
             if len(self._routes) == ROUTES_KEPT:
                 self._routes.clear()
-            route = Route(self._request(method, path, None if message is None else (), wait_s))
-            self._routes[method, path, wait_s] = route
-        return self._transport.ask(route, [memoryview(each) for each in message or ()])
+            route = self._routes[method, path, wait_s] = Route(self._request(method, path, body, wait_s))
+        return self._transport.ask(route, body.views if body else ())
 
     def download(self, path: str, take: Callable[[memoryview], object], *, wait_s: float = 0.0) -> int:
         """Ask for a file and hand its bytes on as they come; return how many there were.
@@ -218,19 +218,15 @@ class Conversation:
         finally:
             response.close()
 
-    def _request(
-        self, method: str, path: str, message: Sequence[bytes | memoryview] | None, wait_s: float
-    ) -> httpx.Request:
+    def _request(self, method: str, path: str, body: Pieces | None, wait_s: float) -> httpx.Request:
         url = self._urls.get(path)
         if url is None:
             url = self._urls[path] = self._client.build_request(method, path).url
         headers = self._client.headers.copy()
-        stream = None
-        if message is not None:
-            stream = Pieces(message)
+        if body is not None:
             headers["content-type"] = MSGPACK
-            headers["content-length"] = str(stream.nbytes)
-        return httpx.Request(method, url, headers=headers, stream=stream, extensions=self._extensions(wait_s))
+            headers["content-length"] = str(body.nbytes)
+        return httpx.Request(method, url, headers=headers, stream=body, extensions=self._extensions(wait_s))
 
     def close(self) -> None:
         """Close every connection."""

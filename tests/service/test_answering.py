@@ -29,12 +29,17 @@ class Wire:
     def __init__(self) -> None:
         self.writes: list[bytes] = []
         self.closed = False
+        self.buffered = True
 
     def write(self, data: bytes) -> None:
         self.writes.append(data)
 
     def writelines(self, data: Iterable[bytes]) -> None:
         self.writes.append(b"".join(data))
+        self.at_once = not self.buffered
+
+    def set_write_buffer_limits(self, high: int | None = None) -> None:
+        self.buffered = high != 0
 
     def close(self) -> None:
         self.closed = True
@@ -90,6 +95,8 @@ def test_head_and_body_are_one_write():
     """A client wakes up once for an answer that is complete."""
     wire, cycle = answered(start(3), body(b"all"))
     assert wire.writes == [HEAD + b"all"]
+    assert wire.at_once
+    assert wire.buffered
     assert cycle.response_complete
     assert not wire.closed
 

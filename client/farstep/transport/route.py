@@ -26,10 +26,10 @@ class Route:
     """Say where requests go, and how.
 
     Args:
-        request: one of them without its body; method, URL, headers and time limits are those of all.
+        request: one of them; method, URL, headers and time limits are those of all.
 
     Attributes:
-        request: the same; errors name it.
+        request: the same without its body, whose memory is not ours to keep; errors name it.
         origin: what it goes to.
         limits: how long an exchange may take.
         repeatable: sending it twice changes nothing more than once.
@@ -41,7 +41,9 @@ class Route:
     def __init__(self, request: httpx.Request) -> None:
         if DEADLINE_S in request.extensions:
             raise ValueError(f"Invalid extension {DEADLINE_S} of a route: each request has a deadline of its own.")
-        self.request = request
+        self.request = httpx.Request(
+            request.method, request.url, headers=request.headers, extensions=request.extensions
+        )
         self.origin: Origin = origin_of(request)
         self.limits = Limits.of(request.extensions)
         self.repeatable = request.method in IDEMPOTENT or bool(request.extensions.get(NAMED))

@@ -71,7 +71,7 @@ class Sink(Protocol):
     def buffer_updated(self, count: int) -> None:
         """Take note that so many bytes are in it."""
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | bytearray) -> None:
         """Take bytes that are somewhere else."""
 
 
@@ -99,7 +99,7 @@ class _Message:
         self._digest.update(self._offered[:count])
         self._decoder.buffer_updated(count)
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | bytearray) -> None:
         self._digest.update(chunk)
         self._decoder.feed(chunk)
 

@@ -70,7 +70,9 @@ class Answering:
         if head is None:
             return False
         cycle.response_started = cycle.response_complete = True
+        self._transport.set_write_buffer_limits(high=0)  # it leaves now, and not when all that is left to do is done
         self._transport.writelines((head, body))
+        self._transport.set_write_buffer_limits()
         cycle.message_event.set()
         cycle.on_response()
         return True

@@ -64,7 +64,6 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        transport.set_write_buffer_limits(high=0)  # an answer leaves when it is written, not when all else is done
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -183,7 +182,7 @@ class Protocol(HttpToolsProtocol):
         """
         if cycle.disconnected:
             raise ClientDisconnect
-        begun, cycle.body = bytes(cycle.body), bytearray()
+        begun, cycle.body = cycle.body, bytearray()
         if not cycle.more_body:
             sink.feed(begun)
             return
