@@ -7,7 +7,7 @@ contents, is named by (session, worker, worker epoch, sequence): that name is wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from farstep.errors import InvalidRequest
@@ -151,6 +151,11 @@ class PushHead:
             base=header.integer("base"),
             wanted=wanted,  # type: ignore[arg-type]  # compared just above
             have=header.integer("have", default=0),
+        )
+        if header.is_empty:  # as most are
+            return head
+        head = replace(
+            head,
             segments=header.listing("segments"),
             sparse=_sparse(header.listing("sparse") or []),
             groups=_groups(header.mapping("groups")),
@@ -261,7 +266,7 @@ class Receipt:
     @classmethod
     def from_header(cls, values: Mapping[str, Any]) -> Receipt:
         """Read what this side knows of a receipt; later servers may say more."""
-        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        known = {name: values[name] for name in cls.__slots__ if name in values}
         return cls(**{**known, "contributors": tuple(values["contributors"])})
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from farstep.foresight import STREAMED
 from farstep.stage import Stage, Unit, plain
-from farstep.transport import Batch, Supply
+from farstep.transport import Answer, Batch, Supply
 
 HELD_BYTES: Final = 4096
 """The end of a payload, which is sent when the push is known to be right."""
@@ -39,7 +39,7 @@ OTHERS: Final = "the step was another one than its stream had said"
 BROKEN: Final = "the stream broke off"
 UNUSED: Final = "no step followed"
 
-Send = Callable[[Supply], httpx.Response]
+Send = Callable[[Supply], Answer]
 """Send a payload behind the head of a push, and return when the head of an answer is there."""
 
 
@@ -77,7 +77,7 @@ class Overlapped:
         self._begun = self._filled = self._sent_bytes = 0
         self._released = False
         self._over = False
-        self._answer: httpx.Response | BaseException | None = None
+        self._answer: Answer | BaseException | None = None
 
     # -- the thread that computes ------------------------------------------------------------------------------------
 
@@ -103,7 +103,7 @@ class Overlapped:
         with self._moved:
             self.outcome = why if self.outcome in ("", STREAMED) else self.outcome
             self._final = None
-            if isinstance(self._answer, httpx.Response):
+            if isinstance(self._answer, Answer):
                 self._answer.close()
             self._moved.notify_all()
 
@@ -158,7 +158,7 @@ class Overlapped:
         last = self._units[begun - 1]
         return self._stage.holds(last.index, last.last, final[last.index])
 
-    def finish(self) -> httpx.Response:
+    def finish(self) -> Answer:
         """Send the rest and return when the head of an answer is there.
 
         Raises:
@@ -170,7 +170,7 @@ class Overlapped:
                 self._moved.notify_all()
                 self._moved.wait_for(lambda: self._over)
                 answer, self._answer = self._answer, None
-            if not isinstance(answer, httpx.Response):
+            if not isinstance(answer, Answer):
                 raise answer or httpx.WriteError(BROKEN)
             return answer
         except BaseException:
@@ -193,13 +193,13 @@ class Overlapped:
         return self._stage.payload(self.order)
 
     def _run(self, send: Send) -> None:
-        answer: httpx.Response | BaseException
+        answer: Answer | BaseException
         try:
             answer = send(self.supply)
         except BaseException as exc:
             answer = exc
         with self._moved:
-            if isinstance(answer, httpx.Response) and self.outcome not in ("", STREAMED):
+            if isinstance(answer, Answer) and self.outcome not in ("", STREAMED):
                 answer.close()
             self._answer, self._over = answer, True
             self._ready.clear()

@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-import httpx
-
 from farstep.conversation import Arrived, Conversation, Place, Received
 from farstep.errors import IdempotencyMismatch, Truncated, Unavailable
 from farstep.growth import AppendHead, outgrown
@@ -19,6 +17,7 @@ from farstep.overlap import BROKEN, Overlapped
 from farstep.patience import Patience
 from farstep.payload import Payload
 from farstep.sequence import Names
+from farstep.transport import Answer
 
 MakeHead = Callable[[WriteName, str], PushHead | PutHead | AppendHead]
 """Given a name and the session's incarnation, return the header of a write."""
@@ -72,7 +71,7 @@ class Writer:
         """Send gradients; see `_write`."""
         return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place, arrived, begun)
 
-    def send_push(self, header: Mapping[str, Any], payload: Payload) -> httpx.Response:
+    def send_push(self, header: Mapping[str, Any], payload: Payload) -> Answer:
         """Send gradients once, and return when the head of an answer is there."""
         return self._server.send("POST", f"{self._path}/push", header, payload, wait_s=self._barrier_s)
 

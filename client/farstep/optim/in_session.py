@@ -128,8 +128,8 @@ class InSession(torch.optim.Optimizer):
 
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""
-        fixed = {key: self.defaults[key] for key in self.of_constructor}
-        return [plain_options({**group, **fixed}, option_names(self.twin)) for group in self.param_groups]
+        names, fixed = option_names(self.twin), {key: self.defaults[key] for key in self.of_constructor}
+        return [plain_options({**group, **fixed} if fixed else group, names) for group in self.param_groups]
 
     def _member(self) -> Membership:
         """Return the membership, which has the parameters that the groups have now.

@@ -143,9 +143,10 @@ class Connection:
             httpx.ReadError: the connection broke.
             httpx.RemoteProtocolError: the server hung up instead, or what it sent is not HTTP/1.1.
         """
+        soon = self.heard  # the first of it is never there yet
         while self._answer is None:
             self._answer = self._parse()
-            if self._answer is None and not self._fill():
+            if self._answer is None and not self._fill(soon=soon):
                 raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
         return self._answer
 
@@ -163,6 +164,14 @@ class Connection:
         view[:taken] = self._scratch[self._start : self._start + taken]
         self._start += taken
         return taken
+
+    def arrived(self) -> memoryview:
+        """Return what has arrived and was not read, where it lies until the next read."""
+        return self._scratch[self._start : self._end]
+
+    def skip(self, count: int) -> None:
+        """Count so many bytes of what has arrived as read."""
+        self._start += count
 
     def read_line(self) -> bytes:
         """Return the next line without its line break.
@@ -240,21 +249,23 @@ class Connection:
         self._end += count
         self.heard = self.heard or count > 0
 
-    def _fill(self) -> int:
-        got = self._receive_into(self._room())
+    def _fill(self, *, soon: bool = True) -> int:
+        got = self._receive_into(self._room(), soon=soon)
         self._received(got)
         return got
 
-    def _receive_into(self, view: memoryview) -> int:
+    def _receive_into(self, view: memoryview, *, soon: bool = True) -> int:
+        """Receive at least one byte; look for it before waiting where it should be there soon."""
         self._check_process()
         while True:
             if self._limits.passed():
                 raise httpx.ReadTimeout("The request's deadline passed before its answer was complete.")
             try:
-                got = self._link.receive_into(view)
+                got = self._link.receive_into(view) if soon else None
             except OSError as exc:
                 raise httpx.ReadError(f"The connection broke while reading: {exc}") from exc
             if got is not None:
                 return got
-            if not self._link.wait(self._link.blocked_on, self._limits.left(self._limits.read_s)):
+            events, soon = (self._link.blocked_on if soon else READ), True
+            if not self._link.wait(events, self._limits.left(self._limits.read_s)):
                 raise httpx.ReadTimeout("The server sent nothing in time.")

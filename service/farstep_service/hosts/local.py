@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import replace
 from typing import Any, cast
 
 from farstep.errors import FarstepError, Fenced, InvalidRequest, OptionsDiffer, SessionLost, StepInterrupted
@@ -23,6 +22,7 @@ from farstep.wire import to_ranges
 from farstep_service.durability import Snapshot
 from farstep_service.gradients import Contribution
 from farstep_service.hosts.alarm import Alarm
+from farstep_service.hosts.eager import in_task
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
 from farstep_service.hosts.narrowed import NarrowedView, Narrowings
 from farstep_service.hosts.shared import Offer, Shared, refused
@@ -86,6 +86,8 @@ class LocalHost(Host):
         self._shared: dict[str, Shared] = {}
         self._released = asyncio.Event()
         self._narrowings = Narrowings(executor)
+        self._sized: Plan | None = None
+        self._fits = False
 
     @property
     def plan(self) -> Plan:
@@ -98,8 +100,11 @@ class LocalHost(Host):
     @property
     def _small(self) -> bool:
         plan = self.plan
-        step_bytes = plan.rule.step_bytes(plan.layout, plan.groups)
-        return step_bytes + SEGMENT_COST_BYTES * len(plan.layout.segments) <= INLINE_BYTES
+        if self._sized is not plan:
+            step_bytes = plan.rule.step_bytes(plan.layout, plan.groups)
+            self._fits = step_bytes + SEGMENT_COST_BYTES * len(plan.layout.segments) <= INLINE_BYTES
+            self._sized = plan
+        return self._fits
 
     # -- membership and options -------------------------------------------------------------------------------------
 
@@ -207,8 +212,8 @@ class LocalHost(Host):
             head.name, lambda: self._session.push(head, contribution, fingerprint, self._clock()), inline=self._small
         )
         check_s = contribution.check_s
-        barrier_s = max(0.0, answer.times["barrier"] - check_s)
-        return replace(answer, times={**answer.times, "check": check_s, "barrier": barrier_s})
+        answer.times.update(check=check_s, barrier=max(0.0, answer.times["barrier"] - check_s))
+        return answer
 
     def begin_put(self, head: PutHead, body_bytes: int) -> Intake:
         self._check_open()
@@ -248,9 +253,12 @@ class LocalHost(Host):
                 await self._wait_for_memory()
             with self._room_for(coming()):
                 outcomes = await run(self._executor, work, self._resolve, inline=inline)
-            future = self._futures.setdefault(name, asyncio.get_running_loop().create_future())
+            outcome = outcomes.get(name)
+            future = None if outcome else self._futures.setdefault(name, asyncio.get_running_loop().create_future())
             self._resolve(outcomes)
-        outcome = await asyncio.shield(future)
+        if outcome is None:
+            assert future is not None
+            outcome = await asyncio.shield(future)
         ended = time.perf_counter()
         if isinstance(outcome.result, FarstepError):
             raise copy(outcome.result)  # each of those who wait raises its own
@@ -274,7 +282,8 @@ class LocalHost(Host):
             self._check_open()
             held, outcomes = self._session.hold()
             layout = self.plan.layout if write is None else self._session.layout_at(write)
-            self._resolve(outcomes)
+            if outcomes:
+                self._resolve(outcomes)
         known, count = len(layout.segments), len(held.buffers.layout.segments)
         chosen: Sequence[int] = range(known) if since is None else held.changed_since(since)
         if known < count and since is not None:
@@ -330,6 +339,7 @@ class LocalHost(Host):
 
     async def _wait_for_memory(self) -> None:
         """Let readers of two versions finish before a step makes a third; very slow ones cost memory instead."""
+        await in_task()
         with suppress(TimeoutError):
             async with asyncio.timeout(READERS_WITHIN_S):
                 while self._session.crowded:

@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest, LimitExceeded, Truncated, UnsupportedMedia
 from farstep.wire import Decoder, encode
+from farstep_service.hosts import in_task
 
 MSGPACK = b"application/msgpack"
 TAIL_BYTES = 128 * 1024
@@ -70,7 +71,7 @@ class Sink(Protocol):
     def buffer_updated(self, count: int) -> None:
         """Take note that so many bytes are in it."""
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | bytearray) -> None:
         """Take bytes that are somewhere else."""
 
 
@@ -98,7 +99,7 @@ class _Message:
         self._digest.update(self._offered[:count])
         self._decoder.buffer_updated(count)
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | bytearray) -> None:
         self._digest.update(chunk)
         self._decoder.feed(chunk)
 
@@ -138,6 +139,7 @@ async def chunks(receive: Receive, size: int, pace: Pace) -> AsyncIterator[bytes
         Truncated: it comes too slowly.
         ClientDisconnect: the connection is gone.
     """
+    await in_task()
     began = asyncio.get_running_loop().time()
     received = 0
     more = True
