@@ -147,8 +147,12 @@ class Host(ABC):
         """
 
     @abstractmethod
-    async def deliver(self, head: PushHead, view: View) -> bool:
-        """Put parameters where a push wants them; return whether they are there, and need no body."""
+    async def deliver(self, head: PushHead, view: View, spent: Intake | None) -> bool:
+        """Put parameters where a push wants them; return whether they are there, and need no body.
+
+        Args:
+            spent: the push's, whose step has put most of them there already.
+        """
 
     @abstractmethod
     async def worker(self, worker: str) -> WorkerPage:

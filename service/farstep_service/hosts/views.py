@@ -64,6 +64,11 @@ class ContentsIntake(Intake):
         return self._views
 
 
+def missing(indices: Sequence[int], there: frozenset[int]) -> Sequence[int]:
+    """Return those of some segments that are not there."""
+    return [index for index in indices if index not in there] if there else indices
+
+
 @final
 class HeldView(View):
     """The parameters of a held version, or some of them."""
@@ -83,10 +88,11 @@ class HeldView(View):
         self._views = memory_of(on_device(held.buffers, CPU), layout, chosen)
         self._ranges = ranges
 
-    def copy_to_(self, buffers: FlatBuffers) -> None:
-        """Copy the parameters into other memory of the same layout."""
-        chosen = None if self._indices is None else list(self._indices)
-        buffers.copy_(self._held.buffers, chosen)
+    def copy_to_(self, buffers: FlatBuffers, there: frozenset[int] = frozenset()) -> None:
+        """Copy the parameters into other memory of the same layout, but for those that are there."""
+        layout = self._held.buffers.layout
+        chosen = range(len(layout.segments)) if self._indices is None else self._indices
+        buffers.copy_(self._held.buffers, missing(chosen, there))
 
     @property
     def version(self) -> int:

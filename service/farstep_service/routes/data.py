@@ -99,7 +99,8 @@ class Push(Endpoint):
         if head.fill is not None:
             fingerprint = fingerprint_of(head, head.fill)
         answer = await host.push(head, intake, fingerprint)
-        spent = intake if head.wire_gradients is not None and head.wire_gradients == head.wire_parameters else None
+        narrow = head.wire_gradients is not None and head.wire_gradients == head.wire_parameters
+        spent = intake if narrow or head.fill is not None else None
         del intake  # the gradients' memory is free while the answer is sent, if that is not in it
         header = _header(host, answer, {"receive": received_s})
         if head.wanted == "none":
@@ -107,8 +108,9 @@ class Push(Endpoint):
             return
         since = head.have if head.wanted == "changed" else None
         view = await host.parameters(since, head.name, head.wire_parameters, spent)
+        delivered = await _delivered(host, head, view, spent)
         del spent
-        await answer_view(send, header, view, delivered=await _delivered(host, head, view))
+        await answer_view(send, header, view, delivered=delivered)
 
 
 class Contents(Endpoint):
@@ -166,9 +168,9 @@ class Groups(Endpoint):
             await answer_view(send, header, await host.parameters(write=head.name))
 
 
-async def _delivered(host: Host, head: PushHead, view: View) -> bool:
+async def _delivered(host: Host, head: PushHead, view: View, spent: Intake | None) -> bool:
     try:
-        return await host.deliver(head, view)
+        return await host.deliver(head, view, spent)
     except BaseException:
         view.release()
         raise
