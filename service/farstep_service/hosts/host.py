@@ -65,6 +65,9 @@ class Intake(ABC):
     def views(self) -> Sequence[memoryview]:
         """Where the payload goes, in order."""
 
+    def arrived(self, received: int) -> None:  # noqa: B027  # most memory has nothing to do before all is there
+        """Take note that so many bytes of the payload are there."""
+
 
 class View(ABC):
     """Contents of one version, which stay as they are until they are released."""

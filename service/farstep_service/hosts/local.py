@@ -214,7 +214,8 @@ class LocalHost(Host):
         self._check_open()
         self._session.check(head.name, head.incarnation)
         contribution = self._session.contribution(head)
-        return PushIntake(contribution, body_bytes, self._gradients_in(head, contribution))
+        watch = self.plan.nonfinite != "allow"
+        return PushIntake(contribution, body_bytes, self._gradients_in(head, contribution), watch=watch)
 
     async def push(self, head: PushHead, intake: Intake, fingerprint: str) -> Answer:
         contribution = cast(PushIntake, intake).contribution

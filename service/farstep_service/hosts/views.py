@@ -38,16 +38,24 @@ def check_fit(payload_bytes: int, body_bytes: int) -> None:
 class PushIntake(Intake):
     """Memory for the gradients of a push; where they are in shared memory already, nothing is to come."""
 
-    def __init__(self, contribution: Contribution, body_bytes: int, shared: FlatBuffers | None = None) -> None:
+    def __init__(
+        self, contribution: Contribution, body_bytes: int, shared: FlatBuffers | None = None, *, watch: bool = False
+    ) -> None:
         check_fit(0 if shared else contribution.nbytes, body_bytes)
         self.contribution = contribution
         if shared is not None:
             contribution.borrow(shared)
         self._views = [] if shared is not None else contribution.allocate()
+        if shared is None and watch:
+            contribution.look_while_arriving()
 
     @property
     def views(self) -> Sequence[memoryview]:
         return self._views
+
+    def arrived(self, received: int) -> None:
+        if self.contribution.watch is not None:
+            self.contribution.watch.arrived(received)
 
 
 @final

@@ -77,7 +77,12 @@ class Endpoint(ABC):
             parts.append((head, intake))
             return intake.views
 
-        body = await read_body(scope, receive, place, largest=largest, pace=Pace(self._settings.idle_body_s))
+        def arrived(received: int) -> None:
+            for _, intake in parts:
+                intake.arrived(received)
+
+        pace = Pace(self._settings.idle_body_s)
+        body = await read_body(scope, receive, place, largest=largest, pace=pace, arrived=arrived)
         ((head, intake),) = parts
         return head, intake, body.fingerprint
 
