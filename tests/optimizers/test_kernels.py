@@ -160,7 +160,7 @@ def test_a_builder_ends_with_the_one_who_asked(tmp_path: Path):
     """When the standard input of a builder closes, it ends at once, its compilers with it."""
     command = [sys.executable, "-W", "ignore", "-m", "farstep_service.optimizers.build", str(tmp_path / "kernels")]
     process = subprocess.Popen(
-        [*command, "Adagrad|float32|cpu|one"],
+        [*command, "Adagrad|float32|||cpu|one"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -433,7 +434,7 @@ def test_much_that_is_not_finite_is_refused_by_name(raw: RawClient, half: str | 
         for which, at in ((0, 0), (0, 700_000), (1, 1), (2, 299_999), (2, 150_000)):
             gradients = [torch.ones_like(each, dtype=dtype) for each in parameters]
             gradients[which][at] = float("nan")
-            refused(lambda: worker.push(gradients, **more), 422, "non_finite_gradient", f"p{which}")
+            refused(partial(worker.push, gradients, **more), 422, "non_finite_gradient", f"p{which}")
         assert worker.push([torch.ones_like(each, dtype=dtype) for each in parameters], **more).receipt["version"] == 1
     finally:
         raw.request("DELETE", worker.path)

@@ -23,6 +23,7 @@ import xxhash
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from farstep.consistency import Async
 from farstep.errors import InvalidRequest
 from farstep.fields import shapes_to_header
 from farstep.growth import AppendHead
@@ -33,6 +34,7 @@ from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake, View
 from farstep_service.registry import Registry
 from farstep_service.routes.bodies import Pace, answer_message, read_body
+from farstep_service.rule import Rule
 from farstep_service.settings import Settings
 
 Head = TypeVar("Head", PushHead, PutHead, AppendHead)
@@ -218,9 +220,16 @@ async def _size(host: Host, fields: Sequence[str], indices: Sequence[int] | None
 
 
 def _converted_bytes(host: Host, head: PushHead) -> int:
-    """Return the bytes that a push takes beside its body: gradients that are widened, parameters that are narrowed."""
-    nbytes = host.plan.layout.nbytes
-    return (nbytes if head.wire_gradients else 0) + (nbytes // 2 if head.wire_parameters else 0)
+    """Return the bytes that a push takes beside its body.
+
+    Gradients in 16 bits are widened before they are added to others, or go to what is no rule; parameters in the same
+    16 bits take the gradients' place, in others their own.
+    """
+    plan = host.plan
+    alone = isinstance(plan.consistency, Async) and isinstance(plan.rule, Rule)
+    widened = head.wire_gradients is not None and not alone
+    narrowed = head.wire_parameters is not None and head.wire_parameters != head.wire_gradients
+    return (plan.layout.nbytes if widened else 0) + (plan.layout.nbytes // 2 if narrowed else 0)
 
 
 def _indices(query: Sequence[str], count: int) -> list[int]:
