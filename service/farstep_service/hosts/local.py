@@ -30,7 +30,7 @@ from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, Pu
 from farstep_service.hosts.work import run
 from farstep_service.plan import Plan
 from farstep_service.session import Outcome, Outcomes, Session
-from farstep_service.store import FlatBuffers
+from farstep_service.store import Buffers, FlatBuffers
 
 INLINE_BYTES = 1280 * 1024
 """Work on a session of fewer bytes than this is done on the event loop itself: it takes up to a millisecond with the
@@ -172,15 +172,30 @@ class LocalHost(Host):
             self._shared.pop(worker, None)
             self._shared[worker] = Shared(offer, self.plan.layout)
 
-    async def deliver(self, head: PushHead, view: View) -> bool:
-        shared = self._shared.get(head.name.worker)
-        if head.fill is None or not head.fill.deliver or shared is None or shared.key != head.fill.area:
+    async def deliver(self, head: PushHead, view: View, spent: Intake | None) -> bool:
+        shared = self._delivering(head)
+        if shared is None or view.count != len(shared.layout.segments):
             return False
-        if view.count != len(shared.layout.segments):
-            return False
-        copy_to = cast(HeldView, view).copy_to_
-        await run(self._executor, lambda: copy_to(shared.parameters), lambda _: None, inline=self._small)
+        copy_to, there = cast(HeldView, view).copy_to_, frozenset[int]()
+        if isinstance(spent, PushIntake) and spent.contribution.copy is shared.parameters:
+            there = spent.contribution.copied_since(view.version)
+        await run(self._executor, lambda: copy_to(shared.parameters, there), lambda _: None, inline=self._small)
         return True
+
+    def _delivering(self, head: PushHead) -> Shared | None:
+        """Return the memory in which a push wants its answer, None if it wants it in a body."""
+        shared = self._shared.get(head.name.worker)
+        wanted = head.fill is not None and head.fill.deliver and shared is not None and shared.key == head.fill.area
+        return shared if wanted else None
+
+    def _copy_of(self, head: PushHead, contribution: Contribution) -> Buffers | None:
+        """Return where the step of a push may write its answer: over its gradients, or into shared memory."""
+        if head.wanted == "none":
+            return None
+        if head.wire_parameters is not None:
+            return contribution.narrow() if head.wire_parameters == head.wire_gradients else None
+        shared = self._delivering(head)
+        return shared.parameters if shared is not None and shared.layout is contribution.layout else None
 
     def _gradients_in(self, head: PushHead, contribution: Contribution) -> FlatBuffers | None:
         """Return the shared memory that a push's gradients are in, None if they come in its body."""
@@ -204,10 +219,12 @@ class LocalHost(Host):
         self._check_open()
         self._session.check(head.name, head.incarnation)
         contribution = self._session.contribution(head)
-        return PushIntake(contribution, body_bytes, self._gradients_in(head, contribution))
+        watch = self.plan.nonfinite != "allow"
+        return PushIntake(contribution, body_bytes, self._gradients_in(head, contribution), watch=watch)
 
     async def push(self, head: PushHead, intake: Intake, fingerprint: str) -> Answer:
         contribution = cast(PushIntake, intake).contribution
+        contribution.copy = self._copy_of(head, contribution)
         answer = await self._write(
             head.name, lambda: self._session.push(head, contribution, fingerprint, self._clock()), inline=self._small
         )
@@ -290,9 +307,9 @@ class LocalHost(Host):
             chosen = [index for index in chosen if index < known]
         indices, ranges = (None, None) if len(chosen) == count else (chosen, to_ranges(chosen))
         if half is not None:
-            memory = spent.contribution.spent() if isinstance(spent, PushIntake) else None
+            gradients = spent.contribution if isinstance(spent, PushIntake) else None
             narrowed = await self._narrowings.of(
-                held, half, chosen, memory, inline=layout.nbytes <= NARROW_INLINE_BYTES
+                held, half, chosen, gradients, inline=layout.nbytes <= NARROW_INLINE_BYTES
             )
             self._released.set()
             return NarrowedView(narrowed, chosen, ranges, self._released.set)

@@ -86,8 +86,9 @@ class Body:
 class _Message:
     """A message on its way into memory, and its fingerprint."""
 
-    def __init__(self, place: Callable[[dict[str, Any]], Sequence[memoryview]]) -> None:
+    def __init__(self, place: Callable[[dict[str, Any]], Sequence[memoryview]], arrived: Callable[[int], None]) -> None:
         self._decoder = Decoder(place)
+        self._arrived = arrived
         self._digest = xxhash.xxh3_128()
         self._offered = memoryview(b"")
 
@@ -98,10 +99,12 @@ class _Message:
     def buffer_updated(self, count: int) -> None:
         self._digest.update(self._offered[:count])
         self._decoder.buffer_updated(count)
+        self._arrived(self._decoder.received)
 
     def feed(self, chunk: bytes | bytearray) -> None:
         self._digest.update(chunk)
         self._decoder.feed(chunk)
+        self._arrived(self._decoder.received)
 
     def close(self) -> Body:
         """Return the complete message; raise if it is not."""
@@ -109,10 +112,17 @@ class _Message:
         return Body(self._decoder.header, self._digest.hexdigest())
 
 
-async def read_body(scope: Scope, receive: Receive, place: Place, *, largest: int, pace: Pace) -> Body:
+def _ignored(received: int) -> None:
+    """Do nothing with what has arrived until all is there."""
+
+
+async def read_body(
+    scope: Scope, receive: Receive, place: Place, *, largest: int, pace: Pace, arrived: Callable[[int], None] = _ignored
+) -> Body:
     """Receive one message into the memory that `place` names.
 
     Args:
+        arrived: told how many bytes of the payload are there, as they come.
         largest: bytes a body may have at most.
         pace: how slowly it may come.
 
@@ -122,7 +132,7 @@ async def read_body(scope: Scope, receive: Receive, place: Place, *, largest: in
         FarstepError: what `place` raises about the header.
     """
     size = declared(scope, MSGPACK, largest)
-    message = _Message(lambda header: place(header, size))
+    message = _Message(lambda header: place(header, size), arrived)
     receive_into = scope.get("extensions", {}).get(RECEIVE_INTO)
     if receive_into is not None:
         await receive_into(message, size, pace)
