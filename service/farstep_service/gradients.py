@@ -308,14 +308,14 @@ def reduce_(
     joined = {index: _joined(pairs, divisor, device) for index, pairs in sparse.items()}
     chosen = present | joined.keys()
     mask = None if len(chosen) == len(layout.segments) else _mask(layout, chosen)
-    return Gradients(on_device(total, device), mask, joined, _there(first.copy, device) if alone else None)
+    return Gradients(on_device(total, device), mask, joined, copy=_there(first.copy, device) if alone else None)
 
 
 def _single(only: Contribution, buffers: Buffers, device: torch.device) -> Gradients:
     """Return gradients as they came."""
     mask = None if only.is_whole else _mask(only.layout, {*only.dense, *only.sparse})
     sparse = {index: _joined([only.widened(index)], 1, device) for index in only.sparse}
-    return Gradients(on_device(buffers, device), mask, sparse, _there(only.copy, device))
+    return Gradients(on_device(buffers, device), mask, sparse, copy=_there(only.copy, device))
 
 
 def _mask(layout: Layout, present: set[int]) -> list[bool]:
