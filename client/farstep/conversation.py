@@ -25,6 +25,8 @@ from farstep.wire.header import pack_header
 MSGPACK = "application/msgpack"
 FILE = "application/octet-stream"
 CHUNK_BYTES = 1 << 20
+HOT_BYTES = 256 * 1024
+"""Bytes of an answer that are received at once, at most, where something is done with them next."""
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
 LOCAL = "http://localhost"
@@ -33,6 +35,8 @@ FROM_PROXIES = frozenset({502, 503, 504})
 """What a proxy answers while the server behind it is away."""
 
 Place = Callable[[dict[str, Any]], Sequence[memoryview]]
+Arrived = Callable[[int], object]
+"""Called with the payload bytes that have arrived so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,7 @@ class Conversation:
         payload: Payload,
         place: Place,
         *,
+        arrived: Arrived | None = None,
         wait_s: float = 0.0,
     ) -> Received:
         """Send a header and a payload, and receive a header and a payload into where `place` says.
@@ -128,13 +133,14 @@ class Conversation:
             payload: what follows it; what a `Supply` raises while the request is sent ends the request, which the
                 server then never has, and is raised here.
             place: says where the answer's payload goes.
+            arrived: called while it comes, so that something is done with it that is in the cache still.
             wait_s: seconds the server may be silent beyond the usual, because it waits for others.
 
         Raises:
             FarstepError: the problem the server answered with, or an answer that is not of the protocol.
             httpx.TransportError: no complete answer came; memory that `place` named is then unspecified.
         """
-        return self.receive(self.send(method, path, header, payload, wait_s=wait_s), place)
+        return self.receive(self.send(method, path, header, payload, wait_s=wait_s), place, arrived=arrived)
 
     def send(
         self, method: str, path: str, header: Mapping[str, Any] | None, payload: Payload, *, wait_s: float = 0.0
@@ -145,7 +151,7 @@ class Conversation:
         response.request = request
         return response
 
-    def receive(self, response: httpx.Response, place: Place) -> Received:
+    def receive(self, response: httpx.Response, place: Place, *, arrived: Arrived | None = None) -> Received:
         """Do the second half of `data`."""
         try:
             if not response.is_success:
@@ -155,10 +161,13 @@ class Conversation:
             decoder = Decoder(place, side="client")
             body = body_of(response)
             while not decoder.done:
-                count = body.readinto(decoder.get_buffer())
+                buffer = decoder.get_buffer()
+                count = body.readinto(buffer if arrived is None else buffer[:HOT_BYTES])
                 if count == 0:
                     raise httpx.RemoteProtocolError("the answer was cut off", request=response.request)
                 decoder.buffer_updated(count)
+                if arrived is not None:
+                    arrived(decoder.received)
             decoder.close()
             return Received(decoder.header, decoder.payload_bytes, time.perf_counter() - began)
         finally:

@@ -27,16 +27,19 @@ from farstep.fields import FieldKind
 from farstep.foresight import STREAMED
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
+from farstep.looking import Edited, Looking
 from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.narrow_arrivals import NarrowArrivals
 from farstep.narrowing import Narrowing
 from farstep.overlap import LEAST_BYTES, OTHERS, UNUSED, Overlapped, Overlapping
 from farstep.patience import Patience
+from farstep.payload import Payload, nbytes_of
 from farstep.presence import PRESENT
 from farstep.reader import Reader
 from farstep.settings import Place
 from farstep.sharing import Sharing
 from farstep.staging import outgoing, outgoing_contents, outgoing_gradients
+from farstep.transport import Supply
 from farstep.unix import path_of_url
 from farstep.wire import from_ranges, to_ranges
 from farstep.wire.memory import TORCH_DTYPES
@@ -79,13 +82,14 @@ class HttpLink(Link):
             if self._wire_parameters is None
             else NarrowArrivals(self._parameters, self._wire_parameters)
         )
-        self._departures = Departures(self._parameters)
-        self._narrowing = self._new_narrowing()
+        self._set_out()
         own_socket = path_of_url(cast(str, place.server)) is not None and place.transport is None
         self._sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
         self._overlapping = Overlapping()
         # float16 gradients are looked at before anything is sent.
         self._streams = self._wire_gradients != "float16" and all(p.device.type == "cpu" for p in parameters)
+        self._unlooked: list[int] | None = None  # addresses of parameters that the next push has to look at
+        self._edited_last = False  # whether the last look found an edit: then the next one comes before the push
         self._version = 0
         self._process = os.getpid()
         try:
@@ -144,17 +148,47 @@ class HttpLink(Link):
         evaluation: Evaluation | None = None,
     ) -> StepReport:
         began = time.perf_counter()
+        unlooked, self._unlooked = self._unlooked, None
         begun = self._overlapping.take()
         if begun is not None:
             present = [index for index, each in enumerate(gradients) if each is not None]
             head = self._head(present, groups, evaluation=evaluation, order=begun.order)
-            name = self._writer.names.next()
-            if begun.carries(head(name, self._writer.incarnation).to_header(), gradients):
+            if self._still(begun, head, gradients, unlooked):
                 report = self._push(head, present, begun.payload(), began, begun=begun)
                 hidden = begun.bytes_overlapped if begun.outcome == STREAMED else 0
                 return replace(report, overlap=begun.outcome, bytes_overlapped=hidden)
-        report = self._push_all(gradients, groups, evaluation, began)
+        try:
+            report = self._push_all(gradients, groups, evaluation, began, unlooked)
+        except Edited:  # the server has a part of this push, which it throws away
+            self._send_edits(unlooked)
+            report = self._push_all(gradients, groups, evaluation, began, None)
         return report if begun is None else replace(report, overlap=begun.outcome)
+
+    def _still(
+        self,
+        begun: Overlapped,
+        head: Callable[[WriteName, str], PushHead],
+        gradients: Sequence[Tensor | None],
+        unlooked: list[int] | None,
+    ) -> bool:
+        """Say whether a push that was begun is what the step sends, which no edit of a parameter has to precede.
+
+        Two comparisons of memory, side by side: all cores are the step's now.
+        """
+        looking = None if unlooked is None else Looking(partial(self._arrivals.checks, unlooked))
+        try:
+            if looking is not None:
+                looking.start()
+            carried = begun.carries(head(self._writer.names.next(), self._writer.incarnation).to_header(), gradients)
+            if looking is not None and carried:
+                looking.finish()
+            return carried
+        except Edited:
+            begun.end(OTHERS)
+            return False
+        finally:
+            if looking is not None:
+                looking.stop()
 
     def _push_all(
         self,
@@ -162,20 +196,30 @@ class HttpLink(Link):
         groups: Mapping[int, Options],
         evaluation: Evaluation | None,
         began: float,
+        unlooked: list[int] | None,
     ) -> StepReport:
-        """Send gradients of which none has been sent."""
+        """Send gradients of which none has been sent; look for edits at the addresses `unlooked` before they are whole.
+
+        Raises:
+            Edited: there is an edit; nothing was done.
+        """
         present: Sequence[int] = range(len(self._parameters))
         sparse: Sequence[Sparse] = ()
         before = self._writer.names.unanswered
         order = None if before is None else before.header.get("order")
-        payload = None if self._narrowing or order else self._departures.payload(gradients)
+        payload: Payload | None = None
+        if order is None:
+            looking = None if unlooked is None else Looking(partial(self._arrivals.checks, unlooked))
+            payload = self._departures.payload(gradients, looking, at_once=self._sharing.possible)
         if payload is None:
             present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
-        if order is not None and not sparse and sorted(order) == present:
-            views = dict(zip(present, payload, strict=True))  # it may be that push again
-            payload = [views[index] for index in order]
-        else:
-            order = None
+            if order is not None and not sparse and sorted(order) == present:
+                views = dict(zip(present, payload, strict=True))  # it may be that push again
+                payload = [views[index] for index in order]
+            else:
+                order = None
+        if not isinstance(payload, Supply):
+            self._send_edits(unlooked)
         fill = None if sparse or evaluation else self._fill(present, gradients)
         head = self._head(present, groups, evaluation=evaluation, order=order, sparse=sparse, fill=fill)
         return self._push(head, present, payload, began, shared=fill is not None)
@@ -221,6 +265,8 @@ class HttpLink(Link):
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
         self._overlapping.end(OTHERS)
+        unlooked, self._unlooked = self._unlooked, None
+        self._send_edits(unlooked)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             have = self._version
@@ -242,7 +288,7 @@ class HttpLink(Link):
         self,
         head: Callable[[WriteName, str], PushHead],
         present: Sequence[int],
-        payload: Sequence[memoryview],
+        payload: Payload,
         began: float,
         *,
         shared: bool = False,
@@ -253,20 +299,24 @@ class HttpLink(Link):
 
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
             nonlocal arrived
+            self._arrivals.undo_()  # what an earlier try has brought
             arrived = self._arriving(header, len(self._parameters))
             if header.get("delivered"):
                 return []
             if self._writer.attempts > 1:
                 self._share_no_more()
+            if arrived is None and len(present) == len(self._parameters):
+                return self._arrivals.landing()
             return self._arrivals.targets(arrived)
 
         try:
             with self._session_there():
-                received = self._writer.push(head, payload, place, begun)
+                received = self._writer.push(head, payload, place, self._advance, begun)
         except BaseException:
+            self._arrivals.undo_()
             if self._writer.names.unsure or self._writer.attempts > 1:
                 self._share_no_more()
-            self._arrivals.keep_()  # of what has arrived nobody knows how much
+            self._arrivals.give_up_(lost=shared)
             raise
         if arrived is None and len(present) < len(self._parameters):
             # What has no gradient, and is as it was, is not touched.
@@ -282,12 +332,15 @@ class HttpLink(Link):
             receipt,
             duplicate=bool(received.header["duplicate"]),
             earlier=self._writer.names.tell(),
-            bytes_sent=0 if shared else sum(each.nbytes for each in payload),
+            bytes_sent=0 if shared else nbytes_of(payload),
             bytes_received=received.payload_bytes,
             attempts=self._writer.attempts,
             path="" if not payload else "shared memory" if shared else "bodies",
             seconds={"total": total_s, **seconds, "send": received.receive_s, "copy": copy_s},
         )
+
+    def _advance(self, received_bytes: int) -> None:
+        self._arrivals.advance_(received_bytes)
 
     def _fill(self, present: Sequence[int], gradients: Sequence[Tensor | None]) -> Fill | None:
         """Put gradients into shared memory, if there is any and nothing is unclear; return how to name them."""
@@ -372,8 +425,8 @@ class HttpLink(Link):
         self._spec = replace(
             self._spec, groups=(*self._spec.groups, options), parameters=(*self._spec.parameters, *parameters)
         )
-        self._parameters, self._arrivals, self._departures = everything, arrivals, Departures(everything)
-        self._narrowing = self._new_narrowing()
+        self._parameters, self._arrivals = everything, arrivals
+        self._set_out()
         self._overlapping.forget_()
         return receipt.applied
 
@@ -381,6 +434,23 @@ class HttpLink(Link):
 
     def edited(self, addresses: list[int]) -> list[int]:
         return self._arrivals.edited(addresses)
+
+    def settle_edits(self, addresses: list[int]) -> None:
+        here = all(p.device.type == "cpu" for p in self._parameters)
+        hidden = self._departures.large and here and not self._sharing.possible and not self._writer.names.unsure
+        if hidden and not self._edited_last:
+            self._unlooked = addresses
+        else:
+            self._send_edits(addresses)
+
+    def _send_edits(self, addresses: list[int] | None) -> None:
+        """Send what was edited, unless that is done already (None)."""
+        if addresses is None:
+            return
+        edited = self._arrivals.edited(addresses)
+        self._edited_last = bool(edited)
+        if edited:
+            self.write(edited)
 
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         self._parameters = list(parameters)
@@ -429,9 +499,10 @@ class HttpLink(Link):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _new_narrowing(self) -> Narrowing | None:
+    def _set_out(self) -> None:
         half = self._wire_gradients
-        return None if half is None else Narrowing(half, self._parameters)
+        self._narrowing = None if half is None else Narrowing(half, self._parameters)
+        self._departures = Departures(self._parameters, self._narrowing)
 
     def _addresses(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._parameters))

@@ -245,6 +245,15 @@ class Link(ABC):
             addresses: where each parameter's memory begins now.
         """
 
+    def settle_edits(self, addresses: list[int]) -> None:
+        """Bring edited parameters to the session, at the latest before the push or skip that follows is applied.
+
+        Args:
+            addresses: where each parameter's memory begins now.
+        """
+        if edited := self.edited(addresses):
+            self.write(edited)
+
     @abstractmethod
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         """Take other tensors of the same shapes and dtypes in the parameters' place; return whether that can be.

@@ -101,7 +101,7 @@ class Overlapped:
             self.outcome = self.outcome or why
             return  # the thread and the connection are those of the process that this one was forked from
         with self._moved:
-            self.outcome = self.outcome or why
+            self.outcome = why if self.outcome in ("", STREAMED) else self.outcome
             self._final = None
             if isinstance(self._answer, httpx.Response):
                 self._answer.close()

@@ -92,7 +92,7 @@ class Names:
 
     def failed(self, header: Mapping[str, Any], payload: Payload, error: BaseException) -> None:
         """Take note that a write ended in an error: refused, or unknown."""
-        if not _is_refusal(error) and not never_sent(payload):
+        if not _is_refusal(error) and ("area" in header or not never_sent(payload)):
             again = {key: value for key, value in header.items() if key != "deliver"}
             self.unanswered, self.unsure = Unanswered(again, digest_of(payload)), True
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import httpx
 
-from farstep.conversation import Conversation, Place, Received
+from farstep.conversation import Arrived, Conversation, Place, Received
 from farstep.errors import IdempotencyMismatch, Truncated, Unavailable
 from farstep.growth import AppendHead, outgrown
 from farstep.messages import PushHead, PutHead, WriteName
@@ -61,9 +61,11 @@ class Writer:
         self.names.join(epoch)
         self.incarnation = incarnation
 
-    def push(self, head: MakeHead, payload: Payload, place: Place, begun: Overlapped | None = None) -> Received:
+    def push(
+        self, head: MakeHead, payload: Payload, place: Place, arrived: Arrived, begun: Overlapped | None = None
+    ) -> Received:
         """Send gradients; see `_write`."""
-        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place, begun)
+        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place, arrived, begun)
 
     def send_push(self, header: Mapping[str, Any], payload: Payload) -> httpx.Response:
         """Send gradients once, and return when the head of an answer is there."""
@@ -85,6 +87,7 @@ class Writer:
         head: MakeHead,
         payload: Payload,
         place: Place,
+        arrived: Arrived | None = None,
         begun: Overlapped | None = None,
     ) -> Received:
         """Repeat a named write until it is answered. Its sequence is consumed when, and only when, it is committed.
@@ -108,13 +111,13 @@ class Writer:
                 if begun is not None:
                     first, begun = begun, None
                     try:
-                        return self._server.receive(first.finish(), place)
+                        return self._server.receive(first.finish(), place, arrived=arrived)
                     except Truncated:  # it came too slowly, so nothing has happened
                         first.outcome = BROKEN
                 if self._patience.attempts > 1:  # an answer to the first try may still come where it was told to
                     header = {key: value for key, value in header.items() if key != "deliver"}
                 body: Payload = () if "area" in header else payload
-                return self._server.data(method, path, header, body, place, wait_s=self._barrier_s)
+                return self._server.data(method, path, header, body, place, arrived=arrived, wait_s=self._barrier_s)
 
             try:
                 received = self._patience.call(f"{doing} session {self._session!r}", self._server.server, attempt)

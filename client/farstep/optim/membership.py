@@ -135,8 +135,7 @@ class Membership:
         `holds` has just said that the parameters are those of the session.
         """
         self._send_state()
-        if edited := self.link.edited(self._addresses):
-            self.link.write(edited)
+        self.link.settle_edits(self._addresses)
 
     def push(
         self, options: list[Options], scaling: Scaling = NOT_SCALED, evaluation: Evaluation | None = None
