@@ -31,7 +31,8 @@ from farstep.looking import Edited, Looking
 from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.narrow_arrivals import NarrowArrivals
 from farstep.narrowing import Narrowing
-from farstep.overlap import LEAST_BYTES, OTHERS, UNUSED, Overlapped, Overlapping
+from farstep.overlap import LEAST_BYTES, OTHERS, UNUSED, Overlapped
+from farstep.overlapping import Overlapping
 from farstep.patience import Patience
 from farstep.payload import Payload, nbytes_of
 from farstep.presence import PRESENT
@@ -255,7 +256,7 @@ class HttpLink(Link):
 
     def begin_push(self, order: Sequence[int], groups: Mapping[int, Options]) -> Overlapped | None:
         names = self._writer.names
-        if not self._streams or names.unsure or self._sharing.area is not None or self._process != os.getpid():
+        if not self._streams or names.unsure or self._sharing.possible or self._process != os.getpid():
             return None
         if sum(self._parameters[index].nbytes for index in order) < LEAST_BYTES:
             return None

@@ -22,7 +22,7 @@ from farstep.overlap import AGAIN, CHANGED, OTHERS
 from farstep.settings import resolve
 from tests.client.overlapping import WIDTH, Both, Net, backward, loss_of, plain, wait_until_sent
 from tests.client.twins import check_parameters
-from tests.service.servers import RunningServer
+from tests.service.servers import RunningServer, running_server
 
 Optimizer = torch.optim.Optimizer
 
@@ -582,3 +582,14 @@ def test_an_optimizer_that_is_moved(server: RunningServer) -> None:
     assert optimizer.last_step is not None
     assert optimizer.last_step.overlap == STREAMED
     optimizer.close()
+
+
+def test_shared_memory_goes_first(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Over a unix socket gradients are put into shared memory in step(), and nothing is streamed."""
+    with running_server("--unix", str(tmp_path_factory.mktemp("o") / "s")) as local:
+        both = Both(local.unix)
+        assert both.train(3) == ["", "", ""]
+        assert both.ours.last_step is not None
+        assert both.ours.last_step.path == "shared memory"
+        both.check()
+        both.ours.close()
