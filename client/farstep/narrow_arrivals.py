@@ -21,8 +21,8 @@ from farstep.edits import Check, Comparer, Edits, is_plain, memcmp
 from farstep.narrowing import is_wide
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 
-BLOCK = 2**18
-"""Elements that are widened at once to be compared: few calls, and both forms stay in the cache."""
+BLOCK = 2**19
+"""Elements that are widened at once to be compared: 25 M took 4.8 ms so, 7.2 with half as many, 9.3 with 2**16."""
 
 
 @final
