@@ -143,7 +143,7 @@ class Conversation:
             FarstepError: the problem the server answered with, or an answer that is not of the protocol.
             httpx.TransportError: no complete answer came; memory that `place` named is then unspecified.
         """
-        return self.receive(self.send(method, path, header, payload, wait_s=wait_s), place, arrived)
+        return self.receive(self.send(method, path, header, payload, wait_s=wait_s), place, arrived=arrived)
 
     def send(
         self, method: str, path: str, header: Mapping[str, Any] | None, payload: Payload, *, wait_s: float = 0.0
@@ -151,7 +151,7 @@ class Conversation:
         """Do the first half of `data` and return when the head of an answer is there, for `receive`."""
         return self._ask(method, path, None if header is None else _message(header, payload), wait_s)
 
-    def receive(self, answer: Answer, place: Place, arrived: Arrived | None = None) -> Received:
+    def receive(self, answer: Answer, place: Place, *, arrived: Arrived | None = None) -> Received:
         """Do the second half of `data`."""
         try:
             if not answer.ok:

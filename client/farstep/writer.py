@@ -116,7 +116,7 @@ class Writer:
                 if begun is not None:
                     first, begun = begun, None
                     try:
-                        return self._server.receive(first.finish(), place, arrived)
+                        return self._server.receive(first.finish(), place, arrived=arrived)
                     except Truncated:  # it came too slowly, so nothing has happened
                         first.outcome = BROKEN
                 if self._patience.attempts > 1:  # an answer to the first try may still come where it was told to
