@@ -37,6 +37,7 @@ from torch import Tensor, nn
 import farstep
 from farstep.foresight import STREAMED
 from tests.benchmarks.hardware import hardware
+from tests.benchmarks.rows import Row, gained
 from tests.service.servers import running_server
 
 WIDTH = 1024
@@ -86,7 +87,20 @@ def network_of(layers: int) -> nn.Sequential:
     return nn.Sequential(*members, nn.Linear(WIDTH, 10))
 
 
-def measure(url: str, layers: int, batch: int, cycles: int) -> dict[bool, Side]:
+def measure(*, quick: bool) -> Sequence[Row]:
+    """Return the row of each network: the share of a push that overlapping hides."""
+    rows = []
+    with running_server() as server:
+        for layers, batch in SIZES[-1:] if quick else SIZES:
+            sides = train_both(server.url, layers, batch, 1 if quick else 5)
+            step = {overlap: 1e3 * median(side.step) for overlap, side in sides.items()}
+            count = sum(each.numel() for each in sides[True].network.parameters())
+            push, hidden = 1e3 * median(sides[False].push), step[False] - step[True]
+            rows.append(gained(f"overlap, {count:,}, hidden", hidden, "ms", "a push", push, TARGET))
+    return rows
+
+
+def train_both(url: str, layers: int, batch: int, cycles: int) -> dict[bool, Side]:
     """Return both sides after their steps, by whether they overlap."""
     torch.manual_seed(1)
     inputs, classes = torch.randn(batch, WIDTH), torch.randint(10, (batch,))
@@ -116,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     with running_server() as server:
         for layers, batch in SIZES:
-            sides = measure(server.url, layers, batch, cycles)
+            sides = train_both(server.url, layers, batch, cycles)
             parameters = sides[True].network.parameters()
             label = f"{sum(p.numel() for p in parameters):,} in {2 * layers + 2}"
             times = {
