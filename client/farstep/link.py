@@ -17,7 +17,7 @@ from torch import Tensor
 from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError
 from farstep.fields import EVERYWHERE, FieldKind, Shapes
-from farstep.messages import Evaluation, Receipt
+from farstep.messages import Evaluation, Reason, Receipt
 from farstep.settings import KernelChoice, NonFinitePolicy, Place
 
 Options = Mapping[str, Any]
@@ -84,7 +84,11 @@ class StepReport:
     Attributes:
         version: the session's version after it.
         staleness: steps between the version the gradient was computed on and the one it was applied to.
-        applied: whether the parameters changed by it; not so if a worker skipped the step.
+        applied: whether the parameters changed by it.
+        reason: why they did not: `skipped` by a worker whose gradients overflowed, `late`, `stale`, `accumulated` or
+            `nonfinite`; "" if they did.
+        detail: the same as a sentence, which names the worker and the tensor where there is one.
+        grad_norm: the norm of the step's gradients before they were clipped, where the session clips by it.
         duplicate: whether the server had seen this push before, so that this answer is the first one's receipt.
         earlier: what became of a write before this one that had got no answer and was not repeated: `applied`, or
             `dropped` because it never arrived or its barrier was given up. None if there was none.
@@ -110,6 +114,9 @@ class StepReport:
     divisor: int = 1
     kernel: str = ""
     again: bool = False
+    reason: Reason = ""
+    detail: str = ""
+    grad_norm: float | None = None
     bytes_sent: int = 0
     bytes_received: int = 0
     attempts: int = 1
@@ -140,6 +147,9 @@ class StepReport:
             divisor=receipt.divisor,
             kernel=receipt.kernel,
             again=receipt.again,
+            reason=receipt.reason,
+            detail=receipt.detail,
+            grad_norm=receipt.grad_norm,
             bytes_sent=bytes_sent,
             bytes_received=bytes_received,
             attempts=attempts,

@@ -116,7 +116,7 @@ class EmbeddedLink(Link):
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
         self._state.set_groups(self._state.changed(groups))
-        return StepReport(version=self.version, applied=False)
+        return StepReport(version=self.version, applied=False, reason="skipped")
 
     def _taken(self, gradients: Sequence[Tensor | None], evaluation: Evaluation | None) -> Gradients:
         sparse: dict[int, tuple[Tensor, Tensor]] = {}

@@ -143,7 +143,9 @@ class Pushes:
         outcomes: Outcomes = {}
         for push in pushes:
             version, base = self._state.version, push.head.base
-            receipt = Receipt(version, base, staleness=version - base, applied=False, divisor=skip.divisor)
+            receipt = Receipt(
+                version, base, staleness=version - base, applied=False, divisor=skip.divisor, reason="skipped"
+            )
             self._ledger.commit(push.head.name, push.fingerprint, receipt)
             outcomes[push.head.name] = Outcome(receipt)
         return outcomes
