@@ -25,7 +25,7 @@ from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSessio
 from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
-from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, WriteName
+from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, Wanted, WriteName
 from farstep.narrow_arrivals import NarrowArrivals
 from farstep.narrowing import Narrowing
 from farstep.patience import Patience
@@ -144,11 +144,15 @@ class HttpLink(Link):
             present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
         segments = None if len(present) == len(self._parameters) else to_ranges(present)
         fill = None if sparse or evaluation else self._fill(present, gradients)
+        # Of several rounds only the last one changes parameters.
+        wanted: Wanted = "all" if self._spec.policy.accumulate == 1 else "changed"
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             return PushHead(
                 name,
                 incarnation,
+                self._version,
+                wanted,
                 self._version,
                 segments=segments,
                 sparse=tuple(sparse),
@@ -345,6 +349,17 @@ class HttpLink(Link):
     def read_state(self, indices: Sequence[int]) -> list[State | None]:
         with self._session_there():
             return self._reader.states(self._fields, self._parameters, indices, self._check_arriving)
+
+    def read_view(self, view: str) -> list[Tensor]:
+        with self._session_there():
+            return self._reader.view(view, self._parameters, self._check_arriving)
+
+    def write_view(self, view: str, values: Sequence[Tensor]) -> None:
+        def head(name: WriteName, incarnation: str) -> PutHead:
+            return PutHead(name, incarnation, (view,))
+
+        with self._session_there():
+            self._writer.put(head, [outgoing(each) for each in values])
 
     def _check_arriving(self, header: Mapping[str, Any]) -> None:
         """Refuse what another life of the session answers, or a session that has grown."""

@@ -18,6 +18,7 @@ from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError
 from farstep.fields import EVERYWHERE, FieldKind, Shapes
 from farstep.messages import Evaluation, Reason, Receipt
+from farstep.policy import NOTHING, Policy
 from farstep.settings import KernelChoice, NonFinitePolicy, Place
 
 Options = Mapping[str, Any]
@@ -60,9 +61,11 @@ class SessionSpec:
     consistency: Consistency
     nonfinite: NonFinitePolicy
     kernel: KernelChoice
+    policy: Policy = NOTHING
 
     def to_document(self) -> dict[str, Any]:
         """Return the spec as the JSON document of `POST /v1/sessions`."""
+        policy = self.policy.to_options()
         return {
             "name": self.name,
             "optimizer": self.optimizer,
@@ -74,6 +77,7 @@ class SessionSpec:
             "consistency": to_options(self.consistency),
             "nonfinite": self.nonfinite,
             "kernel": self.kernel,
+            **({"policy": policy} if policy else {}),
         }
 
 
@@ -254,6 +258,18 @@ class Link(ABC):
     @abstractmethod
     def read_state(self, indices: Sequence[int]) -> list[State | None]:
         """Return a copy of the optimizer state of some parameters, ascending, None where one has none."""
+
+    @abstractmethod
+    def read_view(self, view: str) -> list[Tensor]:
+        """Return a copy of what the session keeps beside the parameters, such as their average: one for each of them.
+
+        Raises:
+            InvalidOption: the session has no such view.
+        """
+
+    @abstractmethod
+    def write_view(self, view: str, values: Sequence[Tensor]) -> None:
+        """Replace a view by tensors of the parameters' shapes and dtypes."""
 
     @abstractmethod
     def rejoin(self, start: Start) -> bool:

@@ -186,14 +186,14 @@ def first_nonfinite(contribution: Contribution) -> int | None:
     dense = contribution.dense
     for first, last in contribution.on_wire.spans(dense):
         span = buffers.span(first, last)
-        if span is None or _all_finite(span):
+        if span is None or all_finite(span):
             continue
         for index in range(first, last):
             own = buffers.span(index, index + 1)
-            if own is not None and not _all_finite(own):
+            if own is not None and not all_finite(own):
                 return index
     for index, (_, values) in contribution.sparse.items():
-        if not _all_finite(torch.view_as_real(values) if values.is_complex() else values):
+        if not all_finite(torch.view_as_real(values) if values.is_complex() else values):
             return index
     return None
 
@@ -210,20 +210,32 @@ def check_finite(contribution: Contribution, worker: str, evaluation: Evaluation
             remedy="Lower the learning rate; nonfinite='allow' would take such a loss.",
             field="loss",
         )
-    began = time.perf_counter()
-    index = first_nonfinite(contribution)
-    contribution.check_s = time.perf_counter() - began
-    if index is not None:
-        name = contribution.layout.segments[index].name
-        came = "" if contribution.half is None else f", as it came in {contribution.half}"
+    name, what = nonfinite_in(contribution, worker)
+    if what:
         raise NonFinite(
-            f"The gradient of {name!r} from worker {worker!r} holds NaN or Inf{came}; the push was refused.",
+            f"{what}; the push was refused.",
             remedy="Skip the step or lower the loss scale; nonfinite='allow' would take such gradients.",
             field=name,
         )
 
 
-def _all_finite(span: Tensor) -> bool:
+def nonfinite_in(contribution: Contribution, worker: str) -> tuple[str, str]:
+    """Return the first parameter whose gradient holds NaN or Inf, and the same as a sentence without its stop.
+
+    Both are "" if all gradients are finite. Notes in the contribution how long it took.
+    """
+    began = time.perf_counter()
+    index = first_nonfinite(contribution)
+    contribution.check_s = time.perf_counter() - began
+    if index is None:
+        return "", ""
+    name = contribution.layout.segments[index].name
+    came = "" if contribution.half is None else f", as it came in {contribution.half}"
+    return name, f"The gradient of {name!r} from worker {worker!r} holds NaN or Inf{came}"
+
+
+def all_finite(span: Tensor) -> bool:
+    """Say whether a flat tensor holds neither NaN nor Inf."""
     if span.dtype in HALVES:
         return not span.numel() or all(math.isfinite(extreme.item()) for extreme in span.aminmax())
     if math.isfinite(span.sum().item()):
@@ -243,7 +255,7 @@ def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.d
     layout = first.layout
     total = _total_of(first)
     if not others and divisor == 1 and first.is_whole:
-        return Gradients(on_device(total, device))
+        return Gradients(on_device(total, device), borrowed=first.borrowed)
     if first.borrowed and (others or divisor != 1):
         total = FlatBuffers(layout, zero=False).copy_(total, first.dense)
     present = set(first.dense)
@@ -268,7 +280,7 @@ def reduce_(contributions: Sequence[Contribution], divisor: int, device: torch.d
     joined = {index: _joined(pairs, divisor, device) for index, pairs in sparse.items()}
     chosen = present | joined.keys()
     mask = None if len(chosen) == len(layout.segments) else [i in chosen for i in range(len(layout.segments))]
-    return Gradients(on_device(total, device), mask, joined)
+    return Gradients(on_device(total, device), mask, joined, borrowed=first.borrowed and total is first.buffers)
 
 
 def mean_evaluation(evaluations: Sequence[Evaluation | None], divisor: int) -> Evaluation | None:

@@ -23,11 +23,13 @@ class Gradients:
         buffers: dense gradients, in the layout of the parameters; elsewhere than where `present` says, undefined.
         present: which segments have a dense gradient; None for all but the sparse ones.
         sparse: by segment, int64 indices `(sparse dims, nnz)` and values `(nnz, *dense shape)`; duplicates are summed.
+        borrowed: the buffers are somebody else's, to be read only.
     """
 
     buffers: Buffers
     present: Sequence[bool] | None = None
     sparse: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    borrowed: bool = False
 
     def dense(self) -> list[int]:
         """Return the segments with a dense gradient, ascending."""
