@@ -252,13 +252,15 @@ class Average:
         self._buffers.copy_(values, segments)
 
     def update_(self, parameters: Buffers) -> None:
-        """Take the parameters after a step in."""
+        """Take the parameters after a step into it."""
         layout = parameters.layout
         if self._buffers is None:
             self._buffers = FlatBuffers(layout, parameters.device, zero=False).copy_(parameters)
             return
-        for average, now in pieces(layout, range(len(layout.segments)), self._buffers, parameters):
-            average.lerp_(now, 1 - self._decay)
+        every = range(len(layout.segments))
+        # Tensor by tensor, as torch does it: where a tensor ends decides how its last elements are rounded.
+        averages, now = [self._buffers.segment(i) for i in every], [parameters.segment(i) for i in every]
+        torch._foreach_lerp_(averages, now, 1 - self._decay)
 
     def grow(self, parameters: Buffers) -> None:
         """Take segments in that a session has grown by; their average begins with what they are."""
