@@ -120,7 +120,7 @@ def test_a_round_that_somebody_skips_is_no_round() -> None:
     session = new_session(consistency=sync(2), accumulate=2)
     writers = begun(session, *NAMES)
     twin = Twin(parameters(session))
-    taken = []
+    taken: list[Sequence[Gradient]] = []
     for number, skips in enumerate([False, True, False]):
         given = [values(session, 10 * number + index) for index in range(2)]
         writers[0].push(given[0])
@@ -167,7 +167,7 @@ def test_a_session_may_grow_between_rounds() -> None:
     twin.optimizer.param_groups[0]["params"].pop()
     twin.optimizer.add_param_group({"params": [twin.parameters[-1]], "lr": 0.3})
     writer.push(values(session, 2))
-    rounds = [[*values(session, 1)[:-1], None], values(session, 2)]
+    rounds: list[Sequence[Gradient]] = [[*values(session, 1)[:-1], None], values(session, 2)]
     assert equal(parameters(session), twin.step(mean(rounds)))
 
 

@@ -29,13 +29,18 @@ from tests.session.writers import (
 DECAY = 0.9
 
 
+def averaged(model: nn.Module) -> AveragedModel:
+    """Return torch's average of a model."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
+
+
 class Averaged(Twin):
     """torch's optimizer, and torch's average of its parameters."""
 
     def __init__(self, start: Sequence[Tensor], optimizer: str = "Adagrad", **options: Any) -> None:
         super().__init__(start, optimizer, **options)
         self._model = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in self.parameters)
-        self._averages = AveragedModel(self._model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+        self._averages = averaged(self._model)
 
     def step(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
         super().step(gradients)
@@ -44,7 +49,7 @@ class Averaged(Twin):
 
     @property
     def averages(self) -> list[Tensor]:
-        return list(self._averages.module)
+        return list(self._averages.parameters())
 
 
 def averages(session: Session) -> list[Tensor]:

@@ -74,7 +74,7 @@ def test_a_sum_that_overflows_is_refused_where_nan_is(policy: dict[str, Any]) ->
     first, second = begun(session, *NAMES)
     before = state_of(session)
     gradients = values(session, 1)
-    gradients[3][0] = complex(0, LARGEST)
+    gradients[3][0] = torch.tensor(complex(0, LARGEST))
     first.push(gradients)
     outcomes = second.push(gradients)
     assert len(outcomes) == 2
