@@ -6,9 +6,10 @@ if that is ours, else memory that is kept for it, since a user's gradients are n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import final
+from typing import cast, final
 
 import torch
 from torch import Tensor
@@ -92,8 +93,15 @@ def norm_of(gradients: Gradients, norm_type: float) -> Tensor:
     tensors = [tensor for tensor in tensors if tensor.numel()]
     if not tensors:
         return torch.zeros(())
-    norms: Sequence[Tensor] = torch._foreach_norm(tensors, norm_type)
-    return torch.linalg.vector_norm(torch.stack(list(norms)), norm_type)  # type: ignore[no-any-return]
+    norms = torch._foreach_norm(tensors, norm_type) if norm_type != math.inf else map(_largest, tensors)
+    return cast(Tensor, torch.linalg.vector_norm(torch.stack(list(norms)), norm_type))
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """Return the largest absolute value, or NaN: the norm of order infinity, for which torch takes 20 times as long."""
+    if tensor.is_complex():
+        return cast(Tensor, torch.linalg.vector_norm(tensor, math.inf))
+    return torch.stack(tensor.aminmax()).abs().amax()
 
 
 def coalesced(gradients: Gradients) -> Gradients:

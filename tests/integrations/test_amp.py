@@ -293,7 +293,7 @@ def test_scalers_that_are_informed_have_one_scale(
     alone = Alone()
     bad = {2: [0], 3: [1], 8: list(range(count)), 13: [count - 1]}
     scales = []
-    for number in range(16):
+    for number in range(18):
         gradients = [
             overflowing(10 * number) if index in bad.get(number, ()) else drawn(10 * number + index)
             for index in range(count)
