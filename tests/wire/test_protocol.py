@@ -157,8 +157,9 @@ def test_pushes_are_what_the_server_reads(title):
 
 def test_contents_are_what_the_server_reads():
     """The header of contents in the document is one the server understands, key for key."""
-    header, _ = parts(EXAMPLES["Contents going up"])
-    assert PutHead.from_header(header).to_header() == header
+    for title in ("Contents going up", "An average going up"):
+        header, _ = parts(EXAMPLES[title])
+        assert PutHead.from_header(header).to_header() == header
 
 
 def test_param_groups_are_what_the_server_reads():
@@ -168,9 +169,14 @@ def test_param_groups_are_what_the_server_reads():
 
 
 def test_a_receipt_that_tells_why_nothing_was_applied_is_what_the_client_reads():
-    """The receipt of a skip in the document is one the client understands, and the reasons listed are the code's."""
-    header, _ = parts(EXAMPLES["The reply to a push that was not applied"])
-    assert Receipt.from_header(header["receipt"]).to_header() == header["receipt"]
+    """Such receipts in the document are ones the client understands, and the reasons listed are the code's."""
+    for title in (
+        "The reply to a push that was not applied",
+        "The reply to a push that another worker's NaN undid",
+        "The reply to a push whose step was clipped",
+    ):
+        header, _ = parts(EXAMPLES[title])
+        assert Receipt.from_header(header["receipt"]).to_header() == header["receipt"]
     ((meaning,),) = [cells for key, _, *cells in rows("key of `receipt`") if key == "`reason`"]
     assert set(re.findall(r"`(\w+)`", meaning)) == set(get_args(Reason)) - {""}
 
