@@ -21,6 +21,7 @@ import torch
 from farstep.errors import NonFinite
 from farstep.hyper import Hyper
 from farstep.messages import Evaluation, Reason
+from farstep_service.plan import Plan
 from farstep_service.policies import (
     Accumulated,
     Workspace,
@@ -76,6 +77,11 @@ class Steps:
         self._unfinished: _Round | None = None
 
     @property
+    def plan(self) -> Plan:
+        """Return the state's plan."""
+        return self._state.plan
+
+    @property
     def nbytes(self) -> int:
         """Return the memory of rounds that wait and of clipped gradients."""
         return self._accumulated.nbytes + self._workspace.nbytes
@@ -100,7 +106,7 @@ class Steps:
             FarstepError: the step is refused. Nothing has changed then.
             StepInterrupted: a kernel failed midway; the step is pending.
         """
-        state, rounds = self._state, self._state.plan.policy.accumulate
+        state, rounds = self._state, self.plan.policy.accumulate
         with torch.no_grad():
             if self._accumulated.count + 1 < rounds:
                 if not checked and (left := self._nonfinite(gradients)):
@@ -143,7 +149,7 @@ class Steps:
 
         A norm that is finite tells that every gradient is, so that none has to be looked at for it.
         """
-        policy, norm = self._state.plan.policy, None
+        policy, norm = self.plan.policy, None
         if not checked and (policy.clip_norm is None or policy.clip_value is not None):
             if left := self._nonfinite(gradients):
                 return left
@@ -164,7 +170,7 @@ class Steps:
         Raises:
             NonFinite: the session refuses it.
         """
-        plan = self._state.plan
+        plan = self.plan
         if plan.nonfinite == "allow" or (index := first_nonfinite_in(gradients)) is None:
             return None
         name = plan.layout.segments[index].name
