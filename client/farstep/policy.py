@@ -13,6 +13,7 @@ in this order. The formulas are those of `torch.nn.utils.clip_grad_value_` and `
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -48,7 +49,7 @@ class Policy:
     def __post_init__(self) -> None:
         for name in ("clip_norm", "clip_norm_type", "clip_value"):
             value = getattr(self, name)
-            if not (_is_number(value) and value > 0) and (value is not None or name == "clip_norm_type"):
+            if not (_is_number(value) and value > 0) and not (value is None and name != "clip_norm_type"):
                 raise InvalidOption(f"Invalid {name}: {value!r:.80}. Must be a number above 0.", field=name)
         if self.clip_norm is None and self.clip_norm_type != 2.0:
             raise InvalidOption(
@@ -95,8 +96,9 @@ class Policy:
         return None
 
 
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float)
+def _is_number(value: Any) -> bool:
+    """Say whether a value is a number that a float can hold, or infinity."""
+    return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 
 NOTHING = Policy()
