@@ -264,3 +264,24 @@ def test_without_a_policy_a_step_is_as_it_was(place: RemoteOptions) -> None:
     report: farstep.StepReport = twins.ours.last_step
     assert (report.reason, report.detail, report.grad_norm) == ("", "", None)
     check_states(twins.ours.state_dict(), twins.theirs.state_dict())
+
+
+@pytest.mark.parametrize("policy", [{"clip_norm": 0.5}, {"clip_value": 0.3}, {"accumulate": 2}, {"ema": 0.9}])
+@pytest.mark.parametrize("half", ["bf16", "fp16"])
+def test_gradients_in_16_bits_are_widened_before_anything_is_done_to_them(
+    half: Any, policy: dict[str, Any], server: RunningServer
+) -> None:
+    """The steps have the bits of those of a worker that sends the same numbers in float32."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[half]
+    shapes = [(300, 40), (7,), ()]
+    here, there = parameters(drawn(0, shapes)), parameters(drawn(0, shapes))
+    options: dict[str, Any] = {"server": server.url, "kernel": "reference", **policy}
+    narrow = Adagrad(here, lr=0.1, **{**options, "wire": farstep.Wire(gradients=half)})
+    wide = Adagrad(there, lr=0.1, **options)
+    for seed in range(1, 5):
+        for p, q, gradient in zip(here, there, drawn(seed, shapes), strict=True):
+            p.grad, q.grad = gradient.clone(), gradient.to(dtype).float()
+        narrow.step()
+        wide.step()
+        check_parameters(here, there)
+    assert narrow.version == wide.version > 0
