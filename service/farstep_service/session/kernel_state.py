@@ -165,7 +165,8 @@ class KernelState(SessionState):
     def write(self, contents: Contents) -> None:
         """Replace contents, as one new version."""
         store, has, average = self.store, contents.has(), contents.elements.pop(EMA, None)
-        if values := self._values(contents):
+        values = self._values(contents)
+        if values or has is not None:
             store.write(contents.indices, values, has=has)
         if average is not None and self._average is not None:
             self._average.write_(contents.indices, on_device(average, self.device), store.buffers(PARAM))
