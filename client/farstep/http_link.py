@@ -28,7 +28,7 @@ from farstep.foresight import STREAMED
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
 from farstep.looking import Edited, Looking
-from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, WriteName
+from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, Wanted, WriteName
 from farstep.narrow_arrivals import NarrowArrivals
 from farstep.narrowing import Narrowing
 from farstep.overlap import LEAST_BYTES, OTHERS, UNUSED, Overlapped
@@ -152,8 +152,6 @@ class HttpLink(Link):
         unlooked, self._unlooked = self._unlooked, None
         begun = self._overlapping.take()
         if begun is not None:
-            self._send_edits(unlooked)
-            unlooked = None
             present = [index for index, each in enumerate(gradients) if each is not None]
             head = self._head(present, groups, evaluation=evaluation, order=begun.order)
             if self._still(begun, head, gradients, unlooked):
@@ -238,11 +236,15 @@ class HttpLink(Link):
         fill: Fill | None = None,
     ) -> Callable[[WriteName, str], PushHead]:
         segments = None if len(present) == len(self._parameters) else to_ranges(present)
+        # Of several rounds only the last one changes parameters.
+        wanted: Wanted = "all" if self._spec.policy.accumulate == 1 else "changed"
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             return PushHead(
                 name,
                 incarnation,
+                self._version,
+                wanted,
                 self._version,
                 segments=segments,
                 sparse=tuple(sparse),
@@ -480,6 +482,17 @@ class HttpLink(Link):
     def read_state(self, indices: Sequence[int]) -> list[State | None]:
         with self._session_there():
             return self._reader.states(self._fields, self._parameters, indices, self._check_arriving)
+
+    def read_view(self, view: str) -> list[Tensor]:
+        with self._session_there():
+            return self._reader.view(view, self._parameters, self._check_arriving)
+
+    def write_view(self, view: str, values: Sequence[Tensor]) -> None:
+        def head(name: WriteName, incarnation: str) -> PutHead:
+            return PutHead(name, incarnation, (view,))
+
+        with self._session_there():
+            self._writer.put(head, [outgoing(each) for each in values])
 
     def _check_arriving(self, header: Mapping[str, Any]) -> None:
         """Refuse what another life of the session answers, or a session that has grown."""

@@ -17,8 +17,9 @@ from torch import Tensor
 from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError
 from farstep.fields import EVERYWHERE, FieldKind, Shapes
-from farstep.messages import Evaluation, Receipt
+from farstep.messages import Evaluation, Reason, Receipt
 from farstep.overlap import Overlapped
+from farstep.policy import NOTHING, Policy
 from farstep.settings import KernelChoice, NonFinitePolicy, Place
 
 Options = Mapping[str, Any]
@@ -61,9 +62,11 @@ class SessionSpec:
     consistency: Consistency
     nonfinite: NonFinitePolicy
     kernel: KernelChoice
+    policy: Policy = NOTHING
 
     def to_document(self) -> dict[str, Any]:
         """Return the spec as the JSON document of `POST /v1/sessions`."""
+        policy = self.policy.to_options()
         return {
             "name": self.name,
             "optimizer": self.optimizer,
@@ -75,6 +78,7 @@ class SessionSpec:
             "consistency": to_options(self.consistency),
             "nonfinite": self.nonfinite,
             "kernel": self.kernel,
+            **({"policy": policy} if policy else {}),
         }
 
 
@@ -85,7 +89,11 @@ class StepReport:
     Attributes:
         version: the session's version after it.
         staleness: steps between the version the gradient was computed on and the one it was applied to.
-        applied: whether the parameters changed by it; not so if a worker skipped the step.
+        applied: whether the parameters changed by it.
+        reason: why they did not: `skipped` by a worker whose gradients overflowed, `late`, `stale`, `accumulated` or
+            `nonfinite`; "" if they did.
+        detail: the same as a sentence, which names the worker and the tensor where there is one.
+        grad_norm: the norm of the step's gradients before they were clipped, where the session clips by it.
         duplicate: whether the server had seen this push before, so that this answer is the first one's receipt.
         earlier: what became of a write before this one that had got no answer and was not repeated: `applied`, or
             `dropped` because it never arrived or its barrier was given up. None if there was none.
@@ -114,6 +122,9 @@ class StepReport:
     divisor: int = 1
     kernel: str = ""
     again: bool = False
+    reason: Reason = ""
+    detail: str = ""
+    grad_norm: float | None = None
     bytes_sent: int = 0
     bytes_received: int = 0
     attempts: int = 1
@@ -146,6 +157,9 @@ class StepReport:
             divisor=receipt.divisor,
             kernel=receipt.kernel,
             again=receipt.again,
+            reason=receipt.reason,
+            detail=receipt.detail,
+            grad_norm=receipt.grad_norm,
             bytes_sent=bytes_sent,
             bytes_received=bytes_received,
             attempts=attempts,
@@ -268,6 +282,18 @@ class Link(ABC):
     @abstractmethod
     def read_state(self, indices: Sequence[int]) -> list[State | None]:
         """Return a copy of the optimizer state of some parameters, ascending, None where one has none."""
+
+    @abstractmethod
+    def read_view(self, view: str) -> list[Tensor]:
+        """Return a copy of what the session keeps beside the parameters, such as their average: one for each of them.
+
+        Raises:
+            InvalidOption: the session has no such view.
+        """
+
+    @abstractmethod
+    def write_view(self, view: str, values: Sequence[Tensor]) -> None:
+        """Replace a view by tensors of the parameters' shapes and dtypes."""
 
     @abstractmethod
     def rejoin(self, start: Start) -> bool:

@@ -18,6 +18,15 @@ from farstep.narrow import check_half
 FURTHEST_BEGINNING = 2**52
 """The highest version a session may begin at: room for the steps of a lifetime, and numbers that JSON can hold."""
 Wanted = Literal["all", "changed", "none"]
+Reason = Literal["", "skipped", "late", "stale", "accumulated", "nonfinite"]
+"""Why a push left the parameters alone; "" for one that did not.
+
+skipped        a worker said that its gradients overflowed
+late           the step it belongs to was taken without it
+stale          its gradients were computed on parameters that are too old
+accumulated    its gradients wait, and count in a step to come
+nonfinite      the gradients hold NaN or Inf, by themselves or once summed, and the session skips such steps
+"""
 Times = dict[str, float]
 
 
@@ -240,6 +249,9 @@ class Receipt:
         divisor: what the sum of the gradients was divided by.
         kernel: which kernel ran, so that a replay can give the same bits.
         again: the step goes on with another evaluation, at the new parameters.
+        reason: why nothing was applied.
+        detail: the same as a sentence, which names the worker and the tensor where there is one.
+        grad_norm: the norm of the step's gradients before they were clipped, where the session clips by it.
     """
 
     version: int
@@ -250,6 +262,9 @@ class Receipt:
     divisor: int = 1
     kernel: str = ""
     again: bool = False
+    reason: Reason = ""
+    detail: str = ""
+    grad_norm: float | None = None
 
     def to_header(self) -> dict[str, Any]:
         header: dict[str, Any] = {
@@ -261,7 +276,15 @@ class Receipt:
             "divisor": self.divisor,
             "kernel": self.kernel,
         }
-        return {**header, "again": True} if self.again else header
+        if self.again:
+            header["again"] = True
+        if self.reason:
+            header["reason"] = self.reason
+        if self.detail:
+            header["detail"] = self.detail
+        if self.grad_norm is not None:
+            header["grad_norm"] = self.grad_norm
+        return header
 
     @classmethod
     def from_header(cls, values: Mapping[str, Any]) -> Receipt:

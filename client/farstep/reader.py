@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+import torch
 from torch import Tensor
 
 from farstep.arrivals import Arrivals
@@ -19,6 +20,7 @@ from farstep.patience import Patience
 from farstep.presence import PRESENT
 from farstep.staging import StateArrivals
 from farstep.wire import to_ranges
+from farstep.wire.memory import tensor_memory
 
 QUERY_BOUNDS = 1000
 """Bounds of ranges in a URL, which servers do not take at any length; beyond it what lies between is read too."""
@@ -62,6 +64,13 @@ class Reader:
             return [states[index - first] for index in indices]
         _, arrivals = self._state(fields, parameters, indices, check)
         return arrivals.states()
+
+    def view(self, name: str, parameters: Sequence[Tensor], check: Check) -> list[Tensor]:
+        """Return what the session keeps of all parameters under another name, on their devices."""
+        arrived = [torch.empty(p.shape, dtype=p.dtype) for p in parameters]
+        views = [tensor_memory(each) for each in arrived]
+        self._get(f"Reading {name} of", f"{self._path}?fields={quote(name)}", lambda header: views, check)
+        return [each.to(p.device) for each, p in zip(arrived, parameters, strict=True)]
 
     def _state(
         self, fields: Mapping[str, FieldKind], parameters: Sequence[Tensor], indices: Sequence[int], check: Check

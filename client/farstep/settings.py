@@ -16,8 +16,8 @@ import re
 import secrets
 import socket
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Literal, TypedDict, cast
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, TypedDict, cast
 from urllib.parse import urlsplit
 
 import httpx
@@ -25,10 +25,11 @@ import httpx
 from farstep.consistency import Async, Consistency, Sync
 from farstep.errors import InvalidOption
 from farstep.narrow import Half, Wire
+from farstep.policy import NOTHING, Policy
 from farstep.unix import check_path, path_of_url
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-NonFinitePolicy = Literal["refuse", "allow"]
+NonFinitePolicy = Literal["refuse", "skip", "allow"]
 KernelChoice = Literal["auto", "reference", "fused"]
 
 
@@ -42,7 +43,13 @@ class RemoteOptions(TypedDict, total=False):
     token: the server's bearer token.
     consistency: `farstep.Async()` or `farstep.Sync(workers=N, deadline_s=...)`.
     nonfinite: what the session does with a gradient that holds NaN or Inf: "refuse" it, which is the default of a
-        server, or "allow" it as torch does, which is the default of an embedded optimizer.
+        server, "allow" it as torch does, which is the default of an embedded optimizer, or "skip" the step for all its
+        workers.
+    clip_norm: the largest norm of the gradients of a step, which are clipped after they were reduced.
+    clip_norm_type: which norm that is, the p of the p-norm, or infinity; 2 by default.
+    clip_value: the largest absolute value of an element of them.
+    accumulate: how many pushes, or barriers, make a step, of the mean of their gradients.
+    ema: the decay of an average of the parameters, which `swap_to("ema")` and `pull_view("ema")` show.
     kernel: "auto" takes fused kernels when they are built, "reference" equals `torch.optim` with `foreach=False` bit
         for bit, "fused" waits for fused kernels.
     wire: "bf16" or "fp16" sends this worker's float32 gradients and brings its float32 parameters in 16 bits, and
@@ -59,6 +66,11 @@ class RemoteOptions(TypedDict, total=False):
     token: str | None
     consistency: Consistency
     nonfinite: NonFinitePolicy | None
+    clip_norm: float | None
+    clip_norm_type: float
+    clip_value: float | None
+    accumulate: int
+    ema: float | None
     kernel: KernelChoice
     wire: Wire | Half | None
     overlap: bool
@@ -82,6 +94,7 @@ class Place:
     transport: httpx.BaseTransport | None = None
     wire: Wire = field(default_factory=Wire)
     overlap: bool = False
+    policy: Policy = NOTHING
 
 
 def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:
@@ -113,9 +126,9 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         raise InvalidOption(
             f"Invalid kernel: {kernel!r}. There are auto, reference and fused.", field="kernel", side="client"
         )
-    if nonfinite not in ("refuse", "allow"):
+    if nonfinite not in ("refuse", "skip", "allow"):
         raise InvalidOption(
-            f"Invalid nonfinite: {nonfinite!r}. There are refuse and allow.", field="nonfinite", side="client"
+            f"Invalid nonfinite: {nonfinite!r}. There are refuse, skip and allow.", field="nonfinite", side="client"
         )
     if not 0 < timeout_s < float("inf"):
         raise InvalidOption(
@@ -145,7 +158,12 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         transport=options.get("transport"),
         wire=wire,
         overlap=_switch(options.get("overlap"), environment.get("FARSTEP_OVERLAP")),
+        policy=Policy(**_policy_of(options)),
     )
+
+
+def _policy_of(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {each.name: options[each.name] for each in fields(Policy) if each.name in options}
 
 
 def elsewhere(place: Place) -> Place:
@@ -167,6 +185,11 @@ def carried(place: Place) -> RemoteOptions:
         "wire": place.wire,
         "overlap": place.overlap,
         "timeout_s": place.timeout_s,
+        "clip_norm": place.policy.clip_norm,
+        "clip_norm_type": place.policy.clip_norm_type,
+        "clip_value": place.policy.clip_value,
+        "accumulate": place.policy.accumulate,
+        "ema": place.policy.ema,
     }
 
 

@@ -1,4 +1,4 @@
-"""Fields of a session on their way in or out: parameters, element state, and numbers per segment.
+"""Fields of a session on their way in or out: parameters, views such as their average, state, and numbers per segment.
 
 On the wire a field is, for each segment in order, its bytes in the parameter's dtype and the field's shape; a field of
 numbers is one float64 per segment. Which fields a segment has is such a number too; `farstep.presence` says how to
@@ -36,9 +36,10 @@ class Contents:
         fields: the fields, in the order of the payload.
         indices: the segments.
         shapes: of free fields.
+        views: the names of what the session keeps beside parameters and state, in the form of the parameters.
 
     Raises:
-        InvalidOption: a field the optimizer does not have.
+        InvalidOption: a field the session does not have.
         TensorMismatch: shapes of other fields than the free ones, or free fields without the first segment.
     """
 
@@ -49,8 +50,10 @@ class Contents:
         fields: Sequence[str],
         indices: Sequence[int],
         shapes: Shapes | None = None,
+        *,
+        views: Sequence[str] = (),
     ) -> None:
-        known = (PARAM, *rule.tensor_fields, *rule.segment_fields, PRESENT)
+        known = (PARAM, *rule.tensor_fields, *rule.segment_fields, PRESENT, *views)
         for name in fields:
             if name not in known:
                 raise InvalidOption(

@@ -19,6 +19,7 @@ from torch import Tensor
 from farstep.consistency import Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
 from farstep.fields import NUMBERS, FieldKind, check_shape
+from farstep.hyper import Hyper
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
 from farstep.messages import Evaluation
 from farstep.presence import PRESENT, mask_of
@@ -27,7 +28,7 @@ from farstep_service.contents import Contents
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import KernelMode, Plan
-from farstep_service.session import state_of
+from farstep_service.session import Left, Steps, state_of
 from farstep_service.store import BorrowedBuffers, Gradients
 
 
@@ -67,6 +68,7 @@ class EmbeddedLink(Link):
             consistency=to_options(mode),
             nonfinite=spec.nonfinite,
             kernel=spec.kernel,
+            policy=spec.policy.to_options(),
         )
         layout, rule = self._plan.layout, self._plan.rule
         self._fields: dict[str, FieldKind] = rule.kinds
@@ -81,6 +83,7 @@ class EmbeddedLink(Link):
         state.adopt(borrowed, contents, start.version)
         self._borrowed = borrowed
         self._state = state
+        self._steps = Steps(state)
 
     @property
     def version(self) -> int:
@@ -103,22 +106,32 @@ class EmbeddedLink(Link):
         began = time.perf_counter()
         self._state.check_evaluation(evaluation)
         self._state.check_base(self.version, evaluation)
-        taken = self._taken(gradients, evaluation)
-        applied = self._state.step(taken, self._state.changed(groups), evaluation)
+        self._steps.finish()
+        changed = self._state.changed(groups)
+        if self._plan.nonfinite != "allow" and (nonfinite := self._nonfinite(gradients, evaluation)):
+            return self._left(Left("nonfinite", nonfinite), changed)
+        taken = self._steps.take(self._lent(gradients), (self._worker,), changed, evaluation, checked=True)
+        if isinstance(taken, Left):
+            return self._left(taken)
         ended = time.perf_counter()
         return StepReport(
-            version=applied.version,
-            contributors=(self._worker,),
-            kernel=applied.kernel,
-            again=applied.again,
+            version=taken.applied.version,
+            contributors=taken.workers,
+            kernel=taken.applied.kernel,
+            again=taken.applied.again,
+            grad_norm=taken.grad_norm,
             seconds={"total": ended - began, "kernel": ended - began},
         )
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
-        self._state.set_groups(self._state.changed(groups))
-        return StepReport(version=self.version, applied=False)
+        return self._left(Left("skipped"), self._state.changed(groups))
 
-    def _taken(self, gradients: Sequence[Tensor | None], evaluation: Evaluation | None) -> Gradients:
+    def _left(self, left: Left, changed: Mapping[int, Hyper] | None = None) -> StepReport:
+        """Return the report of gradients that make no step; options that came with them hold."""
+        self._state.set_groups(changed or {})
+        return StepReport(version=self.version, applied=False, reason=left.reason, detail=left.detail)
+
+    def _lent(self, gradients: Sequence[Tensor | None]) -> Gradients:
         sparse: dict[int, tuple[Tensor, Tensor]] = {}
         missing = any(each is None or each.is_sparse for each in gradients)
         dense = list(gradients)
@@ -127,12 +140,16 @@ class EmbeddedLink(Link):
                 if gradient is not None and gradient.is_sparse:
                     sparse[index] = (gradient._indices(), gradient._values())
                     dense[index] = None
-        if self._plan.nonfinite == "refuse":
-            self._check_finite(gradients, evaluation)
         self._gradients.lend(dense)
-        return Gradients(self._gradients, [each is not None for each in dense] if missing else None, sparse)
+        present = [each is not None for each in dense] if missing else None
+        return Gradients(self._gradients, present, sparse, borrowed=True)
 
-    def _check_finite(self, gradients: Sequence[Tensor | None], evaluation: Evaluation | None) -> None:
+    def _nonfinite(self, gradients: Sequence[Tensor | None], evaluation: Evaluation | None) -> str:
+        """Return what in a push holds NaN or Inf, as a sentence; "" for nothing.
+
+        Raises:
+            NonFinite: the session refuses it.
+        """
         if evaluation is not None and not math.isfinite(evaluation.loss):
             raise NonFinite(
                 f"The loss is {evaluation.loss}; the step was refused.",
@@ -144,13 +161,17 @@ class EmbeddedLink(Link):
             if gradient is None:
                 continue
             values = gradient._values() if gradient.is_sparse else gradient
-            if not bool(torch.isfinite(values).all()):
-                raise NonFinite(
-                    f"The gradient of {parameter.name!r} holds NaN or Inf; the step was refused.",
-                    remedy="Skip the step or lower the loss scale; nonfinite='allow' takes such gradients.",
-                    field=parameter.name,
-                    side="client",
-                )
+            if bool(torch.isfinite(values).all()):
+                continue
+            if self._plan.nonfinite == "skip":
+                return f"The gradient of {parameter.name!r} from worker {self._worker!r} holds NaN or Inf."
+            raise NonFinite(
+                f"The gradient of {parameter.name!r} holds NaN or Inf; the step was refused.",
+                remedy="Skip the step or lower the loss scale; nonfinite='allow' takes such gradients.",
+                field=parameter.name,
+                side="client",
+            )
+        return ""
 
     def edited(self, addresses: list[int]) -> list[int]:
         return []
@@ -235,6 +256,20 @@ class EmbeddedLink(Link):
                     own[field] = value.to(self._parameters[index].device, copy=True)
             states.append(own)
         return states
+
+    def read_view(self, view: str) -> list[Tensor]:
+        contents = self._state.copy((view,))
+        buffers = contents.elements[view]
+        return [buffers.segment(i).to(self._device, copy=True) for i in range(len(self._parameters))]
+
+    def write_view(self, view: str, values: Sequence[Tensor]) -> None:
+        layout = self._plan.layout
+        every = range(len(layout.segments))
+        contents = Contents(layout, self._plan.rule, (view,), every, views=self._plan.policy.views)
+        contents.allocate()
+        for index in every:
+            contents.elements[view].segment(index).copy_(values[index])
+        self._state.write(contents)
 
     def rejoin(self, start: Start) -> bool:
         self._begin(start)

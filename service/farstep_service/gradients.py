@@ -252,17 +252,28 @@ def check_finite(contribution: Contribution, worker: str, evaluation: Evaluation
             remedy="Lower the learning rate; nonfinite='allow' would take such a loss.",
             field="loss",
         )
-    began = time.perf_counter()
-    index = first_nonfinite(contribution)
-    contribution.check_s += time.perf_counter() - began
-    if index is not None:
-        name = contribution.layout.segments[index].name
-        came = "" if contribution.half is None else f", as it came in {contribution.half}"
+    name, what = nonfinite_in(contribution, worker)
+    if what:
         raise NonFinite(
-            f"The gradient of {name!r} from worker {worker!r} holds NaN or Inf{came}; the push was refused.",
+            f"{what}; the push was refused.",
             remedy="Skip the step or lower the loss scale; nonfinite='allow' would take such gradients.",
             field=name,
         )
+
+
+def nonfinite_in(contribution: Contribution, worker: str) -> tuple[str, str]:
+    """Return the first parameter whose gradient holds NaN or Inf, and the same as a sentence without its stop.
+
+    Both are "" if all gradients are finite. Notes in the contribution how long it took.
+    """
+    began = time.perf_counter()
+    index = first_nonfinite(contribution)
+    contribution.check_s += time.perf_counter() - began
+    if index is None:
+        return "", ""
+    name = contribution.layout.segments[index].name
+    came = "" if contribution.half is None else f", as it came in {contribution.half}"
+    return name, f"The gradient of {name!r} from worker {worker!r} holds NaN or Inf{came}"
 
 
 def reduce_(
@@ -283,7 +294,7 @@ def reduce_(
         return _single(first, as_they_came, device)
     total = _total_of(first)
     if alone and first.is_whole:
-        return Gradients(on_device(total, device), copy=_there(first.copy, device))
+        return Gradients(on_device(total, device), copy=_there(first.copy, device), borrowed=first.borrowed)
     if first.borrowed and (others or divisor != 1):
         total = FlatBuffers(layout, zero=False).copy_(total, first.dense)
     present = set(first.dense)
@@ -308,14 +319,16 @@ def reduce_(
     joined = {index: _joined(pairs, divisor, device) for index, pairs in sparse.items()}
     chosen = present | joined.keys()
     mask = None if len(chosen) == len(layout.segments) else _mask(layout, chosen)
-    return Gradients(on_device(total, device), mask, joined, copy=_there(first.copy, device) if alone else None)
+    borrowed = first.borrowed and total is first.buffers
+    copy = _there(first.copy, device) if alone else None
+    return Gradients(on_device(total, device), mask, joined, copy=copy, borrowed=borrowed)
 
 
 def _single(only: Contribution, buffers: Buffers, device: torch.device) -> Gradients:
     """Return gradients as they came."""
     mask = None if only.is_whole else _mask(only.layout, {*only.dense, *only.sparse})
     sparse = {index: _joined([only.widened(index)], 1, device) for index in only.sparse}
-    return Gradients(on_device(buffers, device), mask, sparse, copy=_there(only.copy, device))
+    return Gradients(on_device(buffers, device), mask, sparse, copy=_there(only.copy, device), borrowed=only.borrowed)
 
 
 def _mask(layout: Layout, present: set[int]) -> list[bool]:

@@ -12,9 +12,10 @@ from typing import Any, Literal, cast
 from farstep.consistency import Consistency, from_options
 from farstep.errors import InvalidOption, LimitExceeded
 from farstep.hyper import Hyper
+from farstep.policy import NOTHING, Policy
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import METHODS
-from farstep_service.rule import AnyMethod
+from farstep_service.rule import AnyMethod, Rule
 
 KernelMode = Literal["auto", "reference", "fused"]
 MAX_GROUPS = 10_000
@@ -27,8 +28,9 @@ class Plan:
     Attributes:
         rule: its update rule.
         groups: the options of each param group at creation; they may change later.
-        nonfinite: `refuse` or `allow` gradients that hold NaN or Inf.
+        nonfinite: `refuse` or `allow` gradients that hold NaN or Inf, or `skip` their steps.
         kernel: which kernels may run.
+        policy: what is done to the gradients before a step, and to the parameters after it.
     """
 
     name: str
@@ -38,6 +40,7 @@ class Plan:
     consistency: Consistency
     nonfinite: str
     kernel: KernelMode
+    policy: Policy = NOTHING
 
     @classmethod
     def build(
@@ -50,6 +53,7 @@ class Plan:
         consistency: Mapping[str, Any],
         nonfinite: str,
         kernel: str,
+        policy: Mapping[str, Any] | None = None,
     ) -> Plan:
         """Check what a client asks for.
 
@@ -70,14 +74,17 @@ class Plan:
             raise InvalidOption(
                 f"A parameter is of group {layout.groups - 1}, but there are {len(groups)} groups.", field="groups"
             )
+        wanted = Policy.from_options(policy or {})
+        _check_policy(rule, layout, nonfinite, wanted)
         return cls(
             name=name,
             rule=rule,
             groups=tuple(rule.hyper.from_options(options) for options in groups),
             layout=layout,
             consistency=from_options(consistency),
-            nonfinite=_one_of("nonfinite", nonfinite, ("refuse", "allow")),
+            nonfinite=_one_of("nonfinite", nonfinite, ("refuse", "skip", "allow")),
             kernel=_kernel(rule, kernel),
+            policy=wanted,
         )
 
     def append(self, options: Mapping[str, Any], segments: Sequence[SegmentSpec]) -> Plan:
@@ -92,6 +99,7 @@ class Plan:
             raise LimitExceeded(f"The session has {MAX_GROUPS} param groups.", field="group", limit=MAX_GROUPS)
         hyper, layout = self.rule.hyper.from_options(options), self.layout.append(segments)
         self.rule.check_layout(layout)
+        _check_policy(self.rule, layout, self.nonfinite, self.policy)
         return replace(self, groups=(*self.groups, hyper), layout=layout)
 
     def first(self, groups: int) -> Plan:
@@ -121,7 +129,28 @@ class Plan:
         for key in ("consistency", "nonfinite", "kernel"):
             if getattr(self, key) != getattr(other, key):
                 return f"its {key} is {getattr(self, key)!r}, not {getattr(other, key)!r}"
-        return None
+        return self.policy.difference(other.policy)
+
+
+def _check_policy(rule: AnyMethod, layout: Layout, nonfinite: str, policy: Policy) -> None:
+    """Refuse a policy that goes with no step of this optimizer, or with no gradient of these parameters.
+
+    Raises:
+        InvalidOption: naming the option.
+    """
+    asked = [*policy.to_options(), *(["nonfinite"] if nonfinite == "skip" else [])]
+    if asked and not isinstance(rule, Rule):
+        raise InvalidOption(
+            f"{asked[0]} does not go with {rule.name}, which searches along the gradients it is given.",
+            remedy="Do it in the closure.",
+            field=asked[0],
+        )
+    if policy.clip_value is not None and (found := next((s for s in layout.segments if s.is_complex), None)):
+        raise InvalidOption(
+            f"clip_value does not go with {found.name!r}, whose gradients are complex: they have no order.",
+            remedy="Clip by clip_norm.",
+            field="clip_value",
+        )
 
 
 def _kernel(rule: AnyMethod, wanted: str) -> KernelMode:

@@ -77,6 +77,12 @@ class NoLink(Link):
     def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
         raise AssertionError("nothing was added")
 
+    def read_view(self, view: str) -> list[Tensor]:
+        raise AssertionError("nothing was averaged")
+
+    def write_view(self, view: str, values: Sequence[Tensor]) -> None:
+        raise AssertionError("nothing was averaged")
+
     def edited(self, addresses: list[int]) -> list[int]:
         return self._arrivals.edited(addresses)
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -49,6 +50,21 @@ def path_of(optimizer: RemoteOptimizer) -> str:
 def mappings(server: RunningServer) -> int:
     """Return how many areas a server has mapped."""
     return Path(f"/proc/{server.pid}/maps").read_text().count("memfd:farstep-")
+
+
+@pytest.mark.parametrize("policy", [{"clip_norm": 0.5}, {"clip_value": 0.3}, {"accumulate": 2}, {"ema": 0.9}])
+def test_gradients_in_shared_memory_are_not_changed(policy: dict[str, Any], local: RunningServer) -> None:
+    """The worker's own: what is clipped or added up there is a copy, and the steps are those of the same bodies."""
+    shared, bodies = twins_at(local.unix, **policy), twins_at(local.url, **policy)
+    for seed in range(1, 5):
+        for twins in (shared, bodies):
+            twins.give(twins.drawn(seed))
+            twins.ours.step()
+        assert path_of(shared.ours) == SHARED
+        area = shared.ours._membership.link._sharing.area  # type: ignore[attr-defined]
+        sent = area.gradients["float32"]
+        assert torch.equal(sent, torch.cat([gradient.flatten() for gradient in shared.drawn(seed)]))
+        check_parameters(shared.here, bodies.here)
 
 
 # -- parity ----------------------------------------------------------------------------------------------------------

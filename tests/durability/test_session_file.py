@@ -299,6 +299,12 @@ def reshaped(name: str, shape: Sequence[int]) -> bytes:
     return with_tensors({name: {**head[name], "shape": list(shape)}})
 
 
+def with_averages(*names: str) -> bytes:
+    """Return a file whose session keeps averages, of which only these are there, and of no element."""
+    head, data = parts(saying(policy={"ema": 0.5}))
+    return joined({**head, **{name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}}, data)
+
+
 SEGMENTS = [{"name": "w", "shape": [3, 4], "dtype": "float32"}, {"name": "b", "shape": [5], "dtype": "float32"}]
 FIELDS = {"step": "number", "exp_avg": "element", "exp_avg_sq": "element", "max_exp_avg_sq": "optional"}
 REFUSED: dict[str, tuple[type[Exception], str, bytes]] = {
@@ -322,6 +328,11 @@ REFUSED: dict[str, tuple[type[Exception], str, bytes]] = {
     "options for another group": (InvalidFile, "2", saying(options=[{}, {}])),
     "an unknown mode": (InvalidOption, "mode", saying(consistency={"mode": "never"})),
     "an unknown policy": (InvalidFile, "nonfinite", saying(nonfinite="maybe")),
+    "a policy that nobody knows": (InvalidOption, "'clip'", saying(policy={"clip": 1})),
+    "a policy out of range": (InvalidOption, "ema", saying(policy={"ema": 2.0})),
+    "an average that nobody keeps": (InvalidFile, "has no tensor 'ema/w'", with_tensors(
+        {"ema/w": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}})),
+    "an average of some parameters": (InvalidFile, "'ema/w'", with_averages("ema/b")),
     "state of another release": (InvalidFile, "momentum", saying(fields={**FIELDS, "momentum": "element"})),
     "state in another order": (InvalidFile, "state", saying(fields=dict(reversed(FIELDS.items())))),
     "a parameter that is missing": (InvalidFile, "'param/c' is missing", saying(

@@ -255,7 +255,12 @@ class Network(RuleBasedStateMachine):
             assert outcomes.keys() == self.model.skipped
             for name, outcome in outcomes.items():
                 assert outcome.result == Receipt(
-                    len(self.model.steps), 0, len(self.model.steps), applied=False, divisor=self.model.workers
+                    len(self.model.steps),
+                    0,
+                    len(self.model.steps),
+                    applied=False,
+                    divisor=self.model.workers,
+                    reason="skipped",
                 )
                 self.receipts[name] = outcome.result
         else:

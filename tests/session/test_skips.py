@@ -29,6 +29,7 @@ def test_a_skip_answers_all_and_changes_nothing(order: tuple[int, int]) -> None:
     for name in names:
         given = receipt(outcomes, name)
         assert (given.version, given.applied, given.contributors, given.divisor) == (0, False, (), 2)
+        assert given.reason == "skipped"
     assert session.deadline is None
     assert equal(parameters(session), twin.parameters)
     for writer in writers:

@@ -98,6 +98,7 @@ def new_session(
     group_of: Mapping[str, int] | None = None,
     nonfinite: str = "refuse",
     kernels: KernelSource | None = None,
+    **policy: object,
 ) -> Session:
     plan = Plan.build(
         name="s",
@@ -107,6 +108,7 @@ def new_session(
         consistency=consistency,
         nonfinite=nonfinite,
         kernel="reference",
+        policy=policy,
     )
     return Session(plan, incarnation="here", kernels=kernels or Kernels("reference"), device="cpu")
 

@@ -12,7 +12,7 @@ import torch
 from farstep import errors, wire
 from farstep.fields import NUMBERS, FieldKind, shape_of, shapes_from_header, shapes_to_header
 from farstep.growth import AppendHead
-from farstep.messages import PushHead, PutHead, Receipt
+from farstep.messages import PushHead, PutHead, Reason, Receipt
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 from tests.wire.driving import read
 
@@ -165,8 +165,9 @@ def test_pushes_are_what_the_server_reads(title):
 
 def test_contents_are_what_the_server_reads():
     """The header of contents in the document is one the server understands, key for key."""
-    header, _ = parts(EXAMPLES["Contents going up"])
-    assert PutHead.from_header(header).to_header() == header
+    for title in ("Contents going up", "An average going up"):
+        header, _ = parts(EXAMPLES[title])
+        assert PutHead.from_header(header).to_header() == header
 
 
 def test_param_groups_are_what_the_server_reads():
@@ -175,13 +176,28 @@ def test_param_groups_are_what_the_server_reads():
     assert AppendHead.from_header(header).to_header() == header
 
 
+def test_a_receipt_that_tells_why_nothing_was_applied_is_what_the_client_reads():
+    """Such receipts in the document are ones the client understands, and the reasons listed are the code's."""
+    for title in (
+        "The reply to a push that was not applied",
+        "The reply to a push that another worker's NaN undid",
+        "The reply to a push whose step was clipped",
+    ):
+        header, _ = parts(EXAMPLES[title])
+        assert Receipt.from_header(header["receipt"]).to_header() == header["receipt"]
+    ((meaning,),) = [cells for key, _, *cells in rows("key of `receipt`") if key == "`reason`"]
+    assert set(re.findall(r"`(\w+)`", meaning)) == set(get_args(Reason)) - {""}
+
+
 def test_receipts_are_what_the_client_reads():
     """The receipt in the document is one the client understands, key for key."""
     header, _ = parts(EXAMPLES["The reply to a push"])
     assert Receipt.from_header(header["receipt"]).to_header() == header["receipt"]
     listed = [key for key, _, _ in rows("key of `receipt`")]
     assert [key.strip("`*") for key in listed if key.endswith("*")] == list(header["receipt"])
-    everything = replace(Receipt.from_header(header["receipt"]), again=True).to_header()
+    everything = replace(
+        Receipt.from_header(header["receipt"]), again=True, reason="nonfinite", detail="NaN.", grad_norm=1.5
+    ).to_header()
     assert [key.strip("`*") for key in listed] == list(everything)
 
 

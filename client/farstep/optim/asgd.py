@@ -20,6 +20,7 @@ class ASGD(RemoteOptimizer):
     """
 
     twin = torch.optim.ASGD
+    averages = ("ax",)
 
     def __init__(
         self,

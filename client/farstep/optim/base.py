@@ -25,15 +25,15 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from farstep.errors import InvalidOption, TensorMismatch
-from farstep.optim.in_session import InSession
 from farstep.optim.options import check_group
 from farstep.optim.refusals import refusal
 from farstep.optim.scaling import scaling_of
 from farstep.optim.torch_form import completed, describe, local
+from farstep.optim.views import WithViews
 from farstep.settings import RemoteOptions, carried, of_copy, resolve
 
 
-class RemoteOptimizer(InSession):
+class RemoteOptimizer(WithViews):
     """Base of every farstep optimizer; not used by itself."""
 
     def __init__(
@@ -88,6 +88,7 @@ class RemoteOptimizer(InSession):
                 parameters are then as they were, and the step may be tried again.
         """
         member = self._member()
+        member.check_training("step()")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -119,6 +120,7 @@ class RemoteOptimizer(InSession):
             super().add_param_group(param_group)
             return
         member = self._member()
+        member.check_training("add_param_group()")
         super().add_param_group(param_group)
         try:
             self._check_groups()

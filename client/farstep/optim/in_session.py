@@ -55,6 +55,7 @@ class InSession(torch.optim.Optimizer):
     def pull(self) -> int:
         """Bring the parameters to the session's current version, without a step, and return the version."""
         member = self._member()
+        member.check_training("pull()")
         self._settle(member)
         return member.pull()
 
@@ -65,6 +66,7 @@ class InSession(torch.optim.Optimizer):
         this worker's parameters, with the optimizer state of `state_dict` and at `version` (default: the version held).
         """
         member = self._member()
+        member.check_training("rejoin()")
         before = {"state": self.state, "param_groups": self.param_groups}
         if state_dict is not None:
             super().load_state_dict(state_dict)
@@ -89,6 +91,14 @@ class InSession(torch.optim.Optimizer):
         with nullcontext() if overlap is None else overlap.held():
             yield
 
+    def inform(self, scaler: torch.amp.GradScaler) -> None:
+        """Tell a scaler, from now on, of each step that is skipped for Inf or NaN, whoever found it.
+
+        Its next `update()` then lowers the scale, as it does for an overflow of its own. Where every worker informs
+        its scaler, all of them keep the same scale.
+        """
+        self._member().scaler = scaler
+
     def close(self) -> None:
         """Leave the session; a private one is removed from the server. Safe to call twice."""
         self._membership.close()
@@ -106,6 +116,7 @@ class InSession(torch.optim.Optimizer):
             consistency=place.consistency,
             nonfinite=place.nonfinite,
             kernel=place.kernel,
+            policy=place.policy,
         )
         self._membership = Membership(
             spec,
@@ -163,6 +174,7 @@ class InSession(torch.optim.Optimizer):
             vars(self).update(before)
             raise
         self.last_step = before["last_step"]
+        self._membership.scaler = member.scaler
         member.close()
 
     def _settle(self, member: Membership) -> None:

@@ -17,6 +17,7 @@ from itertools import chain
 from operator import is_
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from farstep.errors import FarstepError
@@ -25,7 +26,7 @@ from farstep.link import Link, Parameter, SessionSpec, Start, State, StepReport
 from farstep.messages import Evaluation
 from farstep.optim.options import Options, changes, without
 from farstep.optim.overlap import Overlap
-from farstep.optim.scaling import NOT_SCALED, Scaling
+from farstep.optim.scaling import NOT_SCALED, Scaling, tell_
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import to_session
 from farstep.overlap import Overlapped
@@ -50,6 +51,10 @@ class Membership:
         state: torch's form of the state that a new session begins with, None for none.
         version: the version that a new session begins at.
         options: the groups' options as they are now, for pushes that begin before their step; None for no such pushes.
+
+    Attributes:
+        shown: the view whose values the parameters have at the moment; "" if they have their own.
+        scaler: who is told of steps that were skipped for Inf or NaN.
 
     Raises:
         FarstepError: the session cannot be had.
@@ -78,6 +83,8 @@ class Membership:
         self.close = weakref.finalize(self, _leave, self.link, self.overlap)
         self.state = RemoteState(self.link, self.parameters, partial(_check_open, self.close, place.session))
         self._remember(list(map(len, groups)))
+        self.shown = ""
+        self.scaler: torch.amp.GradScaler | None = None
 
     # -- the parameters ---------------------------------------------------------------------------------------------
 
@@ -88,6 +95,18 @@ class Membership:
             FarstepError: the session was left.
         """
         _check_open(self.close, self.place.session)
+
+    def check_training(self, what: str) -> None:
+        """Refuse what would take the values of a view for the parameters' own.
+
+        Raises:
+            FarstepError: they have them at the moment.
+        """
+        if self.shown:
+            raise refused(
+                f"{what} inside swap_to({self.shown!r}): the parameters have the values of that view, not their own.",
+                "Leave the `with` block first.",
+            )
 
     def _remember(self, lengths: list[int]) -> None:
         """Remember what `holds` and `rebind` compare with: the parameters, in groups of these lengths."""
@@ -155,6 +174,8 @@ class Membership:
         self._sent = options
         if self.overlap is not None:
             self.overlap.stepped(gradients, report)
+        if self.scaler is not None:
+            tell_(self.scaler, report)
         return report
 
     def pull(self) -> int:

@@ -8,7 +8,8 @@ whose gradients overflowed would then say nothing, and those at the barrier woul
     found_inf     above 0 if one of them is Inf or NaN
 
 on the optimizer, and removes both after a `step()` that returned. Such a step is skipped by all workers if one of them
-skips it. Each has a scale of its own: only the one whose gradients overflowed lowers it.
+skips it. Each has a scaler of its own. One that an optimizer was told of (`RemoteOptimizer.inform`) takes every step
+that was skipped for Inf or NaN for one whose gradients overflowed here: scales that begin alike stay alike.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from farstep.consistency import Consistency, Sync
+from farstep.link import StepReport
+from farstep.messages import Reason
 
 
 def waits_for_others(consistency: Consistency) -> bool:
@@ -56,6 +60,19 @@ class Scaling:
 
 NOT_SCALED = Scaling()
 _BY_ITSELF = nullcontext(NOT_SCALED)
+SKIPPED_FOR_INF: frozenset[Reason] = frozenset({"skipped", "nonfinite"})
+"""Why a step was left out that GradScaler, had it found the Inf itself, would have lowered its scale for."""
+
+
+def tell_(scaler: torch.amp.GradScaler, report: StepReport) -> None:
+    """Let a scaler find what made a step be skipped, if it was, as if it were in its own gradients.
+
+    GradScaler keeps what it found until `update()`, one number for each device, and asks for no more.
+    """
+    if report.reason in SKIPPED_FOR_INF and scaler.is_enabled():
+        for own in scaler._per_optimizer_states.values():
+            for found in own["found_inf_per_device"].values():
+                found.fill_(1.0)
 
 
 def scaling_of(attributes: dict[str, Any]) -> AbstractContextManager[Scaling]:

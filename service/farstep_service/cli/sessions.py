@@ -49,6 +49,7 @@ def show_session(name: Name, server: Server, token: Token = None, json_output: J
             "kernel": found["kernel"],
             "consistency": ", ".join(f"{key} {value}" for key, value in found["consistency"].items()),
             "nonfinite": found["nonfinite"],
+            **({"policy": options_of(policy)} if (policy := found.get("policy")) else {}),
             "incarnation": found["incarnation"],
             **{f"group {number}": options_of(group) for number, group in enumerate(found["groups"])},
         }

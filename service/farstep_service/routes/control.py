@@ -85,6 +85,7 @@ class SessionView(BaseModel):
     consistency: dict[str, Any]
     nonfinite: str
     kernel: str
+    policy: dict[str, Any]
     parameters: int
     segments: int
     bytes: dict[str, int]
@@ -117,6 +118,7 @@ async def view_of(host: Host) -> SessionView:
         consistency=to_options(plan.consistency),
         nonfinite=plan.nonfinite,
         kernel=plan.kernel,
+        policy=plan.policy.to_options(),
         parameters=sum(math.prod(each.shape) for each in plan.layout.segments),
         segments=len(plan.layout.segments),
         bytes=summary.bytes,

@@ -67,8 +67,9 @@ class PlanDocument(Whole):
     groups: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_GROUPS), FailFast()]
     segments: Annotated[list[SegmentDocument], Field(min_length=1, max_length=MAX_SEGMENTS), FailFast()]
     consistency: dict[str, Any] = Field(default_factory=lambda: {"mode": "async"})
-    nonfinite: Literal["refuse", "allow"] = "refuse"
+    nonfinite: Literal["refuse", "skip", "allow"] = "refuse"
     kernel: Literal["auto", "reference", "fused"] = "auto"
+    policy: dict[str, Any] = Field(default_factory=dict)
 
 
 class SessionDocument(PlanDocument):
@@ -113,6 +114,7 @@ def plan_of(document: PlanDocument) -> Plan:
         consistency=document.consistency,
         nonfinite=document.nonfinite,
         kernel=document.kernel,
+        policy=document.policy,
     )
 
 
@@ -146,8 +148,10 @@ def snapshot_of(head: Head, name: str | None) -> Snapshot:
         raise refused(f"it has {len(plan.groups)} param groups and options for {len(document.options)}")
     stored = {entry.name.partition("/")[0] for entry in head.entries}
     fields = [each for each in (PARAM, *kinds, PRESENT) if kinds.get(each, "element") in EVERYWHERE or each in stored]
+    fields += [view for view in plan.policy.views if view in stored]
     shapes = shapes_from_header(document.shapes)
-    contents = Contents(plan.layout, plan.rule, fields, range(len(plan.layout.segments)), shapes)
+    chosen = range(len(plan.layout.segments))
+    contents = Contents(plan.layout, plan.rule, fields, chosen, shapes, views=plan.policy.views)
     groups = [
         plan.rule.hyper.from_options({**created.to_options(), **options}, edited=True)
         for created, options in zip(plan.groups, document.options, strict=True)

@@ -11,11 +11,13 @@ from farstep.errors import InvalidRequest, TensorMismatch
 from farstep.fields import EVERYWHERE
 from farstep.hyper import Hyper
 from farstep.messages import Evaluation
+from farstep.policy import EMA
 from farstep.presence import PRESENT, mask_of
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import on_device
 from farstep_service.kernel import KernelSource
 from farstep_service.plan import Plan
+from farstep_service.policies import Average
 from farstep_service.rule import AnyRule
 from farstep_service.session.state import SessionState
 from farstep_service.store import Applied, Buffers, Gradients, Held, Store
@@ -39,6 +41,7 @@ class KernelState(SessionState):
         self._rule = rule
         self._kernels = kernels
         self._store: Store | None = None
+        self._average = None if plan.policy.ema is None else Average(plan.policy.ema)
 
     @property
     def initialised(self) -> bool:
@@ -62,13 +65,16 @@ class KernelState(SessionState):
 
     @property
     def store(self) -> Store:
-        """Return the store.
+        """Return the store, after a step that failed midway.
 
         Raises:
             NotInitialised: the first parameters have not arrived.
+            StepInterrupted: that step failed again.
         """
         self.check_initialised()
         assert self._store is not None
+        if self._store.pending:
+            self.finish()
         return self._store
 
     # -- beginning --------------------------------------------------------------------------------------------------
@@ -87,9 +93,12 @@ class KernelState(SessionState):
             TensorMismatch: a state that no session can have; there is still nothing then.
         """
         store = self._new_store(on_device(contents.elements.pop(PARAM), self.device), version)
+        average = contents.elements.pop(EMA, None)
         has = contents.has()
         if values := self._values(contents):
             store.write(contents.indices, values, has=has, bump=False)
+        if average is not None and self._average is not None:
+            self._average.adopt(average, self.device)
         self._store = store
 
     def _new_store(self, parameters: Buffers, version: int) -> Store:
@@ -104,7 +113,10 @@ class KernelState(SessionState):
         )
 
     def append(self, plan: Plan, parameters: Buffers) -> None:
-        self.store.append(plan.layout, plan.groups, parameters)
+        store = self.store
+        store.append(plan.layout, plan.groups, parameters)
+        if self._average is not None:
+            self._average.grow(store.buffers(PARAM))
         self.groups = (*self.groups, *plan.groups[len(self.plan.groups) :])
         self.plan = plan
 
@@ -127,21 +139,39 @@ class KernelState(SessionState):
     def step(self, gradients: Gradients, changed: Mapping[int, Hyper], evaluation: Evaluation | None) -> Applied:
         """Take one step with changed groups, which stay in force if it is taken; for errors see `Store.apply`."""
         before, self.groups = self.groups, self._with(changed)
+        store, version = self.store, self.version
         try:
-            return self.store.apply(self.groups, gradients)
+            return store.apply(self.groups, gradients)
         except BaseException:
             if not self.pending:
                 self.groups = before
             raise
+        finally:
+            if store.version != version:
+                self._follow()
 
     def finish(self) -> Applied | None:
         """Complete a step that failed midway; see `Store.finish`."""
-        return self.store.finish()
+        self.check_initialised()
+        assert self._store is not None
+        applied = self._store.finish()
+        if applied is not None:
+            self._follow()
+        return applied
+
+    def _follow(self) -> None:
+        """Take the parameters after a step into their average."""
+        if self._average is not None:
+            self._average.update_(self.store.buffers(PARAM))
 
     def write(self, contents: Contents) -> None:
         """Replace contents, as one new version."""
-        has = contents.has()
-        self.store.write(contents.indices, self._values(contents), has=has)
+        store, has, average = self.store, contents.has(), contents.elements.pop(EMA, None)
+        values = self._values(contents)
+        if values or has is not None:
+            store.write(contents.indices, values, has=has)
+        if average is not None and self._average is not None:
+            self._average.write_(contents.indices, on_device(average, self.device), store.buffers(PARAM))
 
     # -- reads and room for what arrives ----------------------------------------------------------------------------
 
@@ -163,10 +193,10 @@ class KernelState(SessionState):
         used = {name for own in {id(each): each for each in counts if each}.values() for name in own.fields}
         kinds = rule.kinds
         fields = [name for name in fields if kinds.get(name, "element") in EVERYWHERE or name in used]
-        contents = Contents(self.plan.layout, rule, fields, chosen)
+        contents = Contents(self.plan.layout, rule, fields, chosen, views=self.plan.policy.views)
         contents.allocate()
         for name, buffers in contents.elements.items():
-            buffers.copy_(store.buffers(name), indices)
+            buffers.copy_(self._view() if name == EMA else store.buffers(name), indices)
         names = tuple(kinds)
         for name, numbers in contents.numbers.items():
             if name == PRESENT:
@@ -176,12 +206,22 @@ class KernelState(SessionState):
                 numbers.copy_(torch.tensor([each or 0.0 for each in store.numbers(name, chosen)], dtype=torch.float64))
         return contents
 
+    def _view(self) -> Buffers:
+        """Return the average of the parameters; before the first step, the parameters."""
+        average = None if self._average is None else self._average.buffers
+        return self.store.buffers(PARAM) if average is None else average
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        return () if self._average is None or self._average.buffers is None else (EMA,)
+
     def nbytes(self) -> dict[str, int]:
         """Return the memory taken, in bytes by kind."""
+        views = {} if self._average is None else {"views": self._average.nbytes}
         if self._store is None:
-            return {"parameters": 0, "versions": 0, "state": 0}
+            return {"parameters": 0, "versions": 0, "state": 0, **views}
         own = self._store.nbytes
-        return {"parameters": own.parameters, "versions": own.versions, "state": own.state}
+        return {"parameters": own.parameters, "versions": own.versions, "state": own.state, **views}
 
     def _values(self, contents: Contents) -> dict[str, Buffers | Sequence[float | None]]:
         """Return contents as the store takes them.

@@ -22,7 +22,7 @@ from farstep_service.aggregation import Abort, Aggregation, Ledger, Members, Ski
 from farstep_service.gradients import Contribution, Copied, mean_evaluation, reduce_
 from farstep_service.session.outcomes import Outcome, Outcomes, told
 from farstep_service.session.state import SessionState
-from farstep_service.store import Applied
+from farstep_service.session.steps import Left, Steps, Taken
 
 
 @dataclass(slots=True)
@@ -30,6 +30,7 @@ class _Waiting:
     head: PushHead
     fingerprint: str
     contribution: Contribution
+    nonfinite: str
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class Pushes:
 
     def __init__(self, state: SessionState, aggregation: Aggregation, members: Members, ledger: Ledger) -> None:
         self._state = state
+        self._steps = Steps(state)
         self._aggregation = aggregation
         self._members = members
         self._ledger = ledger
@@ -64,8 +66,8 @@ class Pushes:
 
     @property
     def nbytes(self) -> int:
-        """Return the memory of the gradients that wait."""
-        return sum(each.contribution.nbytes for each in self._waiting.values())
+        """Return the memory of the gradients that wait, for others or for the step they are accumulated for."""
+        return sum(each.contribution.nbytes for each in self._waiting.values()) + self._steps.nbytes
 
     @property
     def deadline(self) -> float | None:
@@ -83,10 +85,16 @@ class Pushes:
             raise mismatch(name)
         return earlier is not None
 
-    def offer(self, head: PushHead, contribution: Contribution, fingerprint: str, now: float) -> Outcomes:
-        """Add a push; for the arguments see `Session.push`."""
-        self._waiting[head.name.worker] = _Waiting(head, fingerprint, contribution)
-        match self._aggregation.offer(head.name.worker, now, skip=head.skip):
+    def offer(
+        self, head: PushHead, contribution: Contribution, fingerprint: str, now: float, *, nonfinite: str = ""
+    ) -> Outcomes:
+        """Add a push; for the other arguments see `Session.push`.
+
+        Args:
+            nonfinite: what in its gradients holds NaN or Inf, so that nobody takes the step; "" for nothing.
+        """
+        self._waiting[head.name.worker] = _Waiting(head, fingerprint, contribution, nonfinite)
+        match self._aggregation.offer(head.name.worker, now, skip=head.skip or bool(nonfinite)):
             case None:
                 return {}
             case Skip() as skip:
@@ -111,11 +119,11 @@ class Pushes:
         """Finish an interrupted step, if there is one, before anything else happens."""
         if self._unfinished is None:
             return {}
-        applied = self._state.finish()
+        taken = self._steps.finish()
         unfinished, self._unfinished = self._unfinished, None
-        if applied is None:
+        if taken is None:
             raise InternalError("An interrupted step is recorded, but the store has none.")
-        return self._commit(unfinished.pushes, unfinished.step, applied, 0.0)
+        return self._commit(unfinished.pushes, unfinished.step, taken, 0.0)
 
     def _step(self, step: Step) -> Outcomes:
         pushes = [self._waiting.pop(worker) for worker in step.workers]
@@ -123,16 +131,18 @@ class Pushes:
         try:
             changed = self._changed(pushes)
             contributions = [push.contribution for push in pushes]
-            gradients = reduce_(contributions, step.divisor, self._state.device, narrow=self._state.narrow)
+            gradients = reduce_(contributions, step.divisor, self._state.device, narrow=self._steps.narrow)
             began = time.perf_counter()
             evaluation = mean_evaluation([push.head.evaluation for push in pushes], step.divisor)
-            applied = self._state.step(gradients, changed, evaluation)
+            taken = self._steps.take(gradients, step.workers, changed, evaluation, checked=len(pushes) == 1)
         except Exception as exc:
             if self._state.pending:
                 self._unfinished = _Unfinished(pushes, step)
             error = told(exc, "The step")
             return {push.head.name: Outcome(error) for push in pushes}
-        return self._commit(pushes, step, applied, time.perf_counter() - began)
+        if isinstance(taken, Left):
+            return self._leave(pushes, step.divisor, taken, step.workers)
+        return self._commit(pushes, step, taken, time.perf_counter() - began)
 
     def _skip(self, skip: Skip) -> Outcomes:
         """Commit the pushes of a step that is not taken; options they changed hold all the same."""
@@ -141,10 +151,26 @@ class Pushes:
             self._state.set_groups(self._changed(pushes))
         except FarstepError as error:
             return {push.head.name: Outcome(error) for push in pushes}
+        nonfinite = next((push.nonfinite for push in pushes if push.nonfinite), "")
+        return self._leave(pushes, skip.divisor, Left("nonfinite" if nonfinite else "skipped", nonfinite))
+
+    def _leave(
+        self, pushes: Sequence[_Waiting], divisor: int, left: Left, contributors: tuple[str, ...] = ()
+    ) -> Outcomes:
+        """Commit pushes that left everything as it is."""
         outcomes: Outcomes = {}
         for push in pushes:
             version, base = self._state.version, push.head.base
-            receipt = Receipt(version, base, staleness=version - base, applied=False, divisor=skip.divisor)
+            receipt = Receipt(
+                version,
+                base,
+                staleness=version - base,
+                applied=False,
+                contributors=contributors,
+                divisor=divisor,
+                reason=left.reason,
+                detail=left.detail,
+            )
             self._ledger.commit(push.head.name, push.fingerprint, receipt)
             outcomes[push.head.name] = Outcome(receipt)
         return outcomes
@@ -161,8 +187,9 @@ class Pushes:
                 merged.setdefault(index, {}).update(options)
         return self._state.changed(merged)
 
-    def _commit(self, pushes: list[_Waiting], step: Step, applied: Applied, kernel_s: float) -> Outcomes:
+    def _commit(self, pushes: list[_Waiting], step: Step, taken: Taken, kernel_s: float) -> Outcomes:
         outcomes: Outcomes = {}
+        applied = taken.applied
         for push in pushes:
             if applied.copied:
                 push.contribution.copied = Copied(applied.version, applied.copied)
@@ -170,10 +197,11 @@ class Pushes:
                 applied.version,
                 push.head.base,
                 staleness=applied.version - 1 - push.head.base,
-                contributors=step.workers,
+                contributors=taken.workers,
                 divisor=step.divisor,
                 kernel=applied.kernel,
                 again=applied.again,
+                grad_norm=taken.grad_norm,
             )
             self._ledger.commit(push.head.name, push.fingerprint, receipt)
             outcomes[push.head.name] = Outcome(receipt, kernel_s=kernel_s)

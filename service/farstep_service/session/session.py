@@ -23,7 +23,7 @@ from farstep.messages import PushHead, PutHead, Receipt, WriteName
 from farstep_service.aggregation import Ledger, aggregation_for, mismatch
 from farstep_service.contents import PARAM, Contents
 from farstep_service.durability import Snapshot
-from farstep_service.gradients import Contribution, check_finite
+from farstep_service.gradients import Contribution, check_finite, nonfinite_in
 from farstep_service.kernel import KernelSource
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
@@ -182,10 +182,14 @@ class Session:
         self._state.check_base(head.base, head.evaluation)
         self._state.changed(head.groups)  # refuses what is wrong with them
         contribution.check_indices()
+        nonfinite = ""
         if self.plan.nonfinite == "refuse":
             check_finite(contribution, head.name.worker, head.evaluation)
+        elif self.plan.nonfinite == "skip":
+            nonfinite = nonfinite_in(contribution, head.name.worker)[1]
+            nonfinite = nonfinite and f"{nonfinite}."
         self._members.seen(head.name.worker)
-        return outcomes | self._pushes.offer(head, contribution, fingerprint, now)
+        return outcomes | self._pushes.offer(head, contribution, fingerprint, now, nonfinite=nonfinite)
 
     def tick(self, now: float) -> Outcomes:
         """Let time decide: a barrier whose deadline has passed is given up, with one answer for all who wait."""

@@ -191,7 +191,8 @@ class SessionState(ABC):
             raise TensorMismatch(
                 "The first contents must hold every parameter.", field="fields", remedy="Send `param` whole."
             )
-        return Contents(layout, self.plan.rule, head.fields, layout.chosen(head.segments), head.shapes)
+        chosen, views = layout.chosen(head.segments), self.plan.policy.views
+        return Contents(layout, self.plan.rule, head.fields, chosen, head.shapes, views=views)
 
     @abstractmethod
     def hold(self) -> Held:
@@ -206,9 +207,14 @@ class SessionState(ABC):
             NotInitialised: the first parameters have not arrived.
         """
 
+    @property
+    def views(self) -> tuple[str, ...]:
+        """Return what there is beside parameters and optimizer state."""
+        return ()
+
     def snapshot(self) -> Snapshot:
         """Copy all of the current version, and the options now in force."""
-        contents = self.copy((PARAM, *self.plan.rule.kinds, PRESENT))
+        contents = self.copy((PARAM, *self.plan.rule.kinds, *self.views, PRESENT))
         return Snapshot(self.plan, tuple(self.groups), contents, self.version)
 
     @abstractmethod

@@ -1,0 +1,194 @@
+"""The average of a session's parameters: torch's `AveragedModel` with an EMA, updated at each step, is the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from farstep.errors import InvalidOption
+from farstep.presence import PRESENT
+from farstep_service.session import Session
+from tests.durability.test_session_file import restored, written
+from tests.session.writers import (
+    FailingKernels,
+    Twin,
+    begun,
+    equal,
+    error,
+    new_session,
+    parameters,
+    receipt,
+    values,
+)
+
+DECAY = 0.9
+
+
+def averaged(model: nn.Module) -> AveragedModel:
+    """Return torch's average of a model."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
+
+
+class Averaged(Twin):
+    """torch's optimizer, and torch's average of its parameters."""
+
+    def __init__(self, start: Sequence[Tensor], optimizer: str = "Adagrad", **options: Any) -> None:
+        super().__init__(start, optimizer, **options)
+        self._model = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in self.parameters)
+        self._averages = averaged(self._model)
+
+    def step(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
+        super().step(gradients)
+        self._averages.update_parameters(self._model)
+        return self.parameters
+
+    @property
+    def averages(self) -> list[Tensor]:
+        return list(self._averages.parameters())
+
+
+def averages(session: Session) -> list[Tensor]:
+    contents, _ = session.copy(("ema",))
+    return [contents.elements["ema"].segment(index) for index in range(len(session.plan.layout.segments))]
+
+
+@pytest.mark.parametrize("optimizer", ["Adagrad", "Adam", "RMSprop", "ASGD"])
+def test_the_average_is_torchs(optimizer: str) -> None:
+    """After each step, in float32, float64 and complex, also of a parameter that had no gradient; bit for bit."""
+    session = new_session(optimizer=optimizer, ema=DECAY)
+    (writer,) = begun(session)
+    twin = Averaged(parameters(session), optimizer, lr=0.1)
+    assert equal(averages(session), parameters(session))
+    for seed in range(1, 6):
+        gradients: list[Tensor | None] = list(values(session, seed))
+        gradients[seed % 4] = None if seed > 1 else gradients[seed % 4]
+        writer.push(gradients)
+        assert equal(parameters(session), twin.step(gradients))
+        assert equal(averages(session), twin.averages)
+
+
+def test_steps_that_are_not_taken_are_not_averaged() -> None:
+    """Of accumulated and skipped pushes the average takes no notice."""
+    session = new_session(ema=DECAY, accumulate=2)
+    (writer,) = begun(session)
+    twin = Averaged(parameters(session))
+    for seed in range(3):
+        given = [values(session, 2 * seed), values(session, 2 * seed + 1)]
+        writer.push(given[0])
+        writer.skip()
+        writer.push(given[1])
+        twin.step([(one + other) / 2 for one, other in zip(*given, strict=True)])
+        assert equal(averages(session), twin.averages)
+
+
+@pytest.mark.parametrize("read_first", [False, True])
+@pytest.mark.parametrize("block", range(6))
+def test_a_step_that_was_finished_later_is_averaged_once(block: int, read_first: bool) -> None:
+    """Whether the retry finishes it or somebody who reads the average first."""
+    kernels = FailingKernels()
+    session = new_session(names=("w", "b", "scale"), kernels=kernels, ema=DECAY)
+    (writer,) = begun(session)
+    twin = Averaged(parameters(session))
+    writer.push(values(session, 1))
+    twin.step(values(session, 1))
+    kernels.fault.at, name = block, writer.named()
+    error(writer.push(values(session, 2))[name])
+    kernels.fault.at = None
+    twin.step(values(session, 2))
+    if read_first:
+        assert equal(averages(session), twin.averages)
+    assert receipt(writer.push(values(session, 2)), name).version == 2
+    assert equal(averages(session), twin.averages)
+    writer.push(values(session, 3))
+    twin.step(values(session, 3))
+    assert equal(averages(session), twin.averages)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_a_file_has_the_average(steps: int) -> None:
+    """A session that was exported and imported goes on averaging as it would have; before a step there is none yet."""
+    session = new_session(ema=DECAY)
+    (writer,) = begun(session)
+    twin = Averaged(parameters(session))
+    for seed in range(steps):
+        writer.push(values(session, seed))
+        twin.step(values(session, seed))
+    file = written(session)
+    assert (b'"ema/w"' in file) == bool(steps)
+    again = restored(file)
+    assert again.plan.policy.ema == DECAY
+    assert again.nbytes() == session.nbytes()
+    assert written(again) == file
+    writer = begun(again)[0]
+    writer.push(values(session, 9))
+    twin.step(values(session, 9))
+    assert equal(averages(again), twin.averages)
+
+
+def test_the_average_is_counted_as_memory() -> None:
+    """From the first step on it takes as much as the parameters; a session without one says nothing of it."""
+    session = new_session(ema=DECAY, names=("w", "b"))
+    (writer,) = begun(session)
+    assert session.nbytes()["views"] == 0
+    writer.push(values(session, 1))
+    assert session.nbytes()["views"] == session.nbytes()["parameters"]
+    assert "views" not in new_session().nbytes()
+
+
+def test_parameters_that_are_added_are_averaged_from_then_on() -> None:
+    """Their average begins with what they are when they come; that of the others goes on."""
+    session = new_session(ema=DECAY)
+    (writer,) = begun(session)
+    twin = Averaged(parameters(session))
+    writer.push(values(session, 1))
+    twin.step(values(session, 1))
+    late = torch.arange(6.0).view(2, 3)
+    writer.append({"late": late})
+    assert equal(averages(session), [*twin.averages, late])
+    writer.push(values(session, 2))
+    twin.step(values(session, 2)[:-1])
+    moved = parameters(session)[-1]
+    assert equal(averages(session), [*twin.averages, torch.lerp(late, moved, 1 - DECAY)])
+
+
+def test_the_average_can_be_written() -> None:
+    """Some of it or all, alone or with parameters; written alone it changes neither these nor the version."""
+    session = new_session(ema=DECAY)
+    (writer,) = begun(session)
+    writer.push(values(session, 1))
+    before, others = parameters(session), values(session, 5)
+    writer.put({"ema": others})
+    assert session.version == 1
+    assert equal(averages(session), others)
+    assert equal(parameters(session), before)
+    writer.put({"ema": before[1:2], "param": others[1:2]}, segments=[1, 2])
+    assert session.version == 2
+    assert equal(averages(session), [others[0], before[1], *others[2:]])
+    assert equal(parameters(session), [before[0], others[1], *before[2:]])
+
+
+def test_the_average_may_be_written_before_the_first_step() -> None:
+    """As after a checkpoint was loaded: the first step then moves it instead of beginning it; no state comes of it."""
+    session = new_session(ema=DECAY)
+    (writer,) = begun(session)
+    others = values(session, 5)
+    before, _ = session.copy((PRESENT,))
+    writer.put({"ema": others})
+    after, _ = session.copy((PRESENT,))
+    assert after.numbers[PRESENT].tolist() == before.numbers[PRESENT].tolist()
+    writer.push(values(session, 1))
+    moved = zip(others, parameters(session), strict=True)
+    assert equal(averages(session), [torch.lerp(old, now, 1 - DECAY) for old, now in moved])
+
+
+def test_a_session_without_an_average_has_no_such_field() -> None:
+    """Whoever asks for it is told what there is."""
+    session = new_session()
+    begun(session)
+    with pytest.raises(InvalidOption, match="has no field 'ema'"):
+        session.copy(("ema",))
