@@ -84,7 +84,7 @@ class StepReport:
     Attributes:
         version: the session's version after it.
         staleness: steps between the version the gradient was computed on and the one it was applied to.
-        applied: whether the parameters changed by it; not so if a worker skipped the step.
+        applied: whether the parameters changed by it; not so if a worker skipped the step, or for the `reason` below.
         duplicate: whether the server had seen this push before, so that this answer is the first one's receipt.
         earlier: what became of a write before this one that had got no answer and was not repeated: `applied`, or
             `dropped` because it never arrived or its barrier was given up. None if there was none.
@@ -92,6 +92,9 @@ class StepReport:
         divisor: what the sum of the gradients was divided by.
         kernel: `reference` or `fused`.
         again: the step goes on with another evaluation of the closure, at the new parameters.
+        reason: why it was not applied, if that was because its gradient was `late` or `stale`; see `farstep.Sync` and
+            `farstep.Bounded`. The parameters are the session's present ones, and training goes on from there.
+        weight: what the gradient counted, or the learning rate was multiplied by, because it was stale.
         bytes_sent: payload bytes of the gradients.
         bytes_received: payload bytes of the parameters.
         attempts: how often the push was sent.
@@ -110,6 +113,8 @@ class StepReport:
     divisor: int = 1
     kernel: str = ""
     again: bool = False
+    reason: str = ""
+    weight: float = 1.0
     bytes_sent: int = 0
     bytes_received: int = 0
     attempts: int = 1
@@ -140,6 +145,8 @@ class StepReport:
             divisor=receipt.divisor,
             kernel=receipt.kernel,
             again=receipt.again,
+            reason=receipt.reason,
+            weight=receipt.weight,
             bytes_sent=bytes_sent,
             bytes_received=bytes_received,
             attempts=attempts,
@@ -235,6 +242,19 @@ class Link(ABC):
         """Take other tensors of the same shapes and dtypes in the parameters' place; return whether that can be.
 
         The session is as it was; what differs counts as edited.
+        """
+
+    @property
+    @abstractmethod
+    def consistency(self) -> Consistency:
+        """The session's consistency mode, as this worker last heard of it."""
+
+    @abstractmethod
+    def set_consistency(self, mode: Consistency) -> None:
+        """Let the session go on in another consistency mode.
+
+        Raises:
+            FarstepError: what the session refused, or `Unavailable`.
         """
 
     @abstractmethod

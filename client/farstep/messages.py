@@ -228,6 +228,8 @@ class Receipt:
         divisor: what the sum of the gradients was divided by.
         kernel: which kernel ran, so that a replay can give the same bits.
         again: the step goes on with another evaluation, at the new parameters.
+        reason: why it was not applied: `late`, `stale`, or "" for a step that a worker skipped.
+        weight: what the gradient counted, or the learning rate was multiplied by, because it was stale.
     """
 
     version: int
@@ -238,6 +240,8 @@ class Receipt:
     divisor: int = 1
     kernel: str = ""
     again: bool = False
+    reason: str = ""
+    weight: float = 1.0
 
     def to_header(self) -> dict[str, Any]:
         header: dict[str, Any] = {
@@ -249,7 +253,13 @@ class Receipt:
             "divisor": self.divisor,
             "kernel": self.kernel,
         }
-        return {**header, "again": True} if self.again else header
+        if self.again:
+            header["again"] = True
+        if self.reason:
+            header["reason"] = self.reason
+        if self.weight != 1.0:
+            header["weight"] = self.weight
+        return header
 
     @classmethod
     def from_header(cls, values: Mapping[str, Any]) -> Receipt:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import final
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -31,7 +32,29 @@ described in `docs/sessions.md`.
 Every error is an `application/problem+json` document with a stable `code`."""
 
 
-def create_app(settings: Settings) -> ASGIApp:
+@final
+class Service:
+    """The ASGI application of one server, and what it does when the server is about to end.
+
+    Args:
+        app: answers requests.
+        registry: its sessions.
+    """
+
+    def __init__(self, app: ASGIApp, registry: Registry) -> None:
+        self._app = app
+        self._registry = registry
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        return self._app(scope, receive, send)
+
+    async def interrupt(self) -> None:
+        """Answer every push that waits for others, so that nobody waits for them until the server is killed."""
+        for host in self._registry.hosts:
+            await host.interrupt()
+
+
+def create_app(settings: Settings) -> Service:
     """Return the ASGI application of one server."""
     executor = ThreadPoolExecutor(max_workers=settings.threads, thread_name_prefix="farstep-step")
     registry = Registry(settings, executor)
@@ -56,7 +79,7 @@ def create_app(settings: Settings) -> ASGIApp:
 
     app.add_exception_handler(HTTPException, problem)
     app.add_exception_handler(RequestValidationError, problem)
-    return Edge(FastLane(app, data), Tokens(settings.tokens))
+    return Service(Edge(FastLane(app, data), Tokens(settings.tokens)), registry)
 
 
 class FastLane:

@@ -14,7 +14,7 @@ from farstep.errors import InvalidOption, LimitExceeded
 from farstep.hyper import Hyper
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import METHODS
-from farstep_service.rule import AnyMethod
+from farstep_service.rule import AnyMethod, Rule
 
 KernelMode = Literal["auto", "reference", "fused"]
 MAX_GROUPS = 10_000
@@ -70,7 +70,7 @@ class Plan:
             raise InvalidOption(
                 f"A parameter is of group {layout.groups - 1}, but there are {len(groups)} groups.", field="groups"
             )
-        return cls(
+        plan = cls(
             name=name,
             rule=rule,
             groups=tuple(rule.hyper.from_options(options) for options in groups),
@@ -78,6 +78,24 @@ class Plan:
             consistency=from_options(consistency),
             nonfinite=_one_of("nonfinite", nonfinite, ("refuse", "allow")),
             kernel=_kernel(rule, kernel),
+        )
+        plan.check_consistency()
+        return plan
+
+    def check_consistency(self) -> None:
+        """Refuse a mode that does not go with the optimizer.
+
+        Raises:
+            InvalidOption: stale evaluations of a closure cannot be made up for.
+        """
+        mode = self.consistency
+        if isinstance(self.rule, Rule) or (mode.staleness_scaling == "none" and not mode.delay_compensation):
+            return
+        field = "delay_compensation" if mode.delay_compensation else "staleness_scaling"
+        raise InvalidOption(
+            f"{self.rule.name} takes evaluations of one step, of which none may be stale: there is no {field} for it.",
+            remedy="Leave it out.",
+            field=field,
         )
 
     def append(self, options: Mapping[str, Any], segments: Sequence[SegmentSpec]) -> Plan:

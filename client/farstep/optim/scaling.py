@@ -20,13 +20,6 @@ from typing import Any
 
 from torch import Tensor
 
-from farstep.consistency import Consistency, Sync
-
-
-def waits_for_others(consistency: Consistency) -> bool:
-    """Say whether a worker that says nothing keeps others waiting."""
-    return isinstance(consistency, Sync) and consistency.workers > 1
-
 
 @dataclass(frozen=True, slots=True)
 class Scaling:

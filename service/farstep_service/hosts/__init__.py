@@ -1,6 +1,6 @@
 """Where sessions live: one interface, and the host in this process."""
 
-from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
+from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Summary, View, WorkerPage
 from farstep_service.hosts.local import LocalHost
 from farstep_service.hosts.shared import Offer
 from farstep_service.hosts.views import OVERHEAD_BYTES
@@ -13,6 +13,7 @@ __all__ = [
     "Joined",
     "LocalHost",
     "Offer",
+    "Reader",
     "Summary",
     "View",
     "WorkerPage",
