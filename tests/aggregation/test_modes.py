@@ -139,7 +139,7 @@ def test_a_withdrawn_push_is_not_counted() -> None:
 
 @pytest.mark.parametrize("order", list(permutations(NAMES)))
 def test_a_quorum_takes_the_step_with_those_who_are_there(order: tuple[str, ...]) -> None:
-    """The K-th push completes the step, whoever it is; the contributors are named in order and counted as the divisor."""
+    """The K-th push completes the step, whoever it is; the contributors are named in order, and counted as divisor."""
     table = Table(Sync(workers=3, quorum=2))
     assert table.push(order[0]) == []
     (step,) = table.push(order[1])
@@ -149,7 +149,7 @@ def test_a_quorum_takes_the_step_with_those_who_are_there(order: tuple[str, ...]
 
 
 def test_who_comes_after_the_quorum_is_late() -> None:
-    """Its push is consumed and not applied, its receipt says why and how old it was; from then on it takes part again."""
+    """Its push is consumed and not applied, its receipt says why and how old it was; its next one takes part."""
     table = Table(Sync(workers=3, quorum=2))
     table.push("w0")
     table.push("w1")
@@ -280,6 +280,14 @@ def test_who_returns_after_its_lease_is_answered_with_what_to_do() -> None:
     assert table.push("w1", 15.0, base=0) == [Refuse("w1", "stale")]
     assert [each.reason for each in table.receipts.values()] == ["stale"]
     assert table.push("w1", 15.0) == [Step(("w1",))]
+
+
+def test_who_returns_when_nobody_else_is_live_waits_for_nobody() -> None:
+    """A worker that is ahead of others who are gone takes its steps."""
+    table = Table(Bounded(staleness=0, lease_s=10), ("w0", "w1"))
+    table.push("w0")
+    table.tick(20.0)
+    assert table.push("w0", 20.0) == [Step(("w0",))]
 
 
 def test_who_returns_with_a_gradient_within_the_bound_is_heard() -> None:

@@ -1,5 +1,4 @@
-"""Workers that come, go, die and return, a network that loses, repeats and reorders, and modes that change: against
-`reference.py`.
+"""Workers come, die and return, a network loses, repeats and reorders, modes change: all of it against `reference.py`.
 
 Nothing here has a tensor, a clock or a socket. `FARSTEP_EXAMPLES` says how many examples are tried (`make model`).
 """
@@ -7,7 +6,7 @@ Nothing here has a tensor, a clock or a socket. `FARSTEP_EXAMPLES` says how many
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import product
 
 import pytest
@@ -110,6 +109,14 @@ def told(receipt: Receipt) -> Told:
     )
 
 
+def answer_of(call: Callable[[], Outcomes | str]) -> Outcomes | str:
+    """Return what a call returns, or the code of its error."""
+    try:
+        return call()
+    except FarstepError as error:
+        return error.code
+
+
 WHICH = st.integers(0, len(NAMES) - 1)
 Made = tuple[int, int, int, int, int, bool]
 MADE: Sequence[Made] = [
@@ -135,22 +142,16 @@ class Network(RuleBasedStateMachine):
         for which in range(joining):
             self.join(which)
 
-    def compare(self, expected: Outcomes | str, got: Outcomes | str) -> None:
-        assert got == expected
-
     @rule(which=WHICH)
     def join(self, which: int) -> None:
         """A worker joins: a new one, or one that died and returns with a new epoch."""
         expected = self.reference.join(NAMES[which])
-        try:
-            self.compare(expected, self.subject.join(NAMES[which], self.now))
-        except FarstepError as error:
-            assert error.code == expected
+        assert answer_of(lambda: self.subject.join(NAMES[which], self.now)) == expected
 
     @rule(which=WHICH)
     def leave(self, which: int) -> None:
         if NAMES[which] in self.reference.workers:
-            self.compare(self.reference.leave(NAMES[which]), self.subject.leave(NAMES[which], self.now))
+            assert self.subject.leave(NAMES[which], self.now) == self.reference.leave(NAMES[which])
 
     @rule(made=st.sampled_from(MADE))
     def send(self, made: Made) -> None:
@@ -179,18 +180,12 @@ class Network(RuleBasedStateMachine):
 
     def deliver(self, push: Push) -> None:
         expected = self.reference.push(push)
-        try:
-            self.compare(expected, self.subject.push(push, self.now))
-        except FarstepError as error:
-            assert error.code == expected
+        assert answer_of(lambda: self.subject.push(push, self.now)) == expected
 
     @rule(mode=st.sampled_from(MODES))
     def switch(self, mode: Consistency) -> None:
         expected = self.reference.switch(mode)
-        try:
-            self.compare(expected, self.subject.switch(mode, self.now))
-        except FarstepError as error:
-            assert error.code == expected
+        assert answer_of(lambda: self.subject.switch(mode, self.now)) == expected
 
     @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 5.0, 20.0, 5000.0]))
     def time_passes(self, seconds: float) -> None:
@@ -204,7 +199,7 @@ class Network(RuleBasedStateMachine):
     def at(self, now: float) -> Outcomes:
         expected = self.reference.pass_time(now - self.reference.now)
         self.now = now
-        self.compare(expected, self.subject.tick(now))
+        assert self.subject.tick(now) == expected
         return expected
 
     @invariant()

@@ -108,6 +108,7 @@ class Window(Aggregation):
         self._clocks[worker] = max(self._clocks[worker], self._least)
         self._live[self._clocks[worker]] += 1
         self._returned.add(worker)
+        self._advance()  # nobody else may be live
 
     def _advance(self) -> None:
         """Let the least clock follow the slowest live worker, and look at who waits for it."""
