@@ -42,11 +42,11 @@ class Service:
     """
 
     def __init__(self, app: ASGIApp, registry: Registry) -> None:
-        self._app = app
+        self.app = app
         self._registry = registry
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        return self._app(scope, receive, send)
+        return self.app(scope, receive, send)
 
     async def interrupt(self) -> None:
         """Answer every push that waits for others, so that nobody waits for them until the server is killed."""

@@ -173,7 +173,7 @@ def test_receipts_are_what_the_client_reads():
     assert Receipt.from_header(header["receipt"]).to_header() == header["receipt"]
     listed = [key for key, _, _ in rows("key of `receipt`")]
     assert [key.strip("`*") for key in listed if key.endswith("*")] == list(header["receipt"])
-    everything = replace(Receipt.from_header(header["receipt"]), again=True).to_header()
+    everything = replace(Receipt.from_header(header["receipt"]), again=True, reason="late", weight=0.5).to_header()
     assert [key.strip("`*") for key in listed] == list(everything)
 
 

@@ -100,7 +100,11 @@ class InSession(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Tell GradScaler to call `step()` always, where others wait for it; see `farstep.optim.scaling`."""
-        return waits_for_others(self.consistency)
+        return self._asked_for_scaling or waits_for_others(self.consistency)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, asked: bool) -> None:
+        self._asked_for_scaling = asked
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -128,6 +132,7 @@ class InSession(torch.optim.Optimizer):
         self._membership.state.replace_(self.state if state is None else state)
         self.state = self._membership.state
         self.last_step = None
+        self._asked_for_scaling = False
 
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""
