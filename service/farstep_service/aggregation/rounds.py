@@ -13,6 +13,7 @@ Between `decide` and what follows it, its pushes belong to whoever acts. Pure: n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from typing import assert_never, final
 
 from farstep.consistency import Async, Bounded, Consistency, Sync
@@ -143,18 +144,12 @@ class Rounds:
         receipts: Receipts = {}
         applied = isinstance(decision, Step)
         before = version - applied
-        for push, weight in zip(pushes, weights or [1.0] * len(pushes), strict=True):
+        contributors = decision.workers if applied else ()
+        divisor, reason = (1, decision.reason) if isinstance(decision, Refuse) else (decision.divisor, "")
+        for push, weight in zip(pushes, weights or repeat(1.0)):  # noqa: B905  # one is endless
+            base = push.base
             receipt = Receipt(
-                version,
-                push.base,
-                staleness=before - push.base,
-                applied=applied,
-                contributors=decision.workers if applied else (),
-                divisor=1 if isinstance(decision, Refuse) else decision.divisor,
-                kernel=kernel,
-                again=again,
-                reason=decision.reason if isinstance(decision, Refuse) else "",
-                weight=weight,
+                version, base, before - base, applied, contributors, divisor, kernel, again, reason, weight
             )
             self._ledger.commit(push.name, push.fingerprint, receipt)
             receipts[push.name] = receipt
