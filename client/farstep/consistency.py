@@ -28,7 +28,7 @@ LONGEST_DEADLINE_S = 7 * 86_400
 StalenessScaling = Literal["none", "inverse", "sqrt"]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Mode:
     """What all modes have; not used by itself.
 
@@ -68,6 +68,9 @@ class Mode:
             )
         _check_seconds("lease_s", self.lease_s)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in chosen(self).items())})"
+
     def factor(self, staleness: int) -> float:
         """Return what a gradient of that staleness counts."""
         if self.staleness_scaling == "none" or staleness <= 0:
@@ -75,14 +78,14 @@ class Mode:
         return 1 / (1 + staleness) if self.staleness_scaling == "inverse" else 1 / math.sqrt(1 + staleness)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Async(Mode):
     """Apply every push by itself, as it arrives; for its options see `Mode`."""
 
     mode: ClassVar[str] = "async"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Sync(Mode):
     """Apply one step for one push of each worker, summed in the order of their names and divided by their number.
 
@@ -139,7 +142,7 @@ class Sync(Mode):
         return self.workers == "live" or self.quorum is not None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Bounded(Mode):
     """Apply every push by itself, but let nobody run away (stale synchronous parallel, Ho et al. 2013).
 
@@ -182,11 +185,15 @@ Consistency = Async | Sync | Bounded
 MODES: Mapping[str, type[Async] | type[Sync] | type[Bounded]] = {each.mode: each for each in (Async, Sync, Bounded)}
 
 
+def chosen(mode: Mode) -> dict[str, str | int | float]:
+    """Return the options of a mode that are not as they are by default."""
+    said = ((each, getattr(mode, each.name)) for each in fields(mode))
+    return {each.name: value for each, value in said if value != each.default}
+
+
 def to_options(consistency: Consistency) -> dict[str, str | int | float]:
     """Return the mode as the plain document that travels, without what is as it is by default."""
-    said = {each.name: getattr(consistency, each.name) for each in fields(consistency)}
-    default = {each.name: each.default for each in fields(consistency)}
-    return {"mode": consistency.mode, **{name: value for name, value in said.items() if value != default[name]}}
+    return {"mode": consistency.mode, **chosen(consistency)}
 
 
 def from_options(options: Mapping[str, object]) -> Consistency:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -50,8 +51,7 @@ class Service:
 
     async def interrupt(self) -> None:
         """Answer every push that waits for others, so that nobody waits for them until the server is killed."""
-        for host in self._registry.hosts:
-            await host.interrupt()
+        await asyncio.gather(*(host.interrupt() for host in self._registry.hosts))
 
 
 def create_app(settings: Settings) -> Service:

@@ -413,6 +413,7 @@ def test_a_mode_survives_the_wire(mode: Consistency) -> None:
 def test_what_is_as_it_is_by_default_does_not_travel() -> None:
     """A document says what was chosen."""
     assert to_options(Sync(workers=4, quorum=3)) == {"mode": "sync", "workers": 4, "quorum": 3}
+    assert repr(Bounded(staleness=2, lease_s=5)) == "Bounded(lease_s=5, staleness=2)"
 
 
 @pytest.mark.parametrize(

@@ -90,8 +90,7 @@ def test_who_joins_has_to_name_the_present_mode(raw: RawClient) -> None:
     }
     refused = raw.json("POST", "/v1/sessions", document)
     assert refused.code == "options_differ"
-    assert "Sync(" in refused.document["detail"]
-    assert "live" in refused.document["detail"]
+    assert "its consistency is Sync(workers='live'), not Async()" in refused.document["detail"]
     mode = {"mode": "sync", "workers": "live"}
     assert raw.json("POST", "/v1/sessions", {**document, "consistency": mode}).status == 200
 

@@ -156,8 +156,10 @@ class _Announcing(uvicorn.Server):
         self._announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._interrupt()
-        await super().shutdown(sockets=sockets)
+        try:
+            await self._interrupt()
+        finally:
+            await super().shutdown(sockets=sockets)
 
 
 def _log_to_stderr(level: str) -> None:
