@@ -12,6 +12,7 @@ A mode has room for a number of workers, or for any. Pure: no clock, no lock, no
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from math import inf
 
 from farstep.errors import SessionFull
 
@@ -68,6 +69,10 @@ class Members:
     def is_live(self, worker: str) -> bool:
         """Say whether a worker is live."""
         return worker in self._leases or worker in self._waiting
+
+    def is_live_at(self, worker: str, now: float) -> bool:
+        """Say whether a worker is live at a time that nobody has been told of yet."""
+        return worker in self._waiting or now < self._leases.get(worker, -inf)
 
     def heard(self, worker: str, now: float) -> bool:
         """Renew the lease of a member; return whether it had lapsed."""

@@ -169,7 +169,7 @@ class LocalHost(Host):
             self._resolve(outcomes)
 
     def _page(self, worker: str) -> WorkerPage:
-        return WorkerPage(*self._session.position(worker), live=self._session.is_live(worker))
+        return WorkerPage(*self._session.position(worker), live=self._session.is_live(worker, self._clock()))
 
     # -- shared memory ----------------------------------------------------------------------------------------------
 

@@ -104,9 +104,9 @@ class Session:
 
     # -- membership -------------------------------------------------------------------------------------------------
 
-    def is_live(self, worker: str) -> bool:
-        """Say whether a worker was heard of within its lease, as of the last event."""
-        return self._members.is_live(worker)
+    def is_live(self, worker: str, now: float) -> bool:
+        """Say whether a worker was heard of within its lease, or a push of it waits."""
+        return self._members.is_live_at(worker, now)
 
     def join(self, worker: str, now: float) -> tuple[int, Outcomes]:
         """Open a new epoch of a worker that knows all groups, fencing its older one; return it, and what that decided.
