@@ -31,6 +31,7 @@ MODES: Sequence[Consistency] = (
     Sync(workers="live", deadline_s=4.0, lease_s=8.0),
     Sync(workers="live", deadline_s=16.0, lease_s=8.0, late="fold"),
     Bounded(staleness=0, deadline_s=16.0, lease_s=8.0),
+    Bounded(staleness=0, deadline_s=4.0, lease_s=16.0),
     Bounded(staleness=1, deadline_s=4.0, lease_s=8.0),
 )
 
