@@ -99,7 +99,7 @@ class Sync(Mode):
     `workers="live"`: a step waits for every live worker. Whoever leaves, whose lease runs out, or who is missing at the
     deadline is not waited for: the step is taken with the gradients that are there.
 
-    Late is a push whose gradient is older than the last step, which was made without it.
+    Late is a push whose gradient is older than a step that was made without its worker.
 
     Attributes:
         workers: how many workers there is room for; "live" for any number.

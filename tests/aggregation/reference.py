@@ -68,7 +68,7 @@ class Reference:
         self.mode = mode
         self.now = 0.0
         self.version = 0
-        self.stepped = 0
+        self.steps: list[tuple[int, set[tuple[str, int]]]] = []
         self.least = 0
         self.forgotten = 0
         self.count = 0
@@ -117,7 +117,7 @@ class Reference:
                 return "session_full"
             for each in lapsed[: max(0, len(self.workers) - mode.workers)]:
                 self.drop(each)
-        self.mode, self.stepped, self.least, self.began = mode, 0, 0, self.now
+        self.mode, self.steps, self.least, self.began = mode, [], 0, self.now
         for name in sorted(self.workers):
             w = self.workers[name]
             w.clock, w.returned = 0, False
@@ -140,12 +140,7 @@ class Reference:
             return "duplicate" if w.done[push.sequence - 1][0].content == push.content else "idempotency_mismatch"
         if w.waiting:
             return "joins" if w.waiting.content == push.content else "idempotency_mismatch"
-        if (
-            isinstance(self.mode, Sync)
-            and self.mode.partial
-            and self.mode.late == "refuse"
-            and push.base < self.stepped
-        ):
+        if isinstance(self.mode, Sync) and self.mode.partial and self.mode.late == "refuse" and self.is_late(push):
             return {push: self.commit(push, (), 1, "late")}
         if not any(each.waiting for each in self.workers.values()):
             self.began = self.now
@@ -223,8 +218,8 @@ class Reference:
             told = self.commit(push, () if skipped else names, len(pushes), "", applied=not skipped, before=before)
             outcomes |= self.answer(self.workers[push.worker], told)
             self.workers[push.worker].clock += 1
-        self.stepped = self.version
         if not skipped:
+            self.steps.append((self.version, {(push.worker, push.epoch) for push in pushes}))
             self.applied += pushes
         return outcomes
 
@@ -247,6 +242,9 @@ class Reference:
 
     def live(self, w: Worker) -> bool:
         return w.waiting is not None or self.now < w.until
+
+    def is_late(self, push: Push) -> bool:
+        return any(v > push.base and (push.worker, push.epoch) not in who for v, who in self.steps)
 
     def old(self, w: Worker) -> bool:
         return w.lapsed is not None and self.now - w.lapsed >= FORGOTTEN_AFTER_S

@@ -162,6 +162,19 @@ def test_who_comes_after_the_quorum_is_late() -> None:
     assert table.push("w0", base=1) == [Step(("w0", "w2"))]
 
 
+def test_a_worker_that_is_part_of_every_step_is_never_late() -> None:
+    """A gradient of some steps ago, as of a worker that computes ahead, is late only if one of them was without it."""
+    table = Table(Sync(workers=3, quorum=2))
+    for step in range(3):
+        table.push("w0", base=max(0, step - 1))
+        assert table.push("w1", base=max(0, step - 1)) == [Step(("w0", "w1"))]
+    table.push("w2")
+    assert table.push("w0", base=2) == [Step(("w0", "w2"))]
+    assert table.push("w1", base=3) == [Refuse("w1", "late")]
+    assert table.push("w2", base=2) == [Refuse("w2", "late")]
+    assert table.push("w2", base=3) == []
+
+
 def test_a_late_push_is_folded_into_the_next_step_where_that_is_asked_for() -> None:
     """It counts as its worker's part in the step being collected, with its staleness in the receipt."""
     table = Table(Sync(workers=3, quorum=2, late="fold"))

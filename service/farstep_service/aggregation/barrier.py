@@ -4,7 +4,7 @@
     workers=N, quorum=K    a step is K pushes or more       deadline: given up, for all who wait
     workers="live"         a step is one of each live one   deadline: taken without those who are missing
 
-    late, with a quorum or "live": the gradient is of before the last step, which was made without it
+    late, with a quorum or "live": a step that its gradient does not know of was made without its worker
     ──► refuse: answered with the present parameters          ──► fold: its worker's part in the step being collected
 
 Who skips is waited for like everybody else, so that the workers stay at the same step. Pure: no clock, no lock, no I/O.
@@ -36,10 +36,14 @@ class Barrier(Aggregation):
         self._waiting: dict[str, Pushed] = {}
         self._late: list[str] = []
         self._until: float | None = None
-        self._stepped = 0
+        self._stepped = 0  # the version of the last step
+        self._took_part: dict[str, int] = {}  # by worker: that of the last step it was part of
+        self._missed: dict[
+            str, int
+        ] = {}  # by worker: that of the last step without it, before those it was part of since
 
     def offer(self, push: Pushed, now: float) -> None:
-        if self._mode.partial and self._mode.late == "refuse" and push.base < self._stepped:
+        if self._mode.partial and self._mode.late == "refuse" and push.base < self._last_without(push.worker):
             self._late.append(push.worker)
             return
         if not self._waiting:
@@ -76,7 +80,18 @@ class Barrier(Aggregation):
         return min(self._until, lapse)
 
     def completed(self, workers: Sequence[str], version: int) -> None:
+        for worker in workers:
+            self._missed[worker] = self._last_without(worker)
+            self._took_part[worker] = version
         self._stepped = version
+
+    def left(self, worker: str) -> None:
+        self._took_part.pop(worker, None)
+        self._missed.pop(worker, None)
+
+    def _last_without(self, worker: str) -> int:
+        """Return the version of the last step that was made without a worker, 0 if there is none."""
+        return self._missed[worker] if self._took_part.get(worker) == self._stepped else self._stepped
 
     @property
     def _wanted(self) -> int:
