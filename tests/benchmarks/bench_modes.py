@@ -100,7 +100,8 @@ class Race:
             until = time.monotonic() + step_s
             batch = own.take(torch.randint(len(own), (BATCH,), generator=drawn))
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(batch.images), batch.labels).backward()
+            loss: torch.Tensor = nn.functional.cross_entropy(model(batch.images), batch.labels)
+            torch.autograd.backward(loss)
             self.stop.wait(until - time.monotonic())
             try:
                 optimizer.step()

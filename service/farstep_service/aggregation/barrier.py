@@ -12,7 +12,6 @@ Who skips is waited for like everybody else, so that the workers stay at the sam
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import final
 
 from farstep.consistency import Sync
@@ -79,8 +78,10 @@ class Barrier(Aggregation):
             return self._until
         return min(self._until, lapse)
 
-    def completed(self, workers: Sequence[str], version: int) -> None:
-        for worker in workers:
+    def completed(self, decision: Step | Skip, version: int) -> None:
+        if isinstance(decision, Skip):
+            return
+        for worker in decision.workers:
             self._missed[worker] = self._last_without(worker)
             self._took_part[worker] = version
         self._stepped = version

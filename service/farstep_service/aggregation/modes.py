@@ -50,8 +50,8 @@ class Aggregation(ABC):
     def deadline(self) -> float | None:
         """The time at which `decide` may have something to decide without another event, None for never."""
 
-    def completed(self, workers: Sequence[str], version: int) -> None:  # noqa: B027  # most modes need not know
-        """Note that a step of these workers was taken, or skipped by all of them, which led to that version."""
+    def completed(self, decision: Step | Skip, version: int) -> None:  # noqa: B027  # most modes need not know
+        """Note that a step was taken, which led to that version, or skipped."""
 
     def joined(self, worker: str) -> None:  # noqa: B027
         """Note that a worker joined."""

@@ -154,7 +154,7 @@ class Rounds:
             self._ledger.commit(push.name, push.fingerprint, receipt)
             receipts[push.name] = receipt
         if not isinstance(decision, Refuse):
-            self._aggregation.completed(decision.workers, version)
+            self._aggregation.completed(decision, version)
         return receipts
 
     # -- modes ------------------------------------------------------------------------------------------------------

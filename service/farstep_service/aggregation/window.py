@@ -79,8 +79,8 @@ class Window(Aggregation):
         lapse = self._members.next_lapse
         return until if lapse is None else min(until, lapse)
 
-    def completed(self, workers: Sequence[str], version: int) -> None:
-        for worker in workers:
+    def completed(self, decision: Step | Skip, version: int) -> None:
+        for worker in decision.workers:
             if worker in self._clocks:
                 live = self._members.is_live(worker)
                 self._live[self._clocks[worker]] -= live
