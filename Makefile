@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(or $(VERSION),without-python)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test parity lint format bench clean
+.PHONY: help install demo test model parity lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ demo: $(INSTALLED) ## train on real digits with the optimizer in a server proces
 
 test: lint ## check style, types and floors, then run the tests (ARGS="-k wire" chooses)
 	$(BIN)/python -m pytest $(ARGS)
+
+model: $(INSTALLED) ## try 10,000 runs of consistency modes against their reference model (EXAMPLES=100000 for more)
+	FARSTEP_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest tests/aggregation/test_network.py $(ARGS)
 
 parity: $(INSTALLED) ## compare every option of every optimizer with torch.optim (ARGS="--write" puts it into docs/)
 	$(BIN)/python -m tests.parity $(ARGS)

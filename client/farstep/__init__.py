@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from farstep.consistency import Async, Sync
+from farstep.consistency import Async, Bounded, Sync
 from farstep.errors import FarstepError
 from farstep.narrow import Wire
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Async",
+    "Bounded",
     "FarstepError",
     "RemoteOptions",
     "StepReport",

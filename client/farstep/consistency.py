@@ -1,63 +1,199 @@
 """How the pushes of several workers become steps: the modes a session can be in.
 
-`Async`: every push is a step of its own, applied in the order of arrival.
-`Sync`: a step waits for one push of each of N workers, reduces them in the order of the worker names (so that a run
-gives the same bits whatever the order of arrival), divides by N and is applied once. If the deadline passes first,
-nobody's gradients are applied and every waiting worker learns so. If one of the workers skips the step, because its
-scaled gradients overflowed, all of them do, as soon as all are there.
+    Sync       a step is one push of each of N workers, of K of them (backup workers), or of every live one
+    Async      every push is a step of its own, applied in the order of arrival
+    Bounded    as Async, but nobody runs more than a number of steps ahead (stale synchronous parallel)
+
+All of them have leases: a worker is live while it pushes, pulls or joins at least every `lease_s`, or while a push of
+it waits. And all can make up for stale gradients. With tau, the versions between a gradient's base and the parameters
+it is applied to:
+
+    staleness_scaling="inverse"    1 / (1 + tau)         Zhang et al. 2016, "Staleness-aware Async-SGD", with 1 + tau
+    staleness_scaling="sqrt"       1 / sqrt(1 + tau)     for their tau, so that a fresh gradient counts in full
+    delay_compensation=l           g + l * g * g * (w_now - w_base), Zheng et al. 2017, "DC-ASGD"
+
+The factor multiplies the learning rate of a step of one push, and each gradient where a step has several.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 from farstep.errors import InvalidOption
 
 LONGEST_DEADLINE_S = 7 * 86_400
+StalenessScaling = Literal["none", "inverse", "sqrt"]
 
 
-@dataclass(frozen=True, slots=True)
-class Async:
-    """Apply every push by itself, as it arrives."""
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Mode:
+    """What all modes have; not used by itself.
+
+    Attributes:
+        staleness_scaling: how less a stale gradient counts: "none" (not less), "inverse" or "sqrt".
+        delay_compensation: the strength of DC-ASGD, 0 for none. The session then keeps, for each live worker, the
+            version of the parameters that it last received: up to one more copy of the parameters for each of them.
+        lease_s: seconds without a push, a pull or a join after which a worker is not live: not waited for, and its
+            place may be taken. Its next push makes it live again.
+
+    Raises:
+        InvalidOption: a value out of range, or both ways to make up for staleness.
+    """
+
+    staleness_scaling: StalenessScaling = "none"
+    delay_compensation: float = 0.0
+    lease_s: float = 60.0
+
+    mode: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        if self.staleness_scaling not in ("none", "inverse", "sqrt"):
+            raise InvalidOption(
+                f"Invalid staleness_scaling: {self.staleness_scaling!r:.80}. There are none, inverse and sqrt.",
+                field="staleness_scaling",
+            )
+        strength = self.delay_compensation
+        if type(strength) not in (int, float) or not 0 <= strength < math.inf:
+            raise InvalidOption(
+                f"Invalid delay_compensation: {strength!r:.80}. Must be a finite number of at least 0.",
+                field="delay_compensation",
+            )
+        if strength and self.staleness_scaling != "none":
+            raise InvalidOption(
+                "Either staleness_scaling or delay_compensation makes up for stale gradients, not both.",
+                field="delay_compensation",
+            )
+        _check_seconds("lease_s", self.lease_s)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in chosen(self).items())})"
+
+    def factor(self, staleness: int) -> float:
+        """Return what a gradient of that staleness counts."""
+        if self.staleness_scaling == "none" or staleness <= 0:
+            return 1.0
+        return 1 / (1 + staleness) if self.staleness_scaling == "inverse" else 1 / math.sqrt(1 + staleness)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Async(Mode):
+    """Apply every push by itself, as it arrives; for its options see `Mode`."""
 
     mode: ClassVar[str] = "async"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sync:
-    """Apply one step for one push of each of `workers` workers.
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Sync(Mode):
+    """Apply one step for one push of each worker, summed in the order of their names and divided by their number.
+
+    `workers=N`: a step waits for all N. If the deadline passes first, nobody's gradients are applied and every waiting
+    worker learns so. If one of the workers skips the step, because its scaled gradients overflowed, all of them do, as
+    soon as all are there.
+
+    `workers=N, quorum=K`: a step is taken as soon as K pushes are there (backup workers, Chen et al. 2016) and divided
+    by the number of those who contributed. Deadlines are as above.
+
+    `workers="live"`: a step waits for every live worker. Whoever leaves, whose lease runs out, or who is missing at the
+    deadline is not waited for: the step is taken with the gradients that are there.
+
+    Late is a push whose gradient is older than a step that was made without its worker.
 
     Attributes:
-        workers: how many workers make a step.
-        deadline_s: seconds from the first push of a step until the step is given up for all who wait.
+        workers: how many workers there is room for; "live" for any number.
+        quorum: how many pushes make a step; None for those of all workers.
+        deadline_s: seconds from the first push of a step until it is not waited for any more.
+        late: "refuse" answers a late push with the present parameters and does not apply it (`last_step.applied` is
+            false, `last_step.reason` "late"); "fold" takes it as its worker's part in the step that is being collected.
 
     Raises:
-        InvalidOption: on a worker count below 1 or a deadline that is not positive or beyond a week.
+        InvalidOption: a worker count below 1, a quorum that cannot be, a deadline that is not positive or over a week.
     """
 
-    workers: int
+    workers: int | Literal["live"]
+    quorum: int | None = None
     deadline_s: float = 60.0
+    late: Literal["refuse", "fold"] = "refuse"
 
     mode: ClassVar[str] = "sync"
 
     def __post_init__(self) -> None:
-        if type(self.workers) is not int or self.workers < 1:
-            raise InvalidOption(f"Invalid workers: {self.workers!r}. Must be an int of at least 1.", field="workers")
-        if type(self.deadline_s) not in (int, float) or not 0 < self.deadline_s <= LONGEST_DEADLINE_S:
+        super(Sync, self).__post_init__()  # slots make another class of this one, which super() alone does not know
+        workers, quorum = self.workers, self.quorum
+        if workers != "live" and (type(workers) is not int or workers < 1):
             raise InvalidOption(
-                f"Invalid deadline_s: {self.deadline_s!r}. Must be seconds above 0, at most a week.", field="deadline_s"
+                f"Invalid workers: {workers!r:.80}. Must be an int of at least 1, or 'live'.", field="workers"
             )
+        if quorum is not None and (type(quorum) is not int or workers == "live" or not 1 <= quorum <= workers):
+            raise InvalidOption(
+                f"Invalid quorum: {quorum!r:.80}. Must be an int from 1 to the number of workers; with workers='live' "
+                "there is none.",
+                field="quorum",
+            )
+        _check_seconds("deadline_s", self.deadline_s)
+        if self.late not in ("refuse", "fold"):
+            raise InvalidOption(f"Invalid late: {self.late!r:.80}. There are refuse and fold.", field="late")
+
+    @property
+    def partial(self) -> bool:
+        """Say whether a step can be made without a worker."""
+        return self.workers == "live" or self.quorum is not None
 
 
-Consistency = Async | Sync
-MODES: Mapping[str, type[Async] | type[Sync]] = {each.mode: each for each in (Async, Sync)}
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Bounded(Mode):
+    """Apply every push by itself, but let nobody run away (stale synchronous parallel, Ho et al. 2013).
+
+    A push of a worker that has completed c steps is applied at once if c <= m + staleness, where m is the least number
+    of steps that a live worker has completed. Else it waits until the slowest catches up, leaves, or its lease runs
+    out. If the deadline passes first, it is not applied, and its worker learns for whom it waited. Who joins begins
+    at m.
+
+    So among N live workers no gradient is applied that misses more than 2 * (staleness + 1) * (N - 1) steps. A push of
+    a worker whose lease had run out, so that the others went on, is not applied if it misses more: it is answered with
+    the present parameters (`last_step.applied` is false, `last_step.reason` "stale").
+
+    Attributes:
+        staleness: how many steps a worker may be ahead of the slowest when it pushes.
+        deadline_s: seconds that a push may wait.
+
+    Raises:
+        InvalidOption: a staleness below 0, or a deadline that is not positive or beyond a week.
+    """
+
+    staleness: int
+    deadline_s: float = 60.0
+
+    mode: ClassVar[str] = "bounded"
+
+    def __post_init__(self) -> None:
+        super(Bounded, self).__post_init__()
+        if type(self.staleness) is not int or self.staleness < 0:
+            raise InvalidOption(
+                f"Invalid staleness: {self.staleness!r:.80}. Must be an int of at least 0.", field="staleness"
+            )
+        _check_seconds("deadline_s", self.deadline_s)
+
+    def bound(self, workers: int) -> int:
+        """Return how many steps a gradient may miss among so many live workers."""
+        return 2 * (self.staleness + 1) * (workers - 1)
+
+
+Consistency = Async | Sync | Bounded
+MODES: Mapping[str, type[Async] | type[Sync] | type[Bounded]] = {each.mode: each for each in (Async, Sync, Bounded)}
+
+
+def chosen(mode: Mode) -> dict[str, str | int | float]:
+    """Return the options of a mode that are not as they are by default."""
+    said = ((each, getattr(mode, each.name)) for each in fields(mode))
+    return {each.name: value for each, value in said if value != each.default}
 
 
 def to_options(consistency: Consistency) -> dict[str, str | int | float]:
-    """Return the mode as the plain document that travels."""
-    return {"mode": consistency.mode, **asdict(consistency)}
+    """Return the mode as the plain document that travels, without what is as it is by default."""
+    return {"mode": consistency.mode, **chosen(consistency)}
 
 
 def from_options(options: Mapping[str, object]) -> Consistency:
@@ -70,13 +206,33 @@ def from_options(options: Mapping[str, object]) -> Consistency:
     mode = rest.pop("mode", None)
     kind = MODES.get(str(mode))
     if kind is None:
-        raise InvalidOption(f"Unknown consistency mode {mode!r}; there are {', '.join(MODES)}.", field="mode")
-    unknown = set(rest) - set(kind.__dataclass_fields__)
+        raise InvalidOption(f"Unknown consistency mode {mode!r:.80}; there are {', '.join(MODES)}.", field="mode")
+    unknown = sorted(set(rest) - set(kind.__dataclass_fields__))
     if unknown:
-        raise InvalidOption(
-            f"Unknown option {sorted(unknown)[0]!r} of consistency mode {mode!r}.", field=sorted(unknown)[0]
-        )
+        raise InvalidOption(f"Unknown option {unknown[0]!r:.80} of consistency mode {mode!r}.", field=unknown[0][:80])
     try:
         return kind(**rest)  # type: ignore[arg-type]  # the record checks its own values
     except TypeError as exc:
         raise InvalidOption(f"Consistency mode {mode!r} needs all of its options.", field="consistency") from exc
+
+
+def waits_for_others(consistency: Consistency) -> bool:
+    """Say whether a worker that says nothing keeps others waiting."""
+    return isinstance(consistency, Bounded) or (isinstance(consistency, Sync) and consistency.workers != 1)
+
+
+def longest_wait_s(consistency: Consistency) -> float:
+    """Return how long a push may wait for those of others."""
+    return 0.0 if isinstance(consistency, Async) else consistency.deadline_s
+
+
+def for_one(consistency: Consistency) -> Consistency:
+    """Return a mode as it is for a worker that is alone."""
+    if isinstance(consistency, Sync):
+        return Sync(workers=1, deadline_s=consistency.deadline_s, lease_s=consistency.lease_s)
+    return consistency
+
+
+def _check_seconds(name: str, seconds: float) -> None:
+    if type(seconds) not in (int, float) or not 0 < seconds <= LONGEST_DEADLINE_S:
+        raise InvalidOption(f"Invalid {name}: {seconds!r:.80}. Must be seconds above 0, at most a week.", field=name)

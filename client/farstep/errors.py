@@ -18,7 +18,7 @@
     │   ├── SequenceGap           409  a push before this one is missing
     │   ├── Fenced                409  the worker's name was taken, or the session has grown
     │   ├── SessionFull           409  every place of a sync session is taken
-    │   ├── BarrierTimeout        409  a sync step's deadline passed; nobody's gradients were applied
+    │   ├── BarrierTimeout        409  a push waited for others until its deadline; it was not applied
     │   └── StepDiscarded         409  the step that an evaluation belongs to was given up meanwhile
     ├── IdempotencyMismatch       422  the same push name with another content
     ├── UnknownSession            404  no session of that name
@@ -209,7 +209,7 @@ class SessionFull(Conflict):
 
 
 class BarrierTimeout(Conflict):
-    """The deadline of a sync step passed before every worker had pushed."""
+    """A push waited for those of others until its deadline; it was not applied."""
 
     code = "barrier_timeout"
 

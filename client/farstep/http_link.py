@@ -19,7 +19,7 @@ import httpx
 from torch import Tensor
 
 from farstep.arrivals import Arrivals
-from farstep.consistency import Sync
+from farstep.consistency import Consistency, from_options, longest_wait_s, to_options
 from farstep.conversation import READ_TIMEOUT_S, Conversation
 from farstep.departures import Departures
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
@@ -67,8 +67,7 @@ class HttpLink(Link):
             read_timeout_s=min(READ_TIMEOUT_S, place.timeout_s / 2),
         )
         self._patience = Patience(place.timeout_s)
-        mode = place.consistency
-        barrier_s = mode.deadline_s if isinstance(mode, Sync) else 0.0
+        barrier_s = longest_wait_s(place.consistency)
         self._writer = Writer(
             self._server,
             spec.name,
@@ -331,6 +330,8 @@ class HttpLink(Link):
         copy_s = time.perf_counter() - copying
         self._version = int(received.header["version"])
         receipt = Receipt.from_header(received.header["receipt"])
+        if (mode := received.header.get("consistency")) is not None:
+            self._follow(from_options(mode))
         total_s = time.perf_counter() - began
         seconds = {key: float(value) for key, value in received.header.get("times", {}).items()}
         return StepReport.of(
@@ -435,6 +436,28 @@ class HttpLink(Link):
         self._overlapping.forget_()
         return receipt.applied
 
+    # -- the mode ---------------------------------------------------------------------------------------------------
+
+    @property
+    def consistency(self) -> Consistency:
+        return self._spec.consistency
+
+    def set_consistency(self, mode: Consistency) -> None:
+        def attempt() -> None:
+            self._server.control("PUT", f"{self._path}/consistency", {"consistency": to_options(mode)})
+
+        with self._session_there():
+            what = f"Setting the consistency mode of session {self._spec.name!r}"
+            self._patience.call(what, self._server.server, attempt)
+        self._follow(mode)
+
+    def _follow(self, mode: Consistency) -> None:
+        """Go on with the mode that the session is in."""
+        if mode != self._spec.consistency:
+            self._spec = replace(self._spec, consistency=mode)
+            barrier_s = longest_wait_s(mode)
+            self._writer.wait_for(barrier_s, self._place.timeout_s + barrier_s)
+
     # -- reads ------------------------------------------------------------------------------------------------------
 
     def edited(self, addresses: list[int]) -> list[int]:
@@ -467,7 +490,12 @@ class HttpLink(Link):
         edited = self._arrivals.edited(self._addresses())
         try:
             with self._session_there():
-                received = self._reader.parameters(self._arrivals, self._check_arriving, self._wire_parameters)
+                received = self._reader.parameters(
+                    self._arrivals,
+                    self._check_arriving,
+                    self._wire_parameters,
+                    worker=(self._place.worker, self._writer.names.epoch),
+                )
         except BaseException:
             self._arrivals.keep_(but=edited)
             raise

@@ -101,6 +101,9 @@ class StepReport:
         divisor: what the sum of the gradients was divided by.
         kernel: `reference` or `fused`.
         again: the step goes on with another evaluation of the closure, at the new parameters.
+        reason: why it was not applied, if that was because its gradient was `late` or `stale`; see `farstep.Sync` and
+            `farstep.Bounded`. The parameters are the session's present ones, and training goes on from there.
+        weight: what the gradient counted, or the learning rate was multiplied by, because it was stale.
         bytes_sent: payload bytes of the gradients.
         bytes_received: payload bytes of the parameters.
         attempts: how often the push was sent.
@@ -124,6 +127,7 @@ class StepReport:
     again: bool = False
     reason: Reason = ""
     detail: str = ""
+    weight: float = 1.0
     grad_norm: float | None = None
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -159,6 +163,7 @@ class StepReport:
             again=receipt.again,
             reason=receipt.reason,
             detail=receipt.detail,
+            weight=receipt.weight,
             grad_norm=receipt.grad_norm,
             bytes_sent=bytes_sent,
             bytes_received=bytes_received,
@@ -273,6 +278,19 @@ class Link(ABC):
         """Take other tensors of the same shapes and dtypes in the parameters' place; return whether that can be.
 
         The session is as it was; what differs counts as edited.
+        """
+
+    @property
+    @abstractmethod
+    def consistency(self) -> Consistency:
+        """The session's consistency mode, as this worker last heard of it."""
+
+    @abstractmethod
+    def set_consistency(self, mode: Consistency) -> None:
+        """Let the session go on in another consistency mode.
+
+        Raises:
+            FarstepError: what the session refused, or `Unavailable`.
         """
 
     @abstractmethod

@@ -251,6 +251,7 @@ class Receipt:
         again: the step goes on with another evaluation, at the new parameters.
         reason: why nothing was applied.
         detail: the same as a sentence, which names the worker and the tensor where there is one.
+        weight: what the gradient counted, or the learning rate was multiplied by, because it was stale.
         grad_norm: the norm of the step's gradients before they were clipped, where the session clips by it.
     """
 
@@ -264,6 +265,7 @@ class Receipt:
     again: bool = False
     reason: Reason = ""
     detail: str = ""
+    weight: float = 1.0
     grad_norm: float | None = None
 
     def to_header(self) -> dict[str, Any]:
@@ -282,6 +284,8 @@ class Receipt:
             header["reason"] = self.reason
         if self.detail:
             header["detail"] = self.detail
+        if self.weight != 1.0:
+            header["weight"] = self.weight
         if self.grad_norm is not None:
             header["grad_norm"] = self.grad_norm
         return header

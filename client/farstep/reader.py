@@ -44,9 +44,20 @@ class Reader:
         self._patience = patience
         self._path = f"/v1/sessions/{quote(session)}/contents"
 
-    def parameters(self, arrivals: Arrivals, check: Check, half: str | None = None) -> Received:
-        """Bring all parameters, float32 ones as a 16-bit dtype if there is one; they are in `arrivals` then."""
-        path = self._path if half is None else f"{self._path}?wire_parameters={half}"
+    def parameters(
+        self, arrivals: Arrivals, check: Check, half: str | None = None, *, worker: tuple[str, int]
+    ) -> Received:
+        """Bring all parameters, float32 ones as a 16-bit dtype if there is one; they are in `arrivals` then.
+
+        Args:
+            arrivals: where they go.
+            check: see `Check`.
+            half: the 16-bit dtype.
+            worker: who asks: its name and epoch.
+        """
+        name, epoch = worker
+        path = f"{self._path}?worker={quote(name)}&epoch={epoch}"
+        path += "" if half is None else f"&wire_parameters={half}"
         return self._get("Pulling", path, lambda header: arrivals.targets(None, whole=half is None), check)
 
     def stateful(self, parameters: Sequence[Tensor], check: Check) -> tuple[int, list[bool]]:

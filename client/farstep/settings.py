@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from farstep.consistency import Async, Consistency, Sync
+from farstep.consistency import Async, Consistency, for_one
 from farstep.errors import InvalidOption
 from farstep.narrow import Half, Wire
 from farstep.policy import NOTHING, Policy
@@ -41,7 +41,7 @@ class RemoteOptions(TypedDict, total=False):
     session: the name to create or join; without one the session is private to this optimizer and removed with it.
     worker: this worker's name in the session. A sync step reduces gradients in the order of these names.
     token: the server's bearer token.
-    consistency: `farstep.Async()` or `farstep.Sync(workers=N, deadline_s=...)`.
+    consistency: `farstep.Async()`, `farstep.Bounded(staleness=S)` or `farstep.Sync(workers=N)`.
     nonfinite: what the session does with a gradient that holds NaN or Inf: "refuse" it, which is the default of a
         server, "allow" it as torch does, which is the default of an embedded optimizer, or "skip" the step for all its
         workers.
@@ -176,10 +176,9 @@ def carried(place: Place) -> RemoteOptions:
 
     A copy is alone in its session, so it waits for nobody.
     """
-    mode = place.consistency
     return {
         "server": place.server,
-        "consistency": replace(mode, workers=1) if isinstance(mode, Sync) else mode,
+        "consistency": for_one(place.consistency),
         "nonfinite": place.nonfinite,
         "kernel": place.kernel,
         "wire": place.wire,

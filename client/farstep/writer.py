@@ -50,6 +50,11 @@ class Writer:
         self._path = f"/v1/sessions/{quote(session)}"
         self.worker_path = f"{self._path}/workers/{quote(worker)}"
 
+    def wait_for(self, barrier_s: float, timeout_s: float) -> None:
+        """Take other times from now on: how long a push may wait for others, and how long a write is repeated."""
+        self._barrier_s = barrier_s
+        self._patience.timeout_s = timeout_s
+
     @property
     def attempts(self) -> int:
         """Return how often the last write was sent."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
+from typing import final
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -32,7 +34,28 @@ described in `docs/sessions.md`.
 Every error is an `application/problem+json` document with a stable `code`."""
 
 
-def create_app(settings: Settings) -> ASGIApp:
+@final
+class Service:
+    """The ASGI application of one server, and what it does when the server is about to end.
+
+    Args:
+        app: answers requests.
+        registry: its sessions.
+    """
+
+    def __init__(self, app: ASGIApp, registry: Registry) -> None:
+        self.app = app
+        self._registry = registry
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        return self.app(scope, receive, send)
+
+    async def interrupt(self) -> None:
+        """Answer every push that waits for others, so that nobody waits for them until the server is killed."""
+        await asyncio.gather(*(host.interrupt() for host in self._registry.hosts))
+
+
+def create_app(settings: Settings) -> Service:
     """Return the ASGI application of one server."""
     executor = ThreadPoolExecutor(max_workers=settings.threads, thread_name_prefix="farstep-step")
     registry = Registry(settings, executor)
@@ -57,7 +80,7 @@ def create_app(settings: Settings) -> ASGIApp:
 
     app.add_exception_handler(HTTPException, problem)
     app.add_exception_handler(RequestValidationError, problem)
-    return Edge(FastLane(app, data), Tokens(settings.tokens))
+    return Service(Edge(FastLane(app, data), Tokens(settings.tokens)), registry)
 
 
 class FastLane:

@@ -16,7 +16,7 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from farstep.consistency import Sync, to_options
+from farstep.consistency import Consistency, Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
 from farstep.fields import NUMBERS, FieldKind, check_shape
 from farstep.hyper import Hyper
@@ -49,13 +49,7 @@ class EmbeddedLink(Link):
         self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None
     ) -> None:
         mode = place.consistency
-        if isinstance(mode, Sync) and mode.workers > 1:
-            raise InvalidOption(
-                f"A sync session of {mode.workers} workers needs a server, and none is named.",
-                remedy="Start one with `farstep serve` and give server=... or set FARSTEP_SERVER.",
-                field="consistency",
-                side="client",
-            )
+        _check_alone(mode)
         self._spec = spec
         self._worker = place.worker
         self._parameters = list(parameters)
@@ -234,6 +228,16 @@ class EmbeddedLink(Link):
         )
         return True
 
+    @property
+    def consistency(self) -> Consistency:
+        return self._plan.consistency
+
+    def set_consistency(self, mode: Consistency) -> None:
+        _check_alone(mode)
+        plan = replace(self._plan, consistency=mode)
+        plan.check_consistency()
+        self._plan, self._spec = plan, replace(self._spec, consistency=mode)
+
     def stateful(self) -> tuple[int, list[bool]]:
         return self.version, [each is not None for each in self._state.copy((PRESENT,)).has() or ()]
 
@@ -277,6 +281,17 @@ class EmbeddedLink(Link):
 
     def close(self) -> None:
         """Nothing outlives the optimizer."""
+
+
+def _check_alone(mode: Consistency) -> None:
+    """Refuse a mode in which a lone worker would wait for ever."""
+    if isinstance(mode, Sync) and mode.workers not in (1, "live"):
+        raise InvalidOption(
+            f"A sync session of {mode.workers} workers needs a server, and none is named.",
+            remedy="Start one with `farstep serve` and give server=... or set FARSTEP_SERVER.",
+            field="consistency",
+            side="client",
+        )
 
 
 def _one_device(parameters: Sequence[Tensor]) -> torch.device:

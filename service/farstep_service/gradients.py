@@ -164,6 +164,14 @@ class Contribution:
         indices, values = self.sparse[index]
         return indices, values.to(getattr(torch, self.layout.segments[index].dtype))
 
+    def own_(self) -> FlatBuffers:
+        """Return the dense gradients in their own dtypes, in memory that may be changed."""
+        if self.buffers is None or self.borrowed or self.on_wire is not self.layout:
+            own = FlatBuffers(self.layout, zero=False)
+            self.buffers = own if self.buffers is None else own.copy_(self.buffers, self.dense)
+            self.on_wire, self.borrowed = self.layout, False
+        return self.buffers
+
     def spent(self) -> FlatBuffers | None:
         """Return memory of dense gradients in 16 bits, which nobody needs once they were widened into a step's."""
         return None if self.on_wire is self.layout else self.buffers

@@ -76,7 +76,7 @@ class Plan:
             )
         wanted = Policy.from_options(policy or {})
         _check_policy(rule, layout, nonfinite, wanted)
-        return cls(
+        plan = cls(
             name=name,
             rule=rule,
             groups=tuple(rule.hyper.from_options(options) for options in groups),
@@ -85,6 +85,24 @@ class Plan:
             nonfinite=_one_of("nonfinite", nonfinite, ("refuse", "skip", "allow")),
             kernel=_kernel(rule, kernel),
             policy=wanted,
+        )
+        plan.check_consistency()
+        return plan
+
+    def check_consistency(self) -> None:
+        """Refuse a mode that does not go with the optimizer.
+
+        Raises:
+            InvalidOption: stale evaluations of a closure cannot be made up for.
+        """
+        mode = self.consistency
+        if isinstance(self.rule, Rule) or (mode.staleness_scaling == "none" and not mode.delay_compensation):
+            return
+        field = "delay_compensation" if mode.delay_compensation else "staleness_scaling"
+        raise InvalidOption(
+            f"{self.rule.name} takes evaluations of one step, of which none may be stale: there is no {field} for it.",
+            remedy="Leave it out.",
+            field=field,
         )
 
     def append(self, options: Mapping[str, Any], segments: Sequence[SegmentSpec]) -> Plan:

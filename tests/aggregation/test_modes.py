@@ -2,91 +2,441 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from itertools import permutations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from farstep.consistency import Async, Sync, from_options, to_options
-from farstep.errors import InvalidOption
-from farstep_service.aggregation import Abort, Skip, Step, aggregation_for
+from farstep.consistency import Async, Bounded, Consistency, Sync, from_options, to_options
+from farstep.errors import IdempotencyMismatch, InvalidOption, SessionFull
+from farstep.messages import Receipt, WriteName
+from farstep_service.aggregation import Abort, Decision, Ledger, Pushed, Refuse, Rounds, Skip, Step
+from farstep_service.aggregation.members import FORGOTTEN_AFTER_S, LAPSED_KEPT
+
+NAMES = ("w0", "w1", "w2")
+
+
+class Table:
+    """The rounds of a mode, its members, and a version that counts steps."""
+
+    def __init__(self, mode: Consistency, workers: Sequence[str] = NAMES) -> None:
+        self.ledger, self.version = Ledger(), 0
+        self.rounds = Rounds(mode, self.ledger)
+        for worker in workers:
+            self.join(worker)
+
+    def join(self, worker: str, now: float = 0.0) -> None:
+        self.rounds.joined(worker, self.ledger.join(worker), now)
+
+    def leave(self, worker: str) -> None:
+        self.rounds.left(worker)
+        self.ledger.forget(worker)
+
+    def push(self, worker: str, now: float = 0.0, *, base: int | None = None, skip: bool = False) -> list[Decision]:
+        """Push, and return what that decides."""
+        name = WriteName(worker, self.ledger.epoch(worker), self.ledger.last(worker) + 1)
+        self.rounds.heard(worker, now)
+        self.rounds.offer(Pushed(name, "", self.version if base is None else base, skip), now)
+        return self.tick(now)
+
+    def tick(self, now: float) -> list[Decision]:
+        """Let time pass, and return what that decides."""
+        decisions = []
+        while (decided := self.rounds.decide(self.version, now)) is not None:
+            decision, pushes = decided
+            decisions.append(decision)
+            if not isinstance(decision, Abort):
+                self.version += isinstance(decision, Step)
+                self.receipts = self.rounds.commit(decision, pushes, decision.told(self.version))
+        return decisions
+
+
+# -- async -----------------------------------------------------------------------------------------------------------
 
 
 def test_async_makes_every_push_a_step() -> None:
     """In async mode a push is a step of its own, divided by one, and nothing ever waits."""
-    mode = aggregation_for(Async())
-    assert mode.offer("w1", 0.0) == Step(("w1",), 1)
-    assert mode.offer("w1", 0.0) == Step(("w1",), 1)
-    assert mode.places() is None
-    assert mode.deadline is None
-    assert mode.tick(1e9) is None
-
-
-@pytest.mark.parametrize("order", list(permutations(["w0", "w1", "w2"])))
-def test_sync_reduces_in_the_order_of_names_whatever_the_order_of_arrival(order: tuple[str, ...]) -> None:
-    """A sync step is decided by its last push, and lists its workers by name."""
-    mode = aggregation_for(Sync(workers=3, deadline_s=10))
-    decisions = [mode.offer(worker, float(i)) for i, worker in enumerate(order)]
-    assert decisions == [None, None, Step(("w0", "w1", "w2"), 3)]
-    assert mode.deadline is None
-
-
-def test_the_deadline_counts_from_the_first_push_and_aborts_for_all() -> None:
-    """When the deadline passes first, one decision names everybody who waited."""
-    mode = aggregation_for(Sync(workers=3, deadline_s=10))
-    mode.offer("w2", 100.0)
-    mode.offer("w0", 105.0)
-    assert mode.deadline == 110.0
-    assert mode.tick(109.9) is None
-    assert mode.tick(110.0) == Abort(("w0", "w2"), 2, 3)
-    assert mode.deadline is None
-    assert mode.tick(1e9) is None
-
-
-@pytest.mark.parametrize("order", list(permutations(["w0", "w1", "w2"])))
-@pytest.mark.parametrize("skipping", [{"w0"}, {"w1", "w2"}, {"w0", "w1", "w2"}])
-def test_a_step_that_one_skips_is_skipped_by_all(order: tuple[str, ...], skipping: set[str]) -> None:
-    """Who skips counts as there, whoever comes last, and the next step starts without it."""
-    mode = aggregation_for(Sync(workers=3, deadline_s=10))
-    decisions = [mode.offer(worker, 0.0, skip=worker in skipping) for worker in order]
-    assert decisions == [None, None, Skip(("w0", "w1", "w2"), 3)]
-    assert mode.deadline is None
-    assert [mode.offer(worker, 1.0) for worker in order] == [None, None, Step(("w0", "w1", "w2"), 3)]
+    table = Table(Async())
+    for worker in ("w1", "w1", "w0"):
+        (step,) = table.push(worker)
+        assert step == Step((worker,))
+        assert isinstance(step, Step)
+        assert step.divisor == 1
+    assert table.rounds.deadline is None
+    assert table.tick(1e9) == []
 
 
 def test_in_async_mode_a_skipped_step_is_the_workers_own() -> None:
     """Nobody waits, so nobody else is asked to skip."""
-    mode = aggregation_for(Async())
-    assert mode.offer("w1", 0.0, skip=True) == Skip(("w1",), 1)
-    assert mode.offer("w0", 0.0) == Step(("w0",), 1)
+    table = Table(Async())
+    assert table.push("w1", skip=True) == [Skip(("w1",))]
+    assert table.push("w0") == [Step(("w0",))]
+
+
+# -- sync ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [Sync(workers=3, deadline_s=10), Sync(workers="live", deadline_s=10)])
+@pytest.mark.parametrize("order", list(permutations(NAMES)))
+def test_sync_reduces_in_the_order_of_names_whatever_the_order_of_arrival(
+    order: tuple[str, ...], mode: Consistency
+) -> None:
+    """A sync step is decided by its last push, and lists its workers by name."""
+    table = Table(mode)
+    decisions = [table.push(worker, float(i)) for i, worker in enumerate(order)]
+    assert decisions == [[], [], [Step(NAMES)]]
+    assert table.rounds.deadline is None
+
+
+def test_the_deadline_counts_from_the_first_push_and_aborts_for_all() -> None:
+    """When the deadline passes first, one decision names everybody who waited and everybody who was missing."""
+    table = Table(Sync(workers=3, deadline_s=10, lease_s=1000))
+    table.push("w2", 100.0)
+    table.push("w0", 105.0)
+    assert table.rounds.deadline == 110.0
+    assert table.tick(109.9) == []
+    assert table.tick(110.0) == [Abort(("w0", "w2"), 3, ("w1",), ("w1",))]
+    assert table.rounds.deadline is None
+    assert not table.rounds.members.is_live("w1")
+    assert table.tick(500.0) == []
+
+
+@pytest.mark.parametrize("order", list(permutations(NAMES)))
+@pytest.mark.parametrize("skipping", [{"w0"}, {"w1", "w2"}, {"w0", "w1", "w2"}])
+def test_a_step_that_one_skips_is_skipped_by_all(order: tuple[str, ...], skipping: set[str]) -> None:
+    """Who skips counts as there, whoever comes last, and the next step starts without it."""
+    table = Table(Sync(workers=3, deadline_s=10))
+    decisions = [table.push(worker, skip=worker in skipping) for worker in order]
+    assert decisions == [[], [], [Skip(NAMES)]]
+    assert [table.push(worker, 1.0) for worker in order] == [[], [], [Step(NAMES)]]
 
 
 def test_a_skip_that_was_withdrawn_or_given_up_is_forgotten() -> None:
     """Neither a worker that left nor a deadline that passed makes a later step a skipped one."""
-    mode = aggregation_for(Sync(workers=2, deadline_s=10))
-    mode.offer("w0", 0.0, skip=True)
-    mode.withdraw("w0")
-    mode.offer("w1", 0.0)
-    assert mode.offer("w0", 0.0) == Step(("w0", "w1"), 2)
-    mode.offer("w0", 1.0, skip=True)
-    assert mode.tick(11.0) == Abort(("w0",), 1, 2)
-    mode.offer("w1", 12.0)
-    assert mode.offer("w0", 12.0) == Step(("w0", "w1"), 2)
+    table = Table(Sync(workers=2, deadline_s=10), NAMES[:2])
+    table.push("w0", skip=True)
+    table.rounds.withdraw("w0", 0.0)
+    table.push("w1")
+    assert table.push("w0") == [Step(("w0", "w1"))]
+    table.push("w0", skip=True)
+    table.tick(10.0)
+    table.push("w1", 11.0)
+    assert table.push("w0", 11.0) == [Step(("w0", "w1"))]
 
 
-def test_a_withdrawn_push_does_not_count() -> None:
-    """A push that is taken out is waited for again, and the last one out ends the deadline."""
-    mode = aggregation_for(Sync(workers=2, deadline_s=10))
-    mode.offer("w0", 0.0)
-    mode.withdraw("w0")
-    assert mode.deadline is None
-    assert mode.offer("w1", 1.0) is None
-    assert mode.offer("w0", 1.0) == Step(("w0", "w1"), 2)
+def test_a_withdrawn_push_is_not_counted() -> None:
+    """A worker whose push was taken out has to come again."""
+    table = Table(Sync(workers=2), NAMES[:2])
+    table.push("w0")
+    table.rounds.withdraw("w0", 0.0)
+    assert table.rounds.deadline is None
+    assert table.push("w1", 1.0) == []
+    assert table.push("w0", 1.0) == [Step(("w0", "w1"))]
 
 
-@pytest.mark.parametrize("mode", [Async(), Sync(workers=4, deadline_s=2.5)])
-def test_a_mode_survives_the_wire(mode: Async | Sync) -> None:
+@pytest.mark.parametrize("order", list(permutations(NAMES)))
+def test_a_quorum_takes_the_step_with_those_who_are_there(order: tuple[str, ...]) -> None:
+    """The K-th push completes the step, whoever it is; the contributors are named in order, and counted as divisor."""
+    table = Table(Sync(workers=3, quorum=2))
+    assert table.push(order[0]) == []
+    (step,) = table.push(order[1])
+    assert step == Step(tuple(sorted(order[:2])))
+    assert isinstance(step, Step)
+    assert step.divisor == 2
+
+
+def test_who_comes_after_the_quorum_is_late() -> None:
+    """Its push is consumed and not applied, its receipt says why and how old it was; its next one takes part."""
+    table = Table(Sync(workers=3, quorum=2))
+    table.push("w0")
+    table.push("w1")
+    assert table.push("w2", base=0) == [Refuse("w2", "late")]
+    assert table.receipts == {
+        WriteName("w2", 1, 1): Receipt(1, 0, staleness=1, applied=False, divisor=1, reason="late")
+    }
+    assert table.rounds.deadline is None
+    assert table.push("w2", base=1) == []
+    assert table.push("w0", base=1) == [Step(("w0", "w2"))]
+
+
+def test_a_worker_that_is_part_of_every_step_is_never_late() -> None:
+    """A gradient of some steps ago, as of a worker that computes ahead, is late only if one of them was without it."""
+    table = Table(Sync(workers=3, quorum=2))
+    for step in range(3):
+        table.push("w0", base=max(0, step - 1))
+        assert table.push("w1", base=max(0, step - 1)) == [Step(("w0", "w1"))]
+    table.push("w2")
+    assert table.push("w0", base=2) == [Step(("w0", "w2"))]
+    assert table.push("w1", base=3) == [Refuse("w1", "late")]
+    assert table.push("w2", base=2) == [Refuse("w2", "late")]
+    assert table.push("w2", base=3) == []
+
+
+def test_a_late_push_is_folded_into_the_next_step_where_that_is_asked_for() -> None:
+    """It counts as its worker's part in the step being collected, with its staleness in the receipt."""
+    table = Table(Sync(workers=3, quorum=2, late="fold"))
+    table.push("w0")
+    table.push("w1")
+    assert table.push("w2", base=0) == []
+    assert table.push("w1", base=1) == [Step(("w1", "w2"))]
+    assert [each.staleness for each in table.receipts.values()] == [0, 1]
+
+
+def test_a_quorum_that_is_not_reached_is_given_up_for_all() -> None:
+    """Fewer than K at the deadline: one outcome, nothing applied."""
+    table = Table(Sync(workers=3, quorum=2, deadline_s=5))
+    table.push("w1", 1.0)
+    assert table.tick(6.0) == [Abort(("w1",), 2, ("w0", "w2"), ("w0", "w2"))]
+
+
+def test_live_goes_on_without_a_worker_whose_lease_ran_out() -> None:
+    """The step is taken with the survivors' gradients as soon as the lease is over, long before the deadline."""
+    table = Table(Sync(workers="live", deadline_s=100, lease_s=10))
+    table.push("w0", 8.0)
+    table.push("w2", 9.0)
+    assert table.rounds.deadline == 10.0
+    assert table.tick(9.5) == []
+    assert table.tick(10.0) == [Step(("w0", "w2"))]
+    table.push("w0", 11.0)
+    assert table.push("w2", 11.0) == [Step(("w0", "w2"))]
+
+
+def test_a_worker_that_waits_is_live_for_as_long() -> None:
+    """A lease shorter than the deadline does not run out under a worker that is waiting for others."""
+    table = Table(Sync(workers="live", deadline_s=100, lease_s=10), ("w0", "w1"))
+    table.push("w0", 5.0)
+    table.rounds.heard("w1", 9.0)
+    assert table.push("w1", 18.0) == [Step(("w0", "w1"))]
+
+
+def test_live_goes_on_at_the_deadline_without_those_who_are_missing() -> None:
+    """Who was missing is not waited for again until it is heard of; its gradient of before is late."""
+    table = Table(Sync(workers="live", deadline_s=5, lease_s=100))
+    table.push("w0", 1.0)
+    table.push("w1", 2.0)
+    assert table.tick(6.0) == [Step(("w0", "w1"), without=("w2",))]
+    table.push("w0", 7.0)
+    assert table.push("w1", 7.0) == [Step(("w0", "w1"))]
+    assert table.push("w2", 8.0, base=0) == [Refuse("w2", "late")]
+    table.push("w0", 9.0)
+    assert table.push("w1", 9.0) == []
+    assert table.push("w2", 9.0) == [Step(NAMES)]
+
+
+def test_live_goes_on_when_the_last_one_awaited_leaves() -> None:
+    """Leaving completes a step, and a worker alone waits for nobody."""
+    table = Table(Sync(workers="live"), ("w0", "w1"))
+    table.push("w0")
+    table.leave("w1")
+    assert table.tick(0.0) == [Step(("w0",))]
+    assert table.push("w0") == [Step(("w0",))]
+
+
+# -- bounded ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+def test_nobody_runs_further_ahead_than_the_bound(staleness: int) -> None:
+    """A worker alone completes staleness + 1 steps, waits, and goes on as soon as the slowest has completed one."""
+    table = Table(Bounded(staleness=staleness), ("w0", "w1"))
+    for _ in range(staleness + 1):
+        assert table.push("w0") == [Step(("w0",))]
+    assert table.push("w0") == []
+    assert table.push("w1") == [Step(("w1",)), Step(("w0",))]
+
+
+@pytest.mark.parametrize("how", ["leaves", "lapses"])
+def test_the_slowest_is_not_waited_for_any_more_when_it_goes(how: str) -> None:
+    """Whoever waited for it goes on at once, be it that it left or that its lease ran out."""
+    table = Table(Bounded(staleness=0, lease_s=10), ("w0", "w1"))
+    table.push("w0", 1.0)
+    table.push("w0", 2.0)
+    assert table.rounds.deadline == 10.0
+    if how == "leaves":
+        table.leave("w1")
+    assert table.tick(10.0) == [Step(("w0",))]
+
+
+def test_a_push_that_waits_too_long_is_given_up_and_told_for_whom_it_waited() -> None:
+    """Nothing is applied, nobody else is concerned, and the slow worker keeps its lease."""
+    table = Table(Bounded(staleness=0, deadline_s=5, lease_s=100))
+    table.push("w0", 0.0)
+    table.push("w1", 0.0)
+    table.push("w0", 1.0)
+    table.push("w1", 2.0)
+    assert table.tick(6.0) == [Abort(("w0",), 2, ("w2",))]
+    assert table.version == 2
+    assert table.push("w2", 6.5) == [Step(("w2",)), Step(("w1",))]
+
+
+def test_who_joins_begins_with_the_slowest() -> None:
+    """A newcomer neither holds the others back at once nor runs ahead of them."""
+    table = Table(Bounded(staleness=0), ("w0", "w1"))
+    for _ in range(3):
+        table.push("w0")
+        table.push("w1")
+    table.join("w9")
+    assert table.push("w0") == [Step(("w0",))]
+    assert table.push("w9") == [Step(("w9",))]
+    assert table.push("w9") == []
+    assert table.push("w1") == [Step(("w1",)), Step(("w9",))]
+
+
+def test_who_returns_after_its_lease_is_answered_with_what_to_do() -> None:
+    """A gradient that misses more than the bound is consumed, not applied; the next one counts, from the slowest on."""
+    table = Table(Bounded(staleness=0, lease_s=10), ("w0", "w1"))
+    for now in (5.0, 12.0, 13.0, 14.0):
+        assert table.push("w0", now) == [Step(("w0",))]
+    assert table.push("w1", 15.0, base=0) == [Refuse("w1", "stale")]
+    assert [each.reason for each in table.receipts.values()] == ["stale"]
+    assert table.push("w1", 15.0) == [Step(("w1",))]
+
+
+def test_who_returns_when_nobody_else_is_live_waits_for_nobody() -> None:
+    """A worker that is ahead of others who are gone takes its steps."""
+    table = Table(Bounded(staleness=0, lease_s=10), ("w0", "w1"))
+    table.push("w0")
+    table.tick(20.0)
+    assert table.push("w0", 20.0) == [Step(("w0",))]
+
+
+def test_who_returns_with_a_gradient_within_the_bound_is_heard() -> None:
+    """A pause alone makes no gradient stale."""
+    table = Table(Bounded(staleness=0, lease_s=10), ("w0", "w1"))
+    table.push("w0", 5.0)
+    table.push("w0", 12.0)
+    assert table.push("w1", 13.0, base=0) == [Step(("w1",))]
+
+
+@given(
+    staleness=st.integers(0, 2),
+    workers=st.integers(1, 4),
+    order=st.lists(st.integers(0, 3), max_size=200),
+)
+def test_no_gradient_misses_more_steps_than_the_bound_says(staleness: int, workers: int, order: list[int]) -> None:
+    """Workers that compute on what they last received, in any order: staleness stays within `Bounded.bound`."""
+    mode = Bounded(staleness=staleness)
+    names = NAMES[:workers] if workers < 4 else (*NAMES, "w3")
+    table = Table(mode, names)
+    bases = dict.fromkeys(names, 0)
+    for which in order:
+        worker = names[which % len(names)]
+        if worker in table.rounds:
+            continue
+        before = table.version
+        for number, decision in enumerate(table.push(worker, base=bases[worker])):
+            assert isinstance(decision, Step)
+            (who,) = decision.workers
+            assert before + number - bases[who] <= mode.bound(len(names))
+            bases[who] = before + number + 1
+
+
+# -- members ---------------------------------------------------------------------------------------------------------
+
+
+def test_places_count_live_workers_only() -> None:
+    """A full session has no place; the first by name whose lease ran out loses its own to a newcomer."""
+    members = Table(Sync(workers=3, lease_s=10)).rounds.members
+    with pytest.raises(SessionFull, match="w0, w1, w2"):
+        members.make_room("w3")
+    members.heard("w0", 5.0)
+    members.sweep(10.0)
+    assert members.make_room("w1") == []
+    assert members.make_room("w3") == ["w1"]
+
+
+def test_those_who_lapsed_long_ago_are_forgotten() -> None:
+    """After an hour, or when very many have lapsed, the first to lapse is as if it had left."""
+    members = Table(Async(lease_s=10)).rounds.members
+    members.heard("w0", 5.0)
+    members.sweep(10.0)
+    assert members.forgotten(FORGOTTEN_AFTER_S) == []
+    assert members.forgotten(10.0 + FORGOTTEN_AFTER_S) == ["w1", "w2"]
+    many = Table(Async(lease_s=10), [f"w{number}" for number in range(LAPSED_KEPT + 2)]).rounds.members
+    many.sweep(10.0)
+    assert many.forgotten(10.0) == ["w0", "w1"]
+
+
+def test_a_forgotten_page_never_lets_an_old_epoch_in() -> None:
+    """One number is kept of all pages that were: whoever comes back begins above it."""
+    table = Table(Async(), ("w0", "w1"))
+    for _ in range(3):
+        table.leave("w0")
+        table.join("w0")
+    assert table.ledger.epoch("w0") == 4
+    table.leave("w0")
+    table.leave("w1")
+    assert len(table.ledger) == 0
+    table.join("w1")
+    assert table.ledger.epoch("w1") == 5
+
+
+# -- switching -------------------------------------------------------------------------------------------------------
+
+
+def test_pushes_that_wait_are_offered_to_the_next_mode() -> None:
+    """Each gets one outcome: from sync to async all become steps, in the order of names."""
+    table = Table(Sync(workers=3))
+    table.push("w2")
+    table.push("w0")
+    table.rounds.switch(Async(), 1.0)
+    assert table.tick(1.0) == [Step(("w0",)), Step(("w2",))]
+    assert table.rounds.deadline is None
+
+
+def test_a_deadline_begins_anew_in_the_next_mode() -> None:
+    """Whoever waits on is not given up because of time that passed in another mode."""
+    table = Table(Sync(workers=3, deadline_s=10))
+    table.push("w0", 1.0)
+    table.rounds.switch(Sync(workers=3, deadline_s=5), 9.0)
+    assert table.rounds.deadline == 14.0
+
+
+def test_another_push_of_a_worker_that_waits_is_refused() -> None:
+    """A worker has one push waiting at most."""
+    table = Table(Sync(workers=2))
+    table.push("w0")
+    assert table.rounds.holds(WriteName("w0", 1, 1), "")
+    with pytest.raises(IdempotencyMismatch):
+        table.rounds.holds(WriteName("w0", 1, 1), "other")
+
+
+# -- options ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        Async(),
+        Async(staleness_scaling="sqrt", lease_s=5),
+        Sync(workers=4, deadline_s=2.5),
+        Sync(workers=4, quorum=3, late="fold"),
+        Sync(workers="live", delay_compensation=0.04),
+        Bounded(staleness=0),
+    ],
+)
+def test_a_mode_survives_the_wire(mode: Consistency) -> None:
     """A mode written as a document is read back equal."""
     assert from_options(to_options(mode)) == mode
+
+
+def test_what_is_as_it_is_by_default_does_not_travel() -> None:
+    """A document says what was chosen."""
+    assert to_options(Sync(workers=4, quorum=3)) == {"mode": "sync", "workers": 4, "quorum": 3}
+    assert repr(Bounded(staleness=2, lease_s=5)) == "Bounded(lease_s=5, staleness=2)"
+
+
+@pytest.mark.parametrize(
+    ("scaling", "expected"),
+    [("none", [1.0, 1.0, 1.0]), ("inverse", [1.0, 0.5, 0.25]), ("sqrt", [1.0, math.sqrt(0.5), 0.5])],
+)
+def test_what_a_stale_gradient_counts(scaling: str, expected: list[float]) -> None:
+    """1, 1 / (1 + tau) or 1 / sqrt(1 + tau)."""
+    mode = from_options({"mode": "async", "staleness_scaling": scaling})
+    assert [mode.factor(tau) for tau in (0, 1, 3)] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -95,11 +445,25 @@ def test_a_mode_survives_the_wire(mode: Async | Sync) -> None:
         {"mode": "eventually"},
         {},
         {"mode": "async", "workers": 2},
+        {"mode": "async", "staleness_scaling": "linear"},
+        {"mode": "async", "staleness_scaling": "sqrt", "delay_compensation": 0.1},
+        {"mode": "async", "delay_compensation": -1.0},
+        {"mode": "async", "delay_compensation": float("nan")},
+        {"mode": "async", "lease_s": 0},
         {"mode": "sync"},
         {"mode": "sync", "workers": 0},
         {"mode": "sync", "workers": True},
+        {"mode": "sync", "workers": "all"},
+        {"mode": "sync", "workers": 2, "quorum": 3},
+        {"mode": "sync", "workers": 2, "quorum": 0},
+        {"mode": "sync", "workers": "live", "quorum": 2},
+        {"mode": "sync", "workers": 2, "late": "keep"},
         {"mode": "sync", "workers": 2, "deadline_s": 0},
         {"mode": "sync", "workers": 2, "deadline_s": float("inf")},
+        {"mode": "bounded"},
+        {"mode": "bounded", "staleness": -1},
+        {"mode": "bounded", "staleness": 1.0},
+        {"mode": "bounded", "staleness": 1, "deadline_s": -1},
     ],
 )
 def test_a_mode_nobody_knows_is_refused(options: dict[str, object]) -> None:

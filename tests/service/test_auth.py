@@ -85,7 +85,7 @@ def in_process(app: ASGIApp, method: str, raw_path: str, headers: list[tuple[byt
 
 @pytest.fixture(scope="module")
 def app() -> Edge:
-    edge = create_app(Settings(tokens=(TOKEN, SECOND)))
+    edge = create_app(Settings(tokens=(TOKEN, SECOND))).app
     assert isinstance(edge, Edge)
     return edge
 

@@ -22,6 +22,7 @@ CONTROL = {
     ("get", "/v1/sessions/{name}"),
     ("delete", "/v1/sessions/{name}"),
     ("patch", "/v1/sessions/{name}/groups"),
+    ("put", "/v1/sessions/{name}/consistency"),
     ("get", "/v1/sessions/{name}/workers/{worker}"),
     ("delete", "/v1/sessions/{name}/workers/{worker}"),
     ("put", "/v1/sessions/{name}/workers/{worker}/memory"),

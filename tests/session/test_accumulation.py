@@ -139,7 +139,7 @@ def test_rounds_of_a_worker_that_left_still_count() -> None:
     w0, w1 = begun(session, *NAMES)
     twin = Twin(parameters(session))
     w0.push(values(session, 1))
-    session.leave("w0", w0.epoch)
+    session.leave("w0", w0.epoch, 0.0)
     name = w1.named()
     assert receipt(w1.push(values(session, 2)), name).contributors == NAMES
     assert equal(parameters(session), twin.step(mean([values(session, 1), values(session, 2)])))

@@ -392,7 +392,7 @@ def test_a_worker_that_joins_with_all_groups_lags_no_more(how: str) -> None:
     w0, w1 = begun(session, "w0", "w1")
     w0.append(LATE)
     if how == "leave":
-        session.leave("w1", w1.epoch)
+        session.leave("w1", w1.epoch, 0.0)
     again = Writer.join(session, "w1")
     again.push(values(session, 1))
     assert untouched(session) == (2, 2, 6)

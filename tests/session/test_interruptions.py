@@ -162,7 +162,7 @@ def test_a_new_epoch_does_not_inherit_an_interrupted_push(how: str) -> None:
     writer.push(values(session, 1))
     kernels.fault.at = None
     if how == "leave":
-        session.leave("w0", writer.epoch)
+        session.leave("w0", writer.epoch, 0.0)
     again = Writer.join(session)
     name = again.named()
     assert receipt(again.push(values(session, 2)), name).version == 2

@@ -80,6 +80,7 @@ class Model:
         self.groups: list[int] = [0]
         self.skipped: set[WriteName] = set()
         self.deadline: float | None = None
+        self.forgotten = 0  # the highest epoch of a worker that left
 
     def expect(self, message: Message, now: float) -> type[FarstepError] | str:
         """Return the error a write gets, or what becomes of it, having done it.
@@ -166,8 +167,8 @@ class Network(RuleBasedStateMachine):
         self.replayed = 0
 
     def join(self, name: str) -> None:
-        epoch, outcomes = self.session.join(name)
-        page = self.model.pages.get(name, Page(1))
+        epoch, outcomes = self.session.join(name, self.now)
+        page = self.model.pages.get(name, Page(1, self.model.forgotten))
         assert epoch == page.epoch + 1
         self.expect_fenced(page, outcomes)
         self.model.pages[name] = Page(len(self.model.groups), epoch)
@@ -185,8 +186,9 @@ class Network(RuleBasedStateMachine):
     def leave_and_join(self, which: int) -> None:
         name = self.names[which % len(self.names)]
         page = self.model.pages[name]
-        self.expect_fenced(page, self.session.leave(name, page.epoch))
-        self.model.pages[name] = Page(page.known, page.epoch + 1)
+        self.expect_fenced(page, self.session.leave(name, page.epoch, self.now))
+        del self.model.pages[name]
+        self.model.forgotten = max(self.model.forgotten, page.epoch)
         self.model.withdraw()
         self.join(name)
 

@@ -225,8 +225,8 @@ def test_leaving_withdraws_the_push_that_waits() -> None:
     w0, w1 = begun(session, "w0", "w1")
     name = w0.named()
     w0.push(values(session, 1))
-    assert session.leave("w0", w0.epoch + 1) == {}
-    outcomes = session.leave("w0", w0.epoch)
+    assert session.leave("w0", w0.epoch + 1, 0.0) == {}
+    outcomes = session.leave("w0", w0.epoch, 0.0)
     assert isinstance(error(outcomes[name]), Fenced)
     assert session.workers == ["w1"]
     with pytest.raises(Fenced):
@@ -241,7 +241,7 @@ def test_every_place_is_taken_once() -> None:
     session = new_session(consistency=sync(2))
     begun(session, "w0", "w1")
     with pytest.raises(SessionFull):
-        session.join("w2")
+        session.join("w2", 0.0)
     assert session.workers == ["w0", "w1"]
 
 
@@ -267,7 +267,7 @@ def test_one_who_was_missed_and_comes_back_keeps_its_place() -> None:
     session.tick(10.0)
     w1.push(values(session, 1), now=11.0)
     with pytest.raises(SessionFull):
-        session.join("w2")
+        session.join("w2", 11.0)
     assert len(w0.push(values(session, 0), now=12.0)) == 2
 
 

@@ -177,8 +177,8 @@ class Writer:
     joined: Outcomes = field(default_factory=dict)
 
     @classmethod
-    def join(cls, session: Session, name: str = "w0") -> Writer:
-        epoch, outcomes = session.join(name)
+    def join(cls, session: Session, name: str = "w0", now: float = 0.0) -> Writer:
+        epoch, outcomes = session.join(name, now)
         return cls(session, name, epoch, joined=outcomes)
 
     def named(self, sequence: int | None = None) -> WriteName:
@@ -245,7 +245,7 @@ class Writer:
             for each in field
         )
         _fill(intake.allocate(), content)
-        return self._noted(name, self.session.put(head, intake, _digest(content, initial, version)))
+        return self._noted(name, self.session.put(head, intake, _digest(content, initial, version), 0.0))
 
     def append(
         self,
@@ -267,7 +267,7 @@ class Writer:
         intake = self.session.addition(head)
         content = b"".join(map(_bytes, tensors.values()))
         _fill(intake.allocate(), content)
-        return self._noted(name, self.session.append(head, intake, _digest(content, head)))
+        return self._noted(name, self.session.append(head, intake, _digest(content, head), 0.0))
 
     def _noted(self, name: WriteName, outcomes: Outcomes) -> Outcomes:
         own = outcomes.get(name)

@@ -196,7 +196,7 @@ def test_receipts_are_what_the_client_reads():
     listed = [key for key, _, _ in rows("key of `receipt`")]
     assert [key.strip("`*") for key in listed if key.endswith("*")] == list(header["receipt"])
     everything = replace(
-        Receipt.from_header(header["receipt"]), again=True, reason="nonfinite", detail="NaN.", grad_norm=1.5
+        Receipt.from_header(header["receipt"]), again=True, reason="nonfinite", detail="NaN.", weight=0.5, grad_norm=1.5
     ).to_header()
     assert [key.strip("`*") for key in listed] == list(everything)
 

@@ -13,10 +13,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from farstep.consistency import Consistency, waits_for_others
 from farstep.link import SessionSpec, StepReport, open_link
 from farstep.optim.membership import Membership, OpenLink, refused
 from farstep.optim.options import option_names, plain_options
-from farstep.optim.scaling import waits_for_others
 from farstep.optim.torch_form import describe, newborn
 from farstep.settings import Place, elsewhere
 
@@ -51,6 +51,23 @@ class InSession(torch.optim.Optimizer):
     def worker(self) -> str:
         """This worker's name."""
         return self._membership.place.worker
+
+    @property
+    def consistency(self) -> Consistency:
+        """The session's consistency mode, as this worker last heard of it: with its last step."""
+        return self._membership.link.consistency
+
+    def set_consistency(self, mode: Consistency) -> None:
+        """Let the session go on in another consistency mode, for all its workers.
+
+        Pushes that wait are offered to it in the order of the workers' names. The others learn of it with their next
+        step; who joins, or joins again before that, has to name the new mode.
+
+        Raises:
+            SessionFull: there are more live workers than the mode has places for.
+            FarstepError: what else the session refused, or `Unavailable`.
+        """
+        self._member().link.set_consistency(mode)
 
     def pull(self) -> int:
         """Bring the parameters to the session's current version, without a step, and return the version."""
@@ -103,6 +120,15 @@ class InSession(torch.optim.Optimizer):
         """Leave the session; a private one is removed from the server. Safe to call twice."""
         self._membership.close()
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tell GradScaler to call `step()` always, where others wait for it; see `farstep.optim.scaling`."""
+        return self._asked_for_scaling or waits_for_others(self.consistency)
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, asked: bool) -> None:
+        self._asked_for_scaling = asked
+
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _open(self, place: Place, state: Mapping[Any, Any] | None = None, version: int = 0) -> None:
@@ -131,7 +157,7 @@ class InSession(torch.optim.Optimizer):
         self._membership.state.replace_(self.state if state is None else state)
         self.state = self._membership.state
         self.last_step = None
-        self._step_supports_amp_scaling = waits_for_others(place.consistency)
+        self._asked_for_scaling = False
 
     def _overlaps(self, place: Place) -> bool:
         """Say whether gradients are sent while others are being computed."""

@@ -22,14 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farstep.consistency import Consistency, Sync
 from farstep.link import StepReport
 from farstep.messages import Reason
-
-
-def waits_for_others(consistency: Consistency) -> bool:
-    """Say whether a worker that says nothing keeps others waiting."""
-    return isinstance(consistency, Sync) and consistency.workers > 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,21 +1,26 @@
 """Pure decisions about pushes: which are new, who takes part, and when they become a step."""
 
+from farstep_service.aggregation.decisions import Abort, Decision, Pushed, Refuse, Skip, Step
 from farstep_service.aggregation.groups import KnownGroups
 from farstep_service.aggregation.ledger import Entry, Ledger, mismatch
 from farstep_service.aggregation.members import Members
-from farstep_service.aggregation.modes import Abort, Aggregation, Barrier, Immediate, Skip, Step, aggregation_for
+from farstep_service.aggregation.modes import Aggregation
+from farstep_service.aggregation.rounds import Rounds, aggregation_for, places_of
 
 __all__ = [
     "Abort",
     "Aggregation",
-    "Barrier",
+    "Decision",
     "Entry",
-    "Immediate",
     "KnownGroups",
     "Ledger",
     "Members",
+    "Pushed",
+    "Refuse",
+    "Rounds",
     "Skip",
     "Step",
     "aggregation_for",
     "mismatch",
+    "places_of",
 ]

@@ -7,10 +7,14 @@ A write is named by (worker, epoch, sequence); the session is the one the ledger
     seen before, same content                 the original receipt         unchanged
     seen before, other content                IdempotencyMismatch          unchanged
     a gap                                     SequenceGap with the next    unchanged
-    older epoch, or never joined              Fenced                       unchanged
+    older epoch, or not a member              Fenced                       unchanged
 
 A write that is refused later (validation, a barrier that times out) is never committed, so its sequence is not
 consumed.
+
+The page of a worker that left, was displaced or has been away for long is forgotten. Of all such pages one number is
+kept, their highest epoch: whoever joins without a page begins above it. So a write of a forgotten epoch is fenced for
+ever, whoever sends it and whatever became of it, and nothing is applied twice.
 Pure: no clock, no lock, no I/O.
 """
 
@@ -45,20 +49,26 @@ class Ledger:
 
     def __init__(self) -> None:
         self._pages: dict[str, _Page] = {}
+        self._forgotten = 0  # the highest epoch of a page that was
 
-    @property
-    def workers(self) -> list[str]:
-        return sorted(self._pages)
+    def __len__(self) -> int:
+        return len(self._pages)
 
     def join(self, worker: str) -> int:
         """Begin a new epoch of `worker`, fencing the older ones, and return it."""
         old = self._pages.get(worker)
-        epoch = old.epoch + 1 if old else 1
+        epoch = old.epoch + 1 if old else self._forgotten + 1
         self._pages[worker] = _Page(epoch)
         return epoch
 
+    def forget(self, worker: str) -> None:
+        """Let a worker's page go; its epochs are over."""
+        old = self._pages.pop(worker, None)
+        if old is not None:
+            self._forgotten = max(self._forgotten, old.epoch)
+
     def epoch(self, worker: str) -> int:
-        """Return the current epoch of `worker`, 0 if it never joined."""
+        """Return the current epoch of `worker`, 0 if it is not a member."""
         page = self._pages.get(worker)
         return page.epoch if page else 0
 
@@ -80,10 +90,11 @@ class Ledger:
         """
         page = self._pages.get(name.worker)
         if page is None or name.epoch != page.epoch:
-            current = f"epoch {page.epoch} is current" if page else "it has not joined"
+            current = f"epoch {page.epoch} is current" if page else "it is not a member"
             raise Fenced(
                 f"Worker {name.worker!r} writes as epoch {name.epoch}, but {current}.",
-                remedy="Another process joined under the same name: give each worker its own, or join again.",
+                remedy="Another process joined under the same name, or the worker was away so long that its place went "
+                "to another: give each worker its own name, or join again.",
                 field="epoch",
                 limit=page.epoch if page else 0,
             )

@@ -1,8 +1,9 @@
-"""`farstep sessions`: list, show, remove; export into a file and import from one."""
+"""`farstep sessions`: list, show, remove, set the mode; export into a file and import from one."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,9 @@ from farstep.errors import InvalidOption
 from farstep_service.cli.output import JsonOutput, print_facts, print_json, print_table, reporting, size
 from farstep_service.cli.remote import Server, Token, conversation, document_of, documents_of
 
-sessions = typer.Typer(help="List, show, remove, export and import the sessions of a server.", no_args_is_help=True)
+sessions = typer.Typer(
+    help="List, show, remove, switch, export and import the sessions of a server.", no_args_is_help=True
+)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's name.")]
 
@@ -59,7 +62,7 @@ def show_session(name: Name, server: Server, token: Token = None, json_output: J
         print_table(
             ("WORKER", "EPOCH", "LAST WRITE", "NOW"),
             [
-                (worker, page["epoch"], page["sequence"], "waits at the barrier" if page["waiting"] else "")
+                (worker, page["epoch"], page["sequence"], standing_of(page))
                 for worker, page in sorted(found["workers"].items())
             ],
         )
@@ -86,6 +89,27 @@ def remove_session(
         print_json({"removed": name})
     else:
         typer.echo(f"Removed session {name}.")
+
+
+@sessions.command("mode")
+def set_mode(
+    name: Name,
+    mode: Annotated[str, typer.Argument(metavar="MODE", help="sync, async or bounded.")],
+    server: Server,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="Such as workers=4 quorum=3.")
+    ] = None,
+    token: Token = None,
+    json_output: JsonOutput = False,
+) -> None:
+    """Let a session go on in another consistency mode. Pushes that wait are offered to it."""
+    with reporting(json_output), conversation(server, token) as speaking:
+        wanted = {"mode": mode, **dict(map(option_of, options or ()))}
+        found = speaking.control("PUT", f"{path_of(name)}/consistency", {"consistency": wanted})
+    if json_output:
+        print_json(found)
+    else:
+        typer.echo(f"Session {name} goes on as {', '.join(f'{k} {v}' for k, v in found['consistency'].items())}.")
 
 
 @sessions.command("export")
@@ -150,9 +174,29 @@ def print_sessions(found: Sequence[dict[str, Any]]) -> None:
         )
 
 
+def standing_of(page: dict[str, Any]) -> str:
+    """Return what a worker is at, in words."""
+    return "waits for others" if page["waiting"] else "" if page["live"] else "not heard of for its lease"
+
+
 def options_of(group: dict[str, Any]) -> str:
     """Return a param group's options in one line, those that are switched off left out."""
     return ", ".join(f"{key} {value}" for key, value in group.items() if value is not None and value is not False)
+
+
+def option_of(said: str) -> tuple[str, str | int | float]:
+    """Return name and value of `NAME=VALUE`, a number where it is one.
+
+    Raises:
+        InvalidOption: it has no value.
+    """
+    name, equals, value = said.partition("=")
+    if not equals or not name or name == "mode":
+        raise InvalidOption(f"{said!r:.80} is not OPTION=VALUE.", field="options", side="client")
+    for number in (int, float):
+        with suppress(ValueError):
+            return name, number(value)
+    return name, value
 
 
 def path_of(name: str) -> str:

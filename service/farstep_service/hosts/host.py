@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from farstep.consistency import Consistency
 from farstep.fields import Shapes
 from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, Receipt, Times, WriteName
@@ -30,11 +31,20 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPage:
-    """Where a worker stands: its epoch, its last committed sequence, and whether a push of its waits."""
+    """Where a worker stands: its epoch, its last committed sequence, whether a push of its waits, and if it is live."""
 
     epoch: int
     sequence: int
     waiting: bool
+    live: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Name a worker that reads, in one of its epochs."""
+
+    worker: str
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +130,11 @@ class Host(ABC):
 
     @property
     @abstractmethod
+    def switched(self) -> bool:
+        """Whether its consistency mode is another than its workers joined with."""
+
+    @property
+    @abstractmethod
     def parameter_bytes(self) -> int:
         """The bytes of its parameters, those of a group that is being added included."""
 
@@ -170,6 +185,15 @@ class Host(ABC):
         """Change options of param groups and return all groups."""
 
     @abstractmethod
+    async def set_consistency(self, mode: Consistency) -> None:
+        """Go on in another mode, from the next push on and for those that wait.
+
+        Raises:
+            SessionFull: there are more live workers than the mode has places for.
+            InvalidOption: the optimizer does not go with the mode.
+        """
+
+    @abstractmethod
     def begin_push(self, head: PushHead, body_bytes: int) -> Intake:
         """Check a push's header and return memory for its payload."""
 
@@ -200,6 +224,7 @@ class Host(ABC):
         write: WriteName | None = None,
         half: str | None = None,
         spent: Intake | None = None,
+        reader: Reader | None = None,
     ) -> View:
         """Hold the parameters of the current version: all, or those that changed after version `since`.
 
@@ -207,6 +232,7 @@ class Host(ABC):
             write: leave those of groups out that its worker did not know when it made this write.
             half: the 16-bit dtype to give float32 ones in; None for as they are.
             spent: a push's, which has been answered for: its memory may be written over.
+            reader: who reads them, where that is not the worker of a write; its lease is renewed.
         """
 
     @abstractmethod
@@ -216,6 +242,10 @@ class Host(ABC):
     @abstractmethod
     async def snapshot(self) -> Snapshot:
         """Copy all of the current version, with the options in force at it."""
+
+    @abstractmethod
+    async def interrupt(self) -> None:
+        """Answer every push that waits, and every one that would from now on, because the server is about to end."""
 
     @abstractmethod
     async def close(self) -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from copy import copy
 from typing import Any, cast
 
+from farstep.consistency import Consistency
 from farstep.errors import FarstepError, Fenced, InvalidRequest, OptionsDiffer, SessionLost, StepInterrupted
 from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, WriteName
@@ -23,7 +24,7 @@ from farstep_service.durability import Snapshot
 from farstep_service.gradients import Contribution
 from farstep_service.hosts.alarm import Alarm
 from farstep_service.hosts.eager import in_task
-from farstep_service.hosts.host import Answer, Host, Intake, Joined, Summary, View, WorkerPage
+from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Summary, View, WorkerPage
 from farstep_service.hosts.narrowed import NarrowedView, Narrowings
 from farstep_service.hosts.shared import Offer, Shared, refused
 from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, PushIntake
@@ -83,6 +84,8 @@ class LocalHost(Host):
         self._initialiser = ""
         self._initialising_until = -1.0
         self._closed = False
+        self._leaving = False
+        self._switched = False
         self._shared: dict[str, Shared] = {}
         self._released = asyncio.Event()
         self._narrowings = Narrowings(executor)
@@ -92,6 +95,10 @@ class LocalHost(Host):
     @property
     def plan(self) -> Plan:
         return self._session.plan
+
+    @property
+    def switched(self) -> bool:
+        return self._switched
 
     @property
     def parameter_bytes(self) -> int:
@@ -117,7 +124,7 @@ class LocalHost(Host):
                     remedy="Join with all of them.",
                     field="name",
                 )
-            epoch, outcomes = self._session.join(worker)
+            epoch, outcomes = self._session.join(worker, self._clock())
             self._unshare()
             self._resolve(outcomes)
             initialised = self._session.initialised
@@ -129,7 +136,7 @@ class LocalHost(Host):
 
     async def leave(self, worker: str, epoch: int) -> None:
         async with self._turn:
-            self._resolve(self._session.leave(worker, epoch))
+            self._resolve(self._session.leave(worker, epoch, self._clock()))
             self._unshare()
 
     async def worker(self, worker: str) -> WorkerPage:
@@ -153,8 +160,21 @@ class LocalHost(Host):
             self._resolve(self._session.set_groups(changes))
             return [group.to_options() for group in self._session.groups]
 
+    async def set_consistency(self, mode: Consistency) -> None:
+        async with self._turn:
+            self._check_open()
+            now = self._clock()
+            outcomes = await run(
+                self._executor,
+                lambda: self._session.set_consistency(mode, now),
+                self._resolve,
+                inline=self._small,
+            )
+            self._switched = True
+            self._resolve(outcomes)
+
     def _page(self, worker: str) -> WorkerPage:
-        return WorkerPage(*self._session.position(worker))
+        return WorkerPage(*self._session.position(worker), live=self._session.is_live(worker, self._clock()))
 
     # -- shared memory ----------------------------------------------------------------------------------------------
 
@@ -240,7 +260,9 @@ class LocalHost(Host):
     async def put(self, head: PutHead, intake: Intake, fingerprint: str) -> Answer:
         contents = cast(ContentsIntake, intake).contents
         # Never inline: the first contents may wait for a kernel to be built.
-        return await self._write(head.name, lambda: self._session.put(head, contents, fingerprint), inline=False)
+        return await self._write(
+            head.name, lambda: self._session.put(head, contents, fingerprint, self._clock()), inline=False
+        )
 
     def begin_append(self, head: AppendHead, body_bytes: int) -> Intake:
         self._check_open()
@@ -256,7 +278,10 @@ class LocalHost(Host):
             return contents.nbytes if self._session.grows(head) else 0
 
         return await self._write(
-            head.name, lambda: self._session.append(head, contents, fingerprint), inline=False, coming=coming
+            head.name,
+            lambda: self._session.append(head, contents, fingerprint, self._clock()),
+            inline=False,
+            coming=coming,
         )
 
     async def _write(
@@ -273,6 +298,8 @@ class LocalHost(Host):
             outcome = outcomes.get(name)
             future = None if outcome else self._futures.setdefault(name, asyncio.get_running_loop().create_future())
             self._resolve(outcomes)
+            if self._leaving:
+                self._resolve(self._session.interrupt(self._clock()))
         if outcome is None:
             assert future is not None
             outcome = await asyncio.shield(future)
@@ -294,10 +321,13 @@ class LocalHost(Host):
         write: WriteName | None = None,
         half: str | None = None,
         spent: Intake | None = None,
+        reader: Reader | None = None,
     ) -> View:
         async with self._turn:
             self._check_open()
             held, outcomes = self._session.hold()
+            if (who := reader or write) is not None:
+                self._session.received(who.worker, who.epoch, self._clock())
             layout = self.plan.layout if write is None else self._session.layout_at(write)
             if outcomes:
                 self._resolve(outcomes)
@@ -374,7 +404,9 @@ class LocalHost(Host):
     async def _tick(self) -> None:
         async with self._turn:
             if not self._closed:
-                self._resolve(self._session.tick(self._clock()))
+                now = self._clock()
+                outcomes = await run(self._executor, lambda: self._session.tick(now), self._resolve, inline=self._small)
+                self._resolve(outcomes)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -382,6 +414,12 @@ class LocalHost(Host):
 
     def _gone(self) -> SessionLost:
         return SessionLost(f"Session {self.name!r} was removed.", remedy="Join again to create a new one.")
+
+    async def interrupt(self) -> None:
+        async with self._turn:
+            self._leaving = True
+            if not self._closed:
+                self._resolve(self._session.interrupt(self._clock()))
 
     async def close(self) -> None:
         async with self._turn:

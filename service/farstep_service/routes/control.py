@@ -10,15 +10,16 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 
-from farstep.consistency import to_options
+from farstep.consistency import from_options, to_options
 from farstep.errors import InvalidOption
 from farstep.fields import FieldKind
 from farstep.header import VERSION
-from farstep_service.hosts import Host, Offer
+from farstep_service.hosts import Host, Offer, WorkerPage
 from farstep_service.memory import available_bytes
 from farstep_service.optimizers import METHODS
 from farstep_service.registry import Registry
 from farstep_service.routes.documents import (
+    ConsistencyDocument,
     DocumentRoute,
     GroupsDocument,
     MemoryDocument,
@@ -65,12 +66,13 @@ class JoinedDocument(BaseModel):
 
 
 class WorkerDocument(BaseModel):
-    """Where a worker stands: its epoch, its last committed write, and whether a push of its waits at a barrier."""
+    """Where a worker stands: its epoch, its last committed write, if a push of its waits, and if its lease runs."""
 
     incarnation: str
     epoch: int
     sequence: int
     waiting: bool
+    live: bool
 
 
 class SessionView(BaseModel):
@@ -105,6 +107,17 @@ class Info(BaseModel):
     authentication: bool
 
 
+def worker_document(host: Host, page: WorkerPage) -> WorkerDocument:
+    """Say where a worker of a session stands."""
+    return WorkerDocument(
+        incarnation=host.incarnation,
+        epoch=page.epoch,
+        sequence=page.sequence,
+        waiting=page.waiting,
+        live=page.live,
+    )
+
+
 async def view_of(host: Host) -> SessionView:
     """Describe a session."""
     plan, summary = host.plan, await host.summary()
@@ -122,12 +135,7 @@ async def view_of(host: Host) -> SessionView:
         parameters=sum(math.prod(each.shape) for each in plan.layout.segments),
         segments=len(plan.layout.segments),
         bytes=summary.bytes,
-        workers={
-            name: WorkerDocument(
-                incarnation=host.incarnation, epoch=page.epoch, sequence=page.sequence, waiting=page.waiting
-            )
-            for name, page in summary.workers.items()
-        },
+        workers={name: worker_document(host, page) for name, page in summary.workers.items()},
     )
 
 
@@ -196,14 +204,18 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         """Change options of param groups, effective from the next step on, and return all groups."""
         return await registry.get(name).set_groups({int(group): options for group, options in document.groups.items()})
 
+    @router.put("/v1/sessions/{name}/consistency", tags=["sessions"])
+    async def set_consistency(name: NamePath, document: ConsistencyDocument) -> dict[str, Any]:
+        """Go on in another consistency mode, and return it. Pushes that wait are offered to it."""
+        mode = from_options(document.consistency)
+        await registry.get(name).set_consistency(mode)
+        return {"consistency": to_options(mode)}
+
     @router.get("/v1/sessions/{name}/workers/{worker}", tags=["workers"])
     async def worker_page(name: NamePath, worker: NamePath) -> WorkerDocument:
         """Say where a worker stands; epoch 0 is one that has not joined."""
         host = registry.get(name)
-        page = await host.worker(worker)
-        return WorkerDocument(
-            incarnation=host.incarnation, epoch=page.epoch, sequence=page.sequence, waiting=page.waiting
-        )
+        return worker_document(host, await host.worker(worker))
 
     @router.put("/v1/sessions/{name}/workers/{worker}/memory", tags=["workers"], status_code=204)
     async def share(name: NamePath, worker: NamePath, document: MemoryDocument, request: Request) -> Response:

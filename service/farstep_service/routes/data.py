@@ -3,6 +3,7 @@
     POST /v1/sessions/{name}/push                 gradients in; receipt and parameters out
     GET  /v1/sessions/{name}/contents[?fields=&segments=]   parameters (the default) or state fields out
          /v1/sessions/{name}/contents?wire_parameters=      parameters out, in 16 bits
+         /v1/sessions/{name}/contents?worker=&epoch=        parameters out, to a worker that says who it is
     PUT  /v1/sessions/{name}/contents             parameters and state in
     POST /v1/sessions/{name}/groups               a param group and its parameters in
 
@@ -23,7 +24,7 @@ import xxhash
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from farstep.consistency import Async
+from farstep.consistency import Async, to_options
 from farstep.errors import InvalidRequest
 from farstep.fields import shapes_to_header
 from farstep.growth import AppendHead
@@ -31,7 +32,7 @@ from farstep.header import VERSION
 from farstep.messages import Fill, PushHead, PutHead
 from farstep.narrow import check_half
 from farstep.wire import from_ranges
-from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake, View
+from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake, Reader, View
 from farstep_service.registry import Registry
 from farstep_service.routes.bodies import Pace, answer_message, read_body
 from farstep_service.rule import Rule
@@ -135,7 +136,7 @@ class Contents(Endpoint):
 
     async def _give(self, host: Host, reserve: Reserve, scope: Scope, send: Send) -> None:
         query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        if unknown := sorted(set(query) - {"fields", "segments", "wire_parameters"}):
+        if unknown := sorted(set(query) - {"fields", "segments", "wire_parameters", "worker", "epoch"}):
             raise InvalidRequest(f"Unknown query parameter {unknown[0]!r:.80}.", field="query")
         fields = ",".join(query.get("fields", ["param"])).split(",")
         if len(set(fields)) != len(fields):
@@ -148,8 +149,9 @@ class Contents(Endpoint):
             raise InvalidRequest(
                 "Only all parameters, and nothing else, are given in 16 bits.", field="wire_parameters"
             )
+        reader = _reader(query)
         reserve(await _size(host, fields, indices))
-        view = await (host.parameters(half=half) if whole else host.contents(fields, indices))
+        view = await (host.parameters(half=half, reader=reader) if whole else host.contents(fields, indices))
         await answer_view(send, {"v": VERSION, "incarnation": host.incarnation, "fields": list(view.fields)}, view)
 
 
@@ -239,6 +241,20 @@ def _indices(query: Sequence[str], count: int) -> list[int]:
     return from_ranges(ranges, count)
 
 
+def _reader(query: Mapping[str, Sequence[str]]) -> Reader | None:
+    """Return who pulls, None where the query does not say.
+
+    Raises:
+        InvalidRequest: it says half of it, or no epoch that there can be.
+    """
+    if "worker" not in query and "epoch" not in query:
+        return None
+    worker, epoch = ",".join(query.get("worker", [])), ",".join(query.get("epoch", []))
+    if not worker or not (epoch.isascii() and epoch.isdecimal() and len(epoch) < 16):
+        raise InvalidRequest("A pull names both 'worker' and 'epoch', a number, or neither.", field="epoch")
+    return Reader(worker, int(epoch))
+
+
 def _largest(host: Host) -> int:
     """Return the bytes the largest sensible body can have: parameters, every state field, indices and the framing."""
     plan = host.plan
@@ -247,7 +263,9 @@ def _largest(host: Host) -> int:
 
 
 def _header(host: Host, answer: Answer, times: dict[str, float]) -> dict[str, Any]:
+    switched = {"consistency": to_options(host.plan.consistency)} if host.switched else {}
     return {
+        **switched,
         "v": VERSION,
         "incarnation": host.incarnation,
         "receipt": answer.receipt.to_header(),

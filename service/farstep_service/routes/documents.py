@@ -104,6 +104,12 @@ class GroupsDocument(Whole):
     ]
 
 
+class ConsistencyDocument(Whole):
+    """The mode that a session shall go on in, with its options."""
+
+    consistency: dict[str, Any]
+
+
 def plan_of(document: PlanDocument) -> Plan:
     """Return the plan a document describes; see `Plan.build` for what it refuses."""
     return Plan.build(

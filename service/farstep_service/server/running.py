@@ -4,7 +4,8 @@ bind          port and path are taken and listened on: of two servers started at
 threads       chosen before torch is loaded, which reads them from the environment once
 load          torch and the application; a client that has connected meanwhile waits
 serve         `announce` is called when requests are answered
-leave         on SIGTERM or SIGINT: no new connections, GRACE_S for requests in flight, then every session is closed
+leave         on SIGTERM or SIGINT: no new connections, pushes that wait for others are answered, GRACE_S for other
+              requests in flight, then every session is closed
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -94,8 +95,9 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
             threads=torch.get_num_threads(),
             kernels=kernels_at_hand(settings.device),
         )
+        service = create_app(settings)
         config = uvicorn.Config(
-            create_app(settings),
+            service,
             http=Protocol,
             interface="asgi3",
             lifespan="on",
@@ -110,7 +112,7 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
             access_log=False,
             log_config=None,
         )
-        server = _Announcing(config, lambda: announce(listening))
+        server = _Announcing(config, lambda: announce(listening), service.interrupt)
         server.run(sockets=sockets)
 
 
@@ -140,15 +142,24 @@ class _Places(TypedDict):
 
 
 class _Announcing(uvicorn.Server):
-    """Says when requests are answered."""
+    """Says when requests are answered, and when they will not be for long."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, announce: Callable[[], None], interrupt: Callable[[], Awaitable[None]]
+    ) -> None:
         super().__init__(config)
         self._announce = announce
+        self._interrupt = interrupt
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        try:
+            await self._interrupt()
+        finally:
+            await super().shutdown(sockets=sockets)
 
 
 def _log_to_stderr(level: str) -> None:

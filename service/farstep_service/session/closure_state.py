@@ -99,7 +99,13 @@ class ClosureState(SessionState):
         if evaluation is not None and evaluation.continues and (self._waiting is None or base != self.version):
             raise _discarded()
 
-    def step(self, gradients: Gradients, changed: Mapping[int, Hyper], evaluation: Evaluation | None) -> Applied:
+    def step(
+        self,
+        gradients: Gradients,
+        changed: Mapping[int, Hyper],
+        evaluation: Evaluation | None,
+        lr_factor: float = 1.0,
+    ) -> Applied:
         self.check_evaluation(evaluation)
         assert evaluation is not None
         store, groups = self.store, self._with(changed)

@@ -19,7 +19,7 @@ from farstep_service.kernel import KernelSource
 from farstep_service.plan import Plan
 from farstep_service.policies import Average
 from farstep_service.rule import AnyRule
-from farstep_service.session.state import SessionState
+from farstep_service.session.state import SessionState, with_lr_times
 from farstep_service.store import Applied, Buffers, Gradients, Held, Store
 
 
@@ -136,12 +136,19 @@ class KernelState(SessionState):
                 limit=self.version,
             )
 
-    def step(self, gradients: Gradients, changed: Mapping[int, Hyper], evaluation: Evaluation | None) -> Applied:
+    def step(
+        self,
+        gradients: Gradients,
+        changed: Mapping[int, Hyper],
+        evaluation: Evaluation | None,
+        lr_factor: float = 1.0,
+    ) -> Applied:
         """Take one step with changed groups, which stay in force if it is taken; for errors see `Store.apply`."""
         before, self.groups = self.groups, self._with(changed)
         store, version = self.store, self.version
         try:
-            return store.apply(self.groups, gradients)
+            groups = self.groups if lr_factor == 1.0 else [with_lr_times(group, lr_factor) for group in self.groups]
+            return store.apply(groups, gradients)
         except BaseException:
             if not self.pending:
                 self.groups = before

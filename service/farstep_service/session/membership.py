@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import final
 
+from farstep.consistency import Consistency
 from farstep.errors import Fenced
 from farstep.growth import outgrown
 from farstep.messages import WriteName
-from farstep_service.aggregation import KnownGroups, Ledger, Members
+from farstep_service.aggregation import KnownGroups, Ledger, Rounds, places_of
 from farstep_service.layout import Layout
 
 
@@ -17,42 +18,51 @@ class Membership:
 
     Args:
         session: its name.
-        places: how many workers there is room for, None for any number.
+        rounds: who has joined, and what waits of them.
         ledger: where epochs begin.
 
     Attributes:
-        members: who has joined.
-        known: which groups each of them knows.
+        known: which groups each of the members knows.
     """
 
-    def __init__(self, session: str, places: int | None, ledger: Ledger) -> None:
-        self.members = Members(places)
+    def __init__(self, session: str, rounds: Rounds, ledger: Ledger) -> None:
         self.known = KnownGroups()
         self._session = session
+        self._rounds = rounds
         self._ledger = ledger
 
-    def join(self, worker: str) -> int:
+    def join(self, worker: str, now: float) -> int:
         """Open a new epoch of a worker that knows all groups, fencing its older one, and return it.
 
+        Whatever waited of it has been withdrawn.
+
         Raises:
-            SessionFull: the mode's places are taken by workers that are present.
+            SessionFull: the mode's places are taken by workers that are live.
         """
-        displaced = self.members.make_room(worker)
-        if displaced is not None:
-            self._fence(displaced)  # its place is another's now
-        epoch = self._fence(worker)
-        self.members.join(worker, epoch)
+        members = self._rounds.members
+        self._rounds.sweep(now)
+        for gone in {*members.make_room(worker), *members.forgotten(now)} - {worker}:
+            self.leave(gone)
+        epoch = self._ledger.join(worker)
+        self.known.joined(worker)
+        self._rounds.joined(worker, epoch, now)
         return epoch
 
     def leave(self, worker: str) -> None:
-        """Give a worker's place up."""
-        self.members.leave(worker)
-        self._fence(worker)
-
-    def _fence(self, worker: str) -> int:
-        """Begin an epoch in which the worker has written nothing, so that what it sends in an older one is refused."""
+        """Give a worker's place up; what it sends from now on is refused, until it joins again."""
         self.known.joined(worker)
-        return self._ledger.join(worker)
+        self._rounds.left(worker)
+        self._ledger.forget(worker)
+
+    def make_fit(self, mode: Consistency, now: float) -> None:
+        """Make sure that another mode has a place for every member; lapsed ones without a place leave.
+
+        Raises:
+            SessionFull: there are more live workers than it has places for; nothing has changed then.
+        """
+        self._rounds.sweep(now)
+        for gone in self._rounds.members.surplus(places_of(mode)):
+            self.leave(gone)
 
     def layout_at(self, name: WriteName, layout: Layout) -> Layout:
         """Return the part of the session's layout that a worker knew when it made a write."""

@@ -1,34 +1,41 @@
 """The pushes of one session that wait, and the steps that they become.
 
-    offer      a push comes in; aggregation says whether it completes a step, completes a skip, or waits
+    offer      a push comes in; what that decides is done at once
     withdraw   the push of a worker that is shut out is taken back
-    tick       a barrier whose deadline has passed is given up
+    tick       time has passed: leases and deadlines that are over decide
+    switch     another mode goes on with the pushes that wait
+    interrupt  every push that waits is taken back
     finish     a step whose kernel failed midway is completed, before anything else happens
 
-Whoever offers a push has checked it. Each of the four returns what it decided, for every push that it decided about.
+`aggregation.Rounds` decides; here are the tensors. Whoever offers a push has checked it. Each of the verbs returns what
+became of every push that was decided about.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, final
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any, assert_never, final
 
+from farstep.consistency import Consistency
 from farstep.errors import BarrierTimeout, FarstepError, InternalError
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, Receipt, WriteName
-from farstep_service.aggregation import Abort, Aggregation, Ledger, Members, Skip, Step, mismatch
+from farstep_service.aggregation import Abort, Decision, Pushed, Refuse, Rounds, Skip, Step
 from farstep_service.gradients import Contribution, Copied, mean_evaluation, reduce_
 from farstep_service.session.outcomes import Outcome, Outcomes, told
+from farstep_service.session.staleness import Bases, check_dense, compensate_, weigh_
 from farstep_service.session.state import SessionState
 from farstep_service.session.steps import Left, Steps, Taken
+from farstep_service.store import Held
 
 
 @dataclass(slots=True)
-class _Waiting:
+class _Push:
+    pushed: Pushed
     head: PushHead
-    fingerprint: str
     contribution: Contribution
     nonfinite: str
 
@@ -37,32 +44,29 @@ class _Waiting:
 class _Unfinished:
     """A step whose kernel failed midway: what has to be recorded when the store has finished it."""
 
-    pushes: list[_Waiting]
+    pushes: list[_Push]
     step: Step
+    weights: list[float]
 
 
 @final
 class Pushes:
-    """Hold the pushes that wait, at most one of a worker, and take the steps that they complete.
+    """Take the steps that pushes complete, and answer those that they do not.
 
     Args:
         state: what the steps change.
-        aggregation: decides when there is a step.
-        members: who takes part.
-        ledger: where receipts are kept.
+        mode: makes up for stale gradients.
+        rounds: decides.
     """
 
-    def __init__(self, state: SessionState, aggregation: Aggregation, members: Members, ledger: Ledger) -> None:
+    def __init__(self, state: SessionState, mode: Consistency, rounds: Rounds) -> None:
         self._state = state
         self._steps = Steps(state)
-        self._aggregation = aggregation
-        self._members = members
-        self._ledger = ledger
-        self._waiting: dict[str, _Waiting] = {}
+        self._mode = mode
+        self._rounds = rounds
+        self._waiting: dict[WriteName, _Push] = {}
         self._unfinished: _Unfinished | None = None
-
-    def __contains__(self, worker: str) -> bool:
-        return worker in self._waiting
+        self._bases = Bases()
 
     @property
     def nbytes(self) -> int:
@@ -71,19 +75,22 @@ class Pushes:
 
     @property
     def deadline(self) -> float | None:
-        """Return the time at which `tick` has something to decide."""
-        return self._aggregation.deadline
+        """Return the time at which `tick` may have something to do."""
+        return self._rounds.deadline if self._unfinished is None else None
 
-    def holds(self, name: WriteName, fingerprint: str) -> bool:
-        """Say whether a push waits already.
+    @property
+    def keeps_bases(self) -> bool:
+        """Say whether versions that workers have received are kept."""
+        return bool(self._mode.delay_compensation)
+
+    def check(self, contribution: Contribution, worker: str) -> None:
+        """Refuse gradients that the mode does not take.
 
         Raises:
-            IdempotencyMismatch: its worker has another one waiting.
+            TensorMismatch: see `check_dense`.
         """
-        earlier = self._waiting.get(name.worker)
-        if earlier is not None and earlier.fingerprint != fingerprint:
-            raise mismatch(name)
-        return earlier is not None
+        if self._mode.delay_compensation:
+            check_dense(contribution, worker)
 
     def offer(
         self, head: PushHead, contribution: Contribution, fingerprint: str, now: float, *, nonfinite: str = ""
@@ -93,27 +100,44 @@ class Pushes:
         Args:
             nonfinite: what in its gradients holds NaN or Inf, so that nobody takes the step; "" for nothing.
         """
-        self._waiting[head.name.worker] = _Waiting(head, fingerprint, contribution, nonfinite)
-        match self._aggregation.offer(head.name.worker, now, skip=head.skip or bool(nonfinite)):
-            case None:
-                return {}
-            case Skip() as skip:
-                return self._skip(skip)
-            case Step() as step:
-                return self._step(step)
+        pushed = Pushed(head.name, fingerprint, head.base, head.skip or bool(nonfinite))
+        push = _Push(pushed, head, contribution, nonfinite)
+        if self.keeps_bases and not pushed.skip and not self._knows_base(head):
+            return self._leave_out(Refuse(head.name.worker, "stale"), [push])
+        self._waiting[head.name] = push
+        self._rounds.offer(pushed, now)
+        return self.tick(now)
 
-    def withdraw(self, worker: str, error: FarstepError) -> Outcomes:
+    def withdraw(self, worker: str, error: FarstepError, now: float) -> Outcomes:
         """Take the push of a worker that waits back, if there is one, and tell it why."""
-        waiting = self._waiting.pop(worker, None)
-        if waiting is None:
+        pushed = self._rounds.withdraw(worker, now)
+        if pushed is None:
             return {}
-        self._aggregation.withdraw(worker)
-        return {waiting.head.name: Outcome(error)}
+        del self._waiting[pushed.name]
+        return {pushed.name: Outcome(error)}
+
+    def interrupt(self, error: FarstepError, now: float) -> Outcomes:
+        """Take every push that waits back, and tell their workers why."""
+        outcomes: Outcomes = {}
+        for name in [*self._waiting]:
+            outcomes |= self.withdraw(name.worker, error, now)
+        return outcomes
 
     def tick(self, now: float) -> Outcomes:
-        """Give a barrier whose deadline has passed up."""
-        abort = self._aggregation.tick(now)
-        return self._abort(abort) if abort else {}
+        """Do what there is to decide; nothing while a step is unfinished."""
+        outcomes: Outcomes = {}
+        while self._unfinished is None and (decided := self._rounds.decide(self._state.version, now)) is not None:
+            decision, pushed = decided
+            outcomes |= self._act(decision, [self._waiting.pop(each.name) for each in pushed])
+        return outcomes
+
+    def switch(self, mode: Consistency, now: float) -> Outcomes:
+        """Go on in another mode with the pushes that wait."""
+        self._rounds.switch(mode, now)
+        self._mode = mode
+        if not self.keeps_bases:
+            self._bases.keep_only(frozenset())
+        return self.tick(now)
 
     def finish(self) -> Outcomes:
         """Finish an interrupted step, if there is one, before anything else happens."""
@@ -123,59 +147,96 @@ class Pushes:
         unfinished, self._unfinished = self._unfinished, None
         if taken is None:
             raise InternalError("An interrupted step is recorded, but the store has none.")
-        return self._commit(unfinished.pushes, unfinished.step, taken, 0.0)
+        return self._taken(unfinished.step, unfinished.pushes, taken, unfinished.weights, 0.0)
 
-    def _step(self, step: Step) -> Outcomes:
-        pushes = [self._waiting.pop(worker) for worker in step.workers]
+    # -- what a worker has ------------------------------------------------------------------------------------------
+
+    def received(self, worker: str) -> None:
+        """Note that a worker receives the present version."""
+        if self.keeps_bases and self._state.initialised and worker not in self._rounds:
+            self._bases.keep(worker, self._state.hold())
+
+    def left(self, worker: str) -> None:
+        """Note that a worker has left."""
+        self._bases.forget(worker)
+
+    def _knows_base(self, head: PushHead) -> bool:
+        """Say whether the parameters are known that a push was computed on; keep them as long as it waits."""
+        worker = head.name.worker
+        members = self._rounds.members
+        self._bases.keep_only(frozenset(each for each in members.names() if members.is_live(each)))
+        if self._bases.of(worker, head.base) is None and head.base == self._state.version:
+            self._bases.keep(worker, self._state.hold())
+        return self._bases.of(worker, head.base) is not None
+
+    # -- decisions --------------------------------------------------------------------------------------------------
+
+    def _act(self, decision: Decision, pushes: list[_Push]) -> Outcomes:
+        match decision:
+            case Step():
+                return self._step(decision, pushes)
+            case Skip() | Refuse():
+                return self._leave_out(decision, pushes)
+            case Abort():
+                return _aborted(decision, pushes)
+            case _:
+                assert_never(decision)
+
+    def _step(self, step: Step, pushes: list[_Push]) -> Outcomes:
         began = time.perf_counter()
+        weights = [self._mode.factor(self._state.version - push.head.base) for push in pushes]
         try:
             changed = self._changed(pushes)
+            made_up = self._make_up(pushes, weights)
             contributions = [push.contribution for push in pushes]
             gradients = reduce_(contributions, step.divisor, self._state.device, narrow=self._steps.narrow)
             began = time.perf_counter()
             evaluation = mean_evaluation([push.head.evaluation for push in pushes], step.divisor)
-            taken = self._steps.take(gradients, step.workers, changed, evaluation, checked=len(pushes) == 1)
+            lr_factor = weights[0] if self._alone(pushes) else 1.0
+            checked = len(pushes) == 1 and not made_up
+            taken = self._steps.take(gradients, step.workers, changed, evaluation, lr_factor, checked=checked)
         except Exception as exc:
             if self._state.pending:
-                self._unfinished = _Unfinished(pushes, step)
+                self._unfinished = _Unfinished(pushes, step, weights)
             error = told(exc, "The step")
             return {push.head.name: Outcome(error) for push in pushes}
         if isinstance(taken, Left):
-            return self._leave(pushes, step.divisor, taken, step.workers)
-        return self._commit(pushes, step, taken, time.perf_counter() - began)
+            left = step.told(self._state.version)
+            return self._commit(step, pushes, replace(left, applied=False, reason=taken.reason, detail=taken.detail))
+        return self._taken(step, pushes, taken, weights, time.perf_counter() - began)
 
-    def _skip(self, skip: Skip) -> Outcomes:
-        """Commit the pushes of a step that is not taken; options they changed hold all the same."""
-        pushes = [self._waiting.pop(worker) for worker in skip.workers]
+    def _alone(self, pushes: Sequence[_Push]) -> bool:
+        """Say whether one push is a step, whose learning rate can make up for its staleness."""
+        return len(pushes) == 1 and self._state.plan.policy.accumulate == 1
+
+    def _make_up(self, pushes: Sequence[_Push], weights: Sequence[float]) -> bool:
+        """Change gradients as the mode makes up for their staleness; return whether any was changed."""
+        if not self._alone(pushes):
+            for push, weight in zip(pushes, weights, strict=True):
+                weigh_(push.contribution, weight)
+        stale = [push for push in pushes if push.head.base != self._state.version]
+        if not self.keeps_bases or not stale:
+            return False  # finite numbers that are weighed stay so
+        with ExitStack() as stack:
+            now: Held = stack.enter_context(self._state.hold())
+            for push in stale:
+                base = self._bases.of(push.head.name.worker, push.head.base)
+                if base is not None:
+                    compensate_(push.contribution, now.buffers, base.buffers, self._mode.delay_compensation)
+        return True
+
+    def _leave_out(self, decision: Skip | Refuse, pushes: list[_Push]) -> Outcomes:
+        """Commit pushes that are not applied; options they changed hold, since their workers are told they arrived."""
         try:
             self._state.set_groups(self._changed(pushes))
         except FarstepError as error:
             return {push.head.name: Outcome(error) for push in pushes}
-        nonfinite = next((push.nonfinite for push in pushes if push.nonfinite), "")
-        return self._leave(pushes, skip.divisor, Left("nonfinite" if nonfinite else "skipped", nonfinite))
+        left = decision.told(self._state.version)
+        if nonfinite := next((push.nonfinite for push in pushes if push.nonfinite), ""):
+            left = replace(left, reason="nonfinite", detail=nonfinite)
+        return self._commit(decision, pushes, left)
 
-    def _leave(
-        self, pushes: Sequence[_Waiting], divisor: int, left: Left, contributors: tuple[str, ...] = ()
-    ) -> Outcomes:
-        """Commit pushes that left everything as it is."""
-        outcomes: Outcomes = {}
-        for push in pushes:
-            version, base = self._state.version, push.head.base
-            receipt = Receipt(
-                version,
-                base,
-                staleness=version - base,
-                applied=False,
-                contributors=contributors,
-                divisor=divisor,
-                reason=left.reason,
-                detail=left.detail,
-            )
-            self._ledger.commit(push.head.name, push.fingerprint, receipt)
-            outcomes[push.head.name] = Outcome(receipt)
-        return outcomes
-
-    def _changed(self, pushes: Sequence[_Waiting]) -> dict[int, Hyper]:
+    def _changed(self, pushes: Sequence[_Push]) -> dict[int, Hyper]:
         """Return the groups that the options of several pushes lead to; of two values the later worker's counts.
 
         Raises:
@@ -187,35 +248,41 @@ class Pushes:
                 merged.setdefault(index, {}).update(options)
         return self._state.changed(merged)
 
-    def _commit(self, pushes: list[_Waiting], step: Step, taken: Taken, kernel_s: float) -> Outcomes:
-        outcomes: Outcomes = {}
+    def _taken(
+        self, step: Step, pushes: Sequence[_Push], taken: Taken, weights: Sequence[float], kernel_s: float
+    ) -> Outcomes:
         applied = taken.applied
-        for push in pushes:
-            if applied.copied:
+        if applied.copied:
+            for push in pushes:
                 push.contribution.copied = Copied(applied.version, applied.copied)
-            receipt = Receipt(
-                applied.version,
-                push.head.base,
-                staleness=applied.version - 1 - push.head.base,
-                contributors=taken.workers,
-                divisor=step.divisor,
-                kernel=applied.kernel,
-                again=applied.again,
-                grad_norm=taken.grad_norm,
-            )
-            self._ledger.commit(push.head.name, push.fingerprint, receipt)
-            outcomes[push.head.name] = Outcome(receipt, kernel_s=kernel_s)
-        return outcomes
+        receipt = replace(
+            step.told(applied.version),
+            contributors=taken.workers,
+            kernel=applied.kernel,
+            again=applied.again,
+            grad_norm=taken.grad_norm,
+        )
+        return self._commit(step, pushes, receipt, weights, kernel_s)
 
-    def _abort(self, abort: Abort) -> Outcomes:
-        missing = self._members.missed(abort.waiting)
-        who = f"missing: {', '.join(missing)}" if missing else f"only {abort.arrived} workers have joined"
-        outcomes: Outcomes = {}
-        for worker in abort.waiting:
-            error = BarrierTimeout(
-                f"The deadline passed with {abort.arrived} of {abort.wanted} workers ({who}); nothing was applied.",
-                remedy="Push again when the others are there; another worker may take a missing one's place.",
-                missing=missing,
-            )
-            outcomes[self._waiting.pop(worker).head.name] = Outcome(error)
-        return outcomes
+    def _commit(
+        self,
+        decision: Step | Skip | Refuse,
+        pushes: Sequence[_Push],
+        receipt: Receipt,
+        weights: Sequence[float] = (),
+        kernel_s: float = 0.0,
+    ) -> Outcomes:
+        receipts = self._rounds.commit(decision, [push.pushed for push in pushes], receipt, weights)
+        return {name: Outcome(receipt, kernel_s=kernel_s) for name, receipt in receipts.items()}
+
+
+def _aborted(abort: Abort, pushes: list[_Push]) -> Outcomes:
+    """Return the same answer for all whose pushes were given up."""
+    arrived, missing = len(abort.workers), [*abort.missing]
+    who = f"missing: {', '.join(missing)}" if missing else f"only {arrived} workers have joined"
+    error = BarrierTimeout(
+        f"The deadline passed with {arrived} of {abort.wanted} workers ({who}); nothing was applied.",
+        remedy="Push again when the others are there; another worker may take a missing one's place.",
+        missing=missing,
+    )
+    return {push.head.name: Outcome(error) for push in pushes}

@@ -12,15 +12,18 @@ time comes in with the call. Writes that are refused leave no trace, and their s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import final
 
 import torch
 
-from farstep.errors import Fenced, SessionLost
+from farstep.consistency import Consistency
+from farstep.errors import Fenced, SessionLost, StepInterrupted, Unavailable
 from farstep.growth import AppendHead
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, Receipt, WriteName
-from farstep_service.aggregation import Ledger, aggregation_for, mismatch
+from farstep_service.aggregation import Ledger, Rounds, mismatch
 from farstep_service.contents import PARAM, Contents
 from farstep_service.durability import Snapshot
 from farstep_service.gradients import Contribution, check_finite, nonfinite_in
@@ -51,11 +54,11 @@ class Session:
         self.plan = plan
         self.incarnation = incarnation
         self._state = state_of(plan, kernels=kernels, device=torch.device(device))
-        aggregation = aggregation_for(plan.consistency)
         self._ledger = Ledger()
-        self._membership = Membership(plan.name, aggregation.places(), self._ledger)
-        self._members = self._membership.members
-        self._pushes = Pushes(self._state, aggregation, self._members, self._ledger)
+        self._rounds = Rounds(plan.consistency, self._ledger)
+        self._members = self._rounds.members
+        self._membership = Membership(plan.name, self._rounds, self._ledger)
+        self._pushes = Pushes(self._state, plan.consistency, self._rounds)
 
     # -- what is there ----------------------------------------------------------------------------------------------
 
@@ -81,19 +84,19 @@ class Session:
 
     @property
     def crowded(self) -> bool:
-        """Say whether the next step would need more than twice the memory of the parameters."""
-        return self._state.crowded
+        """Say whether readers make the next step need more than twice the memory of the parameters."""
+        return not self._pushes.keeps_bases and self._state.crowded
 
     @property
     def deadline(self) -> float | None:
-        """Return the time at which `tick` has something to decide."""
+        """Return the time at which `tick` may have something to decide."""
         return self._pushes.deadline
 
     def position(self, worker: str) -> tuple[int, int, bool]:
         """Return a worker's epoch (0: none), its last committed sequence, and whether a push of it waits."""
         self._pushes.finish()
         epoch = self._members.epoch(worker)
-        return epoch, self._ledger.last(worker) if epoch else 0, worker in self._pushes
+        return epoch, self._ledger.last(worker) if epoch else 0, worker in self._rounds
 
     def nbytes(self) -> dict[str, int]:
         """Return the memory the session takes, in bytes by kind."""
@@ -101,27 +104,64 @@ class Session:
 
     # -- membership -------------------------------------------------------------------------------------------------
 
-    def join(self, worker: str) -> tuple[int, Outcomes]:
+    def is_live(self, worker: str, now: float) -> bool:
+        """Say whether a worker was heard of within its lease, or a push of it waits."""
+        return self._members.is_live_at(worker, now)
+
+    def join(self, worker: str, now: float) -> tuple[int, Outcomes]:
         """Open a new epoch of a worker that knows all groups, fencing its older one; return it, and what that decided.
 
         Raises:
-            SessionFull: the mode's places are taken by workers that are present.
+            SessionFull: the mode's places are taken by workers that are live.
         """
-        self._pushes.finish()
-        epoch = self._membership.join(worker)
-        return epoch, self._withdraw(worker, "joined again")
+        outcomes = self._pushes.finish() | self._withdraw(worker, "joined again", now)
+        epoch = self._membership.join(worker, now)
+        self._pushes.left(worker)
+        return epoch, outcomes | self._pushes.tick(now)
 
-    def leave(self, worker: str, epoch: int) -> Outcomes:
+    def leave(self, worker: str, epoch: int, now: float) -> Outcomes:
         """Give a worker's place up; an epoch that is not current has nothing to give up."""
-        self._pushes.finish()
+        outcomes = self._pushes.finish()
         if self._members.epoch(worker) != epoch:
-            return {}
+            return outcomes
+        outcomes |= self._withdraw(worker, "left", now)
         self._membership.leave(worker)
-        return self._withdraw(worker, "left")
+        self._pushes.left(worker)
+        return outcomes | self._pushes.tick(now)
 
-    def _withdraw(self, worker: str, why: str) -> Outcomes:
+    def received(self, worker: str, epoch: int, now: float) -> None:
+        """Note that a worker is being sent the present version, if that is its epoch."""
+        if epoch and self._members.epoch(worker) == epoch:
+            self._rounds.heard(worker, now)
+            self._pushes.received(worker)
+
+    def _withdraw(self, worker: str, why: str, now: float) -> Outcomes:
         error = Fenced(f"Worker {worker!r} {why} while this push waited; it was not applied.", field="epoch")
-        return self._pushes.withdraw(worker, error)
+        return self._pushes.withdraw(worker, error, now)
+
+    def set_consistency(self, mode: Consistency, now: float) -> Outcomes:
+        """Go on in another mode, which is offered the pushes that wait in the order of their workers' names.
+
+        Raises:
+            SessionFull: there are more live workers than the mode has places for.
+            InvalidOption: the optimizer does not go with the mode. Nothing has changed then, whatever the error.
+        """
+        outcomes = self._pushes.finish()
+        plan = replace(self.plan, consistency=mode)
+        plan.check_consistency()
+        if mode == self.plan.consistency:
+            return outcomes
+        self._membership.make_fit(mode, now)
+        self.plan = plan
+        return outcomes | self._pushes.switch(mode, now)
+
+    def interrupt(self, now: float) -> Outcomes:
+        """Take back every push that waits, because the server is about to end."""
+        error = Unavailable(
+            f"The server of session {self.plan.name!r} is shutting down; this push, which waited, was not applied.",
+            remedy="Push again when the server is back.",
+        )
+        return self._pushes.interrupt(error, now)
 
     def layout_at(self, name: WriteName) -> Layout:
         """Return the layout that a worker knew when it made a write: the session's, or what it was before it grew."""
@@ -173,10 +213,11 @@ class Session:
         """
         outcomes = self._pushes.finish()
         self.check(head.name, head.incarnation)
+        self._rounds.heard(head.name.worker, now)
         receipt = self._ledger.judge(head.name, fingerprint)
         if receipt is not None:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
-        if self._pushes.holds(head.name, fingerprint):
+        if self._rounds.holds(head.name, fingerprint):
             return outcomes
         self._state.check_initialised()
         self._state.check_base(head.base, head.evaluation)
@@ -188,25 +229,28 @@ class Session:
         elif self.plan.nonfinite == "skip":
             nonfinite = nonfinite_in(contribution, head.name.worker)[1]
             nonfinite = nonfinite and f"{nonfinite}."
-        self._members.seen(head.name.worker)
+        self._pushes.check(contribution, head.name.worker)
         return outcomes | self._pushes.offer(head, contribution, fingerprint, now, nonfinite=nonfinite)
 
     def tick(self, now: float) -> Outcomes:
-        """Let time decide: a barrier whose deadline has passed is given up, with one answer for all who wait."""
-        return self._pushes.tick(now)
+        """Let time decide: leases run out, and whoever waits longer than its mode's deadline is answered."""
+        outcomes: Outcomes = {}
+        with suppress(StepInterrupted):  # it stays unfinished until somebody asks again
+            outcomes = self._pushes.finish()
+        return outcomes | self._pushes.tick(now)
 
     def intake(self, head: PutHead) -> Contents:
         """Return memory for new contents; see `SessionState.intake` for what it refuses."""
         return self._state.intake(head, self.layout_at(head.name))
 
-    def put(self, head: PutHead, contents: Contents, fingerprint: str) -> Outcomes:
+    def put(self, head: PutHead, contents: Contents, fingerprint: str, now: float) -> Outcomes:
         """Replace contents of the session in one step; their memory belongs to the session from now on."""
         outcomes = self._pushes.finish()
         self.check(head.name, head.incarnation)
         receipt = self._ledger.judge(head.name, fingerprint)
         if receipt is not None:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
-        if head.name.worker in self._pushes:
+        if head.name.worker in self._rounds:
             raise mismatch(head.name)
         base = self.version
         if not head.initial:
@@ -218,6 +262,7 @@ class Session:
             self._state.begin(contents, head.version)
             receipt = Receipt(head.version, head.version)
         self._ledger.commit(head.name, fingerprint, receipt)
+        self.received(head.name.worker, head.name.epoch, now)
         return outcomes | {head.name: Outcome(receipt)}
 
     # -- growing ----------------------------------------------------------------------------------------------------
@@ -238,7 +283,7 @@ class Session:
         """Say whether a group is new, so that it needs room: neither seen before nor there already."""
         return self._is_new(head.name, head.incarnation) and head.group == len(self.plan.groups)
 
-    def append(self, head: AppendHead, arrived: Contents, fingerprint: str) -> Outcomes:
+    def append(self, head: AppendHead, arrived: Contents, fingerprint: str, now: float) -> Outcomes:
         """Grow by a param group as one new version, or note that a worker knows a group that is there.
 
         Every other worker is shut out until it adds the same group, and its push that waits is taken back.
@@ -254,7 +299,7 @@ class Session:
         if receipt is not None:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
         worker, base = head.name.worker, self.version
-        if worker in self._pushes:
+        if worker in self._rounds:
             raise mismatch(head.name)
         plan = self._plan_with(head)
         if plan is self.plan:
@@ -269,9 +314,10 @@ class Session:
             self._membership.known.added(head.group, head.name, self.workers)
             for other in self.workers:
                 if error := self._membership.outgrown(other):
-                    outcomes |= self._pushes.withdraw(other, error)
+                    outcomes |= self._pushes.withdraw(other, error, now)
             receipt = Receipt(self.version, base)
         self._ledger.commit(head.name, fingerprint, receipt)
+        self.received(worker, head.name.epoch, now)
         return outcomes | {head.name: Outcome(receipt)}
 
     def _plan_with(self, head: AppendHead) -> Plan:

@@ -163,8 +163,20 @@ class SessionState(ABC):
         """
 
     @abstractmethod
-    def step(self, gradients: Gradients, changed: Mapping[int, Hyper], evaluation: Evaluation | None) -> Applied:
+    def step(
+        self,
+        gradients: Gradients,
+        changed: Mapping[int, Hyper],
+        evaluation: Evaluation | None,
+        lr_factor: float = 1.0,
+    ) -> Applied:
         """Take one step with changed groups, which stay in force if it is taken.
+
+        Args:
+            gradients: what to step along.
+            changed: groups that have other options from now on.
+            evaluation: what the closure returned.
+            lr_factor: what each group's learning rate is multiplied by for this step alone.
 
         Raises:
             FarstepError: the step is refused; nothing has changed.
@@ -220,3 +232,11 @@ class SessionState(ABC):
     @abstractmethod
     def nbytes(self) -> dict[str, int]:
         """Return the memory taken, in bytes by kind."""
+
+
+def with_lr_times(group: Hyper, factor: float) -> Hyper:
+    """Return the options of a group with its learning rate multiplied."""
+    options = group.to_options()
+    lr = options["lr"]
+    assert isinstance(lr, (int, float))
+    return type(group).from_options({**options, "lr": lr * factor}, edited=True)

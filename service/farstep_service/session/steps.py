@@ -97,6 +97,7 @@ class Steps:
         workers: Sequence[str],
         changed: Mapping[int, Hyper],
         evaluation: Evaluation | None = None,
+        lr_factor: float = 1.0,
         *,
         checked: bool,
     ) -> Taken | Left:
@@ -128,7 +129,7 @@ class Steps:
             gradients, norm = clipped
         before = state.version
         try:
-            applied = state.step(gradients, changed, evaluation)
+            applied = state.step(gradients, changed, evaluation, lr_factor)
         finally:
             if state.pending:
                 self._unfinished = _Round(made_by, norm)

@@ -1,0 +1,230 @@
+"""Workers come, die and return, a network loses, repeats and reorders, modes change: all of it against `reference.py`.
+
+Nothing here has a tensor, a clock or a socket. `FARSTEP_EXAMPLES` says how many examples are tried (`make model`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from farstep.consistency import Async, Bounded, Consistency, Sync
+from farstep.errors import FarstepError
+from farstep.messages import Receipt, WriteName
+from farstep_service.aggregation import Abort, Ledger, Pushed, Rounds
+from farstep_service.session.membership import Membership
+from tests.aggregation.reference import GivenUp, Outcomes, Push, Reference, Told
+
+NAMES = ("w0", "w1", "w2", "w3")
+MODES: Sequence[Consistency] = (
+    Async(lease_s=8.0),
+    Sync(workers=2, deadline_s=4.0, lease_s=8.0),
+    Sync(workers=4, deadline_s=4.0, lease_s=2.0),
+    Sync(workers=4, quorum=2, deadline_s=4.0, lease_s=8.0),
+    Sync(workers=3, quorum=2, deadline_s=16.0, lease_s=8.0, late="fold"),
+    Sync(workers="live", deadline_s=4.0, lease_s=8.0),
+    Sync(workers="live", deadline_s=16.0, lease_s=8.0, late="fold"),
+    Bounded(staleness=0, deadline_s=16.0, lease_s=8.0),
+    Bounded(staleness=0, deadline_s=4.0, lease_s=16.0),
+    Bounded(staleness=1, deadline_s=4.0, lease_s=8.0),
+)
+
+
+class Subject:
+    """The machines of the service, put together as a session does, with a count in the place of tensors."""
+
+    def __init__(self, mode: Consistency) -> None:
+        self.mode, self.version = mode, 0
+        self.ledger = Ledger()
+        self.rounds = Rounds(mode, self.ledger)
+        self.membership = Membership("s", self.rounds, self.ledger)
+        self.applied: list[WriteName] = []
+
+    def join(self, name: str, now: float) -> Outcomes:
+        withdrawn = self.withdraw(name, now)
+        self.membership.join(name, now)
+        return withdrawn | self.tick(now)
+
+    def leave(self, name: str, now: float) -> Outcomes:
+        withdrawn = self.withdraw(name, now)
+        self.membership.leave(name)
+        return withdrawn | self.tick(now)
+
+    def withdraw(self, name: str, now: float) -> Outcomes:
+        pushed = self.rounds.withdraw(name, now)
+        return {} if pushed is None else {push_of(pushed): "fenced"}
+
+    def switch(self, mode: Consistency, now: float) -> Outcomes:
+        if mode == self.mode:
+            return {}
+        self.membership.make_fit(mode, now)
+        self.mode = mode
+        self.rounds.switch(mode, now)
+        return self.tick(now)
+
+    def push(self, push: Push, now: float) -> Outcomes | str:
+        name = WriteName(push.worker, push.epoch, push.sequence)
+        self.ledger.judge(name, None)
+        self.rounds.heard(push.worker, now)
+        if self.ledger.judge(name, str(push.content)) is not None:
+            return "duplicate"
+        if self.rounds.holds(name, str(push.content)):
+            return "joins"
+        self.rounds.offer(Pushed(name, str(push.content), push.base, push.skip), now)
+        return self.tick(now)
+
+    def tick(self, now: float) -> Outcomes:
+        outcomes: Outcomes = {}
+        while (decided := self.rounds.decide(self.version, now)) is not None:
+            decision, pushes = decided
+            if isinstance(decision, Abort):
+                outcomes |= {push_of(push): GivenUp(decision.missing) for push in pushes}
+                continue
+            applied = type(decision).__name__ == "Step"
+            self.version += applied
+            self.applied += [push.name for push in pushes if applied]
+            receipts = self.rounds.commit(decision, pushes, decision.told(self.version))
+            outcomes |= {push_of(push): told(receipts[push.name]) for push in pushes}
+        return outcomes
+
+
+def push_of(pushed: Pushed) -> Push:
+    name = pushed.name
+    return Push(name.worker, name.epoch, name.sequence, int(pushed.fingerprint), pushed.base, pushed.skip)
+
+
+def told(receipt: Receipt) -> Told:
+    return Told(
+        receipt.version,
+        receipt.staleness,
+        receipt.applied,
+        receipt.contributors,
+        receipt.divisor,
+        receipt.reason,
+    )
+
+
+def answer_of(call: Callable[[], Outcomes | str]) -> Outcomes | str:
+    """Return what a call returns, or the code of its error."""
+    try:
+        return call()
+    except FarstepError as error:
+        return error.code
+
+
+WHICH = st.integers(0, len(NAMES) - 1)
+Made = tuple[int, int, int, int, int, bool]
+MADE: Sequence[Made] = [
+    (which, ahead, older, content, behind, skip)
+    for which, (ahead, older), content, behind, skip in product(
+        range(len(NAMES)),
+        [*[(0, 0)] * 8, (-1, 0), (1, 0), (0, 1)],
+        [0, 0, 1],
+        [0, 0, 0, 1, 2, 9],
+        [False] * 4 + [True],
+    )
+]
+"""How a push is made: by whom, how far from the next sequence, of which epoch, content, how old, and if it skips."""
+
+
+class Network(RuleBasedStateMachine):
+    """After each event both sides have told the same workers the same things."""
+
+    @initialize(mode=st.sampled_from(MODES), joining=st.integers(1, 4))
+    def begin(self, mode: Consistency, joining: int) -> None:
+        self.subject, self.reference, self.now = Subject(mode), Reference(mode), 0.0
+        self.sent: list[Push] = []
+        for which in range(joining):
+            self.join(which)
+
+    @rule(which=WHICH)
+    def join(self, which: int) -> None:
+        """A worker joins: a new one, or one that died and returns with a new epoch."""
+        expected = self.reference.join(NAMES[which])
+        assert answer_of(lambda: self.subject.join(NAMES[which], self.now)) == expected
+
+    @rule(which=WHICH)
+    def leave(self, which: int) -> None:
+        if NAMES[which] in self.reference.workers:
+            assert self.subject.leave(NAMES[which], self.now) == self.reference.leave(NAMES[which])
+
+    @rule(made=st.sampled_from(MADE))
+    def send(self, made: Made) -> None:
+        """A worker makes a push, most often the next one, and it arrives at once, or first of all."""
+        which, ahead, older, content, behind, skip = made
+        worker = self.reference.workers.get(NAMES[which])
+        epoch, last = (worker.epoch, len(worker.done)) if worker else (1, 0)
+        base = max(0, self.reference.version - behind)
+        push = Push(NAMES[which], max(1, epoch - older), max(1, last + 1 + ahead), content, base, skip)
+        self.sent.append(push)
+        self.deliver(push)
+
+    @rule(which=WHICH, content=st.sampled_from([0, 1]))
+    def lose(self, which: int, content: int) -> None:
+        """A worker makes a push that is on its way for long, or lost."""
+        worker = self.reference.workers.get(NAMES[which])
+        if worker:
+            base = self.reference.version
+            self.sent.append(Push(NAMES[which], worker.epoch, len(worker.done) + 1, content, base, False))
+
+    @rule(number=st.integers(0, 30))
+    def arrive(self, number: int) -> None:
+        """What was sent some time ago arrives, for the first time or once more."""
+        if number < len(self.sent):
+            self.deliver(self.sent[-1 - number])
+
+    def deliver(self, push: Push) -> None:
+        expected = self.reference.push(push)
+        assert answer_of(lambda: self.subject.push(push, self.now)) == expected
+
+    @rule(mode=st.sampled_from(MODES))
+    def switch(self, mode: Consistency) -> None:
+        expected = self.reference.switch(mode)
+        assert answer_of(lambda: self.subject.switch(mode, self.now)) == expected
+
+    @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 9.0, 20.0, 5000.0]))
+    def time_passes(self, seconds: float) -> None:
+        """The alarm rings when the machines asked for it, and never too late."""
+        target = self.now + seconds
+        while (alarm := self.subject.rounds.deadline) is not None and alarm <= target:
+            self.at(max(alarm, self.now))
+        expected = self.at(target)
+        assert expected == {}
+
+    def at(self, now: float) -> Outcomes:
+        expected = self.reference.pass_time(now - self.reference.now)
+        self.now = now
+        assert self.subject.tick(now) == expected
+        return expected
+
+    @invariant()
+    def both_stand_at_the_same_place(self) -> None:
+        reference, subject = self.reference, self.subject
+        assert subject.version == reference.version
+        assert subject.rounds.members.names() == sorted(reference.workers)
+        assert len(subject.ledger) == len(reference.workers)
+        for name, worker in reference.workers.items():
+            assert subject.ledger.epoch(name) == worker.epoch
+            assert subject.ledger.last(name) == len(worker.done)
+            assert subject.rounds.members.is_live(name) == reference.live(worker)
+            assert (name in subject.rounds) == (worker.waiting is not None)
+
+    @invariant()
+    def nothing_is_applied_twice(self) -> None:
+        assert len(set(self.subject.applied)) == len(self.subject.applied)
+
+
+EXAMPLES = int(os.environ.get("FARSTEP_EXAMPLES", "2000"))
+TestNetwork = pytest.mark.timeout(1800)(Network.TestCase)
+TestNetwork.settings = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)

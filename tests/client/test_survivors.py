@@ -1,0 +1,185 @@
+"""Workers that are killed or stopped in the middle of training, and the others, who go on.
+
+Server and workers are processes. Nothing sleeps: workers say what became of each step, and the tests wait for that.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+from farstep.consistency import Bounded, Consistency, Sync, longest_wait_s, to_options
+from tests.service.servers import RunningServer, running_server
+
+SAYS_WITHIN_S = 60.0
+SLACK_S = 1.0
+"""How long after the deadline everybody knows, by promise."""
+
+
+class Process:
+    """A worker process; see `training_process`."""
+
+    def __init__(self, server: str, session: str, name: str, mode: Consistency) -> None:
+        self.name = name
+        self.process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "tests.client.training_process",
+                server,
+                session,
+                name,
+                json.dumps(to_options(mode)),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        self._read = b""
+
+    def line(self, within_s: float = SAYS_WITHIN_S) -> dict[str, Any]:
+        """Return the next thing it says."""
+        assert self.process.stdout is not None
+        output, until = self.process.stdout.fileno(), time.monotonic() + within_s
+        while b"\n" not in self._read:
+            ready, _, _ = select.select([output], [], [], max(0.0, until - time.monotonic()))
+            chunk = os.read(output, 65536) if ready else b""
+            assert chunk, f"{self.name} ended, or said nothing for {within_s:g} s"
+            self._read += chunk
+        first, _, self._read = self._read.partition(b"\n")
+        said = json.loads(first)
+        assert isinstance(said, dict)
+        return said
+
+    def until(self, wanted: Callable[[dict[str, Any]], bool], within_s: float = SAYS_WITHIN_S) -> dict[str, Any]:
+        """Return the first thing it says that is wanted; each must come within that time of the one before."""
+        while not wanted(said := self.line(within_s)):
+            pass
+        return said
+
+    def last_version(self) -> int:
+        """Return the version of the last step that a killed worker has said anything of."""
+        assert self.process.stdout is not None
+        self._read += self.process.stdout.read()
+        *whole, _ = self._read.split(b"\n")
+        return max(json.loads(line).get("version", 0) for line in whole) if whole else 0
+
+    def send(self, number: int) -> None:
+        """Send it a signal."""
+        self.process.send_signal(number)
+
+    def end(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.wait(30)
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            stream.close()
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    """Run a server of our own: its sessions are full of dead workers."""
+    with running_server() as running:
+        yield running
+
+
+@contextmanager
+def training(server: RunningServer, session: str, mode: Consistency, names: Sequence[str]) -> Iterator[list[Process]]:
+    """Run worker processes that have all joined and begun to step."""
+    with ExitStack() as stack:
+        processes = []
+        for name in names:
+            process = Process(server.url, session, name, mode)
+            stack.callback(process.end)
+            processes.append(process)
+        for process in processes:
+            process.until(lambda said: "version" in said)
+        yield processes
+
+
+def without(name: str) -> Callable[[dict[str, Any]], bool]:
+    """Return what says that a step was taken without a worker."""
+    return lambda said: "version" in said and said["reason"] == "" and name not in said["contributors"]
+
+
+def with_(name: str) -> Callable[[dict[str, Any]], bool]:
+    """Return what says that a step was taken with a worker."""
+    return lambda said: name in said.get("contributors", ())
+
+
+LIVE = Sync(workers="live", deadline_s=30.0, lease_s=1.0)
+AT_DEADLINE = Sync(workers="live", deadline_s=1.0, lease_s=60.0)
+QUORUM = Sync(workers=3, quorum=2, deadline_s=30.0, lease_s=60.0)
+BOUNDED = Bounded(staleness=1, deadline_s=30.0, lease_s=1.0)
+
+
+@pytest.mark.parametrize(
+    ("mode", "longest_s"),
+    [(LIVE, 1.0), (AT_DEADLINE, 1.0), (QUORUM, 0.0), (BOUNDED, 1.0)],
+    ids=["lease", "deadline", "quorum", "bounded"],
+)
+def test_a_worker_that_is_killed_stops_nobody(
+    server: RunningServer, mode: Consistency, longest_s: float, request: pytest.FixtureRequest
+) -> None:
+    """After kill -9 the survivors' next steps come within lease or deadline plus a second, and go on coming."""
+    with training(server, f"kill-{mode.mode}-{longest_s}-{mode.lease_s}", mode, ("w0", "w1", "w2")) as (w0, w1, w2):
+        w2.send(signal.SIGKILL)
+        w2.process.wait(30)
+        last = w2.last_version()
+        for survivor in (w0, w1):
+            survivor.until(lambda said: said.get("version", 0) > last + 30, longest_s + SLACK_S)
+            survivor.until(without("w2"), longest_s + SLACK_S)
+
+
+@pytest.mark.parametrize(
+    ("mode", "reasons"),
+    [(LIVE, {"", "late"}), (QUORUM, {"late"}), (BOUNDED, {"stale"})],
+    ids=["lease", "quorum", "bounded"],
+)
+def test_a_worker_that_was_stopped_beyond_its_lease_takes_part_again(
+    server: RunningServer, mode: Consistency, reasons: set[str]
+) -> None:
+    """SIGSTOP, the others go on, SIGCONT: its old gradient is not applied in silence, and its next ones count."""
+    names = ("w0", "w1", "w2")
+    with training(server, f"stop-{mode.mode}-{mode.lease_s}", mode, names) as (w0, w1, w2):
+        w2.send(signal.SIGSTOP)
+        last = w0.until(without("w2"), mode.lease_s + SLACK_S)
+        for survivor in (w0, w1):
+            survivor.until(lambda said: said.get("version", 0) > last["version"] + 30)
+        w2.send(signal.SIGCONT)
+        seen: set[str] = set()
+        while not reasons & seen:
+            seen.add(str(w2.line().get("reason")))
+        assert seen <= {"", "late", "stale"}
+        w2.until(with_("w2"))
+        if mode is not BOUNDED:
+            w0.until(with_("w2"))
+
+
+def test_a_barrier_that_nobody_completes_ends_for_all_and_the_place_is_taken(server: RunningServer) -> None:
+    """Plain sync, one of three killed: the others get one answer at the deadline, and a fourth takes the place."""
+    mode = Sync(workers=3, deadline_s=1.0, lease_s=60.0)
+    with training(server, "barrier", mode, ("w0", "w1", "w2")) as (w0, w1, w2):
+        w2.send(signal.SIGKILL)
+        w2.process.wait(30)
+        for survivor in (w0, w1):
+            said = survivor.until(lambda said: "error" in said, longest_wait_s(mode) + SLACK_S)
+            assert said == {"error": "barrier_timeout"}
+        fourth = Process(server.url, "barrier", "w3", mode)
+        try:
+            for each in (w0, w1, fourth):
+                said = each.until(with_("w3"))
+                assert said["contributors"] == ["w0", "w1", "w3"]
+        finally:
+            fourth.end()
