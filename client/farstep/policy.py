@@ -64,6 +64,11 @@ class Policy:
             raise InvalidOption(f"Invalid ema: {self.ema!r:.80}. Must be a number between 0 and 1.", field="ema")
 
     @property
+    def as_they_come(self) -> bool:
+        """Say whether a step takes the gradients of its round as they are."""
+        return self.accumulate == 1 and self.clip_norm is None and self.clip_value is None
+
+    @property
     def views(self) -> tuple[str, ...]:
         """Return the names of what a session keeps beside parameters and optimizer state."""
         return () if self.ema is None else (EMA,)

@@ -14,7 +14,7 @@ from typing import cast, final
 import torch
 from torch import Tensor
 
-from farstep_service.gradients import all_finite
+from farstep_service.finite import all_finite
 from farstep_service.layout import Layout
 from farstep_service.store import Buffers, FlatBuffers, Gradients
 

@@ -15,7 +15,7 @@ that was skipped for Inf or NaN for one whose gradients overflowed here: scales 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +59,7 @@ class Scaling:
 
 
 NOT_SCALED = Scaling()
+_BY_ITSELF = nullcontext(NOT_SCALED)
 SKIPPED_FOR_INF: frozenset[Reason] = frozenset({"skipped", "nonfinite"})
 """Why a step was left out that GradScaler, had it found the Inf itself, would have lowered its scale for."""
 
@@ -74,12 +75,16 @@ def tell_(scaler: torch.amp.GradScaler, report: StepReport) -> None:
                 found.fill_(1.0)
 
 
-@contextmanager
-def scaling_of(attributes: dict[str, Any]) -> Iterator[Scaling]:
+def scaling_of(attributes: dict[str, Any]) -> AbstractContextManager[Scaling]:
     """Read what GradScaler set among an optimizer's attributes, which is nothing in a step that it does not make.
 
     A step that fails removes it, so that GradScaler can try again; one that returns leaves that to GradScaler.
     """
+    return _set_by_scaler(attributes) if "found_inf" in attributes or "grad_scale" in attributes else _BY_ITSELF
+
+
+@contextmanager
+def _set_by_scaler(attributes: dict[str, Any]) -> Iterator[Scaling]:
     found, scale = attributes.get("found_inf"), attributes.get("grad_scale")
     try:
         yield Scaling(

@@ -19,7 +19,7 @@ from farstep.errors import BarrierTimeout, FarstepError, InternalError
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, Receipt, WriteName
 from farstep_service.aggregation import Abort, Aggregation, Ledger, Members, Skip, Step, mismatch
-from farstep_service.gradients import Contribution, mean_evaluation, reduce_
+from farstep_service.gradients import Contribution, Copied, mean_evaluation, reduce_
 from farstep_service.session.outcomes import Outcome, Outcomes, told
 from farstep_service.session.state import SessionState
 from farstep_service.session.steps import Left, Steps, Taken
@@ -130,7 +130,8 @@ class Pushes:
         began = time.perf_counter()
         try:
             changed = self._changed(pushes)
-            gradients = reduce_([push.contribution for push in pushes], step.divisor, self._state.device)
+            contributions = [push.contribution for push in pushes]
+            gradients = reduce_(contributions, step.divisor, self._state.device, narrow=self._steps.narrow)
             began = time.perf_counter()
             evaluation = mean_evaluation([push.head.evaluation for push in pushes], step.divisor)
             taken = self._steps.take(gradients, step.workers, changed, evaluation, checked=len(pushes) == 1)
@@ -190,6 +191,8 @@ class Pushes:
         outcomes: Outcomes = {}
         applied = taken.applied
         for push in pushes:
+            if applied.copied:
+                push.contribution.copied = Copied(applied.version, applied.copied)
             receipt = Receipt(
                 applied.version,
                 push.head.base,

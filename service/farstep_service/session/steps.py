@@ -82,6 +82,11 @@ class Steps:
         return self._state.plan
 
     @property
+    def narrow(self) -> bool:
+        """Say whether gradients in 16 bits may stay so: the state takes them, and the policy does nothing to them."""
+        return self._state.narrow and self.plan.policy.as_they_come
+
+    @property
     def nbytes(self) -> int:
         """Return the memory of rounds that wait and of clipped gradients."""
         return self._accumulated.nbytes + self._workspace.nbytes
