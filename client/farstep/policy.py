@@ -64,9 +64,9 @@ class Policy:
             raise InvalidOption(f"Invalid ema: {self.ema!r:.80}. Must be a number between 0 and 1.", field="ema")
 
     @property
-    def rewrites(self) -> bool:
-        """Say whether the gradients that a step is taken with may be others than those that came."""
-        return self.clip_norm is not None or self.clip_value is not None or self.accumulate > 1
+    def as_they_come(self) -> bool:
+        """Say whether a step takes the gradients of its round as they are."""
+        return self.accumulate == 1 and self.clip_norm is None and self.clip_value is None
 
     @property
     def views(self) -> tuple[str, ...]:

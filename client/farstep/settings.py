@@ -93,8 +93,8 @@ class Place:
     timeout_s: float
     transport: httpx.BaseTransport | None = None
     wire: Wire = field(default_factory=Wire)
-    overlap: bool = False
     policy: Policy = NOTHING
+    overlap: bool = False
 
 
 def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:
@@ -157,8 +157,8 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         timeout_s=timeout_s,
         transport=options.get("transport"),
         wire=wire,
-        overlap=_switch(options.get("overlap"), environment.get("FARSTEP_OVERLAP")),
         policy=Policy(**_policy_of(options)),
+        overlap=_switch(options.get("overlap"), environment.get("FARSTEP_OVERLAP")),
     )
 
 

@@ -24,7 +24,7 @@ import xxhash
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from farstep.consistency import Async, to_options
+from farstep.consistency import Async, Bounded, to_options
 from farstep.errors import InvalidRequest
 from farstep.fields import shapes_to_header
 from farstep.growth import AppendHead
@@ -224,12 +224,12 @@ async def _size(host: Host, fields: Sequence[str], indices: Sequence[int] | None
 def _converted_bytes(host: Host, head: PushHead) -> int:
     """Return the bytes that a push takes beside its body.
 
-    Gradients in 16 bits are widened before they are added to others, or go to what is no rule; parameters in the same
-    16 bits take the gradients' place, in others their own.
+    Gradients in 16 bits are widened before they are clipped, corrected, added to others, or go to what is no rule; parameters in
+    the same 16 bits take the gradients' place, in others their own.
     """
-    plan = host.plan
-    alone = isinstance(plan.consistency, Async) and isinstance(plan.rule, Rule)
-    widened = head.wire_gradients is not None and not alone
+    plan, mode = host.plan, host.plan.consistency
+    alone = isinstance(mode, Async | Bounded) and not mode.delay_compensation and isinstance(plan.rule, Rule)
+    widened = head.wire_gradients is not None and not (alone and plan.policy.as_they_come)
     narrowed = head.wire_parameters is not None and head.wire_parameters != head.wire_gradients
     return (plan.layout.nbytes if widened else 0) + (plan.layout.nbytes // 2 if narrowed else 0)
 

@@ -83,8 +83,8 @@ class Steps:
 
     @property
     def narrow(self) -> bool:
-        """Say whether gradients in 16 bits are taken as they came."""
-        return self._state.narrow and not self.plan.policy.rewrites
+        """Say whether gradients in 16 bits may stay so: the state takes them, and the policy does nothing to them."""
+        return self._state.narrow and self.plan.policy.as_they_come
 
     @property
     def nbytes(self) -> int:
