@@ -223,40 +223,51 @@ def test_lines_of_workers_are_whole_and_named(script: Path):
     assert all(line.startswith("launch | ") or " | a" in line for line in done.stderr.splitlines())
 
 
-def test_a_line_of_progress_on_a_terminal(script: Path):
+def test_a_line_of_progress_on_a_terminal(script: Path, tmp_path: Path):
     """On a terminal the last line says where session and workers are; lines of workers push it down, unharmed."""
-    script.write_text("print('a line', flush=True); input()")
+    os.mkfifo(tmp_path / "fifo")
+    script.write_text(
+        "import torch, farstep\n"
+        "p = torch.zeros(3, requires_grad=True)\n"
+        "p.grad = torch.ones(3)\n"
+        "optimizer = farstep.optim.SGD([p])\n"
+        "for _ in range(7): optimizer.step()\n"
+        "print('a line', flush=True)\n"
+        f"print(open({str(tmp_path / 'fifo')!r}).read())\n"
+    )
     ours, theirs = pty.openpty()
     with subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "farstep_service",
-            "launch",
-            *NOBODY,
-            "--session",
-            "run",
-            "--restarts",
-            "0",
-            str(script),
-        ],
+        [sys.executable, "-m", "farstep_service", "launch", "--session", "run", str(script)],
         stdin=subprocess.DEVNULL,
         stdout=theirs,
         stderr=theirs,
     ) as process:
         os.close(theirs)
-        shown = b""
-        try:
-            while chunk := os.read(ours, 65536):
-                shown += chunk
-        except OSError:  # what Linux says when nobody has the terminal open any more
-            pass
+        shown = until(ours, "run  version 7  ")
+        (tmp_path / "fifo").write_text("told")
+        shown += until(ours, None)
         os.close(ours)
-        assert process.wait(LIMIT_S) == 1
-    lines = [line.rpartition("\x1b[K")[2].rstrip("\r") for line in shown.decode().split("\n")]
-    assert "w0     | a line" in lines
-    assert "run  not there yet  |  w0 outside" in shown.decode()
+        assert process.wait(LIMIT_S) == 0
+    assert "run  not there yet  |  w0 outside" in shown
+    assert "|  w0 trains" in shown
+    lines = [line.rpartition("\x1b[K")[2].rstrip("\r") for line in shown.split("\n")]
+    assert [line for line in lines if line.startswith("w0")] == ["w0     | a line", "w0     | told"]
     assert lines[-1] == ""
+
+
+def until(terminal: int, wanted: str | None) -> str:
+    """Read from a terminal until it has shown something, or to its end."""
+    shown = b""
+    while wanted is None or wanted not in shown.decode():
+        try:
+            chunk = os.read(terminal, 65536)
+        except OSError:  # what Linux says when nobody has the terminal open any more
+            chunk = b""
+        if not chunk:
+            assert wanted is None, shown.decode()
+            break
+        shown += chunk
+    return shown.decode()
 
 
 def test_nobody_listens_any_more(script: Path):

@@ -57,7 +57,7 @@ def test_names_sort_as_ranks_do(workers: int, first: str):
 def test_numbers_that_cannot_be(wrong: dict[str, int], field: str):
     """Too many workers, none, and a machine that is not among those counted are refused by name."""
     with pytest.raises(InvalidOption) as refused:
-        Plan(command=("x",), **wrong)  # type: ignore[arg-type]
+        Plan(command=("x",), **wrong)
     assert refused.value.field == field
 
 
