@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_crowd.py                         # [--cycles 3] [--markdown FILE]
 
 Workers are connections of one load process, each of which pushes small gradients without pause and waits for its
-answer; the server is a process of its own. Columns:
+answer; the server is a process of its own, another one for each row. Columns:
 
     errors        answers that were refusals
     p50, p99      of a push, with everybody pushing at once: it waits for its turn behind all others
@@ -177,9 +177,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[tuple[Kind, int], list[Row]] = {(kind, count): [] for kind in KINDS for count in COUNTS}
     torch.set_num_threads(1)
     for cycle in range(options.cycles):
-        with running_server("--max-sessions", "2000") as server:
-            measure(server, KINDS[0], 10, -1, pushes=500)  # so that the first row finds a server that is warm
-            for (kind, count), rows in found.items():
+        for (kind, count), rows in found.items():
+            with running_server("--max-sessions", "2000") as server:
+                measure(server, KINDS[0], 10, -1, pushes=500)  # so that each row finds a server that is warm
                 rows.append(measure(server, kind, count, cycle, pushes=options.pushes))
     lines = [f"{hardware()}", ""]
     lines += ["| | how many | errors | p50, ms | p99, ms | CPU a push, µs | to 10 | pushes/s | memory each, kB |"]

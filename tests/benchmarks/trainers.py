@@ -215,7 +215,7 @@ def _work(
                 began = time.perf_counter()
                 inputs, answers = task.batch(number, step)
                 optimizer.zero_grad()
-                nn.functional.cross_entropy(model(inputs), answers).backward()
+                nn.functional.cross_entropy(model(inputs), answers).backward()  # type: ignore[no-untyped-call]
                 time.sleep(max(0.0, began + compute_s - time.perf_counter()))
                 before = version()
                 _step(optimizer)
