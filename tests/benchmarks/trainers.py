@@ -48,7 +48,7 @@ class Surroundings:
     """
 
     workers: int
-    compute_s: float = 0.05
+    compute_s: float
     slow: float = 1.0
     killed_every_s: float = 0.0
     restart_s: float = 3.0
