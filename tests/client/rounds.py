@@ -59,7 +59,7 @@ class Worker:
     def __init__(self, make: Open, place: RemoteOptions, number: int = 0, *, seed: int = 0, every: int = EVERY) -> None:
         self.number = number
         self.model = model_of(seed)
-        self.inner = torch.optim.AdamW(self.model.parameters(), lr=0.05, foreach=False)
+        self.inner: torch.optim.Optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.05, foreach=False)
         self.rounds = make(self.model, self.inner, {**place, "worker": f"w{number}"}, every)
         self.taken = 0
 

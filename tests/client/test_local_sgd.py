@@ -132,6 +132,18 @@ def test_any_optimizer_can_be_the_outer_one(shared: RemoteOptions, optimizer: An
         assert rounds.outer.version == 3
 
 
+def test_the_inner_optimizer_may_be_in_a_session_too(shared: RemoteOptions, place: RemoteOptions) -> None:
+    """A farstep optimizer steps locally as torch's does, wherever its own session is: it notices the new parameters."""
+    worker, reference = Worker(diloco, shared), Simulation(diloco, 1)
+    worker.inner = farstep.optim.AdamW(worker.parameters, lr=0.05, foreach=False, **place)
+    with farstep.DiLoCo(worker.model, worker.inner, every=EVERY, **shared) as rounds:
+        for _ in range(3):
+            worker.train(EVERY)
+            reference.round()
+            check_parameters(worker.parameters, reference.models[0])
+        assert rounds.version == 3
+
+
 def test_a_scheduler_of_the_outer_rate(shared: RemoteOptions) -> None:
     """Schedulers take the session's optimizer, and what they set counts from the next synchronisation on."""
     worker, reference = Worker(diloco, shared), Simulation(diloco, 1)
