@@ -368,14 +368,15 @@ def test_nobody_is_left(script: Path, how: str):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--server", "ftp://box", "x.py"], "Invalid server: 'ftp://box'."),
-        (["--session", "no spaces", "x.py"], "Invalid session: 'no spaces'."),
-        (["--nnodes", "2", "x.py"], "Workers on 2 machines need a server and a session"),
-        (["--nnodes", "2", "--server", "http://box:1", "x.py"], "Add --server and --session."),
-        (["--node-rank", "1", "x.py"], "Invalid node_rank: 1"),
+        (["--server", "ftp://box", __file__], "Invalid server: 'ftp://box'."),
+        (["--session", "no spaces", __file__], "Invalid session: 'no spaces'."),
+        (["--nnodes", "2", __file__], "Workers on 2 machines need a server and a session"),
+        (["--nnodes", "2", "--server", "http://box:1", __file__], "Add --server and --session."),
+        (["--node-rank", "1", __file__], "Invalid node_rank: 1"),
         (["-m", "--no-python", "x"], "A module is run by Python."),
-        (["-n", "0", "x.py"], "-n"),
-        (["--replicas", "3", "x.py"], "--replicas"),
+        (["./not-there.py"], "There is no file './not-there.py'."),
+        (["-n", "0", __file__], "-n"),
+        (["--replicas", "3", __file__], "--replicas"),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: list[str], words: str):

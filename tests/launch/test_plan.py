@@ -63,6 +63,6 @@ def test_numbers_that_cannot_be(wrong: dict[str, int], field: str):
 
 def test_commands():
     """A script, a module, or a program by itself."""
-    assert command_of("train.py", ["-x"]) == (sys.executable, "train.py", "-x")
+    assert command_of(__file__, ["-x"]) == (sys.executable, __file__, "-x")
     assert command_of("pkg.train", ["-x"], module=True) == (sys.executable, "-m", "pkg.train", "-x")
     assert command_of("train.sh", ["-x"], python=False) == ("train.sh", "-x")

@@ -64,15 +64,10 @@ def launch(
     Exits with 0 when all have finished, else with the exit code of the first that failed for good.
     """
     with reporting(json_output):
-        from farstep.errors import InvalidOption
         from farstep_service.launch import Plan
         from farstep_service.launch import launch as run
         from farstep_service.launch.plan import command_of
 
-        if module and no_python:
-            raise InvalidOption(
-                "A module is run by Python.", remedy="Leave out --no-python or -m.", field="no_python", side="client"
-            )
         plan = Plan(
             command=command_of(script, arguments or [], module=module, python=not no_python),
             workers=nproc_per_node,

@@ -11,6 +11,7 @@ There is no MASTER_ADDR: workers meet in the session, and form no process group.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -99,7 +100,19 @@ class Plan:
 
 
 def command_of(script: str, arguments: Sequence[str], *, module: bool = False, python: bool = True) -> tuple[str, ...]:
-    """Return a worker's command: `python script arguments`, `python -m script arguments`, or the script by itself."""
+    """Return a worker's command: `python script arguments`, `python -m script arguments`, or the script by itself.
+
+    Raises:
+        InvalidOption: there is no such script, or a module is to be run without Python.
+    """
     if not python:
+        if module:
+            raise _refused("A module is run by Python.", "no_python", "Leave out --no-python or -m.")
         return (script, *arguments)
+    if not module and not os.path.exists(script):
+        raise _refused(f"There is no file {script!r:.200}.", "script", "Name a script, or a module with -m.")
     return (sys.executable, *(("-m",) if module else ()), script, *arguments)
+
+
+def _refused(what: str, field: str, remedy: str) -> InvalidOption:
+    return InvalidOption(what, remedy=remedy, field=field, side="client")
