@@ -17,7 +17,6 @@ ordinary farstep optimizer over that copy, and everything that it survives, a ro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,25 +30,9 @@ from farstep.optim.base import RemoteOptimizer
 from farstep.optim.moving import remote as moved
 from farstep.optim.options import arguments
 from farstep.optim.scaling import scaling_of
+from farstep.pending import Pending
 from farstep.sequence import is_refusal
 from farstep.settings import RemoteOptions, resolve
-
-Options = list[dict[str, Any]]
-
-
-@dataclass(slots=True)
-class Pending:
-    """A pseudo-gradient that was sent and not answered: what has to be repeated beside it, and what happened since.
-
-    Attributes:
-        gradients: the pseudo-gradient.
-        options: those of the outer optimizer's groups; with others it would be another push.
-        steps: local steps since then.
-    """
-
-    gradients: list[Tensor]
-    options: Options
-    steps: int = 0
 
 
 class Rounds:
@@ -179,21 +162,14 @@ class Rounds:
         """
         outer, pending = self.outer, self._pending
         if pending is None:
-            gradients = [base - p.detach().to(base.device) for p, base in self._pairs()]
-            pending = self._pending = Pending(gradients, _options_of(outer))
-        sent = list(map(torch.sub, self._bases, pending.gradients)) if pending.steps else None
-        for base, gradient in zip(self._bases, pending.gradients, strict=True):
-            base.grad = gradient
-        options = _options_of(outer)
-        _set_options(outer, pending.options)
+            pending = self._pending = Pending.of(outer, self._bases, list(self._parameters.values()))
+        sent = pending.sent(self._bases)
         try:
-            outer.step()
+            pending.push(outer, self._bases)
         except BaseException as error:
             if is_refusal(error):
                 self._begin(self.local_step)
             raise
-        finally:
-            _set_options(outer, options)
         self._take(sent)
         self._begin(pending.steps)
         assert outer.last_step is not None
@@ -311,15 +287,6 @@ class Rounds:
         self._pending = None
         for base in self._bases:
             base.grad = None
-
-
-def _options_of(optimizer: torch.optim.Optimizer) -> Options:
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-
-
-def _set_options(optimizer: torch.optim.Optimizer, options: Options) -> None:
-    for group, own in zip(optimizer.param_groups, options, strict=True):
-        group.update(own)
 
 
 def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
