@@ -142,7 +142,7 @@ class _Crew:
         for each in self.members.values():
             each.said.send("go")
         began = time.perf_counter()
-        kill_at = around.killed_every_s / 2 if around.killed_every_s and around.workers > 1 else within_s
+        kill_at = around.killed_every_s / 2 if around.killed_every_s and around.workers > 1 else float("inf")
         back: dict[int, float] = {}
         while (now := time.perf_counter() - began) < within_s:
             wake = min([kill_at, within_s, *back.values()])
