@@ -18,6 +18,7 @@ from farstep.narrow import Wire
 if TYPE_CHECKING:
     from farstep import optim
     from farstep.link import StepReport
+    from farstep.local_sgd import DiLoCo, LocalSGD
     from farstep.optim.moving import remote
     from farstep.settings import RemoteOptions
     from farstep.transfer import export_session, import_session
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 __all__ = [
     "Async",
     "Bounded",
+    "DiLoCo",
     "FarstepError",
+    "LocalSGD",
     "RemoteOptions",
     "StepReport",
     "Sync",
@@ -38,6 +41,8 @@ __all__ = [
 __version__ = _version("farstep")
 
 _LAZY = {
+    "DiLoCo": "farstep.local_sgd",
+    "LocalSGD": "farstep.local_sgd",
     "RemoteOptions": "farstep.settings",
     "StepReport": "farstep.link",
     "export_session": "farstep.transfer",

@@ -92,7 +92,7 @@ class Names:
 
     def failed(self, header: Mapping[str, Any], payload: Payload, error: BaseException) -> None:
         """Take note that a write ended in an error: refused, or unknown."""
-        if not _is_refusal(error) and ("area" in header or not never_sent(payload)):
+        if not is_refusal(error) and ("area" in header or not never_sent(payload)):
             again = {key: value for key, value in header.items() if key != "deliver"}
             self.unanswered, self.unsure = Unanswered(again, digest_of(payload)), True
 
@@ -127,6 +127,6 @@ def _content(header: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in header.items() if key not in NOT_CONTENT}
 
 
-def _is_refusal(error: BaseException) -> bool:
+def is_refusal(error: BaseException) -> bool:
     """Say whether the server has decided that the write did not happen."""
     return isinstance(error, FarstepError) and error.side == "server" and error.status < 500

@@ -27,6 +27,8 @@ from tests.benchmarks.rows import Row, absent, from_json, plain, to_json, write_
 
 PARTS = ("wire", "workers", "kernels", "gpu", "overlap", "first", "memory", "embedded", "bookkeeping")
 """In the order of the table; each is `tests/benchmarks/bench_<part>.py`."""
+APART = ("crowd", "modes", "policies", "stragglers")
+"""Benchmarks with a command and a table of their own: they take long, or answer another question."""
 FAILED = "failed"
 LIMIT_S = 600.0
 """Longest time of one part."""

@@ -1,162 +1,141 @@
-"""How long each consistency mode takes to learn the digits when one worker of four is five times slower.
+"""How long real training takes in each consistency mode, with slow workers and dying ones.
 
-    make bench        or        python tests/benchmarks/bench_modes.py [--cycles 3] [--step-ms 20]
+    python tests/benchmarks/bench_modes.py                                     # 4 workers, three surroundings, digits
+    python tests/benchmarks/bench_modes.py --workers 1 2 4 8 --task digits text --markdown modes.md
 
-Workers are threads of this process, the server is another one. A step is the real gradient of a small network on a
-batch of 32 digits; then the worker waits until its step has taken `--step-ms`, and the straggler until it has taken
-five times as long, as if it were computing. So the rows tell modes apart, and not machines. The optimizer is plain SGD
-with one learning rate for all rows. Columns:
+Workers share a session on a server of their own and train until the first one has reached the mark: the time to it, the
+session's version then, and the time against plain sync in the same surroundings (above 1 is faster). A step is a batch
+of 32 on each worker and a simulated backward pass; see `trainers.py`. Surroundings:
 
-    seconds      median over the cycles of the time until 93 % of the test images are recognised, from the first step on
-    of sync      how many times faster than a barrier of all four
-    versions     steps of the session until then
-    not applied  share of the pushes that were late or stale
-    staleness    mean over the pushes that were applied
+    even         all workers take 50 ms for a backward pass
+    straggler    the last one takes 5 times as long
+    killed       one worker is killed with SIGKILL every 10 s, and comes back 3 s later (both for 50 ms)
 
-Target: a quorum and a bound are at least twice as fast as sync under the straggler.
+A mode that this release does not have is left out, and named. Target: with a straggler `quorum` and `bounded` reach the
+mark at least twice as fast as sync.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import threading
-import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
-from statistics import mean, median
-
-import torch
-from torch import nn
+from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from farstep.consistency import Async, Bounded, Consistency, Sync
-from farstep.conversation import Conversation
-from farstep.errors import FarstepError
-from farstep.link import StepReport
-from farstep.optim import SGD
-from farstep_service.demo.data import Digits, load_digits, shard
+from farstep.errors import InvalidOption
 from tests.benchmarks.hardware import hardware
-from tests.service.servers import RunningServer, running_server
+from tests.benchmarks.tasks import TASKS, Task
+from tests.benchmarks.trainers import Outcome, Surroundings, Way, train, warm_up
+from tests.service.servers import running_server
 
-WORKERS, SLOWER = 4, 5
-BATCH, LR, ACCURACY = 32, 0.1, 0.93
-GIVEN_UP_S = 60.0
+WITHIN_S = 120.0
+EVERY = 8
+"""Local steps in a round."""
 
-MODES: Sequence[Consistency] = (
-    Sync(workers=WORKERS),
-    Sync(workers=WORKERS, quorum=3),
-    Sync(workers=WORKERS, quorum=3, late="fold", staleness_scaling="inverse"),
-    Bounded(staleness=4),
-    Bounded(staleness=64),
-    Async(),
-    Async(staleness_scaling="inverse"),
-    Async(delay_compensation=0.04),
+WAYS = (
+    Way(name="sync", consistency=lambda n: {"mode": "sync", "workers": n}),
+    Way(name="quorum", consistency=lambda n: {"mode": "sync", "workers": n, "quorum": max(1, n - 1)}),
+    Way(name="live", consistency=lambda n: {"mode": "sync", "workers": "live", "lease_s": 1.0}),
+    Way(name="bounded", consistency=lambda n: {"mode": "bounded", "staleness": 32}),
+    Way(name="async", consistency=lambda n: {"mode": "async"}),
+    Way(name="local-sgd", consistency=lambda n: {"mode": "sync", "workers": n}, rounds=EVERY, outer="LocalSGD"),
+    Way(name="diloco", consistency=lambda n: {"mode": "sync", "workers": n}, rounds=EVERY, outer="DiLoCo"),
 )
+SURROUNDINGS = ("even", "straggler", "killed")
 
 
-@dataclass
-class Race:
-    """One run: four workers, until one of them has seen the accuracy."""
-
-    server: RunningServer
-    name: str
-    mode: Consistency
-    step_s: float
-    train: Digits
-    test: Digits
-    stop: threading.Event = field(default_factory=threading.Event)
-    reports: list[StepReport] = field(default_factory=list)
-    seconds: float = GIVEN_UP_S
-
-    def run(self) -> None:
-        """Let the workers step until the first of them has seen the accuracy."""
-        together = threading.Barrier(WORKERS)
-        threads = [threading.Thread(target=self._work, args=(number, together)) for number in range(WORKERS)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-
-    def _work(self, number: int, together: threading.Barrier) -> None:
-        torch.manual_seed(0)
-        model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10))
-        optimizer = SGD(
-            model.parameters(),
-            lr=LR,
-            server=self.server.url,
-            session=self.name,
-            worker=f"w{number}",
-            consistency=self.mode,
-        )
-        own = self.train.take(shard(len(self.train), number, WORKERS))
-        drawn = torch.Generator().manual_seed(number)
-        step_s = self.step_s * (SLOWER if number == WORKERS - 1 else 1)
-        together.wait()
-        began = time.monotonic()
-        while not self.stop.is_set() and time.monotonic() - began < GIVEN_UP_S:
-            until = time.monotonic() + step_s
-            batch = own.take(torch.randint(len(own), (BATCH,), generator=drawn))
-            optimizer.zero_grad()
-            loss: torch.Tensor = nn.functional.cross_entropy(model(batch.images), batch.labels)
-            torch.autograd.backward(loss)
-            self.stop.wait(until - time.monotonic())
-            try:
-                optimizer.step()
-            except FarstepError:
-                if not self.stop.is_set():
-                    raise
-                break
-            if optimizer.last_step is not None:
-                self.reports.append(optimizer.last_step)
-            if number == 0 and recognised(model, self.test) >= ACCURACY:
-                self.seconds = time.monotonic() - began
-                self.stop.set()
-                self._end()
-        optimizer.close()
-
-    def _end(self) -> None:
-        """Remove the session, so that nobody waits for the one that stopped first."""
-        conversation = Conversation(self.server.url, None)
-        conversation.control("DELETE", f"/v1/sessions/{self.name}")
-        conversation.close()
-
-
-@torch.no_grad()
-def recognised(model: nn.Module, digits: Digits) -> float:
-    """Return the share of images that a model recognises."""
-    return float((model(digits.images).argmax(1) == digits.labels).float().mean())
+def around(name: str, workers: int, compute_s: float) -> Surroundings:
+    """Return the surroundings of a name."""
+    return Surroundings(
+        workers=workers,
+        compute_s=compute_s,
+        slow=5.0 if name == "straggler" else 1.0,
+        killed_every_s=200 * compute_s if name == "killed" else 0.0,
+        restart_s=60 * compute_s,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure and print the table."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--cycles", type=int, default=3)
-    parser.add_argument("--step-ms", type=float, default=20.0)
-    given = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    train, test = load_digits()
-    races: dict[int, list[Race]] = {}
+    """Measure and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", nargs="+", default=["digits"], choices=list(TASKS), help="what is trained")
+    parser.add_argument("--workers", nargs="+", type=int, default=[4], metavar="N", help="how many workers")
+    parser.add_argument("--mode", nargs="+", choices=[each.name for each in WAYS], help="only these, and sync")
+    parser.add_argument("--surroundings", nargs="+", default=SURROUNDINGS, choices=SURROUNDINGS)
+    parser.add_argument("--cycles", type=int, default=1, help="how often; medians are printed")
+    parser.add_argument("--within", type=float, default=WITHIN_S, metavar="S", help="seconds that a training may take")
+    parser.add_argument("--mark", type=float, help="the accuracy, or loss, to reach; each task has its own")
+    parser.add_argument("--compute", type=float, default=0.05, metavar="S", help="seconds of a backward pass")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
+    options = parser.parse_args(arguments)
+    chosen = [each for each in WAYS if options.mode is None or each.name in (*options.mode, "sync")]
+    ways = [each for each in chosen if _is_there(each)]
+    report = [f"{hardware()}"]
+    if missing := [each.name for each in chosen if each not in ways]:
+        report += ["", f"Not in this release: {', '.join(missing)}."]
+    warm_up()
     with running_server() as server:
-        for cycle in range(given.cycles):
-            for row, mode in enumerate(MODES):
-                race = Race(server, f"race-{cycle}-{row}", mode, given.step_ms / 1000, train, test)
-                race.run()
-                races.setdefault(row, []).append(race)
-    sync_s = median(race.seconds for race in races[0])
-    print(hardware())
-    print("| mode | seconds | of sync | versions | not applied | staleness |\n|---|---|---|---|---|---|")
-    for row, mode in enumerate(MODES):
-        seconds = median(race.seconds for race in races[row])
-        reports = [report for race in races[row] for report in race.reports]
-        applied = [report for report in reports if report.applied]
-        versions = median(max(report.version for report in race.reports) for race in races[row])
-        print(
-            f"| `{mode!r}` | {seconds:.2f} | {sync_s / seconds:.1f} x | {versions:.0f} | "
-            f"{1 - len(applied) / len(reports):.0%} | {mean(report.staleness for report in applied):.1f} |"
-        )
+        for name in options.task:
+            task = TASKS[name]()
+            task = task if options.mark is None else replace(task, mark=options.mark)
+            for workers in options.workers:
+                for surroundings in options.surroundings:
+                    if workers == 1 and surroundings != "even":
+                        continue
+                    found = {
+                        way.name: [
+                            train(
+                                task,
+                                way,
+                                around(surroundings, workers, options.compute),
+                                server.url,
+                                f"{name}-{workers}-{surroundings}-{way.name}-{cycle}",
+                                within_s=options.within,
+                            )
+                            for cycle in range(options.cycles)
+                        ]
+                        for way in ways
+                    }
+                    report += table(task, workers, surroundings, found)
+                    print("\n".join(report[-len(found) - 5 :]), flush=True)
+    if options.markdown:
+        options.markdown.write_text("\n".join(report) + "\n")
+
+
+def _is_there(way: Way) -> bool:
+    try:
+        way.mode(2)
+    except InvalidOption:
+        return False
+    return True
+
+
+def table(task: Task, workers: int, surroundings: str, found: dict[str, list[Outcome]]) -> list[str]:
+    """Return the lines of one table."""
+    what = f"{'accuracy' if task.rising else 'loss'} {task.mark:g}"
+    lines = ["", f"**{task.name}, {workers} worker{'s' if workers > 1 else ''}, {surroundings}**: time to {what}", ""]
+    lines += [
+        "| mode | time to it, s | steps of the session | to sync | reached | killed |",
+        "|---|---|---|---|---|---|",
+    ]
+    plain = _seconds(found["sync"])
+    for name, outcomes in found.items():
+        seconds = _seconds(outcomes)
+        last = outcomes[-1]
+        gain = f"{plain / seconds:.2f} x" if plain and seconds else "–"
+        took = f"{seconds:.1f}" if seconds else f"not within {last.failures[0] if last.failures else 'the time'}"
+        lines.append(f"| {name} | {took} | {last.version} | {gain} | {last.best:.3f} | {last.kills} |")
+    return lines
+
+
+def _seconds(outcomes: Sequence[Outcome]) -> float | None:
+    """Return the median time, None if one of them did not get there."""
+    took = [each.seconds for each in outcomes if each.seconds is not None]
+    return median(took) if len(took) == len(outcomes) else None
 
 
 if __name__ == "__main__":

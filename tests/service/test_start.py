@@ -325,3 +325,23 @@ def test_a_killed_server_comes_back_on_its_port() -> None:
         assert (server.url, server.said["pid"]) == (url, server.pid)
         assert server.pid != pid
         assert get(server, "/healthz") == 200
+
+
+# -- the collector
+
+
+def test_what_is_loaded_is_left_alone_by_the_collector() -> None:
+    """What a server consists of is no longer looked at, and the collector runs again, also after loading failed."""
+    program = (
+        "import gc\n"
+        "from farstep_service.server.machine import GARBAGE, loaded_for_good\n"
+        "try:\n"
+        "    with loaded_for_good(): raise OSError\n"
+        "except OSError: print(gc.isenabled(), gc.get_freeze_count())\n"
+        "with loaded_for_good():\n"
+        "    print(gc.isenabled())\n"
+        "    loaded = [[] for _ in range(1000)]\n"
+        "print(gc.isenabled(), gc.get_freeze_count() > 1000, gc.get_threshold() == GARBAGE)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.splitlines() == ["True 0", "False", "True True True"]

@@ -18,6 +18,7 @@ from farstep import __version__
 from farstep_service.cli.bench import bench
 from farstep_service.cli.demo import demo
 from farstep_service.cli.health import healthcheck, status
+from farstep_service.cli.launch import SETTINGS, launch
 from farstep_service.cli.serve import serve
 from farstep_service.cli.sessions import sessions
 from farstep_service.cli.warmup import warmup
@@ -49,4 +50,5 @@ def farstep(
 
 for verb in (serve, demo, status, healthcheck, warmup, bench):
     program.command()(verb)
+program.command(context_settings=SETTINGS)(launch)
 program.add_typer(sessions, name="sessions")

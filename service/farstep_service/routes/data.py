@@ -224,8 +224,8 @@ async def _size(host: Host, fields: Sequence[str], indices: Sequence[int] | None
 def _converted_bytes(host: Host, head: PushHead) -> int:
     """Return the bytes that a push takes beside its body.
 
-    Gradients in 16 bits are widened before they are clipped, corrected, added to others, or go to what is no rule; parameters in
-    the same 16 bits take the gradients' place, in others their own.
+    Gradients in 16 bits are widened before they are clipped, corrected, added to others, or go to what is no rule;
+    parameters in the same 16 bits take the gradients' place, in others their own.
     """
     plan, mode = host.plan, host.plan.consistency
     alone = isinstance(mode, Async | Bounded) and not mode.delay_compensation and isinstance(plan.rule, Rule)

@@ -24,7 +24,14 @@ import uvicorn
 
 from farstep.unix import url_of_path
 from farstep_service.server.address import BACKLOG, bind, url_of
-from farstep_service.server.machine import check_device, check_device_name, keep_freed_memory, kernels_at_hand, tune_
+from farstep_service.server.machine import (
+    check_device,
+    check_device_name,
+    keep_freed_memory,
+    kernels_at_hand,
+    loaded_for_good,
+    tune_,
+)
 from farstep_service.server.socket_file import listening as listening_at
 from farstep_service.settings import Settings
 
@@ -81,12 +88,15 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
         tune_(os.environ, settings.threads)
         keep_freed_memory()
 
-        check_device(settings.device)
+        with loaded_for_good():
+            check_device(settings.device)
 
-        import torch
+            import torch
 
-        from farstep_service.app import create_app
-        from farstep_service.server.protocol import Protocol
+            from farstep_service.app import create_app
+            from farstep_service.server.protocol import Protocol
+
+            service = create_app(settings)
 
         listening = Listening(
             **_places(settings, sockets[0]),
@@ -95,7 +105,6 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
             threads=torch.get_num_threads(),
             kernels=kernels_at_hand(settings.device),
         )
-        service = create_app(settings)
         config = uvicorn.Config(
             service,
             http=Protocol,

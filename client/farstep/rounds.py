@@ -1,0 +1,302 @@
+"""Rounds of local steps, counted by a hook of the inner optimizer: what `LocalSGD` and `DiLoCo` share.
+
+    __enter__ ──► the session is joined, the model takes its parameters, and the inner optimizer's steps are counted
+    step      ──► counted; the last one of a round synchronises
+    sync      ──► committed       the model has the new parameters, a round begins
+              ──► refused         nothing has changed: neither the model nor the count; the next step tries again, and
+                                  what is sent then has that step in it
+              ──► no answer       as refused, but the same pseudo-gradient is repeated first, until its fate is known:
+                                  another one in its place would count twice what both have in common
+    __exit__  ──► steps are no longer counted. A round that is under way is not finished: the model keeps its steps and
+                  the count is kept; entering again goes on with it, `sync()` ends it
+
+θ, the parameters that a round began with, is a copy on the CPU, whatever the model is on: the session's optimizer is an
+ordinary farstep optimizer over that copy, and everything that it survives, a round survives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from farstep.errors import FarstepError, InvalidOption
+from farstep.link import StepReport
+from farstep.optim.base import RemoteOptimizer
+from farstep.optim.moving import remote as moved
+from farstep.optim.options import arguments
+from farstep.optim.scaling import scaling_of
+from farstep.pending import Pending
+from farstep.sequence import is_refusal
+from farstep.settings import RemoteOptions, resolve
+
+
+class Rounds:
+    """Base of `LocalSGD` and `DiLoCo`; not used by itself.
+
+    Attributes:
+        local_step: local steps of the round under way.
+        every: local steps in a round.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inner: torch.optim.Optimizer,
+        outer: torch.optim.Optimizer,
+        every: int,
+        remote: RemoteOptions,
+    ) -> None:
+        if type(every) is not int or every < 1:
+            raise _refused(f"Invalid every: {every!r}. Must be an int of at least 1.", "every")
+        try:
+            resolve(remote)
+        except TypeError as error:
+            raise TypeError(f"{type(self).__name__}.__init__() got an {error}") from None
+        self.every = every
+        self.local_step = 0
+        self._inner = inner
+        self._remote = remote
+        self._parameters = self.synchronised(model)
+        self._template = outer
+        self._check_outer()
+        self._outer: RemoteOptimizer | None = None
+        self._hook: RemovableHandle | None = None
+        self._loaded: Mapping[str, Any] | None = None
+        self._pending: Pending | None = None
+
+    @staticmethod
+    def synchronised(model: nn.Module) -> dict[str, Tensor]:
+        """Return the parameters of a model that are synchronised, under their names.
+
+        Raises:
+            InvalidOption: there are none.
+        """
+        found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not found:
+            raise _refused("The model has no parameter that requires gradients.", "model")
+        return found
+
+    def _check_outer(self) -> None:
+        ours = set(self._parameters.values())
+        theirs = {p for group in self._template.param_groups for p in group["params"]}
+        if ours != theirs:
+            what = "lacks parameters of the model" if ours - theirs else "has parameters that the model has not"
+            raise _refused(
+                f"The outer optimizer {what}.", "outer_optimizer", "Give it those that require gradients, all of them."
+            )
+
+    # -- the context ------------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        """Join the session, if that has not been done, and count the inner optimizer's steps.
+
+        Raises:
+            FarstepError: the session cannot be had, or this is entered already.
+        """
+        if self._hook is not None:
+            raise FarstepError("This context is entered already.", remedy="Leave it first.", side="client")
+        if self._outer is None:
+            self._join()
+        self._hook = self._inner.register_step_post_hook(self._count)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def close(self) -> None:
+        """Leave the session, as a farstep optimizer does; also done when this object goes. Safe to call twice."""
+        self.__exit__(None, None, None)
+        if self._outer is not None:
+            self._outer.close()
+
+    def _count(self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
+        """Count a step that was taken; GradScaler has some optimizers step, and skip that, when gradients overflow."""
+        with scaling_of(vars(optimizer)) as scaling:
+            if scaling.overflowed:
+                return
+        self.local_step += 1
+        if self._pending is not None:
+            self._pending.steps += 1
+        if self.local_step >= self.every:
+            self.sync()
+
+    # -- the session ------------------------------------------------------------------------------------------------
+
+    @property
+    def outer(self) -> RemoteOptimizer:
+        """The session's optimizer, over copies of the model's parameters; schedulers of the outer rate take it.
+
+        Raises:
+            FarstepError: before the context was entered for the first time.
+        """
+        if self._outer is None:
+            raise FarstepError("There is no session as yet.", remedy="Enter the context first.", side="client")
+        return self._outer
+
+    @property
+    def version(self) -> int:
+        """The session's version that the round under way began with."""
+        return self.outer.version
+
+    @property
+    def last_sync(self) -> StepReport | None:
+        """What the last synchronisation did, None before the first one."""
+        return self.outer.last_step
+
+    @torch.no_grad()
+    def sync(self) -> StepReport:
+        """End the round under way, however many steps it has: exchange what they came to, and return the report.
+
+        Raises:
+            FarstepError: what the session refused, or `Unavailable`. The model and the count are then as they were,
+                and the next local step, or `sync()`, tries again.
+        """
+        outer, pending = self.outer, self._pending
+        if pending is None:
+            pending = self._pending = Pending.of(outer, self._bases, list(self._parameters.values()))
+        sent = pending.sent(self._bases)
+        try:
+            pending.push(outer, self._bases)
+        except BaseException as error:
+            if is_refusal(error):
+                self._begin(self.local_step)
+            raise
+        self._take(sent)
+        self._begin(pending.steps)
+        assert outer.last_step is not None
+        return outer.last_step
+
+    def pull(self) -> int:
+        """Give the steps of the round up: bring the model to the session's current version, and return it.
+
+        Raises:
+            FarstepError: see `sync`.
+        """
+        version = self.outer.pull()
+        self._take()
+        self._begin(0)
+        return version
+
+    def rejoin(self, state_dict: Mapping[str, Any] | None = None) -> bool:
+        """Join the session again after `SessionLost` or `Fenced`; return whether it had to be created anew.
+
+        One that is created begins with the parameters that the round began with, which goes on; its optimizer has the
+        state of `state_dict`, which `state_dict()` has returned, or none. A session that is there replaces the model's
+        parameters, and a round begins.
+
+        Raises:
+            FarstepError: the session cannot be had.
+        """
+        created = self.outer.rejoin(None if state_dict is None else state_dict["outer"])
+        if created:
+            self._begin(self.local_step)
+        else:
+            self._take()
+            self._begin(0)
+        return created
+
+    # -- resuming ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a later process needs to go on with this round, beside the states of model and inner optimizer.
+
+        That is `local_step`; `parameters`, with which the round began, under their names; and `outer`, the session's
+        optimizer state in torch's form. A session that lives on has all but `local_step` by itself.
+        """
+        outer = self.outer
+        return {
+            "local_step": self.local_step,
+            "parameters": {
+                name: base.detach().clone() for name, base in zip(self._parameters, self._bases, strict=True)
+            },
+            "outer": outer.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take on what `state_dict` returned, before the context is entered for the first time.
+
+        A session that is created on entering begins with these parameters and this optimizer state. One that is there
+        keeps its own. If they are the same parameters, the round goes on where it was; otherwise others have gone on
+        meanwhile: the model takes the session's parameters, and a round begins.
+
+        Raises:
+            FarstepError: the session is joined already.
+            ValueError: the state is another model's.
+        """
+        if self._outer is not None:
+            raise FarstepError(
+                f"Session {self._outer.session!r} is joined already, and has its own parameters and state.",
+                remedy="Load before entering the context for the first time.",
+                side="client",
+            )
+        if _forms(state_dict["parameters"]) != _forms(self._parameters):
+            raise ValueError("loaded state dict has parameters of other names, shapes or dtypes than the model's")
+        self._loaded = state_dict
+        self.local_step = int(state_dict["local_step"])
+
+    # -- inside -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _join(self) -> None:
+        """Open the session with what it begins with if it is new; the model goes on from where it stands if it may."""
+        loaded = self._loaded
+        begin = self._parameters if loaded is None else loaded["parameters"]
+        bases = {p: _copied(begin[name]) for name, p in self._parameters.items()}
+        names = {p: name for name, p in self._parameters.items()}
+        groups = [
+            {**group, "params": [bases[p] for p in group["params"]], "param_names": [names[p] for p in group["params"]]}
+            for group in self._template.param_groups
+        ]
+        kind = type(self._template)
+        template = kind(groups, **arguments(kind, self._template.defaults))
+        if loaded is not None:
+            template.load_state_dict(dict(loaded["outer"]))
+        elif self._template.state:
+            template.load_state_dict(self._template.state_dict())
+        self._bases: Sequence[Tensor] = list(bases.values())
+        self._outer = moved(template, **self._remote)
+        if loaded is None or not all(map(torch.equal, self._bases, map(_copied, loaded["parameters"].values()))):
+            self._take()
+            self._begin(0)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self._parameters.values(), self._bases, strict=True))
+
+    @torch.no_grad()
+    def _take(self, sent: Sequence[Tensor] | None = None) -> None:
+        """Bring the model to the parameters that a round begins with.
+
+        Args:
+            sent: the model as it was when the pseudo-gradient was sent, if it has stepped since; those steps stay.
+        """
+        for index, (p, base) in enumerate(self._pairs()):
+            p.copy_(base if sent is None else base + (p.detach().to(base.device) - sent[index]))
+
+    def _begin(self, local_step: int) -> None:
+        """Stand at a step of a round with nothing under way."""
+        self.local_step = local_step
+        self._pending = None
+        for base in self._bases:
+            base.grad = None
+
+
+def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
+    return {name: (each.shape, each.dtype) for name, each in tensors.items()}
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """Return a copy on the CPU that a session's optimizer steps on."""
+    return tensor.detach().to("cpu", copy=True).contiguous().requires_grad_()
+
+
+def _refused(what: str, field: str, remedy: str = "") -> InvalidOption:
+    return InvalidOption(what, field=field, remedy=remedy, side="client")

@@ -1,0 +1,86 @@
+"""`farstep launch`: start a training script several times, as torchrun does, each as one worker of a session."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from farstep_service.cli.output import JsonOutput, print_json, reporting
+
+SETTINGS = {"allow_interspersed_args": False}
+"""What follows the script is the script's."""
+BROKEN_PIPE = 141
+"""What shells call a program that wrote to nobody."""
+
+
+def launch(
+    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="What each worker runs.")],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Its arguments.")] = None,
+    nproc_per_node: Annotated[
+        int,
+        typer.Option("-n", "--nproc-per-node", "--nproc_per_node", metavar="N", min=1, help="Workers on this machine."),
+    ] = 1,
+    max_restarts: Annotated[
+        int,
+        typer.Option(
+            "--max-restarts",
+            "--max_restarts",
+            "--restarts",
+            metavar="N",
+            min=0,
+            help="How often each worker is started again after it failed.",
+        ),
+    ] = 3,
+    server: Annotated[
+        str | None,
+        typer.Option(envvar="FARSTEP_SERVER", metavar="URL", help="Which server; one of the launch's own if none."),
+    ] = None,
+    session: Annotated[
+        str | None, typer.Option(envvar="FARSTEP_SESSION", metavar="NAME", help="Which session; a fresh one if none.")
+    ] = None,
+    module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is a module, as for python -m.")] = False,
+    no_python: Annotated[
+        bool, typer.Option("--no-python", "--no_python", help="SCRIPT is a program by itself.")
+    ] = False,
+    nnodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines that run as many workers.")] = 1,
+    node_rank: Annotated[
+        int, typer.Option("--node-rank", "--node_rank", metavar="N", min=0, help="Which of them this one is.")
+    ] = 0,
+    shutdown_timeout: Annotated[
+        float,
+        typer.Option(
+            "--shutdown-timeout", "--shutdown_timeout", metavar="S", min=0, help="Seconds to end after a signal."
+        ),
+    ] = 30.0,
+    json_output: JsonOutput = False,
+) -> None:
+    """Start N workers, and start those again that fail. Options come before SCRIPT, its own after it.
+
+    Each has FARSTEP_SERVER, FARSTEP_SESSION and FARSTEP_WORKER, and torchrun's RANK, WORLD_SIZE and LOCAL_RANK.
+
+    Exits with 0 when all have finished, else with the exit code of the first that failed for good.
+    """
+    with reporting(json_output):
+        from farstep_service.launch import Plan
+        from farstep_service.launch import launch as run
+        from farstep_service.launch.plan import command_of
+
+        plan = Plan(
+            command=command_of(script, arguments or [], module=module, python=not no_python),
+            workers=nproc_per_node,
+            nodes=nnodes,
+            node=node_rank,
+            max_restarts=max_restarts,
+            stop_s=shutdown_timeout,
+        )
+        try:
+            summary = run(plan, server=server, session=session, environment=os.environ)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more at its end
+            raise typer.Exit(BROKEN_PIPE) from None
+        if json_output:
+            print_json(asdict(summary))
+        raise typer.Exit(summary.code)

@@ -1,0 +1,318 @@
+"""Rounds as a context: what is counted, what a failed synchronisation leaves, and how a round is gone on with later."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch.amp import GradScaler
+
+import farstep
+from farstep.conversation import Conversation
+from farstep.errors import BarrierTimeout, FarstepError, NonFinite, SessionLost, Unavailable
+from farstep.rounds import Rounds
+from farstep.settings import RemoteOptions
+from tests.client.rounds import EVERY, Simulation, Worker, diloco, local_sgd, model_of
+from tests.client.test_failures import network
+from tests.client.test_workers import shared, synced, threads
+from tests.client.twins import check_equal, check_parameters
+from tests.faults import Network
+from tests.service.servers import RunningServer, running_server
+
+__all__ = ["network", "shared", "threads"]
+
+SHORT_S = 1.0
+
+
+@pytest.fixture
+def mortal() -> Iterator[RunningServer]:
+    """Run a server that a test may kill."""
+    with running_server() as running:
+        yield running
+
+
+def resumed(worker: Worker, place: RemoteOptions) -> Worker:
+    """Return a worker in a later process: a copy of model and inner optimizer, and the rounds' state loaded."""
+    later = Worker(diloco, place, worker.number, seed=9)
+    later.taken = worker.taken
+    later.model.load_state_dict(worker.model.state_dict())
+    later.inner.load_state_dict(worker.inner.state_dict())
+    later.rounds.load_state_dict(worker.rounds.state_dict())
+    return later
+
+
+# -- the context -----------------------------------------------------------------------------------------------------
+
+
+def test_steps_are_counted_inside_only(shared: RemoteOptions) -> None:
+    """Outside of the context the inner optimizer is an ordinary one; entering again goes on with the round."""
+    worker, reference = Worker(diloco, shared), Simulation(diloco, 1)
+    with worker.rounds:
+        worker.train(2)
+    assert worker.rounds.local_step == 2
+    worker.train(2)
+    assert (worker.rounds.local_step, worker.rounds.version) == (2, 0)
+    with worker.rounds:
+        worker.train(1)
+    reference.every = 5
+    reference.round()
+    check_parameters(worker.parameters, reference.models[0])
+    assert (worker.rounds.local_step, worker.rounds.version) == (0, 1)
+
+
+def test_an_exception_keeps_the_round(shared: RemoteOptions) -> None:
+    """A training that fails in the middle of a round has its count, and can go on from there."""
+    worker, reference = Worker(diloco, shared), Simulation(diloco, 1)
+
+    def fail() -> None:
+        with worker.rounds:
+            worker.train(2)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    with worker.rounds:
+        worker.train(1)
+    reference.round()
+    check_parameters(worker.parameters, reference.models[0])
+
+
+def test_leaving_in_the_middle_keeps_local_steps_and_sync_ends_the_round(shared: RemoteOptions) -> None:
+    """A round that is not complete is not sent by leaving; `sync()` sends it however few steps it has."""
+    worker, reference = Worker(diloco, shared), Simulation(diloco, 1, every=2)
+    with worker.rounds as rounds:
+        worker.train(2)
+    reference.local(0, 2)
+    check_parameters(worker.parameters, reference.models[0])
+    assert rounds.version == 0
+    report = rounds.sync()
+    reference.step([reference.delta(0, reference.bases)])
+    reference.take(0)
+    assert (report.version, rounds.local_step) == (1, 0)
+    check_parameters(worker.parameters, reference.models[0])
+
+
+def test_entering_twice_is_refused(shared: RemoteOptions) -> None:
+    """One context cannot be entered within itself, which would count each step twice."""
+    worker = Worker(diloco, shared)
+    with worker.rounds, pytest.raises(FarstepError, match="entered already"):
+        worker.rounds.__enter__()
+    with worker.rounds:
+        worker.train(1)
+    assert worker.rounds.local_step == 1
+
+
+def test_before_the_first_entering_there_is_no_session() -> None:
+    """What needs the session says so."""
+    rounds = Worker(diloco, {}).rounds
+    for asked in (rounds.sync, rounds.pull, rounds.state_dict, lambda: rounds.version):
+        with pytest.raises(FarstepError, match="no session as yet"):
+            asked()
+    rounds.close()
+
+
+def test_the_session_is_left_with_the_context_object(shared: RemoteOptions, talk: Conversation) -> None:
+    """A context without a name leaves the session at its end; `close()` does so at once, and may be called again."""
+    model = model_of()
+    inner = torch.optim.SGD(model.parameters())
+
+    def workers() -> list[str]:
+        return list(talk.control("GET", f"/v1/sessions/{shared['session']}")["workers"])
+
+    named: RemoteOptions = {**shared, "worker": "w0"}
+    with farstep.DiLoCo(model, inner, every=2, **named):
+        assert workers() == ["w0"]
+    gc.collect()
+    assert workers() == []
+    rounds = farstep.DiLoCo(model, inner, every=2, **named)
+    with rounds:
+        assert workers() == ["w0"]
+        rounds.close()
+        rounds.close()
+        assert workers() == []
+    with pytest.raises(FarstepError, match="closed"):
+        rounds.sync()
+
+
+def test_a_late_worker_takes_the_global_parameters(shared: RemoteOptions) -> None:
+    """A worker that joins later begins with the session's parameters in its model, whatever it had."""
+    early = Worker(diloco, shared, 0)
+    with early.rounds:
+        early.train(2 * EVERY)
+        late = Worker(diloco, shared, 1, seed=3)
+        with late.rounds:
+            check_parameters(late.parameters, early.parameters)
+            assert late.rounds.version == 2
+            early.train(2)
+            assert late.rounds.pull() == 2
+            check_equal(late.values, [base.detach() for base in late.rounds.outer.param_groups[0]["params"]])
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_that_a_scaler_skips_are_not_counted(shared: RemoteOptions, fused: bool) -> None:
+    """A local step whose gradients overflowed is none, also where the optimizer is called to skip it."""
+    model = model_of()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1, fused=fused)
+    scaler = GradScaler(device="cpu", init_scale=4.0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    with farstep.LocalSGD(model, inner, 3, **shared) as rounds:
+        for bad in (False, True, False):
+            scaler.scale(torch.ones(()))
+            for p in parameters:
+                p.grad = torch.full_like(p, torch.inf if bad else 4.0)
+            scaler.step(inner)
+            scaler.update()
+        assert (rounds.local_step, rounds.version) == (2, 0)
+
+
+# -- failures --------------------------------------------------------------------------------------------------------
+
+
+def test_a_barrier_that_is_not_completed_changes_nothing(shared: RemoteOptions, threads: ThreadPoolExecutor) -> None:
+    """The model and the count stay; the next step tries again, with itself in what is sent."""
+    place = synced(shared, 2, deadline_s=0.3)
+    workers = [Worker(diloco, place, number) for number in range(2)]
+    reference = Simulation(diloco, 2)
+    with workers[0].rounds as rounds, workers[1].rounds:
+        with pytest.raises(BarrierTimeout, match="missing: w1"):
+            workers[0].train(EVERY)
+        reference.local(0, EVERY)
+        check_parameters(workers[0].parameters, reference.models[0])
+        assert (rounds.local_step, rounds.version) == (EVERY, 0)
+        workers[1].train(EVERY - 1)
+        reference.local(1, EVERY)
+        reference.local(0, 1)
+        for done in [threads.submit(each.train, 1) for each in workers]:
+            done.result()
+        reference.step([reference.delta(number, reference.bases) for number in range(2)])
+        reference.take(0)
+        for each in workers:
+            check_parameters(each.parameters, reference.models[0])
+        assert (rounds.local_step, rounds.version) == (0, 1)
+
+
+@pytest.mark.parametrize("applied", [True, False])
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("rescheduled", [True, False])
+def test_a_synchronisation_without_an_answer_counts_once(
+    network: Network, applied: bool, more: int, rescheduled: bool
+) -> None:
+    """Tried again it is the same push, whether the server had it or not; steps and rates since then count after it."""
+    worker = Worker(local_sgd, {"server": network.url, "timeout_s": SHORT_S, "kernel": "reference"})
+    reference = Simulation(local_sgd, 1)
+    with worker.rounds as rounds:
+        if applied:
+            network.cut_response(after=0, then_down=True)
+        else:
+            network.down = True
+        with pytest.raises(Unavailable):
+            worker.train(EVERY)
+        reference.round()
+        sent = worker.values
+        assert (rounds.local_step, rounds.version) == (EVERY, 0)
+        for _ in range(more):
+            with pytest.raises(Unavailable):
+                worker.train()
+        since = [now - then for now, then in zip(worker.values, sent, strict=True)]
+        if rescheduled:
+            rounds.outer.param_groups[0]["lr"] = 0.5
+        network.down = False
+        report = rounds.sync()
+        assert (report.version, report.duplicate, rounds.local_step) == (1, applied, more)
+        assert rounds.outer.param_groups[0]["lr"] == (0.5 if rescheduled else 1.0)
+        expected = [base.detach() + own for base, own in zip(reference.bases, since, strict=True)]
+        check_equal(worker.values, expected, exact=not more)
+        rounds.pull()
+        check_parameters(worker.parameters, reference.bases)
+
+
+def test_a_model_that_went_to_infinity_is_brought_back(shared: RemoteOptions) -> None:
+    """A pseudo-gradient with NaN is refused by name; `pull()` gives the round up and takes the session's parameters."""
+    worker = Worker(local_sgd, {**shared, "nonfinite": "refuse"})
+    with worker.rounds as rounds:
+        begin = worker.values
+        worker.train(EVERY - 1)
+        with torch.no_grad():
+            worker.parameters[0].fill_(torch.nan)
+        with pytest.raises(NonFinite, match="p0"):
+            worker.train()
+        assert rounds.pull() == 0
+        check_equal(worker.values, begin)
+        assert rounds.local_step == 0
+        worker.train(EVERY)
+        assert rounds.version == 1
+
+
+def test_rejoining_after_the_session_was_lost(mortal: RunningServer) -> None:
+    """A session that is created anew goes on with the round; a worker that finds it there begins one."""
+    place: RemoteOptions = {"server": mortal.url, "session": "shared", "kernel": "reference"}
+    workers = [Worker(diloco, place, number) for number in range(2)]
+    reference = Simulation(diloco, 1)
+    with workers[0].rounds as rounds, workers[1].rounds:
+        workers[0].train(EVERY)
+        reference.round()
+        state = rounds.state_dict()
+        mortal.kill()
+        mortal.restart()
+        with pytest.raises(SessionLost):
+            workers[0].train(EVERY)
+        assert rounds.rejoin(state)
+        assert (rounds.local_step, rounds.version) == (EVERY, 1)
+        rounds.sync()
+        reference.round()
+        check_parameters(workers[0].parameters, reference.models[0])
+        with pytest.raises(SessionLost):
+            workers[1].train(EVERY)
+        assert not workers[1].rounds.rejoin()
+        assert workers[1].rounds.local_step == 0
+        check_parameters(workers[1].parameters, reference.models[0])
+
+
+# -- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lives_on", [True, False])
+def test_a_round_is_gone_on_with_in_a_later_process(shared: RemoteOptions, lives_on: bool) -> None:
+    """With the states of model, inner optimizer and rounds a training goes on bit for bit, in a session old or new."""
+    worker, reference = Worker(diloco, shared), Simulation(diloco, 1)
+    with worker.rounds:
+        worker.train(EVERY + 2)
+    place = shared if lives_on else RemoteOptions(**{**shared, "session": f"{shared['session']}-2"})
+    later = resumed(worker, place)
+    worker.rounds.close()
+    with later.rounds as rounds:
+        assert rounds.local_step == 2
+        later.train(EVERY + 1)
+        for _ in range(3):
+            reference.round()
+        check_parameters(later.parameters, reference.models[0])
+        assert rounds.version == (3 if lives_on else 2)
+
+
+def test_a_round_that_others_have_gone_beyond_is_given_up(shared: RemoteOptions) -> None:
+    """Where the session has other parameters than the round began with, a resumed worker begins a round with those."""
+    workers = [Worker(diloco, shared, number) for number in range(2)]
+    with workers[0].rounds, workers[1].rounds:
+        workers[0].train(2)
+        workers[1].train(EVERY)
+        later = resumed(workers[0], shared)
+        with later.rounds as rounds:
+            assert (rounds.local_step, rounds.version) == (0, 1)
+            check_parameters(later.parameters, workers[1].parameters)
+
+
+def test_a_state_that_does_not_fit(shared: RemoteOptions) -> None:
+    """Another model's state is refused, and so is loading one into rounds that have joined their session."""
+    worker = Worker(diloco, shared)
+    with worker.rounds as rounds:
+        state: dict[str, Any] = rounds.state_dict()
+        with pytest.raises(FarstepError, match="joined already"):
+            rounds.load_state_dict(state)
+    other: Rounds = Worker(diloco, shared).rounds
+    state["parameters"]["p0"] = state["parameters"]["p0"].double()
+    with pytest.raises(ValueError, match="other names, shapes or dtypes"):
+        other.load_state_dict(state)

@@ -1,0 +1,85 @@
+"""What follows on what: restarts, their limit, signals, and the exit code of a run."""
+
+import signal
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from farstep_service.launch.course import Course, Start, Stop, exit_code, in_words
+
+TERM = Stop(signal.SIGTERM)
+
+
+def test_all_that_finish_make_a_run_that_went_well():
+    """Nothing follows on the end of a worker that finished, and the run is over after the last one."""
+    course = Course(["w0", "w1"], 3)
+    assert course.ended("w1", 0) is None
+    assert not course.over
+    assert course.ended("w0", 0) is None
+    assert (course.over, course.failure, course.codes) == (True, 0, {"w1": 0, "w0": 0})
+
+
+def test_the_dead_are_started_again_up_to_the_limit():
+    """Each worker has its own count; the first to reach the limit ends the run, with its exit code."""
+    course = Course(["w0", "w1", "w2"], 2)
+    assert course.ended("w0", -signal.SIGKILL) == Start("w0", 1)
+    assert course.ended("w1", 5) == Start("w1", 1)
+    assert course.ended("w0", 1) == Start("w0", 2)
+    assert course.ended("w2", 0) is None
+    assert course.ended("w0", -signal.SIGKILL) == TERM
+    assert course.running == {"w1"}
+    assert course.ended("w1", 7) is None
+    assert (course.over, course.failure, course.codes["w1"]) == (True, 137, 7)
+
+
+def test_without_restarts_the_first_failure_ends_the_run():
+    """With a limit of 0 nobody is started again."""
+    course = Course(["w0", "w1"], 0)
+    assert course.ended("w0", 3) == TERM
+    assert course.ended("w1", -signal.SIGTERM) is None
+    assert course.failure == 3
+
+
+def test_a_signal_is_handed_on_and_the_next_one_kills():
+    """After a signal nobody is started again, and the run's exit code is the signal's, however the workers end."""
+    course = Course(["w0", "w1"], 3)
+    assert course.signalled(signal.SIGINT) == Stop(signal.SIGINT)
+    assert course.ended("w0", 1) is None
+    assert course.signalled(signal.SIGINT) == Stop(signal.SIGKILL)
+    assert course.ended("w1", 0) is None
+    assert (course.over, course.failure) == (True, 130)
+
+
+def test_without_its_server_a_run_ends():
+    """The end of the server ends the workers, unless they are being ended already."""
+    course = Course(["w0"], 3)
+    assert course.server_ended() == TERM
+    assert course.ended("w0", 1) is None
+    assert course.failure == 1
+    assert course.server_ended() is None
+
+
+def test_exit_codes_are_those_of_shells():
+    """A signal's number is added to 128, and named in words."""
+    assert [exit_code(code) for code in (0, 2, -9, -15)] == [0, 2, 137, 143]
+    assert in_words(-9) == "was ended by SIGKILL"
+    assert in_words(2) == "ended with exit code 2"
+
+
+@given(st.integers(0, 3), st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 7, -9, -15])), max_size=40))
+def test_every_run_ends_with_the_code_of_the_first_failure_for_good(limit: int, ends: list[tuple[int, int]]):
+    """Whatever ends when: no worker is started more often than the limit, and the first that fails for good counts."""
+    course, names = Course(["w0", "w1", "w2"], limit), ["w0", "w1", "w2"]
+    first = 0
+    for index, code in ends:
+        if names[index] not in course.running:
+            continue
+        decided = course.ended(names[index], code)
+        if isinstance(decided, Stop):
+            assert first == 0
+            first = exit_code(code)
+            assert course.restarts[names[index]] == limit
+        assert (names[index] in course.running) == isinstance(decided, Start)
+    assert course.failure == first
+    assert max(course.restarts.values()) <= limit
+    assert course.over == (not course.running)

@@ -1,0 +1,389 @@
+"""`farstep launch` with real processes: what workers get, what is seen of them, and how they end.
+
+Most scripts speak with no server: the address of one that is not there is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.service.servers import farstep
+
+NOBODY = ("--server", "http://127.0.0.1:9")
+LIMIT_S = 60.0
+PAUSE = "import signal; signal.pause()"
+
+TRAINING = """
+import os, signal
+import torch, farstep
+
+workers = int(os.environ["WORLD_SIZE"])
+rank, restart = int(os.environ["RANK"]), int(os.environ["FARSTEP_RESTART"])
+torch.manual_seed(0)
+model = torch.nn.Linear(4, 2)
+optimizer = farstep.optim.Adagrad(model.parameters(), lr=0.1, kernel="reference",
+                                  consistency=farstep.Sync(workers=workers, deadline_s=50))
+print("from", optimizer.version, flush=True)
+while optimizer.version < 12:
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * optimizer.version + rank))
+    optimizer.zero_grad()
+    model(x).pow(2).sum().backward()
+    if (rank, restart, optimizer.version) == (1, 0, 5):
+        os.kill(os.getpid(), signal.SIGKILL)
+    optimizer.step()
+print("until", optimizer.version, sum(p.double().sum().item() for p in model.parameters()), flush=True)
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """Name a file for a script."""
+    return tmp_path / "train.py"
+
+
+@contextmanager
+def launching(*arguments: str, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Run `farstep launch` beside the test."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "farstep_service", "launch", *arguments],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def heard(process: subprocess.Popen[str], *wanted: str) -> None:
+    """Read the standard output until all these lines were there."""
+    assert process.stdout is not None
+    missing = set(wanted)
+    for text in process.stdout:
+        missing.discard(text.rstrip("\n"))
+        if not missing:
+            return
+    raise AssertionError(f"never said: {missing}")
+
+
+def said(text: str, name: str) -> list[str]:
+    """Return what one process wrote."""
+    split = [line.partition(" | ") for line in text.splitlines()]
+    return [line for who, _, line in split if who.rstrip() == name]
+
+
+class Gone:
+    """Notice the end of a process that is not a child."""
+
+    def __init__(self, pid: int) -> None:
+        self._fd = os.pidfd_open(pid)
+
+    def __call__(self) -> bool:
+        """Say whether it has ended, after waiting for that."""
+        ready, _, _ = select.select([self._fd], [], [], LIMIT_S)
+        os.close(self._fd)
+        return bool(ready)
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_is_killed_is_started_again_and_training_ends_as_if_nothing_had_happened(script: Path):
+    """On a server of the launch's own a run in which a worker was killed ends with the bits of torch in one place."""
+    script.write_text(TRAINING)
+    done = farstep("launch", "-n", "2", str(script))
+    assert done.returncode == 0, done.stderr
+    assert "launch | w1 was ended by SIGKILL; restart 1 of 3" in done.stderr
+    assert said(done.stdout, "w1")[:2] == ["from 0", "from 5"]
+    last = f"until 12 {sum(p.double().sum().item() for p in undisturbed().parameters())}"
+    assert [said(done.stdout, name)[-1] for name in ("w0", "w1")] == [last, last]
+
+
+def undisturbed() -> torch.nn.Module:
+    """Return the model after the same training by torch in one place."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 2)
+    optimizer = torch.optim.Adagrad(model.parameters(), lr=0.1, foreach=False)
+    for version in range(12):
+        gradients = []
+        for rank in range(2):
+            x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * version + rank))
+            optimizer.zero_grad()
+            model(x).pow(2).sum().backward()
+            gradients.append([p.grad for p in model.parameters()])
+        for p, first, second in zip(model.parameters(), *gradients, strict=True):
+            assert first is not None
+            assert second is not None
+            p.grad = (first + second) / 2
+        optimizer.step()
+    return model
+
+
+def test_the_end_of_the_server_ends_the_run(script: Path):
+    """Without the launch's own server there is nothing to go on with: workers are ended, the exit code is 1."""
+    script.write_text("import signal; print('here', flush=True); signal.pause()")
+    with launching("-n", "1", str(script)) as process:
+        heard(process, "w0     | here")
+        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
+        (server,) = [
+            int(line.split()[0])
+            for line in listed.splitlines()
+            if f"leash.py {process.pid} " not in line and "serve --unix" in line and parent(line) == process.pid
+        ]
+        os.kill(server, signal.SIGKILL)
+        _, stderr = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 1
+    assert "the server was ended by SIGKILL; its sessions are gone" in stderr
+
+
+def parent(line: str) -> int:
+    """Return the parent of a process that `ps` lists, 0 if it has ended."""
+    try:
+        return int(Path(f"/proc/{line.split()[0]}/stat").read_text().rpartition(")")[2].split()[1])
+    except FileNotFoundError:
+        return 0
+
+
+# -- what workers get ------------------------------------------------------------------------------------------------
+
+
+def test_what_workers_are_told(script: Path):
+    """Arguments after the script are its own, options included, and the token and other variables are handed on."""
+    script.write_text(
+        "import json, os, sys\n"
+        "print(json.dumps([sys.argv[1:], {k: v for k, v in os.environ.items() if k.startswith('FARSTEP_')}]))"
+    )
+    done = farstep(
+        "launch",
+        *NOBODY,
+        "--session",
+        "run",
+        "-n",
+        "2",
+        str(script),
+        "-n",
+        "7",
+        "--lr=1",
+        env={"FARSTEP_TOKEN": "secret"},
+    )
+    for name in ("w0", "w1"):
+        arguments, told = json.loads(said(done.stdout, name)[0])
+        assert arguments == ["-n", "7", "--lr=1"]
+        assert told == {
+            "FARSTEP_SERVER": "http://127.0.0.1:9",
+            "FARSTEP_SESSION": "run",
+            "FARSTEP_TOKEN": "secret",
+            "FARSTEP_WORKER": name,
+            "FARSTEP_RESTART": "0",
+        }
+
+
+def test_modules_and_programs():
+    """`-m` runs a module and `--no-python` a program, as with torchrun; one that is not there is said to be missing."""
+    assert said(farstep("launch", *NOBODY, "-m", "calendar", "2026", "1").stdout, "w0")[0].strip() == "January 2026"
+    assert said(farstep("launch", *NOBODY, "--no-python", "echo", "hello").stdout, "w0") == ["hello"]
+    missing = farstep("launch", *NOBODY, "--max-restarts", "0", "--no-python", "./not-there")
+    assert missing.returncode == 127
+    assert said(missing.stderr, "w0") == ["Cannot run ./not-there: No such file or directory."]
+
+
+# -- what is seen ----------------------------------------------------------------------------------------------------
+
+
+def test_lines_of_workers_are_whole_and_named(script: Path):
+    """Lines written in pieces by several workers at once come out whole, each under its worker's name and stream."""
+    script.write_text(
+        "import os, sys\n"
+        "for number in range(200):\n"
+        "    for stream in (sys.stdout, sys.stderr):\n"
+        "        for piece in ('a' * 30, 'b' * 30, f'{number}\\n'):\n"
+        "            stream.write(piece); stream.flush()\n"
+        "sys.stdout.write('no end')\n"
+    )
+    done = farstep("launch", *NOBODY, "-n", "3", str(script))
+    whole = ["a" * 30 + "b" * 30 + str(number) for number in range(200)]
+    for name in ("w0", "w1", "w2"):
+        assert said(done.stdout, name) == [*whole, "no end"]
+        assert said(done.stderr, name) == whole
+    assert all(line.startswith("launch | ") or " | a" in line for line in done.stderr.splitlines())
+
+
+def test_a_line_of_progress_on_a_terminal(script: Path, tmp_path: Path):
+    """On a terminal the last line says where session and workers are; lines of workers push it down, unharmed."""
+    os.mkfifo(tmp_path / "fifo")
+    script.write_text(
+        "import torch, farstep\n"
+        "p = torch.zeros(3, requires_grad=True)\n"
+        "p.grad = torch.ones(3)\n"
+        "optimizer = farstep.optim.SGD([p])\n"
+        "for _ in range(7): optimizer.step()\n"
+        "print('a line', flush=True)\n"
+        f"print(open({str(tmp_path / 'fifo')!r}).read())\n"
+    )
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "farstep_service", "launch", "--session", "run", str(script)],
+        stdin=subprocess.DEVNULL,
+        stdout=theirs,
+        stderr=theirs,
+    ) as process:
+        os.close(theirs)
+        shown = until(ours, "run  version 7  ")
+        (tmp_path / "fifo").write_text("told")
+        shown += until(ours, None)
+        os.close(ours)
+        assert process.wait(LIMIT_S) == 0
+    assert "run  not there yet  |  w0 outside" in shown
+    assert "|  w0 trains" in shown
+    lines = [line.rpartition("\x1b[K")[2].rstrip("\r") for line in shown.split("\n")]
+    assert [line for line in lines if line.startswith("w0")] == ["w0     | a line", "w0     | told"]
+    assert lines[-1] == ""
+
+
+def until(terminal: int, wanted: str | None) -> str:
+    """Read from a terminal until it has shown something, or to its end."""
+    shown = b""
+    while wanted is None or wanted not in shown.decode():
+        try:
+            chunk = os.read(terminal, 65536)
+        except OSError:  # what Linux says when nobody has the terminal open any more
+            chunk = b""
+        if not chunk:
+            assert wanted is None, shown.decode()
+            break
+        shown += chunk
+    return shown.decode()
+
+
+def test_nobody_listens_any_more(script: Path):
+    """When what reads the output has ended, so do the workers and the launch."""
+    script.write_text("import os\nprint(os.getpid(), flush=True)\nwhile True: print('more', flush=True)")
+    with launching(*NOBODY, str(script)) as process:
+        assert process.stdout is not None
+        gone = Gone(int(process.stdout.readline().split()[-1]))
+        process.stdout.close()
+        assert process.wait(LIMIT_S) == 141
+    assert gone()
+
+
+# -- how they end ----------------------------------------------------------------------------------------------------
+
+
+def test_the_limit_of_restarts(script: Path):
+    """A worker that fails again and again ends the run with its exit code, and the others with it."""
+    script.write_text(
+        "import os, signal, sys\n"
+        "print('life', os.environ['FARSTEP_RESTART'], flush=True)\n"
+        "sys.exit(7) if os.environ['RANK'] == '1' else signal.pause()\n"
+    )
+    done = farstep("launch", *NOBODY, "-n", "2", "--max-restarts", "2", "--json", str(script))
+    assert done.returncode == 7
+    assert said(done.stdout, "w1") == ["life 0", "life 1", "life 2"]
+    assert "launch | w1 ended with exit code 7, after 2 restarts; all others are ended" in done.stderr
+    summary = json.loads(done.stdout.splitlines()[-1])
+    assert (summary["code"], summary["restarts"], summary["codes"]) == (7, {"w0": 0, "w1": 2}, {"w0": 143, "w1": 7})
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_are_handed_on(script: Path, number: signal.Signals):
+    """Each worker gets the signal and may end as it likes; nobody is started again, and the exit code names it."""
+    script.write_text(
+        "import signal, sys\n"
+        "def leave(number, _):\n"
+        "    print('got', number, flush=True); sys.exit(1)\n"
+        f"signal.signal({int(number)}, leave)\n"
+        "print('here', flush=True); signal.pause()\n"
+    )
+    with launching(*NOBODY, "-n", "2", str(script)) as process:
+        heard(process, "w0     | here", "w1     | here")
+        process.send_signal(number)
+        stdout, _ = process.communicate(timeout=LIMIT_S)
+    assert sorted(stdout.splitlines()) == [f"w0     | got {int(number)}", f"w1     | got {int(number)}"]
+    assert process.returncode == 128 + number
+
+
+@pytest.mark.parametrize("again", [True, False])
+def test_a_worker_that_does_not_listen_is_killed(script: Path, again: bool):
+    """Who ignores the signal is killed by a second one, or when the time is up."""
+    script.write_text(
+        "import signal\n"
+        "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
+        "print('here', flush=True)\n"
+        "while True: signal.pause()\n"
+    )
+    with launching(*NOBODY, "--shutdown-timeout", "1000" if again else "0.1", str(script)) as process:
+        heard(process, "w0     | here")
+        process.send_signal(signal.SIGINT)
+        if again:
+            assert process.stderr is not None
+            while "SIGINT" not in process.stderr.readline():
+                pass
+            process.send_signal(signal.SIGINT)
+        assert process.wait(LIMIT_S) == 130
+
+
+@pytest.mark.parametrize("how", ["worker ends", "launch is killed"])
+def test_nobody_is_left(script: Path, how: str):
+    """Neither what a worker has started, nor a worker whose launcher was killed with SIGKILL, stays behind."""
+    script.write_text(
+        "import os, subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', {PAUSE!r}])\n"
+        "print(os.getpid(), child.pid, flush=True)\n"
+        f"{PAUSE}\n"
+    )
+    with launching(*NOBODY, "--max-restarts", "0", str(script)) as process:
+        assert process.stdout is not None
+        worker, child = map(int, process.stdout.readline().split()[-2:])
+        worker_gone, child_gone = Gone(worker), Gone(child)
+        if how == "worker ends":
+            os.kill(worker, signal.SIGKILL)
+            assert child_gone()
+            assert process.wait(LIMIT_S) == 137
+        else:
+            process.kill()
+        assert worker_gone()
+        if how != "worker ends":
+            os.kill(child, signal.SIGKILL)
+            assert child_gone()
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--server", "ftp://box", __file__], "Invalid server: 'ftp://box'."),
+        (["--session", "no spaces", __file__], "Invalid session: 'no spaces'."),
+        (["--nnodes", "2", __file__], "Workers on 2 machines need a server and a session"),
+        (["--nnodes", "2", "--server", "http://box:1", __file__], "Add --server and --session."),
+        (["--node-rank", "1", __file__], "Invalid node_rank: 1"),
+        (["-m", "--no-python", "x"], "A module is run by Python."),
+        (["./not-there.py"], "There is no file './not-there.py'."),
+        (["-n", "0", __file__], "-n"),
+        (["--replicas", "3", __file__], "--replicas"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments: list[str], words: str):
+    """Options that contradict themselves or that nobody knows are refused before anything is started."""
+    began = time.monotonic()
+    done = farstep("launch", *arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "launch |" not in done.stderr
+    assert time.monotonic() - began < LIMIT_S
