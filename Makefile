@@ -44,10 +44,8 @@ format: $(INSTALLED) ## let ruff sort imports, repair what it can and lay out th
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(INSTALLED) ## measure: every tests/benchmarks/bench_*.py in turn
-	@for each in tests/benchmarks/bench_*.py; do \
-	  echo "== $$each"; $(BIN)/python "$$each" $(ARGS) || exit 1; \
-	done
+bench: $(INSTALLED) ## measure every target and print one table (ARGS=--quick, ARGS="--markdown docs/benchmarks.md")
+	$(BIN)/python tests/benchmarks/bench_all.py $(ARGS)
 
 clean: ## remove everything make made, the virtual environment included
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi

@@ -1,23 +1,61 @@
 """The parameters as the session has them: where answers arrive, and what edits are found by.
 
-Answers arrive here and are copied into the parameters when they are complete, so that an answer that is cut off leaves
-the model as it was. What has arrived stays. Between steps it is what the session has of each parameter as far as this
-worker knows, so a parameter that differs from it was edited here since.
+Between steps the memory here holds what the session has of each parameter as far as this worker knows, so a parameter
+that differs from it was edited here since. An answer that is cut off leaves the model as it was:
+
+    all parameters, and large   they arrive in memory of their own and are copied as they come (`farstep.landing`);
+                                then the two memories change places
+    other answers               arrive in the memory there is, and are copied when they are complete
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 
-from farstep.edits import Edits
+from farstep.edits import Check, Comparer, Edits
+from farstep.landing import Landing
 from farstep.wire.memory import tensor_memory
+
+LARGE_BYTES: Final = 4 << 20
+"""From here on an answer is copied as it comes; a smaller one takes no time to copy."""
+
+
+class _Memory:
+    """Memory for all parameters, one flat tensor per dtype.
+
+    Attributes:
+        staged: each parameter's part of it.
+        views: all of it, in the parameters' order.
+        comparers: what compares parameters with it, with the indices of those; None until it is needed.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], dtypes: Sequence[torch.dtype], flat: Mapping[torch.dtype, Tensor] | None
+    ) -> None:
+        sizes: dict[torch.dtype, int] = {}
+        places: list[tuple[torch.dtype, int]] = []
+        for p, dtype in zip(parameters, dtypes, strict=True):
+            offset = sizes.get(dtype, 0)
+            places.append((dtype, offset))
+            sizes[dtype] = offset + p.numel()
+        if flat is None:
+            flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+        self.staged = [
+            flat[dtype][offset : offset + p.numel()].view(p.shape)
+            for (dtype, offset), p in zip(places, parameters, strict=True)
+        ]
+        self.views = _merged(
+            (flat[dtype], offset, p.numel()) for (dtype, offset), p in zip(places, parameters, strict=True)
+        )
+        self.comparers: list[tuple[Sequence[int], Comparer]] | None = None
 
 
 class Arrivals:
-    """Staging memory for the parameters of one optimizer, one flat tensor per dtype; `keep_` fills it first.
+    """Staging memory for the parameters of one optimizer; `keep_` fills it first.
 
     Args:
         parameters: the tensors that arrive, in the session's order.
@@ -31,36 +69,32 @@ class Arrivals:
         dtypes: Sequence[torch.dtype] | None = None,
         flat: Mapping[torch.dtype, Tensor] | None = None,
     ) -> None:
-        sizes: dict[torch.dtype, int] = {}
-        places: list[tuple[torch.dtype, int]] = []
-        for p, dtype in zip(parameters, dtypes or [p.dtype for p in parameters], strict=True):
-            offset = sizes.get(dtype, 0)
-            places.append((dtype, offset))
-            sizes[dtype] = offset + p.numel()
-        if flat is None:
-            flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
-        self._staged = [
-            flat[dtype][offset : offset + p.numel()].view(p.shape)
-            for (dtype, offset), p in zip(places, parameters, strict=True)
-        ]
-        self._all = _merged(
-            (flat[dtype], offset, p.numel()) for (dtype, offset), p in zip(places, parameters, strict=True)
-        )
+        self._dtypes = [p.dtype for p in parameters] if dtypes is None else list(dtypes)
+        self._memory = _Memory(parameters, self._dtypes, flat)
+        self._spare: _Memory | None = None
+        self._landing: Landing | None = None
+        self._lands = flat is None and sum(map(len, self._memory.views)) >= LARGE_BYTES
+        self._overwritten = False
         self._differing: set[int] = set()
         self.rebind_(parameters)
+
+    @property
+    def _staged(self) -> list[Tensor]:
+        return self._memory.staged
 
     def rebind_(self, parameters: Sequence[Tensor]) -> None:
         """Take other tensors of the same shapes and dtypes in the parameters' place; what has arrived stays."""
         self._parameters = list(parameters)
         # Views shown as the conjugate or the negative of their memory, which foreach operations do not take.
         self._lazy = any(p.is_conj() or p.is_neg() for p in parameters)
-        self._edits = Edits(self._parameters, self._staged)
+        self._compare_anew_()
 
     def within(self, flat: Mapping[torch.dtype, Tensor] | None) -> Arrivals:
         """Return the same in other memory: `flat`, or memory of its own."""
         moved = Arrivals(self._parameters, flat=flat)
         copy_all(moved._staged, self._staged, lazy=False)
         moved._differing = set(self._differing)
+        moved._overwritten = self._overwritten
         return moved
 
     def grown(self, parameters: Sequence[Tensor]) -> Arrivals:
@@ -72,10 +106,34 @@ class Arrivals:
         grown.keep_(range(count, count + len(parameters)))
         return grown
 
+    # -- edits ------------------------------------------------------------------------------------------------------
+
     def edited(self, addresses: list[int]) -> list[int]:
         """Return which parameters differ from what the session has of them; see `Edits.found`."""
-        found = self._edits.found(addresses)
-        return sorted({*found, *self._differing}) if self._differing else found
+        found = set(self._differing)
+        for members, comparer in self._comparing():
+            found |= {members[place] for place in comparer.found(_of(addresses, members))}
+        return sorted(found)
+
+    def checks(self, addresses: list[int]) -> list[Check]:
+        """Return the same comparison a part at a time; see `Edits.checks`."""
+        checks: list[Check] = [lambda: bool(self._differing)]
+        for members, comparer in self._comparing():
+            checks += comparer.checks(_of(addresses, members))
+        return checks
+
+    def _comparing(self) -> list[tuple[Sequence[int], Comparer]]:
+        if self._memory.comparers is None:
+            self._memory.comparers = self._comparers()
+        return self._memory.comparers
+
+    def _comparers(self) -> list[tuple[Sequence[int], Comparer]]:
+        return [(range(len(self._parameters)), Edits(self._parameters, self._staged))]
+
+    def _compare_anew_(self) -> None:
+        for memory in (self._memory, self._spare):
+            if memory is not None:
+                memory.comparers = None
 
     def keep_(self, indices: Sequence[int] | None = None, *, but: Sequence[int] = ()) -> None:
         """Take some parameters (None: all of them) for what the session has, as after they were sent.
@@ -86,27 +144,86 @@ class Arrivals:
         """
         chosen = range(len(self._parameters)) if indices is None else indices
         copy_all([self._staged[i] for i in chosen], [self._parameters[i].detach() for i in chosen], self._lazy)
+        self._kept_(indices, but)
+
+    def _kept_(self, indices: Sequence[int] | None, but: Sequence[int]) -> None:
+        chosen = range(len(self._parameters)) if indices is None else indices
         self._differing = (self._differing - set(chosen)) | set(but)
+        self._overwritten = self._overwritten and indices is not None
+
+    # -- answers ----------------------------------------------------------------------------------------------------
 
     def targets(self, indices: Sequence[int] | None, *, whole: bool = False) -> list[memoryview]:
-        """Return where the payload of these parameters goes.
+        """Return where the payload of these parameters goes, to be copied when it is complete.
 
         Args:
             indices: which ones; None for all of them.
             whole: they come as they are, whatever was asked for; see `NarrowArrivals`.
         """
+        self._overwritten = True
         if indices is None:
-            return self._all
+            return self._memory.views
         return [tensor_memory(self._staged[i]) for i in indices]
 
+    def landing(self) -> list[memoryview]:
+        """Return where the payload of all parameters goes, to be copied as it comes (`advance_`) if it is large.
+
+        The parameters have to be what the session had.
+        """
+        if not self._lands or self._overwritten:
+            return self.targets(None)
+        if self._spare is None:
+            self._spare = _Memory(self._parameters, self._dtypes, None)
+        self._landing = Landing(self._parameters, self._spare.staged)
+        return self._spare.views
+
+    def advance_(self, received_bytes: int) -> None:
+        """Take note that so many bytes of an answer have arrived in all."""
+        if self._landing is not None:
+            self._landing.advance(received_bytes)
+
+    def undo_(self) -> None:
+        """Put back what the parameters were before an answer that was cut off, or did not come at all."""
+        if self._landing is not None:
+            self._landing.undo([self._known(index) for index in range(len(self._parameters))])
+            self._landing = None
+
+    def give_up_(self, *, lost: bool = False) -> None:
+        """Do without an answer: the parameters are as they were, and then what there is of them here as well.
+
+        Args:
+            lost: the server may have written here; the parameters are what the session had.
+        """
+        self.undo_()
+        if self._overwritten or lost:
+            self.keep_()
+
     def settle_(self, indices: Sequence[int] | None) -> None:
-        """Copy what has arrived into the parameters: same storage, same strides, version counters bumped."""
+        """Bring a complete answer into the parameters: same storage, same strides, version counters bumped."""
+        if self._landing is None:
+            self._copy_(indices)
+        else:
+            self._landing.finish()
+            self._landing = None
+            assert self._spare is not None
+            self._memory, self._spare = self._spare, self._memory
+        self._overwritten = False
+        self._differing = set() if indices is None else self._differing - set(indices)
+
+    def _copy_(self, indices: Sequence[int] | None) -> None:
         targets, sources = self._parameters, self._staged
         if indices is not None:
             targets, sources = [targets[i] for i in indices], [sources[i] for i in indices]
         with torch.no_grad():
             copy_all(targets, sources, self._lazy)
-        self._differing = set() if indices is None else self._differing - set(indices)
+
+    def _known(self, index: int) -> Tensor:
+        """Return what the session has of a parameter."""
+        return self._staged[index]
+
+
+def _of(addresses: list[int], members: Sequence[int]) -> list[int]:
+    return addresses if len(members) == len(addresses) else [addresses[index] for index in members]
 
 
 def _merged(spans: Iterable[tuple[Tensor, int, int]]) -> list[memoryview]:

@@ -7,28 +7,38 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import httpx
 
 from farstep.errors import FarstepError, InvalidOption, InvalidRequest, Unauthorized, Unavailable, from_problem
-from farstep.transport import DEADLINE_S, NAMED, Pieces, SocketTransport, body_of
+from farstep.payload import Payload, batches_of, nbytes_of
+from farstep.transport import DEADLINE_S, NAMED, Answer, Batch, Pieces, Route, SocketTransport, Supply, body_of
 from farstep.unix import dialer, path_of_url
-from farstep.wire import Decoder, encode
+from farstep.wire import Decoder, Frames, encode, encoded_size
+from farstep.wire.header import pack_header
 
 MSGPACK = "application/msgpack"
 FILE = "application/octet-stream"
 CHUNK_BYTES = 1 << 20
+HOT_BYTES = 256 * 1024
+"""Bytes of an answer that are received at once, at most, where something is done with them next."""
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
+ROUTES_KEPT = 32
+"""Requests that are kept prepared: those of one step after the other are alike."""
 LOCAL = "http://localhost"
 """What requests to a server at a path name as their origin; HTTP wants one."""
 FROM_PROXIES = frozenset({502, 503, 504})
 """What a proxy answers while the server behind it is away."""
 
 Place = Callable[[dict[str, Any]], Sequence[memoryview]]
+Arrived = Callable[[int], object]
+"""Called with the payload bytes that have arrived so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +81,7 @@ class Conversation:
             trust_env=False,
         )
         self._urls: dict[str, httpx.URL] = {}
+        self._routes: dict[tuple[str, str, float], Route] = {}
 
     def control(
         self, method: str, path: str, document: Mapping[str, Any] | None = None, *, within_s: float | None = None
@@ -111,9 +122,10 @@ class Conversation:
         method: str,
         path: str,
         header: Mapping[str, Any] | None,
-        payload: Sequence[memoryview],
+        payload: Payload,
         place: Place,
         *,
+        arrived: Arrived | None = None,
         wait_s: float = 0.0,
     ) -> Received:
         """Send a header and a payload, and receive a header and a payload into where `place` says.
@@ -121,33 +133,62 @@ class Conversation:
         Args:
             method, path: the route.
             header: what to send; None for a request without a body.
-            payload: what follows it.
+            payload: what follows it; what a `Supply` raises while the request is sent ends the request, which the
+                server then never has, and is raised here.
             place: says where the answer's payload goes.
+            arrived: called while it comes, so that something is done with it that is in the cache still.
             wait_s: seconds the server may be silent beyond the usual, because it waits for others.
 
         Raises:
             FarstepError: the problem the server answered with, or an answer that is not of the protocol.
             httpx.TransportError: no complete answer came; memory that `place` named is then unspecified.
         """
-        request = self._request(method, path, header, payload, wait_s)
-        response = self._transport.handle_request(request)  # past the client's cookies and redirects, which take longer
-        response.request = request
+        return self.receive(self.send(method, path, header, payload, wait_s=wait_s), place, arrived=arrived)
+
+    def send(
+        self, method: str, path: str, header: Mapping[str, Any] | None, payload: Payload, *, wait_s: float = 0.0
+    ) -> Answer:
+        """Do the first half of `data` and return when the head of an answer is there, for `receive`."""
+        return self._ask(method, path, None if header is None else _message(header, payload), wait_s)
+
+    def receive(self, answer: Answer, place: Place, *, arrived: Arrived | None = None) -> Received:
+        """Do the second half of `data`."""
         try:
-            if not response.is_success:
-                response.read()
-                raise self._problem(response)
+            if not answer.ok:
+                raise self._problem(answer.response())
             began = time.perf_counter()
             decoder = Decoder(place, side="client")
-            body = body_of(response)
+            early = answer.body.arrived()
+            decoder.feed(early)
+            answer.body.skip(len(early))
+            if arrived is not None:
+                arrived(decoder.received)
             while not decoder.done:
-                count = body.readinto(decoder.get_buffer())
+                buffer = decoder.get_buffer()
+                count = answer.body.readinto(buffer if arrived is None else buffer[:HOT_BYTES])
                 if count == 0:
-                    raise httpx.RemoteProtocolError("the answer was cut off", request=request)
+                    raise httpx.RemoteProtocolError("the answer was cut off")
                 decoder.buffer_updated(count)
+                if arrived is not None:
+                    arrived(decoder.received)
             decoder.close()
             return Received(decoder.header, decoder.payload_bytes, time.perf_counter() - began)
         finally:
-            response.close()
+            answer.close()
+
+    def _ask(self, method: str, path: str, body: Pieces | Supply | None, wait_s: float) -> Answer:
+        """Send a request past httpx's client, its cookies and redirects, and past its objects if the transport can."""
+        if not isinstance(self._transport, SocketTransport):
+            request = self._request(method, path, body, wait_s)
+            response = self._transport.handle_request(request)
+            response.request = request
+            return Answer.of(response)
+        route = self._routes.get((method, path, wait_s))
+        if route is None:
+            if len(self._routes) == ROUTES_KEPT:
+                self._routes.clear()
+            route = self._routes[method, path, wait_s] = Route(self._request(method, path, body, wait_s))
+        return self._transport.ask(route, body)
 
     def download(self, path: str, take: Callable[[memoryview], object], *, wait_s: float = 0.0) -> int:
         """Ask for a file and hand its bytes on as they come; return how many there were.
@@ -161,7 +202,7 @@ class Conversation:
             FarstepError: the problem the server answered with.
             httpx.TransportError: no complete answer came.
         """
-        request = self._request("GET", path, None, (), wait_s)
+        request = self._request("GET", path, None, wait_s)
         response = self._transport.handle_request(request)
         response.request = request
         try:
@@ -185,7 +226,7 @@ class Conversation:
             FarstepError: the problem the server answered with, or an answer that is not of the protocol.
             httpx.TransportError: no complete answer came.
         """
-        request = self._request("PUT", path, None, (), wait_s)
+        request = self._request("PUT", path, None, wait_s)
         request.headers["content-type"] = FILE
         request.headers["content-length"] = str(nbytes)
         request.stream = body
@@ -201,24 +242,15 @@ class Conversation:
         finally:
             response.close()
 
-    def _request(
-        self,
-        method: str,
-        path: str,
-        header: Mapping[str, Any] | None,
-        payload: Sequence[memoryview],
-        wait_s: float,
-    ) -> httpx.Request:
+    def _request(self, method: str, path: str, body: Pieces | Supply | None, wait_s: float) -> httpx.Request:
         url = self._urls.get(path)
         if url is None:
             url = self._urls[path] = self._client.build_request(method, path).url
         headers = self._client.headers.copy()
-        stream = None
-        if header is not None:
-            stream = Pieces(encode(header, payload, side="client"))
+        if body is not None:
             headers["content-type"] = MSGPACK
-            headers["content-length"] = str(stream.nbytes)
-        return httpx.Request(method, url, headers=headers, stream=stream, extensions=self._extensions(wait_s))
+            headers["content-length"] = str(body.nbytes)
+        return httpx.Request(method, url, headers=headers, stream=body, extensions=self._extensions(wait_s))
 
     def close(self) -> None:
         """Close every connection."""
@@ -245,3 +277,20 @@ class Conversation:
             remedy="Check that the URL is a farstep server's and that no proxy answers in its place.",
             side="client",
         )
+
+
+def _message(header: Mapping[str, Any], payload: Payload) -> Pieces | Supply:
+    if not isinstance(payload, Supply):
+        return Pieces(encode(header, payload, side="client"))
+    packed = pack_header(header, side="client")
+    return Supply(partial(_framed, packed, payload), encoded_size(len(packed), payload.nbytes))
+
+
+def _framed(packed: bytes, payload: Payload) -> Generator[Batch]:
+    frames = Frames(nbytes_of(payload))
+    first = [packed]
+    with closing(batches_of(payload)) as batches:
+        for batch in batches:
+            yield [*first, *frames.cut(map(memoryview, batch))]
+            first = []
+    yield first

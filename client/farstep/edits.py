@@ -1,10 +1,12 @@
 """Which tensors are not what a copy of them says: compared byte by byte.
 
+A comparison can be made at once (`found`), or a part at a time, as `farstep.looking` does.
+
 Version counters would be cheaper to look at, but writing through `.data` does not move them, and `p.data.clamp_(...)`
 is what much code does after a step. Comparing costs less than moving the same bytes once
 (`tests/benchmarks/bench_bookkeeping.py`).
 
-    large tensor        compared where it is
+    large tensor        compared where it is, a part at a time
     small neighbours    their bytes are joined and compared at once: a call for each would take longer than the bytes
     odd                 strided, lazily negated, or not on the CPU: compared by torch
 """
@@ -12,9 +14,10 @@ is what much code does after a step. Comparing costs less than moving the same b
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from functools import partial
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
@@ -23,6 +26,12 @@ from farstep.bits import same_bits
 
 SMALL_BYTES = 16_384
 """Up to here copying a tensor's bytes takes less than a call of a foreign function."""
+
+PART_BYTES = 1 << 20
+"""What is compared at once."""
+
+Check = Callable[[], object]
+"""Compare something, and return what is true if it differs."""
 
 memcmp = ctypes.CDLL(None).memcmp
 memcmp.restype = ctypes.c_int
@@ -36,6 +45,16 @@ class _Run:
     here: Sequence[memoryview]
     there: ctypes.c_void_p
     nbytes: ctypes.c_size_t
+
+
+class Comparer(Protocol):
+    """Anything that compares tensors with copies of them."""
+
+    def found(self, addresses: list[int]) -> list[int]:
+        """Return the indices of those that differ; `addresses` is where their memory begins now."""
+
+    def checks(self, addresses: list[int]) -> list[Check]:
+        """Return the same comparisons a part at a time; they hold as long as the tensors are not given other memory."""
 
 
 @final
@@ -58,15 +77,32 @@ class Edits:
         """Return the indices of those that differ; `addresses` is where their memory begins now."""
         if addresses != self._addresses:
             self._look_again_(addresses)
-        found = [
-            index for index in self._odd if not same_bits(self._tensors[index].detach().cpu(), self._copies[index])
-        ]
+        found = [index for index in self._odd if self._odd_differs(index)]
         for run in self._runs:
-            if memcmp(b"".join(run.here), run.there, run.nbytes):
+            if _run_differs(run):
                 found += [index for index in run.members if self._differs(index)]
         if any(map(memcmp, *self._single)):
             found += [index for index in self._alone if self._differs(index)]
         return sorted(found)
+
+    def checks(self, addresses: list[int]) -> list[Check]:
+        """Return the same comparisons a part at a time; they hold as long as the tensors are not given other memory."""
+        if addresses != self._addresses:
+            self._look_again_(addresses)
+        checks: list[Check] = [partial(self._odd_differs, index) for index in self._odd]
+        checks += [partial(_run_differs, run) for run in self._runs]
+        for index in self._alone:
+            for start in range(0, self._nbytes[index], PART_BYTES):
+                checks.append(partial(self._part_differs, index, start))
+        return checks
+
+    def _odd_differs(self, index: int) -> bool:
+        return not same_bits(self._tensors[index].detach().cpu(), self._copies[index])
+
+    def _part_differs(self, index: int, start: int) -> int:
+        here, there = self._addresses[index] + start, (self._there[index].value or 0) + start
+        nbytes = min(PART_BYTES, self._nbytes[index] - start)
+        return int(memcmp(ctypes.c_void_p(here), ctypes.c_void_p(there), ctypes.c_size_t(nbytes)))
 
     def _differs(self, index: int) -> bool:
         here = ctypes.c_void_p(self._addresses[index])
@@ -106,6 +142,10 @@ def _neighbours(copies: Sequence[Tensor], left_out: set[int]) -> list[list[int]]
             runs.append([index])
         after = copy.data_ptr() + copy.nbytes
     return runs
+
+
+def _run_differs(run: _Run) -> bool:
+    return bool(memcmp(b"".join(run.here), run.there, run.nbytes))
 
 
 def _bytes_at(address: int, nbytes: int) -> memoryview:

@@ -30,6 +30,11 @@ class Header:
     def __contains__(self, key: str) -> bool:
         return key in self._values
 
+    @property
+    def is_empty(self) -> bool:
+        """Say whether all has been taken."""
+        return not self._values
+
     def integer(self, key: str, *, least: int = 0, most: int = 2**63 - 1, default: int | None = None) -> int:
         value = self._values.pop(key, default)
         if type(value) is not int or not least <= value <= most:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 from urllib.parse import quote
 
@@ -23,17 +24,23 @@ from farstep.conversation import READ_TIMEOUT_S, Conversation
 from farstep.departures import Departures
 from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSession
 from farstep.fields import FieldKind
+from farstep.foresight import STREAMED
 from farstep.growth import AppendHead, NewParameter, outgrown
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
+from farstep.looking import Edited, Looking
 from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, WriteName
 from farstep.narrow_arrivals import NarrowArrivals
 from farstep.narrowing import Narrowing
+from farstep.overlap import LEAST_BYTES, OTHERS, UNUSED, Overlapped
+from farstep.overlapping import Overlapping
 from farstep.patience import Patience
+from farstep.payload import Payload, nbytes_of
 from farstep.presence import PRESENT
 from farstep.reader import Reader
 from farstep.settings import Place
 from farstep.sharing import Sharing
 from farstep.staging import outgoing, outgoing_contents, outgoing_gradients
+from farstep.transport import Supply
 from farstep.unix import path_of_url
 from farstep.wire import from_ranges, to_ranges
 from farstep.wire.memory import TORCH_DTYPES
@@ -75,10 +82,14 @@ class HttpLink(Link):
             if self._wire_parameters is None
             else NarrowArrivals(self._parameters, self._wire_parameters)
         )
-        self._departures = Departures(self._parameters)
-        self._narrowing = self._new_narrowing()
+        self._set_out()
         own_socket = path_of_url(cast(str, place.server)) is not None and place.transport is None
         self._sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
+        self._overlapping = Overlapping()
+        # float16 gradients are looked at before anything is sent.
+        self._streams = self._wire_gradients != "float16" and all(p.device.type == "cpu" for p in parameters)
+        self._unlooked: list[int] | None = None  # addresses of parameters that the next push has to look at
+        self._edited_last = False  # whether the last look found an edit: then the next one comes before the push
         self._version = 0
         self._process = os.getpid()
         try:
@@ -104,6 +115,7 @@ class HttpLink(Link):
     def _join(self, start: Start) -> bool:
         """Create or join the session; return whether this worker gave it its first contents."""
         self._share_no_more()
+        self._overlapping.end(OTHERS)
         document = {**self._spec.to_document(), "worker": self._place.worker}
 
         def attempt() -> bool:
@@ -136,13 +148,95 @@ class HttpLink(Link):
         evaluation: Evaluation | None = None,
     ) -> StepReport:
         began = time.perf_counter()
+        unlooked, self._unlooked = self._unlooked, None
+        begun = self._overlapping.take()
+        if begun is not None:
+            self._send_edits(unlooked)
+            unlooked = None
+            present = [index for index, each in enumerate(gradients) if each is not None]
+            head = self._head(present, groups, evaluation=evaluation, order=begun.order)
+            if self._still(begun, head, gradients, unlooked):
+                report = self._push(head, present, begun.payload(), began, begun=begun)
+                hidden = begun.bytes_overlapped if begun.outcome == STREAMED else 0
+                return replace(report, overlap=begun.outcome, bytes_overlapped=hidden)
+        try:
+            report = self._push_all(gradients, groups, evaluation, began, unlooked)
+        except Edited:  # the server has a part of this push, which it throws away
+            self._send_edits(unlooked)
+            report = self._push_all(gradients, groups, evaluation, began, None)
+        return report if begun is None else replace(report, overlap=begun.outcome)
+
+    def _still(
+        self,
+        begun: Overlapped,
+        head: Callable[[WriteName, str], PushHead],
+        gradients: Sequence[Tensor | None],
+        unlooked: list[int] | None,
+    ) -> bool:
+        """Say whether a push that was begun is what the step sends, which no edit of a parameter has to precede.
+
+        Two comparisons of memory, side by side: all cores are the step's now.
+        """
+        looking = None if unlooked is None else Looking(partial(self._arrivals.checks, unlooked))
+        try:
+            if looking is not None:
+                looking.start()
+            carried = begun.carries(head(self._writer.names.next(), self._writer.incarnation).to_header(), gradients)
+            if looking is not None and carried:
+                looking.finish()
+            return carried
+        except Edited:
+            begun.end(OTHERS)
+            return False
+        finally:
+            if looking is not None:
+                looking.stop()
+
+    def _push_all(
+        self,
+        gradients: Sequence[Tensor | None],
+        groups: Mapping[int, Options],
+        evaluation: Evaluation | None,
+        began: float,
+        unlooked: list[int] | None,
+    ) -> StepReport:
+        """Send gradients of which none has been sent; look for edits at the addresses `unlooked` before they are whole.
+
+        Raises:
+            Edited: there is an edit; nothing was done.
+        """
         present: Sequence[int] = range(len(self._parameters))
         sparse: Sequence[Sparse] = ()
-        payload = None if self._narrowing else self._departures.payload(gradients)
+        before = self._writer.names.unanswered
+        order = None if before is None else before.header.get("order")
+        payload: Payload | None = None
+        if order is None:
+            looking = None if unlooked is None else Looking(partial(self._arrivals.checks, unlooked))
+            payload = self._departures.payload(gradients, looking, at_once=self._sharing.possible)
         if payload is None:
             present, sparse, payload = outgoing_gradients(gradients, self._parameters, self._narrowing)
-        segments = None if len(present) == len(self._parameters) else to_ranges(present)
+            if order is not None and not sparse and sorted(order) == present:
+                views = dict(zip(present, payload, strict=True))  # it may be that push again
+                payload = [views[index] for index in order]
+            else:
+                order = None
+        if not isinstance(payload, Supply):
+            self._send_edits(unlooked)
         fill = None if sparse or evaluation else self._fill(present, gradients)
+        head = self._head(present, groups, evaluation=evaluation, order=order, sparse=sparse, fill=fill)
+        return self._push(head, present, payload, began, shared=fill is not None)
+
+    def _head(
+        self,
+        present: Sequence[int],
+        groups: Mapping[int, Options],
+        *,
+        evaluation: Evaluation | None = None,
+        order: Sequence[int] | None = None,
+        sparse: Sequence[Sparse] = (),
+        fill: Fill | None = None,
+    ) -> Callable[[WriteName, str], PushHead]:
+        segments = None if len(present) == len(self._parameters) else to_ranges(present)
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             return PushHead(
@@ -156,11 +250,26 @@ class HttpLink(Link):
                 wire_gradients=self._wire_gradients,
                 wire_parameters=self._wire_parameters,
                 fill=fill,
+                order=None if order is None else tuple(order),
             )
 
-        return self._push(head, present, payload, began, shared=fill is not None)
+        return head
+
+    def begin_push(self, order: Sequence[int], groups: Mapping[int, Options]) -> Overlapped | None:
+        names = self._writer.names
+        if not self._streams or names.unsure or self._sharing.possible or self._process != os.getpid():
+            return None
+        if sum(self._parameters[index].nbytes for index in order) < LEAST_BYTES:
+            return None
+        header = self._head(sorted(order), groups, order=order)(names.next(), self._writer.incarnation).to_header()
+        send = partial(self._writer.send_push, header)
+        return self._overlapping.begin(header, order, self._parameters, self._wire_gradients, send)
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
+        self._overlapping.end(OTHERS)
+        unlooked, self._unlooked = self._unlooked, None
+        self._send_edits(unlooked)
+
         def head(name: WriteName, incarnation: str) -> PushHead:
             have = self._version
             return PushHead(
@@ -181,30 +290,35 @@ class HttpLink(Link):
         self,
         head: Callable[[WriteName, str], PushHead],
         present: Sequence[int],
-        payload: Sequence[memoryview],
+        payload: Payload,
         began: float,
         *,
         shared: bool = False,
+        begun: Overlapped | None = None,
     ) -> StepReport:
         """Send a push with the gradients of the parameters `present`, and take in what comes back."""
         arrived: list[int] | None = None
 
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
             nonlocal arrived
+            self._arrivals.undo_()  # what an earlier try has brought
             arrived = self._arriving(header, len(self._parameters))
             if header.get("delivered"):
                 return []
             if self._writer.attempts > 1:
                 self._share_no_more()
+            if arrived is None and len(present) == len(self._parameters):
+                return self._arrivals.landing()
             return self._arrivals.targets(arrived)
 
         try:
             with self._session_there():
-                received = self._writer.push(head, payload, place)
+                received = self._writer.push(head, payload, place, self._advance, begun)
         except BaseException:
+            self._arrivals.undo_()
             if self._writer.names.unsure or self._writer.attempts > 1:
                 self._share_no_more()
-            self._arrivals.keep_()  # of what has arrived nobody knows how much
+            self._arrivals.give_up_(lost=shared)
             raise
         if arrived is None and len(present) < len(self._parameters):
             # What has no gradient, and is as it was, is not touched.
@@ -222,12 +336,15 @@ class HttpLink(Link):
             receipt,
             duplicate=bool(received.header["duplicate"]),
             earlier=self._writer.names.tell(),
-            bytes_sent=0 if shared else sum(each.nbytes for each in payload),
+            bytes_sent=0 if shared else nbytes_of(payload),
             bytes_received=received.payload_bytes,
             attempts=self._writer.attempts,
             path="" if not payload else "shared memory" if shared else "bodies",
             seconds={"total": total_s, **seconds, "send": received.receive_s, "copy": copy_s},
         )
+
+    def _advance(self, received_bytes: int) -> None:
+        self._arrivals.advance_(received_bytes)
 
     def _fill(self, present: Sequence[int], gradients: Sequence[Tensor | None]) -> Fill | None:
         """Put gradients into shared memory, if there is any and nothing is unclear; return how to name them."""
@@ -312,8 +429,9 @@ class HttpLink(Link):
         self._spec = replace(
             self._spec, groups=(*self._spec.groups, options), parameters=(*self._spec.parameters, *parameters)
         )
-        self._parameters, self._arrivals, self._departures = everything, arrivals, Departures(everything)
-        self._narrowing = self._new_narrowing()
+        self._parameters, self._arrivals = everything, arrivals
+        self._set_out()
+        self._overlapping.forget_()
         return receipt.applied
 
     # -- the mode ---------------------------------------------------------------------------------------------------
@@ -342,6 +460,23 @@ class HttpLink(Link):
 
     def edited(self, addresses: list[int]) -> list[int]:
         return self._arrivals.edited(addresses)
+
+    def settle_edits(self, addresses: list[int]) -> None:
+        here = all(p.device.type == "cpu" for p in self._parameters)
+        hidden = self._departures.large and here and not self._sharing.possible and not self._writer.names.unsure
+        if hidden and not self._edited_last:
+            self._unlooked = addresses
+        else:
+            self._send_edits(addresses)
+
+    def _send_edits(self, addresses: list[int] | None) -> None:
+        """Send what was edited, unless that is done already (None)."""
+        if addresses is None:
+            return
+        edited = self._arrivals.edited(addresses)
+        self._edited_last = bool(edited)
+        if edited:
+            self.write(edited)
 
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         self._parameters = list(parameters)
@@ -395,9 +530,10 @@ class HttpLink(Link):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _new_narrowing(self) -> Narrowing | None:
+    def _set_out(self) -> None:
         half = self._wire_gradients
-        return None if half is None else Narrowing(half, self._parameters)
+        self._narrowing = None if half is None else Narrowing(half, self._parameters)
+        self._departures = Departures(self._parameters, self._narrowing)
 
     def _addresses(self) -> list[int]:
         return list(map(Tensor.data_ptr, self._parameters))
@@ -421,6 +557,7 @@ class HttpLink(Link):
     def close(self) -> None:
         if self._process != os.getpid():
             return  # a fork of the worker must not end the session of its parent
+        self._overlapping.end(UNUSED)
         epoch = self._writer.names.epoch
         path = self._path if self._place.private else f"{self._writer.worker_path}?epoch={epoch}"
         try:
@@ -429,3 +566,4 @@ class HttpLink(Link):
                     self._server.control("DELETE", path, within_s=CLOSE_TIMEOUT_S)
         finally:
             self._server.close()
+            self._overlapping.close(CLOSE_TIMEOUT_S)

@@ -18,6 +18,7 @@ from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError
 from farstep.fields import EVERYWHERE, FieldKind, Shapes
 from farstep.messages import Evaluation, Receipt
+from farstep.overlap import Overlapped
 from farstep.settings import KernelChoice, NonFinitePolicy, Place
 
 Options = Mapping[str, Any]
@@ -98,6 +99,9 @@ class StepReport:
         bytes_sent: payload bytes of the gradients.
         bytes_received: payload bytes of the parameters.
         attempts: how often the push was sent.
+        bytes_overlapped: those among `bytes_sent` that had been sent when `step()` began.
+        overlap: `streamed` if the push was begun during the backward pass; why it was given up, if it had been begun
+            and the step was an ordinary one; "" if it had not been begun.
         path: how the tensors moved: `bodies` of requests, or `shared memory`; "" if they did not.
         seconds: where the time went: `total`; on the server `queue` (waiting for its turn), `receive`, `check`
             (for NaN and Inf), `barrier`, `kernel`; and here `send`, the answer's way back as the client saw it, and
@@ -118,6 +122,8 @@ class StepReport:
     bytes_sent: int = 0
     bytes_received: int = 0
     attempts: int = 1
+    bytes_overlapped: int = 0
+    overlap: str = ""
     path: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -191,6 +197,15 @@ class Link(ABC):
                 then as they were.
         """
 
+    def begin_push(self, order: Sequence[int], groups: Mapping[int, Options]) -> Overlapped | None:
+        """Begin to push gradients that are still being computed, for the next `push`; None where that is no gain.
+
+        Args:
+            order: the parameters whose gradients there will be, in the order in which they become final.
+            groups: changed group options.
+        """
+        return None
+
     @abstractmethod
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
         """Say that this worker's gradients overflowed: nobody takes the step, and whoever waits for it goes on.
@@ -236,6 +251,15 @@ class Link(ABC):
         Args:
             addresses: where each parameter's memory begins now.
         """
+
+    def settle_edits(self, addresses: list[int]) -> None:
+        """Bring edited parameters to the session, at the latest before the push or skip that follows is applied.
+
+        Args:
+            addresses: where each parameter's memory begins now.
+        """
+        if edited := self.edited(addresses):
+            self.write(edited)
 
     @abstractmethod
     def rebind(self, parameters: Sequence[Tensor]) -> bool:

@@ -7,7 +7,7 @@ contents, is named by (session, worker, worker epoch, sequence): that name is wh
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from farstep.errors import InvalidRequest
@@ -88,6 +88,7 @@ class PushHead:
         wire_gradients: the 16-bit dtype that float32 gradients come in; None for their own.
         wire_parameters: the 16-bit dtype in which the answer shall carry float32 parameters; None for their own.
         fill: where the gradients are, if not in the body.
+        order: the segments in the order in which their gradients follow; None for ascending.
     """
 
     name: WriteName
@@ -103,6 +104,7 @@ class PushHead:
     wire_gradients: str | None = None
     wire_parameters: str | None = None
     fill: Fill | None = None
+    order: tuple[int, ...] | None = None
 
     def to_header(self) -> dict[str, Any]:
         head: dict[str, Any] = {
@@ -132,6 +134,8 @@ class PushHead:
             head["wire_parameters"] = self.wire_parameters
         if self.fill is not None:
             head |= {"area": self.fill.area, "fill": self.fill.count, "deliver": self.fill.deliver}
+        if self.order is not None:
+            head["order"] = list(self.order)
         return head
 
     @classmethod
@@ -147,6 +151,11 @@ class PushHead:
             base=header.integer("base"),
             wanted=wanted,  # type: ignore[arg-type]  # compared just above
             have=header.integer("have", default=0),
+        )
+        if header.is_empty:  # as most are
+            return head
+        head = replace(
+            head,
             segments=header.listing("segments"),
             sparse=_sparse(header.listing("sparse") or []),
             groups=_groups(header.mapping("groups")),
@@ -155,6 +164,7 @@ class PushHead:
             wire_gradients=_half(header, "wire_gradients"),
             wire_parameters=_half(header, "wire_parameters"),
             fill=_fill(header),
+            order=_order(header.listing("order")),
         )
         header.nothing_left()
         if head.fill is not None and (head.wire_gradients or head.wire_parameters):
@@ -163,6 +173,8 @@ class PushHead:
             raise InvalidRequest("A push that skips its step has no gradients: 'segments' must be [].", field="skip")
         if head.fill is not None and (head.sparse or head.skip or head.evaluation is not None):
             raise InvalidRequest("Only dense gradients can be in shared memory.", field="area")
+        if head.order is not None and (head.sparse or head.fill is not None):
+            raise InvalidRequest("Only dense gradients in the payload come in an order of their own.", field="order")
         return head
 
 
@@ -264,7 +276,7 @@ class Receipt:
     @classmethod
     def from_header(cls, values: Mapping[str, Any]) -> Receipt:
         """Read what this side knows of a receipt; later servers may say more."""
-        known = {each.name: values[each.name] for each in fields(cls) if each.name in values}
+        known = {name: values[name] for name in cls.__slots__ if name in values}
         return cls(**{**known, "contributors": tuple(values["contributors"])})
 
 
@@ -287,6 +299,14 @@ def _fill(header: Header) -> Fill | None:
     if deliver:
         raise InvalidRequest("Header key 'deliver' goes with 'area' and 'fill'.", field="deliver")
     return None
+
+
+def _order(indices: list[Any] | None) -> tuple[int, ...] | None:
+    if indices is None:
+        return None
+    if not set(map(type, indices)) <= {int}:
+        raise InvalidRequest("Header key 'order' must be a list of ints.", field="order")
+    return tuple(indices)
 
 
 def _sparse(rows: list[Any]) -> tuple[Sparse, ...]:

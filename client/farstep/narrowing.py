@@ -14,7 +14,7 @@ from farstep.wire.memory import TORCH_DTYPES
 
 @final
 class Narrowing:
-    """Memory that float32 gradients are cast into, kept from step to step.
+    """Cast float32 gradients.
 
     Args:
         half: the wire's name of a 16-bit dtype.
@@ -23,51 +23,36 @@ class Narrowing:
 
     def __init__(self, half: str, parameters: Sequence[Tensor]) -> None:
         self._dtype = TORCH_DTYPES[half]
-        flat = torch.empty(sum(p.numel() for p in parameters if is_wide(p)), dtype=self._dtype)
-        self._staged: dict[int, Tensor] = {}
-        at = 0
-        for index, p in enumerate(parameters):
-            if is_wide(p):
-                self._staged[index] = flat[at : at + p.numel()].view(p.shape)
-                at += p.numel()
-
-    def dense(self, index: int, gradient: Tensor) -> Tensor:
-        """Return a parameter's gradient as it travels; the next one of this parameter takes its memory.
-
-        Raises:
-            NonFinite: see `_check`.
-        """
-        staged = self._staged.get(index)
-        if staged is None:
-            return gradient
-        staged.copy_(gradient.detach())
-        return self._check(index, staged, gradient)
+        self.dtypes = [self._dtype if is_wide(p) else p.dtype for p in parameters]
 
     def values(self, index: int, values: Tensor) -> Tensor:
-        """Return the values of a sparse gradient as they travel.
+        """Return the gradient of a parameter, or the values of a sparse one, as it travels.
 
         Raises:
-            NonFinite: see `_check`.
+            NonFinite: see `check`.
         """
-        return self._check(index, values.to(self._dtype), values) if index in self._staged else values
+        if self.dtypes[index] == values.dtype:
+            return values
+        narrow = values.detach().to(self._dtype)
+        self.check(index, narrow, values)
+        return narrow
 
-    def _check(self, index: int, narrow: Tensor, wide: Tensor) -> Tensor:
+    def check(self, index: int, narrow: Tensor, wide: Tensor) -> None:
         """Refuse what float16 made infinite; bfloat16 reaches as far as float32. `narrow` is still in the cache.
 
         Raises:
             NonFinite: a finite number became infinite, which no policy of a session can know.
         """
         if self._dtype is not torch.float16 or bool(torch.isfinite(narrow.sum(dtype=torch.float32))):
-            return narrow
+            return
         if bool((torch.isinf(narrow).to(wide.device) & torch.isfinite(wide)).any()):
             raise NonFinite(
                 f"The gradient of parameter {index} holds a finite number beyond {torch.finfo(torch.float16).max:g}, "
-                "which float16 on the wire makes infinite; nothing was sent.",
+                "which float16 on the wire makes infinite; the step was not taken.",
                 remedy="Use wire='bf16', which reaches as far as float32, or scale the loss down.",
                 field="wire",
                 side="client",
             )
-        return narrow
 
 
 def is_wide(tensor: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The names of one worker's writes, and what becomes of a write that got no answer.
 
     a write ──► committed        the next sequence follows
-            ──► refused          its sequence is free again
+            ──► refused          its sequence is free again; so it is if its payload was never made to its end
             ──► no answer        unknown; before the next write the server is asked where the worker stands:
 
     it says                next write has the same content      next write has another content
@@ -21,12 +21,13 @@ Pure: no clock, no I/O.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from farstep.errors import FarstepError
 from farstep.messages import WriteName
+from farstep.payload import Payload, batches_of, never_sent
 
 Fate = Literal["applied", "dropped"]
 """What became of a write that got no answer and was not repeated."""
@@ -47,7 +48,7 @@ class Unanswered:
         """Return its place among the worker's writes."""
         return int(self.header["seq"])
 
-    def has_content_of(self, header: Mapping[str, Any], payload: Sequence[memoryview]) -> bool:
+    def has_content_of(self, header: Mapping[str, Any], payload: Payload) -> bool:
         """Say whether another write is this one again."""
         return _content(self.header) == _content(header) and self.digest == digest_of(payload)
 
@@ -89,9 +90,9 @@ class Names:
         self._committed = sequence
         self.unanswered, self.unsure = None, False
 
-    def failed(self, header: Mapping[str, Any], payload: Sequence[memoryview], error: BaseException) -> None:
+    def failed(self, header: Mapping[str, Any], payload: Payload, error: BaseException) -> None:
         """Take note that a write ended in an error: refused, or unknown."""
-        if not _is_refusal(error):
+        if not _is_refusal(error) and ("area" in header or not never_sent(payload)):
             again = {key: value for key, value in header.items() if key != "deliver"}
             self.unanswered, self.unsure = Unanswered(again, digest_of(payload)), True
 
@@ -113,11 +114,12 @@ class Names:
         return earlier
 
 
-def digest_of(payload: Sequence[memoryview]) -> bytes:
+def digest_of(payload: Payload) -> bytes:
     """Return what identifies a payload, at about 1 GB/s."""
     digest = hashlib.blake2b(digest_size=16)
-    for view in payload:
-        digest.update(view)
+    for batch in batches_of(payload):
+        for view in batch:
+            digest.update(view)
     return digest.digest()
 
 

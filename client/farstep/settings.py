@@ -6,6 +6,7 @@ session        FARSTEP_SESSION      none: a fresh private session
 worker         FARSTEP_WORKER       a fresh name of host, process and a random part
 token          FARSTEP_TOKEN        none
 wire           FARSTEP_WIRE         none: everything travels as it is; counts where there is a server
+overlap        FARSTEP_OVERLAP      off; `1` or `0`
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class RemoteOptions(TypedDict, total=False):
         for bit, "fused" waits for fused kernels.
     wire: "bf16" or "fp16" sends this worker's float32 gradients and brings its float32 parameters in 16 bits, and
         `farstep.Wire(gradients="bf16")` one of the two; the server's parameters stay float32. Not for embedded ones.
+    overlap: send gradients while the backward pass still computes others (`farstep.overlap`). Embedded sessions and
+        LBFGS have nothing to send then, and go on as without it.
     timeout_s: seconds to go on retrying before an error says that the server does not answer.
     transport: the httpx transport that carries the conversation, for tests and unusual networks.
     """
@@ -58,6 +61,7 @@ class RemoteOptions(TypedDict, total=False):
     nonfinite: NonFinitePolicy | None
     kernel: KernelChoice
     wire: Wire | Half | None
+    overlap: bool
     timeout_s: float
     transport: httpx.BaseTransport | None
 
@@ -77,6 +81,7 @@ class Place:
     timeout_s: float
     transport: httpx.BaseTransport | None = None
     wire: Wire = field(default_factory=Wire)
+    overlap: bool = False
 
 
 def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:
@@ -139,6 +144,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         timeout_s=timeout_s,
         transport=options.get("transport"),
         wire=wire,
+        overlap=_switch(options.get("overlap"), environment.get("FARSTEP_OVERLAP")),
     )
 
 
@@ -158,6 +164,7 @@ def carried(place: Place) -> RemoteOptions:
         "nonfinite": place.nonfinite,
         "kernel": place.kernel,
         "wire": place.wire,
+        "overlap": place.overlap,
         "timeout_s": place.timeout_s,
     }
 
@@ -169,6 +176,20 @@ def of_copy(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         InvalidOption: see `resolve`.
     """
     return resolve(options, {key: environment[key] for key in ("FARSTEP_TOKEN",) if key in environment})
+
+
+def _switch(said: object, variable: str | None) -> bool:
+    """Return what an option says that is on or off, which is off if nothing is said."""
+    if said is None:
+        said = {"1": True, "0": False, "": False, None: False}.get(variable, variable)
+    if not isinstance(said, bool):
+        raise InvalidOption(
+            f"Invalid overlap: {said!r:.80}.",
+            remedy="Give True or False, or set FARSTEP_OVERLAP to 1 or 0.",
+            field="overlap",
+            side="client",
+        )
+    return said
 
 
 def _check_server(server: str) -> None:

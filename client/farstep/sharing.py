@@ -40,12 +40,15 @@ class Sharing:
         server: the conversation with it.
         path: the worker's path there.
         possible: the two are on one machine, as far as this side can tell.
+
+    Attributes:
+        possible: there is shared memory, or there may be.
     """
 
     def __init__(self, server: Conversation, path: str, *, possible: bool) -> None:
         self._server = server
         self._path = f"{path}/memory"
-        self._possible = possible and SUPPORTED
+        self.possible = possible and SUPPORTED
         self._process = os.getpid()
         self._made: Made | None = None
         self._gradients: list[Tensor] = []
@@ -66,7 +69,7 @@ class Sharing:
 
         There is none while some is in use, and never again once it was refused.
         """
-        if not self._possible or self._made is not None or not _suitable(parameters):
+        if not self.possible or self._made is not None or not _suitable(parameters):
             return False
         try:
             made = make(_sizes(parameters))
@@ -102,7 +105,7 @@ class Sharing:
         self._made, self._gradients = None, []
 
     def _without(self, why: str) -> None:
-        self._possible = False
+        self.possible = False
         _LOG.info("No shared memory with %s, so tensors move in bodies: %s", self._server.server, why)
 
 

@@ -55,7 +55,7 @@ def outgoing_gradients(
                 outgoing(narrowing.values(index, values) if narrowing is not None else values),
             ]
         else:
-            payload.append(outgoing(narrowing.dense(index, gradient) if narrowing is not None else gradient))
+            payload.append(outgoing(narrowing.values(index, gradient) if narrowing is not None else gradient))
     return present, sparse, payload
 
 

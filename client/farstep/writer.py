@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from farstep.conversation import Conversation, Place, Received
-from farstep.errors import IdempotencyMismatch, Unavailable
+from farstep.conversation import Arrived, Conversation, Place, Received
+from farstep.errors import IdempotencyMismatch, Truncated, Unavailable
 from farstep.growth import AppendHead, outgrown
 from farstep.messages import PushHead, PutHead, WriteName
+from farstep.overlap import BROKEN, Overlapped
 from farstep.patience import Patience
+from farstep.payload import Payload
 from farstep.sequence import Names
+from farstep.transport import Answer
 
 MakeHead = Callable[[WriteName, str], PushHead | PutHead | AppendHead]
 """Given a name and the session's incarnation, return the header of a write."""
@@ -62,22 +65,49 @@ class Writer:
         self.names.join(epoch)
         self.incarnation = incarnation
 
-    def push(self, head: MakeHead, payload: Sequence[memoryview], place: Place) -> Received:
+    def push(
+        self,
+        head: MakeHead,
+        payload: Payload,
+        place: Place,
+        arrived: Arrived | None = None,
+        begun: Overlapped | None = None,
+    ) -> Received:
         """Send gradients; see `_write`."""
-        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place)
+        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place, arrived, begun)
 
-    def put(self, head: MakeHead, payload: Sequence[memoryview]) -> Received:
+    def send_push(self, header: Mapping[str, Any], payload: Payload) -> Answer:
+        """Send gradients once, and return when the head of an answer is there."""
+        return self._server.send("POST", f"{self._path}/push", header, payload, wait_s=self._barrier_s)
+
+    def put(self, head: MakeHead, payload: Payload) -> Received:
         """Send contents; see `_write`."""
         return self._write("Writing", "PUT", f"{self._path}/contents", head, payload, lambda header: [])
 
-    def append(self, head: MakeHead, payload: Sequence[memoryview], place: Place) -> Received:
+    def append(self, head: MakeHead, payload: Payload, place: Place) -> Received:
         """Send a param group; see `_write`."""
         return self._write("Adding a param group to", "POST", f"{self._path}/groups", head, payload, place)
 
     def _write(
-        self, doing: str, method: str, path: str, head: MakeHead, payload: Sequence[memoryview], place: Place
+        self,
+        doing: str,
+        method: str,
+        path: str,
+        head: MakeHead,
+        payload: Payload,
+        place: Place,
+        arrived: Arrived | None = None,
+        begun: Overlapped | None = None,
     ) -> Received:
         """Repeat a named write until it is answered. Its sequence is consumed when, and only when, it is committed.
+
+        Args:
+            doing, method, path: what it is, and its route.
+            head: makes its header.
+            payload: what follows it.
+            place: says where the answer's payload goes.
+            arrived: called while it comes.
+            begun: the first try, which is on its way already.
 
         Raises:
             FarstepError: the server refused it, or `Unavailable`: its outcome is unknown.
@@ -87,10 +117,17 @@ class Writer:
             self._check_known(header)
 
             def attempt(header: Mapping[str, Any] = header) -> Received:
+                nonlocal begun
+                if begun is not None:
+                    first, begun = begun, None
+                    try:
+                        return self._server.receive(first.finish(), place, arrived=arrived)
+                    except Truncated:  # it came too slowly, so nothing has happened
+                        first.outcome = BROKEN
                 if self._patience.attempts > 1:  # an answer to the first try may still come where it was told to
                     header = {key: value for key, value in header.items() if key != "deliver"}
-                body = () if "area" in header else payload
-                return self._server.data(method, path, header, body, place, wait_s=self._barrier_s)
+                body: Payload = () if "area" in header else payload
+                return self._server.data(method, path, header, body, place, arrived=arrived, wait_s=self._barrier_s)
 
             try:
                 received = self._patience.call(f"{doing} session {self._session!r}", self._server.server, attempt)
@@ -115,7 +152,7 @@ class Writer:
             group = int(before.header["group"])
             raise outgrown(self._session, self.names.worker, group, by=self.names.worker, side="client")
 
-    def _named(self, head: MakeHead, payload: Sequence[memoryview]) -> Mapping[str, Any]:
+    def _named(self, head: MakeHead, payload: Payload) -> Mapping[str, Any]:
         """Return a write's header, under a new name or as it was sent before; ask the server if that is not clear."""
         header = head(self.names.next(), self.incarnation).to_header()
         if not self.names.unsure:

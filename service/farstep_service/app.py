@@ -15,10 +15,11 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Match, Route
+from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from farstep_service.auth import Tokens
+from farstep_service.hosts import in_task
 from farstep_service.registry import Registry
 from farstep_service.routes import Edge, control_router, data_routes, error_of, session_file_routes
 from farstep_service.routes.problems import PROBLEM, problem_of
@@ -86,22 +87,22 @@ class FastLane:
     """Hand pushes and pulls straight to their endpoints: a framework's layers would cost more than a small step.
 
     Args:
-        app: answers everything else, and wrong methods on these paths.
+        app: answers everything else, and wrong methods on these paths; it has these routes too.
         routes: the data routes.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[Route]) -> None:
         self.app = app
-        self._routes = routes
+        self._lanes = [(route.path_regex, frozenset(route.methods or ()), route.app) for route in routes]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            for route in self._routes:
-                match, matched = route.matches(scope)
-                if match is Match.FULL:
-                    scope.update(matched)
-                    await route.handle(scope, receive, send)
+        if scope["type"] == "http" and not scope.get("root_path"):
+            for path, methods, endpoint in self._lanes:
+                if scope["method"] in methods and (match := path.match(scope["path"])):
+                    scope["path_params"] = match.groupdict()
+                    await endpoint(scope, receive, send)
                     return
+            await in_task()  # as everything that builds on anyio needs
         await self.app(scope, receive, send)
 
 

@@ -26,10 +26,11 @@ class Call(NamedTuple):
 
     Attributes:
         p: parameters before the step, flat and real for an elementwise rule, one in its own shape for the others.
-        g: gradients, like `p`.
+        g: gradients, like `p`, though maybe in 16 bits: the rule gets them in the dtype of `p`.
         state: the tensor fields in use, changed in place.
         out: where the new parameters go; may be `p` itself.
         scalars: the numbers of this step.
+        copy: where they go as well, maybe in another dtype; may be `g` itself if that is in this dtype.
     """
 
     p: Tensor
@@ -37,6 +38,7 @@ class Call(NamedTuple):
     state: StateTensors
     out: Tensor
     scalars: tuple[float, ...]
+    copy: Tensor | None = None
 
 
 class Write(NamedTuple):
@@ -91,6 +93,10 @@ class Kernel(ABC):
 
     name: KernelName
 
+    def takes(self, form: Form) -> bool:
+        """Say whether it runs this form in one pass over memory; only then may a call ask for a copy."""
+        return False
+
     @abstractmethod
     def execute(self, calls: Sequence[Call], progress: Progress) -> None:
         """Carry calls out from where `progress` stands.
@@ -117,6 +123,11 @@ class KernelSource(ABC):
         Raises:
             Unavailable: the kernel wanted cannot be had on this machine.
         """
+
+    def improve(  # noqa: B027  # a source without such kernels has nothing to do
+        self, rule: AnyRule, forms: Iterable[Form], device: torch.device
+    ) -> None:
+        """Begin to make ready what steps can do without, but would be faster with; never wait for it."""
 
     @abstractmethod
     def reference(self, rule: AnyRule) -> Kernel:

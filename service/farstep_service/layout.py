@@ -177,6 +177,27 @@ class Layout:
             )
         return self._on_wire[half]
 
+    def apart_on_wire(self, half: str | None) -> frozenset[int]:
+        """Return the segments that follow on the one before them here, but not in the layout in which they travel."""
+        wire = self.on_wire(half)
+        if wire is self:
+            return frozenset()
+        found = self._apart_on_wire.get(half)
+        if found is None:
+            before: dict[str, Segment] = {}
+            apart = set()
+            for index, (here, there) in enumerate(zip(self.segments, wire.segments, strict=True)):
+                last = before.get(here.buffer)
+                if last is not None and (last.buffer != there.buffer or last.stop != there.offset):
+                    apart.add(index)
+                before[here.buffer] = there
+            found = self._apart_on_wire[half] = frozenset(apart)
+        return found
+
+    @cached_property
+    def _apart_on_wire(self) -> dict[str | None, frozenset[int]]:
+        return {}
+
     @cached_property
     def _on_wire(self) -> dict[str, Layout]:
         return {}

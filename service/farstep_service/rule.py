@@ -7,7 +7,7 @@
     └── LBFGS     asks for the objective several times in a step                      optimizers/lbfgs.py
     RowRule   what a rule of either kind does to the rows that a sparse gradient names
     Counts    what one segment has lived through: its steps, ASGD's eta and mu, and which state it has
-    Form      what a rule is compiled for: an element type, and the optional state in use
+    Form      what a rule is compiled for: element types, and the optional state in use
 
 A step computes, for each segment that has a gradient, `scalars(counts, hyper)` and the next counts; neighbours with
 equal scalars become one call of an elementwise rule; `farstep_service.kernel` has the calls and what runs them. Both
@@ -64,10 +64,14 @@ class Form(NamedTuple):
     Attributes:
         dtype: the element type, under its wire name.
         optional: the optional tensor fields in use.
+        gradient: the element type of the gradients, "" for the same.
+        copy: the element type of a second copy of the new parameters, "" for none.
     """
 
     dtype: str
     optional: Fields = ()
+    gradient: str = ""
+    copy: str = ""
 
 
 class Method(ABC, Generic[H]):

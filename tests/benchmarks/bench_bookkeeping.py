@@ -27,10 +27,12 @@ from farstep.messages import Evaluation
 from farstep.optim import Adagrad, Adam, RemoteOptimizer
 from farstep.settings import Place
 from tests.benchmarks.hardware import hardware
+from tests.benchmarks.rows import Row, within
 
 SIZES = ((3_000, 300), (250_000, 300), (2_500_000, 300), (25_000_000, 56))
 GROUPS = (1, 4)
 WARM_UP = 5
+BUDGET_US = 150.0
 
 
 class NoLink(Link):
@@ -113,7 +115,14 @@ def optimizer_of(kind: type[RemoteOptimizer], elements: int, tensors: int, group
     return made
 
 
-def measure(sides: Mapping[str, RemoteOptimizer], rounds: int) -> dict[str, float]:
+def measure(*, quick: bool) -> Sequence[Row]:
+    """Return the row of 300 small parameters."""
+    elements, tensors = SIZES[0]
+    ours = medians(optimizer_of(Adagrad, elements, tensors, 1), 300)["NoLink"]
+    return [within(f"step without a network, {elements:,} in {tensors}", ours, "µs", "the budget", BUDGET_US, 1)]
+
+
+def medians(sides: Mapping[str, RemoteOptimizer], rounds: int) -> dict[str, float]:
     """Return the median microseconds of a step of each side."""
     times: dict[str, list[float]] = {side: [] for side in sides}
     for place in range(rounds + WARM_UP):
@@ -133,7 +142,7 @@ def main() -> None:
     for kind in (Adagrad, Adam):
         for elements, tensors in SIZES:
             for groups in GROUPS:
-                times = measure(optimizer_of(kind, elements, tensors, groups), 30 if elements > 10**7 else 300)
+                times = medians(optimizer_of(kind, elements, tensors, groups), 30 if elements > 10**7 else 300)
                 label = f"{elements:,} in {tensors}"
                 print(f"{kind.__name__:>9} {label:>20} {groups:>6} {times['NoLink']:>9.1f} {times['Blind']:>9.1f}")
 

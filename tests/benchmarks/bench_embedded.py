@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
@@ -20,10 +21,13 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 import farstep
+from tests.benchmarks.bench_kernels import settle_heap
 from tests.benchmarks.hardware import hardware
+from tests.benchmarks.rows import Row, within
 
 SIZES = ((25_000_000, 56, 7), (250_000, 60, 60), (2_500, 6, 400))
 NAMES = ("Adagrad", "Adadelta", "Adamax", "ASGD")
+ALLOWED = 1.1
 WARM_UP = 2
 
 
@@ -49,7 +53,21 @@ def sides_of(name: str, elements: int, tensors: int) -> dict[str, torch.optim.Op
     return sides
 
 
-def measure(sides: dict[str, torch.optim.Optimizer], rounds: int) -> dict[str, float]:
+def measure(*, quick: bool) -> Sequence[Row]:
+    """Return the rows of each optimizer, at each size."""
+    settle_heap()
+    rows = []
+    for name in NAMES[:1] if quick else NAMES:
+        for elements, tensors, rounds in SIZES:
+            times = medians(sides_of(name, elements, tensors), rounds)
+            ours = times.pop("farstep")
+            best = min(times, key=lambda side: times[side])
+            work = f"embedded {name}, {elements:,} in {tensors}"
+            rows.append(within(work, ours / 1e3, "ms", f"torch.optim, {best}", times[best] / 1e3, ALLOWED))
+    return rows
+
+
+def medians(sides: dict[str, torch.optim.Optimizer], rounds: int) -> dict[str, float]:
     """Return the median microseconds of a step of each side."""
     times: dict[str, list[float]] = {side: [] for side in sides}
     for place in range(rounds + WARM_UP):
@@ -64,11 +82,12 @@ def measure(sides: dict[str, torch.optim.Optimizer], rounds: int) -> dict[str, f
 def main() -> None:
     """Measure and print the table."""
     torch.set_num_threads(1)
+    settle_heap()
     print(hardware())
     print(f"{'optimizer':>9} {'parameters':>20} {'loop':>9} {'foreach':>9} {'fused':>9} {'farstep':>9} {'to best':>8}")
     for name in NAMES:
         for elements, tensors, rounds in SIZES:
-            times = measure(sides_of(name, elements, tensors), rounds)
+            times = medians(sides_of(name, elements, tensors), rounds)
             ours = times.pop("farstep")
             theirs = " ".join(f"{times.get(side, float('nan')):>9.1f}" for side in ("loop", "foreach", "fused"))
             label = f"{elements:,} in {tensors}"

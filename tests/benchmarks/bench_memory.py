@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from tests.benchmarks.crowd import Task, crowd
 from tests.benchmarks.hardware import hardware
+from tests.benchmarks.rows import Row, within
 from tests.service.servers import running_server
 
 PARAMETERS, TENSORS = 25_000_000, 56
@@ -38,7 +39,23 @@ def memory_of(pid: int, key: str) -> int:
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
 
 
-def measure(workers: int, *, sync: bool, parameters: int = PARAMETERS, steps: int = STEPS) -> tuple[int, int]:
+def measure(*, quick: bool) -> Sequence[Row]:
+    """Return the rows of 4 workers, async and sync."""
+    rows = []
+    for sync in (False,) if quick else (False, True):
+        peak, _ = peak_of(4, sync=sync, steps=3 if quick else STEPS)
+        work = f"server memory, 4 {'sync' if sync else 'async'} workers, {PARAMETERS:,}"
+        against = "2 x parameters + state + 4 x staging"
+        rows.append(within(work, peak / 1e6, "MB", against, expected_bytes(4) / 1e6, ALLOWED))
+    return rows
+
+
+def expected_bytes(workers: int) -> int:
+    """Return what there has to be: parameters twice, state, and a staging buffer for each push."""
+    return (2 + 1 + workers) * 4 * PARAMETERS
+
+
+def peak_of(workers: int, *, sync: bool, parameters: int = PARAMETERS, steps: int = STEPS) -> tuple[int, int]:
     """Return the bytes that a server takes at most for a session, and those that it takes at the end."""
     with running_server() as server:
         for task in (
@@ -58,11 +75,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     workers = parser.parse_args(arguments).workers
     print(f"{hardware()}; load {os.getloadavg()[0]:.1f} before")
     one = 4 * PARAMETERS
-    expected = 2 * one + one + workers * one
+    expected = expected_bytes(workers)
     print(f"{workers} workers: parameters {2 * one / 1e6:.0f} MB (x 2), state {one / 1e6:.0f}, staging {workers} x 100")
     print(f"{'mode':>6} {'expected MB':>12} {'peak MB':>9} {'to expected':>12} {'at the end':>11}  target")
     for sync in (False, True):
-        peak, after = measure(workers, sync=sync)
+        peak, after = peak_of(workers, sync=sync)
         label = f"{'sync' if sync else 'async':>6} {expected / 1e6:>12.0f} {peak / 1e6:>9.0f}"
         print(f"{label} {peak / expected:>11.2f}x {after / 1e6:>11.0f}  at most {ALLOWED:.2f} x")
 

@@ -9,6 +9,7 @@ import torch
 
 from farstep.conversation import Conversation
 from farstep.settings import RemoteOptions
+from tests.service.plain import plain_server
 from tests.service.servers import RunningServer, running_server
 
 
@@ -17,6 +18,13 @@ def server() -> Iterator[RunningServer]:
     """Run a server on loopback, without a token; tests keep apart by their sessions' names."""
     with running_server() as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def plain() -> Iterator[str]:
+    """Run the application on a server that is not ours, and say where."""
+    with plain_server() as url:
+        yield url
 
 
 @pytest.fixture

@@ -164,12 +164,12 @@ def test_sparse_gradients_are_refused_where_torch_refuses_them(place: RemoteOpti
 
 @pytest.mark.skipif(shutil.which("g++") is None and shutil.which("c++") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("kernel", ["auto", "fused"])
-@pytest.mark.parametrize("where", ["embedded", "server"])
+@pytest.mark.parametrize("where", ["embedded", "server", "plain"])
 def test_fused_kernels_are_within_torchs_tolerance(kernel: Any, where: str, request: pytest.FixtureRequest) -> None:
     """Compiled kernels follow torch's loop within its tolerance, and the report says which kernel ran."""
     place: RemoteOptions = {"kernel": kernel}
-    if where == "server":
-        place["server"] = request.getfixturevalue("server").url
+    if where != "embedded":
+        place["server"] = request.getfixturevalue("server").url if where == "server" else request.getfixturevalue(where)
     twins = Twins("Adagrad", {"lr": 0.1, "lr_decay": 0.01, "weight_decay": 0.02}, place)
     twins.train(STEPS)
     twins.check(exact=False)

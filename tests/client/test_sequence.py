@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import pytest
 
 from farstep.errors import BarrierTimeout, InvalidRequest, NonFinite, StepInterrupted, Unavailable
 from farstep.growth import AppendHead
 from farstep.messages import PushHead
 from farstep.sequence import Names
+from farstep.transport import Batch, Supply
 
 PAYLOAD = [memoryview(b"gradients"), memoryview(b"of two tensors")]
 
@@ -55,6 +58,25 @@ def test_without_the_servers_word_an_outcome_is_unknown(error: BaseException) ->
     names = joined()
     names.failed(header(names), PAYLOAD, error)
     assert names.unsure
+
+
+def test_a_payload_that_was_never_whole_frees_the_sequence() -> None:
+    """Nobody can have committed what was not made to its end; once it was, nobody knows."""
+
+    def begin() -> Generator[Batch]:
+        yield [b"gradients"]
+        yield [b"of two tensors"]
+
+    names, payload = joined(), Supply(begin, 23)
+    batches = payload.batches()
+    next(batches)
+    names.failed(header(names), payload, KeyboardInterrupt())
+    assert not names.unsure
+    next(batches)
+    names.failed(header(names), payload, KeyboardInterrupt())
+    assert names.unsure
+    assert names.unanswered is not None
+    assert names.unanswered.has_content_of(header(names), PAYLOAD)
 
 
 @pytest.mark.parametrize(("last", "earlier"), [(1, "applied"), (0, "dropped")])

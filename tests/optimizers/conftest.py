@@ -28,6 +28,10 @@ EVERY = [
 ]
 COMPILED = [(name, Form("float32", optional)) for name, optional in EVERY]
 COMPILED += [("Adadelta", Form("float64")), ("Adagrad", Form("bfloat16")), ("Adam", Form("float64"))]
+NARROW = [(name, Form("float32", optional, "bfloat16", "bfloat16")) for name, optional in EVERY if not optional]
+NARROW += [("Adagrad", Form("float32", (), "float16")), ("Adagrad", Form("float32", (), "float16", "float16"))]
+NARROW += [("Adagrad", Form("float32", (), "", "float32"))]
+COMPILED += NARROW
 """The compiled kernels that tests use; building all of them takes two minutes, once per machine."""
 
 

@@ -111,3 +111,9 @@ def test_asgd_uses_a_new_learning_rate_one_step_late():
     twins.step()
     assert torch.equal(twins.store.buffers("param").segment(0), moved)
     twins.check_equal()
+
+
+@pytest.mark.parametrize("etas", [(1e-60, 1.2), (0.99999999, 1.00000001)], ids=["zero", "one"])
+def test_rprop_replaces_signs_in_the_order_of_torch(etas: tuple[float, float]):
+    """A factor that rounds to zero becomes one, and one that rounds to one stops every element, as in torch."""
+    Twins("Rprop", groups=[{"etas": etas}]).run(20).check_equal()

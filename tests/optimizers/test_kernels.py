@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,11 @@ import torch
 from farstep.errors import InvalidOption, Unavailable
 from farstep_service.optimizers import RULES, Kernels, usual
 from farstep_service.optimizers.build import Report, build_in_subprocess
-from farstep_service.optimizers.packages import Package, default_directory, file_name, find
+from farstep_service.optimizers.packages import Package, Threads, default_directory, file_name, find
 from farstep_service.rule import Form
 
 CPU = torch.device("cpu")
+THREADS: tuple[Threads, ...] = ("one", "many")
 ADAGRAD = RULES["Adagrad"]
 FLOAT32 = frozenset({Form("float32")})
 
@@ -135,13 +137,15 @@ def test_the_directory_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_names_differ_where_contents_do():
-    """Another rule, dtype, thread count or choice of state is another file."""
+    """Another rule, dtype, thread count, choice of state, or dtype of gradients or a copy, is another file."""
     names = {
-        file_name(Package(rule.name, dtype, "cpu", threads, optional), rule)
-        for rule, (dtype, optional) in usual(RULES.values(), ["float32", "float64"])
-        for threads in ("one", "many")
+        file_name(replace(Package.of(rule, form._replace(gradient=gradient, copy=copy), "cpu"), threads=threads), rule)
+        for rule, form in usual(RULES.values(), ["float32", "float64"])
+        for threads in THREADS
+        for gradient in ("", "bfloat16", "float16")
+        for copy in ("", "bfloat16", "float16", "float32")
     }
-    assert len(names) == 4 * len(usual(RULES.values(), ["float32"]))
+    assert len(names) == 4 * 3 * 4 * len(usual(RULES.values(), ["float32"]))
 
 
 def test_a_builder_that_dies_is_noticed(tmp_path: Path):
@@ -156,7 +160,7 @@ def test_a_builder_ends_with_the_one_who_asked(tmp_path: Path):
     """When the standard input of a builder closes, it ends at once, its compilers with it."""
     command = [sys.executable, "-W", "ignore", "-m", "farstep_service.optimizers.build", str(tmp_path / "kernels")]
     process = subprocess.Popen(
-        [*command, "Adagrad|float32|cpu|one"],
+        [*command, "Adagrad|float32|||cpu|one"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

@@ -30,9 +30,21 @@ def pins(root: Path) -> dict[str, Version]:
     return {match[1]: Version(match[2]) for match in exact if match}
 
 
+NOT_INSTALLED = "ray"
+"""The extra that make does not install: a peer that the benchmarks measure where it is there."""
+
+
 def declared(pyproject: dict[str, Any]) -> dict[str, list[Requirement]]:
     groups = {"": pyproject["project"]["dependencies"], **pyproject["project"]["optional-dependencies"]}
-    return {group: [Requirement(line) for line in lines] for group, lines in groups.items()}
+    return {group: [Requirement(line) for line in lines] for group, lines in groups.items() if group != NOT_INSTALLED}
+
+
+def test_what_make_does_not_install_is_an_extra_apart(root: Path, pyproject: dict[str, Any]):
+    """The extra that is not pinned is the one that neither the Makefile nor the Dockerfile asks for."""
+    assert NOT_INSTALLED in pyproject["project"]["optional-dependencies"]
+    asked = re.findall(r"\[([a-z,]+)\]'", (root / "Makefile").read_text() + (root / "Dockerfile").read_text())
+    assert asked
+    assert not any(NOT_INSTALLED in extras.split(",") for extras in asked)
 
 
 def test_every_direct_dependency_is_pinned_inside_its_range(pyproject: dict[str, Any], pins: dict[str, Version]):

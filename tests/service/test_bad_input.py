@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -420,6 +421,23 @@ def test_a_gradient_that_is_not_finite_is_refused(worker: RawWorker, which: int,
     own.view(-1)[where] = torch.tensor(complex(0, bad) if own.is_complex() else bad)
     answer = refused(lambda: worker.push(gradients), 422, "non_finite_gradient", f"p{which}")
     assert "'w0'" in answer.document["detail"]
+
+
+@pytest.mark.parametrize("half", [None, "bfloat16", "float16"])
+def test_much_that_is_not_finite_is_refused_by_name(raw: RawClient, half: str | None) -> None:
+    """So much that it is looked at while it arrives: refused at its end, naming the tensor, and nothing has changed."""
+    parameters = [torch.zeros(700_001), torch.zeros(3), torch.zeros(300_000)]
+    (worker,) = raw.begun("much", parameters=parameters)
+    more = {} if half is None else {"wire_gradients": half}
+    dtype = torch.float32 if half is None else getattr(torch, half)
+    try:
+        for which, at in ((0, 0), (0, 700_000), (1, 1), (2, 299_999), (2, 150_000)):
+            gradients = [torch.ones_like(each, dtype=dtype) for each in parameters]
+            gradients[which][at] = float("nan")
+            refused(partial(worker.push, gradients, **more), 422, "non_finite_gradient", f"p{which}")
+        assert worker.push([torch.ones_like(each, dtype=dtype) for each in parameters], **more).receipt["version"] == 1
+    finally:
+        raw.request("DELETE", worker.path)
 
 
 def test_sparse_rows_that_are_not_finite_are_refused(worker: RawWorker) -> None:

@@ -339,13 +339,15 @@ def test_warmup_says_why_there_are_no_kernels(tmp_path: Path) -> None:
         "CXX": str(tmp_path / "no-compiler"),
         "OMP_NUM_THREADS": "1",
     }
-    done = farstep("warmup", "--optimizers", "Adagrad", "--dtypes", "float32", env=env)
+    done = farstep("warmup", "--optimizers", "Adagrad", "--dtypes", "float32", "--wire", "float16", env=env)
     assert done.returncode == 1
-    assert done.stdout.startswith("Adagrad float32 on cpu, one thread: failed, ")
+    usual, narrow = done.stdout.splitlines()
+    assert usual.startswith("Adagrad float32 on cpu, one thread: failed, ")
+    assert narrow.startswith("Adagrad float32 from float16 and to float16 on cpu, one thread: failed, ")
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("option", ["--optimizers=Adam2", "--dtypes=int8", "--device=tpu"])
+@pytest.mark.parametrize("option", ["--optimizers=Adam2", "--dtypes=int8", "--wire=float32", "--device=tpu"])
 def test_warmup_for_what_there_is_not(option: str) -> None:
     """Optimizers, dtypes and devices that do not exist are refused, naming those that do."""
     done = farstep("warmup", option)

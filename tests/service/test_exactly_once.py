@@ -11,15 +11,27 @@ import torch
 
 from farstep.wire import encode
 from tests.service.answers import MSGPACK, half_sent, opened
+from tests.service.plain import plain_server
 from tests.service.raw import RawClient, RawWorker, gradient, session_document, tensors_of
 from tests.service.servers import RunningServer, running_server
 
 PARAMETERS = (torch.linspace(-1, 1, 12).view(3, 4), torch.ones(5, dtype=torch.float64))
 
 
+@pytest.fixture(scope="module", params=["own connections", "plain ASGI"])
+def url(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Say where a server is: one of ours, or the application on somebody else's."""
+    if request.param == "own connections":
+        server: RunningServer = request.getfixturevalue("server")
+        yield server.url
+    else:
+        with plain_server() as plain:
+            yield plain
+
+
 @pytest.fixture(scope="module")
-def raw(server: RunningServer) -> Iterator[RawClient]:
-    with RawClient(server.url) as client:
+def raw(url: str) -> Iterator[RawClient]:
+    with RawClient(url) as client:
         yield client
 
 
@@ -160,35 +172,35 @@ def test_removing_a_session_tells_those_who_wait(raw: RawClient) -> None:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
-def test_a_body_that_is_cut_off_changes_nothing(server: RunningServer, worker: RawWorker, share: float) -> None:
+def test_a_body_that_is_cut_off_changes_nothing(url: str, worker: RawWorker, share: float) -> None:
     """A client that dies while it sends leaves no trace: the same push, sent whole, is applied once."""
     pieces = encode(*worker.message(gradient(1, PARAMETERS)))
     body = b"".join(pieces)
     cut = len(bytes(pieces[0])) + int(share * (len(body) - len(bytes(pieces[0]))))
     headers = {"Content-Type": MSGPACK, "Content-Length": str(len(body))}
-    with half_sent(server.url, "POST", f"{worker.path}/push", headers, [body[:cut]]):
+    with half_sent(url, "POST", f"{worker.path}/push", headers, [body[:cut]]):
         pass
     assert worker.push(gradient(1, PARAMETERS)).header["duplicate"] is False
     assert worker.version == 1
     assert all(map(torch.equal, worker.pull()[1], torch_steps(gradient(1, PARAMETERS))))
 
 
-def test_an_answer_that_is_not_read_changes_nothing(server: RunningServer, worker: RawWorker) -> None:
+def test_an_answer_that_is_not_read_changes_nothing(url: str, worker: RawWorker) -> None:
     """A client that dies before it reads the answer finds, when it asks again, that its push was applied once."""
     body = b"".join(encode(*worker.message(gradient(1, PARAMETERS))))
     headers = {"Content-Type": MSGPACK, "Content-Length": str(len(body))}
-    with half_sent(server.url, "POST", f"{worker.path}/push", headers, [body]):
+    with half_sent(url, "POST", f"{worker.path}/push", headers, [body]):
         pass
     assert worker.push(gradient(1, PARAMETERS)).receipt["version"] == 1
     assert worker.version == 1
 
 
-def test_a_race_to_create_has_one_winner(server: RunningServer) -> None:
+def test_a_race_to_create_has_one_winner(url: str) -> None:
     """Of 20 clients that create a session at the same moment, one is told that it did, and one sends parameters."""
     count, start = 20, Barrier(20)
 
     def join(index: int) -> dict[str, object]:
-        with RawClient(server.url) as own, opened(server.url):
+        with RawClient(url) as own, opened(url):
             start.wait()
             document = own.json("POST", "/v1/sessions", session_document("race", f"w{index}", PARAMETERS)).document
             assert isinstance(document, dict)
@@ -202,12 +214,12 @@ def test_a_race_to_create_has_one_winner(server: RunningServer) -> None:
     assert all(each["epoch"] == 1 for each in joined)
 
 
-def test_a_race_with_other_options_has_one_session(server: RunningServer) -> None:
+def test_a_race_with_other_options_has_one_session(url: str) -> None:
     """Of clients that create one name with different options, those that differ from the first are told how."""
     count, start = 8, Barrier(8)
 
     def join(index: int) -> tuple[int, str]:
-        with RawClient(server.url) as own:
+        with RawClient(url) as own:
             start.wait()
             groups = [{"lr": 0.1 * (1 + index % 2)}]
             answer = own.json("POST", "/v1/sessions", session_document("differ", f"w{index}", groups=groups))

@@ -106,12 +106,16 @@ class BrokenKernel(Kernel):
         self.name = name
         self._error = error
 
+    def takes(self, form: Form) -> bool:
+        return self._whole.takes(form)
+
     def execute(self, calls: Sequence[Call], progress: Progress) -> None:
         self._whole.execute([self._fragile(call) for call in calls], progress)
 
     def _fragile(self, call: Call) -> Call:
         state = {name: self._wrapped(field) for name, field in call.state.items()}
-        return call._replace(out=self._wrapped(call.out), state=state)
+        copy = None if call.copy is None else self._wrapped(call.copy)
+        return call._replace(out=self._wrapped(call.out), state=state, copy=copy)
 
     def _wrapped(self, tensor: torch.Tensor) -> torch.Tensor:
         fragile = tensor.as_subclass(FragileTensor)

@@ -2,12 +2,12 @@
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 import httpx
 import pytest
 
-from farstep.transport import Pieces, SocketTransport, dial_tcp
+from farstep.transport import Batch, Pieces, SocketTransport, Supply, dial_tcp
 from farstep.transport.pool import Origin
 from tests.transport.scripted import PATIENCE_S, Peer, Stage
 
@@ -58,6 +58,27 @@ def test_uvicorn_refusing_a_push_is_heard(client: httpx.Client, uvicorn_url: str
         response = push(client, f"{uvicorn_url}/refuse")
         assert (response.status_code, response.content) == (401, b"who are you?")
         assert client.post(f"{uvicorn_url}/echo", content=b"next").content == b"next"
+
+
+def test_a_refusal_is_heard_between_batches(stage: Staging, client: httpx.Client):
+    """A body that is made while it is sent is not made further when the server has refused it."""
+    refused, made = threading.Event(), []
+
+    def refuse_at_once(peer: Peer) -> None:
+        peer.read_head()
+        peer.answer(b"too much", "413 Content Too Large", "Connection: close\r\n")
+        refused.set()
+        peer.over.wait(PATIENCE_S)
+
+    def begin() -> Generator[Batch]:
+        for each in (b"a", b"b", b"c"):
+            made.append(each)
+            yield [each]
+            assert refused.wait(PATIENCE_S)
+
+    response = client.send(httpx.Request("POST", stage(refuse_at_once).url, stream=Supply(begin, 3)))
+    assert (response.status_code, response.content) == (413, b"too much")
+    assert made == [b"a", b"b"]
 
 
 def test_an_early_success_does_not_stop_the_sending(stage: Staging, client: httpx.Client):

@@ -2,13 +2,13 @@
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import httpx
 import pytest
 import torch
 
-from farstep.transport import Pieces, ResponseBody, SocketTransport, body_of
+from farstep.transport import Batch, Pieces, ResponseBody, SocketTransport, Supply, body_of
 from farstep.transport.link import MAX_BUFFERS
 from farstep.wire.memory import tensor_memory
 
@@ -160,6 +160,45 @@ def test_pieces_travel_over_other_transports(uvicorn_url: str):
                 response = client.send(request, stream=True)
                 assert received(response, at_once=65_537) == bytes(3_000_000) + b"abc"
                 response.close()
+
+
+def test_a_body_is_made_while_it_is_sent(client: httpx.Client, uvicorn_url: str):
+    """A batch is asked for when the one before it is gone, so that all can be made in the same memory."""
+    parts = [noise(each, each) for each in (3, 2_000_000, 1, 700_000)]
+    memory = bytearray(max(map(len, parts)))
+
+    def begin() -> Generator[Batch]:
+        yield []
+        for part in parts:
+            memory[: len(part)] = part
+            yield [memoryview(memory)[: len(part)]]
+
+    supply = Supply(begin, sum(map(len, parts)))
+    request = httpx.Request("POST", f"{uvicorn_url}/echo", stream=supply)
+    for _ in range(2):
+        assert client.send(request).content == b"".join(parts)
+
+
+def test_a_body_of_nothing_is_made(client: httpx.Client, uvicorn_url: str):
+    """A body without batches is empty, and its request is sent."""
+
+    def begin() -> Generator[Batch]:
+        yield from ()
+
+    request = httpx.Request("POST", f"{uvicorn_url}/echo", stream=Supply(begin, 0))
+    assert client.send(request).content == b""
+
+
+def test_an_error_in_making_a_body_ends_the_request(client: httpx.Client, uvicorn_url: str):
+    """What goes wrong while a body is made reaches the caller as it is, and the next request has a new connection."""
+
+    def begin() -> Generator[Batch]:
+        yield [bytes(100_000)]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        client.send(httpx.Request("POST", f"{uvicorn_url}/echo", stream=Supply(begin, 100_001)))
+    assert client.post(f"{uvicorn_url}/echo", content=b"next").content == b"next"
 
 
 def test_a_mock_that_streams_can_be_read_into(client: httpx.Client):

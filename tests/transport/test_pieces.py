@@ -1,6 +1,7 @@
 """A request body keeps its buffers, and loses nothing in whichever way it is sent."""
 
 from array import array
+from collections.abc import Generator
 
 import httpx
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farstep.transport import Pieces
+from farstep.transport import Batch, Pieces, Supply
 from farstep.transport.pieces import SLICE_BYTES, Cursor
 from farstep.wire.memory import tensor_memory
 
@@ -61,6 +62,57 @@ def test_a_buffer_with_gaps_is_refused():
     """A strided buffer has no bytes to send from, and the message says which one it is and what to do."""
     with pytest.raises(ValueError, match=r"Invalid buffer 1: it is not contiguous\. Make a contiguous copy"):
         Pieces([b"ab", memoryview(b"abcdef")[::2]])
+
+
+@given(st.lists(BUFFERS, max_size=5))
+def test_a_supply_yields_every_byte_each_time(batches: list[list[bytes]]):
+    """A body that is made while it is sent is made anew each time, empty batches and zeros included."""
+
+    def begin() -> Generator[Batch]:
+        yield from batches
+
+    body = b"".join(b"".join(each) for each in batches)
+    supply = Supply(begin, len(body))
+    assert supply.whole == (not body)
+    for _ in range(2):
+        assert b"".join(supply) == body
+    assert supply.whole
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"), [(3, "more than 3 bytes"), (5, "has 4 bytes, but it was said to have 5")]
+)
+def test_a_supply_of_another_size_is_refused(stated: int, message: str):
+    """A body that is not as long as its head says is an error, and nothing beyond that length is handed out."""
+
+    def begin() -> Generator[Batch]:
+        yield [b"ab"]
+        yield [b"cd"]
+
+    supply, handed_out = Supply(begin, stated), list[bytes]()
+    with pytest.raises(httpx.LocalProtocolError, match=message):
+        list(map(handed_out.append, supply))
+    assert len(b"".join(handed_out)) <= stated
+    assert not supply.whole
+
+
+def test_a_supply_that_is_given_up_is_closed():
+    """Whoever makes a body learns that nobody wants the rest of it."""
+    closed = []
+
+    def begin() -> Generator[Batch]:
+        try:
+            yield [b"a"]
+            yield [b"b"]
+        finally:
+            closed.append(True)
+
+    supply = Supply(begin, 2)
+    batches = supply.batches()
+    next(batches)
+    batches.close()
+    assert closed == [True]
+    assert not supply.whole
 
 
 @given(BUFFERS, st.integers(1, 5), st.data())

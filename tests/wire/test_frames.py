@@ -9,7 +9,7 @@ import msgpack
 import pytest
 
 from farstep.errors import InvalidRequest, LimitExceeded
-from farstep.wire import MAX_FRAME_BYTES, Decoder, Limits, encode, encoded_size
+from farstep.wire import MAX_FRAME_BYTES, Decoder, Frames, Limits, encode, encoded_size
 from tests.wire.driving import read
 
 MIB = 1 << 20
@@ -32,6 +32,17 @@ def test_frames_are_full_but_the_last():
     """Every frame but the last has the largest size, across the borders of the memory."""
     views = [memoryview(bytes(size)) for size in (5, 0, 9, 3)]
     assert prefixes(encode({}, views, limits=Limits(frame_bytes=8))) == [8, 8, 1]
+
+
+def test_frames_are_cut_as_the_payload_comes():
+    """A payload that comes in parts has the same bytes on the wire as one that is all there."""
+    views = [memoryview(bytes([place] * size)) for place, size in enumerate((5, 0, 9, 3, 16))]
+    limits = Limits(frame_bytes=8)
+    frames = Frames(33, limits=limits)
+    parts = [each for view in views for each in frames.cut([view])]
+    assert b"".join(parts) == b"".join(encode({}, views, limits=limits)[1:])
+    with pytest.raises(ValueError, match="1 bytes more"):
+        frames.cut([memoryview(b"x")])
 
 
 def test_empty_payload_has_no_frames():

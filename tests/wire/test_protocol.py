@@ -147,7 +147,15 @@ def test_ranges_are_the_ones_shown():
 
 
 @pytest.mark.parametrize(
-    "title", ["A push", "A sparse gradient", "An evaluation", "A step that is skipped", "A push in 16 bits"]
+    "title",
+    [
+        "A push",
+        "A sparse gradient",
+        "An evaluation",
+        "A step that is skipped",
+        "A push in 16 bits",
+        "A push in an order of its own",
+    ],
 )
 def test_pushes_are_what_the_server_reads(title):
     """The header of a push in the document is one the server understands, key for key."""

@@ -5,7 +5,9 @@ Join and leave, tell which version is held, bring the parameters up to date, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -93,6 +95,17 @@ class InSession(torch.optim.Optimizer):
         self.state = member.state
         return created
 
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Send nothing during the backward passes inside, which accumulate gradients; the one that follows sends them.
+
+        With `overlap=True` a loop that accumulates as often in each step needs no such word; one that does not loses
+        time without it, and nothing else. Without the option there is nothing to hold back.
+        """
+        overlap = self._member().overlap
+        with nullcontext() if overlap is None else overlap.held():
+            yield
+
     def close(self) -> None:
         """Leave the session; a private one is removed from the server. Safe to call twice."""
         self._membership.close()
@@ -128,16 +141,21 @@ class InSession(torch.optim.Optimizer):
             newborn=partial(newborn, self.twin, self.defaults),
             state=state,
             version=version,
+            options=partial(_options_of, weakref.ref(self)) if self._overlaps(place) else None,
         )
         self._membership.state.replace_(self.state if state is None else state)
         self.state = self._membership.state
         self.last_step = None
         self._asked_for_scaling = False
 
+    def _overlaps(self, place: Place) -> bool:
+        """Say whether gradients are sent while others are being computed."""
+        return place.overlap and place.server is not None
+
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""
-        fixed = {key: self.defaults[key] for key in self.of_constructor}
-        return [plain_options({**group, **fixed}, option_names(self.twin)) for group in self.param_groups]
+        names, fixed = option_names(self.twin), {key: self.defaults[key] for key in self.of_constructor}
+        return [plain_options({**group, **fixed} if fixed else group, names) for group in self.param_groups]
 
     def _member(self) -> Membership:
         """Return the membership, which has the parameters that the groups have now.
@@ -177,3 +195,8 @@ class InSession(torch.optim.Optimizer):
         """Bring to the session what was put in the place of its state."""
         member.settle(self.state)
         self.state = member.state
+
+
+def _options_of(optimizer: weakref.ref[InSession]) -> list[dict[str, Any]] | None:
+    there = optimizer()
+    return None if there is None else there._options()

@@ -13,7 +13,7 @@ from farstep.link import StepReport
 from farstep.messages import Evaluation
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.options import check_parameters
-from farstep.settings import RemoteOptions
+from farstep.settings import Place, RemoteOptions
 
 
 class LBFGS(RemoteOptimizer):
@@ -47,6 +47,9 @@ class LBFGS(RemoteOptimizer):
             "line_search_fn": line_search_fn,
         }
         super().__init__(params, options, remote)
+
+    def _overlaps(self, place: Place) -> bool:
+        return False  # a push says in its head what the closure has returned
 
     def _check_groups(self) -> None:
         super()._check_groups()

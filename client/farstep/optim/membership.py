@@ -24,9 +24,11 @@ from farstep.fields import FieldKind
 from farstep.link import Link, Parameter, SessionSpec, Start, State, StepReport
 from farstep.messages import Evaluation
 from farstep.optim.options import Options, changes, without
+from farstep.optim.overlap import Overlap
 from farstep.optim.scaling import NOT_SCALED, Scaling
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import to_session
+from farstep.overlap import Overlapped
 from farstep.settings import Place
 
 Parameters = Sequence[Tensor]
@@ -47,6 +49,7 @@ class Membership:
         newborn: the state that a parameter begins with.
         state: torch's form of the state that a new session begins with, None for none.
         version: the version that a new session begins at.
+        options: the groups' options as they are now, for pushes that begin before their step; None for no such pushes.
 
     Raises:
         FarstepError: the session cannot be had.
@@ -62,13 +65,17 @@ class Membership:
         newborn: Newborn,
         state: Mapping[Any, Any] | None = None,
         version: int = 0,
+        options: Callable[[], list[Options] | None] | None = None,
     ) -> None:
         self.place = place
         self.parameters = list(chain.from_iterable(groups))
         self._newborn = newborn
         self._sent: list[Options] = [dict(group) for group in spec.groups]
         self.link = opened_by(spec, self.parameters, place, self._start(state, version))
-        self.close = weakref.finalize(self, self.link.close)
+        self.overlap = None
+        if options is not None:
+            self.overlap = Overlap(self.parameters, partial(_begin_push, weakref.ref(self), options))
+        self.close = weakref.finalize(self, _leave, self.link, self.overlap)
         self.state = RemoteState(self.link, self.parameters, partial(_check_open, self.close, place.session))
         self._remember(list(map(len, groups)))
 
@@ -116,6 +123,8 @@ class Membership:
         self._write_state(brought)
         self.state.rebind_(parameters, brought)
         self._addresses = list(map(Tensor.data_ptr, parameters))
+        if self.overlap is not None:
+            self.overlap.watch(parameters)
         return True
 
     # -- steps ------------------------------------------------------------------------------------------------------
@@ -126,8 +135,7 @@ class Membership:
         `holds` has just said that the parameters are those of the session.
         """
         self._send_state()
-        if edited := self.link.edited(self._addresses):
-            self.link.write(edited)
+        self.link.settle_edits(self._addresses)
 
     def push(
         self, options: list[Options], scaling: Scaling = NOT_SCALED, evaluation: Evaluation | None = None
@@ -145,6 +153,8 @@ class Membership:
             raise
         scaling.settle_(gradients)
         self._sent = options
+        if self.overlap is not None:
+            self.overlap.stepped(gradients, report)
         return report
 
     def pull(self) -> int:
@@ -160,6 +170,8 @@ class Membership:
         self._sent = [*self._sent, options]
         self.parameters = [*self.parameters, *parameters]
         self._remember([*self._lengths, len(parameters)])
+        if self.overlap is not None:
+            self.overlap.watch(self.parameters)
 
     def rejoin(self, state: Mapping[Any, Any] | None, version: int) -> bool:
         """Join the session again; return whether it had to be created anew, from this state and at this version."""
@@ -201,6 +213,22 @@ class Membership:
             return [to_session(p, state.get(p) or {}, fields) or self._newborn(p, fields) for p in self.parameters]
 
         return Start(states, version)
+
+
+def _begin_push(
+    member: weakref.ref[Membership], options: Callable[[], list[Options] | None], order: Sequence[int]
+) -> Overlapped | None:
+    """Begin a push with the options that its step would send now."""
+    there, now = member(), options()
+    if there is None or now is None or not there.close.alive:
+        return None
+    return there.link.begin_push(order, changes(now, there._sent))
+
+
+def _leave(link: Link, overlap: Overlap | None) -> None:
+    if overlap is not None:
+        overlap.close()
+    link.close()
 
 
 def refused(what: str, remedy: str) -> FarstepError:

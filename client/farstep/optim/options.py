@@ -54,7 +54,11 @@ def option_names(twin: Callable[..., torch.optim.Optimizer]) -> tuple[str, ...]:
 
 def plain_options(group: Mapping[str, Any], keys: Iterable[str]) -> Options:
     """Return those of a group's options as values that travel: a tensor as its number, a tuple as a list."""
-    return {key: _plain(group[key]) for key in keys if key in group}
+    return {key: value if type(value := group[key]) in _PLAIN else _plain(value) for key in keys if key in group}
+
+
+_PLAIN = frozenset({float, int, bool, str, type(None)})
+"""Types of values that travel as they are."""
 
 
 def _plain(value: Any) -> Any:

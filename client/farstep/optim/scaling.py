@@ -14,7 +14,7 @@ skips it. Each has a scale of its own: only the one whose gradients overflowed l
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,14 +48,19 @@ class Scaling:
 
 
 NOT_SCALED = Scaling()
+_BY_ITSELF = nullcontext(NOT_SCALED)
 
 
-@contextmanager
-def scaling_of(attributes: dict[str, Any]) -> Iterator[Scaling]:
+def scaling_of(attributes: dict[str, Any]) -> AbstractContextManager[Scaling]:
     """Read what GradScaler set among an optimizer's attributes, which is nothing in a step that it does not make.
 
     A step that fails removes it, so that GradScaler can try again; one that returns leaves that to GradScaler.
     """
+    return _set_by_scaler(attributes) if "found_inf" in attributes or "grad_scale" in attributes else _BY_ITSELF
+
+
+@contextmanager
+def _set_by_scaler(attributes: dict[str, Any]) -> Iterator[Scaling]:
     found, scale = attributes.get("found_inf"), attributes.get("grad_scale")
     try:
         yield Scaling(

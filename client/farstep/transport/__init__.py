@@ -2,18 +2,23 @@
 
 from .body import Readable, ResponseBody, body_of
 from .extensions import BODY, DEADLINE_S, NAMED
-from .pieces import Pieces
+from .pieces import Batch, Pieces, Supply
+from .route import Answer, Route
 from .sockets import Dial, SocketTransport, dial_tcp
 
 __all__ = [
     "BODY",
     "DEADLINE_S",
     "NAMED",
+    "Answer",
+    "Batch",
     "Dial",
     "Pieces",
     "Readable",
     "ResponseBody",
+    "Route",
     "SocketTransport",
+    "Supply",
     "body_of",
     "dial_tcp",
 ]

@@ -21,6 +21,7 @@ from .head import MAX_HEADERS, ResponseHead, chunk_size
 from .pieces import SLICE_BYTES
 
 _ITERATED_BYTES: Final = 65536
+_NOTHING: Final = memoryview(b"")
 
 
 class Readable(Protocol):
@@ -28,6 +29,12 @@ class Readable(Protocol):
 
     def readinto(self, view: memoryview, /) -> int:
         """Read at least one byte into `view`, a writable memoryview of bytes, and return how many; 0 at the end."""
+
+    def arrived(self) -> memoryview:
+        """Return what has arrived and was not read, where it lies until the next call; it may be nothing."""
+
+    def skip(self, count: int, /) -> None:
+        """Count so many bytes of what has arrived as read."""
 
 
 @final
@@ -92,6 +99,18 @@ class ResponseBody(httpx.SyncByteStream):
                 exc.request = self._request
             raise
 
+    def arrived(self) -> memoryview:
+        """Return what has arrived beside the head, without a copy; nothing of a body in chunks."""
+        if self._over or self._closed or self._chunked or self._left is None:
+            return _NOTHING
+        return self._connection.arrived()[: self._left]
+
+    def skip(self, count: int, /) -> None:
+        """Count so many bytes of what has arrived as read."""
+        if count:
+            self._connection.skip(count)
+            self._note(count)
+
     def __iter__(self) -> Iterator[bytes]:
         size = _ITERATED_BYTES if self.length is None else min(self.length, SLICE_BYTES)
         view = memoryview(bytearray(size))
@@ -111,8 +130,8 @@ class ResponseBody(httpx.SyncByteStream):
                 self._finish(reusable=self._reusable)
                 return 0
         count = self._connection.read_into(view if self._left is None else view[: self._left])
-        self._received_bytes += count
         if self._left is None:
+            self._received_bytes += count
             if not count:
                 self._finish(reusable=False)
             return count
@@ -122,10 +141,15 @@ class ResponseBody(httpx.SyncByteStream):
                 "peer closed connection without sending complete message body "
                 f"(received {self._received_bytes} bytes, expected {expected})"
             )
-        self._left -= count
+        self._note(count)
+        return count
+
+    def _note(self, count: int) -> None:
+        """Take note that so many bytes of a body, or a chunk, of known length were read."""
+        self._received_bytes += count
+        self._left = (self._left or 0) - count
         if not self._left and not self._chunked:
             self._finish(reusable=self._reusable)
-        return count
 
     def _next_chunk(self) -> int:
         if self._begun and self._connection.read_line():
@@ -161,8 +185,16 @@ class Collected:
             self._rest = memoryview(chunk)
         count = min(len(view), len(self._rest))
         view[:count] = self._rest[:count]
-        self._rest = self._rest[count:]
+        self.skip(count)
         return count
+
+    def arrived(self) -> memoryview:
+        """Return what did not fit."""
+        return self._rest
+
+    def skip(self, count: int, /) -> None:
+        """Count so many bytes of what did not fit as read."""
+        self._rest = self._rest[count:]
 
 
 def body_of(response: httpx.Response) -> Readable:

@@ -79,6 +79,7 @@ class Connection:
         self._scratch = memoryview(self._memory)
         self._start = self._end = 0
         self._interim = 0
+        self._sending = False
         self._answer: ResponseHead | None = None
         self._method = ""
         self._limits = Limits(None, None, None, None)
@@ -89,7 +90,7 @@ class Connection:
     def begin(self, method: str, limits: Limits) -> None:
         """Start an exchange."""
         self._method, self._limits = method, limits
-        self._interim, self._answer, self.heard = 0, None, False
+        self._interim, self._answer, self.heard, self._sending = 0, None, False, False
 
     def quiet(self) -> bool:
         """Tell whether an idle connection still is one: open, ours and without a byte nobody asked for."""
@@ -97,7 +98,7 @@ class Connection:
         return mine and self._start == self._end and not self._link.wait(READ, 0)
 
     def send(self, views: Iterable[memoryview]) -> bool:
-        """Send buffers and return True, or False when the server's refusal ended it.
+        """Send the next buffers of an exchange and return True, or False when the server's refusal ended it.
 
         Raises:
             httpx.WriteTimeout: there was no room for a byte in time.
@@ -105,6 +106,11 @@ class Connection:
         """
         self._check_process()
         listening = self._answer is None
+        if self._sending and listening and self._link.wait(READ, 0):  # while these buffers were made
+            listening = self._listen()
+            if self._refused():
+                return False
+        self._sending = True
         cursor = Cursor(views, MAX_BUFFERS)
         while not cursor.done:
             if self._limits.passed():
@@ -125,7 +131,7 @@ class Connection:
                     raise httpx.WriteTimeout("The server did not take the request's next byte in time.")
             if listening and ready & READ:
                 listening = self._listen()
-                if self._answer is not None and self._answer.status >= 400:
+                if self._refused():
                     return False
         return True
 
@@ -137,9 +143,10 @@ class Connection:
             httpx.ReadError: the connection broke.
             httpx.RemoteProtocolError: the server hung up instead, or what it sent is not HTTP/1.1.
         """
+        soon = self.heard  # the first of it is never there yet
         while self._answer is None:
             self._answer = self._parse()
-            if self._answer is None and not self._fill():
+            if self._answer is None and not self._fill(soon=soon):
                 raise httpx.RemoteProtocolError("Server disconnected without sending a response.")
         return self._answer
 
@@ -157,6 +164,14 @@ class Connection:
         view[:taken] = self._scratch[self._start : self._start + taken]
         self._start += taken
         return taken
+
+    def arrived(self) -> memoryview:
+        """Return what has arrived and was not read, where it lies until the next read."""
+        return self._scratch[self._start : self._end]
+
+    def skip(self, count: int) -> None:
+        """Count so many bytes of what has arrived as read."""
+        self._start += count
 
     def read_line(self) -> bytes:
         """Return the next line without its line break.
@@ -209,6 +224,9 @@ class Connection:
             self._answer = self._parse()
         return got != 0 and self._answer is None
 
+    def _refused(self) -> bool:
+        return self._answer is not None and self._answer.status >= 400
+
     def _answered(self) -> bool:
         """Tell whether an answer had arrived before sending failed."""
         while self._answer is None and self._listen():
@@ -231,21 +249,23 @@ class Connection:
         self._end += count
         self.heard = self.heard or count > 0
 
-    def _fill(self) -> int:
-        got = self._receive_into(self._room())
+    def _fill(self, *, soon: bool = True) -> int:
+        got = self._receive_into(self._room(), soon=soon)
         self._received(got)
         return got
 
-    def _receive_into(self, view: memoryview) -> int:
+    def _receive_into(self, view: memoryview, *, soon: bool = True) -> int:
+        """Receive at least one byte; look for it before waiting where it should be there soon."""
         self._check_process()
         while True:
             if self._limits.passed():
                 raise httpx.ReadTimeout("The request's deadline passed before its answer was complete.")
             try:
-                got = self._link.receive_into(view)
+                got = self._link.receive_into(view) if soon else None
             except OSError as exc:
                 raise httpx.ReadError(f"The connection broke while reading: {exc}") from exc
             if got is not None:
                 return got
-            if not self._link.wait(self._link.blocked_on, self._limits.left(self._limits.read_s)):
+            events, soon = (self._link.blocked_on if soon else READ), True
+            if not self._link.wait(events, self._limits.left(self._limits.read_s)):
                 raise httpx.ReadTimeout("The server sent nothing in time.")

@@ -15,6 +15,8 @@ from typing import Final
 
 import httpx
 
+IDEMPOTENT: Final = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"})
+"""Methods that may be sent twice, by themselves (RFC 9110 section 9.2.2)."""
 MAX_HEAD_BYTES: Final = 65536
 MAX_HEADERS: Final = 256
 END: Final = b"\r\n\r\n"

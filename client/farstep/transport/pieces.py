@@ -1,7 +1,10 @@
-"""A request body that is a list of buffers, and the place reached while sending one.
+"""Request bodies that are buffers, and the place reached while sending some.
+
+    Pieces      all buffers are there
+    Supply      they are made while the ones before them are sent, anew each time the body is sent; their size is known
 
 Tensors lie in memory as separate contiguous blocks. Joining them costs a copy of everything, and httpx as it comes
-copies the unsent rest again at every partial send. `Pieces` keeps the blocks where they are; `Cursor` says which of
+copies the unsent rest again at every partial send. A body here keeps the blocks where they are; `Cursor` says which of
 them the kernel should be given next.
 
 Never give such a buffer to httpx as `content=`: it iterates a memoryview number by number, and zeros vanish.
@@ -9,13 +12,16 @@ Never give such a buffer to httpx as `content=`: it iterates a memoryview number
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, final
 
 import httpx
 
 SLICE_BYTES: Final = 1 << 20
 """The largest `bytes` that iterating a body yields."""
+
+Batch = Sequence[bytes | memoryview]
+"""Buffers that are sent together."""
 
 
 @final
@@ -77,6 +83,56 @@ class Pieces(httpx.SyncByteStream):
         request = client.build_request(method, url, content=self, params=params, headers=named, extensions=kept)
         request.stream = self  # httpx has wrapped it in an iterator that hides the buffers
         return request
+
+
+@final
+class Supply(httpx.SyncByteStream):
+    """Make a request body while it is being sent: the connection takes what is there, and what follows is made then.
+
+    A batch is asked for when the kernel has all of the one before it, so that its memory may be used again. An error
+    from the iterator ends the request in the middle of its body and reaches the caller as it is; the server has an
+    incomplete body then, and the connection is closed. Batches may be empty: the first one is sent with the head.
+
+    Args:
+        begin: returns the batches from the first one on; called whenever the body is sent, also to send it again.
+        nbytes: their length together, which has to be true.
+
+    Attributes:
+        nbytes: the length of the body.
+        whole: it has been made to its end, so that somebody may have all of it.
+    """
+
+    def __init__(self, begin: Callable[[], Generator[Batch]], nbytes: int) -> None:
+        self._begin = begin
+        self.nbytes = nbytes
+        self.whole = nbytes == 0
+
+    def batches(self) -> Generator[Batch]:
+        """Begin to make the body; whoever does not come to its end closes it.
+
+        Raises:
+            httpx.LocalProtocolError: there is more or less of it than was said; no more than that is yielded.
+        """
+        left = self.nbytes
+        made = self._begin()
+        try:
+            for batch in made:
+                left -= sum(memoryview(each).nbytes for each in batch)
+                if left < 0:
+                    break
+                self.whole = self.whole or not left
+                yield batch
+        finally:
+            made.close()
+        if left:
+            raise httpx.LocalProtocolError(
+                f"The body has {'more than ' if left < 0 else ''}{self.nbytes - max(left, 0)} bytes, "
+                f"but it was said to have {self.nbytes}."
+            )
+
+    def __iter__(self) -> Iterator[bytes]:
+        for batch in self.batches():
+            yield from Pieces(batch)
 
 
 @final

@@ -6,9 +6,13 @@ import os
 import threading
 import time
 import weakref
-from typing import NamedTuple, final
+from typing import Final, NamedTuple, final
+
+import httpx
 
 from .connection import Connection
+
+_PORTS: Final = {"http": 80, "https": 443}
 
 
 class Origin(NamedTuple):
@@ -18,6 +22,20 @@ class Origin(NamedTuple):
     host: str
     port: int
     server_name: str
+
+
+def origin_of(request: httpx.Request) -> Origin:
+    """Return what a request's connection leads to.
+
+    Raises:
+        httpx.UnsupportedProtocol: its URL is of another scheme than HTTP's.
+    """
+    scheme, url = request.url.scheme, request.url
+    if scheme not in _PORTS:
+        raise httpx.UnsupportedProtocol(f"Invalid URL {url}: it must begin with http:// or https://.", request=request)
+    host = url.raw_host.decode("ascii")
+    name: str = request.extensions.get("sni_hostname", host)
+    return Origin(scheme, host, url.port or _PORTS[scheme], name)
 
 
 @final

@@ -5,7 +5,8 @@
 Users keep httpx's client and everything they configure on it. Beside `httpx.HTTPTransport` (100 MB each way over
 loopback: about five times the time of bare sockets; it copies the unsent rest at every partial send) this one
 
-* sends the buffers of a `Pieces` where they lie, the head in front of them in the same system call;
+* sends the buffers of a `Pieces` where they lie, the head in front of them in the same system call, and those of a
+  `Supply` as they are made;
 * gives the body of a response to `readinto`, see `body_of`;
 * listens while it sends, so that 401 and 413 arrive instead of a broken pipe;
 * sends `Accept-Encoding: identity` unless told otherwise and decompresses nothing.
@@ -26,18 +27,22 @@ import socket
 import ssl
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, final
 
 import httpx
 
 from .body import ResponseBody
 from .connection import Connection, Limits
-from .extensions import BODY, NAMED
-from .head import request_head
+from .extensions import NAMED
+from .head import IDEMPOTENT, ResponseHead, request_head
 from .link import Link, Plain, Secure
-from .pieces import Pieces
-from .pool import Origin, Pool
+from .pieces import Pieces, Supply
+from .pool import Origin, Pool, origin_of
+from .route import Answer, Route, response_of
 
 Dial = Callable[[Origin, float | None], socket.socket]
 """Connect to an origin within so many seconds; raises OSError (TimeoutError when they have passed)."""
@@ -45,8 +50,9 @@ Dial = Callable[[Origin, float | None], socket.socket]
 Resolve = Callable[..., Sequence[tuple[int, int, int, str, Any]]]
 """Find the addresses of a host and port, as `socket.getaddrinfo` does."""
 
-_PORTS: Final = {"http": 80, "https": 443}
-_IDEMPOTENT: Final = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"})
+Message = Callable[[], Generator[Iterable[memoryview]]]
+"""Gives the bytes of a request, head and body, in lists of buffers that are sent together."""
+
 _SHORTEST_S: Final = 0.001  # a timeout of 0 would make the socket non-blocking
 _KEEPALIVE_S: Final = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
@@ -121,51 +127,62 @@ class SocketTransport(httpx.BaseTransport):
             httpx.RemoteProtocolError: the server hung up or does not speak HTTP/1.1; the outcome is unknown.
             httpx.LocalProtocolError, httpx.UnsupportedProtocol: the request itself is at fault.
         """
-        try:
-            return self._handle(request, _origin(request), Limits.of(request.extensions))
-        except httpx.RequestError as exc:
-            exc.request = request  # httpx's client does this too, but not everybody comes through it
-            raise
+        asked = _Asked(request, origin_of(request), Limits.of(request.extensions), _repeatable(request))
+        return response_of(*self._ask(asked, partial(_message, request)), request)
+
+    def ask(self, route: Route, body: Pieces | Supply | None) -> Answer:
+        """Send a body over a route and return the answer as soon as its head is there.
+
+        Args:
+            route: says where to.
+            body: None for a request without one.
+
+        Raises:
+            httpx.TransportError: see `handle_request`.
+        """
+        head = route.head(0 if body is None else body.nbytes)
+        answer, received = self._ask(route, partial(_with_body, head, body))
+        return Answer(answer.status, received, received.close, partial(response_of, answer, received, route.request))
 
     def close(self) -> None:
         """Close every connection; a thread that is using one gets an error."""
         self._pool.close()
 
-    def _handle(self, request: httpx.Request, origin: Origin, limits: Limits) -> httpx.Response:
-        kept = self._pool.take(origin)
-        if kept is not None:
-            try:
-                return self._exchange(kept, origin, request, limits)
-            except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
-                if kept.heard or not _repeatable(request):
-                    raise
-        connection = Connection(self._connect(origin, limits))
-        self._pool.add(connection)
-        return self._exchange(connection, origin, request, limits)
+    def _ask(self, asked: _Asked | Route, message: Message) -> tuple[ResponseHead, ResponseBody]:
+        try:
+            kept = self._pool.take(asked.origin)
+            if kept is not None:
+                try:
+                    return self._exchange(kept, asked, message)
+                except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
+                    if kept.heard or not asked.repeatable:
+                        raise
+            connection = Connection(self._connect(asked.origin, asked.limits))
+            self._pool.add(connection)
+            return self._exchange(connection, asked, message)
+        except httpx.RequestError as exc:
+            exc.request = asked.request  # httpx's client does this too, but not everybody comes through it
+            raise
 
     def _exchange(
-        self, connection: Connection, origin: Origin, request: httpx.Request, limits: Limits
-    ) -> httpx.Response:
-        def release(done: Connection, reusable: bool) -> None:
-            if reusable:
-                self._pool.give(origin, done)
-            else:
-                self._pool.drop(done)
-
+        self, connection: Connection, asked: _Asked | Route, message: Message
+    ) -> tuple[ResponseHead, ResponseBody]:
         try:
-            connection.begin(request.method, limits)
-            complete = all(map(connection.send, _message(request)))
+            connection.begin(asked.request.method, asked.limits)
+            with closing(message()) as batches:
+                complete = all(map(connection.send, batches))
             head = connection.answer()
-            body = ResponseBody(connection, head, request=request, release=release, complete=complete)
+            release = partial(self._release, asked.origin)
+            return head, ResponseBody(connection, head, request=asked.request, release=release, complete=complete)
         except BaseException:
             self._pool.drop(connection)
             raise
-        return httpx.Response(
-            head.status,
-            headers=head.headers,
-            stream=body,
-            extensions={"http_version": head.version, "reason_phrase": head.reason, BODY: body},
-        )
+
+    def _release(self, origin: Origin, connection: Connection, reusable: bool) -> None:
+        if reusable:
+            self._pool.give(origin, connection)
+        else:
+            self._pool.drop(connection)
 
     def _connect(self, origin: Origin, limits: Limits) -> Link:
         try:
@@ -193,29 +210,44 @@ class SocketTransport(httpx.BaseTransport):
         return self._context
 
 
-def _origin(request: httpx.Request) -> Origin:
-    scheme, url = request.url.scheme, request.url
-    if scheme not in _PORTS:
-        raise httpx.UnsupportedProtocol(f"Invalid URL {url}: it must begin with http:// or https://.")
-    host = url.raw_host.decode("ascii")
-    name: str = request.extensions.get("sni_hostname", host)
-    return Origin(scheme, host, url.port or _PORTS[scheme], name)
+@final
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is asked of a connection, but for the bytes; a `Route` says the same of many requests."""
+
+    request: httpx.Request
+    origin: Origin
+    limits: Limits
+    repeatable: bool
 
 
 def _repeatable(request: httpx.Request) -> bool:
-    harmless = request.method in _IDEMPOTENT or bool(request.extensions.get(NAMED))
-    return harmless and isinstance(request.stream, Pieces | httpx.ByteStream)
+    harmless = request.method in IDEMPOTENT or bool(request.extensions.get(NAMED))
+    return harmless and isinstance(request.stream, Pieces | Supply | httpx.ByteStream)
 
 
-def _message(request: httpx.Request) -> Iterator[Iterable[memoryview]]:
+def _with_body(head: memoryview, body: Pieces | Supply | None) -> Generator[Iterable[memoryview]]:
+    """Yield a head and the buffers of its body."""
+    if not isinstance(body, Supply):
+        yield [head, *body.views] if body is not None else [head]
+        return
+    first = [head]
+    with closing(body.batches()) as batches:
+        for batch in batches:
+            yield [*first, *Pieces(batch).views]
+            first = []
+    yield first
+
+
+def _message(request: httpx.Request) -> Generator[Iterable[memoryview]]:
     """Yield the request, head and body, in lists of buffers that are sent together."""
     stream = request.stream
     if not isinstance(stream, httpx.SyncByteStream):
         raise httpx.LocalProtocolError("An async body was given to a sync client.")
     if isinstance(stream, httpx.ByteStream):
         stream = Pieces(stream)
-    if isinstance(stream, Pieces):
-        yield [memoryview(request_head(request, stream.nbytes)), *stream.views]
+    if isinstance(stream, Pieces | Supply):
+        yield from _with_body(memoryview(request_head(request, stream.nbytes)), stream)
         return
     stated = request.headers.get("Content-Length")
     declared = None if stated is None else int(stated)

@@ -5,7 +5,7 @@ Needs no torch; `farstep.wire.memory` turns tensors into memory.
 
 from farstep.wire.decoder import Decoder
 from farstep.wire.dtypes import DTYPES, SEGMENT_DTYPES, Dtype, segment_dtype
-from farstep.wire.frames import encode, encoded_size
+from farstep.wire.frames import Frames, encode, encoded_size
 from farstep.wire.limits import CONTENT_TYPE, MAX_FRAME_BYTES, MAX_HEADER_BYTES, PROTOCOL_VERSION, Limits
 from farstep.wire.ranges import from_ranges, to_ranges
 
@@ -18,6 +18,7 @@ __all__ = [
     "SEGMENT_DTYPES",
     "Decoder",
     "Dtype",
+    "Frames",
     "Limits",
     "encode",
     "encoded_size",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, final
 
 from farstep.errors import Side
 from farstep.wire.header import pack_header
@@ -43,22 +43,46 @@ def encode(
         InvalidRequest, LimitExceeded: the header is one that no reader accepts.
         ValueError: a piece of the payload is not contiguous.
     """
-    buffers: list[bytes | memoryview] = [pack_header(header, limits=limits, side=side)]
+    packed = pack_header(header, limits=limits, side=side)
     pieces = flat(payload)
-    left = sum(map(len, pieces))
-    room = 0
-    for piece in pieces:
-        at, size = 0, len(piece)
-        while at < size:
-            if not room:
-                room = min(left, limits.frame_bytes)
-                buffers.append(PREFIX.pack(BIN32, room))
-            count = min(room, size - at)
-            buffers.append(piece if count == size else piece[at : at + count])
-            at += count
-            room -= count
-            left -= count
-    return buffers
+    return [packed, *Frames(sum(map(len, pieces)), limits=limits).cut(pieces)]
+
+
+@final
+class Frames:
+    """Put the prefixes of frames between the pieces of a payload, as they come.
+
+    Args:
+        payload_bytes: size of the whole payload; more than that is not cut.
+        limits: what the reader accepts.
+    """
+
+    def __init__(self, payload_bytes: int, *, limits: Limits = DEFAULT_LIMITS) -> None:
+        self._left = payload_bytes
+        self._room = 0
+        self._frame_bytes = limits.frame_bytes
+
+    def cut(self, payload: Iterable[memoryview]) -> list[bytes | memoryview]:
+        """Return the buffers of the payload's next pieces; those of the payload are views of the memory given.
+
+        Raises:
+            ValueError: a piece is not contiguous, or there are more bytes than were announced.
+        """
+        buffers: list[bytes | memoryview] = []
+        for piece in flat(payload):
+            at, size = 0, len(piece)
+            if size > self._left:
+                raise ValueError(f"The payload has {size - self._left} bytes more than its frames were made for.")
+            self._left -= size
+            while at < size:
+                if not self._room:
+                    self._room = min(self._left + size - at, self._frame_bytes)
+                    buffers.append(PREFIX.pack(BIN32, self._room))
+                count = min(self._room, size - at)
+                buffers.append(piece if count == size else piece[at : at + count])
+                at += count
+                self._room -= count
+        return buffers
 
 
 def encoded_size(header_bytes: int, payload_bytes: int) -> int:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from farstep_service.optimizers import PackageStatus
 
 LOOK_AGAIN_S = 0.5
+HALVES = ("bfloat16", "float16")
 
 
 class Dtype(StrEnum):
@@ -33,12 +34,19 @@ def warmup(
     dtypes: Annotated[
         str, typer.Option(metavar="DTYPES", help=f"Which of {', '.join(Dtype)}, separated by commas; all otherwise.")
     ] = "",
+    wire: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPES", help=f"Also for float32 with gradients and answers in {' or '.join(HALVES)}, or both."
+        ),
+    ] = "",
     device: Annotated[str, typer.Option(envvar="FARSTEP_SERVE_DEVICE", help="For which device.")] = "cpu",
     json_output: JsonOutput = False,
 ) -> None:
     """Build fused kernels ahead, so that no session begins on the slower reference ones."""
     with reporting(json_output):
         chosen = chosen_of(dtypes, list(Dtype), "dtypes")
+        halves = chosen_of(wire, list(HALVES), "wire") if wire else []
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
         import torch
@@ -50,7 +58,10 @@ def warmup(
         check_device_name(device)
         check_device(device)
         kernels = Kernels("auto")
-        kernels.begin(usual([RULES[name] for name in names], chosen), torch.device(device))
+        wanted = usual([RULES[name] for name in names], chosen)
+        wide = [(rule, form) for rule, form in wanted if form.dtype == Dtype.float32]
+        wanted += [(rule, form._replace(gradient=half, copy=half)) for half in halves for rule, form in wide]
+        kernels.begin(wanted, torch.device(device))
         shown: set[object] = set()
         over = False
         while not over:
@@ -85,7 +96,9 @@ def line_of(status: PackageStatus) -> str:
     package = status.package
     threads = "one thread" if package.threads == "one" else "many threads"
     rule = " with ".join([package.rule, *filter(None, [", ".join(package.optional)])])
-    what = f"{rule} {package.dtype} on {package.device}, {threads}"
+    gradients = f" from {package.gradient}" if package.gradient else ""
+    copy = f" and to {package.copy}" if package.copy else ""
+    what = f"{rule} {package.dtype}{gradients}{copy} on {package.device}, {threads}"
     return f"{what}: {status.state}" + (f", {status.reason.splitlines()[0]}" if status.reason else "")
 
 
@@ -95,6 +108,8 @@ def document_of(status: PackageStatus) -> dict[str, Any]:
     return {
         "optimizer": package.rule,
         "dtype": package.dtype,
+        "gradient": package.gradient or package.dtype,
+        "copy": package.copy or None,
         "optional": list(package.optional),
         "device": package.device,
         "threads": package.threads,

@@ -1,5 +1,6 @@
 """Where sessions live: one interface, and the host in this process."""
 
+from farstep_service.hosts.eager import begin, in_task
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Summary, View, WorkerPage
 from farstep_service.hosts.local import LocalHost
 from farstep_service.hosts.shared import Offer
@@ -17,4 +18,6 @@ __all__ = [
     "Summary",
     "View",
     "WorkerPage",
+    "begin",
+    "in_task",
 ]

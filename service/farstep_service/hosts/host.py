@@ -75,6 +75,9 @@ class Intake(ABC):
     def views(self) -> Sequence[memoryview]:
         """Where the payload goes, in order."""
 
+    def arrived(self, received: int) -> None:  # noqa: B027  # most memory has nothing to do before all is there
+        """Take note that so many bytes of the payload are there."""
+
 
 class View(ABC):
     """Contents of one version, which stay as they are until they are released."""
@@ -162,8 +165,12 @@ class Host(ABC):
         """
 
     @abstractmethod
-    async def deliver(self, head: PushHead, view: View) -> bool:
-        """Put parameters where a push wants them; return whether they are there, and need no body."""
+    async def deliver(self, head: PushHead, view: View, spent: Intake | None) -> bool:
+        """Put parameters where a push wants them; return whether they are there, and need no body.
+
+        Args:
+            spent: the push's, whose step has put most of them there already.
+        """
 
     @abstractmethod
     async def worker(self, worker: str) -> WorkerPage:

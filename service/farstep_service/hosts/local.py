@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from copy import copy
-from dataclasses import replace
 from typing import Any, cast
 
 from farstep.consistency import Consistency
@@ -24,6 +23,7 @@ from farstep.wire import to_ranges
 from farstep_service.durability import Snapshot
 from farstep_service.gradients import Contribution
 from farstep_service.hosts.alarm import Alarm
+from farstep_service.hosts.eager import in_task
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Summary, View, WorkerPage
 from farstep_service.hosts.narrowed import NarrowedView, Narrowings
 from farstep_service.hosts.shared import Offer, Shared, refused
@@ -31,7 +31,7 @@ from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, Pu
 from farstep_service.hosts.work import run
 from farstep_service.plan import Plan
 from farstep_service.session import Outcome, Outcomes, Session
-from farstep_service.store import FlatBuffers
+from farstep_service.store import Buffers, FlatBuffers
 
 INLINE_BYTES = 1280 * 1024
 """Work on a session of fewer bytes than this is done on the event loop itself: it takes up to a millisecond with the
@@ -89,6 +89,8 @@ class LocalHost(Host):
         self._shared: dict[str, Shared] = {}
         self._released = asyncio.Event()
         self._narrowings = Narrowings(executor)
+        self._sized: Plan | None = None
+        self._fits = False
 
     @property
     def plan(self) -> Plan:
@@ -105,8 +107,11 @@ class LocalHost(Host):
     @property
     def _small(self) -> bool:
         plan = self.plan
-        step_bytes = plan.rule.step_bytes(plan.layout, plan.groups)
-        return step_bytes + SEGMENT_COST_BYTES * len(plan.layout.segments) <= INLINE_BYTES
+        if self._sized is not plan:
+            step_bytes = plan.rule.step_bytes(plan.layout, plan.groups)
+            self._fits = step_bytes + SEGMENT_COST_BYTES * len(plan.layout.segments) <= INLINE_BYTES
+            self._sized = plan
+        return self._fits
 
     # -- membership and options -------------------------------------------------------------------------------------
 
@@ -187,15 +192,30 @@ class LocalHost(Host):
             self._shared.pop(worker, None)
             self._shared[worker] = Shared(offer, self.plan.layout)
 
-    async def deliver(self, head: PushHead, view: View) -> bool:
-        shared = self._shared.get(head.name.worker)
-        if head.fill is None or not head.fill.deliver or shared is None or shared.key != head.fill.area:
+    async def deliver(self, head: PushHead, view: View, spent: Intake | None) -> bool:
+        shared = self._delivering(head)
+        if shared is None or view.count != len(shared.layout.segments):
             return False
-        if view.count != len(shared.layout.segments):
-            return False
-        copy_to = cast(HeldView, view).copy_to_
-        await run(self._executor, lambda: copy_to(shared.parameters), lambda _: None, inline=self._small)
+        copy_to, there = cast(HeldView, view).copy_to_, frozenset[int]()
+        if isinstance(spent, PushIntake) and spent.contribution.copy is shared.parameters:
+            there = spent.contribution.copied_since(view.version)
+        await run(self._executor, lambda: copy_to(shared.parameters, there), lambda _: None, inline=self._small)
         return True
+
+    def _delivering(self, head: PushHead) -> Shared | None:
+        """Return the memory in which a push wants its answer, None if it wants it in a body."""
+        shared = self._shared.get(head.name.worker)
+        wanted = head.fill is not None and head.fill.deliver and shared is not None and shared.key == head.fill.area
+        return shared if wanted else None
+
+    def _copy_of(self, head: PushHead, contribution: Contribution) -> Buffers | None:
+        """Return where the step of a push may write its answer: over its gradients, or into shared memory."""
+        if head.wanted == "none":
+            return None
+        if head.wire_parameters is not None:
+            return contribution.narrow() if head.wire_parameters == head.wire_gradients else None
+        shared = self._delivering(head)
+        return shared.parameters if shared is not None and shared.layout is contribution.layout else None
 
     def _gradients_in(self, head: PushHead, contribution: Contribution) -> FlatBuffers | None:
         """Return the shared memory that a push's gradients are in, None if they come in its body."""
@@ -219,16 +239,18 @@ class LocalHost(Host):
         self._check_open()
         self._session.check(head.name, head.incarnation)
         contribution = self._session.contribution(head)
-        return PushIntake(contribution, body_bytes, self._gradients_in(head, contribution))
+        watch = self.plan.nonfinite != "allow"
+        return PushIntake(contribution, body_bytes, self._gradients_in(head, contribution), watch=watch)
 
     async def push(self, head: PushHead, intake: Intake, fingerprint: str) -> Answer:
         contribution = cast(PushIntake, intake).contribution
+        contribution.copy = self._copy_of(head, contribution)
         answer = await self._write(
             head.name, lambda: self._session.push(head, contribution, fingerprint, self._clock()), inline=self._small
         )
         check_s = contribution.check_s
-        barrier_s = max(0.0, answer.times["barrier"] - check_s)
-        return replace(answer, times={**answer.times, "check": check_s, "barrier": barrier_s})
+        answer.times.update(check=check_s, barrier=max(0.0, answer.times["barrier"] - check_s))
+        return answer
 
     def begin_put(self, head: PutHead, body_bytes: int) -> Intake:
         self._check_open()
@@ -273,11 +295,14 @@ class LocalHost(Host):
                 await self._wait_for_memory()
             with self._room_for(coming()):
                 outcomes = await run(self._executor, work, self._resolve, inline=inline)
-            future = self._futures.setdefault(name, asyncio.get_running_loop().create_future())
+            outcome = outcomes.get(name)
+            future = None if outcome else self._futures.setdefault(name, asyncio.get_running_loop().create_future())
             self._resolve(outcomes)
             if self._leaving:
                 self._resolve(self._session.interrupt(self._clock()))
-        outcome = await asyncio.shield(future)
+        if outcome is None:
+            assert future is not None
+            outcome = await asyncio.shield(future)
         ended = time.perf_counter()
         if isinstance(outcome.result, FarstepError):
             raise copy(outcome.result)  # each of those who wait raises its own
@@ -304,16 +329,17 @@ class LocalHost(Host):
             if (who := reader or write) is not None:
                 self._session.received(who.worker, who.epoch, self._clock())
             layout = self.plan.layout if write is None else self._session.layout_at(write)
-            self._resolve(outcomes)
+            if outcomes:
+                self._resolve(outcomes)
         known, count = len(layout.segments), len(held.buffers.layout.segments)
         chosen: Sequence[int] = range(known) if since is None else held.changed_since(since)
         if known < count and since is not None:
             chosen = [index for index in chosen if index < known]
         indices, ranges = (None, None) if len(chosen) == count else (chosen, to_ranges(chosen))
         if half is not None:
-            memory = spent.contribution.spent() if isinstance(spent, PushIntake) else None
+            gradients = spent.contribution if isinstance(spent, PushIntake) else None
             narrowed = await self._narrowings.of(
-                held, half, chosen, memory, inline=layout.nbytes <= NARROW_INLINE_BYTES
+                held, half, chosen, gradients, inline=layout.nbytes <= NARROW_INLINE_BYTES
             )
             self._released.set()
             return NarrowedView(narrowed, chosen, ranges, self._released.set)
@@ -360,6 +386,7 @@ class LocalHost(Host):
 
     async def _wait_for_memory(self) -> None:
         """Let readers of two versions finish before a step makes a third; very slow ones cost memory instead."""
+        await in_task()
         with suppress(TimeoutError):
             async with asyncio.timeout(READERS_WITHIN_S):
                 while self._session.crowded:

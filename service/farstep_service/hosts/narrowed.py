@@ -1,5 +1,7 @@
 """Parameters on their way out in 16 bits: one conversion for all who ask for a version while one still reads it.
 
+A step whose gradients came in the same 16 bits has mostly written them already, over those gradients, in its own pass.
+
 A conversion is a copy, so the version it was made of is given back at once, and the next step may write over it.
 """
 
@@ -12,8 +14,9 @@ from typing import final
 from weakref import WeakValueDictionary
 
 from farstep_service.contents import PARAM
-from farstep_service.gradients import memory_of
+from farstep_service.gradients import Contribution, memory_of
 from farstep_service.hosts.host import View
+from farstep_service.hosts.views import missing
 from farstep_service.layout import Layout
 from farstep_service.store import FlatBuffers, Held
 
@@ -22,12 +25,17 @@ from farstep_service.store import FlatBuffers, Held
 class Narrowed:
     """A copy of one version, float32 segments in a 16-bit dtype."""
 
-    def __init__(self, held: Held, layout: Layout, indices: Sequence[int], spent: FlatBuffers | None) -> None:
+    def __init__(self, held: Held, layout: Layout, indices: Sequence[int], spent: Contribution | None) -> None:
         self.version = held.version
         self.count = len(layout.segments)
-        fits = spent is not None and spent.layout is layout
-        self.buffers = spent if fits and spent is not None else FlatBuffers(layout, zero=False)
-        self.buffers.copy_(held.buffers, indices)
+        memory = None if spent is None else spent.spent()
+        there: frozenset[int] = frozenset()
+        if spent is not None and memory is not None and memory.layout is layout:
+            there = spent.copied_since(held.version)
+        else:
+            memory = FlatBuffers(layout, zero=False)
+        self.buffers = memory
+        self.buffers.copy_(held.buffers, missing(indices, there))
 
 
 @final
@@ -49,14 +57,14 @@ class Narrowings:
         return sum(each.buffers.nbytes for each in self._made.values())
 
     async def of(
-        self, held: Held, half: str, indices: Sequence[int], spent: FlatBuffers | None, *, inline: bool
+        self, held: Held, half: str, indices: Sequence[int], spent: Contribution | None, *, inline: bool
     ) -> Narrowed:
         """Return some segments of a held version, which is given back, in a 16-bit dtype.
 
         Only a conversion of all segments is shared: others are of one worker's own.
 
         Args:
-            spent: memory that may be written over, such as that of the gradients this answers.
+            spent: gradients whose memory may be written over, or was by the step that this answers.
         """
         layout = held.buffers.layout.on_wire(half)
         if len(indices) < len(layout.segments):
@@ -71,7 +79,7 @@ class Narrowings:
             return found
 
     async def _make(
-        self, held: Held, layout: Layout, indices: Sequence[int], spent: FlatBuffers | None, *, inline: bool
+        self, held: Held, layout: Layout, indices: Sequence[int], spent: Contribution | None, *, inline: bool
     ) -> Narrowed:
         def make() -> Narrowed:
             with held:

@@ -38,16 +38,24 @@ def check_fit(payload_bytes: int, body_bytes: int) -> None:
 class PushIntake(Intake):
     """Memory for the gradients of a push; where they are in shared memory already, nothing is to come."""
 
-    def __init__(self, contribution: Contribution, body_bytes: int, shared: FlatBuffers | None = None) -> None:
+    def __init__(
+        self, contribution: Contribution, body_bytes: int, shared: FlatBuffers | None = None, *, watch: bool = False
+    ) -> None:
         check_fit(0 if shared else contribution.nbytes, body_bytes)
         self.contribution = contribution
         if shared is not None:
             contribution.borrow(shared)
         self._views = [] if shared is not None else contribution.allocate()
+        if shared is None and watch:
+            contribution.look_while_arriving()
 
     @property
     def views(self) -> Sequence[memoryview]:
         return self._views
+
+    def arrived(self, received: int) -> None:
+        if self.contribution.watch is not None:
+            self.contribution.watch.arrived(received)
 
 
 @final
@@ -62,6 +70,11 @@ class ContentsIntake(Intake):
     @property
     def views(self) -> Sequence[memoryview]:
         return self._views
+
+
+def missing(indices: Sequence[int], there: frozenset[int]) -> Sequence[int]:
+    """Return those of some segments that are not there."""
+    return [index for index in indices if index not in there] if there else indices
 
 
 @final
@@ -83,10 +96,11 @@ class HeldView(View):
         self._views = memory_of(on_device(held.buffers, CPU), layout, chosen)
         self._ranges = ranges
 
-    def copy_to_(self, buffers: FlatBuffers) -> None:
-        """Copy the parameters into other memory of the same layout."""
-        chosen = None if self._indices is None else list(self._indices)
-        buffers.copy_(self._held.buffers, chosen)
+    def copy_to_(self, buffers: FlatBuffers, there: frozenset[int] = frozenset()) -> None:
+        """Copy the parameters into other memory of the same layout, but for those that are there."""
+        layout = self._held.buffers.layout
+        chosen = range(len(layout.segments)) if self._indices is None else self._indices
+        buffers.copy_(self._held.buffers, missing(chosen, there))
 
     @property
     def version(self) -> int:

@@ -120,12 +120,13 @@ def _end_with_parent() -> None:
 
 
 def _text(package: Package) -> str:
-    return "|".join((package.rule, package.dtype, package.device, package.threads, *package.optional))
+    types = (package.dtype, package.gradient, package.copy)
+    return "|".join((package.rule, *types, package.device, package.threads, *package.optional))
 
 
 def _package(text: str) -> Package:
-    rule, dtype, device, threads, *optional = text.split("|")
-    return Package(rule, dtype, device, "many" if threads == "many" else "one", tuple(optional))
+    rule, dtype, gradient, copy, device, threads, *optional = text.split("|")
+    return Package(rule, dtype, device, "many" if threads == "many" else "one", tuple(optional), gradient, copy)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,8 @@
-"""The fused kernel: a rule's compiled program over whole stretches of memory, one pass over each."""
+"""The fused kernel: a rule's compiled program over whole stretches of memory, one pass over each.
+
+Gradients in 16 bits have programs of their own, which widen them in registers. Until those are built, or where none are
+wanted, they are widened a block at a time, which the rule's usual program then finds in the cache: the same numbers.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +17,36 @@ from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.kernel import At, Call, Kernel, Progress
 from farstep_service.optimizers.native import LONG_FROM, Program
 from farstep_service.optimizers.program import LEAST
-from farstep_service.optimizers.reference import ReferenceKernel
+from farstep_service.optimizers.reference import ReferenceKernel, cut
 from farstep_service.rule import AnyRule, Fields, Form
 
 MANY_THREADS_FROM = 2**20
 """Elements from which it pays to wake other threads."""
 BATCH = 2**21
 """Elements of calls that are made in one go: a millisecond's work."""
+WIDEN = 2**18
+"""Elements that are widened together; a multiple of any vector's length, so that cuts change no bit."""
 NUMBERS_KEPT = 256
+HALVES = frozenset({torch.float16, torch.bfloat16})
+
+
+class _Key(NamedTuple):
+    """What a program is chosen by."""
+
+    dtype: torch.dtype
+    fields: Fields
+    gradient: torch.dtype
+    copy: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, call: Call) -> _Key:
+        return cls(call.p.dtype, tuple(call.state), call.g.dtype, None if call.copy is None else call.copy.dtype)
 
 
 class _Piece(NamedTuple):
-    """One call's program with its inputs, and how many elements it takes."""
+    """A program with its inputs, how many elements it takes, and the point that follows it."""
 
-    number: int
+    then: At
     program: Program
     inputs: list[Tensor]
     length: int
@@ -44,8 +64,8 @@ class FusedKernel(Kernel):
     name = "fused"
 
     def __init__(self, rule: AnyRule, device: torch.device) -> None:
-        self._one: dict[tuple[torch.dtype, Fields], Program] = {}
-        self._many: dict[tuple[torch.dtype, Fields], Program] = {}
+        self._one: dict[_Key, Program] = {}
+        self._many: dict[_Key, Program] = {}
         self._rule = rule
         self._device = device
         self._reference = ReferenceKernel(rule)
@@ -57,46 +77,62 @@ class FusedKernel(Kernel):
 
     def ready(self, forms: Iterable[Form]) -> bool:
         """Say whether there is a program for each of these forms."""
-        return all(self._key(form) in self._one for form in forms)
+        return all(map(self.takes, forms))
 
-    def _key(self, form: Form) -> tuple[torch.dtype, Fields]:
-        return TORCH_DTYPES[form.dtype], self._rule.fields(form.optional)
+    def takes(self, form: Form) -> bool:
+        """Say whether there is a program for this form."""
+        return self._key(form) in self._one
+
+    def _key(self, form: Form) -> _Key:
+        copy = TORCH_DTYPES[form.copy] if form.copy else None
+        gradient = TORCH_DTYPES[form.gradient or form.dtype]
+        return _Key(TORCH_DTYPES[form.dtype], self._rule.fields(form.optional), gradient, copy)
 
     def execute(self, calls: Sequence[Call], progress: Progress) -> None:
         """Carry calls out from where `progress` stands, a batch of pieces at a time."""
         progress.resume()
         while progress.at.call < len(calls):
-            if progress.at.element or calls[progress.at.call].p.numel() < LEAST:
-                self._reference.execute(calls[: progress.at.call + 1], progress)
-                continue
-            for batch in _batches(self._pieces(calls, progress.at.call)):
-                ready = [piece.program(piece.inputs) for piece in batch]
-                returned: list[object] = []
-                try:
-                    # An interrupt comes between two lines of Python, never within this one: a program that has run is
-                    # in the list, and one that has not is not.
-                    returned.extend(map(operator.call, ready))
-                finally:
-                    if returned and not returned[-1]:
-                        progress.at = At(batch[len(returned) - 1].number + 1)
-                if returned[-1]:
-                    raise RuntimeError(f"A compiled program ended with the status {returned[-1]}.")
+            at, call = progress.at, calls[progress.at.call]
+            # One that has begun goes on in blocks, though its program may be ready by now.
+            if _is_narrow(call) and call.p.numel() - at.element >= LEAST and (at.element or not self._has(call)):
+                _run([self._widened(at, call)], progress)
+            elif at.element or call.p.numel() < LEAST:
+                self._reference.execute(calls[: at.call + 1], progress)
+            else:
+                for batch in _batches(self._pieces(calls, at.call)):
+                    _run(batch, progress)
+
+    def _has(self, call: Call) -> bool:
+        return _Key.of(call) in self._one
 
     def _pieces(self, calls: Sequence[Call], start: int) -> list[_Piece]:
-        """Return what there is to do up to the next call that is too short for a program."""
+        """Return what there is to do up to the next call that is too short for a program, or has none of its own."""
         pieces = []
         for index in range(start, len(calls)):
             call = calls[index]
-            p, g, state, out, scalars = call
-            length = p.numel()
-            if length < LEAST:
+            if call.p.numel() < LEAST or (_is_narrow(call) and not self._has(call)):
                 break
-            _check(call)
-            key = (p.dtype, tuple(state))
-            programs = self._many if length >= MANY_THREADS_FROM else self._one
-            program = programs.get(key) or self._one[key]
-            pieces.append(_Piece(index, program, [p, g, *state.values(), self._tensor(scalars), out], length))
+            pieces.append(self._piece(call, At(index + 1)))
         return pieces
+
+    def _widened(self, at: At, call: Call) -> _Piece:
+        """Return the next block of a call whose gradients are widened first."""
+        length = call.p.numel()
+        stop = at.element + WIDEN
+        if length - stop < LEAST:
+            stop = length
+        part = cut(call, at.element, stop)
+        then = At(at.call + 1) if stop == length else At(at.call, stop)
+        return self._piece(part._replace(g=part.g.to(part.p.dtype)), then)
+
+    def _piece(self, call: Call, then: At) -> _Piece:
+        _check(call)
+        p, g, state, out, scalars, copy = call
+        key, length = _Key.of(call), p.numel()
+        programs = self._many if length >= MANY_THREADS_FROM else self._one
+        program = programs.get(key) or self._one[key]
+        outs = [out] if copy is None else [out, copy]
+        return _Piece(then, program, [p, g, *state.values(), self._tensor(scalars), *outs], length)
 
     def _tensor(self, scalars: tuple[float, ...]) -> Tensor:
         found = self._numbers.get(scalars)
@@ -105,6 +141,26 @@ class FusedKernel(Kernel):
                 self._numbers.clear()
             found = self._numbers[scalars] = torch.tensor(scalars, dtype=torch.float64, device=self._device)
         return found
+
+
+def _run(batch: Sequence[_Piece], progress: Progress) -> None:
+    """Run a batch of pieces.
+
+    Raises:
+        RuntimeError: a program failed; `progress` says which ones have run.
+    """
+    ready = [piece.program(piece.inputs) for piece in batch]
+    returned: list[object] = []
+    try:
+        # An interrupt comes between two lines of Python, never within this one: a program that has run is in the list,
+        # and one that has not is not.
+        returned.extend(map(operator.call, ready))
+    finally:
+        done = len(returned) if returned and not returned[-1] else len(returned) - 1
+        if done > 0:
+            progress.at = batch[done - 1].then
+    if returned[-1]:
+        raise RuntimeError(f"A compiled program ended with the status {returned[-1]}.")
 
 
 def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
@@ -125,8 +181,19 @@ def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _check(call: Call) -> None:
-    """Refuse what a program, which trusts its inputs, would turn into a write beyond the end of memory."""
+    """Refuse what a program, which trusts its inputs, would turn into a write beyond the end of memory.
+
+    Whether there is a program for the dtypes of gradients and copy is seen when it is looked for.
+    """
     shape, dtype = call.p.shape, call.p.dtype
-    for tensor in (call.p, call.g, call.out, *call.state.values()):
-        if tensor.shape != shape or tensor.dtype is not dtype or not tensor.is_contiguous():
+    alike = (call.p, call.out, *call.state.values(), *([] if _is_narrow(call) else [call.g]))
+    for tensor in (*alike, call.g, *([] if call.copy is None else [call.copy])):
+        if tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(f"A kernel's tensors differ: {shape} {dtype}, {tensor.shape} {tensor.dtype}.")
+    for tensor in alike:
+        if tensor.dtype is not dtype:
+            raise ValueError(f"A kernel's tensors differ: {shape} {dtype}, {tensor.shape} {tensor.dtype}.")
+
+
+def _is_narrow(call: Call) -> bool:
+    return call.g.dtype in HALVES and call.g.dtype is not call.p.dtype

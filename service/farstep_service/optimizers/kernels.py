@@ -95,7 +95,7 @@ class Kernels(KernelSource):
         needed: list[Package] = []
         for rule, form in wanted:
             self._rules[rule.name] = rule
-            needed.append(Package(rule.name, form.dtype, str(device), optional=form.optional))
+            needed.append(Package.of(rule, form, str(device)))
         spare = [replace(package, threads="many") for package in needed]
         every = needed + (spare if device.type == "cpu" and torch.get_num_threads() > 1 else [])
         with self._changed:
@@ -103,6 +103,12 @@ class Kernels(KernelSource):
         if missing:
             threading.Thread(target=self._build_all, args=(missing,), name="farstep-kernel-build", daemon=True).start()
         return needed
+
+    def improve(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
+        """Load these or begin to build them, if any kernel is to be compiled here."""
+        forms = list(forms)
+        if self.mode != "reference" and "fused" in rule.kernels and not self.ready(rule, forms, device):
+            self.begin([(rule, form) for form in forms], device)
 
     def ready(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> bool:
         """Say whether the fused kernel could run a step over memory of these forms now."""
@@ -191,6 +197,9 @@ class Kernels(KernelSource):
 
     def _fail(self, package: Package, reason: str) -> None:
         self._status[package] = PackageStatus(package, "failed", reason)
+        if package.gradient or package.copy:
+            log.debug("%s: no kernel that widens or copies on the way (%s)", package.rule, reason.partition("\n")[0])
+            return
         level = logging.DEBUG if self._warned else logging.WARNING
         self._warned = True
         log.log(level, "%s runs on reference kernels: no fused one (%s)", package.rule, reason.partition("\n")[0])

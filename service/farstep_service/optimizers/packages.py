@@ -40,6 +40,7 @@ class Package:
         device: the torch device it runs on.
         threads: what it was compiled for; always `one` on a GPU.
         optional: the optional state fields in use.
+        gradient, copy: the element types of the gradients and of a copy, as `Form` has them.
     """
 
     rule: str
@@ -47,11 +48,18 @@ class Package:
     device: str
     threads: Threads = "one"
     optional: Fields = ()
+    gradient: str = ""
+    copy: str = ""
+
+    @classmethod
+    def of(cls, rule: AnyRule, form: Form, device: str) -> Package:
+        """Return the package of a rule in a form, for one thread."""
+        return cls(rule.name, form.dtype, device, "one", form.optional, form.gradient, form.copy)
 
     @property
     def form(self) -> Form:
         """Return what the rule is compiled for."""
-        return Form(self.dtype, self.optional)
+        return Form(self.dtype, self.optional, self.gradient, self.copy)
 
 
 ARCHIVE = ".pt2"
@@ -70,8 +78,10 @@ def file_name(package: Package, rule: AnyRule) -> str:
     """Return the name under which the package for this machine and these sources is kept."""
     facts = [torch.__version__, _sources(type(rule)), *package.form, package.threads, machine(package.device)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
-    names = (package.rule, *package.optional, package.dtype, torch.device(package.device).type, package.threads, key)
-    return "-".join(names) + (".so" if torch.device(package.device).type == "cpu" else ARCHIVE)
+    types = [package.dtype, package.gradient and f"from-{package.gradient}", package.copy and f"to-{package.copy}"]
+    kind = torch.device(package.device).type
+    names = (package.rule, *package.optional, *filter(None, types), kind, package.threads, key)
+    return "-".join(names) + (".so" if kind == "cpu" else ARCHIVE)
 
 
 @cache

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import final
 
 from farstep_service.kernel import Call, Kernel, Progress, Write
-from farstep_service.rule import AnyRule, ElementwiseRule
+from farstep_service.rule import AnyRule, ElementwiseRule, Form
 
 BLOCK = 2**17
 """Elements of a block. 64k to 256k are equally fast; smaller ones cost more calls, larger ones leave the cache."""
@@ -39,6 +39,10 @@ class ReferenceKernel(Kernel):
         self._block = block
         self._gpu_block = gpu_block
 
+    def takes(self, form: Form) -> bool:
+        """Say so of every form: a block is in the cache while it is widened and copied."""
+        return True
+
     def execute(self, calls: Sequence[Call], progress: Progress) -> None:
         """Carry calls out from where `progress` stands, a block at a time."""
         progress.resume()
@@ -49,18 +53,20 @@ class ReferenceKernel(Kernel):
             stop = length
             if isinstance(self._rule, ElementwiseRule):
                 stop = min(start + (self._block if call.p.is_cpu else self._gpu_block), length)
-            writes = self._block_of(call if stop - start == length else _cut(call, start, stop))
+            writes = self._block_of(call if stop - start == length else cut(call, start, stop))
             if stop < length:
                 progress.commit(writes, call=index, element=stop)
             else:
                 progress.commit(writes, call=index + 1)
 
     def _block_of(self, call: Call) -> list[Write]:
-        p, state = self._rule.update(call.p, call.g, call.state, call.scalars)
-        return [Write(call.out, p), *(Write(call.state[name], values) for name, values in state.items())]
+        p, state = self._rule.update(call.p, call.g.to(call.p.dtype), call.state, call.scalars)
+        writes = [Write(call.out, p), *(Write(call.state[name], values) for name, values in state.items())]
+        return writes if call.copy is None else [*writes, Write(call.copy, p)]
 
 
-def _cut(call: Call, start: int, stop: int) -> Call:
+def cut(call: Call, start: int, stop: int) -> Call:
     """Return the call on the elements from `start` to before `stop`."""
     state = {name: field[start:stop] for name, field in call.state.items()}
-    return Call(call.p[start:stop], call.g[start:stop], state, call.out[start:stop], call.scalars)
+    copy = None if call.copy is None else call.copy[start:stop]
+    return Call(call.p[start:stop], call.g[start:stop], state, call.out[start:stop], call.scalars, copy)

@@ -68,11 +68,10 @@ class Rprop(ElementwiseRule[RpropHyper]):
         )
         g = signed(g, sign)
         step_size = torch.where(first != 0, start, state["step_size"])
-        factor = (g * state["prev"]).sign()
-        # In this order, since torch replaces values in place: each line sees what the one before has made.
-        factor = torch.where(factor > 0, plus, factor)
-        factor = torch.where(factor < 0, minus, factor)
-        factor = torch.where(factor == 0, 1.0, factor)
+        turned = g * state["prev"]
+        # torch replaces signs in place, the zeros last: an eta that rounds to zero becomes one.
+        shrink = torch.where(minus == 0, 1.0, minus)
+        factor = torch.where(turned > 0, plus, torch.where(turned < 0, shrink, 1.0))
         step_size = torch.minimum(torch.maximum(step_size * factor, least), most)
         g = torch.where(factor == minus, 0.0, g)
         return addcmul(p, g.sign(), step_size, -1), {"prev": g, "step_size": step_size}

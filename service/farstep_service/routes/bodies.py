@@ -18,6 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest, LimitExceeded, Truncated, UnsupportedMedia
 from farstep.wire import Decoder, encode
+from farstep_service.hosts import in_task
 
 MSGPACK = b"application/msgpack"
 TAIL_BYTES = 128 * 1024
@@ -70,7 +71,7 @@ class Sink(Protocol):
     def buffer_updated(self, count: int) -> None:
         """Take note that so many bytes are in it."""
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | bytearray) -> None:
         """Take bytes that are somewhere else."""
 
 
@@ -85,8 +86,9 @@ class Body:
 class _Message:
     """A message on its way into memory, and its fingerprint."""
 
-    def __init__(self, place: Callable[[dict[str, Any]], Sequence[memoryview]]) -> None:
+    def __init__(self, place: Callable[[dict[str, Any]], Sequence[memoryview]], arrived: Callable[[int], None]) -> None:
         self._decoder = Decoder(place)
+        self._arrived = arrived
         self._digest = xxhash.xxh3_128()
         self._offered = memoryview(b"")
 
@@ -97,10 +99,12 @@ class _Message:
     def buffer_updated(self, count: int) -> None:
         self._digest.update(self._offered[:count])
         self._decoder.buffer_updated(count)
+        self._arrived(self._decoder.received)
 
-    def feed(self, chunk: bytes) -> None:
+    def feed(self, chunk: bytes | bytearray) -> None:
         self._digest.update(chunk)
         self._decoder.feed(chunk)
+        self._arrived(self._decoder.received)
 
     def close(self) -> Body:
         """Return the complete message; raise if it is not."""
@@ -108,10 +112,17 @@ class _Message:
         return Body(self._decoder.header, self._digest.hexdigest())
 
 
-async def read_body(scope: Scope, receive: Receive, place: Place, *, largest: int, pace: Pace) -> Body:
+def _ignored(received: int) -> None:
+    """Do nothing with what has arrived until all is there."""
+
+
+async def read_body(
+    scope: Scope, receive: Receive, place: Place, *, largest: int, pace: Pace, arrived: Callable[[int], None] = _ignored
+) -> Body:
     """Receive one message into the memory that `place` names.
 
     Args:
+        arrived: told how many bytes of the payload are there, as they come.
         largest: bytes a body may have at most.
         pace: how slowly it may come.
 
@@ -121,7 +132,7 @@ async def read_body(scope: Scope, receive: Receive, place: Place, *, largest: in
         FarstepError: what `place` raises about the header.
     """
     size = declared(scope, MSGPACK, largest)
-    message = _Message(lambda header: place(header, size))
+    message = _Message(lambda header: place(header, size), arrived)
     receive_into = scope.get("extensions", {}).get(RECEIVE_INTO)
     if receive_into is not None:
         await receive_into(message, size, pace)
@@ -138,6 +149,7 @@ async def chunks(receive: Receive, size: int, pace: Pace) -> AsyncIterator[bytes
         Truncated: it comes too slowly.
         ClientDisconnect: the connection is gone.
     """
+    await in_task()
     began = asyncio.get_running_loop().time()
     received = 0
     more = True

@@ -24,7 +24,7 @@ import xxhash
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from farstep.consistency import to_options
+from farstep.consistency import Async, Bounded, to_options
 from farstep.errors import InvalidRequest
 from farstep.fields import shapes_to_header
 from farstep.growth import AppendHead
@@ -35,6 +35,7 @@ from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake, Reader, View
 from farstep_service.registry import Registry
 from farstep_service.routes.bodies import Pace, answer_message, read_body
+from farstep_service.rule import Rule
 from farstep_service.settings import Settings
 
 Head = TypeVar("Head", PushHead, PutHead, AppendHead)
@@ -79,7 +80,12 @@ class Endpoint(ABC):
             parts.append((head, intake))
             return intake.views
 
-        body = await read_body(scope, receive, place, largest=largest, pace=Pace(self._settings.idle_body_s))
+        def arrived(received: int) -> None:
+            for _, intake in parts:
+                intake.arrived(received)
+
+        pace = Pace(self._settings.idle_body_s)
+        body = await read_body(scope, receive, place, largest=largest, pace=pace, arrived=arrived)
         ((head, intake),) = parts
         return head, intake, body.fingerprint
 
@@ -101,7 +107,8 @@ class Push(Endpoint):
         if head.fill is not None:
             fingerprint = fingerprint_of(head, head.fill)
         answer = await host.push(head, intake, fingerprint)
-        spent = intake if head.wire_gradients is not None and head.wire_gradients == head.wire_parameters else None
+        narrow = head.wire_gradients is not None and head.wire_gradients == head.wire_parameters
+        spent = intake if narrow or head.fill is not None else None
         del intake  # the gradients' memory is free while the answer is sent, if that is not in it
         header = _header(host, answer, {"receive": received_s})
         if head.wanted == "none":
@@ -109,8 +116,9 @@ class Push(Endpoint):
             return
         since = head.have if head.wanted == "changed" else None
         view = await host.parameters(since, head.name, head.wire_parameters, spent)
+        delivered = await _delivered(host, head, view, spent)
         del spent
-        await answer_view(send, header, view, delivered=await _delivered(host, head, view))
+        await answer_view(send, header, view, delivered=delivered)
 
 
 class Contents(Endpoint):
@@ -169,9 +177,9 @@ class Groups(Endpoint):
             await answer_view(send, header, await host.parameters(write=head.name))
 
 
-async def _delivered(host: Host, head: PushHead, view: View) -> bool:
+async def _delivered(host: Host, head: PushHead, view: View, spent: Intake | None) -> bool:
     try:
-        return await host.deliver(head, view)
+        return await host.deliver(head, view, spent)
     except BaseException:
         view.release()
         raise
@@ -214,9 +222,16 @@ async def _size(host: Host, fields: Sequence[str], indices: Sequence[int] | None
 
 
 def _converted_bytes(host: Host, head: PushHead) -> int:
-    """Return the bytes that a push takes beside its body: gradients that are widened, parameters that are narrowed."""
-    nbytes = host.plan.layout.nbytes
-    return (nbytes if head.wire_gradients else 0) + (nbytes // 2 if head.wire_parameters else 0)
+    """Return the bytes that a push takes beside its body.
+
+    Gradients in 16 bits are widened before they are added to others, are compensated, or go to what is no rule;
+    parameters in the same 16 bits take the gradients' place, in others their own.
+    """
+    plan, mode = host.plan, host.plan.consistency
+    alone = isinstance(mode, Async | Bounded) and not mode.delay_compensation and isinstance(plan.rule, Rule)
+    widened = head.wire_gradients is not None and not alone
+    narrowed = head.wire_parameters is not None and head.wire_parameters != head.wire_gradients
+    return (plan.layout.nbytes if widened else 0) + (plan.layout.nbytes // 2 if narrowed else 0)
 
 
 def _indices(query: Sequence[str], count: int) -> list[int]:

@@ -2,15 +2,25 @@
 
 Between two writes the client wakes up for the head alone, and sleeps again. ASGI asks for this order too: a server
 begins to answer when there is a body to send.
+
+    whole      a body in one piece, over a connection that is kept: written here, head and body at once
+    else       what uvicorn's cycle writes for it, the head held back until the body begins
 """
 
 from __future__ import annotations
 
 import asyncio
-from functools import partial
+from functools import lru_cache, partial
 from typing import final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.httptools_impl import HEADER_VALUE_RE, STATUS_LINE, RequestResponseCycle
+
+LENGTH = b"content-length"
+PLAIN = frozenset({LENGTH, b"content-type", b"date", b"server"})
+"""Headers after which a connection goes on as before."""
+HEADS_KEPT = 64
+"""Heads that are remembered; those of one step after the other differ in a length at most."""
 
 
 @final
@@ -19,11 +29,13 @@ class Answering:
 
     Args:
         app: answers the request.
+        cycle: the request, as uvicorn sees it.
         transport: the connection.
     """
 
-    def __init__(self, app: ASGIApp, transport: asyncio.Transport) -> None:
+    def __init__(self, app: ASGIApp, cycle: RequestResponseCycle, transport: asyncio.Transport) -> None:
         self._app = app
+        self._cycle = cycle
         self._transport = transport
         self._start: Message | None = None
         self._held: list[bytes] | None = None
@@ -38,13 +50,32 @@ class Answering:
         start, self._start = self._start, None
         if start is None:
             await send(message)
-            return
-        self._held = []
-        try:
-            await send(start)
-            await send(message)
-        finally:
-            self._let_go()
+        elif not self._write_whole(start, message):
+            self._held = []
+            try:
+                await send(start)
+                await send(message)
+            finally:
+                self._let_go()
+
+    def _write_whole(self, start: Message, message: Message) -> bool:
+        """Write an answer that is all there, if nothing about it is unusual; return whether that was done."""
+        cycle, body = self._cycle, message.get("body", b"")
+        usual = cycle.keep_alive and not (
+            message.get("more_body") or cycle.access_log or cycle.disconnected or cycle.flow.write_paused
+        )
+        if not usual or cycle.scope["method"] == "HEAD":
+            return False
+        head = _head(start["status"], (*cycle.default_headers, *start["headers"]), len(body))
+        if head is None:
+            return False
+        cycle.response_started = cycle.response_complete = True
+        self._transport.set_write_buffer_limits(high=0)  # it leaves now, and not when all that is left to do is done
+        self._transport.writelines((head, body))
+        self._transport.set_write_buffer_limits()
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
 
     def _let_go(self) -> None:
         held, self._held = self._held, None
@@ -68,3 +99,13 @@ class Answering:
     def is_closing(self) -> bool:
         """Say whether the connection is being closed."""
         return self._transport.is_closing()
+
+
+@lru_cache(maxsize=HEADS_KEPT)
+def _head(status: int, headers: tuple[tuple[bytes, bytes], ...], size: int) -> bytes | None:
+    """Return the head of an answer whose body has `size` bytes; None if that is for uvicorn to judge."""
+    lengths = [value for name, value in headers if name == LENGTH]
+    known = all(name in PLAIN and not HEADER_VALUE_RE.search(value) for name, value in headers)
+    if not known or lengths != [b"%d" % size]:
+        return None
+    return b"".join([STATUS_LINE[status], *(b"%s: %s\r\n" % header for header in headers), b"\r\n"])

@@ -6,6 +6,9 @@
     answer      a reader that takes nothing for `stalled_s` is cut off, so that it cannot hold a version for ever
     idle        uvicorn's keep-alive
 
+A request begins when all that came with its head has been read, and goes as far as it can without waiting: a small push
+is answered before the event loop turns, and never becomes a task (`farstep_service.hosts.eager`).
+
 What uvicorn decides about messages stays its own; this only adds what it leaves out.
 """
 
@@ -13,18 +16,21 @@ from __future__ import annotations
 
 import asyncio
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import httptools
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, HTTPScope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from farstep.errors import FarstepError, InvalidRequest, LimitExceeded
+from farstep_service.hosts import begin
 from farstep_service.routes import PROBLEM, RECEIVE_INTO, Pace, Sink, problem_of
 from farstep_service.server.answering import Answering
 from farstep_service.server.receiving import Reading
+from farstep_service.server.repeated import Head
 
 MAX_HEAD_BYTES = 32 * 1024
 """Bytes of a request line and its headers, at most."""
@@ -49,6 +55,10 @@ class Protocol(HttpToolsProtocol):
     _in_head = True
     _head_bytes = 0
     _refused = False
+    _occupied = False
+    _between = True
+    _head: Head | None = None
+    _next: tuple[RequestResponseCycle, ASGI3Application] | None = None
 
     # -- the head ---------------------------------------------------------------------------------------------------
 
@@ -59,13 +69,51 @@ class Protocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._refused:
             return
+        if self._between and self._head is not None and self._head.begins(data) and self._is_idle():
+            self._repeat(self._head, data)
+            return
+        begun = data if self._between else None
+        self._occupied = True
         super().data_received(data)
+        self._occupied = False
+        if begun is not None and self._between and self._next is not None and not self.pipeline:
+            self._head = Head.of(begun, cast("dict[str, Any]", self.scope))
         if self._in_head:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse_head(f"The request's head has more than {MAX_HEAD_BYTES} bytes.", MAX_HEAD_BYTES)
+        if self._next is not None:
+            self._begin_next()
+
+    def _is_idle(self) -> bool:
+        """Say whether the request before is answered."""
+        return self.cycle.response_complete and self.limit_concurrency is None and not self.transport.is_closing()
+
+    def _repeat(self, head: Head, body: bytes) -> None:
+        """Begin a request whose head came before, and which is complete."""
+        self._unset_keepalive_if_required()
+        scope = head.scope()
+        self.cycle = RequestResponseCycle(
+            scope=cast(HTTPScope, scope),
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=True,
+            on_response=self.on_response_complete,
+        )
+        scope |= {"state": self.app_state.copy(), "extensions": {RECEIVE_INTO: partial(self._receive_into, self.cycle)}}
+        self.cycle.body += memoryview(body)[len(head.raw) :]
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
+        self._start_asgi_task(self.cycle, cast(ASGI3Application, self.app))
 
     def on_message_begin(self) -> None:
+        self._between = False
         super().on_message_begin()
         if not self._in_head:
             self._await_head()
@@ -74,7 +122,7 @@ class Protocol(HttpToolsProtocol):
         self._in_head = False
         self._head_bytes = 0
         self._head_timer = _cancelled(self._head_timer)
-        size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+        size = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
         if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
             self._refuse_head(
                 f"The request's head has {len(self.headers)} headers and {size} bytes.",
@@ -90,6 +138,7 @@ class Protocol(HttpToolsProtocol):
             super().on_body(body)
 
     def on_message_complete(self) -> None:
+        self._between = True
         if not self._refused:
             super().on_message_complete()
 
@@ -133,7 +182,7 @@ class Protocol(HttpToolsProtocol):
         """
         if cycle.disconnected:
             raise ClientDisconnect
-        begun, cycle.body = bytes(cycle.body), bytearray()
+        begun, cycle.body = cycle.body, bytearray()
         if not cycle.more_body:
             sink.feed(begun)
             return
@@ -159,15 +208,29 @@ class Protocol(HttpToolsProtocol):
         self.transport.resume_reading()
         self.parser = httptools.HttpRequestParser(self)
         self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self._between = True
         self.cycle.more_body = False
         self.cycle.message_event.set()
 
     # -- the answer -------------------------------------------------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
-        answering = Answering(cast(ASGIApp, app), self.transport)
-        cycle.transport = cast(asyncio.Transport, answering)
-        super()._start_asgi_task(cycle, cast(ASGI3Application, answering))
+        self._next = cycle, app
+        if not self._occupied:
+            self._begin_next()
+
+    def _begin_next(self) -> None:
+        """Answer the request that is next, and those behind it that came early, as far as that needs no waiting."""
+        self._occupied = True
+        while self._next is not None:
+            (cycle, app), self._next = self._next, None
+            answering = Answering(cast(ASGIApp, app), cycle, self.transport)
+            cycle.transport = cast(asyncio.Transport, answering)
+            task = begin(self.loop, cycle.run_asgi(cast(ASGI3Application, answering)))
+            if task is not None:
+                self.tasks.add(task)
+                task.add_done_callback(self.tasks.discard)
+        self._occupied = False
 
     def pause_writing(self) -> None:
         super().pause_writing()

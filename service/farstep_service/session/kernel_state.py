@@ -32,6 +32,8 @@ class KernelState(SessionState):
         device: where parameters and state live.
     """
 
+    narrow = True
+
     def __init__(self, plan: Plan, rule: AnyRule, *, kernels: KernelSource, device: torch.device) -> None:
         super().__init__(plan, device=device)
         self._rule = rule

@@ -24,7 +24,7 @@ from farstep.errors import BarrierTimeout, FarstepError, InternalError
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, WriteName
 from farstep_service.aggregation import Abort, Decision, Pushed, Refuse, Rounds, Skip, Step
-from farstep_service.gradients import Contribution, mean_evaluation, reduce_
+from farstep_service.gradients import Contribution, Copied, mean_evaluation, reduce_
 from farstep_service.session.outcomes import Outcome, Outcomes, told
 from farstep_service.session.staleness import Bases, check_dense, compensate_, weigh_
 from farstep_service.session.state import SessionState
@@ -178,7 +178,8 @@ class Pushes:
         try:
             changed = self._changed(pushes)
             self._make_up(pushes, weights)
-            gradients = reduce_([push.contribution for push in pushes], step.divisor, self._state.device)
+            contributions = [push.contribution for push in pushes]
+            gradients = reduce_(contributions, step.divisor, self._state.device, narrow=self._state.narrow)
             began = time.perf_counter()
             evaluation = mean_evaluation([push.head.evaluation for push in pushes], step.divisor)
             lr_factor = weights[0] if len(weights) == 1 else 1.0
@@ -229,6 +230,9 @@ class Pushes:
     def _commit(
         self, pushes: list[_Push], step: Step, applied: Applied, weights: Sequence[float], kernel_s: float
     ) -> Outcomes:
+        for push in pushes:
+            if applied.copied:
+                push.contribution.copied = Copied(applied.version, applied.copied)
         receipts = self._rounds.commit(
             step,
             [push.pushed for push in pushes],

@@ -198,7 +198,7 @@ class Session:
         """Return memory for a push's gradients; see `Contribution` and `SessionState` for what they refuse."""
         self._state.check_evaluation(head.evaluation)
         layout, rule = self.layout_at(head.name), self.plan.rule
-        return Contribution(layout, head.segments, head.sparse, rule, self.groups, head.wire_gradients)
+        return Contribution(layout, head.segments, head.sparse, rule, self.groups, head.wire_gradients, head.order)
 
     def push(self, head: PushHead, contribution: Contribution, fingerprint: str, now: float) -> Outcomes:
         """Take a complete push in and return every outcome it decides; none under its own name means that it waits.

@@ -15,7 +15,8 @@ from typing import final
 import torch
 
 from farstep.errors import TensorMismatch
-from farstep_service.gradients import BLOCK, Contribution
+from farstep_service.finite import BLOCK
+from farstep_service.gradients import Contribution
 from farstep_service.store import Buffers, Held
 
 

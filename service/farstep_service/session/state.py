@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -36,6 +36,9 @@ class SessionState(ABC):
         plan: what the session is.
         device: where parameters and state live.
     """
+
+    narrow: ClassVar[bool] = False
+    """Whether its steps take gradients in 16 bits as they came."""
 
     def __init__(self, plan: Plan, *, device: torch.device) -> None:
         self.plan = plan

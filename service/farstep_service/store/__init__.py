@@ -1,7 +1,7 @@
 """The tensors of one session: versions of its parameters, its optimizer state, and atomic steps."""
 
 from farstep_service.store.borrowed import BorrowedBuffers
-from farstep_service.store.buffers import Buffers, FlatBuffers
+from farstep_service.store.buffers import Buffers, FlatBuffers, NarrowBuffers
 from farstep_service.store.gradients import Gradients
 from farstep_service.store.plain import PlainStore
 from farstep_service.store.state import PARAMETERS, FieldValues
@@ -18,6 +18,7 @@ __all__ = [
     "FlatBuffers",
     "Gradients",
     "Held",
+    "NarrowBuffers",
     "PlainStore",
     "Store",
     "StoreBytes",

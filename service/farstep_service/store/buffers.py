@@ -2,6 +2,7 @@
 
 Buffers            what the store and the kernels see          offsets, stretches, segments
 ├── FlatBuffers    memory of ours: one flat tensor per dtype   a server's session
+├── NarrowBuffers  the same, but float32 in 16 bits            gradients as they came
 └── BorrowedBuffers (borrowed.py)  tensors of the user         an embedded session
 """
 
@@ -46,6 +47,10 @@ class Buffers(ABC):
             return None
         length = self.layout.stretch(first, last)
         return None if length is None else self.stretch(first, length)
+
+    def element(self, index: int) -> str:
+        """Return the dtype of a segment's memory, which may be narrower than the layout's."""
+        return self.layout.segments[index].buffer
 
     def segment(self, index: int) -> Tensor:
         """Return a segment as its parameter looks: its shape, its dtype. It shares memory with the buffer."""
@@ -122,6 +127,42 @@ class FlatBuffers(Buffers):
             for index in range(first, last):
                 self.segment(index).copy_(other.segment(index))
         return self
+
+
+@final
+class NarrowBuffers(Buffers):
+    """Memory in which float32 segments have 16 bits, seen in the layout of their parameters; stretches are narrow.
+
+    Args:
+        layout: the parameters'.
+        half: the 16-bit dtype.
+        memory: in the layout in which they travel.
+    """
+
+    def __init__(self, layout: Layout, half: str, memory: FlatBuffers) -> None:
+        self.layout = layout
+        self.device = memory.device
+        self.borders = layout.apart_on_wire(half)
+        self.half = half
+        self.memory = memory
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes allocated."""
+        return self.memory.nbytes
+
+    def stretch(self, first: int, length: int) -> Tensor:
+        """Return a view, of the memory's own dtype; see `Buffers`."""
+        return self.memory.stretch(first, length)
+
+    def element(self, index: int) -> str:
+        """Return the dtype of a segment's memory."""
+        return self.memory.layout.segments[index].buffer
+
+    def segment(self, index: int) -> Tensor:
+        """Return a segment as its parameter looks; a copy, where it was narrow."""
+        segment = self.layout.segments[index]
+        return shaped(self.stretch(index, segment.length).to(TORCH_DTYPES[segment.buffer]), segment)
 
 
 def shaped(flat: Tensor, segment: Segment) -> Tensor:

@@ -64,12 +64,18 @@ class Caller:
         self._target = target
         self._state = state
 
-    def dense(self, decision: Decision, gradients: Buffers) -> list[Call]:
-        """Return one call for each run that has elements."""
-        runs = zip(decision.cut.runs, decision.runs, strict=True)
+    def dense(self, decision: Decision, gradients: Buffers, copies: Sequence[Tensor | None]) -> list[Call]:
+        """Return one call for each run that has elements.
+
+        Args:
+            decision: what the step does.
+            gradients: the dense ones.
+            copies: for each run where its new parameters go as well.
+        """
+        runs = zip(decision.cut.runs, decision.runs, copies, strict=True)
         return [
-            self._call(run.members[0], run.length, gradients.stretch(run.members[0], run.length), numbers)
-            for run, numbers in runs
+            self._call(run.members[0], run.length, gradients.stretch(run.members[0], run.length), numbers, copy)
+            for run, numbers, copy in runs
             if run.length
         ]
 
@@ -82,14 +88,15 @@ class Caller:
             if (length := segments[its.segment].length)
         ]
 
-    def _call(self, first: int, length: int, g: Tensor, numbers: Numbers) -> Call:
+    def _call(self, first: int, length: int, g: Tensor, numbers: Numbers, copy: Tensor | None = None) -> Call:
         p = self._source.stretch(first, length)
         if g.device != p.device:
             g = g.to(p.device)
         out = p if self._target is self._source else self._target.stretch(first, length)
         scalars, optional = numbers
         if isinstance(self._rule, ElementwiseRule):
-            return Call(p, g, self._state.stretches(first, length, optional), out, scalars)
+            return Call(p, g, self._state.stretches(first, length, optional), out, scalars, copy)
         segment = self._source.layout.segments[first]
         p, g, out = (shaped(each, segment) for each in (p, g, out))
-        return Call(p, g, self._state.tensors(first, optional), out, scalars)
+        copy = None if copy is None else shaped(copy, segment)
+        return Call(p, g, self._state.tensors(first, optional), out, scalars, copy)

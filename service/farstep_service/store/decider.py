@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import final
 
 import torch
+from torch import Tensor
 
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep.hyper import Hyper
@@ -25,6 +26,9 @@ from farstep_service.store.runs import Decision, Numbers, Planner
 from farstep_service.store.state import State
 from farstep_service.store.step import Contents, Step
 from farstep_service.store.versions import Versions
+
+WORTH_A_KERNEL = 2**18
+"""Elements of a run from which a pass of its own, to widen gradients or to copy parameters, is worth being avoided."""
 
 
 @final
@@ -99,7 +103,8 @@ class Decider:
         gradients.buffers.begin(decision.cut.dense)
         source.begin(decision.cut.touched)
         caller = Caller(self._rule, source, target.buffers, state)
-        calls = caller.dense(decision, gradients.buffers) + caller.spread(spread)
+        copies = self._copies(decision, gradients, chosen)
+        calls = caller.dense(decision, gradients.buffers, copies) + caller.spread(spread)
         check_numbers((call.p.dtype, call.scalars) for call in calls)
         check_numbers((each.rows.values.dtype, each.numbers.scalars) for each in rows)
         version = now.version + 1
@@ -113,8 +118,36 @@ class Decider:
             calls=calls,
             rows=rows,
             after=Contents(version, decision.after, now.marked(decision.cut.touched, version)),
+            doubled=frozenset(
+                member
+                for run, copy in zip(decision.cut.runs, copies, strict=True)
+                if copy is not None
+                for member in run.members
+            ),
         )
         return step, chosen
+
+    def _copies(self, decision: Decision, gradients: Gradients, kernel: Kernel) -> list[Tensor | None]:
+        """Return for each run where its new parameters go as well, which is up to its kernel.
+
+        Kernels for gradients in 16 bits, and for copies, are asked for where there is enough to win.
+        """
+        segments, source, into = self._layout.segments, gradients.buffers, gradients.copy
+        if into is not None and not into.borders <= source.borders:
+            into = None
+        copies: list[Tensor | None] = []
+        wanted: set[Form] = set()
+        for run, its in zip(decision.cut.runs, decision.runs, strict=True):
+            first, dtype = run.members[0], segments[run.members[0]].buffer
+            narrow = source.element(first) if source.element(first) != dtype else ""
+            form = Form(dtype, its.optional, narrow, "" if into is None else into.element(first))
+            if (form.gradient or form.copy) and run.length >= WORTH_A_KERNEL:
+                wanted.add(form)
+            copied = into is not None and form.copy and run.length and kernel.takes(form)
+            copies.append(into.stretch(first, run.length) if into is not None and copied else None)
+        if wanted:
+            self._kernels.improve(self._rule, wanted, self._device)
+        return copies
 
     def _sparse(
         self, groups: Sequence[Hyper], gradients: Gradients, decision: Decision

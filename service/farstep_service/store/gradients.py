@@ -23,11 +23,13 @@ class Gradients:
         buffers: dense gradients, in the layout of the parameters; elsewhere than where `present` says, undefined.
         present: which segments have a dense gradient; None for all but the sparse ones.
         sparse: by segment, int64 indices `(sparse dims, nnz)` and values `(nnz, *dense shape)`; duplicates are summed.
+        copy: where the new parameters are written as well, if that costs no pass of its own; it may be `buffers`.
     """
 
     buffers: Buffers
     present: Sequence[bool] | None = None
     sparse: Mapping[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    copy: Buffers | None = None
 
     def dense(self) -> list[int]:
         """Return the segments with a dense gradient, ascending."""

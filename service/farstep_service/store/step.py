@@ -38,12 +38,14 @@ class Applied:
         kernel: what ran it; replay with the same kernel gives the same bits.
         runs: kernel calls it took.
         again: it is part of a larger step, which goes on with another evaluation of the objective.
+        copied: the segments that are in `Gradients.copy`, too.
     """
 
     version: int
     kernel: Ran
     runs: int
     again: bool = False
+    copied: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class Step:
         stale: the segments to copy from source to target first.
         calls, rows: what it does.
         after: the contents it makes.
+        doubled: the segments that its calls write to `Gradients.copy`, too.
     """
 
     source: Buffers
@@ -97,6 +100,7 @@ class Step:
     calls: list[Call]
     rows: list[RowCall]
     after: Contents
+    doubled: frozenset[int] = frozenset()
     progress: Progress = field(default_factory=Progress)
     row_progress: Progress = field(default_factory=Progress)
     copied: bool = False
@@ -125,7 +129,7 @@ class Step:
         ran: Ran = "reference"
         if "fused" in self.kernels:
             ran = "fused" if len(set(self.kernels)) == 1 else "mixed"
-        return Applied(self.after.version, ran, len(self.calls) + len(self.rows))
+        return Applied(self.after.version, ran, len(self.calls) + len(self.rows), copied=self.doubled)
 
     def _writes(self, number: int) -> list[Write]:
         """Compute the new rows of one sparse gradient."""

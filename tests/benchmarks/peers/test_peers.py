@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks.peers import bare_http, raw_sockets, torch_rpc
+from tests.benchmarks.peers import bare_http, raw_sockets, ray_actor, torch_rpc
+
+RAY = pytest.mark.skipif(not ray_actor.installed(), reason="pip install 'farstep[ray]'")
 
 
 def children() -> set[str]:
@@ -25,9 +27,11 @@ def children() -> set[str]:
         lambda: raw_sockets.measure([1, 100_000], 2),
         lambda: bare_http.measure([1, 100_000], 2),
         lambda: bare_http.measure([1, 100_000], 2, client="httpx"),
-        lambda: torch_rpc.measure([torch_rpc.Size(10, 3), torch_rpc.Size(1000, 1)], 2),
+        lambda: torch_rpc.measure([torch_rpc.Size(10, 3), torch_rpc.Size(1000, 1)], [2, 3]),
+        lambda: torch_rpc.measure([torch_rpc.Size(10, 3), torch_rpc.Size(1000, 1)], [2, 3], "uv"),
+        pytest.param(lambda: ray_actor.measure([torch_rpc.Size(10, 3), torch_rpc.Size(1000, 1)], [2, 3]), marks=RAY),
     ],
-    ids=["raw sockets", "bare HTTP", "httpx", "torch.distributed.rpc"],
+    ids=["raw sockets", "bare HTTP", "httpx", "torch.distributed.rpc", "torch.distributed.rpc over TCP", "Ray actor"],
 )
 def test_a_peer_measures_and_cleans_up(measure: Callable[[], list[float]]):
     """Each size gets a positive time of less than a minute, and no process stays."""

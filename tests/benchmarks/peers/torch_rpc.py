@@ -5,9 +5,13 @@ worker calls `rpc_sync` with its gradients; the server puts them in place, takes
 returns the parameters. CPU tensors; the worker computes nothing.
 
 It is set up as it is fastest on two cores, measured side by side: the fused optimizer (half the time of the others at
-25 million parameters), one OpenMP thread (5 to 25 % faster than two, which compete with TensorPipe's own threads), and
-TensorPipe's `basic` channel (10 to 25 % faster than its first choice, which reads the other process's memory). Between
-processes of one machine TensorPipe goes through shared memory: this peer does not pay for TCP, and farstep does.
+25 million parameters) and one OpenMP thread (5 to 25 % faster than two, which compete with TensorPipe's own threads).
+How the bytes go is a choice of three:
+
+    default    TensorPipe's own choice: between processes of one machine, shared memory for messages and reads of the
+               other process's memory for tensors; this peer does not pay for TCP, and farstep does
+    basic      the same, but tensors go through shared memory as well: faster than the default on some machines
+    uv         TCP over loopback for everything, as between machines
 
     python -m tests.benchmarks.peers.torch_rpc
 """
@@ -24,8 +28,23 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+Way = Literal["default", "basic", "uv"]
+
+
+class Through(NamedTuple):
+    """State what messages and tensors go through; None leaves it to TensorPipe."""
+
+    transports: list[str] | None = None
+    channels: list[str] | None = None
+
+
+WAYS: dict[Way, Through] = {
+    "default": Through(),
+    "basic": Through(channels=["basic"]),
+    "uv": Through(["uv"], ["basic"]),
+}
 LIMIT_S = 300.0
 """Longest life of the two processes."""
 
@@ -46,24 +65,26 @@ class Size(NamedTuple):
 SIZES = (Size(25_000_000, 1), Size(25_000_000, 56), Size(250_000, 60), Size(2_500, 6))
 
 
-def measure(sizes: Sequence[Size], rounds: int) -> list[float]:
+def measure(sizes: Sequence[Size], rounds: Sequence[int], way: Way = "basic") -> list[float]:
     """Return the median seconds from the call with the gradients to the new parameters, for each size.
 
     Args:
         sizes: parameters and tensors.
         rounds: timed steps of each size; a fifth as many, at least two, go before them.
+        way: how the bytes go.
 
     Raises:
         RuntimeError: one of the two processes failed or took too long; the message has its last output.
     """
-    return [median(each) for each in measure_all(sizes, rounds)]
+    return [median(each) for each in measure_all(sizes, rounds, way)]
 
 
-def measure_all(sizes: Sequence[Size], rounds: int) -> list[list[float]]:
+def measure_all(sizes: Sequence[Size], rounds: Sequence[int], way: Way = "basic") -> list[list[float]]:
     """Return the seconds of every timed step, a list for each size."""
     with tempfile.TemporaryDirectory() as folder:
         until = time.monotonic() + LIMIT_S
-        with _process("server", folder, sizes, rounds) as server, _process("worker", folder, sizes, rounds) as worker:
+        order = json.dumps([way, rounds, sizes])
+        with _process("server", folder, order) as server, _process("worker", folder, order) as worker:
             outputs = [_output(each, until) for each in (worker, server)]
         result: list[list[float]] = json.loads(outputs[0].splitlines()[-1])
         return result
@@ -80,7 +101,7 @@ def _output(process: subprocess.Popen[str], until: float) -> str:
 
 
 @contextlib.contextmanager
-def _process(role: str, folder: str, sizes: Sequence[Size], rounds: int) -> Iterator[subprocess.Popen[str]]:
+def _process(role: str, folder: str, order: str) -> Iterator[subprocess.Popen[str]]:
     surroundings = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -88,7 +109,7 @@ def _process(role: str, folder: str, sizes: Sequence[Size], rounds: int) -> Iter
         "TP_SOCKET_IFNAME": "lo",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    command = [sys.executable, __file__, role, folder, str(rounds), json.dumps(sizes)]
+    command = [sys.executable, __file__, role, folder, order]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=surroundings) as process:
         try:
@@ -97,21 +118,24 @@ def _process(role: str, folder: str, sizes: Sequence[Size], rounds: int) -> Iter
             process.kill()
 
 
-def _play(role: str, folder: str, rounds: int, sizes: Sequence[Size]) -> None:
+def _play(role: str, folder: str, way: Way, rounds: Sequence[int], sizes: Sequence[Size]) -> None:
     import torch
     from torch.distributed import rpc
 
     store = f"file://{Path(folder) / 'store'}"
-    options = rpc.TensorPipeRpcBackendOptions(init_method=store, rpc_timeout=LIMIT_S, _channels=["basic"])
+    transports, channels = WAYS[way]
+    options = rpc.TensorPipeRpcBackendOptions(
+        init_method=store, rpc_timeout=LIMIT_S, _transports=transports, _channels=channels
+    )
     rpc.init_rpc(  # type: ignore[no-untyped-call]
         role, rank=("server", "worker").index(role), world_size=2, rpc_backend_options=options
     )
     if role == "worker":
         seconds = []
-        for size in sizes:
+        for size, count in zip(sizes, rounds, strict=True):
             server = rpc.remote("server", Server, args=(size.lengths,))
             gradients = [torch.randn(length) for length in size.lengths]
-            seconds.append(_steps(server, gradients, rounds))
+            seconds.append(_steps(server, gradients, count))
             del server
         print(json.dumps(seconds), flush=True)
     rpc.shutdown()
@@ -147,10 +171,13 @@ def _steps(server: object, gradients: Sequence[object], rounds: int) -> list[flo
 def main() -> None:
     """Print the figures of `SIZES`, or play the part that `measure` asks this process to."""
     if len(sys.argv) > 1:
-        role, folder, rounds, sizes = sys.argv[1:]
-        return _play(role, folder, int(rounds), [Size(*each) for each in json.loads(sizes)])
-    for size, seconds in zip(SIZES, measure(SIZES, 20), strict=True):
-        print(f"{size.parameters:>12,} parameters in {size.tensors:>2} tensors  {seconds * 1e3:8.2f} ms")
+        role, folder, order = sys.argv[1:]
+        way, rounds, sizes = json.loads(order)
+        return _play(role, folder, way, rounds, [Size(*each) for each in sizes])
+    for way in WAYS:
+        for size, seconds in zip(SIZES, measure(SIZES, [20] * len(SIZES), way), strict=True):
+            label = f"{size.parameters:>12,} parameters in {size.tensors:>2} tensors"
+            print(f"{label}  {seconds * 1e3:8.2f} ms  {way}")
 
 
 if __name__ == "__main__":

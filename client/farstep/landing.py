@@ -1,0 +1,104 @@
+"""An answer on its way into the parameters: copied part by part, while a cache still has it and the rest is coming.
+
+    memory                  before    while it comes            complete     given up
+    what the session had    old       old                       old          old
+    where it arrives                  new, as far as it came    new
+    parameters              old       new, as far as it came    new          old again, copied from what the session had
+
+So an answer that is cut off leaves the model as it was, and one that is complete is in it when its last byte is. That
+takes parameters that are what the session had: they were compared before.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from farstep.edits import is_plain
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One parameter of the answer.
+
+    Attributes:
+        nbytes: how many of its bytes arrive.
+        item: bytes of an element that arrives.
+        here, there: the addresses of the parameter and of where it arrives; 0 where it is not copied in parts.
+        widened: parameter and arrival, flat, where their dtypes differ.
+    """
+
+    nbytes: int
+    item: int
+    here: int
+    there: int
+    widened: tuple[Tensor, Tensor] | None
+
+    def copy(self, start: int, stop: int) -> None:
+        """Copy some of its elements, given as bytes of the arrival."""
+        if self.widened is not None:
+            here, there = self.widened
+            first, last = start // self.item, stop // self.item
+            here[first:last].copy_(there[first:last])
+        elif self.here:
+            ctypes.memmove(self.here + start, self.there + start, stop - start)
+
+
+@final
+class Landing:
+    """Take one answer in.
+
+    Args:
+        parameters: all of them, in the session's order.
+        arriving: where they arrive: contiguous, on the CPU.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], arriving: Sequence[Tensor]) -> None:
+        self._parameters = parameters
+        self._arriving = arriving
+        self._parts = [_part(p, source) for p, source in zip(parameters, arriving, strict=True)]
+        self._which = 0
+        self._begins = 0
+        self._copied = 0
+
+    def advance(self, received_bytes: int) -> None:
+        """Copy what has arrived since; `received_bytes` have in all."""
+        while self._which < len(self._parts):
+            part = self._parts[self._which]
+            ready = min(received_bytes - self._begins, part.nbytes)
+            ready -= ready % part.item
+            if ready > self._copied:
+                part.copy(self._copied, ready)
+                self._copied = ready
+            if ready < part.nbytes:
+                return
+            self._which, self._begins, self._copied = self._which + 1, self._begins + part.nbytes, 0
+
+    def finish(self) -> None:
+        """Copy what could not be copied in parts, now that all has arrived, and tell autograd."""
+        with torch.no_grad():
+            for p, source, part in zip(self._parameters, self._arriving, self._parts, strict=True):
+                if part.nbytes and not part.here:
+                    p.copy_(source)
+        torch.autograd.graph.increment_version(self._parameters)
+
+    def undo(self, before: Sequence[Tensor]) -> None:
+        """Put back what the parameters were, as far as they are not; autograd need not know."""
+        for p, known, part in list(zip(self._parameters, before, self._parts, strict=True))[: self._which + 1]:
+            if part.here:
+                p.data.copy_(known)
+        self._which = self._begins = self._copied = 0
+
+
+def _part(parameter: Tensor, arriving: Tensor) -> _Part:
+    if not is_plain(parameter) or not parameter.numel():
+        return _Part(arriving.nbytes, arriving.element_size(), 0, 0, None)
+    widened = None
+    if parameter.dtype != arriving.dtype:
+        widened = parameter.data.view(-1), arriving.view(-1)
+    return _Part(arriving.nbytes, arriving.element_size(), parameter.data_ptr(), arriving.data_ptr(), widened)

@@ -1,0 +1,262 @@
+"""A push that is sent while the backward pass still computes its gradients.
+
+    begun       when the first gradient is final: the head says which gradients follow, in which order
+    sent        each gradient as soon as it is its turn, by a thread of the push's own; the last bytes are held back
+    compared    in `step()`: the head with the one that the step would send now, what was sent with the gradients
+    finished    if all is as it was: the last bytes go, and the answer is waited for
+    ended       else: the connection is closed in the middle of the body, so nothing has happened and the name of the
+                push is free; the step is an ordinary push
+
+A server takes in complete bodies only. So a backward pass that fails, a step that never comes and a gradient that was
+clipped change nothing, and are told in no other way than by the time that the step takes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from typing import Any, Final, final
+
+import httpx
+from torch import Tensor
+
+from farstep.foresight import STREAMED
+from farstep.stage import Stage, Unit, plain
+from farstep.transport import Answer, Batch, Supply
+
+HELD_BYTES: Final = 4096
+"""The end of a payload, which is sent when the push is known to be right."""
+BATCH_BYTES: Final = 512 * 1024
+"""Small gradients are sent together up to here."""
+
+LEAST_BYTES: Final = 64 * 1024
+"""Fewer bytes are not worth a thread."""
+
+AGAIN: Final = "gradients were accumulated again after they had been sent"
+CHANGED: Final = "gradients were changed after they had been sent"
+OTHERS: Final = "the step was another one than its stream had said"
+BROKEN: Final = "the stream broke off"
+UNUSED: Final = "no step followed"
+
+Send = Callable[[Supply], Answer]
+"""Send a payload behind the head of a push, and return when the head of an answer is there."""
+
+
+class Ended(Exception):
+    """The push was ended, so its request is given up in the middle of its body."""
+
+
+@final
+class Overlapped:
+    """One push that is sent while its gradients are being computed. Its thread ends with it.
+
+    Args:
+        header: its head.
+        order: whose gradients follow, in this order.
+        stage: memory for them, which nobody else uses until the push is over.
+
+    Attributes:
+        header, order: as above.
+        outcome: `STREAMED`, or why it was ended; "" as long as neither is known.
+        bytes_overlapped: payload bytes that had been sent when it was compared.
+    """
+
+    def __init__(self, header: Mapping[str, Any], order: Sequence[int], stage: Stage) -> None:
+        self.header = header
+        self.order = tuple(order)
+        self.outcome = ""
+        self.bytes_overlapped = 0
+        self._stage = stage
+        self._units = stage.units(order)
+        self._nbytes = stage.nbytes(order)
+        self._process = os.getpid()
+        self._moved = threading.Condition()
+        self._ready: dict[int, Tensor] = {}
+        self._final: Mapping[int, Tensor] | None = None
+        self._begun = self._filled = self._sent_bytes = 0
+        self._released = False
+        self._over = False
+        self._answer: Answer | BaseException | None = None
+
+    # -- the thread that computes ------------------------------------------------------------------------------------
+
+    def start(self, send: Send) -> None:
+        """Begin to send."""
+        name = f"farstep-push-{self.header['seq']}"
+        self._thread = threading.Thread(target=self._run, args=(send,), name=name, daemon=True)
+        self._thread.start()
+
+    def ready(self, index: int, gradient: Tensor) -> None:
+        """Say that a gradient, a plain one, is final. It may be changed nevertheless, which is found out."""
+        if self._process != os.getpid():
+            return
+        with self._moved:
+            self._ready[index] = gradient
+            self._moved.notify_all()
+
+    def end(self, why: str) -> None:
+        """Give the push up. What it says then is the first reason."""
+        if self._process != os.getpid():
+            self.outcome = self.outcome or why
+            return  # the thread and the connection are those of the process that this one was forked from
+        with self._moved:
+            self.outcome = why if self.outcome in ("", STREAMED) else self.outcome
+            self._final = None
+            if isinstance(self._answer, Answer):
+                self._answer.close()
+            self._moved.notify_all()
+
+    @property
+    def over(self) -> bool:
+        """Say whether its thread has ended, so that the stage may be used again."""
+        return self._process == os.getpid() and self._over
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread to end."""
+        if self._process == os.getpid():
+            self._thread.join(timeout_s)
+
+    def carries(self, header: Mapping[str, Any], gradients: Sequence[Tensor | None]) -> bool:
+        """Say whether the push is, in every bit, what a step sends now; end it if not.
+
+        What has not been sent yet is from here on taken from these gradients.
+
+        Args:
+            header: the step's head.
+            gradients: by parameter.
+        """
+        if self._process != os.getpid() or header != self.header:
+            self.end(OTHERS)
+        takes = self._stage.takes
+        final = {i: plain(each) for i in self.order if (each := gradients[i]) is not None and takes(i, each)}
+        if len(final) < len(self.order):
+            self.end(CHANGED)
+        with self._moved:
+            if self._over:
+                self.outcome = self.outcome or BROKEN
+            if self.outcome:
+                return False
+            self._final, begun = final, self._begun
+            self.bytes_overlapped = self._sent_bytes
+            self._moved.notify_all()
+        if not self._right(final, begun):
+            self.end(CHANGED)
+            return False
+        self.outcome = STREAMED
+        return True
+
+    def _right(self, final: Mapping[int, Tensor], begun: int) -> bool:
+        """Compare the units that were begun before the gradients were known to be final."""
+        counts = {unit.index: unit.last for unit in self._units[: max(0, begun - 1)]}
+        if not all(self._stage.holds(index, count, final[index]) for index, count in counts.items()):
+            return False
+        if not begun:
+            return True
+        with self._moved:
+            self._moved.wait_for(lambda: self._filled >= begun or self._over)
+        last = self._units[begun - 1]
+        return self._stage.holds(last.index, last.last, final[last.index])
+
+    def finish(self) -> Answer:
+        """Send the rest and return when the head of an answer is there.
+
+        Raises:
+            httpx.TransportError: see `Conversation.data`.
+        """
+        try:
+            with self._moved:
+                self._released = True
+                self._moved.notify_all()
+                self._moved.wait_for(lambda: self._over)
+                answer, self._answer = self._answer, None
+            if not isinstance(answer, Answer):
+                raise answer or httpx.WriteError(BROKEN)
+            return answer
+        except BaseException:
+            self.outcome = BROKEN
+            raise
+        finally:
+            for unit in self._units[self._filled :]:
+                self._stage.fill_(unit, (self._final or {})[unit.index])
+            self._final = None
+
+    # -- the thread that sends ---------------------------------------------------------------------------------------
+
+    @property
+    def supply(self) -> Supply:
+        """The payload, which is made while it is sent."""
+        return Supply(self._batches, self._nbytes)
+
+    def payload(self) -> list[memoryview]:
+        """Return the payload, which is all there after `finish`, so that it can be sent again."""
+        return self._stage.payload(self.order)
+
+    def _run(self, send: Send) -> None:
+        answer: Answer | BaseException
+        try:
+            answer = send(self.supply)
+        except BaseException as exc:
+            answer = exc
+        with self._moved:
+            if isinstance(answer, Answer) and self.outcome not in ("", STREAMED):
+                answer.close()
+            self._answer, self._over = answer, True
+            self._ready.clear()
+            self._moved.notify_all()
+
+    def _batches(self) -> Generator[Batch]:
+        """Yield the payload as it becomes final, and its end when it is right."""
+        batch: list[memoryview] = []
+        size = sent = 0
+        free = max(0, self._nbytes - HELD_BYTES)
+        held: list[memoryview] = []
+        yield batch  # the head
+        for place, unit in enumerate(self._units):
+            if batch and (size >= BATCH_BYTES or not self._there(unit)):
+                yield batch
+                sent += size
+                self._sent_bytes = sent
+                batch, size = [], 0
+            self._fill_(place, unit)
+            view = self._stage.memory(unit)
+            room = free - sent - size
+            if len(view) <= room:
+                batch.append(view)
+                size += len(view)
+            else:
+                if room > 0:
+                    batch.append(view[:room])
+                    size += room
+                held.append(view[max(0, room) :])
+        yield batch
+        self._sent_bytes = sent + size
+        with self._moved:
+            self._moved.wait_for(lambda: self._released or self._is_ended)
+            self._check()
+        yield held
+
+    @property
+    def _is_ended(self) -> bool:
+        return self.outcome not in ("", STREAMED)
+
+    def _there(self, unit: Unit) -> bool:
+        return self._final is not None or unit.index in self._ready
+
+    def _fill_(self, place: int, unit: Unit) -> None:
+        """Copy a unit when it is there, unless it was before."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._is_ended or self._there(unit))
+            self._check()
+            if place < self._filled:
+                return  # the connection turned out to be closed, and all of it is sent over another one
+            gradient = (self._final or self._ready)[unit.index]
+            self._begun = place + 1
+        self._stage.fill_(unit, gradient)
+        with self._moved:
+            self._filled = place + 1
+            self._moved.notify_all()
+
+    def _check(self) -> None:
+        if self._is_ended:
+            raise Ended

@@ -1,0 +1,29 @@
+"""What follows a header on its way to the server: memory, or what makes it while it is being sent."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+
+from farstep.transport import Batch, Supply
+
+Payload = Sequence[memoryview] | Supply
+
+
+def nbytes_of(payload: Payload) -> int:
+    """Return its size; what is not there yet is not made for it."""
+    return payload.nbytes if isinstance(payload, Supply) else sum(each.nbytes for each in payload)
+
+
+def batches_of(payload: Payload) -> Generator[Batch]:
+    """Go through it from its beginning; what is not there yet is made."""
+    if not isinstance(payload, Supply):
+        yield payload
+        return
+    with closing(payload.batches()) as batches:
+        yield from batches
+
+
+def never_sent(payload: Payload) -> bool:
+    """Say whether a server cannot have had all of it, because it was never all there."""
+    return isinstance(payload, Supply) and not payload.whole

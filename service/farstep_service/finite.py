@@ -1,0 +1,79 @@
+"""Whether numbers are finite: of memory that is there, and of a body while it arrives.
+
+A sum is finite unless a summand is not, or it overflows, so one pass over memory is enough mostly; only if the sum is
+not finite is each number looked at. Of float16, whose sums overflow soon, the extremes are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Final, final
+
+import torch
+from torch import Tensor
+
+BLOCK: Final = 2**17
+"""Elements that are looked at together one by one, so that temporary memory stays small."""
+PIECE: Final = 2**15 - 2**10
+"""Elements that are looked at together while more arrive: they are in a core's cache, and too few for torch to wake
+other threads, which would be in the way of the event loop."""
+
+
+def all_finite(span: Tensor) -> bool:
+    """Say whether a flat tensor holds neither NaN nor Inf."""
+    if span.dtype is torch.float16:
+        return not span.numel() or all(math.isfinite(extreme.item()) for extreme in span.aminmax())
+    if math.isfinite(span.sum().item()):
+        return True
+    return all(bool(torch.isfinite(block).all()) for block in torch.split(span.view(-1), BLOCK))
+
+
+@final
+class Watch:
+    """Look at numbers as they arrive, so that little is left to do when the last ones have.
+
+    Args:
+        spans: flat tensors, in the order in which their bytes come.
+        look: says whether a piece is finite.
+
+    Attributes:
+        finite: whether all that were looked at are.
+        seconds: how long that took.
+    """
+
+    def __init__(self, spans: Sequence[Tensor], look: Callable[[Tensor], bool] = all_finite) -> None:
+        self._look = look
+        self.finite = True
+        self.seconds = 0.0
+        self._left = list(reversed(spans))
+        self._before = 0  # bytes of the spans that are over
+        self._at = 0  # elements of the present one that were looked at
+
+    @property
+    def over(self) -> bool:
+        """Say whether everything was looked at, and found to be finite."""
+        return self.finite and not self._left
+
+    def arrived(self, received: int) -> None:
+        """Look at what is new.
+
+        Args:
+            received: bytes that are there, from the first one on.
+        """
+        began = time.perf_counter()
+        while self._left and self.finite:
+            span = self._left[-1]
+            there = min(received - self._before, span.nbytes) // span.itemsize
+            complete = there == span.numel()
+            while self.finite and (there - self._at >= PIECE or (complete and self._at < there)):
+                stop = min(self._at + PIECE, there)
+                self.finite = self._look(span[self._at : stop])
+                self._at = stop
+            if not complete or not self.finite:
+                break
+            self._before += span.nbytes
+            self._at = 0
+            self._left.pop()
+        self.seconds += time.perf_counter() - began
