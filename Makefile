@@ -29,7 +29,7 @@ test: lint ## check style, types and floors, then run the tests (ARGS="-k wire" 
 	$(BIN)/python -m pytest $(ARGS)
 
 model: $(INSTALLED) ## try 10,000 runs of consistency modes against their reference model (EXAMPLES=100000 for more)
-	FARSTEP_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest tests/aggregation/test_network.py $(ARGS)
+	MODEL_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest tests/aggregation/test_network.py $(ARGS)
 
 parity: $(INSTALLED) ## compare every option of every optimizer with torch.optim (ARGS="--write" puts it into docs/)
 	$(BIN)/python -m tests.parity $(ARGS)

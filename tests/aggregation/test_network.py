@@ -1,6 +1,6 @@
 """Workers come, die and return, a network loses, repeats and reorders, modes change: all of it against `reference.py`.
 
-Nothing here has a tensor, a clock or a socket. `FARSTEP_EXAMPLES` says how many examples are tried (`make model`).
+Nothing here has a tensor, a clock or a socket. `MODEL_EXAMPLES` says how many examples are tried (`make model`).
 """
 
 from __future__ import annotations
@@ -220,7 +220,7 @@ class Network(RuleBasedStateMachine):
         assert len(set(self.subject.applied)) == len(self.subject.applied)
 
 
-EXAMPLES = int(os.environ.get("FARSTEP_EXAMPLES", "2000"))
+EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "2000"))
 TestNetwork = pytest.mark.timeout(1800)(Network.TestCase)
 TestNetwork.settings = settings(
     max_examples=EXAMPLES,
