@@ -97,8 +97,15 @@ class Both:
         self.steps = 0
 
     def step(self, how: Step = plain) -> StepReport:
-        """Take one step with both, and return what ours says of it."""
+        """Take one step with both, and return what ours says of it.
+
+        The thread of a stream that was given up may be at work a while longer, and nothing is streamed until it ends.
+        """
         self.steps += 1
+        link = self.ours._membership.link
+        assert isinstance(link, HttpLink)
+        if link._overlapping._last is not None:
+            link._overlapping._last.join(WITHIN_S)
         how(self.here, self.ours, self.steps)
         how(self.there, self.theirs, self.steps)
         report = self.ours.last_step

@@ -201,8 +201,8 @@ class Pushes:
             error = told(exc, "The step")
             return {push.head.name: Outcome(error) for push in pushes}
         if isinstance(taken, Left):
-            left = step.told(self._state.version)
-            return self._commit(step, pushes, replace(left, applied=False, reason=taken.reason, detail=taken.detail))
+            left = replace(step.told(self._state.version), applied=False, reason=taken.reason, detail=taken.detail)
+            return self._commit(step, pushes, left, weights)
         return self._taken(step, pushes, taken, weights, time.perf_counter() - began)
 
     def _alone(self, pushes: Sequence[_Push]) -> bool:
