@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, absent, from_json, plain, to_json, write_markdown
 
-PARTS = ("wire", "workers", "kernels", "gpu", "overlap", "first", "memory", "embedded", "bookkeeping")
+PARTS = ("wire", "workers", "kernels", "gpu", "overlap", "first", "memory", "embedded", "bookkeeping", "modes")
 """In the order of the table; each is `tests/benchmarks/bench_<part>.py`."""
 FAILED = "failed"
 LIMIT_S = 600.0
