@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, absent, from_json, plain, to_json, write_markdown
 
-PARTS = ("wire", "workers", "kernels", "gpu", "overlap", "first", "memory", "embedded", "bookkeeping")
+PARTS = ("wire", "workers", "kernels", "gpu", "overlap", "first", "memory", "embedded", "bookkeeping", "stragglers")
 """In the order of the table; each is `tests/benchmarks/bench_<part>.py`."""
-APART = ("crowd", "modes", "policies", "stragglers")
+APART = ("crowd", "modes", "policies")
 """Benchmarks with a command and a table of their own: they take long, or answer another question."""
 FAILED = "failed"
 LIMIT_S = 600.0

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from farstep.arrivals import Arrivals
+from farstep.consistency import Async, Consistency
 from farstep.fields import FieldKind
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport
 from farstep.messages import Evaluation
@@ -47,6 +48,13 @@ class NoLink(Link):
     @property
     def version(self) -> int:
         return self._version
+
+    @property
+    def consistency(self) -> Consistency:
+        return Async()
+
+    def set_consistency(self, mode: Consistency) -> None:
+        raise NotImplementedError
 
     @property
     def fields(self) -> Mapping[str, FieldKind]:
