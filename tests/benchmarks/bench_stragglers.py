@@ -1,6 +1,7 @@
 """How long each consistency mode takes to learn the digits when one worker of four is five times slower.
 
-    make bench ARGS="--rows stragglers"        or        python tests/benchmarks/bench_stragglers.py [--cycles 3] [--step-ms 20]
+    make bench ARGS="--rows stragglers"
+    python tests/benchmarks/bench_stragglers.py [--cycles 3] [--step-ms 20]
 
 Workers are threads of this process, the server is another one. A step is the real gradient of a small network on a
 batch of 32 digits; then the worker waits until its step has taken `--step-ms`, and the straggler until it has taken
