@@ -26,7 +26,7 @@ from farstep.errors import FarstepError, SessionLost, Unavailable, UnknownSessio
 from farstep.fields import FieldKind
 from farstep.foresight import STREAMED
 from farstep.growth import AppendHead, NewParameter, outgrown
-from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
+from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, shapes_of, worth_sending
 from farstep.looking import Edited, Looking
 from farstep.messages import Evaluation, Fill, PushHead, PutHead, Receipt, Sparse, Wanted, WriteName
 from farstep.narrow_arrivals import NarrowArrivals
@@ -37,6 +37,7 @@ from farstep.patience import Patience
 from farstep.payload import Payload, nbytes_of
 from farstep.presence import PRESENT
 from farstep.reader import Reader
+from farstep.report import StepReport
 from farstep.settings import Place
 from farstep.sharing import Sharing
 from farstep.staging import outgoing, outgoing_contents, outgoing_gradients
