@@ -28,13 +28,14 @@ from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter
 from farstep.holdings import Holdings
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State
-from farstep.messages import Evaluation, Receipt, WriteName
+from farstep.messages import Evaluation, WriteName
 from farstep.overlap import OTHERS, UNUSED, Overlapped
 from farstep.overlapping import Overlapping
 from farstep.patience import Patience
 from farstep.pushing import Pushing
 from farstep.putting import Putting
 from farstep.reader import Reader
+from farstep.receipt import Receipt
 from farstep.report import StepReport
 from farstep.settings import Place
 from farstep.sharing import Sharing

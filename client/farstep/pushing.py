@@ -24,11 +24,12 @@ from farstep.foresight import STREAMED
 from farstep.holdings import Holdings
 from farstep.link import Options
 from farstep.looking import Edited, Looking
-from farstep.messages import Evaluation, Fill, PushHead, Receipt, Sparse, Wanted, WriteName
+from farstep.messages import Evaluation, Fill, PushHead, Sparse, Wanted, WriteName
 from farstep.overlap import LEAST_BYTES, OTHERS, Overlapped
 from farstep.overlapping import Overlapping
 from farstep.payload import Payload, nbytes_of
 from farstep.putting import Putting
+from farstep.receipt import Receipt
 from farstep.report import StepReport
 from farstep.staging import outgoing_gradients
 from farstep.standing import Standing

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from farstep.holdings import Holdings
 from farstep.link import State, shapes_of, worth_sending
-from farstep.messages import PutHead, Receipt, WriteName
+from farstep.messages import PutHead, WriteName
 from farstep.presence import PRESENT
+from farstep.receipt import Receipt
 from farstep.staging import outgoing, outgoing_contents
 from farstep.standing import Standing
 from farstep.wire import to_ranges

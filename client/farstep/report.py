@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from farstep.messages import Reason, Receipt
+from farstep.receipt import Reason, Receipt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

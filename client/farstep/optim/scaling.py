@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farstep.messages import Reason
+from farstep.receipt import Reason
 from farstep.report import StepReport
 
 

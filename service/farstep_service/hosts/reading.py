@@ -1,7 +1,7 @@
 """The versions of one session that are being read, and what they cost: memory that the next step may have to wait for.
 
-A view of a version keeps it until the view is released. A copy, on the CPU or in 16 bits, does not: it gives the version
-back when it has been made.
+A view of a version keeps it until the view is released. A copy in 16 bits does not: it gives the version back when it
+has been made.
 """
 
 from __future__ import annotations

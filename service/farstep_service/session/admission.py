@@ -1,4 +1,4 @@
-"""What a session refuses before anything has changed: writes of another life of it, out of turn, or wrong in themselves.
+"""What a session refuses before anything has changed: writes of another life, out of turn, or wrong in themselves.
 
 What is refused leaves no trace, and its sequence is not consumed.
 """

@@ -22,7 +22,8 @@ from typing import Any, assert_never, final
 from farstep.consistency import Consistency
 from farstep.errors import BarrierTimeout, FarstepError, InternalError
 from farstep.hyper import Hyper
-from farstep.messages import PushHead, Receipt, WriteName
+from farstep.messages import PushHead, WriteName
+from farstep.receipt import Receipt
 from farstep_service.aggregation import Abort, Decision, Pushed, Refuse, Rounds, Skip, Step
 from farstep_service.gradients import Contribution, Copied
 from farstep_service.reduction import mean_evaluation, reduce_

@@ -22,7 +22,8 @@ from farstep.consistency import Consistency
 from farstep.errors import StepInterrupted, Unavailable
 from farstep.growth import AppendHead
 from farstep.hyper import Hyper
-from farstep.messages import PushHead, PutHead, Receipt, WriteName
+from farstep.messages import PushHead, PutHead, WriteName
+from farstep.receipt import Receipt
 from farstep_service.aggregation import Ledger, Rounds, mismatch
 from farstep_service.contents import PARAM, Contents
 from farstep_service.durability import Snapshot
