@@ -17,9 +17,9 @@ from farstep.narrow import Wire
 
 if TYPE_CHECKING:
     from farstep import optim
-    from farstep.link import StepReport
     from farstep.local_sgd import DiLoCo, LocalSGD
     from farstep.optim.moving import remote
+    from farstep.report import StepReport
     from farstep.settings import RemoteOptions
     from farstep.transfer import export_session, import_session
 
@@ -44,7 +44,7 @@ _LAZY = {
     "DiLoCo": "farstep.local_sgd",
     "LocalSGD": "farstep.local_sgd",
     "RemoteOptions": "farstep.settings",
-    "StepReport": "farstep.link",
+    "StepReport": "farstep.report",
     "export_session": "farstep.transfer",
     "import_session": "farstep.transfer",
     "remote": "farstep.optim.moving",

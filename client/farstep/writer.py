@@ -56,6 +56,11 @@ class Writer:
         self._patience.timeout_s = timeout_s
 
     @property
+    def server(self) -> str:
+        """Return the address of the server."""
+        return self._server.server
+
+    @property
     def attempts(self) -> int:
         """Return how often the last write was sent."""
         return self._patience.attempts

@@ -20,9 +20,10 @@ from farstep.consistency import Consistency, Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
 from farstep.fields import NUMBERS, FieldKind, check_shape
 from farstep.hyper import Hyper
-from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport, shapes_of, worth_sending
+from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, shapes_of, worth_sending
 from farstep.messages import Evaluation
 from farstep.presence import PRESENT, mask_of
+from farstep.report import StepReport
 from farstep.settings import Place
 from farstep_service.contents import Contents
 from farstep_service.layout import SegmentSpec

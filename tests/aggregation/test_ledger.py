@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farstep.errors import Fenced, IdempotencyMismatch, SequenceGap
-from farstep.messages import Receipt, WriteName
+from farstep.messages import WriteName
+from farstep.receipt import Receipt
 from farstep_service.aggregation import Ledger
 from farstep_service.aggregation.ledger import RECEIPTS_KEPT
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from farstep.consistency import Async, Bounded, Consistency, Sync, from_options, to_options
 from farstep.errors import IdempotencyMismatch, InvalidOption, SessionFull
-from farstep.messages import Receipt, WriteName
+from farstep.messages import WriteName
+from farstep.receipt import Receipt
 from farstep_service.aggregation import Abort, Decision, Ledger, Pushed, Refuse, Rounds, Skip, Step
 from farstep_service.aggregation.members import FORGOTTEN_AFTER_S, LAPSED_KEPT
 

@@ -16,7 +16,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from farstep.consistency import Async, Bounded, Consistency, Sync
 from farstep.errors import FarstepError
-from farstep.messages import Receipt, WriteName
+from farstep.messages import WriteName
+from farstep.receipt import Receipt
 from farstep_service.aggregation import Abort, Ledger, Pushed, Rounds
 from farstep_service.session.membership import Membership
 from tests.aggregation.reference import GivenUp, Outcomes, Push, Reference, Told

@@ -23,9 +23,10 @@ from torch import Tensor
 from farstep.arrivals import Arrivals
 from farstep.consistency import Async, Consistency
 from farstep.fields import FieldKind
-from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, StepReport
+from farstep.link import Link, Options, Parameter, SessionSpec, Start, State
 from farstep.messages import Evaluation
 from farstep.optim import Adagrad, Adam, RemoteOptimizer
+from farstep.report import StepReport
 from farstep.settings import Place
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, within

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import farstep
 from farstep.http_link import HttpLink
-from farstep.link import StepReport
 from farstep.optim import RemoteOptimizer
+from farstep.report import StepReport
 from farstep.settings import RemoteOptions
 from tests.client.twins import check_parameters, check_states
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from farstep.errors import BarrierTimeout, FarstepError, Fenced, NonFinite, SessionLost, Unavailable
-from farstep.link import StepReport
+from farstep.report import StepReport
 from farstep_service.demo.local import train_locally
 from farstep_service.demo.model import build_model, fingerprint_of
 from farstep_service.demo.optimizers import local_optimizer

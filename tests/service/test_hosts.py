@@ -18,7 +18,8 @@ from farstep.errors import BarrierTimeout, NonFinite, SessionLost, StepInterrupt
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire.memory import tensor_memory
 from farstep_service.hosts import Answer, Host, LocalHost
-from farstep_service.hosts.local import INITIALISE_WITHIN_S, INLINE_BYTES
+from farstep_service.hosts.initialising import INITIALISE_WITHIN_S
+from farstep_service.hosts.work import INLINE_BYTES
 from farstep_service.kernel import Call, Kernel, KernelSource, Progress
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers.reference import ReferenceKernel

@@ -21,7 +21,7 @@ from farstep.errors import (
     TensorMismatch,
     Unavailable,
 )
-from farstep.messages import Receipt
+from farstep.receipt import Receipt
 from farstep_service.layout import MAX_SEGMENTS
 from farstep_service.plan import MAX_GROUPS
 from farstep_service.rule import AnyRule, Form

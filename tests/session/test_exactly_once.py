@@ -20,7 +20,7 @@ from farstep.errors import (
     SessionLost,
     TensorMismatch,
 )
-from farstep.messages import Receipt
+from farstep.receipt import Receipt
 from farstep_service.aggregation.ledger import RECEIPTS_KEPT
 from farstep_service.session import Outcome
 from tests.session.writers import Twin, Writer, begun, equal, error, new_session, parameters, receipt, sync, values

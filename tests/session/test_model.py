@@ -24,7 +24,8 @@ from farstep.errors import (
     SequenceGap,
     TensorMismatch,
 )
-from farstep.messages import Receipt, WriteName
+from farstep.messages import WriteName
+from farstep.receipt import Receipt
 from farstep_service.session import Outcomes
 from tests.session.writers import Twin, Writer, equal, new_session, parameters, sync, values
 

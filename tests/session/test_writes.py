@@ -13,7 +13,7 @@ from farstep.errors import (
     SequenceGap,
     TensorMismatch,
 )
-from farstep.messages import Receipt
+from farstep.receipt import Receipt
 from farstep_service.session import Outcome
 from tests.session.writers import Twin, Writer, begun, equal, new_session, parameters, receipt, sync, values
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from farstep.errors import FarstepError, TensorMismatch
 from farstep.fields import Shapes
 from farstep.growth import AppendHead, NewParameter
-from farstep.messages import Evaluation, PushHead, PutHead, Receipt, Sparse, WriteName
+from farstep.messages import Evaluation, PushHead, PutHead, Sparse, WriteName
+from farstep.receipt import Receipt
 from farstep.wire import to_ranges
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 from farstep_service.kernel import Kernel, KernelSource

@@ -12,7 +12,8 @@ import torch
 from farstep import errors, wire
 from farstep.fields import NUMBERS, FieldKind, shape_of, shapes_from_header, shapes_to_header
 from farstep.growth import AppendHead
-from farstep.messages import PushHead, PutHead, Reason, Receipt
+from farstep.messages import PushHead, PutHead
+from farstep.receipt import Reason, Receipt
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 from tests.wire.driving import read
 

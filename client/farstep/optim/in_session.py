@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 
 from farstep.consistency import Consistency, waits_for_others
-from farstep.link import SessionSpec, StepReport, open_link
+from farstep.link import SessionSpec, open_link
 from farstep.optim.membership import Membership, OpenLink, refused
 from farstep.optim.options import option_names, plain_options
 from farstep.optim.torch_form import describe, newborn
+from farstep.report import StepReport
 from farstep.settings import Place, elsewhere
 
 

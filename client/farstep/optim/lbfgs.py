@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from farstep.link import StepReport
 from farstep.messages import Evaluation
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.options import check_parameters
+from farstep.report import StepReport
 from farstep.settings import Place, RemoteOptions
 
 

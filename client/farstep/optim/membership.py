@@ -22,7 +22,7 @@ from torch import Tensor
 
 from farstep.errors import FarstepError
 from farstep.fields import FieldKind
-from farstep.link import Link, Parameter, SessionSpec, Start, State, StepReport
+from farstep.link import Link, Parameter, SessionSpec, Start, State
 from farstep.messages import Evaluation
 from farstep.optim.options import Options, changes, without
 from farstep.optim.overlap import Overlap
@@ -30,6 +30,7 @@ from farstep.optim.scaling import NOT_SCALED, Scaling, tell_
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import to_session
 from farstep.overlap import Overlapped
+from farstep.report import StepReport
 from farstep.settings import Place
 
 Parameters = Sequence[Tensor]

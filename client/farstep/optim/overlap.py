@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from farstep.foresight import PAUSE_STEPS, WRONG_IN_A_ROW, Foresight
-from farstep.link import StepReport
 from farstep.overlap import AGAIN, BROKEN, CHANGED, OTHERS, UNUSED, Overlapped
+from farstep.report import StepReport
 from farstep.stage import plain
 
 Begin = Callable[[Sequence[int]], Overlapped | None]

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farstep.link import StepReport
-from farstep.messages import Reason
+from farstep.receipt import Reason
+from farstep.report import StepReport
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from farstep.messages import Reason, Receipt, WriteName
+from farstep.messages import WriteName
+from farstep.receipt import Reason, Receipt
 
 
 class Pushed(NamedTuple):

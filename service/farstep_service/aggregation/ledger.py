@@ -24,7 +24,8 @@ from collections import OrderedDict
 from dataclasses import dataclass, field
 
 from farstep.errors import Fenced, IdempotencyMismatch, SequenceGap
-from farstep.messages import Receipt, WriteName
+from farstep.messages import WriteName
+from farstep.receipt import Receipt
 
 RECEIPTS_KEPT = 64
 

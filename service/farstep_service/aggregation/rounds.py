@@ -18,7 +18,8 @@ from itertools import repeat
 from typing import assert_never, final
 
 from farstep.consistency import Async, Bounded, Consistency, Sync
-from farstep.messages import Receipt, WriteName
+from farstep.messages import WriteName
+from farstep.receipt import Receipt
 from farstep_service.aggregation.barrier import Barrier
 from farstep_service.aggregation.decisions import Decision, Pushed, Refuse, Skip, Step
 from farstep_service.aggregation.ledger import Ledger, mismatch

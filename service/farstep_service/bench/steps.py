@@ -27,8 +27,8 @@ import torch
 import farstep
 from farstep.conversation import Conversation
 from farstep.errors import FarstepError
-from farstep.link import StepReport
 from farstep.optim.base import RemoteOptimizer
+from farstep.report import StepReport
 from farstep.settings import RemoteOptions
 from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.bench.workload import Workload

@@ -13,7 +13,8 @@ from typing import Any
 from farstep.consistency import Consistency
 from farstep.fields import Shapes
 from farstep.growth import AppendHead
-from farstep.messages import PushHead, PutHead, Receipt, Times, WriteName
+from farstep.messages import PushHead, PutHead, Times, WriteName
+from farstep.receipt import Receipt
 from farstep_service.durability import Snapshot
 from farstep_service.hosts.shared import Offer
 from farstep_service.plan import Plan

@@ -9,49 +9,30 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from copy import copy
 from typing import Any, cast
 
 from farstep.consistency import Consistency
-from farstep.errors import FarstepError, Fenced, InvalidRequest, OptionsDiffer, SessionLost, StepInterrupted
+from farstep.errors import FarstepError, Fenced, OptionsDiffer, SessionLost, StepInterrupted
 from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import to_ranges
 from farstep_service.durability import Snapshot
-from farstep_service.gradients import Contribution
 from farstep_service.hosts.alarm import Alarm
-from farstep_service.hosts.eager import in_task
+from farstep_service.hosts.areas import Areas
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Summary, View, WorkerPage
-from farstep_service.hosts.narrowed import NarrowedView, Narrowings
-from farstep_service.hosts.shared import Offer, Shared, refused
+from farstep_service.hosts.initialising import Initialising
+from farstep_service.hosts.reading import Reading, chosen_of
+from farstep_service.hosts.room import Growing, Room, unbounded
+from farstep_service.hosts.shared import Offer, refused
 from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, PushIntake
-from farstep_service.hosts.work import run
+from farstep_service.hosts.waiting import Waiting
+from farstep_service.hosts.work import INLINE_BYTES, Size, run
 from farstep_service.plan import Plan
-from farstep_service.session import Outcome, Outcomes, Session
-from farstep_service.store import Buffers, FlatBuffers
-
-INLINE_BYTES = 1280 * 1024
-"""Work on a session of fewer bytes than this is done on the event loop itself: it takes up to a millisecond with the
-reference kernel and a quarter of one with a fused one, of which the hop to a thread and back would take half again."""
-SEGMENT_COST_BYTES = 512
-"""What a segment's bookkeeping adds to a step, as the bytes that take as long."""
-NARROW_INLINE_BYTES = 4 * 1024 * 1024
-"""Parameters of fewer bytes than this are narrowed on the event loop; it takes a fraction of a millisecond."""
-INITIALISE_WITHIN_S = 60.0
-"""How long the first contents may take before another worker is asked for them."""
-
-READERS_WITHIN_S = 1.0
-"""How long a step waits for readers of two versions, so that it does not need memory for a third."""
-
-Room = Callable[[Plan, int], None]
-"""Called before a session of that plan grows by so many bytes; raises if there is no room for them."""
-
-
-def unbounded(plan: Plan, nbytes: int) -> None:
-    """Have room for anything."""
+from farstep_service.session import Outcomes, Session
 
 
 class LocalHost(Host):
@@ -76,21 +57,17 @@ class LocalHost(Host):
         self._session = session
         self._executor = executor
         self._clock = clock
-        self._room = room
-        self._coming_bytes = 0
+        self._growing = Growing(room)
         self._turn = asyncio.Lock()
-        self._futures: dict[WriteName, asyncio.Future[Outcome]] = {}
+        self._waiting = Waiting()
         self._alarm = Alarm(clock)
-        self._initialiser = ""
-        self._initialising_until = -1.0
+        self._initialising = Initialising(clock)
         self._closed = False
         self._leaving = False
         self._switched = False
-        self._shared: dict[str, Shared] = {}
-        self._released = asyncio.Event()
-        self._narrowings = Narrowings(executor)
-        self._sized: Plan | None = None
-        self._fits = False
+        self._areas = Areas()
+        self._reading = Reading(executor)
+        self._size = Size()
 
     @property
     def plan(self) -> Plan:
@@ -102,16 +79,11 @@ class LocalHost(Host):
 
     @property
     def parameter_bytes(self) -> int:
-        return self.plan.layout.nbytes + self._coming_bytes
+        return self.plan.layout.nbytes + self._growing.nbytes
 
     @property
     def _small(self) -> bool:
-        plan = self.plan
-        if self._sized is not plan:
-            step_bytes = plan.rule.step_bytes(plan.layout, plan.groups)
-            self._fits = step_bytes + SEGMENT_COST_BYTES * len(plan.layout.segments) <= INLINE_BYTES
-            self._sized = plan
-        return self._fits
+        return self._size.is_small(self._session.plan)
 
     # -- membership and options -------------------------------------------------------------------------------------
 
@@ -128,10 +100,7 @@ class LocalHost(Host):
             self._unshare()
             self._resolve(outcomes)
             initialised = self._session.initialised
-            initialise = not initialised and (worker == self._initialiser or self._clock() >= self._initialising_until)
-            if initialise:
-                self._initialiser = worker
-                self._initialising_until = self._clock() + INITIALISE_WITHIN_S
+            initialise = not initialised and self._initialising.chooses(worker)
             return Joined(epoch, initialised, initialise, self._session.version)
 
     async def leave(self, worker: str, epoch: int) -> None:
@@ -151,7 +120,7 @@ class LocalHost(Host):
                 workers = {name: self._page(name) for name in session.workers}
             groups = [group.to_options() for group in session.groups]
             nbytes = session.nbytes()
-            nbytes["versions"] += self._narrowings.nbytes
+            nbytes["versions"] += self._reading.nbytes
             return Summary(session.version, session.initialised, groups, workers, nbytes)
 
     async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -180,7 +149,7 @@ class LocalHost(Host):
 
     @property
     def shared_bytes(self) -> int:
-        return sum(each.nbytes for each in self._shared.values())
+        return self._areas.nbytes
 
     async def share(self, worker: str, offer: Offer) -> None:
         async with self._turn:
@@ -189,11 +158,10 @@ class LocalHost(Host):
                 raise Fenced(f"Epoch {offer.epoch} of worker {worker!r} is not the current one.", field="epoch")
             if self._session.layout_of(worker) is not self.plan.layout:
                 raise refused("the worker does not know all param groups")
-            self._shared.pop(worker, None)
-            self._shared[worker] = Shared(offer, self.plan.layout)
+            self._areas.share(worker, offer, self.plan.layout)
 
     async def deliver(self, head: PushHead, view: View, spent: Intake | None) -> bool:
-        shared = self._delivering(head)
+        shared = self._areas.delivering(head)
         if shared is None or view.count != len(shared.layout.segments):
             return False
         copy_to, there = cast(HeldView, view).copy_to_, frozenset[int]()
@@ -202,36 +170,9 @@ class LocalHost(Host):
         await run(self._executor, lambda: copy_to(shared.parameters, there), lambda _: None, inline=self._small)
         return True
 
-    def _delivering(self, head: PushHead) -> Shared | None:
-        """Return the memory in which a push wants its answer, None if it wants it in a body."""
-        shared = self._shared.get(head.name.worker)
-        wanted = head.fill is not None and head.fill.deliver and shared is not None and shared.key == head.fill.area
-        return shared if wanted else None
-
-    def _copy_of(self, head: PushHead, contribution: Contribution) -> Buffers | None:
-        """Return where the step of a push may write its answer: over its gradients, or into shared memory."""
-        if head.wanted == "none":
-            return None
-        if head.wire_parameters is not None:
-            return contribution.narrow() if head.wire_parameters == head.wire_gradients else None
-        shared = self._delivering(head)
-        return shared.parameters if shared is not None and shared.layout is contribution.layout else None
-
-    def _gradients_in(self, head: PushHead, contribution: Contribution) -> FlatBuffers | None:
-        """Return the shared memory that a push's gradients are in, None if they come in its body."""
-        if head.fill is None:
-            return None
-        shared = self._shared.get(head.name.worker)
-        if shared is None or shared.key != head.fill.area or shared.layout is not contribution.layout:
-            raise InvalidRequest(
-                f"Worker {head.name.worker!r} shares no such memory.", remedy="Send the gradients.", field="area"
-            )
-        return shared.gradients
-
     def _unshare(self) -> None:
         """Let go of the memory of epochs that are over."""
-        position = self._session.position
-        self._shared = {worker: each for worker, each in self._shared.items() if position(worker)[0] == each.epoch}
+        self._areas.keep_only(lambda worker: self._session.position(worker)[0])
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
@@ -240,11 +181,11 @@ class LocalHost(Host):
         self._session.check(head.name, head.incarnation)
         contribution = self._session.contribution(head)
         watch = self.plan.nonfinite != "allow"
-        return PushIntake(contribution, body_bytes, self._gradients_in(head, contribution), watch=watch)
+        return PushIntake(contribution, body_bytes, self._areas.gradients_in(head, contribution), watch=watch)
 
     async def push(self, head: PushHead, intake: Intake, fingerprint: str) -> Answer:
         contribution = cast(PushIntake, intake).contribution
-        contribution.copy = self._copy_of(head, contribution)
+        contribution.copy = self._areas.copy_of(head, contribution)
         answer = await self._write(
             head.name, lambda: self._session.push(head, contribution, fingerprint, self._clock()), inline=self._small
         )
@@ -268,7 +209,7 @@ class LocalHost(Host):
         self._check_open()
         addition = self._session.addition(head)
         if self._session.grows(head):
-            self._room(self.plan, addition.nbytes)
+            self._growing.check(self.plan, addition.nbytes)
         return ContentsIntake(addition, body_bytes)
 
     async def append(self, head: AppendHead, intake: Intake, fingerprint: str) -> Answer:
@@ -292,11 +233,11 @@ class LocalHost(Host):
             began = time.perf_counter()
             self._check_open()
             if self._session.crowded:
-                await self._wait_for_memory()
-            with self._room_for(coming()):
+                await self._reading.finish(lambda: self._session.crowded)
+            with self._growing.by(self.plan, coming()):
                 outcomes = await run(self._executor, work, self._resolve, inline=inline)
             outcome = outcomes.get(name)
-            future = None if outcome else self._futures.setdefault(name, asyncio.get_running_loop().create_future())
+            future = None if outcome else self._waiting.of(name)
             self._resolve(outcomes)
             if self._leaving:
                 self._resolve(self._session.interrupt(self._clock()))
@@ -331,23 +272,12 @@ class LocalHost(Host):
             layout = self.plan.layout if write is None else self._session.layout_at(write)
             if outcomes:
                 self._resolve(outcomes)
-        known, count = len(layout.segments), len(held.buffers.layout.segments)
-        chosen: Sequence[int] = range(known) if since is None else held.changed_since(since)
-        if known < count and since is not None:
-            chosen = [index for index in chosen if index < known]
-        indices, ranges = (None, None) if len(chosen) == count else (chosen, to_ranges(chosen))
+        chosen = chosen_of(held, layout, since)
         if half is not None:
-            gradients = spent.contribution if isinstance(spent, PushIntake) else None
-            narrowed = await self._narrowings.of(
-                held, half, chosen, gradients, inline=layout.nbytes <= NARROW_INLINE_BYTES
-            )
-            self._released.set()
-            return NarrowedView(narrowed, chosen, ranges, self._released.set)
+            return await self._reading.narrowed(held, half, chosen, layout, spent)
         if held.buffers.device.type == "cpu" or layout.nbytes <= INLINE_BYTES:
-            return HeldView(held, indices, ranges, self._released.set)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._executor, HeldView, held, indices, ranges, self._released.set
-        )
+            return self._reading.held(held, chosen)
+        return await self._reading.held_elsewhere(held, chosen)
 
     async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
         async with self._turn:
@@ -373,32 +303,9 @@ class LocalHost(Host):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def _room_for(self, nbytes: int) -> Iterator[None]:
-        """Count bytes that the session is going to grow by, if there is room for them."""
-        if nbytes:
-            self._room(self.plan, nbytes)
-        self._coming_bytes = nbytes
-        try:
-            yield
-        finally:
-            self._coming_bytes = 0
-
-    async def _wait_for_memory(self) -> None:
-        """Let readers of two versions finish before a step makes a third; very slow ones cost memory instead."""
-        await in_task()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(READERS_WITHIN_S):
-                while self._session.crowded:
-                    self._released.clear()
-                    await self._released.wait()
-
     def _resolve(self, outcomes: Outcomes) -> None:
         """Tell those who wait what became of their writes, and set the alarm to what is to be decided next."""
-        for name, outcome in outcomes.items():
-            future = self._futures.pop(name, None)
-            if future is not None and not future.done():
-                future.set_result(outcome)
+        self._waiting.resolve(outcomes)
         self._alarm.set(self._session.deadline, self._tick)
 
     async def _tick(self) -> None:
@@ -425,8 +332,5 @@ class LocalHost(Host):
         async with self._turn:
             self._closed = True
             self._alarm.cancel()
-            for future in self._futures.values():
-                if not future.done():
-                    future.set_result(Outcome(self._gone()))
-            self._futures.clear()
-            self._shared.clear()
+            self._waiting.end(self._gone)
+            self._areas.clear()

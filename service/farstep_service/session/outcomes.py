@@ -6,7 +6,8 @@ import logging
 from dataclasses import dataclass
 
 from farstep.errors import FarstepError, InternalError, InvalidOption, Unavailable
-from farstep.messages import Receipt, WriteName
+from farstep.messages import WriteName
+from farstep.receipt import Receipt
 
 log = logging.getLogger("farstep.session")
 

@@ -22,9 +22,11 @@ from typing import Any, assert_never, final
 from farstep.consistency import Consistency
 from farstep.errors import BarrierTimeout, FarstepError, InternalError
 from farstep.hyper import Hyper
-from farstep.messages import PushHead, Receipt, WriteName
+from farstep.messages import PushHead, WriteName
+from farstep.receipt import Receipt
 from farstep_service.aggregation import Abort, Decision, Pushed, Refuse, Rounds, Skip, Step
-from farstep_service.gradients import Contribution, Copied, mean_evaluation, reduce_
+from farstep_service.gradients import Contribution, Copied
+from farstep_service.reduction import mean_evaluation, reduce_
 from farstep_service.session.outcomes import Outcome, Outcomes, told
 from farstep_service.session.staleness import Bases, check_dense, compensate_, weigh_
 from farstep_service.session.state import SessionState

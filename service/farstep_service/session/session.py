@@ -19,17 +19,20 @@ from typing import final
 import torch
 
 from farstep.consistency import Consistency
-from farstep.errors import Fenced, SessionLost, StepInterrupted, Unavailable
+from farstep.errors import StepInterrupted, Unavailable
 from farstep.growth import AppendHead
 from farstep.hyper import Hyper
-from farstep.messages import PushHead, PutHead, Receipt, WriteName
+from farstep.messages import PushHead, PutHead, WriteName
+from farstep.receipt import Receipt
 from farstep_service.aggregation import Ledger, Rounds, mismatch
 from farstep_service.contents import PARAM, Contents
 from farstep_service.durability import Snapshot
-from farstep_service.gradients import Contribution, check_finite, nonfinite_in
+from farstep_service.gradients import Contribution
 from farstep_service.kernel import KernelSource
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
+from farstep_service.session.admission import Admission
+from farstep_service.session.attendance import Attendance
 from farstep_service.session.growth import grown, segments_of
 from farstep_service.session.membership import Membership
 from farstep_service.session.outcomes import Outcome, Outcomes, told
@@ -59,6 +62,8 @@ class Session:
         self._members = self._rounds.members
         self._membership = Membership(plan.name, self._rounds, self._ledger)
         self._pushes = Pushes(self._state, plan.consistency, self._rounds)
+        self._attendance = Attendance(self._membership, self._pushes)
+        self._admission = Admission(incarnation, self._state, self._ledger, self._membership)
 
     # -- what is there ----------------------------------------------------------------------------------------------
 
@@ -114,30 +119,22 @@ class Session:
         Raises:
             SessionFull: the mode's places are taken by workers that are live.
         """
-        outcomes = self._pushes.finish() | self._withdraw(worker, "joined again", now)
-        epoch = self._membership.join(worker, now)
-        self._pushes.left(worker)
-        return epoch, outcomes | self._pushes.tick(now)
+        outcomes = self._pushes.finish()
+        epoch, decided = self._attendance.join(worker, now)
+        return epoch, outcomes | decided
 
     def leave(self, worker: str, epoch: int, now: float) -> Outcomes:
         """Give a worker's place up; an epoch that is not current has nothing to give up."""
         outcomes = self._pushes.finish()
         if self._members.epoch(worker) != epoch:
             return outcomes
-        outcomes |= self._withdraw(worker, "left", now)
-        self._membership.leave(worker)
-        self._pushes.left(worker)
-        return outcomes | self._pushes.tick(now)
+        return outcomes | self._attendance.leave(worker, now)
 
     def received(self, worker: str, epoch: int, now: float) -> None:
         """Note that a worker is being sent the present version, if that is its epoch."""
         if epoch and self._members.epoch(worker) == epoch:
             self._rounds.heard(worker, now)
             self._pushes.received(worker)
-
-    def _withdraw(self, worker: str, why: str, now: float) -> Outcomes:
-        error = Fenced(f"Worker {worker!r} {why} while this push waited; it was not applied.", field="epoch")
-        return self._pushes.withdraw(worker, error, now)
 
     def set_consistency(self, mode: Consistency, now: float) -> Outcomes:
         """Go on in another mode, which is offered the pushes that wait in the order of their workers' names.
@@ -175,24 +172,8 @@ class Session:
     # -- writes -----------------------------------------------------------------------------------------------------
 
     def check(self, name: WriteName, incarnation: str) -> None:
-        """Refuse what can be refused before the body is read.
-
-        Raises:
-            SessionLost, Fenced, SequenceGap: the write belongs to another life of the session, is not next, or its
-                worker does not know all groups.
-        """
-        if self._is_new(name, incarnation) and (error := self._membership.outgrown(name.worker)):
-            raise error
-
-    def _is_new(self, name: WriteName, incarnation: str) -> bool:
-        if incarnation != self.incarnation:
-            raise SessionLost(
-                f"Session {self.plan.name!r} was created anew since worker {name.worker!r} joined it.",
-                remedy="Call rejoin() to take on what it holds now, which is another training's unless it was imported "
-                "from a file.",
-                field="incarnation",
-            )
-        return self._ledger.judge(name, None) is None
+        """Refuse what can be refused before the body is read; see `Admission.check`."""
+        self._admission.check(name, incarnation)
 
     def contribution(self, head: PushHead) -> Contribution:
         """Return memory for a push's gradients; see `Contribution` and `SessionState` for what they refuse."""
@@ -212,23 +193,14 @@ class Session:
             StepInterrupted: a kernel failed midway; the step is finished before anything else happens.
         """
         outcomes = self._pushes.finish()
-        self.check(head.name, head.incarnation)
+        self._admission.check(head.name, head.incarnation)
         self._rounds.heard(head.name.worker, now)
         receipt = self._ledger.judge(head.name, fingerprint)
         if receipt is not None:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
         if self._rounds.holds(head.name, fingerprint):
             return outcomes
-        self._state.check_initialised()
-        self._state.check_base(head.base, head.evaluation)
-        self._state.changed(head.groups)  # refuses what is wrong with them
-        contribution.check_indices()
-        nonfinite = ""
-        if self.plan.nonfinite == "refuse":
-            check_finite(contribution, head.name.worker, head.evaluation)
-        elif self.plan.nonfinite == "skip":
-            nonfinite = nonfinite_in(contribution, head.name.worker)[1]
-            nonfinite = nonfinite and f"{nonfinite}."
+        nonfinite = self._admission.check_push(head, contribution)
         self._pushes.check(contribution, head.name.worker)
         return outcomes | self._pushes.offer(head, contribution, fingerprint, now, nonfinite=nonfinite)
 
@@ -246,7 +218,7 @@ class Session:
     def put(self, head: PutHead, contents: Contents, fingerprint: str, now: float) -> Outcomes:
         """Replace contents of the session in one step; their memory belongs to the session from now on."""
         outcomes = self._pushes.finish()
-        self.check(head.name, head.incarnation)
+        self._admission.check(head.name, head.incarnation)
         receipt = self._ledger.judge(head.name, fingerprint)
         if receipt is not None:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
@@ -274,14 +246,14 @@ class Session:
             SessionLost, Fenced, SequenceGap, NotInitialised: see `check`.
             InvalidOption, TensorMismatch, LimitExceeded, OptionsDiffer: see `append`.
         """
-        if self._is_new(head.name, head.incarnation):
+        if self._admission.is_new(head.name, head.incarnation):
             self._plan_with(head)
         layout = Layout.empty().append(segments_of(head))
         return Contents(layout, self.plan.rule, (PARAM,), range(len(layout.segments)))
 
     def grows(self, head: AppendHead) -> bool:
         """Say whether a group is new, so that it needs room: neither seen before nor there already."""
-        return self._is_new(head.name, head.incarnation) and head.group == len(self.plan.groups)
+        return self._admission.is_new(head.name, head.incarnation) and head.group == len(self.plan.groups)
 
     def append(self, head: AppendHead, arrived: Contents, fingerprint: str, now: float) -> Outcomes:
         """Grow by a param group as one new version, or note that a worker knows a group that is there.
@@ -294,7 +266,7 @@ class Session:
             Unavailable: there is no memory. Nothing has changed then, whatever the error.
         """
         outcomes = self._pushes.finish()
-        self._is_new(head.name, head.incarnation)
+        self._admission.is_new(head.name, head.incarnation)
         receipt = self._ledger.judge(head.name, fingerprint)
         if receipt is not None:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
@@ -311,10 +283,7 @@ class Session:
             except Exception as exc:
                 raise told(exc, "The param group") from exc
             self.plan = plan
-            self._membership.known.added(head.group, head.name, self.workers)
-            for other in self.workers:
-                if error := self._membership.outgrown(other):
-                    outcomes |= self._pushes.withdraw(other, error, now)
+            outcomes |= self._attendance.added(head, self.workers, now)
             receipt = Receipt(self.version, base)
         self._ledger.commit(head.name, fingerprint, receipt)
         self.received(worker, head.name.epoch, now)

@@ -20,7 +20,8 @@ import torch
 
 from farstep.errors import NonFinite
 from farstep.hyper import Hyper
-from farstep.messages import Evaluation, Reason
+from farstep.messages import Evaluation
+from farstep.receipt import Reason
 from farstep_service.plan import Plan
 from farstep_service.policies import (
     Accumulated,

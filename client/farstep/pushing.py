@@ -1,0 +1,294 @@
+"""The pushes of one worker over HTTP: in bodies, begun during the backward pass, or through shared memory.
+
+    begun during backward   finished if it is what the step sends, and nothing was edited; else an ordinary push
+    large                   edits are looked for while it is sent; one that is found ends it, is sent, and the push
+                            follows from its beginning
+    other                   edits are sent first
+
+Whichever way it goes, a push that fails leaves the parameters as they were, and memory in which an answer may still
+arrive is not used again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, final
+
+from torch import Tensor
+
+from farstep.consistency import from_options
+from farstep.foresight import STREAMED
+from farstep.holdings import Holdings
+from farstep.link import Options
+from farstep.looking import Edited, Looking
+from farstep.messages import Evaluation, Fill, PushHead, Sparse, Wanted, WriteName
+from farstep.overlap import LEAST_BYTES, OTHERS, Overlapped
+from farstep.overlapping import Overlapping
+from farstep.payload import Payload, nbytes_of
+from farstep.putting import Putting
+from farstep.receipt import Receipt
+from farstep.report import StepReport
+from farstep.staging import outgoing_gradients
+from farstep.standing import Standing
+from farstep.transport import Supply
+from farstep.wire import to_ranges
+from farstep.writer import Writer
+
+
+@final
+class Pushing:
+    """Push gradients, and take in the parameters that come back.
+
+    Args:
+        standing: the session, and the version that is here.
+        holdings: the parameters, and the memory for them.
+        writer: names and sends what is pushed.
+        overlapping: the pushes that begin early.
+        putting: sends the values of parameters that were edited.
+    """
+
+    def __init__(
+        self,
+        standing: Standing,
+        holdings: Holdings,
+        writer: Writer,
+        overlapping: Overlapping,
+        putting: Putting,
+    ) -> None:
+        self._standing = standing
+        self._holdings = holdings
+        self._writer = writer
+        self._overlapping = overlapping
+        self._putting = putting
+        # float16 gradients are looked at before anything is sent.
+        self._streams = holdings.wire_gradients != "float16" and holdings.on_cpu
+        self._unlooked: list[int] | None = None  # addresses of parameters that the next push has to look at
+        self._edited_last = False  # whether the last look found an edit: then the next one comes before the push
+
+    def push(
+        self,
+        gradients: Sequence[Tensor | None],
+        groups: Mapping[int, Options],
+        evaluation: Evaluation | None = None,
+    ) -> StepReport:
+        """Send gradients, and bring the parameters to the version that they led to; see `Link.push`."""
+        began = time.perf_counter()
+        unlooked, self._unlooked = self._unlooked, None
+        begun = self._overlapping.take()
+        if begun is not None:
+            present = [index for index, each in enumerate(gradients) if each is not None]
+            head = self._head(present, groups, evaluation=evaluation, order=begun.order)
+            if self._still(begun, head, gradients, unlooked):
+                report = self._push(head, present, begun.payload(), began, begun=begun)
+                hidden = begun.bytes_overlapped if begun.outcome == STREAMED else 0
+                return replace(report, overlap=begun.outcome, bytes_overlapped=hidden)
+        try:
+            report = self._push_all(gradients, groups, evaluation, began, unlooked)
+        except Edited:  # the server has a part of this push, which it throws away
+            self._send_edits(unlooked)
+            report = self._push_all(gradients, groups, evaluation, began, None)
+        return report if begun is None else replace(report, overlap=begun.outcome)
+
+    def _still(
+        self,
+        begun: Overlapped,
+        head: Callable[[WriteName, str], PushHead],
+        gradients: Sequence[Tensor | None],
+        unlooked: list[int] | None,
+    ) -> bool:
+        """Say whether a push that was begun is what the step sends, which no edit of a parameter has to precede.
+
+        Two comparisons of memory, side by side: all cores are the step's now.
+        """
+        looking = None if unlooked is None else Looking(partial(self._holdings.arrivals.checks, unlooked))
+        try:
+            if looking is not None:
+                looking.start()
+            carried = begun.carries(head(self._writer.names.next(), self._writer.incarnation).to_header(), gradients)
+            if looking is not None and carried:
+                looking.finish()
+            return carried
+        except Edited:
+            begun.end(OTHERS)
+            return False
+        finally:
+            if looking is not None:
+                looking.stop()
+
+    def _push_all(
+        self,
+        gradients: Sequence[Tensor | None],
+        groups: Mapping[int, Options],
+        evaluation: Evaluation | None,
+        began: float,
+        unlooked: list[int] | None,
+    ) -> StepReport:
+        """Send gradients of which none has been sent; look for edits at the addresses `unlooked` before they are whole.
+
+        Raises:
+            Edited: there is an edit; nothing was done.
+        """
+        holdings, names = self._holdings, self._writer.names
+        present: Sequence[int] = range(len(holdings.parameters))
+        sparse: Sequence[Sparse] = ()
+        before = names.unanswered
+        order = None if before is None else before.header.get("order")
+        payload: Payload | None = None
+        if order is None:
+            looking = None if unlooked is None else Looking(partial(holdings.arrivals.checks, unlooked))
+            payload = holdings.departures.payload(gradients, looking, at_once=holdings.sharing.possible)
+        if payload is None:
+            present, sparse, payload = outgoing_gradients(gradients, holdings.parameters, holdings.narrowing)
+            if order is not None and not sparse and sorted(order) == present:
+                views = dict(zip(present, payload, strict=True))  # it may be that push again
+                payload = [views[index] for index in order]
+            else:
+                order = None
+        if not isinstance(payload, Supply):
+            self._send_edits(unlooked)
+        fill = None if sparse or evaluation or names.unsure else holdings.fill_(names.epoch, present, gradients)
+        head = self._head(present, groups, evaluation=evaluation, order=order, sparse=sparse, fill=fill)
+        return self._push(head, present, payload, began, shared=fill is not None)
+
+    def _head(
+        self,
+        present: Sequence[int],
+        groups: Mapping[int, Options],
+        *,
+        evaluation: Evaluation | None = None,
+        order: Sequence[int] | None = None,
+        sparse: Sequence[Sparse] = (),
+        fill: Fill | None = None,
+    ) -> Callable[[WriteName, str], PushHead]:
+        segments = None if len(present) == len(self._holdings.parameters) else to_ranges(present)
+        # Of several rounds only the last one changes parameters.
+        wanted: Wanted = "all" if self._standing.spec.policy.accumulate == 1 else "changed"
+
+        def head(name: WriteName, incarnation: str) -> PushHead:
+            return PushHead(
+                name,
+                incarnation,
+                self._standing.version,
+                wanted,
+                self._standing.version,
+                segments=segments,
+                sparse=tuple(sparse),
+                groups=groups,
+                evaluation=evaluation,
+                wire_gradients=self._holdings.wire_gradients,
+                wire_parameters=self._holdings.wire_parameters,
+                fill=fill,
+                order=None if order is None else tuple(order),
+            )
+
+        return head
+
+    def begin_push(self, order: Sequence[int], groups: Mapping[int, Options]) -> Overlapped | None:
+        """Begin to send gradients that are still being computed; see `Link.begin_push`."""
+        names = self._writer.names
+        if not self._streams or names.unsure or self._holdings.sharing.possible or self._standing.forked:
+            return None
+        if sum(self._holdings.parameters[index].nbytes for index in order) < LEAST_BYTES:
+            return None
+        header = self._head(sorted(order), groups, order=order)(names.next(), self._writer.incarnation).to_header()
+        send = partial(self._writer.send_push, header)
+        return self._overlapping.begin(header, order, self._holdings.parameters, self._holdings.wire_gradients, send)
+
+    def skip(self, groups: Mapping[int, Options]) -> StepReport:
+        """Take no step with this worker's gradients; see `Link.skip`."""
+        self._overlapping.end(OTHERS)
+        unlooked, self._unlooked = self._unlooked, None
+        self._send_edits(unlooked)
+        half = self._holdings.wire_parameters
+
+        def head(name: WriteName, incarnation: str) -> PushHead:
+            have = self._standing.version
+            return PushHead(
+                name, incarnation, have, "changed", have, segments=[], groups=groups, skip=True, wire_parameters=half
+            )
+
+        return self._push(head, (), (), time.perf_counter())
+
+    def _push(
+        self,
+        head: Callable[[WriteName, str], PushHead],
+        present: Sequence[int],
+        payload: Payload,
+        began: float,
+        *,
+        shared: bool = False,
+        begun: Overlapped | None = None,
+    ) -> StepReport:
+        """Send a push with the gradients of the parameters `present`, and take in what comes back."""
+        holdings = self._holdings
+        arrived: list[int] | None = None
+
+        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+            nonlocal arrived
+            holdings.arrivals.undo_()  # what an earlier try has brought
+            arrived = self._standing.arriving(header, len(holdings.parameters))
+            if header.get("delivered"):
+                return []
+            if self._writer.attempts > 1:
+                holdings.share_no_more_()
+            if arrived is None and len(present) == len(holdings.parameters):
+                return holdings.arrivals.landing()
+            return holdings.arrivals.targets(arrived)
+
+        try:
+            with self._standing.there():
+                received = self._writer.push(head, payload, place, self._advance, begun)
+        except BaseException:
+            holdings.arrivals.undo_()
+            if self._writer.names.unsure or self._writer.attempts > 1:
+                holdings.share_no_more_()
+            holdings.arrivals.give_up_(lost=shared)
+            raise
+        if arrived is None and len(present) < len(holdings.parameters):
+            # What has no gradient, and is as it was, is not touched.
+            arrived = sorted({*present, *holdings.arrivals.edited(holdings.addresses)})
+        copying = time.perf_counter()
+        holdings.arrivals.settle_(arrived)
+        copy_s = time.perf_counter() - copying
+        self._standing.version = int(received.header["version"])
+        receipt = Receipt.from_header(received.header["receipt"])
+        if (mode := received.header.get("consistency")) is not None:
+            self._standing.follow_(from_options(mode))
+        total_s = time.perf_counter() - began
+        seconds = {key: float(value) for key, value in received.header.get("times", {}).items()}
+        return StepReport.of(
+            receipt,
+            duplicate=bool(received.header["duplicate"]),
+            earlier=self._writer.names.tell(),
+            bytes_sent=0 if shared else nbytes_of(payload),
+            bytes_received=received.payload_bytes,
+            attempts=self._writer.attempts,
+            path="" if not payload else "shared memory" if shared else "bodies",
+            seconds={"total": total_s, **seconds, "send": received.receive_s, "copy": copy_s},
+        )
+
+    def _advance(self, received_bytes: int) -> None:
+        self._holdings.arrivals.advance_(received_bytes)
+
+    # -- edits ------------------------------------------------------------------------------------------------------
+
+    def settle_edits(self, addresses: list[int]) -> None:
+        """Send edited parameters now, or have the next push find them while it is sent; see `Link.settle_edits`."""
+        holdings = self._holdings
+        large = holdings.departures.large and holdings.on_cpu and not holdings.sharing.possible
+        if large and not self._writer.names.unsure and not self._edited_last:
+            self._unlooked = addresses
+        else:
+            self._send_edits(addresses)
+
+    def _send_edits(self, addresses: list[int] | None) -> None:
+        """Send what was edited, unless that is done already (None)."""
+        if addresses is None:
+            return
+        edited = self._holdings.arrivals.edited(addresses)
+        self._edited_last = bool(edited)
+        if edited:
+            self._putting.parameters(edited)

@@ -1,0 +1,93 @@
+"""What one worker replaces in its session: values of parameters, optimizer state, or a view such as their average.
+
+Values that were sent are what the session has, so they do not count as edited any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+from torch import Tensor
+
+from farstep.holdings import Holdings
+from farstep.link import State, shapes_of, worth_sending
+from farstep.messages import PutHead, WriteName
+from farstep.presence import PRESENT
+from farstep.receipt import Receipt
+from farstep.staging import outgoing, outgoing_contents
+from farstep.standing import Standing
+from farstep.wire import to_ranges
+from farstep.writer import Writer
+
+
+@final
+class Putting:
+    """Put contents of this worker's in the place of the session's.
+
+    Args:
+        standing: the session, and the version that is here.
+        holdings: the parameters, and the memory for them.
+        writer: names and sends what is put.
+    """
+
+    def __init__(self, standing: Standing, holdings: Holdings, writer: Writer) -> None:
+        self._standing = standing
+        self._holdings = holdings
+        self._writer = writer
+
+    def begin(self, state: Mapping[int, State | None] | None, version: int) -> Receipt:
+        """Give the session its first contents, unless it has some: all parameters, and their state if there is any.
+
+        Args:
+            state: by the parameter's index.
+            version: the version it begins at.
+        """
+        every = range(len(self._holdings.parameters))
+        return self._put(every, ["param", *self._fields(state)], state, initial=True, version=version)
+
+    def parameters(self, indices: Sequence[int]) -> None:
+        """Replace the values of some parameters."""
+        self._put(indices, ["param"], None)
+
+    def states(self, state: Mapping[int, State | None]) -> None:
+        """Replace the state of some parameters; None where one shall have none."""
+        self._put(sorted(state), self._fields(state), state)
+
+    def view(self, view: str, values: Sequence[Tensor]) -> None:
+        """Replace what the session keeps beside all of the parameters."""
+
+        def head(name: WriteName, incarnation: str) -> PutHead:
+            return PutHead(name, incarnation, (view,))
+
+        with self._standing.there():
+            self._writer.put(head, [outgoing(each) for each in values])
+
+    def _fields(self, state: Mapping[int, State | None] | None) -> list[str]:
+        return [] if state is None else [*worth_sending(self._standing.fields, state.values()), PRESENT]
+
+    def _put(
+        self,
+        indices: Sequence[int],
+        fields: Sequence[str],
+        state: Mapping[int, State | None] | None,
+        *,
+        initial: bool = False,
+        version: int = 0,
+    ) -> Receipt:
+        holdings, known = self._holdings, self._standing.fields
+        holdings.leave_foreign_()
+        segments = None if len(indices) == len(holdings.parameters) else to_ranges(indices)
+        shapes = shapes_of(known, state or {})
+        chosen = [(holdings.parameters[i], state[i] if state else None) for i in indices]
+        payload = outgoing_contents(fields, known, chosen)
+
+        def head(name: WriteName, incarnation: str) -> PutHead:
+            return PutHead(name, incarnation, tuple(fields), segments, initial, version, shapes)
+
+        with self._standing.there():
+            received = self._writer.put(head, payload)
+        self._standing.version = int(received.header["version"])
+        if "param" in fields:
+            holdings.arrivals.keep_(indices)
+        return Receipt.from_header(received.header["receipt"])

@@ -1,0 +1,121 @@
+"""Where one worker stands in its session: what the session is, and the version of it that is here.
+
+A session that was created anew is another one, and so is one that has grown by a param group which this worker does not
+know: what they answer is refused before any of it reaches a parameter.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast, final
+
+from farstep.consistency import Consistency, longest_wait_s
+from farstep.errors import SessionLost, UnknownSession
+from farstep.fields import FieldKind
+from farstep.growth import outgrown
+from farstep.link import Options, Parameter, SessionSpec
+from farstep.settings import Place
+from farstep.wire import from_ranges
+from farstep.writer import Writer
+
+
+@final
+class Standing:
+    """Know one session as its worker does.
+
+    Args:
+        spec: what the session is.
+        place: where it is, and under which name this worker joins it.
+        writer: the worker's writes, which belong to the life of the session that was joined.
+
+    Attributes:
+        spec: as above, with the groups that were added and the mode that was set since.
+        fields: the optimizer's state fields; none before the session was joined.
+        eager: whether a parameter has state before its first step.
+        version: the version of the parameters that are here.
+    """
+
+    def __init__(self, spec: SessionSpec, place: Place, writer: Writer) -> None:
+        self.spec = spec
+        self.fields: Mapping[str, FieldKind] = {}
+        self.eager = False
+        self.version = 0
+        self._place = place
+        self._writer = writer
+        self._process = os.getpid()
+
+    @property
+    def forked(self) -> bool:
+        """Say whether this process is a fork of the worker, whose session and streams are its parent's."""
+        return self._process != os.getpid()
+
+    def join_(self, joined: Mapping[str, Any]) -> None:
+        """Begin a new epoch of the worker, with what the server said when it joined."""
+        self.fields = cast("dict[str, FieldKind]", joined["fields"])
+        self.eager = bool(joined["eager"])
+        self._writer.join(int(joined["epoch"]), str(joined["incarnation"]))
+
+    def grow_(self, options: Options, parameters: Sequence[Parameter]) -> None:
+        """Take note that the session has another param group."""
+        spec = self.spec
+        self.spec = replace(spec, groups=(*spec.groups, options), parameters=(*spec.parameters, *parameters))
+
+    def follow_(self, mode: Consistency) -> None:
+        """Go on with the mode that the session is in."""
+        if mode != self.spec.consistency:
+            self.spec = replace(self.spec, consistency=mode)
+            barrier_s = longest_wait_s(mode)
+            self._writer.wait_for(barrier_s, self._place.timeout_s + barrier_s)
+
+    # -- answers ----------------------------------------------------------------------------------------------------
+
+    def check_arriving(self, header: Mapping[str, Any], count: int) -> None:
+        """Refuse what another life of the session answers, or a session that has grown.
+
+        Args:
+            header: of the answer.
+            count: how many parameters are here.
+
+        Raises:
+            SessionLost, Fenced: it is another session, or has more of them.
+        """
+        if header["incarnation"] != self._writer.incarnation:
+            raise self._lost("was created anew at")
+        self.arriving(header, count)
+
+    def arriving(self, header: Mapping[str, Any], count: int) -> list[int] | None:
+        """Return which parameters an answer holds, None for all that are here, which are so many.
+
+        Raises:
+            Fenced: it holds all that the session has, which are not so many.
+        """
+        ranges = header.get("segments")
+        if ranges is not None:
+            return from_ranges(ranges, count, side="client")
+        if header.get("count", count) != count:
+            raise outgrown(self.spec.name, self._place.worker, len(self.spec.groups), side="client")
+        return None
+
+    @contextmanager
+    def there(self) -> Iterator[None]:
+        """Tell in the worker's words that the session is gone.
+
+        Raises:
+            SessionLost: it is.
+        """
+        try:
+            yield
+        except UnknownSession as exc:
+            raise self._lost("is gone from") from exc
+
+    def _lost(self, what: str) -> SessionLost:
+        return SessionLost(
+            f"Session {self.spec.name!r}, of which worker {self._place.worker!r} held version {self.version}, {what} "
+            f"{self._writer.server}: the server restarted, or somebody removed it.",
+            remedy="Its optimizer state is lost, unless it was imported from a file: then call rejoin(), "
+            "else load your last checkpoint and call rejoin(state_dict).",
+            side="client",
+        )
