@@ -104,7 +104,7 @@ class Both:
         self.steps += 1
         link = self.ours._membership.link
         assert isinstance(link, HttpLink)
-        if link._overlapping._last is not None:
+        if link._overlapping._current is None and link._overlapping._last is not None:
             link._overlapping._last.join(WITHIN_S)
         how(self.here, self.ours, self.steps)
         how(self.there, self.theirs, self.steps)

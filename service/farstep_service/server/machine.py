@@ -18,7 +18,7 @@ _TOP_PAD = -2
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
-GARBAGE = (20_000, 10, 10)
+GARBAGE = (5_000, 5, 2)
 """How many more objects than are freed there may be before the collector looks at the young ones, and how often it
 looks at those before it looks at older ones."""
 
