@@ -9,58 +9,70 @@ import json
 import os
 import select
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from multiprocessing import get_context
 from typing import Any
 
 import pytest
 
-from farstep.consistency import Bounded, Consistency, Sync, longest_wait_s, to_options
+from farstep.consistency import Bounded, Consistency, Sync, longest_wait_s
 from farstep.conversation import Conversation
+from tests.client import training_process
+from tests.limits import Limit
 from tests.service.servers import RunningServer, running_server
 
 SAYS_WITHIN_S = 60.0
 SLACK_S = 1.0
-"""How long after the deadline everybody knows, by promise."""
+"""How long after the deadline everybody knows, by promise, on a machine that has time for all of them."""
+
+
+PROCESSES = get_context("forkserver")
+PROCESSES.set_forkserver_preload([training_process.__name__])  # where torch is imported, once for all workers
 
 
 class Process:
-    """A worker process; see `training_process`."""
+    """A worker process; see `training_process`.
 
-    def __init__(self, server: str, session: str, name: str, mode: Consistency) -> None:
-        self.name = name
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "tests.client.training_process",
-                server,
-                session,
-                name,
-                json.dumps(to_options(mode)),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+    Args:
+        server: where it trains.
+        session, name, mode: what it joins, as whom, and how.
+        company: the processes that its steps depend on; it adds itself.
+    """
+
+    def __init__(self, server: RunningServer, session: str, name: str, mode: Consistency, company: list[int]) -> None:
+        self.name, self._company = name, company
+        self._said, theirs = PROCESSES.Pipe(duplex=False)
         self._read = b""
+        arguments = (theirs, server.url, session, name, mode)
+        self._process = PROCESSES.Process(target=training_process.train, args=arguments, daemon=True)
+        self._process.start()
+        theirs.close()
+        company.append(self.pid)
+
+    @property
+    def pid(self) -> int:
+        """Return its number."""
+        assert self._process.pid is not None
+        return self._process.pid
 
     def line(self, within_s: float = SAYS_WITHIN_S) -> dict[str, Any]:
         """Return the next thing it says."""
-        assert self.process.stdout is not None
-        output, until = self.process.stdout.fileno(), time.monotonic() + within_s
+        limit = Limit(within_s, self._company)
         while b"\n" not in self._read:
-            ready, _, _ = select.select([output], [], [], max(0.0, until - time.monotonic()))
-            chunk = os.read(output, 65536) if ready else b""
-            assert chunk, f"{self.name} ended, or said nothing for {within_s:g} s"
-            self._read += chunk
+            left_s = limit.left_s()
+            ready, _, _ = select.select([self._said], [], [], left_s)
+            assert ready or left_s, f"{self.name} said nothing for {within_s:g} s"
+            self._read += self._chunk() if ready else b""
         first, _, self._read = self._read.partition(b"\n")
         said = json.loads(first)
         assert isinstance(said, dict)
         return said
+
+    def _chunk(self) -> bytes:
+        chunk = os.read(self._said.fileno(), 65536)
+        assert chunk, f"{self.name} ended"
+        return chunk
 
     def until(self, wanted: Callable[[dict[str, Any]], bool], within_s: float = SAYS_WITHIN_S) -> dict[str, Any]:
         """Return the first thing it says that is wanted; each must come within that time of the one before."""
@@ -70,22 +82,24 @@ class Process:
 
     def last_version(self) -> int:
         """Return the version of the last step that a killed worker has said anything of."""
-        assert self.process.stdout is not None
-        self._read += self.process.stdout.read()
+        while chunk := os.read(self._said.fileno(), 65536):
+            self._read += chunk
         *whole, _ = self._read.split(b"\n")
         return max(json.loads(line).get("version", 0) for line in whole) if whole else 0
 
     def send(self, number: int) -> None:
         """Send it a signal."""
-        self.process.send_signal(number)
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """Kill it, and wait until it is gone."""
+        self._process.kill()
+        self._process.join(30)
 
     def end(self) -> None:
-        """Kill it."""
-        self.process.kill()
-        self.process.wait(30)
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            stream.close()
+        """Kill it, and close what it spoke through."""
+        self.kill()
+        self._said.close()
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +113,10 @@ def server() -> Iterator[RunningServer]:
 def training(server: RunningServer, session: str, mode: Consistency, names: Sequence[str]) -> Iterator[list[Process]]:
     """Run worker processes that have all joined and begun to step."""
     with ExitStack() as stack:
-        processes = []
+        processes: list[Process] = []
+        company = [server.pid]
         for name in names:
-            process = Process(server.url, session, name, mode)
+            process = Process(server, session, name, mode, company)
             stack.callback(process.end)
             processes.append(process)
         for process in processes:
@@ -149,8 +164,7 @@ def test_a_worker_that_is_killed_stops_nobody(
 ) -> None:
     """After kill -9 the survivors' next steps come within lease or deadline plus a second, and go on coming."""
     with training(server, f"kill-{mode.mode}-{longest_s}-{mode.lease_s}", mode, ("w0", "w1", "w2")) as (w0, w1, w2):
-        w2.send(signal.SIGKILL)
-        w2.process.wait(30)
+        w2.kill()
         last = w2.last_version()
         for survivor in (w0, w1):
             survivor.until(lambda said: said.get("version", 0) > last + 30, longest_s + SLACK_S)
@@ -189,12 +203,11 @@ def test_a_barrier_that_nobody_completes_ends_for_all_and_the_place_is_taken(ser
     """Plain sync, one of three killed: the others get one answer at the deadline, and a fourth takes the place."""
     mode = Sync(workers=3, deadline_s=1.0, lease_s=60.0)
     with training(server, "barrier", mode, ("w0", "w1", "w2")) as (w0, w1, w2):
-        w2.send(signal.SIGKILL)
-        w2.process.wait(30)
+        w2.kill()
         for survivor in (w0, w1):
             said = survivor.until(lambda said: "error" in said, longest_wait_s(mode) + SLACK_S)
             assert said == {"error": "barrier_timeout"}
-        fourth = Process(server.url, "barrier", "w3", mode)
+        fourth = Process(server, "barrier", "w3", mode, [server.pid, w0.pid, w1.pid])
         try:
             for each in (w0, w1, fourth):
                 said = each.until(with_("w3"))
