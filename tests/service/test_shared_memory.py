@@ -117,7 +117,9 @@ def test_other_memory_is_refused(local: RunningServer, talk: Conversation, wrong
 
 
 @pytest.mark.parametrize(
-    "changes", [{"fd": 999_999}, {"pid": 2**31 - 1}, {"pid": 1}, {"pid": os.getppid()}, {"key": "0" * 32}], ids=str
+    "changes",
+    [{"fd": 999_999}, {"pid": 2**31 - 1}, {"pid": 1}, {"pid": os.getppid()}, {"key": "0" * 32}],
+    ids=["no such file", "no such process", "the first process", "another process", "another key"],
 )
 @pytest.mark.usefixtures("joined")
 def test_memory_that_is_not_where_it_is_said_to_be_is_refused(

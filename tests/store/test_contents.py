@@ -86,7 +86,7 @@ def test_state_can_be_taken_away(make: MakeStore):
         {"step": FlatBuffers(layout_of())},
         {"param": FlatBuffers(layout_of(((1,),)))},
     ],
-    ids=str,
+    ids=lambda contents: " ".join(f"{field} {value!r:.12}" for field, value in contents.items()),
 )
 def test_contents_that_do_not_fit_change_nothing(make: MakeStore, contents: dict[str, Any]):
     """Unknown fields, other layouts and impossible numbers are refused before anything is written."""
