@@ -25,8 +25,8 @@ install: $(INSTALLED) ## set up the virtual environment, as every target does by
 demo: $(INSTALLED) ## train on real digits with the optimizer in a server process (ARGS=--json)
 	$(BIN)/farstep demo $(ARGS)
 
-test: lint ## check style, types and floors, then run the tests (ARGS="-k wire" chooses)
-	$(BIN)/python -m pytest $(ARGS)
+test: lint ## check style, types and floors, then run the tests, two at a time (ARGS="-k wire" chooses, ARGS="-n 0" for one process)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 model: $(INSTALLED) ## try 10,000 runs of consistency modes against their reference model (EXAMPLES=100000 for more)
 	MODEL_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest tests/aggregation/test_network.py $(ARGS)

@@ -1,7 +1,24 @@
-"""Give every test the same surroundings, whoever starts pytest and from whichever shell."""
+"""Give every test the same surroundings, whoever starts pytest, from whichever shell and in however many processes.
 
+`make test` runs two processes (pytest-xdist), each of which takes whole files. What keeps them apart:
+
+    ports, sockets, sessions, tmp_path    the kernel's choice, or one for each process
+    compiled kernels                      built under a lock, named by their sources, put in place by renaming
+    memory of a process                   read of servers that the test's own file started
+    examples of hypothesis                files named by their contents
+    promises in fractions of a second     `alone`: no other test runs meanwhile, in any process of the run
+
+A test is `alone` if its limit is a promise to users and nearer to what the code needs than a busy neighbour can take.
+"""
+
+import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
+import pytest
+import xdist
 from hypothesis import settings
 
 # Two OpenMP threads on two busy cores spin while they wait. This must be set before the first import of torch.
@@ -14,3 +31,50 @@ for name in [name for name in os.environ if name.startswith("FARSTEP_") and name
 # A machine that is busy with other tests is not a reason to fail.
 settings.register_profile("farstep", deadline=None, print_blob=True)
 settings.load_profile("farstep")
+
+
+class Room:
+    """Where tests run: several at once, or one that is alone.
+
+    Who waits to be alone holds the door, so that those who come later wait behind it.
+
+    Args:
+        place: a directory that all processes of the run know.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self._door, self._room = (os.open(place / name, os.O_CREAT) for name in ("door", "room"))
+
+    @contextmanager
+    def entered(self, *, alone: bool) -> Iterator[None]:
+        """Be in the room until the end of the block."""
+        fcntl.flock(self._door, fcntl.LOCK_EX)
+        fcntl.flock(self._room, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(self._door, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._room, fcntl.LOCK_UN)
+
+
+ROOM = pytest.StashKey[Room]()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the files with tests that are alone at the end, so that few others wait for them."""
+    files = {item.path for item in items if item.get_closest_marker("alone")}
+    items.sort(key=lambda item: item.path in files)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Open the room, if there are several processes."""
+    if xdist.is_xdist_worker(session):
+        session.config.stash[ROOM] = Room(Path(session.config.option.basetemp).parent)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Run a test, its fixtures included, in the room; the time it waits at the door is not its own."""
+    room = item.config.stash.get(ROOM, None)
+    with room.entered(alone=item.get_closest_marker("alone") is not None) if room else nullcontext():
+        return (yield)

@@ -22,6 +22,8 @@ from tests.client import training_process
 from tests.limits import Limit
 from tests.service.servers import RunningServer, running_server
 
+pytestmark = pytest.mark.alone
+
 SAYS_WITHIN_S = 60.0
 SLACK_S = 1.0
 """How long after the deadline everybody knows, by promise, on a machine that has time for all of them."""

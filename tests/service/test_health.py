@@ -17,6 +17,8 @@ from tests.service.answers import MSGPACK, half_sent, read_head
 from tests.service.raw import RawClient, RawWorker, payload_of
 from tests.service.servers import RunningServer
 
+pytestmark = pytest.mark.alone
+
 ELEMENTS = 50_000_000
 ROUNDS = 3
 WITHIN_S = 0.1
