@@ -4,11 +4,11 @@
 
     ports, sockets, sessions, tmp_path    the kernel's choice, or one for each process
     compiled kernels                      built under a lock, named by their sources, put in place by renaming
-    memory of a process                   read of servers that the test's own file started
     examples of hypothesis                files named by their contents
-    promises in fractions of a second     `alone`: no other test runs meanwhile, in any process of the run
+    times and memory with narrow limits   `alone`: no other test runs meanwhile, in any process of the run
 
-A test is `alone` if its limit is a promise to users and nearer to what the code needs than a busy neighbour can take.
+A test is `alone` if its limit is a promise to users and nearer to what the code needs than a busy neighbour can take. A
+limit of a second within which processes have to be run counts what the machine gave to others (`tests/limits.py`).
 """
 
 import fcntl

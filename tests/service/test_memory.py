@@ -17,6 +17,8 @@ from tests.service.answers import MSGPACK, half_sent, opened, read_answer, read_
 from tests.service.raw import RawClient, RawWorker, payload_of
 from tests.service.servers import RunningServer
 
+pytestmark = pytest.mark.alone  # how many threads take memory at once depends on who else runs
+
 MIB = 1 << 20
 SIZE = 64 * MIB
 PARAMETERS = tuple(torch.zeros(SIZE // 16) for _ in range(4))

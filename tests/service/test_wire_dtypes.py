@@ -132,6 +132,7 @@ def test_a_step_that_is_skipped_is_answered_in_16_bits(worker: RawWorker) -> Non
     assert torch.equal(got, worker.pull()[1][2].bfloat16())
 
 
+@pytest.mark.alone
 def test_memory_of_conversions_is_counted_and_does_not_add_up(server: RunningServer, raw: RawClient) -> None:
     """Steps leave none behind; slow readers of one version share one, and when they go the next ones take no more."""
     parameters = tuple(torch.zeros(SIZE // 16) for _ in range(4))
