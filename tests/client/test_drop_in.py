@@ -19,7 +19,7 @@ from farstep.conversation import Conversation
 from farstep.errors import FarstepError, InvalidOption, UnknownSession
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.test_parity import BY_OPTIONS, NAMES, has, three_groups
+from tests.client.options import BY_OPTIONS, NAMES, has, three_groups
 from tests.client.twins import (
     Twins,
     check_parameters,

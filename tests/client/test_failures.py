@@ -23,19 +23,12 @@ from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
 from farstep.transport import SocketTransport
 from tests.client.twins import Twins, check_parameters, drawn, parameters
-from tests.faults import Network, Way, faulty
+from tests.faults import Network, Way
 from tests.service.servers import TOKEN, RunningServer, running_server
 
 SHAPES = [(3, 4), (5,)]
 SHORT_S = 1.0
 """Long enough for a busy machine to answer, short enough to wait for."""
-
-
-@pytest.fixture
-def network(server: RunningServer) -> Iterator[Network]:
-    """Put a network of our own in front of the server."""
-    with faulty(server.port) as between:
-        yield between
 
 
 def twins_at(url: str, **remote: object) -> Twins:

@@ -20,19 +20,12 @@ from farstep.staging import outgoing
 from farstep.transport import SocketTransport, Supply
 from farstep.wire.memory import TORCH_DTYPES
 from tests.client.twins import Twins, check_parameters, drawn, parameters
-from tests.faults import Network, faulty
+from tests.faults import Network
 from tests.service.servers import RunningServer
 
 SHAPES = [(3, 5), (1200, 1000), (0, 3), (), (900, 1000), (123, 321), (4,)]
 """A bit over 8 MB: large ones, and small, empty and scalar ones before and between them."""
 SHORT_S = 1.0
-
-
-@pytest.fixture
-def network(server: RunningServer) -> Iterator[Network]:
-    """Put a network of our own in front of the server."""
-    with faulty(server.port) as between:
-        yield between
 
 
 class Carrying(httpx.BaseTransport):

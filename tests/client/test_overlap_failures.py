@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -19,16 +19,10 @@ from farstep.foresight import STREAMED
 from farstep.overlap import BROKEN, OTHERS
 from farstep.transport import SocketTransport, Supply
 from tests.client.overlapping import Both, Net, backward, loss_of, plain, wait_until_sent
-from tests.faults import Network, Way, faulty
+from tests.faults import Network, Way
 from tests.service.servers import RunningServer, running_server
 
 Optimizer = torch.optim.Optimizer
-
-
-@pytest.fixture
-def network(server: RunningServer) -> Iterator[Network]:
-    with faulty(server.port) as between:
-        yield between
 
 
 class Deliberate(Exception):

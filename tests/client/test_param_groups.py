@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import pickle  # noqa: TID251  # what others do with an optimizer
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from typing import Any
@@ -19,9 +18,9 @@ from farstep.conversation import Conversation
 from farstep.errors import FarstepError, Fenced, InvalidOption, OptionsDiffer, SessionLost, Unavailable
 from farstep.optim import Adagrad, RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.test_parity import NAMES
+from tests.client.options import NAMES
 from tests.client.twins import Twins, check_equal, check_parameters, drawn, parameters, start_of
-from tests.faults import Network, faulty
+from tests.faults import Network
 from tests.service.servers import RunningServer, running_server
 
 LATE: dict[str, Any] = {"lr": 0.3, "weight_decay": 0.1}
@@ -38,13 +37,6 @@ def anywhere(request: pytest.FixtureRequest) -> RemoteOptions:
     running: RunningServer = request.getfixturevalue("server")
     private: RemoteOptions = {"kernel": "reference", "server": running.url}
     return private if request.param == "private" else named(running)
-
-
-@pytest.fixture
-def network(server: RunningServer) -> Iterator[Network]:
-    """Put a network of our own in front of the server."""
-    with faulty(server.port) as between:
-        yield between
 
 
 def named(server: RunningServer) -> RemoteOptions:

@@ -17,13 +17,10 @@ from farstep.errors import BarrierTimeout, FarstepError, NonFinite, SessionLost,
 from farstep.rounds import Rounds
 from farstep.settings import RemoteOptions
 from tests.client.rounds import EVERY, Simulation, Worker, diloco, local_sgd, model_of
-from tests.client.test_failures import network
-from tests.client.test_workers import shared, synced, threads
 from tests.client.twins import check_equal, check_parameters
+from tests.client.workers import synced
 from tests.faults import Network
 from tests.service.servers import RunningServer, running_server
-
-__all__ = ["network", "shared", "threads"]
 
 SHORT_S = 1.0
 

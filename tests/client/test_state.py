@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from torch import Tensor
@@ -15,37 +14,13 @@ from torch import Tensor
 from farstep.errors import FarstepError
 from farstep.optim import RemoteOptimizer
 from farstep.settings import RemoteOptions
-from farstep.transport import SocketTransport
-from tests.client.test_parity import NAMES
+from tests.client.counting import Counting
+from tests.client.options import NAMES
 from tests.client.twins import Twins, check_equal, check_states, check_value, drawn, parameters
 from tests.service.servers import RunningServer
 
 SHAPES = [(300, 40), (70,), ()]
 LARGE_BYTES = 4 * 300 * 40
-
-
-class Counting(httpx.BaseTransport):
-    """Carry requests and count the bytes of bodies in both directions."""
-
-    def __init__(self) -> None:
-        self._inner = SocketTransport()
-        self.moved = 0
-        self.paths: list[str] = []
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        response = self._inner.handle_request(request)
-        self.moved += int(request.headers.get("content-length", 0)) + int(response.headers.get("content-length", 0))
-        self.paths.append(request.url.raw_path.decode())
-        return response
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def during(self, call: Callable[[], object]) -> int:
-        """Return the bytes that a call moves."""
-        before = self.moved
-        call()
-        return self.moved - before
 
 
 @pytest.fixture

@@ -14,12 +14,10 @@ import farstep
 from farstep.errors import FarstepError, InvalidOption, TensorMismatch
 from farstep.optim import SGD, Adam, RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.test_workers import Worker, shared
 from tests.client.twins import Twins, check_equal, check_parameters, drawn, parameters
+from tests.client.workers import Worker
 from tests.service.servers import RunningServer
-from tests.session.test_averages import DECAY, averaged
-
-__all__ = ["shared"]
+from tests.session.averaged import DECAY, averaged
 
 
 class Averages:

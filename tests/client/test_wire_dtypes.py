@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from itertools import count
@@ -21,7 +21,7 @@ from farstep.optim import SGD, Adagrad, Adam
 from farstep.settings import NonFinitePolicy, RemoteOptions, resolve
 from farstep.wire.memory import TORCH_DTYPES
 from tests.client.twins import check_parameters, drawn, parameters, some_rows
-from tests.faults import Network, faulty
+from tests.faults import Network
 from tests.service.servers import RunningServer
 
 SHAPES: list[tuple[int, ...]] = [(7, 5), (5,), (), (0, 3), (2, 3, 4), (131,)]
@@ -97,13 +97,6 @@ def at(place: RemoteOptions, **changes: Any) -> RemoteOptions:
 def place(server: RunningServer) -> RemoteOptions:
     """Name a session of our own on the server."""
     return {"server": server.url, "session": f"wire-{next(FRESH)}", "kernel": "reference"}
-
-
-@pytest.fixture
-def network(server: RunningServer) -> Iterator[Network]:
-    """Put a network of our own in front of the server."""
-    with faulty(server.port) as between:
-        yield between
 
 
 @pytest.mark.parametrize("wire", [*WIRES, *ONE_WAY], ids=str)

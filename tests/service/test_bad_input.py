@@ -33,12 +33,6 @@ INTERNAL = ("Traceback", "internal error")
 
 
 @pytest.fixture(scope="module")
-def raw(server: RunningServer) -> Iterator[RawClient]:
-    with RawClient(server.url) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def session(raw: RawClient) -> RawWorker:
     """Return the one worker of a session that all of these bad requests are sent to."""
     return raw.begun("bad", parameters=PARAMETERS, groups=[{"lr": 0.1}])[0]
