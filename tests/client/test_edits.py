@@ -12,7 +12,7 @@ from farstep.edits import Edits
 from farstep.errors import Unavailable
 from farstep.optim import SGD, Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.counting import Counting
+from tests.client.carrying import Counting
 from tests.client.options import NAMES
 from tests.client.twins import Twins, check_parameters, drawn, parameters
 from tests.faults import Network

@@ -21,7 +21,7 @@ from farstep.conversation import Conversation
 from farstep.errors import FarstepError, InvalidRequest, NonFinite, SessionLost, Unauthorized, Unavailable
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from farstep.transport import SocketTransport
+from tests.client.carrying import Carrying
 from tests.client.twins import Twins, check_parameters, drawn, parameters
 from tests.faults import Network, Way
 from tests.service.servers import TOKEN, RunningServer, running_server
@@ -224,25 +224,14 @@ def test_edited_parameters_are_not_sent_twice(network: Network) -> None:
     twins.check()
 
 
-class Meddling(httpx.BaseTransport):
-    """Carry requests, and let a test have its way with pushes while it is `armed`."""
-
-    def __init__(self) -> None:
-        self._inner = SocketTransport()
-        self.armed = False
-
-    def close(self) -> None:
-        self._inner.close()
-
-
-class Interrupting(Meddling):
+class Interrupting(Carrying):
     """Interrupt the caller in place of a push's answer."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         if self.armed and request.url.path.endswith("/push"):
-            self._inner.handle_request(request).close()
+            super().handle_request(request).close()
             raise KeyboardInterrupt
-        return self._inner.handle_request(request)
+        return super().handle_request(request)
 
 
 def test_an_interrupt_from_the_keyboard_in_the_middle_of_a_step(server: RunningServer) -> None:
@@ -260,7 +249,7 @@ def test_an_interrupt_from_the_keyboard_in_the_middle_of_a_step(server: RunningS
     twins.check()
 
 
-class Late(Meddling):
+class Late(Carrying):
     """Keep the first push back and deliver it just before the next one, as a network with a long way round does."""
 
     kept: httpx.Request | None = None
@@ -275,10 +264,10 @@ class Late(Meddling):
                 raise httpx.ReadTimeout("nothing came back")
             if self.kept is not None and not self.delivered:
                 self.delivered = True
-                response = self._inner.handle_request(self.kept)
+                response = super().handle_request(self.kept)
                 response.read()
                 assert response.status_code == 200
-        return self._inner.handle_request(request)
+        return super().handle_request(request)
 
 
 def test_a_push_that_arrives_after_it_was_given_up(server: RunningServer) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from farstep.errors import FarstepError
 from farstep.optim import RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.counting import Counting
+from tests.client.carrying import Counting
 from tests.client.options import NAMES
 from tests.client.twins import Twins, check_equal, check_states, check_value, drawn, parameters
 from tests.service.servers import RunningServer

@@ -18,7 +18,7 @@ from farstep.conversation import Conversation
 from farstep.errors import BarrierTimeout, Fenced, OptionsDiffer, SessionFull, SessionLost
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from farstep.transport import SocketTransport
+from tests.client.carrying import Carrying
 from tests.client.twins import SHAPES, check_parameters, check_states, drawn, ours, parameters
 from tests.client.workers import LR, Reference, Worker, synced, together, waits
 
@@ -270,24 +270,17 @@ def test_options_of_a_worker_that_rejoins_are_its_own(shared: RemoteOptions, tal
 # -- pushes of unknown outcome at a barrier --------------------------------------------------------------------------
 
 
-class Impatient(httpx.BaseTransport):
+class Impatient(Carrying):
     """Interrupt the caller when a push has waited a moment, while `armed`."""
-
-    def __init__(self) -> None:
-        self._inner = SocketTransport()
-        self.armed = False
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         if self.armed and request.url.path.endswith("/push"):
             request.extensions["timeout"] = {**request.extensions["timeout"], "read": 0.1}
             try:
-                self._inner.handle_request(request)
+                super().handle_request(request)
             except httpx.ReadTimeout:
                 raise KeyboardInterrupt from None
-        return self._inner.handle_request(request)
-
-    def close(self) -> None:
-        self._inner.close()
+        return super().handle_request(request)
 
 
 @pytest.mark.parametrize("same", [True, False])

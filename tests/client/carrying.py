@@ -1,4 +1,4 @@
-"""A transport that counts what it carries."""
+"""Transports that carry requests to where they go, and that a test can see through or have its way with."""
 
 from __future__ import annotations
 
@@ -9,22 +9,37 @@ import httpx
 from farstep.transport import SocketTransport
 
 
-class Counting(httpx.BaseTransport):
-    """Carry requests and count the bytes of bodies in both directions."""
+class Carrying(httpx.BaseTransport):
+    """Carry requests as they are; who derives from it does something to some of them.
+
+    Attributes:
+        armed: whether it is to be done now.
+    """
 
     def __init__(self) -> None:
         self._inner = SocketTransport()
+        self.armed = False
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        return self._inner.handle_request(request)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+class Counting(Carrying):
+    """Count the bytes of bodies in both directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self.moved = 0
         self.paths: list[str] = []
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        response = self._inner.handle_request(request)
+        response = super().handle_request(request)
         self.moved += int(request.headers.get("content-length", 0)) + int(response.headers.get("content-length", 0))
         self.paths.append(request.url.raw_path.decode())
         return response
-
-    def close(self) -> None:
-        self._inner.close()
 
     def during(self, call: Callable[[], object]) -> int:
         """Return the bytes that a call moves."""
