@@ -8,6 +8,10 @@ import httpx
 
 from farstep.transport import SocketTransport
 
+UNEQUAL = [(300, 40), (70,), ()]
+LARGE_BYTES = 4 * 300 * 40
+"""What the first of these parameters has in a body; the others have next to nothing."""
+
 
 class Carrying(httpx.BaseTransport):
     """Carry requests as they are; who derives from it does something to some of them.

@@ -12,6 +12,9 @@ import torch
 
 from farstep.conversation import Conversation
 from farstep.settings import RemoteOptions
+from tests.client.carrying import UNEQUAL, Counting
+from tests.client.overlapping import Both
+from tests.client.twins import Twins, drawn
 from tests.faults import Network, faulty
 from tests.service.plain import plain_server
 from tests.service.servers import RunningServer, running_server
@@ -81,3 +84,25 @@ def network(server: RunningServer) -> Iterator[Network]:
     """Put a network of our own in front of the server."""
     with faulty(server.port) as between:
         yield between
+
+
+@pytest.fixture
+def both(server: RunningServer) -> Iterator[Both]:
+    both = Both(server.url)
+    yield both
+    both.ours.close()
+
+
+@pytest.fixture
+def transport() -> Counting:
+    """Carry and count what an optimizer sends and receives."""
+    return Counting()
+
+
+@pytest.fixture
+def counted(server: RunningServer, transport: Counting) -> Twins:
+    """Return an Adamax on the server whose bytes are counted, and torch's, after two steps."""
+    place: RemoteOptions = {"server": server.url, "kernel": "reference", "transport": transport}
+    twins = Twins("Adamax", {}, place, start=drawn(0, UNEQUAL))
+    twins.train(2)
+    return twins

@@ -7,10 +7,7 @@ import inspect
 import pytest
 from torch import Tensor
 
-from tests.client.twins import (
-    Group,
-    theirs,
-)
+from tests.client.twins import Group, theirs
 from tests.parity.cases import STEPPED, usual_options
 
 NAMES = list(STEPPED)

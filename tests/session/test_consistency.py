@@ -19,18 +19,7 @@ from farstep_service.gradients import Contribution
 from farstep_service.session import Session
 from farstep_service.session.staleness import compensate_, weigh_
 from farstep_service.store import FlatBuffers
-from tests.session.writers import (
-    Twin,
-    Writer,
-    equal,
-    error,
-    mean_of,
-    new_session,
-    parameters,
-    receipt,
-    started,
-    values,
-)
+from tests.session.writers import Twin, Writer, equal, error, mean_of, new_session, parameters, receipt, started, values
 
 # -- sync ------------------------------------------------------------------------------------------------------------
 
