@@ -150,6 +150,29 @@ def test_an_edit_before_is_still_an_edit_after(place: RemoteOptions) -> None:
     assert ps[0].ne(0).all()
 
 
+def test_what_is_written_inside_is_lost(place: RemoteOptions) -> None:
+    """It is written into the average's copy, and neither into the parameters nor into the session's average."""
+    ps, optimizer = trained(place, ema=DECAY)
+    before, average = bits(ps), bits(optimizer.pull_view("ema"))
+    with torch.no_grad(), optimizer.swap_to("ema"):
+        for p in ps:
+            p.fill_(7.0)
+    assert bits(ps) == before
+    assert bits(optimizer.pull_view("ema")) == average
+
+
+def test_a_copy_begins_another_average(place: RemoteOptions) -> None:
+    """Its first step's parameters begin it; the original's goes on as if there were no copy."""
+    ps, optimizer = trained(place, ema=DECAY)
+    average = bits(optimizer.pull_view("ema"))
+    copied = copy.deepcopy(optimizer)
+    others = copied.param_groups[0]["params"]
+    assert bits(copied.pull_view("ema")) == bits(others) == bits(ps)
+    step(others, copied, 4)
+    assert bits(copied.pull_view("ema")) == bits(others)
+    assert bits(optimizer.pull_view("ema")) == average
+
+
 def test_asgd_has_its_own_average(place: RemoteOptions) -> None:
     """`ax` is a view without any option, and torch's; a parameter without steps has itself."""
     twins = Twins("ASGD", {"lr": 0.1, "t0": 1.0, "lambd": 0.1}, place)

@@ -163,6 +163,21 @@ def test_a_session_may_grow_between_rounds() -> None:
     assert equal(parameters(session), twin.step(mean_of(*rounds)))
 
 
+@pytest.mark.parametrize("field", ["param", "sum"])
+def test_what_is_written_between_rounds_leaves_what_was_accumulated(field: str) -> None:
+    """The step is taken from the parameters and the state that are there then, along the mean of all rounds."""
+    session = new_session(accumulate=2)
+    (writer,) = begun(session)
+    twin = Twin(parameters(session))
+    fresh = [each.abs() for each in values(session, 7)[:3]]
+    writer.push(values(session, 1))
+    writer.put({field: fresh}, segments=[0, 3])
+    for parameter, written_one in zip(twin.parameters, fresh, strict=False):
+        (parameter if field == "param" else twin.optimizer.state[parameter]["sum"]).copy_(written_one)
+    writer.push(values(session, 2))
+    assert equal(parameters(session), twin.step(mean_of(values(session, 1), values(session, 2))))
+
+
 def test_a_last_round_that_is_refused_leaves_the_others() -> None:
     """It failed, so its sequence is free; another push in its place completes the same step."""
     session = new_session(accumulate=2)

@@ -113,6 +113,24 @@ def test_parameters_that_are_added_are_averaged_from_then_on() -> None:
     assert equal(averages(session), [*twin.averages, torch.lerp(late, moved, 1 - DECAY)])
 
 
+@pytest.mark.parametrize("some", [[0, 4], [1, 3]])
+def test_parameters_that_are_written_move_the_average_with_the_next_step(some: list[int]) -> None:
+    """Writing is no step: the average stays until one is taken, and then follows what is there."""
+    session = new_session(ema=DECAY)
+    (writer,) = begun(session)
+    twin = Averaged(parameters(session))
+    writer.push(values(session, 1))
+    twin.step(values(session, 1))
+    fresh = values(session, 5)[slice(*some)]
+    writer.put({"param": fresh}, segments=some)
+    assert equal(averages(session), twin.averages)
+    for parameter, written_one in zip(twin.parameters[slice(*some)], fresh, strict=True):
+        parameter.copy_(written_one)
+    writer.push(values(session, 2))
+    assert equal(parameters(session), twin.step(values(session, 2)))
+    assert equal(averages(session), twin.averages)
+
+
 def test_the_average_can_be_written() -> None:
     """Some of it or all, alone or with parameters; written alone it changes neither these nor the version."""
     session = new_session(ema=DECAY)

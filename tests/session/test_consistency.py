@@ -187,6 +187,19 @@ def test_what_the_kept_versions_cost_is_counted_and_given_back() -> None:
     assert session.nbytes()["versions"] == 0
 
 
+def test_workers_at_one_version_share_what_is_kept_of_it() -> None:
+    """However many were sent a version, it is kept once while they compute on it."""
+    names = tuple(f"w{index}" for index in range(6))
+    session, writers, _ = started(Async(delay_compensation=0.1), *names)
+    for writer in writers:
+        received(session, writer)
+    for seed in range(2):
+        writers[0].push(values(session, seed))
+        received(session, writers[0])
+    kept = session.nbytes()
+    assert 0 < kept["versions"] <= 2 * kept["parameters"]
+
+
 def test_a_gradient_of_parameters_that_nobody_keeps_is_stale() -> None:
     """Without them there is nothing to compensate with: it is answered, not applied, and never in silence."""
     session, (w0, w1, _), twin = started(Async(delay_compensation=0.1))
