@@ -15,6 +15,7 @@ from farstep.wire.tensor_file import MAX_HEAD_BYTES, MAX_TENSORS
 from farstep_service.aggregation.members import FORGOTTEN_AFTER_S, LAPSED_KEPT
 from farstep_service.launch import Plan
 from farstep_service.settings import Settings
+from farstep_service.store.decider import WORTH_A_KERNEL
 
 ROOT = Path(__file__).parents[2]
 HOURS = {3600.0: "an hour"}
@@ -27,6 +28,7 @@ HOURS = {3600.0: "an hour"}
         ("README.md", f"`farstep.Sync(workers=N, deadline_s={Sync(workers=2).deadline_s:.0f})`"),
         ("docs/launch.md", f"`--max-restarts` | {Plan(command=('x',)).max_restarts} (torchrun: 0)"),
         ("docs/optimizers.md", f"From {LARGE_BYTES >> 20} MiB of gradients on"),
+        ("docs/optimizers.md", f"a session of {WORTH_A_KERNEL:,} parameters or more in one piece"),
         ("docs/overlap.md", f"gradients of less than {LEAST_BYTES >> 10} KiB together go in `step()`"),
         ("docs/overlap.md", f"does without for {PAUSE_STEPS} steps"),
         ("docs/overlap.md", f"A server waits {Settings().idle_body_s:.0f} s for the next byte."),
