@@ -84,6 +84,20 @@ def test_who_returns_with_a_gradient_within_the_bound_is_heard() -> None:
     assert table.push("w1", 13.0, base=0) == [Step(("w1",))]
 
 
+def test_who_has_been_heard_again_is_as_the_others() -> None:
+    """Only the first gradient after a pause may be stale: later ones missed what was allowed when it was allowed."""
+    table = Table(Bounded(staleness=0, lease_s=10))
+    for now in (5.0, 12.0):
+        table.push("w0", now)
+        table.push("w2", now)
+    assert table.push("w1", 13.0, base=0) == [Step(("w1",))]
+    assert table.push("w0", 14.0) == [Step(("w0",))]
+    assert table.push("w2", 14.0) == [Step(("w2",))]
+    for other in ("w0", "w2"):
+        table.leave(other)
+    assert table.push("w1", 15.0, base=5) == [Step(("w1",))]
+
+
 @given(
     staleness=st.integers(0, 2),
     workers=st.integers(1, 4),
