@@ -3,57 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import permutations
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from farstep.consistency import Async, Bounded, Consistency, Sync, from_options, to_options
-from farstep.errors import IdempotencyMismatch, InvalidOption, SessionFull
+from farstep.errors import InvalidOption
 from farstep.messages import WriteName
 from farstep.receipt import Receipt
-from farstep_service.aggregation import Abort, Decision, Ledger, Pushed, Refuse, Rounds, Skip, Step
-from farstep_service.aggregation.members import FORGOTTEN_AFTER_S, LAPSED_KEPT
-
-NAMES = ("w0", "w1", "w2")
-
-
-class Table:
-    """The rounds of a mode, its members, and a version that counts steps."""
-
-    def __init__(self, mode: Consistency, workers: Sequence[str] = NAMES) -> None:
-        self.ledger, self.version = Ledger(), 0
-        self.rounds = Rounds(mode, self.ledger)
-        for worker in workers:
-            self.join(worker)
-
-    def join(self, worker: str, now: float = 0.0) -> None:
-        self.rounds.joined(worker, self.ledger.join(worker), now)
-
-    def leave(self, worker: str) -> None:
-        self.rounds.left(worker)
-        self.ledger.forget(worker)
-
-    def push(self, worker: str, now: float = 0.0, *, base: int | None = None, skip: bool = False) -> list[Decision]:
-        """Push, and return what that decides."""
-        name = WriteName(worker, self.ledger.epoch(worker), self.ledger.last(worker) + 1)
-        self.rounds.heard(worker, now)
-        self.rounds.offer(Pushed(name, "", self.version if base is None else base, skip), now)
-        return self.tick(now)
-
-    def tick(self, now: float) -> list[Decision]:
-        """Let time pass, and return what that decides."""
-        decisions = []
-        while (decided := self.rounds.decide(self.version, now)) is not None:
-            decision, pushes = decided
-            decisions.append(decision)
-            if not isinstance(decision, Abort):
-                self.version += isinstance(decision, Step)
-                self.receipts = self.rounds.commit(decision, pushes, decision.told(self.version))
-        return decisions
-
+from farstep_service.aggregation import Abort, Refuse, Skip, Step
+from tests.aggregation.table import NAMES, Table
 
 # -- async -----------------------------------------------------------------------------------------------------------
 
@@ -234,175 +193,6 @@ def test_live_goes_on_when_the_last_one_awaited_leaves() -> None:
     table.leave("w1")
     assert table.tick(0.0) == [Step(("w0",))]
     assert table.push("w0") == [Step(("w0",))]
-
-
-# -- bounded ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("staleness", [0, 1, 3])
-def test_nobody_runs_further_ahead_than_the_bound(staleness: int) -> None:
-    """A worker alone completes staleness + 1 steps, waits, and goes on as soon as the slowest has completed one."""
-    table = Table(Bounded(staleness=staleness), ("w0", "w1"))
-    for _ in range(staleness + 1):
-        assert table.push("w0") == [Step(("w0",))]
-    assert table.push("w0") == []
-    assert table.push("w1") == [Step(("w1",)), Step(("w0",))]
-
-
-@pytest.mark.parametrize("how", ["leaves", "lapses"])
-def test_the_slowest_is_not_waited_for_any_more_when_it_goes(how: str) -> None:
-    """Whoever waited for it goes on at once, be it that it left or that its lease ran out."""
-    table = Table(Bounded(staleness=0, lease_s=10), ("w0", "w1"))
-    table.push("w0", 1.0)
-    table.push("w0", 2.0)
-    assert table.rounds.deadline == 10.0
-    if how == "leaves":
-        table.leave("w1")
-    assert table.tick(10.0) == [Step(("w0",))]
-
-
-def test_a_push_that_waits_too_long_is_given_up_and_told_for_whom_it_waited() -> None:
-    """Nothing is applied, nobody else is concerned, and the slow worker keeps its lease."""
-    table = Table(Bounded(staleness=0, deadline_s=5, lease_s=100))
-    table.push("w0", 0.0)
-    table.push("w1", 0.0)
-    table.push("w0", 1.0)
-    table.push("w1", 2.0)
-    assert table.tick(6.0) == [Abort(("w0",), 2, ("w2",))]
-    assert table.version == 2
-    assert table.push("w2", 6.5) == [Step(("w2",)), Step(("w1",))]
-
-
-def test_who_joins_begins_with_the_slowest() -> None:
-    """A newcomer neither holds the others back at once nor runs ahead of them."""
-    table = Table(Bounded(staleness=0), ("w0", "w1"))
-    for _ in range(3):
-        table.push("w0")
-        table.push("w1")
-    table.join("w9")
-    assert table.push("w0") == [Step(("w0",))]
-    assert table.push("w9") == [Step(("w9",))]
-    assert table.push("w9") == []
-    assert table.push("w1") == [Step(("w1",)), Step(("w9",))]
-
-
-def test_who_returns_after_its_lease_is_answered_with_what_to_do() -> None:
-    """A gradient that misses more than the bound is consumed, not applied; the next one counts, from the slowest on."""
-    table = Table(Bounded(staleness=0, lease_s=10), ("w0", "w1"))
-    for now in (5.0, 12.0, 13.0, 14.0):
-        assert table.push("w0", now) == [Step(("w0",))]
-    assert table.push("w1", 15.0, base=0) == [Refuse("w1", "stale")]
-    assert [each.reason for each in table.receipts.values()] == ["stale"]
-    assert table.push("w1", 15.0) == [Step(("w1",))]
-
-
-def test_who_returns_when_nobody_else_is_live_waits_for_nobody() -> None:
-    """A worker that is ahead of others who are gone takes its steps."""
-    table = Table(Bounded(staleness=0, lease_s=10), ("w0", "w1"))
-    table.push("w0")
-    table.tick(20.0)
-    assert table.push("w0", 20.0) == [Step(("w0",))]
-
-
-def test_who_returns_with_a_gradient_within_the_bound_is_heard() -> None:
-    """A pause alone makes no gradient stale."""
-    table = Table(Bounded(staleness=0, lease_s=10), ("w0", "w1"))
-    table.push("w0", 5.0)
-    table.push("w0", 12.0)
-    assert table.push("w1", 13.0, base=0) == [Step(("w1",))]
-
-
-@given(
-    staleness=st.integers(0, 2),
-    workers=st.integers(1, 4),
-    order=st.lists(st.integers(0, 3), max_size=200),
-)
-def test_no_gradient_misses_more_steps_than_the_bound_says(staleness: int, workers: int, order: list[int]) -> None:
-    """Workers that compute on what they last received, in any order: staleness stays within `Bounded.bound`."""
-    mode = Bounded(staleness=staleness)
-    names = NAMES[:workers] if workers < 4 else (*NAMES, "w3")
-    table = Table(mode, names)
-    bases = dict.fromkeys(names, 0)
-    for which in order:
-        worker = names[which % len(names)]
-        if worker in table.rounds:
-            continue
-        before = table.version
-        for number, decision in enumerate(table.push(worker, base=bases[worker])):
-            assert isinstance(decision, Step)
-            (who,) = decision.workers
-            assert before + number - bases[who] <= mode.bound(len(names))
-            bases[who] = before + number + 1
-
-
-# -- members ---------------------------------------------------------------------------------------------------------
-
-
-def test_places_count_live_workers_only() -> None:
-    """A full session has no place; the first by name whose lease ran out loses its own to a newcomer."""
-    members = Table(Sync(workers=3, lease_s=10)).rounds.members
-    with pytest.raises(SessionFull, match="w0, w1, w2"):
-        members.make_room("w3")
-    members.heard("w0", 5.0)
-    members.sweep(10.0)
-    assert members.make_room("w1") == []
-    assert members.make_room("w3") == ["w1"]
-
-
-def test_those_who_lapsed_long_ago_are_forgotten() -> None:
-    """After an hour, or when very many have lapsed, the first to lapse is as if it had left."""
-    members = Table(Async(lease_s=10)).rounds.members
-    members.heard("w0", 5.0)
-    members.sweep(10.0)
-    assert members.forgotten(FORGOTTEN_AFTER_S) == []
-    assert members.forgotten(10.0 + FORGOTTEN_AFTER_S) == ["w1", "w2"]
-    many = Table(Async(lease_s=10), [f"w{number}" for number in range(LAPSED_KEPT + 2)]).rounds.members
-    many.sweep(10.0)
-    assert many.forgotten(10.0) == ["w0", "w1"]
-
-
-def test_a_forgotten_page_never_lets_an_old_epoch_in() -> None:
-    """One number is kept of all pages that were: whoever comes back begins above it."""
-    table = Table(Async(), ("w0", "w1"))
-    for _ in range(3):
-        table.leave("w0")
-        table.join("w0")
-    assert table.ledger.epoch("w0") == 4
-    table.leave("w0")
-    table.leave("w1")
-    assert len(table.ledger) == 0
-    table.join("w1")
-    assert table.ledger.epoch("w1") == 5
-
-
-# -- switching -------------------------------------------------------------------------------------------------------
-
-
-def test_pushes_that_wait_are_offered_to_the_next_mode() -> None:
-    """Each gets one outcome: from sync to async all become steps, in the order of names."""
-    table = Table(Sync(workers=3))
-    table.push("w2")
-    table.push("w0")
-    table.rounds.switch(Async(), 1.0)
-    assert table.tick(1.0) == [Step(("w0",)), Step(("w2",))]
-    assert table.rounds.deadline is None
-
-
-def test_a_deadline_begins_anew_in_the_next_mode() -> None:
-    """Whoever waits on is not given up because of time that passed in another mode."""
-    table = Table(Sync(workers=3, deadline_s=10))
-    table.push("w0", 1.0)
-    table.rounds.switch(Sync(workers=3, deadline_s=5), 9.0)
-    assert table.rounds.deadline == 14.0
-
-
-def test_another_push_of_a_worker_that_waits_is_refused() -> None:
-    """A worker has one push waiting at most."""
-    table = Table(Sync(workers=2))
-    table.push("w0")
-    assert table.rounds.holds(WriteName("w0", 1, 1), "")
-    with pytest.raises(IdempotencyMismatch):
-        table.rounds.holds(WriteName("w0", 1, 1), "other")
 
 
 # -- options ---------------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from farstep.conversation import Conversation
-from farstep.transport import SocketTransport
 from farstep_service.bench import PARTS, Workload
 from farstep_service.bench.steps import opened
 from farstep_service.cli.bench import PARTS_TOLD
 from farstep_service.cli.program import program
+from tests.client.carrying import Carrying
 from tests.service.servers import TOKEN, RunningServer, farstep, running_server
 
 SMALL = ("--parameters", "100k", "--tensors", "4", "--steps", "5", "--wait", "0")
@@ -146,20 +146,13 @@ def test_an_interrupted_run_leaves_no_session(
     assert output == ""
 
 
-class StopsAfterJoining(httpx.BaseTransport):
+class StopsAfterJoining(Carrying):
     """Interrupt the caller when the answer to the first request, which creates a session, is there."""
-
-    def __init__(self) -> None:
-        self._inner = SocketTransport()
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         """Ask, and do not tell."""
-        self._inner.handle_request(request).read()
+        super().handle_request(request).read()
         raise KeyboardInterrupt
-
-    def close(self) -> None:
-        """Close the connection."""
-        self._inner.close()
 
 
 def test_a_session_whose_creation_was_interrupted_is_removed(talk: Conversation) -> None:

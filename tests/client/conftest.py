@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 import torch
 
 from farstep.conversation import Conversation
 from farstep.settings import RemoteOptions
+from tests.client.carrying import UNEQUAL, Counting
+from tests.client.overlapping import Both
+from tests.client.twins import Twins, drawn
+from tests.faults import Network, faulty
 from tests.service.plain import plain_server
 from tests.service.servers import RunningServer, running_server
 
@@ -51,3 +58,51 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+FRESH = itertools.count()
+
+
+@pytest.fixture
+def shared(server: RunningServer, talk: Conversation) -> Iterator[RemoteOptions]:
+    """Name a session of our own on the server, and remove it afterwards."""
+    name = f"shared-{next(FRESH)}"
+    yield {"server": server.url, "session": name, "kernel": "reference"}
+    if any(each["name"] == name for each in httpx.get(f"{server.url}/v1/sessions", trust_env=False).json()):
+        talk.control("DELETE", f"/v1/sessions/{name}")
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    """Run what blocks beside the test."""
+    with ThreadPoolExecutor(max_workers=8) as executor:
+        yield executor
+
+
+@pytest.fixture
+def network(server: RunningServer) -> Iterator[Network]:
+    """Put a network of our own in front of the server."""
+    with faulty(server.port) as between:
+        yield between
+
+
+@pytest.fixture
+def both(server: RunningServer) -> Iterator[Both]:
+    both = Both(server.url)
+    yield both
+    both.ours.close()
+
+
+@pytest.fixture
+def transport() -> Counting:
+    """Carry and count what an optimizer sends and receives."""
+    return Counting()
+
+
+@pytest.fixture
+def counted(server: RunningServer, transport: Counting) -> Twins:
+    """Return an Adamax on the server whose bytes are counted, and torch's, after two steps."""
+    place: RemoteOptions = {"server": server.url, "kernel": "reference", "transport": transport}
+    twins = Twins("Adamax", {}, place, start=drawn(0, UNEQUAL))
+    twins.train(2)
+    return twins

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -121,3 +122,12 @@ class Both:
         check_parameters([*self.here.parameters()], [*self.there.parameters()])
         check_states(self.ours.state_dict(), self.theirs.state_dict())
         assert self.ours.version == (self.steps if versions is None else versions)
+
+
+def hooks_of(network: nn.Module) -> int:
+    """Return how many hooks there are on the parameters."""
+    return sum(len(p._post_accumulate_grad_hooks or ()) for p in network.parameters())
+
+
+def senders() -> list[threading.Thread]:
+    return [each for each in threading.enumerate() if each.name.startswith("farstep-push")]

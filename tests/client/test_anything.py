@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 from torch import Tensor
 
 from farstep.settings import RemoteOptions
-from tests.client.test_parity import NAMES
+from tests.client.options import NAMES
 from tests.client.twins import Twins, check_parameters, drawn, gradients_of, parameters
 
 SHAPES = ((4, 3), (6, 2), (5, 5))

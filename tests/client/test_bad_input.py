@@ -17,7 +17,7 @@ from farstep.conversation import Conversation
 from farstep.errors import FarstepError, InvalidOption, TensorMismatch
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.test_parity import NAMES, has
+from tests.client.options import NAMES, has
 from tests.client.twins import Twins, check_equal, drawn, ours, parameters, theirs
 
 NAN = float("nan")

@@ -12,7 +12,7 @@ import torch
 import farstep
 from farstep.consistency import Consistency, to_options
 from farstep.conversation import Conversation
-from farstep.errors import InvalidOption, OptionsDiffer
+from farstep.errors import InvalidOption, OptionsDiffer, Unavailable
 from farstep.optim import SGD
 from farstep.settings import RemoteOptions
 from tests.service.servers import RunningServer
@@ -145,6 +145,23 @@ def test_a_switch_is_learned_by_all_workers(shared: RemoteOptions, talk: Convers
     assert not second.optimizer.rejoin()
     with pytest.raises(OptionsDiffer, match="Sync"):
         Worker(shared, "w2", farstep.Async())
+
+
+def test_a_worker_that_did_not_know_of_a_switch_may_have_less_patience(
+    shared: RemoteOptions, talk: Conversation
+) -> None:
+    """Its step, which waits for others now, ends with its own `timeout_s`; tried again it joins the push that waits."""
+    first = Worker(shared, "w0", farstep.Async())
+    second = Worker({**shared, "timeout_s": 0.5}, "w1", farstep.Async())
+    first.optimizer.set_consistency(farstep.Sync(workers=2, deadline_s=30.0))
+    with pytest.raises(Unavailable):
+        second.step(3.0)
+    second.waits(talk)
+    assert second.value == 0.0
+    assert first.step(1.0).contributors == ("w0", "w1")
+    report = second.step(3.0)
+    assert (report.version, report.contributors, report.duplicate) == (1, ("w0", "w1"), True)
+    assert second.value == first.value == -2.0
 
 
 def test_a_private_session_switches_too(place: RemoteOptions) -> None:

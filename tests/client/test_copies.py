@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import pickle  # noqa: TID251  # what others do with an optimizer
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -17,19 +15,10 @@ from farstep.conversation import Conversation
 from farstep.errors import FarstepError, Unauthorized, UnknownSession
 from farstep.optim import Adagrad, RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.test_parity import NAMES, three_groups
+from tests.client.copies import WAYS, Copy, pickled
+from tests.client.options import NAMES, three_groups
 from tests.client.twins import Twins, check_parameters, check_states, drawn, gradients_of, parameters
 from tests.service.servers import TOKEN, RunningServer, running_server
-
-Copy = Callable[[Any], Any]
-
-
-def pickled(thing: Any) -> Any:
-    """Return what comes out of a pickle."""
-    return pickle.loads(pickle.dumps(thing))
-
-
-WAYS = pytest.mark.parametrize("copied", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import inspect
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,20 +14,11 @@ from torch.optim import lr_scheduler
 
 import farstep
 from farstep.conversation import Conversation
-from farstep.errors import FarstepError, InvalidOption, UnknownSession
+from farstep.errors import InvalidOption
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.test_parity import BY_OPTIONS, NAMES, has, three_groups
-from tests.client.twins import (
-    Twins,
-    check_parameters,
-    check_states,
-    drawn,
-    ours,
-    parameters,
-    theirs,
-)
-from tests.service.servers import RunningServer
+from tests.client.options import NAMES, has, three_groups
+from tests.client.twins import Twins, check_parameters, check_states, drawn, ours, parameters, theirs
 
 # -- the class -------------------------------------------------------------------------------------------------------
 
@@ -306,158 +295,4 @@ def test_schedules_work_as_with_torch(name: str, schedule: str, place: RemoteOpt
         for each in schedules:
             each.step(*([1.0] if schedule == "ReduceLROnPlateau" else []))
     assert schedules[0].get_last_lr() == schedules[1].get_last_lr()
-    twins.check()
-
-
-# -- state -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("name", "options"), BY_OPTIONS)
-def test_training_goes_on_in_torch_and_comes_back(name: str, options: dict[str, Any], place: RemoteOptions) -> None:
-    """A state_dict of ours loads into torch's and one of torch's into ours, and both go on bit for bit."""
-    twins = Twins(name, options, place)
-    twins.train(3)
-    away = Twins(name, options, place, start=twins.here)
-    away.theirs.load_state_dict(twins.ours.state_dict())
-    away.ours.load_state_dict(twins.theirs.state_dict())
-    check_states(away.ours.state_dict(), twins.theirs.state_dict())
-    for seed in range(4, 9):
-        for each in (twins, away):
-            each.step(each.drawn(seed))
-    check_parameters(away.here, twins.there)
-    check_parameters(away.there, twins.there)
-    away.check()
-    check_states(away.ours.state_dict(), twins.theirs.state_dict())
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_state_of_a_fresh_optimizer_is_torchs(name: str, place: RemoteOptions) -> None:
-    """Before the first step only Adagrad has state; a state without any loads, and takes what was there away."""
-    twins = Twins(name, {}, place)
-    twins.check()
-    fresh = copy.deepcopy(twins.theirs.state_dict())
-    twins.train(2)
-    twins.ours.load_state_dict(fresh)
-    check_states(twins.ours.state_dict(), Twins(name, {}, place).theirs.state_dict())
-
-
-def test_a_state_dict_stays_as_it_was_given(place: RemoteOptions) -> None:
-    """Later steps do not change the tensors of a state_dict, nor take them away."""
-    twins = Twins("Adamax", {}, place)
-    twins.train(2)
-    given = twins.ours.state_dict()
-    kept = [value.clone() for value in given["state"][0].values()]
-    twins.train(2, first=3)
-    for value, before in zip(given["state"][0].values(), kept, strict=True):
-        assert torch.equal(value, before)
-
-
-def test_parameters_that_never_had_a_gradient_have_no_state(place: RemoteOptions) -> None:
-    """State belongs to parameters that took a step, before and after it was loaded."""
-    twins = Twins("Adadelta", {}, place)
-    for seed in (1, 2):
-        twins.step([g if index % 2 else None for index, g in enumerate(drawn(seed))])
-    twins.check()
-    twins.ours.load_state_dict(twins.theirs.state_dict())
-    twins.check()
-    twins.train(3, first=3)
-    twins.check()
-
-
-def test_older_forms_of_state_load(place: RemoteOptions) -> None:
-    """step, eta and mu as Python numbers, as torch had them before 2.0, mean the same."""
-    twins = Twins("ASGD", {"t0": 1}, place)
-    twins.train(3)
-    old = copy.deepcopy(twins.theirs.state_dict())
-    for own in old["state"].values():
-        own.update({key: own[key].item() for key in ("step", "eta", "mu")})
-    twins.ours.load_state_dict(old)
-    twins.train(3, first=4)
-    check_parameters(twins.here, twins.there)
-
-
-def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(place: RemoteOptions) -> None:
-    """Another count of groups or parameters, another optimizer's state, another shape: a ValueError, and all stays."""
-    twins = Twins("Adagrad", {"lr": 0.1}, place)
-    twins.train(2)
-    fewer = theirs("Adagrad")(parameters(drawn(0)[:2])).state_dict()
-    groups = theirs("Adagrad")(three_groups(parameters(drawn(0)))).state_dict()
-    stranger = Twins("Adamax", {"lr": 0.7}, place)
-    stranger.train(1)
-    shaped = twins.theirs.state_dict()
-    shaped = {**shaped, "param_groups": [{**shaped["param_groups"][0], "lr": 0.7}]}
-    shaped["state"] = {**shaped["state"], 1: {**shaped["state"][1], "sum": torch.ones(6)}}
-    for bad in (fewer, groups, stranger.theirs.state_dict(), shaped):
-        with pytest.raises(ValueError, match="loaded state dict"):
-            twins.ours.load_state_dict(bad)
-        twins.check()
-    twins.train(2, first=3)
-    twins.check()
-
-
-# -- the end ---------------------------------------------------------------------------------------------------------
-
-
-def test_a_closed_optimizer_says_so(place: RemoteOptions) -> None:
-    """After close() whatever needs the session is refused in words, and closing again is nothing."""
-    twins = Twins("Adagrad", {}, place)
-    twins.train(1)
-    state = twins.ours.state_dict()
-    twins.ours.close()
-    twins.ours.close()
-    calls: list[Callable[[], object]] = [
-        twins.ours.step,
-        twins.ours.pull,
-        twins.ours.state_dict,
-        twins.ours.rejoin,
-        lambda: twins.ours.load_state_dict(state),
-    ]
-    for call in calls:
-        with pytest.raises(FarstepError, match="was closed"):
-            call()
-    check_parameters(twins.here, twins.there)
-
-
-def test_a_private_session_goes_with_its_optimizer(server: RunningServer, talk: Conversation) -> None:
-    """An optimizer that nobody holds any more takes its private session away from the server."""
-    optimizer = Adagrad(parameters(drawn(0)), server=server.url)
-    path = f"/v1/sessions/{optimizer.session}"
-    assert talk.control("GET", path)["initialised"]
-    del optimizer
-    gc.collect()
-    with pytest.raises(UnknownSession):
-        talk.control("GET", path)
-
-
-def test_a_named_session_stays_when_its_workers_leave(server: RunningServer, talk: Conversation) -> None:
-    """close() gives the worker's place up; the session and its parameters stay for others."""
-    optimizer = Adagrad(parameters(drawn(0)), server=server.url, session="stays", worker="w0")
-    optimizer.close()
-    document = talk.control("GET", "/v1/sessions/stays")
-    assert document["initialised"]
-    assert document["workers"] == {}
-    talk.control("DELETE", "/v1/sessions/stays")
-
-
-def test_a_session_that_cannot_be_joined_leaves_nothing_behind(server: RunningServer, talk: Conversation) -> None:
-    """A parameter the server cannot hold is refused, naming the dtype, and no session stays."""
-    before = len(talk.control("GET", "/v1/sessions"))
-    with pytest.raises(FarstepError, match="float8"):
-        Adagrad([torch.ones(3).to(torch.float8_e5m2).requires_grad_()], server=server.url)
-    assert len(talk.control("GET", "/v1/sessions")) == before
-
-
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-def test_a_fork_does_not_end_the_session_of_its_parent(server: RunningServer) -> None:
-    """A process that was forked off, as by a data loader, may drop its copy of the optimizer; the session stays."""
-    twins = Twins("Adagrad", {}, {"server": server.url, "kernel": "reference"})
-    twins.train(1)
-    child = os.fork()
-    if not child:
-        try:
-            twins.ours.close()
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
-    twins.train(1, first=2)
     twins.check()

@@ -12,10 +12,10 @@ from farstep.edits import Edits
 from farstep.errors import Unavailable
 from farstep.optim import SGD, Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.test_parity import NAMES
-from tests.client.test_state import Counting
+from tests.client.carrying import Counting
+from tests.client.options import NAMES
 from tests.client.twins import Twins, check_parameters, drawn, parameters
-from tests.faults import Network, faulty
+from tests.faults import Network
 from tests.service.servers import RunningServer
 
 Model = nn.Module
@@ -184,13 +184,6 @@ def test_what_is_put_back_is_not_sent(server: RunningServer) -> None:
         p.data.zero_()
     assert usual < transport.during(lambda: twins.train(1, first=5)) < usual + 1000
     twins.check()
-
-
-@pytest.fixture
-def network(server: RunningServer) -> Iterator[Network]:
-    """Put a network of our own in front of the server."""
-    with faulty(server.port) as between:
-        yield between
 
 
 def test_an_answer_that_was_cut_off_is_no_edit(network: Network) -> None:

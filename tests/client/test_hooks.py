@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import farstep
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.test_parity import NAMES
+from tests.client.options import NAMES
 from tests.client.twins import Twins, check_parameters, check_states, drawn, parameters
 
 Optimizer = torch.optim.Optimizer

@@ -17,10 +17,11 @@ from farstep.optim import Adagrad
 from farstep.payload import batches_of
 from farstep.settings import RemoteOptions
 from farstep.staging import outgoing
-from farstep.transport import SocketTransport, Supply
+from farstep.transport import Supply
 from farstep.wire.memory import TORCH_DTYPES
+from tests.client.carrying import Carrying
 from tests.client.twins import Twins, check_parameters, drawn, parameters
-from tests.faults import Network, faulty
+from tests.faults import Network
 from tests.service.servers import RunningServer
 
 SHAPES = [(3, 5), (1200, 1000), (0, 3), (), (900, 1000), (123, 321), (4,)]
@@ -28,30 +29,19 @@ SHAPES = [(3, 5), (1200, 1000), (0, 3), (), (900, 1000), (123, 321), (4,)]
 SHORT_S = 1.0
 
 
-@pytest.fixture
-def network(server: RunningServer) -> Iterator[Network]:
-    """Put a network of our own in front of the server."""
-    with faulty(server.port) as between:
-        yield between
-
-
-class Carrying(httpx.BaseTransport):
-    """Carry requests and write down which there were; a push may be interrupted in the middle of its answer."""
+class Noting(Carrying):
+    """Write down which requests there were; while it is armed, a push is interrupted in the middle of its answer."""
 
     def __init__(self) -> None:
-        self._inner = SocketTransport()
+        super().__init__()
         self.paths: list[str] = []
-        self.interrupt = False
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         self.paths.append(request.url.path.rpartition("/")[2])
-        response = self._inner.handle_request(request)
-        if not self.interrupt:
+        response = super().handle_request(request)
+        if not self.armed:
             return response
         return httpx.Response(response.status_code, stream=Interrupted(response), extensions={})
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 class Interrupted(httpx.SyncByteStream):
@@ -152,7 +142,7 @@ def test_missing_gradients(server: RunningServer) -> None:
 @pytest.mark.parametrize("index", [0, 1, 3, 4, 6])
 def test_an_edit_is_found_while_gradients_are_sent(index: int, wire: Half | None, server: RunningServer) -> None:
     """The session has an edit before the step that follows it, wherever it is, and the step is taken once."""
-    transport = Carrying()
+    transport = Noting()
     twins = twins_at(server.url, transport=transport, wire=wire)
     step(twins, 1, wire)
     transport.paths.clear()
@@ -177,7 +167,7 @@ def step(twins: Twins, seed: int, wire: Half | None) -> None:
 
 def test_whoever_edits_each_time_is_looked_at_first(server: RunningServer) -> None:
     """After a step that met an edit the next one looks before it sends, and sends its gradients once."""
-    transport = Carrying()
+    transport = Noting()
     twins = twins_at(server.url, transport=transport)
     for seed in range(1, 5):
         transport.paths.clear()
@@ -247,12 +237,12 @@ def test_a_step_that_is_cut_is_repeated_with_the_same_bytes(way: str, network: N
 
 def test_an_interrupt_while_an_answer_arrives(server: RunningServer) -> None:
     """Ctrl-C in the middle of an answer leaves the model as it was; the server has taken the step."""
-    transport = Carrying()
+    transport = Noting()
     twins = twins_at(server.url, transport=transport)
     twins.train(1)
-    transport.interrupt = True
+    transport.armed = True
     given_up(twins, 2, KeyboardInterrupt)
-    transport.interrupt = False
+    transport.armed = False
     twins.theirs.step()
     twins.train(1, first=3)
     assert twins.ours.version == 3
@@ -262,7 +252,7 @@ def test_an_interrupt_while_an_answer_arrives(server: RunningServer) -> None:
 
 def test_what_float16_cannot_hold_is_found_while_it_is_sent(server: RunningServer) -> None:
     """The step is not taken, nothing is unclear afterwards, and the next step is."""
-    transport = Carrying()
+    transport = Noting()
     twins = twins_at(server.url, transport=transport, wire="fp16")
     step(twins, 1, "fp16")
     gradients = drawn(2, SHAPES)

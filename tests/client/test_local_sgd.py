@@ -18,10 +18,8 @@ import farstep
 from farstep.errors import InvalidOption
 from farstep.settings import RemoteOptions
 from tests.client.rounds import EVERY, Open, Simulation, Worker, diloco, local_sgd, model_of, parameters_of
-from tests.client.test_workers import shared, synced, threads
 from tests.client.twins import check_equal, check_parameters, drawn
-
-__all__ = ["shared", "threads"]
+from tests.client.workers import synced
 
 Crew = Callable[[list[Worker], int], None]
 BOTH = pytest.mark.parametrize("make", [local_sgd, diloco])

@@ -14,7 +14,7 @@ import farstep
 from farstep.conversation import Conversation
 from farstep.errors import FarstepError, InvalidOption
 from farstep.settings import RemoteOptions
-from tests.client.test_parity import BY_OPTIONS, NAMES, REAL, three_groups
+from tests.client.options import BY_OPTIONS, NAMES, REAL, three_groups
 from tests.client.twins import (
     Twins,
     check_parameters,

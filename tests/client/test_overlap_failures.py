@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
@@ -17,18 +17,13 @@ from farstep.conversation import Conversation
 from farstep.errors import NonFinite, Truncated, Unavailable
 from farstep.foresight import STREAMED
 from farstep.overlap import BROKEN, OTHERS
-from farstep.transport import SocketTransport, Supply
+from farstep.transport import Supply
+from tests.client.carrying import Carrying
 from tests.client.overlapping import Both, Net, backward, loss_of, plain, wait_until_sent
-from tests.faults import Network, Way, faulty
+from tests.faults import Network, Way
 from tests.service.servers import RunningServer, running_server
 
 Optimizer = torch.optim.Optimizer
-
-
-@pytest.fixture
-def network(server: RunningServer) -> Iterator[Network]:
-    with faulty(server.port) as between:
-        yield between
 
 
 class Deliberate(Exception):
@@ -205,7 +200,7 @@ def test_a_server_that_is_killed_in_the_middle() -> None:
         both.ours.close()
 
 
-class Impatient(httpx.BaseTransport):
+class Impatient(Carrying):
     """Answer in a server's place that a streamed body came too slowly.
 
     Args:
@@ -213,14 +208,14 @@ class Impatient(httpx.BaseTransport):
     """
 
     def __init__(self, batches: int | None) -> None:
-        self._inner = SocketTransport()
+        super().__init__()
         self._batches = batches
         self.answered = 0
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         stream = request.stream
         if not isinstance(stream, Supply):
-            return self._inner.handle_request(request)
+            return super().handle_request(request)
         made = stream.batches()
         for count, _ in enumerate(made):
             if count == self._batches:
@@ -231,9 +226,6 @@ class Impatient(httpx.BaseTransport):
         problem = {"code": error.code, "title": error.code, "status": 400, "detail": error.detail, "side": "server"}
         headers = {"content-type": "application/problem+json"}
         return httpx.Response(400, headers=headers, content=json.dumps(problem))
-
-    def close(self) -> None:
-        self._inner.close()
 
 
 @pytest.mark.parametrize("batches", [1, None])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from farstep.settings import RemoteOptions
+from tests.client.options import NAMES, three_groups
 from tests.client.twins import (
     SHAPES,
     Group,
@@ -25,39 +25,13 @@ from tests.client.twins import (
     start_of,
     theirs,
 )
-from tests.parity.cases import STEPPED, usual_options
 
 STEPS = 20
-
-NAMES = list(STEPPED)
-"""The optimizers there are."""
-REAL = ("Adafactor", "Muon", "SparseAdam")
-"""Those that take no complex parameters."""
-
-
-def has(name: str, option: str) -> bool:
-    """Say whether torch's class takes an option."""
-    return option in inspect.signature(theirs(name)).parameters
-
-
-BY_OPTIONS = [
-    pytest.param(name, options, id=f"{name}-{'-'.join(options) or 'defaults'}")
-    for name in NAMES
-    for options in usual_options(name)
-]
 
 
 def with_holes(seed: int, gradients: Sequence[Tensor]) -> list[Tensor | None]:
     """Return gradients some of which are missing, other ones in each step, and all in some."""
     return [None if (seed + 2 * index) % 5 == 0 or seed % 7 == 3 else g for index, g in enumerate(gradients)]
-
-
-def three_groups(ps: list[Tensor]) -> list[Group]:
-    return [
-        {"params": ps[:2], "lr": 0.3, "weight_decay": 0.1},
-        {"params": ps[2:3]},
-        {"params": ps[3:], "lr": 0.05, "maximize": True},
-    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -21,12 +21,10 @@ from farstep.conversation import Conversation
 from farstep.errors import InvalidOption, NonFinite, OptionsDiffer
 from farstep.optim import LBFGS, SGD, Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.test_state import Counting
-from tests.client.test_workers import Reference, Worker, shared, synced, threads, together
+from tests.client.carrying import Counting
 from tests.client.twins import Twins, check_equal, check_parameters, check_states, drawn, parameters
+from tests.client.workers import Reference, Worker, synced, together
 from tests.service.servers import RunningServer
-
-__all__ = ["shared", "threads"]
 
 NAMES = ["Adagrad", "SGD", "Adam", "Muon"]
 

@@ -15,7 +15,7 @@ from farstep.conversation import Conversation
 from farstep.errors import FarstepError, UnknownSession
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.test_parity import NAMES, three_groups
+from tests.client.options import NAMES, three_groups
 from tests.client.twins import FITTING, Twins, check_equal, check_parameters, check_states, drawn, parameters
 from tests.service.servers import RunningServer
 

@@ -13,17 +13,14 @@ from torch.amp import GradScaler
 
 import farstep
 from farstep.conversation import Conversation
-from farstep.errors import BarrierTimeout, FarstepError, NonFinite, SessionLost, Unavailable
+from farstep.errors import BarrierTimeout, FarstepError, Fenced, NonFinite, SessionLost, Unavailable
 from farstep.rounds import Rounds
 from farstep.settings import RemoteOptions
 from tests.client.rounds import EVERY, Simulation, Worker, diloco, local_sgd, model_of
-from tests.client.test_failures import network
-from tests.client.test_workers import shared, synced, threads
 from tests.client.twins import check_equal, check_parameters
+from tests.client.workers import synced
 from tests.faults import Network
 from tests.service.servers import RunningServer, running_server
-
-__all__ = ["network", "shared", "threads"]
 
 SHORT_S = 1.0
 
@@ -193,6 +190,38 @@ def test_a_barrier_that_is_not_completed_changes_nothing(shared: RemoteOptions, 
         for each in workers:
             check_parameters(each.parameters, reference.models[0])
         assert (rounds.local_step, rounds.version) == (0, 1)
+
+
+def test_a_difference_that_comes_too_late_is_gone(shared: RemoteOptions) -> None:
+    """Where one worker is enough for a step, who is late takes the session's parameters, and a round begins."""
+    place: RemoteOptions = {**shared, "consistency": farstep.Sync(workers=2, quorum=1)}
+    workers = [Worker(diloco, place, number) for number in range(2)]
+    reference = Simulation(diloco, 1)
+    with workers[0].rounds, workers[1].rounds as late:
+        workers[0].train(EVERY)
+        reference.round()
+        workers[1].train(EVERY)
+        report = late.last_sync
+        assert report is not None
+        assert (report.applied, report.reason) == (False, "late")
+        assert (late.local_step, late.version) == (0, 1)
+        check_parameters(workers[1].parameters, reference.models[0])
+
+
+def test_a_worker_whose_name_was_taken_may_take_it_back(shared: RemoteOptions) -> None:
+    """Its round is given up: rejoining brings the session's parameters, and the other one is fenced."""
+    first, second = Worker(diloco, shared), Worker(diloco, shared)
+    reference = Simulation(diloco, 1)
+    with first.rounds, second.rounds:
+        with pytest.raises(Fenced):
+            first.train(EVERY)
+        second.train(EVERY)
+        reference.round()
+        assert not first.rounds.rejoin()
+        assert (first.rounds.local_step, first.rounds.version) == (0, 1)
+        check_parameters(first.parameters, reference.models[0])
+        with pytest.raises(Fenced):
+            second.train(EVERY)
 
 
 @pytest.mark.parametrize("applied", [True, False])

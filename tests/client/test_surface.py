@@ -14,8 +14,8 @@ import farstep
 from farstep.errors import InvalidOption
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.test_copies import WAYS, Copy
-from tests.client.test_parity import NAMES
+from tests.client.copies import WAYS, Copy
+from tests.client.options import NAMES
 from tests.client.twins import (
     Twins,
     check_equal,

@@ -14,12 +14,10 @@ import farstep
 from farstep.errors import FarstepError, InvalidOption, TensorMismatch
 from farstep.optim import SGD, Adam, RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.test_workers import Worker, shared
 from tests.client.twins import Twins, check_equal, check_parameters, drawn, parameters
+from tests.client.workers import Worker
 from tests.service.servers import RunningServer
-from tests.session.test_averages import DECAY, averaged
-
-__all__ = ["shared"]
+from tests.session.averaged import DECAY, averaged
 
 
 class Averages:
@@ -150,6 +148,29 @@ def test_an_edit_before_is_still_an_edit_after(place: RemoteOptions) -> None:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     assert ps[0].ne(0).all()
+
+
+def test_what_is_written_inside_is_lost(place: RemoteOptions) -> None:
+    """It is written into the average's copy, and neither into the parameters nor into the session's average."""
+    ps, optimizer = trained(place, ema=DECAY)
+    before, average = bits(ps), bits(optimizer.pull_view("ema"))
+    with torch.no_grad(), optimizer.swap_to("ema"):
+        for p in ps:
+            p.fill_(7.0)
+    assert bits(ps) == before
+    assert bits(optimizer.pull_view("ema")) == average
+
+
+def test_a_copy_begins_another_average(place: RemoteOptions) -> None:
+    """Its first step's parameters begin it; the original's goes on as if there were no copy."""
+    ps, optimizer = trained(place, ema=DECAY)
+    average = bits(optimizer.pull_view("ema"))
+    copied = copy.deepcopy(optimizer)
+    others = copied.param_groups[0]["params"]
+    assert bits(copied.pull_view("ema")) == bits(others) == bits(ps)
+    step(others, copied, 4)
+    assert bits(copied.pull_view("ema")) == bits(others)
+    assert bits(optimizer.pull_view("ema")) == average
 
 
 def test_asgd_has_its_own_average(place: RemoteOptions) -> None:

@@ -2,108 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from itertools import count
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-import farstep
 from farstep.consistency import Sync
 from farstep.errors import InvalidOption, NonFinite, Unavailable
 from farstep.narrow import HALVES, Half, Wire
 from farstep.narrow_arrivals import BLOCK, NarrowArrivals, WideEdits
 from farstep.optim import SGD, Adagrad, Adam
 from farstep.settings import NonFinitePolicy, RemoteOptions, resolve
-from farstep.wire.memory import TORCH_DTYPES
+from tests.client.rounding import ONE_WAY, SHAPES, WIRES, Rounded, at, like, rounded
 from tests.client.twins import check_parameters, drawn, parameters, some_rows
-from tests.faults import Network, faulty
+from tests.faults import Network
 from tests.service.servers import RunningServer
 
-SHAPES: list[tuple[int, ...]] = [(7, 5), (5,), (), (0, 3), (2, 3, 4), (131,)]
 FRESH = count()
-WIRES = [Wire(gradients="bf16", parameters="bf16"), Wire(gradients="fp16", parameters="fp16")]
-ONE_WAY = [Wire(gradients="bf16"), Wire(parameters="bf16"), Wire(gradients="fp16", parameters="bf16")]
-
-
-def rounded(tensor: Tensor, half: Half | None) -> Tensor:
-    """Return a tensor as it is after the wire: float32 through 16 bits, others as they are."""
-    if half is None or tensor.dtype is not torch.float32:
-        return tensor
-    return tensor.to(TORCH_DTYPES[HALVES[half]]).to(tensor.dtype)
-
-
-class Rounded:
-    """An optimizer with 16 bits on its wire beside torch's, whose gradients are rounded here.
-
-    Args:
-        start: the first values of the parameters.
-    """
-
-    def __init__(self, place: RemoteOptions, wire: Wire, start: Sequence[Tensor], name: str = "Adagrad") -> None:
-        self.wire = wire
-        self.here, self.there = parameters(start), parameters(start)
-        self.ours = getattr(farstep.optim, name)(self.here, lr=0.1, wire=wire, **place)
-        self.theirs = getattr(torch.optim, name)(self.there, lr=0.1, **({} if name == "SparseAdam" else PLAIN))
-
-    def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """Take one step with both."""
-        for p, q, gradient in zip(self.here, self.there, gradients, strict=True):
-            p.grad = None if gradient is None else gradient.clone()
-            q.grad = None if gradient is None else rounded(gradient, self.wire.gradients)
-        self.ours.step()
-        self.theirs.step()
-
-    def train(self, steps: int, *, first: int = 1) -> None:
-        """Take steps with gradients that are drawn."""
-        for seed in range(first, first + steps):
-            self.step(like(self.here, seed))
-
-    def check(self) -> None:
-        """Compare what the worker has with torch's parameters, rounded; nothing of it counts as edited."""
-        check_parameters(self.here, [rounded(q.detach(), self.wire.parameters) for q in self.there])
-        assert self.edited() == []
-
-    def check_session(self, server: RunningServer) -> None:
-        """Compare what the session has with torch's parameters: another worker brings it as it is."""
-        there = parameters(torch.zeros_like(q) for q in self.there)
-        other = type(self.ours)(there, lr=0.1, server=server.url, session=self.ours.session, kernel="reference")
-        check_parameters(there, self.there)
-        other.close()
-
-    def edited(self) -> list[int]:
-        return self.ours._membership.link.edited([p.data_ptr() for p in self.here])
-
-
-PLAIN = {"foreach": False}
-
-
-def like(tensors: Sequence[Tensor], seed: int) -> list[Tensor]:
-    """Return normally distributed gradients."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(each.shape, generator=generator, dtype=each.dtype) for each in tensors]
-
-
-def at(place: RemoteOptions, **changes: Any) -> RemoteOptions:
-    """Return a place with other options beside."""
-    return {**place, **changes}  # type: ignore[typeddict-item]
 
 
 @pytest.fixture
 def place(server: RunningServer) -> RemoteOptions:
     """Name a session of our own on the server."""
     return {"server": server.url, "session": f"wire-{next(FRESH)}", "kernel": "reference"}
-
-
-@pytest.fixture
-def network(server: RunningServer) -> Iterator[Network]:
-    """Put a network of our own in front of the server."""
-    with faulty(server.port) as between:
-        yield between
 
 
 @pytest.mark.parametrize("wire", [*WIRES, *ONE_WAY], ids=str)

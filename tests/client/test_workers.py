@@ -6,8 +6,7 @@ Workers are threads with models of their own; the server is a process. Steps are
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -17,84 +16,11 @@ from torch import Tensor
 from farstep import Async, Sync
 from farstep.conversation import Conversation
 from farstep.errors import BarrierTimeout, Fenced, OptionsDiffer, SessionFull, SessionLost
-from farstep.optim import Adagrad, RemoteOptimizer
+from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from farstep.transport import SocketTransport
-from tests.client.twins import SHAPES, check_parameters, check_states, drawn, ours, parameters, theirs
-from tests.service.servers import RunningServer
-
-LR = 0.1
-FRESH = itertools.count()
-
-
-class Worker:
-    """A model, its optimizer in a shared session, and the gradients it brings."""
-
-    def __init__(self, place: RemoteOptions, name: str, *, seed: int = 0, optimizer: str = "Adagrad") -> None:
-        self.name = name
-        self.parameters = parameters(drawn(seed))
-        self.optimizer: RemoteOptimizer = ours(optimizer)(self.parameters, lr=LR, foreach=False, worker=name, **place)
-
-    def step(self, gradients: Sequence[Tensor | None]) -> None:
-        for p, gradient in zip(self.parameters, gradients, strict=True):
-            p.grad = None if gradient is None else gradient.clone()
-        self.optimizer.step()
-
-
-class Reference:
-    """torch's optimizer over the same parameters."""
-
-    def __init__(self, optimizer: str = "Adagrad") -> None:
-        self.parameters = parameters(drawn(0))
-        self.optimizer = theirs(optimizer)(self.parameters, lr=LR, foreach=False)
-
-    def step(self, *gradients: Sequence[Tensor | None]) -> None:
-        """Step along the average of several workers' gradients, summed in the order given; missing ones are zero."""
-        for p, each in zip(self.parameters, zip(*gradients, strict=True), strict=True):
-            there = [gradient for gradient in each if gradient is not None]
-            p.grad = sum(there[1:], start=there[0]) / len(gradients) if there else None
-        self.optimizer.step()
-
-
-@pytest.fixture
-def shared(server: RunningServer, talk: Conversation) -> Iterator[RemoteOptions]:
-    """Name a session of our own on the server, and remove it afterwards."""
-    name = f"shared-{next(FRESH)}"
-    yield {"server": server.url, "session": name, "kernel": "reference"}
-    if any(each["name"] == name for each in httpx.get(f"{server.url}/v1/sessions", trust_env=False).json()):
-        talk.control("DELETE", f"/v1/sessions/{name}")
-
-
-@pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    """Run what blocks beside the test."""
-    with ThreadPoolExecutor(max_workers=8) as executor:
-        yield executor
-
-
-def synced(shared: RemoteOptions, workers: int, deadline_s: float = 30.0) -> RemoteOptions:
-    return {**shared, "consistency": Sync(workers=workers, deadline_s=deadline_s)}
-
-
-def waits(talk: Conversation, worker: Worker) -> None:
-    """Return when a push of the worker has reached the barrier."""
-    path = f"/v1/sessions/{worker.optimizer.session}/workers/{worker.name}"
-    while not talk.control("GET", path)["waiting"]:
-        pass
-
-
-def together(
-    threads: ThreadPoolExecutor, talk: Conversation, arriving: Sequence[tuple[Worker, Sequence[Tensor | None]]]
-) -> None:
-    """Let workers push one after the other; all but the last one wait at the barrier."""
-    pushes: list[Future[None]] = []
-    for worker, gradients in arriving:
-        pushes.append(threads.submit(worker.step, gradients))
-        if worker is not arriving[-1][0]:
-            waits(talk, worker)
-    for push in pushes:
-        push.result()
-
+from tests.client.carrying import Carrying
+from tests.client.twins import SHAPES, check_parameters, check_states, drawn, ours, parameters
+from tests.client.workers import LR, Reference, Worker, synced, together, waits
 
 # -- sync ------------------------------------------------------------------------------------------------------------
 
@@ -344,24 +270,17 @@ def test_options_of_a_worker_that_rejoins_are_its_own(shared: RemoteOptions, tal
 # -- pushes of unknown outcome at a barrier --------------------------------------------------------------------------
 
 
-class Impatient(httpx.BaseTransport):
+class Impatient(Carrying):
     """Interrupt the caller when a push has waited a moment, while `armed`."""
-
-    def __init__(self) -> None:
-        self._inner = SocketTransport()
-        self.armed = False
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         if self.armed and request.url.path.endswith("/push"):
             request.extensions["timeout"] = {**request.extensions["timeout"], "read": 0.1}
             try:
-                self._inner.handle_request(request)
+                super().handle_request(request)
             except httpx.ReadTimeout:
                 raise KeyboardInterrupt from None
-        return self._inner.handle_request(request)
-
-    def close(self) -> None:
-        self._inner.close()
+        return super().handle_request(request)
 
 
 @pytest.mark.parametrize("same", [True, False])

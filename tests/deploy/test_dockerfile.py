@@ -58,7 +58,9 @@ def test_the_version_label_is_that_of_the_project(dockerfile: str, project: dict
 
 def test_package_lists_do_not_stay_in_a_layer(dockerfile: str):
     """What apt downloads is removed in the same layer, and nothing merely recommended comes along."""
-    for instruction in re.findall(r"^RUN apt-get(?:.*\\\n)*.*", dockerfile, re.MULTILINE):
+    instructions = re.findall(r"^RUN apt-get(?:.*\\\n)*.*", dockerfile, re.MULTILINE)
+    assert instructions
+    for instruction in instructions:
         assert "--no-install-recommends" in instruction
         assert "rm -rf /var/lib/apt/lists/*" in instruction
 

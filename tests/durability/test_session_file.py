@@ -17,61 +17,20 @@ from safetensors.torch import load
 from farstep.errors import InvalidFile, InvalidOption, TensorMismatch
 from farstep.presence import PRESENT
 from farstep.session_file import DESCRIPTION, FORMAT
-from farstep.wire.memory import TORCH_DTYPES
-from farstep.wire.tensor_file import LENGTH_BYTES, METADATA, head_length, read_head
+from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from farstep.wire.tensor_file import METADATA
 from farstep_service.contents import PARAM
-from farstep_service.durability import Snapshot, file_of, places_of
+from farstep_service.durability import file_of
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.plan import Plan
 from farstep_service.registry import Registry
-from farstep_service.routes.documents import snapshot_of
 from farstep_service.session import Session
 from farstep_service.settings import Settings
 from tests.client.twins import some_rows
-from tests.session.writers import FailingKernels, Writer, begun, new_session, parameters, sync, values
-
-
-def written(session: Session) -> bytes:
-    snapshot, _ = session.snapshot()
-    return b"".join(file_of(snapshot))
-
-
-def parts(file: bytes) -> tuple[dict[str, Any], bytes]:
-    """Return the head as JSON, and the data."""
-    end = LENGTH_BYTES + int.from_bytes(file[:LENGTH_BYTES], "little")
-    return json.loads(file[LENGTH_BYTES:end]), file[end:]
-
-
-def joined(head: Mapping[str, Any], data: bytes) -> bytes:
-    text = json.dumps(head).encode()
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text + data
-
-
-def read(file: bytes, name: str | None = None) -> Snapshot:
-    """Read a file as a server does."""
-    length = head_length(file[:LENGTH_BYTES], len(file))
-    data = file[LENGTH_BYTES + length :]
-    head = read_head(file[LENGTH_BYTES : LENGTH_BYTES + length], len(data))
-    snapshot = snapshot_of(head, name)
-    for place in places_of(head, snapshot.contents):
-        place[:] = data[: len(place)]
-        data = data[len(place) :]
-    assert not data
-    return snapshot
-
-
-def restored(file: bytes) -> Session:
-    snapshot = read(file)
-    session = Session(snapshot.plan, incarnation="here", kernels=Kernels("reference"), device="cpu")
-    session.restore(snapshot)
-    return session
-
-
-def described(head: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(head[METADATA][DESCRIPTION])
-    return found
-
+from tests.durability.files import described, joined, parts, read, restored, written
+from tests.session.failing import FailingKernels
+from tests.session.writers import Writer, begun, new_session, parameters, sync, values
 
 # -- what is in it
 
@@ -175,13 +134,12 @@ def test_a_file_gives_the_session_again(chosen: tuple[str, list[SegmentSpec]], s
     assert here.fields == there.fields
     assert b"".join(here.memory()) == b"".join(there.memory())
     assert written(again) == file
-    for name, tensor in load(file).items():
-        found = [index for index, each in enumerate(plan.layout.segments) if name == f"param/{each.name}"]
-        for index in found:
-            expected = parameters(session)[index]
-            assert torch.equal(tensor, torch.view_as_real(expected) if expected.is_complex() else expected) or (
-                bool(expected.isnan().any())
-            )
+    found = load(file)
+    for each, expected in zip(plan.layout.segments, parameters(session), strict=True):
+        shown = torch.view_as_real(expected) if expected.is_complex() else expected
+        tensor = found[f"param/{each.name}"]
+        assert (tensor.dtype, tensor.shape) == (shown.dtype, shown.shape)
+        assert bytes(tensor_memory(tensor)) == bytes(tensor_memory(shown.contiguous()))
 
 
 def test_a_name_cannot_be_taken_for_another() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 
-from tests.client.conftest import place, server, talk
+from tests.client.conftest import place, server, shared, talk, threads
 
-__all__ = ["place", "server", "talk"]
+__all__ = ["place", "server", "shared", "talk", "threads"]
 
 # Read when transformers and huggingface_hub are imported, which the tests of this room do: nothing is downloaded.
 os.environ["HF_HUB_OFFLINE"] = "1"

@@ -21,14 +21,12 @@ from farstep.conversation import Conversation
 from farstep.errors import InvalidOption, NonFinite
 from farstep.optim import Adagrad, RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.test_state import Counting
-from tests.client.test_workers import Reference, Worker, shared, synced, threads, together
+from tests.client.carrying import Counting
 from tests.client.twins import check_parameters, check_states, drawn, parameters
+from tests.client.workers import Reference, Worker, synced, together
 from tests.faults import faulty
 from tests.integrations.training import Make, batches, loss_of, model, ours, same, theirs
 from tests.service.servers import RunningServer
-
-__all__ = ["shared", "threads"]
 
 SCALE = 2.0**10
 BAD = 3

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from farstep.optim import RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.test_state import Counting
+from tests.client.carrying import Counting
 from tests.client.twins import check_states
 from tests.integrations.training import Make, batches, loss_of, model, ours, same, theirs
 from tests.service.servers import RunningServer

@@ -13,17 +13,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.launch.launching import LIMIT_S, NOBODY, heard, launching, said
 from tests.service.servers import farstep
 
-NOBODY = ("--server", "http://127.0.0.1:9")
-LIMIT_S = 60.0
 PAUSE = "import signal; signal.pause()"
 
 TRAINING = """
@@ -52,39 +49,6 @@ print("until", optimizer.version, sum(p.double().sum().item() for p in model.par
 def script(tmp_path: Path) -> Path:
     """Name a file for a script."""
     return tmp_path / "train.py"
-
-
-@contextmanager
-def launching(*arguments: str, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
-    """Run `farstep launch` beside the test."""
-    with subprocess.Popen(
-        [sys.executable, "-m", "farstep_service", "launch", *arguments],
-        env={**os.environ, **(env or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
-def heard(process: subprocess.Popen[str], *wanted: str) -> None:
-    """Read the standard output until all these lines were there."""
-    assert process.stdout is not None
-    missing = set(wanted)
-    for text in process.stdout:
-        missing.discard(text.rstrip("\n"))
-        if not missing:
-            return
-    raise AssertionError(f"never said: {missing}")
-
-
-def said(text: str, name: str) -> list[str]:
-    """Return what one process wrote."""
-    split = [line.partition(" | ") for line in text.splitlines()]
-    return [line for who, _, line in split if who.rstrip() == name]
 
 
 class Gone:

@@ -6,13 +6,9 @@ import pytest
 import torch
 
 from farstep_service.optimizers import RULES
-from tests.optimizers.twins import Twins
-from tests.parity.cases import usual_options
+from tests.optimizers.twins import OPTIONS, Twins
 
 STEPS = 200
-
-OPTIONS = {name: usual_options(name) for name in RULES}
-"""Every rule with its defaults and with options that act on each other. Each option alone is in `tests/parity/`."""
 
 CASES = [(name, options) for name, every in OPTIONS.items() for options in every]
 IDS = [f"{name}-{','.join(map(str, options)) or 'defaults'}" for name, options in CASES]

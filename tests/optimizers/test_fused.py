@@ -20,8 +20,7 @@ from farstep_service.optimizers.packages import Package
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.rule import Form
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
-from tests.optimizers.test_bits import OPTIONS
-from tests.optimizers.twins import SHAPES, Twins
+from tests.optimizers.twins import OPTIONS, SHAPES, Twins
 
 pytestmark = pytest.mark.timeout(600)  # the first run on a machine compiles
 

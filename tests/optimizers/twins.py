@@ -12,6 +12,7 @@ from farstep_service.kernel import KernelSource
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
+from tests.parity.cases import usual_options
 
 SHAPES: tuple[tuple[int, ...], ...] = ((7, 13), (1,), (129,), (3, 5, 7), (), (4099,), (64, 33), (17,), (0, 3), (1000,))
 """Ten odd-sized tensors: a scalar, an empty one, and no length that a vector register divides."""
@@ -157,3 +158,7 @@ class Twins:
             except AssertionError as exc:
                 exc.add_note(f"in {name}")
                 raise
+
+
+OPTIONS = {name: usual_options(name) for name in RULES}
+"""Every rule with its defaults and with options that act on each other. Each option alone is in `tests/parity/`."""

@@ -30,3 +30,15 @@ def test_no_test_sleeps():
         if isinstance(node, ast.Call) and ast.unparse(node.func) in ("time.sleep", "sleep")
     ]
     assert sleeping == []
+
+
+def test_no_test_module_is_anothers_helper():
+    """What several of them need is in a module of its own, named after what it is, or a fixture of their room."""
+    borrowing = [
+        f"{path}:{node.lineno}"
+        for path, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module is not None
+        if node.module.startswith("tests.") and node.module.rpartition(".")[2].startswith("test_")
+    ]
+    assert borrowing == []

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.service.raw import RawClient
 from tests.service.servers import RunningServer, running_server
 
 
@@ -14,3 +15,10 @@ def server() -> Iterator[RunningServer]:
     """Run a server on loopback, without a token."""
     with running_server() as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def raw(server: RunningServer) -> Iterator[RawClient]:
+    """Speak the protocol by hand with the server of this file."""
+    with RawClient(server.url) as client:
+        yield client

@@ -28,12 +28,6 @@ LATE = {"late.w": torch.linspace(-1, 1, 6).view(2, 3), "late.z": torch.tensor([1
 EVERYTHING = (*PARAMETERS, *LATE.values())
 
 
-@pytest.fixture(scope="module")
-def raw(server: RunningServer) -> Iterator[RawClient]:
-    with RawClient(server.url) as client:
-        yield client
-
-
 @pytest.fixture
 def workers(raw: RawClient, request: pytest.FixtureRequest) -> Iterator[list[RawWorker]]:
     """Return the two workers of a session of this test's own."""

@@ -43,12 +43,6 @@ BAD_NAMES: tuple[object, ...] = (
 
 
 @pytest.fixture(scope="module")
-def raw(server: RunningServer) -> Iterator[RawClient]:
-    with RawClient(server.url) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def standing(raw: RawClient) -> RawWorker:
     """Return the worker of a session that stays as it is."""
     return raw.begun("standing", groups=[{"lr": 0.1}, {"lr": 0.2}])[0]

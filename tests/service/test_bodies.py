@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -149,12 +148,6 @@ def test_the_end_of_an_answer_is_a_copy(size: int, pieces: int) -> None:
 
 
 # -- a real server, with readers that are slow
-
-
-@pytest.fixture(scope="module")
-def raw(server: RunningServer) -> Iterator[RawClient]:
-    with RawClient(server.url) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

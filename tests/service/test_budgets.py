@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -134,3 +135,10 @@ def test_a_server_that_is_full_says_when_to_come_again() -> None:
             pass
         assert answer.status_code == 200
         assert worker.version == 1
+
+
+def test_a_server_says_how_much_memory_it_could_still_give() -> None:
+    """Whoever is about to bring a large model can ask before: it is less than the machine has."""
+    with running_server() as server, RawClient(server.url) as raw:
+        free = raw.request("GET", "/v1/info").document["available_bytes"]
+    assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

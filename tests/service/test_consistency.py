@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import pytest
 import torch
 
 from tests.service.raw import RawClient, RawWorker, gradient
 from tests.service.servers import RunningServer, farstep, running_server
-
-
-@pytest.fixture
-def raw(server: RunningServer) -> Any:
-    """Speak the protocol by hand with the server of this file."""
-    with RawClient(server.url) as client:
-        yield client
 
 
 def waits(raw: RawClient, worker: RawWorker) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -14,53 +13,17 @@ import farstep
 from farstep.conversation import FILE
 from farstep.wire import encode
 from tests.service.answers import MSGPACK, half_sent, opened, read_answer, read_head
+from tests.service.measured import MIB, SLACK, Process, sent
 from tests.service.raw import RawClient, RawWorker, payload_of
 from tests.service.servers import RunningServer
 
 pytestmark = pytest.mark.alone  # how many threads take memory at once depends on who else runs
 
-MIB = 1 << 20
 SIZE = 64 * MIB
 PARAMETERS = tuple(torch.zeros(SIZE // 16) for _ in range(4))
 ONES = tuple(torch.ones(SIZE // 16) for _ in range(4))
 CONNECTION = 64 * 1024
 """What a connection and its answer may take."""
-SLACK = 12 * MIB
-"""What the interpreter and the allocator may take or keep beside tensors."""
-
-
-class Process:
-    """The memory of a server's process, counted from a moment on."""
-
-    def __init__(self, server: RunningServer) -> None:
-        self._server = server
-        self._base = self._resident()
-
-    def _resident(self) -> int:
-        """Return the bytes in memory."""
-        rollup = Path(f"/proc/{self._server.pid}/smaps_rollup").read_text()
-        fields = {line.split(":")[0]: line.split() for line in rollup.splitlines()[1:]}
-        return 1024 * int(fields["Rss"][1])
-
-    @property
-    def taken(self) -> int:
-        """Return the bytes taken since the beginning."""
-        return self._resident() - self._base
-
-    def settle(self, at_most: int) -> int:
-        """Wait until no more than so many bytes are taken, for a while, and return what is."""
-        with RawClient(self._server.url) as raw:
-            for _ in range(2000):
-                if self.taken <= at_most:
-                    break
-                raw.request("GET", "/healthz")  # what was let go of is given back in the server's next moments
-        return self.taken
-
-
-@pytest.fixture(scope="module")
-def raw(server: RunningServer) -> Iterator[RawClient]:
-    with RawClient(server.url) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
@@ -84,17 +47,6 @@ def worker(server: RunningServer, raw: RawClient, process: Process) -> RawWorker
     for _ in range(10):
         assert step(server, own) == 200
     return own
-
-
-def sent(url: str, method: str, path: str, head: dict[str, object], tensors: tuple[torch.Tensor, ...]) -> int:
-    """Send a message and return the status of the answer, whose body is read and forgotten."""
-    pieces = encode(head, payload_of(tensors))
-    size = sum(memoryview(each).nbytes for each in pieces)
-    with half_sent(url, method, path, {"Content-Type": MSGPACK, "Content-Length": str(size)}, pieces) as sock:
-        status, missing = read_head(sock)
-        while missing > 0:
-            missing -= len(sock.recv(MIB))
-    return status
 
 
 def step(server: RunningServer, worker: RawWorker, reply: str = "all", tensors: tuple[torch.Tensor, ...] = ONES) -> int:

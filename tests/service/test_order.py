@@ -15,12 +15,6 @@ from tests.service.servers import RunningServer
 PARAMETERS = (torch.zeros(3, 4), torch.zeros(5, dtype=torch.float64), torch.zeros(6), torch.zeros(()))
 
 
-@pytest.fixture(scope="module")
-def raw(server: RunningServer) -> Iterator[RawClient]:
-    with RawClient(server.url) as client:
-        yield client
-
-
 @pytest.fixture
 def workers(raw: RawClient, request: pytest.FixtureRequest) -> Iterator[tuple[RawWorker, RawWorker]]:
     """Return the workers of two sessions, one each."""

@@ -39,12 +39,6 @@ from tests.service.servers import farstep as command
 LARGE = (torch.zeros(400_000), torch.zeros(7))
 
 
-@pytest.fixture(scope="module")
-def raw(server: RunningServer) -> Iterator[RawClient]:
-    with RawClient(server.url) as client:
-        yield client
-
-
 @pytest.fixture
 def worker(raw: RawClient, request: pytest.FixtureRequest) -> Iterator[RawWorker]:
     """Begin a session of two parameters that has taken a step, and remove what a test leaves."""

@@ -9,20 +9,14 @@ import pytest
 import torch
 
 from tests.service.answers import opened
+from tests.service.measured import SLACK, Process, sent
 from tests.service.raw import RawClient, RawWorker, gradient, payload_of, tensors_of
 from tests.service.servers import RunningServer
-from tests.service.test_memory import SLACK, Process, sent
 
 PARAMETERS = (torch.linspace(-1, 1, 12).view(3, 4), torch.ones(5, dtype=torch.float64), torch.ones(6))
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 MIB = 1 << 20
 SIZE = 96 * MIB
-
-
-@pytest.fixture(scope="module")
-def raw(server: RunningServer) -> Iterator[RawClient]:
-    with RawClient(server.url) as client:
-        yield client
 
 
 @pytest.fixture

@@ -11,14 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from farstep.errors import InvalidOption, NonFinite
-from tests.durability.test_session_file import restored, written
+from tests.durability.files import restored, written
+from tests.session.failing import FailingKernels
 from tests.session.writers import (
-    FailingKernels,
     Gradient,
     Twin,
     begun,
     equal,
     error,
+    mean_of,
     new_session,
     parameters,
     receipt,
@@ -27,15 +28,6 @@ from tests.session.writers import (
 )
 
 NAMES = ("w0", "w1")
-
-
-def mean(rounds: Sequence[Sequence[Gradient]]) -> list[Gradient]:
-    """Return the mean of rounds: summed in their order, absent ones as zeros, absent where all are."""
-    found: list[Gradient] = []
-    for each in zip(*rounds, strict=True):
-        there = [gradient for gradient in each if gradient is not None]
-        found.append(sum(there[1:], start=there[0]) / len(rounds) if there else None)
-    return found
 
 
 def test_the_last_of_k_pushes_makes_the_step_of_their_mean() -> None:
@@ -55,7 +47,7 @@ def test_the_last_of_k_pushes_makes_the_step_of_their_mean() -> None:
         told = receipt(w0.push(given[2]), name)
         assert (told.version, told.applied, told.reason) == (step + 1, True, "")
         assert told.contributors == ("w0", "w1", "w0")
-        assert equal(parameters(session), twin.step(mean(given)))
+        assert equal(parameters(session), twin.step(mean_of(*given)))
 
 
 def test_barriers_are_rounds() -> None:
@@ -71,8 +63,8 @@ def test_barriers_are_rounds() -> None:
         outcomes = writers[1].push(given[1])
         writers[0].last += 1
         assert [receipt(outcomes, name).applied for name in names] == [bool(number)] * 2
-        rounds.append(mean(given))
-    assert equal(parameters(session), twin.step(mean(rounds)))
+        rounds.append(mean_of(*given))
+    assert equal(parameters(session), twin.step(mean_of(*rounds)))
 
 
 @given(st.lists(st.lists(st.sampled_from(["dense", "none", "sparse"]), min_size=4, max_size=4), min_size=2, max_size=5))
@@ -96,7 +88,7 @@ def test_gradients_may_be_missing_or_sparse_in_any_round(kinds: list[list[str]])
         rounds.append(drawn)
         writer.push(sent)
     assert session.version == 1
-    torch.testing.assert_close(parameters(session), twin.step(mean(rounds)))
+    torch.testing.assert_close(parameters(session), twin.step(mean_of(*rounds)))
 
 
 def test_a_round_that_is_repeated_counts_once() -> None:
@@ -110,7 +102,7 @@ def test_a_round_that_is_repeated_counts_once() -> None:
     assert again.duplicate
     assert again.result == first
     writer.push(values(session, 2))
-    assert equal(parameters(session), twin.step(mean([values(session, 1), values(session, 2)])))
+    assert equal(parameters(session), twin.step(mean_of(values(session, 1), values(session, 2))))
     assert writer.push(values(session, 1), sequence=name.sequence, base=0)[name].result == first
     assert session.version == 1
 
@@ -129,8 +121,8 @@ def test_a_round_that_somebody_skips_is_no_round() -> None:
         writers[0].last += 1
         assert receipt(outcomes, name).reason == ("skipped" if skips else "" if taken else "accumulated")
         if not skips:
-            taken.append(mean(given))
-    assert equal(parameters(session), twin.step(mean(taken)))
+            taken.append(mean_of(*given))
+    assert equal(parameters(session), twin.step(mean_of(*taken)))
 
 
 def test_rounds_of_a_worker_that_left_still_count() -> None:
@@ -142,7 +134,7 @@ def test_rounds_of_a_worker_that_left_still_count() -> None:
     session.leave("w0", w0.epoch, 0.0)
     name = w1.named()
     assert receipt(w1.push(values(session, 2)), name).contributors == NAMES
-    assert equal(parameters(session), twin.step(mean([values(session, 1), values(session, 2)])))
+    assert equal(parameters(session), twin.step(mean_of(values(session, 1), values(session, 2))))
 
 
 def test_options_of_every_round_hold() -> None:
@@ -152,7 +144,7 @@ def test_options_of_every_round_hold() -> None:
     twin = Twin(parameters(session), lr=0.5)
     writer.push(values(session, 1), groups={0: {"lr": 0.5}})
     writer.push(values(session, 2))
-    assert equal(parameters(session), twin.step(mean([values(session, 1), values(session, 2)])))
+    assert equal(parameters(session), twin.step(mean_of(values(session, 1), values(session, 2))))
 
 
 def test_a_session_may_grow_between_rounds() -> None:
@@ -168,7 +160,22 @@ def test_a_session_may_grow_between_rounds() -> None:
     twin.optimizer.add_param_group({"params": [twin.parameters[-1]], "lr": 0.3})
     writer.push(values(session, 2))
     rounds: list[Sequence[Gradient]] = [[*values(session, 1)[:-1], None], values(session, 2)]
-    assert equal(parameters(session), twin.step(mean(rounds)))
+    assert equal(parameters(session), twin.step(mean_of(*rounds)))
+
+
+@pytest.mark.parametrize("field", ["param", "sum"])
+def test_what_is_written_between_rounds_leaves_what_was_accumulated(field: str) -> None:
+    """The step is taken from the parameters and the state that are there then, along the mean of all rounds."""
+    session = new_session(accumulate=2)
+    (writer,) = begun(session)
+    twin = Twin(parameters(session))
+    fresh = [each.abs() for each in values(session, 7)[:3]]
+    writer.push(values(session, 1))
+    writer.put({field: fresh}, segments=[0, 3])
+    for parameter, written_one in zip(twin.parameters, fresh, strict=False):
+        (parameter if field == "param" else twin.optimizer.state[parameter]["sum"]).copy_(written_one)
+    writer.push(values(session, 2))
+    assert equal(parameters(session), twin.step(mean_of(values(session, 1), values(session, 2))))
 
 
 def test_a_last_round_that_is_refused_leaves_the_others() -> None:
@@ -182,7 +189,7 @@ def test_a_last_round_that_is_refused_leaves_the_others() -> None:
     with pytest.raises(NonFinite):
         writer.push([gradient * float("nan") for gradient in values(session, 2)])
     writer.push(values(session, 3))
-    assert equal(parameters(session), twin.step(mean([values(session, 1), values(session, 3)])))
+    assert equal(parameters(session), twin.step(mean_of(values(session, 1), values(session, 3))))
 
 
 @pytest.mark.parametrize("block", range(6))
@@ -199,7 +206,7 @@ def test_a_kernel_that_fails_in_the_middle_takes_the_rounds_with_it(block: int) 
     told = receipt(writer.push(values(session, 2)), name)
     assert (told.version, told.contributors) == (1, ("w0", "w0"))
     assert told.grad_norm is not None
-    assert equal(parameters(session), twin.step(mean([values(session, 1), values(session, 2)])))
+    assert equal(parameters(session), twin.step(mean_of(values(session, 1), values(session, 2))))
     name = writer.named()
     assert receipt(writer.push(values(session, 3)), name).detail == "Round 1 of 2."
 

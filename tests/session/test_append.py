@@ -26,19 +26,8 @@ from farstep_service.layout import MAX_SEGMENTS
 from farstep_service.plan import MAX_GROUPS
 from farstep_service.rule import AnyRule, Form
 from farstep_service.session import Outcome, Session
-from tests.session.writers import (
-    FailingKernels,
-    Twin,
-    Writer,
-    begun,
-    equal,
-    error,
-    new_session,
-    parameters,
-    receipt,
-    sync,
-    values,
-)
+from tests.session.failing import FailingKernels
+from tests.session.writers import Twin, Writer, begun, equal, error, new_session, parameters, receipt, sync, values
 
 LATE = {"late.w": torch.linspace(-1, 1, 6).view(2, 3), "late.z": torch.tensor([1 + 2j, -1j])}
 LATER = {"later": torch.ones(4)}

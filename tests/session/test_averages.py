@@ -2,59 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor
 
 from farstep.errors import InvalidOption
 from farstep.presence import PRESENT
-from farstep_service.session import Session
-from tests.durability.test_session_file import restored, written
-from tests.session.writers import (
-    FailingKernels,
-    Twin,
-    begun,
-    equal,
-    error,
-    new_session,
-    parameters,
-    receipt,
-    values,
-)
-
-DECAY = 0.9
-
-
-def averaged(model: nn.Module) -> AveragedModel:
-    """Return torch's average of a model."""
-    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))  # type: ignore[no-untyped-call]
-
-
-class Averaged(Twin):
-    """torch's optimizer, and torch's average of its parameters."""
-
-    def __init__(self, start: Sequence[Tensor], optimizer: str = "Adagrad", **options: Any) -> None:
-        super().__init__(start, optimizer, **options)
-        self._model = nn.ParameterList(nn.Parameter(each, requires_grad=False) for each in self.parameters)
-        self._averages = averaged(self._model)
-
-    def step(self, gradients: Sequence[Tensor | None]) -> list[Tensor]:
-        super().step(gradients)
-        self._averages.update_parameters(self._model)
-        return self.parameters
-
-    @property
-    def averages(self) -> list[Tensor]:
-        return list(self._averages.parameters())
-
-
-def averages(session: Session) -> list[Tensor]:
-    contents, _ = session.copy(("ema",))
-    return [contents.elements["ema"].segment(index) for index in range(len(session.plan.layout.segments))]
+from tests.durability.files import restored, written
+from tests.session.averaged import DECAY, Averaged, averages
+from tests.session.failing import FailingKernels
+from tests.session.writers import begun, equal, error, new_session, parameters, receipt, values
 
 
 @pytest.mark.parametrize("optimizer", ["Adagrad", "Adam", "RMSprop", "ASGD"])
@@ -154,6 +111,24 @@ def test_parameters_that_are_added_are_averaged_from_then_on() -> None:
     twin.step(values(session, 2)[:-1])
     moved = parameters(session)[-1]
     assert equal(averages(session), [*twin.averages, torch.lerp(late, moved, 1 - DECAY)])
+
+
+@pytest.mark.parametrize("some", [[0, 4], [1, 3]])
+def test_parameters_that_are_written_move_the_average_with_the_next_step(some: list[int]) -> None:
+    """Writing is no step: the average stays until one is taken, and then follows what is there."""
+    session = new_session(ema=DECAY)
+    (writer,) = begun(session)
+    twin = Averaged(parameters(session))
+    writer.push(values(session, 1))
+    twin.step(values(session, 1))
+    fresh = values(session, 5)[slice(*some)]
+    writer.put({"param": fresh}, segments=some)
+    assert equal(averages(session), twin.averages)
+    for parameter, written_one in zip(twin.parameters[slice(*some)], fresh, strict=True):
+        parameter.copy_(written_one)
+    writer.push(values(session, 2))
+    assert equal(parameters(session), twin.step(values(session, 2)))
+    assert equal(averages(session), twin.averages)
 
 
 def test_the_average_can_be_written() -> None:

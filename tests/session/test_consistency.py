@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -19,32 +19,7 @@ from farstep_service.gradients import Contribution
 from farstep_service.session import Session
 from farstep_service.session.staleness import compensate_, weigh_
 from farstep_service.store import FlatBuffers
-from tests.session.writers import (
-    Gradient,
-    Twin,
-    Writer,
-    begun,
-    equal,
-    error,
-    new_session,
-    parameters,
-    receipt,
-    values,
-)
-
-NAMES = ("w0", "w1", "w2")
-
-
-def started(mode: Consistency, *names: str, **options: Any) -> tuple[Session, list[Writer], Twin]:
-    """Return a session with its workers, and torch's optimizer over the same parameters."""
-    session = new_session(consistency=to_options(mode), **options)
-    return session, begun(session, *(names or NAMES)), Twin(parameters(session))
-
-
-def averaged(*contributions: Sequence[Tensor]) -> list[Gradient]:
-    """Return `(g0 + g1 + ...) / n`."""
-    return [sum(own[1:], start=own[0]) / len(own) for own in zip(*contributions, strict=True)]
-
+from tests.session.writers import Twin, Writer, equal, error, mean_of, new_session, parameters, receipt, started, values
 
 # -- sync ------------------------------------------------------------------------------------------------------------
 
@@ -62,7 +37,7 @@ def test_sync_training_has_the_same_bits_in_any_order(data: st.DataObject, worke
             writers[index].push(gradients[index])
         for writer in writers:
             writer.last = session.position(writer.name)[1]
-        twin.step(averaged(*gradients))
+        twin.step(mean_of(*gradients))
     assert equal(parameters(session), twin.parameters)
     assert session.version == 5
 
@@ -76,7 +51,7 @@ def test_a_quorum_steps_along_the_average_of_those_who_are_there() -> None:
     assert [(receipt(outcomes, name).contributors, receipt(outcomes, name).divisor) for name in names] == [
         (("w0", "w2"), 2)
     ] * 2
-    after = twin.step(averaged(values(session, 0), values(session, 2)))
+    after = twin.step(mean_of(values(session, 0), values(session, 2)))
     assert equal(parameters(session), after)
     late = w1.named()
     given = receipt(w1.push(values(session, 1), base=0), late)
@@ -109,13 +84,13 @@ def test_a_late_gradient_that_is_folded_in_counts_as_its_staleness_says(scaling:
     session, (w0, w1, w2), twin = started(mode)
     w0.push(values(session, 0))
     w1.push(values(session, 1))
-    twin.step(averaged(values(session, 0), values(session, 1)))
+    twin.step(mean_of(values(session, 0), values(session, 1)))
     w1.last = w0.last = session.position("w0")[1]
     w1.last -= 1
     names = [w1.named(), w2.named()]
     w2.push(values(session, 2), base=0)
     outcomes = w1.push(values(session, 3))
-    twin.step(averaged(values(session, 3), [each * weight for each in values(session, 2)]))
+    twin.step(mean_of(values(session, 3), [each * weight for each in values(session, 2)]))
     assert equal(parameters(session), twin.parameters)
     assert [receipt(outcomes, name).weight for name in names] == [1.0, weight]
     assert [receipt(outcomes, name).staleness for name in names] == [0, 1]
@@ -130,7 +105,7 @@ def test_a_worker_that_dies_takes_nobodys_gradients_with_it() -> None:
     outcomes = session.tick(10.0)
     assert {name.worker for name in outcomes} == {"w0", "w2"}
     assert all(receipt(outcomes, name).divisor == 2 for name in outcomes)
-    assert equal(parameters(session), twin.step(averaged(values(session, 0), values(session, 2))))
+    assert equal(parameters(session), twin.step(mean_of(values(session, 0), values(session, 2))))
     for writer in (w0, w2):
         writer.last = session.position(writer.name)[1]
     assert not session.is_live("w1", 10.0)
@@ -210,6 +185,19 @@ def test_what_the_kept_versions_cost_is_counted_and_given_back() -> None:
     for seed in range(10):
         Writer(session, "w0", 1, session.position("w0")[1]).push(values(session, seed))
     assert session.nbytes()["versions"] == 0
+
+
+def test_workers_at_one_version_share_what_is_kept_of_it() -> None:
+    """However many were sent a version, it is kept once while they compute on it."""
+    names = tuple(f"w{index}" for index in range(6))
+    session, writers, _ = started(Async(delay_compensation=0.1), *names)
+    for writer in writers:
+        received(session, writer)
+    for seed in range(2):
+        writers[0].push(values(session, seed))
+        received(session, writers[0])
+    kept = session.nbytes()
+    assert 0 < kept["versions"] <= 2 * kept["parameters"]
 
 
 def test_a_gradient_of_parameters_that_nobody_keeps_is_stale() -> None:
@@ -335,7 +323,7 @@ def test_a_switch_to_more_workers_keeps_those_who_wait() -> None:
     w2 = Writer.join(session, "w2", 1.0)
     w1.push(values(session, 1), now=1.0)
     assert len(w2.push(values(session, 2), now=2.0)) == 3
-    assert equal(parameters(session), twin.step(averaged(*(values(session, seed) for seed in range(3)))))
+    assert equal(parameters(session), twin.step(mean_of(*(values(session, seed) for seed in range(3)))))
 
 
 def test_a_switch_to_fewer_places_than_live_workers_is_refused() -> None:

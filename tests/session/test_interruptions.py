@@ -8,19 +8,8 @@ import pytest
 
 from farstep.errors import FarstepError, Fenced, IdempotencyMismatch, StepInterrupted
 from farstep_service.session import Session
-from tests.session.writers import (
-    FailingKernels,
-    Twin,
-    Writer,
-    begun,
-    equal,
-    error,
-    new_session,
-    parameters,
-    receipt,
-    sync,
-    values,
-)
+from tests.session.failing import FailingKernels
+from tests.session.writers import Twin, Writer, begun, equal, error, new_session, parameters, receipt, sync, values
 
 BLOCKS = 6
 """w and b are 17 numbers in blocks of 4, and scale is a buffer of its own."""

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from farstep.consistency import Async, Bounded, Sync
-from tests.session.test_consistency import averaged, started
-from tests.session.writers import equal, parameters, receipt, values
+from tests.session.writers import equal, mean_of, parameters, receipt, started, values
 
 
 def times(weight: float, gradients: list[Tensor]) -> list[Tensor]:
@@ -29,9 +28,9 @@ def test_rounds_of_a_quorum_are_accumulated() -> None:
     name = w0.named()
     told = receipt(w0.push(values(session, 3)), name)
     assert (told.version, told.contributors) == (1, ("w0", "w1", "w0", "w2"))
-    first = averaged(values(session, 0), values(session, 1))
-    second = averaged(values(session, 3), values(session, 2))
-    assert equal(parameters(session), twin.step([(a + b) / 2 for a, b in zip(first, second, strict=True)]))  # type: ignore[operator]
+    first = mean_of(values(session, 0), values(session, 1))
+    second = mean_of(values(session, 3), values(session, 2))
+    assert equal(parameters(session), twin.step(mean_of(first, second)))
     name = w1.named()
     assert receipt(w1.push(values(session, 4), base=0), name).reason == "late"
 
@@ -42,12 +41,12 @@ def test_a_stale_gradient_in_a_round_counts_less(scaling: Any, weight: float) ->
     session, (w0, w1, _), twin = started(Async(staleness_scaling=scaling), accumulate=2, names=("w", "b"))
     for seed in (0, 1):
         w0.push(values(session, seed))
-    twin.step(averaged(values(session, 0), values(session, 1)))
+    twin.step(mean_of(values(session, 0), values(session, 1)))
     name = w1.named()
     assert receipt(w1.push(values(session, 2), base=0), name).weight == weight
     w0.push(values(session, 3))
     stale = times(weight, values(session, 2))
-    assert equal(parameters(session), twin.step(averaged(stale, values(session, 3))))
+    assert equal(parameters(session), twin.step(mean_of(stale, values(session, 3))))
 
 
 def test_a_compensated_gradient_that_overflows_is_no_step() -> None:
@@ -86,9 +85,8 @@ def test_rounds_survive_a_switch_of_the_mode() -> None:
     name = w1.named()
     told = receipt(w1.push(values(session, 2)), name)
     assert told.contributors == ("w0", "w0", "w1")
-    later = averaged(values(session, 1), values(session, 2))
-    mean = [(a + b) / 2 for a, b in zip(values(session, 0), later, strict=True)]  # type: ignore[operator]
-    assert equal(parameters(session), twin.step(mean))
+    later = mean_of(values(session, 1), values(session, 2))
+    assert equal(parameters(session), twin.step(mean_of(values(session, 0), later)))
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -109,4 +107,4 @@ def test_a_quorum_skips_a_step_with_nan(order: tuple[int, int]) -> None:
     writers[2].push(values(session, 2))
     name = writers[0].named()
     assert receipt(writers[0].push(values(session, 3)), name).applied
-    assert equal(parameters(session), twin.step(averaged(values(session, 3), values(session, 2))))
+    assert equal(parameters(session), twin.step(mean_of(values(session, 3), values(session, 2))))

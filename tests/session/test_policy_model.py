@@ -16,7 +16,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import Tensor
 
 from farstep.receipt import Receipt
-from tests.session.test_averages import Averaged, averages
+from tests.session.averaged import Averaged, averages
 from tests.session.writers import Writer, begun, equal, new_session, parameters, receipt, values
 
 NAMES = ("w0", "w1", "w2")

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from farstep.errors import BarrierTimeout, Fenced, InvalidOption, SessionFull, TensorMismatch
-from farstep_service.session import Session
 from tests.session.writers import (
     Gradient,
     Twin,
@@ -18,6 +17,7 @@ from tests.session.writers import (
     begun,
     equal,
     error,
+    mean_of,
     new_session,
     parameters,
     receipt,
@@ -26,19 +26,6 @@ from tests.session.writers import (
 )
 
 NAMES = ("w0", "w1", "w2")
-
-
-def mean(session: Session, contributions: Sequence[Sequence[Gradient]]) -> list[Gradient]:
-    """Return `(g0 + g1 + ...) / N` by segment, in the order given; who has none counts as zero."""
-    means: list[Gradient] = []
-    for own in zip(*contributions, strict=True):
-        there = [each.to_dense() if each.is_sparse else each for each in own if each is not None]
-        total = there[0].clone() if there else None
-        for other in there[1:]:
-            assert total is not None
-            total += other
-        means.append(None if total is None else total / len(contributions))
-    return means
 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
@@ -58,7 +45,7 @@ def test_a_step_has_the_same_bits_whatever_the_order_of_arrival(order: Sequence[
             assert (given.version, given.contributors, given.divisor) == (step + 1, NAMES, 3)
         for writer in writers:
             writer.last = session.position(writer.name)[1]
-        assert equal(parameters(session), twin.step(mean(session, gradients)))
+        assert equal(parameters(session), twin.step(mean_of(*gradients)))
 
 
 @pytest.mark.parametrize(
@@ -87,7 +74,7 @@ def test_a_segment_that_some_lack_counts_as_zero_for_them(missing: list[list[int
             writers[who].push(gradients[who])
         for writer in writers:
             writer.last = session.position(writer.name)[1]
-        assert equal(parameters(session), twin.step(mean(session, gradients)))
+        assert equal(parameters(session), twin.step(mean_of(*gradients)))
     assert session.version == 2
 
 
@@ -115,7 +102,7 @@ def test_sparse_and_dense_gradients_mix(kinds: str, order: Sequence[int]) -> Non
         writers[who].push(gradients[who])
     assert session.version == 1
     after = parameters(session)
-    expected = mean(session, gradients)
+    expected = mean_of(*gradients)
     if "d" not in kinds:
         expected[0] = reduce(torch.add, [each[0] for each in gradients if each[0] is not None]) / 3
     twin = Twin(start).step(expected)
@@ -216,7 +203,7 @@ def test_joining_again_fences_the_push_that_waits() -> None:
     mine, theirs = values(session, 1), values(session, 2)
     assert w1.push(theirs) == {}
     assert again.push(mine).keys() == {again.named(1), w1.named()}
-    assert equal(parameters(session), Twin(start).step(mean(session, [mine, theirs])))
+    assert equal(parameters(session), Twin(start).step(mean_of(mine, theirs)))
 
 
 def test_leaving_withdraws_the_push_that_waits() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError, TensorMismatch
 from farstep.fields import Shapes
 from farstep.growth import AppendHead, NewParameter
@@ -17,12 +18,10 @@ from farstep.messages import Evaluation, PushHead, PutHead, Sparse, WriteName
 from farstep.receipt import Receipt
 from farstep.wire import to_ranges
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
-from farstep_service.kernel import Kernel, KernelSource
+from farstep_service.kernel import KernelSource
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
-from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
-from farstep_service.rule import AnyRule, ElementwiseRule, Form, KernelName, Scalar, StateTensors
 from farstep_service.session import Outcome, Outcomes, Session
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (3, 4), "b": (5,), "scale": (), "z": (2,)}
@@ -33,61 +32,6 @@ Gradient = Tensor | None
 
 def sync(workers: int, deadline_s: float = 10.0) -> dict[str, object]:
     return {"mode": "sync", "workers": workers, "deadline_s": deadline_s}
-
-
-class Fault:
-    """Decides which block of a step fails: the k-th, or none."""
-
-    def __init__(self) -> None:
-        self.at: int | None = None
-
-    def pass_block(self) -> None:
-        if self.at is not None:
-            self.at -= 1
-            if self.at < 0:
-                raise RuntimeError("the device is on fire")
-
-
-class _Failing(ElementwiseRule[Any]):
-    """A rule whose arithmetic fails where it is told to."""
-
-    def __init__(self, rule: AnyRule, fault: Fault) -> None:
-        self._rule, self._fault = rule, fault
-
-    def scalars(self, counts: Any, hyper: Any) -> tuple[float, ...]:
-        return self._rule.scalars(counts, hyper)
-
-    def update(
-        self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]
-    ) -> tuple[Tensor, StateTensors]:
-        self._fault.pass_block()
-        return self._rule.update(p, g, state, scalars)
-
-
-class FailingKernels(KernelSource):
-    """Reference kernels in blocks of four elements, which fail where `fault` says; those that finish a step do not.
-
-    Args:
-        finish_fails: how many attempts to finish a step fail, too.
-    """
-
-    def __init__(self, finish_fails: int = 0) -> None:
-        self.fault = Fault()
-        self.finish_fails = finish_fails
-
-    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
-        """Nothing has to be built."""
-
-    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
-        return ReferenceKernel(_Failing(rule, self.fault), block=4)
-
-    def reference(self, rule: AnyRule) -> Kernel:
-        if self.finish_fails:
-            self.finish_fails -= 1
-            again = Fault()
-            again.at = 0
-            return ReferenceKernel(_Failing(rule, again), block=4)
-        return ReferenceKernel(rule, block=4)
 
 
 def new_session(
@@ -156,6 +100,15 @@ class Twin:
             parameter.grad = None if gradient is None else gradient.clone()
         self.optimizer.step()
         return self.parameters
+
+
+def mean_of(*contributions: Sequence[Gradient]) -> list[Gradient]:
+    """Return `(g0 + g1 + ...) / n` by segment, in the order given; an absent one is zero, and absent where all are."""
+    means: list[Gradient] = []
+    for own in zip(*contributions, strict=True):
+        there = [each.to_dense() if each.is_sparse else each for each in own if each is not None]
+        means.append(sum(there[1:], start=there[0]) / len(contributions) if there else None)
+    return means
 
 
 def equal(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
@@ -316,3 +269,12 @@ def _bytes(tensor: Gradient) -> bytes:
 
 def _digest(content: bytes, *others: object) -> str:
     return hashlib.sha256(content + repr(others).encode()).hexdigest()
+
+
+NAMES = ("w0", "w1", "w2")
+
+
+def started(mode: Consistency, *names: str, **options: Any) -> tuple[Session, list[Writer], Twin]:
+    """Return a session with its workers, and torch's optimizer over the same parameters."""
+    session = new_session(consistency=to_options(mode), **options)
+    return session, begun(session, *(names or NAMES)), Twin(parameters(session))

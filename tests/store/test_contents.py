@@ -59,7 +59,7 @@ def test_state_can_be_taken_away(make: MakeStore):
     store, hypers = make("Adamax")
     fresh, _ = make("Adamax")
     store.apply(hypers, Gradients(noise(store.layout, 1)))
-    store.reset([0, 2])
+    store.write([0, 2], {"step": [None, None]})
     assert store.numbers("step") == [None, 1, None, 1, 1, 1]
     store.write([4], {"step": [None]})
     store.write(range(6), {"param": noise(store.layout, 0)})

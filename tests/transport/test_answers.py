@@ -7,41 +7,12 @@ from collections.abc import Callable, Generator, Iterator
 import httpx
 import pytest
 
-from farstep.transport import Batch, Pieces, SocketTransport, Supply, dial_tcp
+from farstep.transport import Batch, SocketTransport, Supply, dial_tcp
 from farstep.transport.pool import Origin
 from tests.transport.scripted import PATIENCE_S, Peer, Stage
+from tests.transport.scripts import LARGE, push, refuse, refuse_and_read_on, refuse_and_reset, refuse_and_wait
 
 Staging = Callable[..., Stage]
-LARGE = memoryview(bytearray(50_000_000))
-
-
-def push(client: httpx.Client, url: str) -> httpx.Response:
-    return client.send(Pieces([LARGE]).request(client, "POST", url))
-
-
-def refuse(peer: Peer) -> None:
-    """Say 413 and stop reading; the closing of a socket with unread bytes is a reset."""
-    peer.read_head()
-    peer.answer(b"too large", "413 Content Too Large", "Connection: close\r\n")
-
-
-def refuse_and_reset(peer: Peer) -> None:
-    refuse(peer)
-    peer.sock.recv(100_000)
-    peer.reset()
-
-
-def refuse_and_read_on(peer: Peer) -> None:
-    """Say 413 and go on reading, as uvicorn does, until the client has enough."""
-    refuse(peer)
-    while peer.sock.recv(1 << 20):
-        pass
-
-
-def refuse_and_wait(peer: Peer) -> None:
-    """Say 413 and neither read nor close."""
-    refuse(peer)
-    peer.over.wait(PATIENCE_S)
 
 
 @pytest.mark.parametrize("server", [refuse, refuse_and_reset, refuse_and_read_on, refuse_and_wait])

@@ -13,32 +13,9 @@ import pytest
 from farstep.transport import Pieces, SocketTransport, body_of, dial_tcp
 from farstep.transport.pool import Origin
 from tests.transport.scripted import PATIENCE_S, Peer, Stage
+from tests.transport.scripts import answer_all, answer_once, answer_then_hang_up, answer_then_reset
 
 Staging = Callable[..., Stage]
-
-
-def answer_once(peer: Peer) -> None:
-    peer.read_request()
-    peer.answer()
-
-
-def answer_then_hang_up(peer: Peer) -> None:
-    """Answer one request, take the next one's head and close without a word."""
-    peer.read_request()
-    peer.answer()
-    peer.read_head()
-
-
-def answer_then_reset(peer: Peer) -> None:
-    peer.read_request()
-    peer.answer()
-    peer.read_head()
-    peer.reset()
-
-
-def answer_all(peer: Peer) -> None:
-    while peer.read_request()[0]:
-        peer.answer()
 
 
 def test_a_connection_is_used_again(stage: Staging, client: httpx.Client):

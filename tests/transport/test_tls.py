@@ -8,9 +8,9 @@ import pytest
 import trustme
 
 from farstep.transport import Pieces, SocketTransport, body_of
+from tests.transport.bodies import PIECE_LISTS, noise, received
 from tests.transport.scripted import PATIENCE_S, Peer, Stage
-from tests.transport.test_answers import push, refuse, refuse_and_read_on
-from tests.transport.test_bodies import PIECE_LISTS, noise, received
+from tests.transport.scripts import push, refuse, refuse_and_read_on
 from tests.transport.wellbehaved import running
 
 Staging = Callable[..., Stage]

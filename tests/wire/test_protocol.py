@@ -3,8 +3,7 @@
 import json
 import re
 from dataclasses import asdict, replace
-from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -16,25 +15,7 @@ from farstep.messages import PushHead, PutHead
 from farstep.receipt import Reason, Receipt
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 from tests.wire.driving import read
-
-DOCUMENT = (Path(wire.__file__).parent / "PROTOCOL.md").read_text()
-
-
-class Block(NamedTuple):
-    title: str
-    info: list[str]
-    text: str
-
-
-def blocks() -> list[Block]:
-    """Return the document's fenced blocks, each with the heading above it."""
-    found, title = [], ""
-    for part in re.finditer(r"^#+ (.+)$|^```(.+)\n([\s\S]*?)^```$", DOCUMENT, re.MULTILINE):
-        if part[1]:
-            title = part[1]
-        else:
-            found.append(Block(title, part[2].split(), part[3]))
-    return found
+from tests.wire.page import DOCUMENT, Block, blocks
 
 
 def from_hex(text: str) -> bytes:

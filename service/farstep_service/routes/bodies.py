@@ -17,10 +17,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest, LimitExceeded, Truncated, UnsupportedMedia
-from farstep.wire import Decoder, encode
+from farstep.wire import CONTENT_TYPE, Decoder, encode
 from farstep_service.hosts import in_task
 
-MSGPACK = b"application/msgpack"
+MSGPACK = CONTENT_TYPE.encode()
 TAIL_BYTES = 128 * 1024
 """Size of the copied end of an answer. uvicorn reports a write as drained when up to 16 KiB of it are left in its
 buffer; these must not be memory that the next step writes to."""

@@ -90,12 +90,7 @@ class ClosureState(SessionState):
             )
 
     def check_base(self, base: int, evaluation: Evaluation | None) -> None:
-        if base > self.version:
-            raise TensorMismatch(
-                f"The gradient claims version {base}, but the session is at {self.version}.",
-                field="base",
-                limit=self.version,
-            )
+        super().check_base(base, evaluation)
         if evaluation is not None and evaluation.continues and (self._waiting is None or base != self.version):
             raise _discarded()
 

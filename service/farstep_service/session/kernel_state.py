@@ -7,7 +7,7 @@ from typing import final
 
 import torch
 
-from farstep.errors import InvalidRequest, TensorMismatch
+from farstep.errors import InvalidRequest
 from farstep.fields import EVERYWHERE
 from farstep.hyper import Hyper
 from farstep.messages import Evaluation
@@ -126,14 +126,6 @@ class KernelState(SessionState):
         if evaluation is not None:
             raise InvalidRequest(
                 f"{self.plan.rule.name} does not ask for a loss.", remedy="Send gradients only.", field="loss"
-            )
-
-    def check_base(self, base: int, evaluation: Evaluation | None) -> None:
-        if base > self.version:
-            raise TensorMismatch(
-                f"The gradient claims version {base}, but the session is at {self.version}.",
-                field="base",
-                limit=self.version,
             )
 
     def step(

@@ -153,7 +153,6 @@ class SessionState(ABC):
             InvalidRequest: the loss is missing, or there is one.
         """
 
-    @abstractmethod
     def check_base(self, base: int, evaluation: Evaluation | None) -> None:
         """Refuse a push whose gradients were computed on parameters that do not go with it.
 
@@ -161,6 +160,12 @@ class SessionState(ABC):
             TensorMismatch: a version that does not exist.
             StepDiscarded: the step that the push continues was given up.
         """
+        if base > self.version:
+            raise TensorMismatch(
+                f"The gradient claims version {base}, but the session is at {self.version}.",
+                field="base",
+                limit=self.version,
+            )
 
     @abstractmethod
     def step(

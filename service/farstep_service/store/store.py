@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import final
 
 import torch
@@ -255,17 +255,6 @@ class Store:
             self._state.refill([index for index in segments if counts[index] is None])
             self._decider.forget()
             self._now = Contents(version, counts, self._now.marked(segments if parameters else (), version))
-
-    def reset(self, segments: Sequence[int]) -> None:
-        """Take the state of some segments away; it begins anew with their next step."""
-        with self._lock, torch.no_grad():
-            self.finish()
-            counts = list(self._now.counts)
-            for index in segments:
-                counts[index] = self._state.newborn(index)
-            self._state.refill(segments)
-            self._decider.forget()
-            self._now = replace(self._now, counts=counts)
 
     def append(self, layout: Layout, groups: Sequence[Hyper], parameters: Buffers) -> None:
         """Grow by the segments at the end of a longer layout, as one new version.

@@ -1,0 +1,82 @@
+"""How an optimizer ends, and what becomes of its session."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from farstep.conversation import Conversation
+from farstep.errors import FarstepError, UnknownSession
+from farstep.optim import Adagrad
+from farstep.settings import RemoteOptions
+from tests.client.twins import Twins, check_parameters, drawn, parameters
+from tests.service.servers import RunningServer
+
+
+def test_a_closed_optimizer_says_so(place: RemoteOptions) -> None:
+    """After close() whatever needs the session is refused in words, and closing again is nothing."""
+    twins = Twins("Adagrad", {}, place)
+    twins.train(1)
+    state = twins.ours.state_dict()
+    twins.ours.close()
+    twins.ours.close()
+    calls: list[Callable[[], object]] = [
+        twins.ours.step,
+        twins.ours.pull,
+        twins.ours.state_dict,
+        twins.ours.rejoin,
+        lambda: twins.ours.load_state_dict(state),
+    ]
+    for call in calls:
+        with pytest.raises(FarstepError, match="was closed"):
+            call()
+    check_parameters(twins.here, twins.there)
+
+
+def test_a_private_session_goes_with_its_optimizer(server: RunningServer, talk: Conversation) -> None:
+    """An optimizer that nobody holds any more takes its private session away from the server."""
+    optimizer = Adagrad(parameters(drawn(0)), server=server.url)
+    path = f"/v1/sessions/{optimizer.session}"
+    assert talk.control("GET", path)["initialised"]
+    del optimizer
+    gc.collect()
+    with pytest.raises(UnknownSession):
+        talk.control("GET", path)
+
+
+def test_a_named_session_stays_when_its_workers_leave(server: RunningServer, talk: Conversation) -> None:
+    """close() gives the worker's place up; the session and its parameters stay for others."""
+    optimizer = Adagrad(parameters(drawn(0)), server=server.url, session="stays", worker="w0")
+    optimizer.close()
+    document = talk.control("GET", "/v1/sessions/stays")
+    assert document["initialised"]
+    assert document["workers"] == {}
+    talk.control("DELETE", "/v1/sessions/stays")
+
+
+def test_a_session_that_cannot_be_joined_leaves_nothing_behind(server: RunningServer, talk: Conversation) -> None:
+    """A parameter the server cannot hold is refused, naming the dtype, and no session stays."""
+    before = len(talk.control("GET", "/v1/sessions"))
+    with pytest.raises(FarstepError, match="float8"):
+        Adagrad([torch.ones(3).to(torch.float8_e5m2).requires_grad_()], server=server.url)
+    assert len(talk.control("GET", "/v1/sessions")) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_does_not_end_the_session_of_its_parent(server: RunningServer) -> None:
+    """A process that was forked off, as by a data loader, may drop its copy of the optimizer; the session stays."""
+    twins = Twins("Adagrad", {}, {"server": server.url, "kernel": "reference"})
+    twins.train(1)
+    child = os.fork()
+    if not child:
+        try:
+            twins.ours.close()
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    twins.train(1, first=2)
+    twins.check()

@@ -1,0 +1,45 @@
+"""Launches in processes of their own, and what their workers say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+NOBODY = ("--server", "http://127.0.0.1:9")
+LIMIT_S = 60.0
+
+
+@contextmanager
+def launching(*arguments: str, env: dict[str, str] | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Run `farstep launch` beside the test."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "farstep_service", "launch", *arguments],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def heard(process: subprocess.Popen[str], *wanted: str) -> None:
+    """Read the standard output until all these lines were there."""
+    assert process.stdout is not None
+    missing = set(wanted)
+    for text in process.stdout:
+        missing.discard(text.rstrip("\n"))
+        if not missing:
+            return
+    raise AssertionError(f"never said: {missing}")
+
+
+def said(text: str, name: str) -> list[str]:
+    """Return what one process wrote."""
+    split = [line.partition(" | ") for line in text.splitlines()]
+    return [line for who, _, line in split if who.rstrip() == name]

@@ -1,0 +1,46 @@
+"""Bounds, defaults and patience that the documents state are those of the code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from farstep.consistency import Async, Sync
+from farstep.departures import LARGE_BYTES
+from farstep.foresight import PAUSE_STEPS
+from farstep.overlap import LEAST_BYTES
+from farstep.settings import resolve
+from farstep.wire.tensor_file import MAX_HEAD_BYTES, MAX_TENSORS
+from farstep_service.aggregation.members import FORGOTTEN_AFTER_S, LAPSED_KEPT
+from farstep_service.launch import Plan
+from farstep_service.settings import Settings
+from farstep_service.store.decider import WORTH_A_KERNEL
+
+ROOT = Path(__file__).parents[2]
+HOURS = {3600.0: "an hour"}
+
+
+@pytest.mark.parametrize(
+    ("document", "sentence"),
+    [
+        ("README.md", f"`Unavailable` after `timeout_s` ({resolve({}, {}).timeout_s:.0f} s)"),
+        ("README.md", f"`farstep.Sync(workers=N, deadline_s={Sync(workers=2).deadline_s:.0f})`"),
+        ("docs/launch.md", f"`--max-restarts` | {Plan(command=('x',)).max_restarts} (torchrun: 0)"),
+        ("docs/optimizers.md", f"From {LARGE_BYTES >> 20} MiB of gradients on"),
+        ("docs/optimizers.md", f"a session of {WORTH_A_KERNEL:,} parameters or more in one piece"),
+        ("docs/overlap.md", f"gradients of less than {LEAST_BYTES >> 10} KiB together go in `step()`"),
+        ("docs/overlap.md", f"does without for {PAUSE_STEPS} steps"),
+        ("docs/overlap.md", f"A server waits {Settings().idle_body_s:.0f} s for the next byte."),
+        ("docs/sessions.md", f"A head has at most {MAX_HEAD_BYTES:,} bytes"),
+        ("docs/sessions.md", f"describes at most {MAX_TENSORS:,} tensors"),
+        ("docs/workers.md", f"(`lease_s` of the mode, {Async().lease_s:.0f} s by default)"),
+        ("docs/workers.md", f"{HOURS[FORGOTTEN_AFTER_S]} has passed, or {LAPSED_KEPT:,} others went away after it"),
+        ("client/farstep/wire/PROTOCOL.md", f"(`lease_s` of the mode, {Async().lease_s:.0f} s)"),
+        ("client/farstep/wire/PROTOCOL.md", f"{HOURS[FORGOTTEN_AFTER_S]} has passed, or {LAPSED_KEPT:,} others have"),
+        ("client/farstep/wire/PROTOCOL.md", f"after {Settings().idle_body_s:.0f} s without a byte"),
+    ],
+)
+def test_a_number_in_the_documents_is_that_of_the_code(document: str, sentence: str) -> None:
+    """The sentence stands in the document with the number that the code has."""
+    assert sentence in " ".join((ROOT / document).read_text().split())
