@@ -211,9 +211,9 @@ class Rule(Method[H]):
 class ElementwiseRule(Rule[H]):
     """A rule whose every element is by itself, so that memory may be cut and joined anywhere, and compiled.
 
-    `update` gets tensors of any one shape, and the state fields like them. They are real: complex parameters come as
-    pairs of reals, but for rules with `complex_numbers`, and for those in the reference kernel alone. In a compiled kernel its scalars are 0-dim float64 tensors: nothing may branch in Python on a tensor, and
-    `arithmetic.py` has what to use.
+    `update` gets tensors of any one shape, and the state fields like them. They are real, as complex parameters come as
+    pairs of reals; a rule with `complex_numbers` gets complex ones in the reference kernel. In a compiled kernel its
+    scalars are 0-dim float64 tensors: nothing may branch in Python on a tensor, and `arithmetic.py` has what to use.
     """
 
     kernels: ClassVar[tuple[KernelName, ...]] = ("reference", "fused")

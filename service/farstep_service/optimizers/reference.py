@@ -20,7 +20,8 @@ from farstep_service.kernel import Call, Kernel, Progress, Write
 from farstep_service.rule import AnyRule, ElementwiseRule, Form
 
 BLOCK = 2**17
-"""Elements of a block, an even number of them, for pairs. 64k to 256k are equally fast; smaller ones cost more calls, larger ones leave the cache."""
+"""Elements of a block, an even number of them, for pairs. 64k to 256k are equally fast; smaller ones cost more calls,
+larger ones leave the cache."""
 GPU_BLOCK = 2**25
 """Elements of a block on a GPU, where every operation is a launch and blocks only bound the memory for temporaries."""
 

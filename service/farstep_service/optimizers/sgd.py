@@ -97,10 +97,8 @@ class SGD(ElementwiseRule[SGDHyper], RowRule[SGDHyper]):
         g = decayed(signed(g, sign), p, weight_decay)
         if BUFFER not in state:
             return add(p, g, minus_lr), {}
-        if isinstance(keep, Tensor) or keep != 0:
-            buffer = add_(state[BUFFER] * keep, g, rest)
-        else:
-            buffer = g.clone()
+        later = isinstance(keep, Tensor) or keep != 0
+        buffer = add_(state[BUFFER] * keep, g, rest) if later else g.clone()
         if isinstance(nesterov, Tensor):
             g = torch.where(nesterov != 0, add(g, buffer, momentum), buffer)
         else:
