@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
 
 import httpx
 import pytest
@@ -266,49 +265,6 @@ def test_an_interrupt_from_the_keyboard_in_the_middle_of_a_step(server: RunningS
         step(twins, seed + 1)
     assert twins.ours.version == 5
     twins.check()
-
-
-class Lost(Meddling):
-    """Lose the answers of joins: an error in their place, after the server has given them."""
-
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
-        self._error = error
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        response = self._inner.handle_request(request)
-        if (request.method, request.url.path) == ("POST", "/v1/sessions"):
-            response.read()
-            assert response.status_code == 200
-            raise self._error
-        return response
-
-
-@pytest.mark.parametrize(
-    ("error", "raised"),
-    [(KeyboardInterrupt(), KeyboardInterrupt), (MemoryError(), MemoryError), (httpx.ReadError(""), Unavailable)],
-    ids=["interrupt", "exception", "given up"],
-)
-def test_an_optimizer_that_never_was_leaves_no_session_behind(
-    server: RunningServer, talk: Conversation, error: BaseException, raised: type[BaseException]
-) -> None:
-    """A private session whose maker did not hear of it is removed by its name, which nobody else knows."""
-    before = sessions_of(talk)
-    with pytest.raises(raised):
-        twins_at(server.url, transport=Lost(error), timeout_s=0.1)
-    assert sessions_of(talk) == before
-
-
-def test_a_session_with_a_name_is_left_to_those_who_share_it(server: RunningServer, talk: Conversation) -> None:
-    """Whoever fails to join a named session removes nothing: others may be in it."""
-    with pytest.raises(KeyboardInterrupt):
-        twins_at(server.url, transport=Lost(KeyboardInterrupt()), session="shared-by-some")
-    assert "shared-by-some" in sessions_of(talk)
-
-
-def sessions_of(talk: Conversation) -> set[str]:
-    """Return the names of the server's sessions."""
-    return {each["name"] for each in cast("list[dict[str, Any]]", talk.control("GET", "/v1/sessions"))}
 
 
 class Late(Meddling):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from farstep_service.optimizers import RULES
-from farstep_service.store import Gradients
 from tests.optimizers.twins import Twins
 from tests.parity.cases import usual_options
 
@@ -90,27 +89,6 @@ def test_other_dtypes_are_within_tolerance(name: str, dtype: torch.dtype):
     twins = Twins(name, dtype, [OPTIONS[name][1] | options, more | options]).run(20)
     # A rounding error of half precision lives on in the parameter, so it may differ by some of its last bits.
     twins.check_close(**({"rtol": 1.6e-2, "atol": 2e-2} if half else {}))
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)
-@pytest.mark.parametrize("options", OPTIONS["SGD"], ids=str)
-def test_sgd_computes_with_complex_numbers_as_torch_does(options: dict[str, Any], dtype: torch.dtype):
-    """Torch's SGD rounds both parts otherwise than real numbers; learning rates that round show the difference."""
-    Twins("SGD", dtype, [options | {"lr": lr} for lr in (0.037, 1 / 3)]).run(STEPS).check_equal()
-
-
-def test_a_complex_infinity_goes_the_way_it_goes_in_torch():
-    """The first buffer is the gradient itself; the product of an infinite number with a real one is NaN in a part."""
-    twins = Twins("SGD", torch.complex64, [{"lr": 0.1, "momentum": 0.9}])
-    for step in range(2):
-        gradients = [torch.full_like(p, complex(float("inf"), 1) if step == 0 else 1) for p in twins.params]
-        for index, (p, gradient) in enumerate(zip(twins.params, gradients, strict=True)):
-            p.grad = gradient
-            twins.gradients.segment(index).copy_(gradient)
-        twins.optimizer.step()
-        twins.store.apply(twins.hypers, Gradients(twins.gradients, [True] * len(gradients), {}))
-        for _, there, here in twins.pairs():
-            torch.testing.assert_close(here, there, rtol=0, atol=0, equal_nan=True)
 
 
 def test_asgd_rounds_eta_and_mu_to_float32():
