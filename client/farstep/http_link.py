@@ -78,6 +78,7 @@ class HttpLink(Link):
         sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
         self._holdings = Holdings(parameters, place.wire, sharing)
         self._overlapping = Overlapping()
+        self._asked = False  # to join, whatever the answer was
         self._putting = Putting(self._standing, self._holdings, self._writer)
         self._pushing = Pushing(self._standing, self._holdings, self._writer, self._overlapping, self._putting)
         try:
@@ -107,6 +108,7 @@ class HttpLink(Link):
         document = {**self._standing.spec.to_document(), "worker": self._place.worker}
 
         def attempt() -> bool:
+            self._asked = True
             joined = self._server.control("POST", "/v1/sessions", document)
             self._standing.join_(joined)
             if not joined["initialise"] and not joined["initialised"]:
@@ -248,10 +250,12 @@ class HttpLink(Link):
             return  # a fork of the worker must not end the session of its parent
         self._overlapping.end(UNUSED)
         epoch = self._writer.names.epoch
-        path = self._path if self._place.private else f"{self._writer.worker_path}?epoch={epoch}"
         try:
-            if epoch:
-                with suppress(FarstepError, httpx.HTTPError, OSError):  # what is gone need not be left
+            with suppress(FarstepError, httpx.HTTPError, OSError):  # what is gone need not be left
+                if self._place.private and self._asked:  # there may be one though its answer never came
+                    self._server.control("DELETE", self._path, within_s=CLOSE_TIMEOUT_S)
+                elif epoch:
+                    path = f"{self._writer.worker_path}?epoch={epoch}"
                     self._server.control("DELETE", path, within_s=CLOSE_TIMEOUT_S)
         finally:
             self._server.close()

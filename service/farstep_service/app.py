@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from farstep_service.auth import Tokens
 from farstep_service.hosts import in_task
 from farstep_service.registry import Registry
-from farstep_service.routes import Edge, control_router, data_routes, error_of, session_file_routes
+from farstep_service.routes import Edge, control_router, data_routes, error_of, page_of, session_file_routes
 from farstep_service.routes.problems import PROBLEM, problem_of
 from farstep_service.settings import Settings
 
@@ -68,11 +68,22 @@ def create_app(settings: Settings) -> Service:
         executor.shutdown(wait=True)
 
     app = Application(
-        title="farstep", version=version("farstep"), description=DESCRIPTION, lifespan=lifespan, redirect_slashes=False
+        title="farstep",
+        version=version("farstep"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        docs_url=None,  # the framework's pages take their scripts from elsewhere
+        redoc_url=None,
     )
     app.include_router(control_router(registry, settings))
     data = [*data_routes(registry, settings), *session_file_routes(registry, settings)]
     app.router.routes.extend(data)
+
+    async def docs(_: Request) -> Response:
+        return page_of(app.openapi())
+
+    app.add_route("/docs", docs, include_in_schema=False)
 
     async def problem(_: Request, exc: Exception) -> Response:
         error = error_of(exc)

@@ -31,6 +31,7 @@ class Call(NamedTuple):
         out: where the new parameters go; may be `p` itself.
         scalars: the numbers of this step.
         copy: where they go as well, maybe in another dtype; may be `g` itself if that is in this dtype.
+        pairs: whether all of these are pairs of reals which the rule wants as complex numbers.
     """
 
     p: Tensor
@@ -39,6 +40,7 @@ class Call(NamedTuple):
     out: Tensor
     scalars: tuple[float, ...]
     copy: Tensor | None = None
+    pairs: bool = False
 
 
 class Write(NamedTuple):

@@ -211,14 +211,16 @@ class Rule(Method[H]):
 class ElementwiseRule(Rule[H]):
     """A rule whose every element is by itself, so that memory may be cut and joined anywhere, and compiled.
 
-    `update` gets real tensors of any one shape (complex parameters come as pairs of reals), and the state fields like
-    them. In a compiled kernel its scalars are 0-dim float64 tensors: nothing may branch in Python on a tensor, and
-    `arithmetic.py` has what to use.
+    `update` gets tensors of any one shape, and the state fields like them. They are real, as complex parameters come as
+    pairs of reals; a rule with `complex_numbers` gets complex ones in the reference kernel. In a compiled kernel its
+    scalars are 0-dim float64 tensors: nothing may branch in Python on a tensor, and `arithmetic.py` has what to use.
     """
 
     kernels: ClassVar[tuple[KernelName, ...]] = ("reference", "fused")
     usual: ClassVar[tuple[Fields, ...]] = ((),)
     """Which optional fields are in use so often together that kernels for them are built ahead."""
+    complex_numbers: ClassVar[bool] = False
+    """Whether torch computes with complex numbers as such; each part is then rounded otherwise than a real number."""
 
 
 PASSES = 8

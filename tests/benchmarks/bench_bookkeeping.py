@@ -45,6 +45,7 @@ class NoLink(Link):
         self._arrivals.keep_()
         self._parameters = parameters
         self._version = 0
+        self._consistency: Consistency = Async()
 
     @property
     def version(self) -> int:
@@ -52,10 +53,10 @@ class NoLink(Link):
 
     @property
     def consistency(self) -> Consistency:
-        return Async()
+        return self._consistency
 
     def set_consistency(self, mode: Consistency) -> None:
-        raise NotImplementedError
+        self._consistency = mode
 
     @property
     def fields(self) -> Mapping[str, FieldKind]:

@@ -59,6 +59,21 @@ def test_a_group_keeps_its_own_initial_value_to_itself(place: RemoteOptions) -> 
     twins.check()
 
 
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "dampening": 0.3}, {"momentum": 0.8, "nesterov": True}])
+def test_complex_and_real_parameters_of_sgd_side_by_side(options: Group, place: RemoteOptions) -> None:
+    """Complex numbers between reals of the same memory, more than a block of them too, have torch's bits."""
+    shapes = ((5,), (7, 3), (2**16 + 3,), (), (4,), (1,))
+    dtypes = (torch.float32, torch.complex64, torch.complex64, torch.float32, torch.complex64, torch.complex128)
+
+    def of(seed: int) -> list[Tensor]:
+        return [drawn(seed + i, [shape], dtype)[0] for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True))]
+
+    twins = Twins("SGD", {"lr": 0.037, "weight_decay": 0.013, **options}, place, start=of(0))
+    for step in range(1, 6):
+        twins.step([None if (step + index) % 4 == 0 else g for index, g in enumerate(of(10 * step))])
+    twins.check()
+
+
 def test_parameters_of_several_dtypes_in_one_session(place: RemoteOptions) -> None:
     """A session holds parameters of different dtypes in any order, and each is updated in its own."""
     dtypes = [torch.float32, torch.float64, torch.complex64, torch.float32, torch.float64, torch.float32]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -36,10 +37,10 @@ class Conversation:
     ) -> tuple[int, bytes]:
         """Return status and body of the answer to a request whose body stops after some chunks."""
         given = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
+        if sum(map(len, chunks)) == length:
+            given[-1]["more_body"] = False
         if gone:
             given.append({"type": "http.disconnect"})
-        elif sum(map(len, chunks)) == length:
-            given[-1]["more_body"] = False
         sent: list[Message] = []
 
         async def receive() -> Message:
@@ -66,6 +67,22 @@ class Conversation:
         if not sent:
             return 0, b""
         return int(sent[0]["status"]), b"".join(each.get("body", b"") for each in sent[1:])
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_a_client_that_is_gone_creates_no_session(gone: bool) -> None:
+    """A join whose client went away while its document was read creates nothing, as nobody would ever remove it."""
+    document = json.dumps(session_document("s", "w0")).encode()
+
+    async def join() -> tuple[int, list[Any]]:
+        conversation = Conversation()
+        kind = "application/json"
+        status, _ = await conversation.ask("POST", "/v1/sessions", [document], len(document), kind=kind, gone=gone)
+        _, sessions = await conversation.ask("GET", "/v1/sessions", [b""], 0)
+        return status, json.loads(sessions)
+
+    status, sessions = asyncio.run(join())
+    assert (status, len(sessions)) == ((0, 0) if gone else (200, 1))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

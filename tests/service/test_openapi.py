@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -107,8 +108,46 @@ def test_every_error_is_a_problem_document(kind: type[FarstepError]) -> None:
     assert problem.title == (kind.__doc__ or "").strip().split("\n", 1)[0]
 
 
-def test_the_page_for_people_is_there(server: RunningServer) -> None:
-    """/docs is a page that shows the same description."""
+class Page(HTMLParser):
+    """What a browser would do with a page: load things, and jump to places in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.targets: set[str] = set()
+        self.places: set[str] = set()
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name in ("src", "href", "action", "data"):
+                self.targets.add(str(value))
+            if name == "id":
+                self.places.add(f"#{value}")
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_the_page_for_people_needs_nothing_from_elsewhere(server: RunningServer, document: dict[str, Any]) -> None:
+    """/docs shows every operation and document of the description, runs no script and loads nothing."""
     answer = httpx.get(f"{server.url}/docs", trust_env=False)
-    assert answer.status_code == 200
-    assert "/openapi.json" in answer.text
+    assert (answer.status_code, answer.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'")
+    page = Page()
+    page.feed(answer.text)
+    assert not page.tags & {"script", "link", "img", "iframe"}
+    assert page.targets - page.places == {"openapi.json"}
+    assert {f"#{name}" for name in document["components"]["schemas"]} == page.places
+    for (method, path), operation in operations(document).items():
+        assert f"{method.upper()} {path}" in page.text
+        assert operation["description"].replace("`", "") in page.text
+    for name, schema in document["components"]["schemas"].items():
+        assert all(member in page.text for member in (name, *schema["properties"]))
+
+
+def test_the_pages_of_the_framework_are_gone(server: RunningServer) -> None:
+    """Pages that would be blank without the internet are not there."""
+    for path in ("/redoc", "/docs/oauth2-redirect"):
+        assert httpx.get(f"{server.url}{path}", trust_env=False).json()["code"] == "no_such_route"

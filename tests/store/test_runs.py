@@ -33,6 +33,13 @@ def test_dtypes_that_take_turns_are_one_run_each(make: MakeStore):
     assert store.apply(hypers, Gradients(noise(layout, 0))).runs == 3
 
 
+def test_sgd_keeps_complex_numbers_apart_from_real_ones(make: MakeStore):
+    """A rule that torch computes with complex numbers has no run of both, but joins neighbours of a kind."""
+    layout = layout_of(SIX, ("float32", "complex64", "complex64"))
+    store, hypers = make("SGD", layout)
+    assert store.apply(hypers, Gradients(noise(layout, 0))).runs == 4
+
+
 def test_a_missing_gradient_interrupts_a_run(make: MakeStore):
     """A segment without a gradient is left alone, its step count too, and cuts its neighbours apart."""
     store, hypers = make("Adamax", layout_of(SIX))

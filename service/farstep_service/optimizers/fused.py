@@ -127,7 +127,7 @@ class FusedKernel(Kernel):
 
     def _piece(self, call: Call, then: At) -> _Piece:
         _check(call)
-        p, g, state, out, scalars, copy = call
+        p, g, state, out, scalars, copy, _ = call
         key, length = _Key.of(call), p.numel()
         programs = self._many if length >= MANY_THREADS_FROM else self._one
         program = programs.get(key) or self._one[key]

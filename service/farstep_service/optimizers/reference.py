@@ -13,11 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import final
 
+import torch
+from torch import Tensor
+
 from farstep_service.kernel import Call, Kernel, Progress, Write
 from farstep_service.rule import AnyRule, ElementwiseRule, Form
 
 BLOCK = 2**17
-"""Elements of a block. 64k to 256k are equally fast; smaller ones cost more calls, larger ones leave the cache."""
+"""Elements of a block, an even number of them, for pairs. 64k to 256k are equally fast; smaller ones cost more calls,
+larger ones leave the cache."""
 GPU_BLOCK = 2**25
 """Elements of a block on a GPU, where every operation is a launch and blocks only bound the memory for temporaries."""
 
@@ -60,7 +64,13 @@ class ReferenceKernel(Kernel):
                 progress.commit(writes, call=index + 1)
 
     def _block_of(self, call: Call) -> list[Write]:
-        p, state = self._rule.update(call.p, call.g.to(call.p.dtype), call.state, call.scalars)
+        p, g, state = call.p, call.g.to(call.p.dtype), call.state
+        if call.pairs:
+            numbers = {name: _numbers(field) for name, field in state.items()}
+            p, state = self._rule.update(_numbers(p), _numbers(g), numbers, call.scalars)
+            p, state = _pairs(p), {name: _pairs(values) for name, values in state.items()}
+        else:
+            p, state = self._rule.update(p, g, state, call.scalars)
         writes = [Write(call.out, p), *(Write(call.state[name], values) for name, values in state.items())]
         return writes if call.copy is None else [*writes, Write(call.copy, p)]
 
@@ -69,4 +79,12 @@ def cut(call: Call, start: int, stop: int) -> Call:
     """Return the call on the elements from `start` to before `stop`."""
     state = {name: field[start:stop] for name, field in call.state.items()}
     copy = None if call.copy is None else call.copy[start:stop]
-    return Call(call.p[start:stop], call.g[start:stop], state, call.out[start:stop], call.scalars, copy)
+    return Call(call.p[start:stop], call.g[start:stop], state, call.out[start:stop], call.scalars, copy, call.pairs)
+
+
+def _numbers(pairs: Tensor) -> Tensor:
+    return torch.view_as_complex(pairs.view(-1, 2))
+
+
+def _pairs(numbers: Tensor) -> Tensor:
+    return torch.view_as_real(numbers).view(-1)

@@ -5,6 +5,8 @@
     g   ← g + μ·buf if nesterov, else buf                                           (if μ ≠ 0)
     p   ← p − lr·g
 
+In the first step with momentum a compiled kernel finds zeros in the buffer, which it keeps 0 of, and g counts once.
+
 torch counts no steps here, and without momentum there is no state at all. Without momentum a sparse gradient changes
 the rows it names and no other. With momentum the rows of earlier gradients go on moving: torch keeps them in a sparse
 buffer, here the gradient is made dense and the buffer is, with the same numbers.
@@ -63,6 +65,7 @@ class SGD(ElementwiseRule[SGDHyper], RowRule[SGDHyper]):
     optional_fields = (BUFFER,)
     segment_fields = ()
     usual = ((), (BUFFER,))
+    complex_numbers = True
     hyper = SGDHyper
 
     def optional(self, hyper: SGDHyper) -> Fields:
@@ -94,8 +97,8 @@ class SGD(ElementwiseRule[SGDHyper], RowRule[SGDHyper]):
         g = decayed(signed(g, sign), p, weight_decay)
         if BUFFER not in state:
             return add(p, g, minus_lr), {}
-        # In the first step the buffer holds zeros, and this is g.
-        buffer = add_(state[BUFFER] * keep, g, rest)
+        later = isinstance(keep, Tensor) or keep != 0
+        buffer = add_(state[BUFFER] * keep, g, rest) if later else g.clone()
         if isinstance(nesterov, Tensor):
             g = torch.where(nesterov != 0, add(g, buffer, momentum), buffer)
         else:

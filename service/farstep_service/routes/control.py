@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
+from starlette.requests import ClientDisconnect
 
 from farstep.consistency import from_options, to_options
 from farstep.errors import InvalidOption
@@ -164,9 +165,11 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         )
 
     @router.post("/v1/sessions", tags=["sessions"])
-    async def create_or_join(document: SessionDocument) -> JoinedDocument:
+    async def create_or_join(document: SessionDocument, request: Request) -> JoinedDocument:
         """Create a session, or join the one of that name. Other options are refused, naming the difference."""
         plan = await asyncio.to_thread(plan_of, document)  # there may be 100,000 parameters in it
+        if await request.is_disconnected():  # a session that nobody heard of would stay for ever
+            raise ClientDisconnect
         host, created = await registry.create_or_join(plan)
         joined = await host.join(document.worker, len(plan.groups))
         return JoinedDocument(

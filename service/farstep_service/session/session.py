@@ -23,9 +23,8 @@ from farstep.errors import StepInterrupted, Unavailable
 from farstep.growth import AppendHead
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, WriteName
-from farstep.receipt import Receipt
 from farstep_service.aggregation import Ledger, Rounds, mismatch
-from farstep_service.contents import PARAM, Contents
+from farstep_service.contents import Contents
 from farstep_service.durability import Snapshot
 from farstep_service.gradients import Contribution
 from farstep_service.kernel import KernelSource
@@ -33,9 +32,9 @@ from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.session.admission import Admission
 from farstep_service.session.attendance import Attendance
-from farstep_service.session.growth import grown, segments_of
+from farstep_service.session.growth import Growth, room_for
 from farstep_service.session.membership import Membership
-from farstep_service.session.outcomes import Outcome, Outcomes, told
+from farstep_service.session.outcomes import Outcome, Outcomes
 from farstep_service.session.pushes import Pushes
 from farstep_service.session.state import GroupChanges
 from farstep_service.session.states import state_of
@@ -63,6 +62,7 @@ class Session:
         self._membership = Membership(plan.name, self._rounds, self._ledger)
         self._pushes = Pushes(self._state, plan.consistency, self._rounds)
         self._attendance = Attendance(self._membership, self._pushes)
+        self._growth = Growth(self._state, self._membership)
         self._admission = Admission(incarnation, self._state, self._ledger, self._membership)
 
     # -- what is there ----------------------------------------------------------------------------------------------
@@ -224,15 +224,7 @@ class Session:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
         if head.name.worker in self._rounds:
             raise mismatch(head.name)
-        base = self.version
-        if not head.initial:
-            self._state.write(contents)
-            receipt = Receipt(self.version, base)
-        elif self.initialised:
-            receipt = Receipt(base, base, applied=False)
-        else:
-            self._state.begin(contents, head.version)
-            receipt = Receipt(head.version, head.version)
+        receipt = self._state.put(head, contents)
         self._ledger.commit(head.name, fingerprint, receipt)
         self.received(head.name.worker, head.name.epoch, now)
         return outcomes | {head.name: Outcome(receipt)}
@@ -244,12 +236,11 @@ class Session:
 
         Raises:
             SessionLost, Fenced, SequenceGap, NotInitialised: see `check`.
-            InvalidOption, TensorMismatch, LimitExceeded, OptionsDiffer: see `append`.
+            InvalidOption, TensorMismatch, LimitExceeded, OptionsDiffer: see `Growth.append`.
         """
         if self._admission.is_new(head.name, head.incarnation):
-            self._plan_with(head)
-        layout = Layout.empty().append(segments_of(head))
-        return Contents(layout, self.plan.rule, (PARAM,), range(len(layout.segments)))
+            self._growth.check(self.plan, head)
+        return room_for(self.plan, head)
 
     def grows(self, head: AppendHead) -> bool:
         """Say whether a group is new, so that it needs room: neither seen before nor there already."""
@@ -261,37 +252,22 @@ class Session:
         Every other worker is shut out until it adds the same group, and its push that waits is taken back.
 
         Raises:
-            OptionsDiffer: there is such a group, with other options or parameters.
-            InvalidOption, TensorMismatch, LimitExceeded: groups before it are missing, or it cannot be stored.
-            Unavailable: there is no memory. Nothing has changed then, whatever the error.
+            FarstepError: see `Growth.append`; nothing has changed then.
         """
         outcomes = self._pushes.finish()
         self._admission.is_new(head.name, head.incarnation)
         receipt = self._ledger.judge(head.name, fingerprint)
         if receipt is not None:
             return outcomes | {head.name: Outcome(receipt, duplicate=True)}
-        worker, base = head.name.worker, self.version
-        if worker in self._rounds:
+        if head.name.worker in self._rounds:
             raise mismatch(head.name)
-        plan = self._plan_with(head)
-        if plan is self.plan:
-            self._membership.known.learned(head.group, head.name)
-            receipt = Receipt(base, base, applied=False)
-        else:
-            try:
-                self._state.append_arrived(plan, arrived)
-            except Exception as exc:
-                raise told(exc, "The param group") from exc
+        plan, receipt = self._growth.append(self.plan, head, arrived)
+        if plan is not self.plan:
             self.plan = plan
             outcomes |= self._attendance.added(head, self.workers, now)
-            receipt = Receipt(self.version, base)
         self._ledger.commit(head.name, fingerprint, receipt)
-        self.received(worker, head.name.epoch, now)
+        self.received(head.name.worker, head.name.epoch, now)
         return outcomes | {head.name: Outcome(receipt)}
-
-    def _plan_with(self, head: AppendHead) -> Plan:
-        self._state.check_initialised()
-        return grown(self.plan, head, known=self._membership.groups(head.name.worker, len(self.plan.groups)))
 
     # -- options ----------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from farstep.errors import InvalidOption, NotInitialised, TensorMismatch
 from farstep.hyper import Hyper
 from farstep.messages import Evaluation, PutHead
 from farstep.presence import PRESENT
+from farstep.receipt import Receipt
 from farstep_service.contents import PARAM, Contents
 from farstep_service.durability import Snapshot
 from farstep_service.layout import Layout
@@ -210,6 +211,17 @@ class SessionState(ABC):
             )
         chosen, views = layout.chosen(head.segments), self.plan.policy.views
         return Contents(layout, self.plan.rule, head.fields, chosen, head.shapes, views=views)
+
+    def put(self, head: PutHead, contents: Contents) -> Receipt:
+        """Replace contents, or begin with them; first ones that come second change nothing."""
+        base = self.version
+        if not head.initial:
+            self.write(contents)
+            return Receipt(self.version, base)
+        if self.initialised:
+            return Receipt(base, base, applied=False)
+        self.begin(contents, head.version)
+        return Receipt(head.version, head.version)
 
     @abstractmethod
     def hold(self) -> Held:

@@ -94,9 +94,10 @@ class Caller:
             g = g.to(p.device)
         out = p if self._target is self._source else self._target.stretch(first, length)
         scalars, optional = numbers
-        if isinstance(self._rule, ElementwiseRule):
-            return Call(p, g, self._state.stretches(first, length, optional), out, scalars, copy)
         segment = self._source.layout.segments[first]
+        if isinstance(self._rule, ElementwiseRule):
+            pairs = self._rule.complex_numbers and segment.is_complex
+            return Call(p, g, self._state.stretches(first, length, optional), out, scalars, copy, pairs)
         p, g, out = (shaped(each, segment) for each in (p, g, out))
         copy = None if copy is None else shaped(copy, segment)
         return Call(p, g, self._state.tensors(first, optional), out, scalars, copy)

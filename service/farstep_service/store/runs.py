@@ -5,7 +5,8 @@
     with lr 0.1 everywhere: two runs, [w0 b0] and [b1 w2 b2], interrupted by w1
 
 Neighbours belong to one run if the step's numbers, and the state it uses, are equal for both and nothing lies between
-them in any memory. The usual step is one run per group. A rule that looks at whole tensors has a run for each segment.
+them in any memory. The usual step is one run per group. A rule that looks at whole tensors has a run for each segment,
+and one that tells complex numbers from pairs of reals has no run of both.
 No tensor is touched here.
 """
 
@@ -90,7 +91,9 @@ class Planner:
     def __init__(self, layout: Layout, rule: AnyRule) -> None:
         self._layout = layout
         self._rule = rule
-        self._alone = range(0 if isinstance(rule, ElementwiseRule) else len(layout.segments))
+        self._apart: Container[int] = range(len(layout.segments))
+        if isinstance(rule, ElementwiseRule):
+            self._apart = _changes(layout) if rule.complex_numbers else ()
         # Segments of these shapes have the same fields whatever they have lived through.
         self._shapes = [segment.shape if rule.special else () for segment in layout.segments]
         self._key: tuple[object, ...] | None = None
@@ -146,7 +149,7 @@ class Planner:
             self._key = None
             dense = gradients.dense()
             each = [advance(segment) for segment in dense]
-            runs = runs_of(self._layout, dense, each, (gradients.buffers.borders, borders, self._alone))
+            runs = runs_of(self._layout, dense, each, (gradients.buffers.borders, borders, self._apart))
             cut = Cut(dense, sorted([*dense, *gradients.sparse]), runs)
             by_segment = dict(zip(dense, each, strict=True))
             numbers = [by_segment[run.members[0]] for run in runs]
@@ -204,3 +207,14 @@ def runs_of(
         members.append(index)
         open_runs[segment.buffer] = (members, its, segment.stop)
     return [Run(tuple(members), sum(layout.segments[index].length for index in members)) for members in joined]
+
+
+def _changes(layout: Layout) -> frozenset[int]:
+    """Return the segments that are complex where the one before them in memory is not, or the other way round."""
+    before: dict[str, bool] = {}
+    changes = set()
+    for index, segment in enumerate(layout.segments):
+        if before.get(segment.buffer, segment.is_complex) != segment.is_complex:
+            changes.add(index)
+        before[segment.buffer] = segment.is_complex
+    return frozenset(changes)

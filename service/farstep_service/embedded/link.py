@@ -1,4 +1,4 @@
-"""The session in the caller's own process: no server, no socket, no copy of the parameters.
+"""The link to a session in the caller's own process: no server, no socket, no copy of the parameters.
 
 The store works on the optimizer's own tensors, on whatever device they are, and the same session code applies the same
 rules. There is one worker and no network, so a step needs no name and no receipt.
@@ -11,21 +11,22 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import cast, final
+from typing import final
 
 import torch
 from torch import Tensor
 
 from farstep.consistency import Consistency, Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
-from farstep.fields import NUMBERS, FieldKind, check_shape
+from farstep.fields import FieldKind
 from farstep.hyper import Hyper
-from farstep.link import Link, Options, Parameter, SessionSpec, Start, State, shapes_of, worth_sending
+from farstep.link import Link, Options, Parameter, SessionSpec, Start, State
 from farstep.messages import Evaluation
-from farstep.presence import PRESENT, mask_of
+from farstep.presence import PRESENT
 from farstep.report import StepReport
 from farstep.settings import Place
 from farstep_service.contents import Contents
+from farstep_service.embedded.states import contents_of, states_of
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import KernelMode, Plan
@@ -72,7 +73,7 @@ class EmbeddedLink(Link):
 
     def _begin(self, start: Start) -> None:
         kernels = _kernels(self._plan.kernel)
-        contents = None if start.state is None else self._contents(dict(enumerate(start.state(self._fields))))
+        contents = None if start.state is None else contents_of(self._plan, dict(enumerate(start.state(self._fields))))
         state = state_of(self._plan, kernels=kernels, device=self._device)
         borrowed = BorrowedBuffers(self._plan.layout, self._parameters, device=self._device)
         state.adopt(borrowed, contents, start.version)
@@ -184,37 +185,8 @@ class EmbeddedLink(Link):
 
     def write(self, parameters: Sequence[int] = (), state: Mapping[int, State | None] | None = None) -> int:
         if state is not None:
-            self._state.write(self._contents(state))
+            self._state.write(contents_of(self._plan, state))
         return self.version
-
-    def _contents(self, state: Mapping[int, State | None]) -> Contents:
-        layout = self._plan.layout
-        names = list(self._fields)
-        chosen = worth_sending(self._fields, state.values())
-        shapes = shapes_of(self._fields, state)
-        contents = Contents(layout, self._plan.rule, (*chosen, PRESENT), sorted(state), shapes)
-        contents.allocate()
-        for place, index in enumerate(contents.indices):
-            contents.numbers[PRESENT][place] = mask_of(state[index] or (), names)
-        for field in chosen:
-            kind = self._fields[field]
-            if kind == "free":
-                free = cast(State, state[0])[field]
-                contents.free[field].copy_(
-                    free if isinstance(free, Tensor) else torch.tensor(free, dtype=torch.float64)
-                )
-                continue
-            for place, index in enumerate(contents.indices):
-                own = state[index]
-                if kind in NUMBERS:
-                    contents.numbers[field][place] = float(own[field]) if own is not None else 0.0
-                elif own is None or field not in own:
-                    contents.elements[field].segment(index).zero_()
-                else:
-                    value = cast(Tensor, own[field])
-                    check_shape(field, kind, value.shape, layout.segments[index].shape)
-                    contents.elements[field].segment(index).copy_(value)
-        return contents
 
     def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
         everything = [*self._parameters, *tensors]
@@ -244,23 +216,7 @@ class EmbeddedLink(Link):
 
     def read_state(self, indices: Sequence[int]) -> list[State | None]:
         contents = self._state.copy((*self._fields, PRESENT), indices)
-        states: list[State | None] = []
-        for place, (index, present) in enumerate(zip(indices, contents.has() or (), strict=True)):
-            if present is None:
-                states.append(None)
-                continue
-            own: State = {}
-            for field in present:
-                if self._fields[field] in NUMBERS:
-                    own[field] = float(contents.numbers[field][place])
-                elif field in contents.free:
-                    free = contents.free[field]
-                    own[field] = float(free) if contents.shapes[field] is None else free.to(self._device, copy=True)
-                else:
-                    value = contents.elements[field].segment(index)
-                    own[field] = value.to(self._parameters[index].device, copy=True)
-            states.append(own)
-        return states
+        return states_of(contents, self._plan, indices, self._device)
 
     def read_view(self, view: str) -> list[Tensor]:
         contents = self._state.copy((view,))
