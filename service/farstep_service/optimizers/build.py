@@ -1,4 +1,4 @@
-"""Compile kernels in a process of their own: `python -m farstep_service.optimizers.build DIRECTORY LANE NICE PACKAGE...`.
+"""Compile kernels in a process of their own: `python -m farstep_service.optimizers.build DIRECTORY LANE NICE NAME...`.
 
 Compiling takes seconds, hundreds of megabytes and a C++ compiler; it must neither slow a step down nor end the server
 when it fails. Each package is announced on standard output by one line of JSON, `{"package": ..., "error": ...}`. The

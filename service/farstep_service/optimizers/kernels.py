@@ -147,7 +147,7 @@ class Kernels(KernelSource):
             return list(self._status.values())
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing is being built any more and builders have tidied up; return False if that took too long."""
+        """Wait until nothing is being built and builders have tidied up; return False if that took too long."""
         with self._changed:
             return self._changed.wait_for(lambda: self._builders == 0, timeout_s)
 
