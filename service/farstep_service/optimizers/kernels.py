@@ -4,7 +4,7 @@
         │  in the cache directory? ── yes ──► loaded (milliseconds)          ready
         │  no
         ▼
-    a process builds it, in the background (5 to 20 s) ──► loaded            ready
+    a process builds it, in the background (10 to 25 s) ──► loaded            ready
         │  no compiler, no place
         ▼
     failed: said once in the log, kept in `status()`; the reference kernel goes on
