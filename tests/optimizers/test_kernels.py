@@ -1,10 +1,12 @@
 """Which kernel runs, and what happens without a compiler."""
 
+import fcntl
 import json
 import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +15,8 @@ import pytest
 import torch
 
 from farstep.errors import InvalidOption, Unavailable
-from farstep_service.optimizers import RULES, Kernels, usual
-from farstep_service.optimizers.build import Report, build_in_subprocess
+from farstep_service.optimizers import RULES, Kernels, possible, usual
+from farstep_service.optimizers.build import SCRATCH, Report, build_in_subprocess, build_on_all_cores
 from farstep_service.optimizers.packages import Package, Threads, default_directory, file_name, find
 from farstep_service.rule import Form
 
@@ -148,6 +150,58 @@ def test_names_differ_where_contents_do():
     assert len(names) == 4 * 3 * 4 * len(usual(RULES.values(), ["float32"]))
 
 
+def test_what_is_possible_begins_with_what_is_usual():
+    """Every choice of optional state can be built ahead, each once, those that sessions ask for most before others."""
+    adam, rmsprop = RULES["Adam"], RULES["RMSprop"]
+    found = possible([adam, rmsprop, RULES["Muon"]], ["float32", "float64"])
+    first = usual([adam, rmsprop], ["float32", "float64"])
+    assert found[: len(first)] == first
+    assert len(found) == len(set(found)) == 2 * 2 + 2 * 4
+    assert (adam, Form("float64", ("max_exp_avg_sq",))) in found
+
+
+def test_waiting_ends_when_the_builder_has_ended(tmp_path: Path):
+    """A builder may still tidy up when its last kernel is there, and nobody who waited goes away before that."""
+    reported, ended = threading.Event(), threading.Event()
+
+    def build(packages: Sequence[Package], directory: Path, report: Report) -> None:
+        for package in packages:
+            report(package, "no compiler")
+        reported.set()
+        ended.wait(60)
+
+    kernels = Kernels("auto", directory=tmp_path / "kernels", build=build)
+    kernels.begin([(ADAGRAD, Form("float32"))], CPU)
+    assert reported.wait(60)
+    assert {status.state for status in kernels.status()} == {"failed"}
+    assert not kernels.wait(0)
+    ended.set()
+    assert kernels.wait(60)
+
+
+def test_all_cores_build_every_package(tmp_path: Path):
+    """Packages that are shared out among processes are each reported once, whatever becomes of them."""
+    told: list[tuple[Package, bool]] = []
+    lost = [Package(f"NoSuchRule{number}", "float32", "cpu") for number in range(3)]
+    build_on_all_cores(lost, tmp_path / "kernels", lambda package, error: told.append((package, bool(error))))
+    assert sorted(told, key=str) == [(package, True) for package in lost]
+
+
+def test_what_builders_need_meanwhile_is_removed(tmp_path: Path):
+    """Nothing is left of a build but kernels, nor of one whose process was killed; one that goes on is left alone."""
+    directory = tmp_path / "kernels"
+    (directory / f"{SCRATCH}killed" / "headers").mkdir(parents=True)
+    (directory / f"{SCRATCH}going-on").mkdir()
+    directory.chmod(0o700)
+    holder = os.open(directory / f"{SCRATCH}going-on", os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        build_in_subprocess([Package("NoSuchRule", "float32", "cpu")], directory, lambda package, error: None)
+    finally:
+        os.close(holder)
+    assert [path.name for path in directory.glob(f"{SCRATCH}*")] == [f"{SCRATCH}going-on"]
+
+
 def test_a_builder_that_dies_is_noticed(tmp_path: Path):
     """A package whose builder ends without a word is reported as failed."""
     told: dict[Package, str | None] = {}
@@ -160,7 +214,7 @@ def test_a_builder_ends_with_the_one_who_asked(tmp_path: Path):
     """When the standard input of a builder closes, it ends at once, its compilers with it."""
     command = [sys.executable, "-W", "ignore", "-m", "farstep_service.optimizers.build", str(tmp_path / "kernels")]
     process = subprocess.Popen(
-        [*command, "Adagrad|float32|||cpu|one"],
+        [*command, "0", "10", "Adagrad|float32|||cpu|one"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},

@@ -339,12 +339,27 @@ def test_warmup_says_why_there_are_no_kernels(tmp_path: Path) -> None:
         "CXX": str(tmp_path / "no-compiler"),
         "OMP_NUM_THREADS": "1",
     }
-    done = farstep("warmup", "--optimizers", "Adagrad", "--dtypes", "float32", "--wire", "float16", env=env)
+    done = farstep("warmup", "--optimizers", "Adagrad", "--wire", "float16", env=env)
     assert done.returncode == 1
-    usual, narrow = done.stdout.splitlines()
+    usual, narrow = sorted(done.stdout.splitlines(), key=len)
     assert usual.startswith("Adagrad float32 on cpu, one thread: failed, ")
     assert narrow.startswith("Adagrad float32 from float16 and to float16 on cpu, one thread: failed, ")
     assert "Traceback" not in done.stderr
+
+
+def test_warmup_of_everything(tmp_path: Path) -> None:
+    """With --all there is a kernel for every element type and for every choice of optional state."""
+    env = {
+        "FARSTEP_KERNEL_CACHE": str(tmp_path / "kernels"),
+        "CXX": str(tmp_path / "no-compiler"),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = farstep("warmup", "--optimizers", "SGD", "--all", env=env)
+    assert done.returncode == 1
+    dtypes = ("float32", "bfloat16", "float16", "float64")
+    rules = ("SGD", "SGD with momentum_buffer")
+    built = {line.partition(" on cpu")[0] for line in done.stdout.splitlines()}
+    assert built == {f"{rule} {dtype}" for rule in rules for dtype in dtypes}
 
 
 @pytest.mark.parametrize("option", ["--optimizers=Adam2", "--dtypes=int8", "--wire=float32", "--device=tpu"])

@@ -32,8 +32,11 @@ def warmup(
         str, typer.Option(metavar="NAMES", help="Which optimizers, separated by commas; all of them otherwise.")
     ] = "",
     dtypes: Annotated[
-        str, typer.Option(metavar="DTYPES", help=f"Which of {', '.join(Dtype)}, separated by commas; all otherwise.")
-    ] = "",
+        str, typer.Option(metavar="DTYPES", help=f"Which of {', '.join(Dtype)}, separated by commas.")
+    ] = Dtype.float32,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every element type and every choice of optional state, as amsgrad asks for.")
+    ] = False,
     wire: Annotated[
         str,
         typer.Option(
@@ -43,22 +46,27 @@ def warmup(
     device: Annotated[str, typer.Option(envvar="FARSTEP_SERVE_DEVICE", help="For which device.")] = "cpu",
     json_output: JsonOutput = False,
 ) -> None:
-    """Build fused kernels ahead, so that no session begins on the slower reference ones."""
+    """Build fused kernels ahead, so that no session begins on the slower reference ones.
+
+    Without options those that most sessions ask for: every optimizer in float32. A server builds any other kernel when
+    a session first asks for it, in the background, and steps with the reference kernel meanwhile.
+    """
     with reporting(json_output):
-        chosen = chosen_of(dtypes, list(Dtype), "dtypes")
+        chosen = chosen_of("" if everything else dtypes, list(Dtype), "dtypes")
         halves = chosen_of(wire, list(HALVES), "wire") if wire else []
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
         import torch
 
-        from farstep_service.optimizers import RULES, Kernels, usual
+        from farstep_service.optimizers import RULES, Kernels, possible, usual
+        from farstep_service.optimizers.build import build_on_all_cores
         from farstep_service.server import check_device, check_device_name
 
         names = chosen_of(optimizers, list(RULES), "optimizers")
         check_device_name(device)
         check_device(device)
-        kernels = Kernels("auto")
-        wanted = usual([RULES[name] for name in names], chosen)
+        kernels = Kernels("auto", build=build_on_all_cores)
+        wanted = (possible if everything else usual)([RULES[name] for name in names], chosen)
         wide = [(rule, form) for rule, form in wanted if form.dtype == Dtype.float32]
         wanted += [(rule, form._replace(gradient=half, copy=half)) for half in halves for rule, form in wide]
         kernels.begin(wanted, torch.device(device))

@@ -1,8 +1,15 @@
-"""Compile kernels in a process of their own: `python -m farstep_service.optimizers.build DIRECTORY RULE:DTYPE:...`.
+"""Compile kernels in a process of their own: `python -m farstep_service.optimizers.build DIRECTORY LANE NICE NAME...`.
 
 Compiling takes seconds, hundreds of megabytes and a C++ compiler; it must neither slow a step down nor end the server
 when it fails. Each package is announced on standard output by one line of JSON, `{"package": ..., "error": ...}`. The
 process ends, with every compiler it started, when its standard input closes: whoever asked has gone.
+
+    build_in_subprocess      one process, while steps go on
+    build_on_all_cores       one process for each core, when there is nothing else to do: `farstep warmup`
+
+Two thirds of a package's time go into headers that are the same for all of them, so whoever has many to build compiles
+the headers once. They take 300 MB, which lie in the kernels' own directory, where nobody else can write, until the
+packages are there. The machine code is the same with and without.
 """
 
 from __future__ import annotations
@@ -14,13 +21,15 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from farstep_service.optimizers.packages import ARCHIVE, Package
+from farstep_service.optimizers.packages import ARCHIVE, Package, open_directory, processors
 
 Report = Callable[[Package, str | None], None]
 """Called with each package as soon as it is ready (None), or with why it could not be built."""
@@ -29,17 +38,48 @@ Builder = Callable[[Sequence[Package], Path, Report], None]
 """Builds packages in a directory and reports each of them, in order."""
 
 
+SCRATCH = ".scratch-"
+"""How the names of directories begin that are there while packages are built."""
+HEADERS_FROM = 6
+"""Packages from which it pays to compile the headers first: they take as long as three packages save."""
+
+
 def build_in_subprocess(packages: Sequence[Package], directory: Path, report: Report) -> None:
-    """Build packages in another process and report each of them."""
+    """Build packages in another process, which gives way to steps, and report each of them."""
+    _build_in_lanes([packages], directory, report, nice=10)
+
+
+def build_on_all_cores(packages: Sequence[Package], directory: Path, report: Report) -> None:
+    """Build packages in as many processes as there are cores, and report each of them, from several threads."""
+    lanes = min(processors(), len(packages))
+    _build_in_lanes([packages[lane::lanes] for lane in range(lanes)], directory, report, nice=0)
+
+
+def _build_in_lanes(lanes: Sequence[Sequence[Package]], directory: Path, report: Report, *, nice: int) -> None:
+    """Build each list of packages in a process of its own."""
+    open_directory(directory)
+    with _scratch(directory) as scratch, ThreadPoolExecutor(len(lanes)) as threads:
+        built = [
+            threads.submit(_build_lane, packages, directory, scratch, report, lane=lane, nice=nice)
+            for lane, packages in enumerate(lanes)
+        ]
+    for each in built:
+        each.result()
+
+
+def _build_lane(
+    packages: Sequence[Package], directory: Path, scratch: Path, report: Report, *, lane: int, nice: int
+) -> None:
     roots = {str(Path(sys.modules[name].__path__[0]).parent) for name in ("farstep", "farstep_service")}
     paths = [*sorted(roots), *filter(None, [os.environ.get("PYTHONPATH")])]
     caches = {"TORCHINDUCTOR_CACHE_DIR": str(directory / "inductor"), "TRITON_CACHE_DIR": str(directory / "triton")}
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", __name__, str(directory), *map(_text, packages)],
+        [sys.executable, "-W", "ignore", "-m", __name__, str(directory), str(lane), str(nice), *map(_text, packages)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        env={**os.environ, **caches, "PYTHONPATH": os.pathsep.join(paths)},
+        # torch keeps compiled headers below TMPDIR, under a name that in /tmp anybody could foresee.
+        env={**os.environ, **caches, "TMPDIR": str(scratch), "PYTHONPATH": os.pathsep.join(paths)},
         start_new_session=True,
     )
     waiting = {_text(package): package for package in packages}
@@ -57,37 +97,39 @@ def build_in_subprocess(packages: Sequence[Package], directory: Path, report: Re
 
 def main(arguments: Sequence[str]) -> None:
     """Build what the command line names."""
-    directory, *names = arguments
-    os.nice(10)
+    directory, lane, nice, *names = arguments
+    os.nice(int(nice))
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    headers = len(names) >= HEADERS_FROM and shutil.which("openssl") is not None  # torch asks it for a checksum
     for name in names:
         error: str | None = None
         try:
-            _build(_package(name), Path(directory))
+            _build(_package(name), Path(directory), lane, headers=headers)
         except Exception as exc:
             error = f"{type(exc).__name__}: {exc}"[:2000]
         print(json.dumps({"package": name, "error": error}), flush=True)
 
 
-def _build(package: Package, directory: Path) -> None:
+def _build(package: Package, directory: Path, lane: str, *, headers: bool) -> None:
     import torch
 
     from farstep_service.optimizers import RULES
     from farstep_service.optimizers.packages import file_name as name_of
-    from farstep_service.optimizers.packages import find, open_directory
+    from farstep_service.optimizers.packages import find
     from farstep_service.optimizers.program import compile_rule
 
     open_directory(directory)
     rule = RULES[package.rule]
-    with _alone(directory):
+    with _alone(directory, lane):
         if find(directory, package, rule) is not None:
             return
         name = name_of(package, rule)
         unfinished = directory / f".{os.getpid()}-{name}"
         archive = unfinished.with_suffix(ARCHIVE)
         device = torch.device(package.device)
+        one = package.threads == "one"
         try:
-            compile_rule(rule, package.form, device, one_thread=package.threads == "one", to=archive)
+            compile_rule(rule, package.form, device, one_thread=one, to=archive, precompile_headers=headers)
             if archive != unfinished:
                 _take_library(archive, unfinished)
             unfinished.chmod(0o644)
@@ -106,11 +148,42 @@ def _take_library(archive: Path, to: Path) -> None:
 
 
 @contextmanager
-def _alone(directory: Path) -> Iterator[None]:
-    """Let one process build at a time, so that several servers that start together compile once."""
-    with (directory / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def _alone(directory: Path, lane: str) -> Iterator[None]:
+    """Let one process build at a time in each lane, so that several servers that start together compile once."""
+    with _locked(directory / f".lock-{lane}"):
         yield
+
+
+@contextmanager
+def _scratch(directory: Path) -> Iterator[Path]:
+    """Return a place for what is needed while packages are built; first remove those of processes that were killed.
+
+    Who uses one holds its lock, which the kernel lets go of when the process is no more.
+    """
+    with ExitStack() as used:
+        with _locked(directory / ".lock"):
+            for left in directory.glob(f"{SCRATCH}*"):
+                with suppress(BlockingIOError, FileNotFoundError), _locked(left, wait=False):
+                    shutil.rmtree(left, ignore_errors=True)
+            made = tempfile.TemporaryDirectory(prefix=SCRATCH, dir=directory, ignore_cleanup_errors=True)
+            scratch = Path(used.enter_context(made))
+            used.enter_context(_locked(scratch))
+        yield scratch
+
+
+@contextmanager
+def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold the lock of a directory, or of a file that is made if it is not there.
+
+    Raises:
+        BlockingIOError: another process holds it, and we are not to wait.
+    """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _end_with_parent() -> None:

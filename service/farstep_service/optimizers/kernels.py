@@ -4,7 +4,7 @@
         │  in the cache directory? ── yes ──► loaded (milliseconds)          ready
         │  no
         ▼
-    a process builds it, in the background (5 to 20 s) ──► loaded            ready
+    a process builds it, in the background (10 to 25 s) ──► loaded            ready
         │  no compiler, no place
         ▼
     failed: said once in the log, kept in `status()`; the reference kernel goes on
@@ -18,15 +18,16 @@ import logging
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from pathlib import Path
-from typing import Literal, final
+from typing import Any, Literal, final
 
 import torch
 
 from farstep.errors import InvalidOption, Unavailable
 from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.kernel import Kernel, KernelSource
-from farstep_service.optimizers.build import Builder, build_in_subprocess
+from farstep_service.optimizers.build import Builder, build_in_subprocess, build_on_all_cores
 from farstep_service.optimizers.fused import FusedKernel
 from farstep_service.optimizers.native import load
 from farstep_service.optimizers.packages import Package, default_directory, find, open_directory
@@ -68,6 +69,7 @@ class Kernels(KernelSource):
         self._directory = directory or default_directory()
         self._build = build
         self._changed = threading.Condition()
+        self._builders = 0
         self._status: dict[Package, PackageStatus] = {}
         self._rules: dict[str, AnyRule] = {}
         self._fused: dict[tuple[str, torch.device], FusedKernel] = {}
@@ -100,6 +102,7 @@ class Kernels(KernelSource):
         every = needed + (spare if device.type == "cpu" and torch.get_num_threads() > 1 else [])
         with self._changed:
             missing = [package for package in every if package not in self._status and not self._load(package)]
+            self._builders += bool(missing)
         if missing:
             threading.Thread(target=self._build_all, args=(missing,), name="farstep-kernel-build", daemon=True).start()
         return needed
@@ -144,11 +147,9 @@ class Kernels(KernelSource):
             return list(self._status.values())
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing is being built any more; return False if that took too long."""
+        """Wait until nothing is being built and builders have tidied up; return False if that took too long."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: all(each.state != "building" for each in self._status.values()), timeout_s
-            )
+            return self._changed.wait_for(lambda: self._builders == 0, timeout_s)
 
     def _require(self, packages: Sequence[Package]) -> None:
         with self._changed:
@@ -194,6 +195,10 @@ class Kernels(KernelSource):
             for package in packages:
                 if self._status[package].state == "building":
                     report(package, str(exc))
+        finally:
+            with self._changed:
+                self._builders -= 1
+                self._changed.notify_all()
 
     def _fail(self, package: Package, reason: str) -> None:
         self._status[package] = PackageStatus(package, "failed", reason)
@@ -207,13 +212,21 @@ class Kernels(KernelSource):
 
 def usual(rules: Iterable[AnyMethod], dtypes: Sequence[str]) -> list[tuple[AnyRule, Form]]:
     """Return what is worth building ahead: each rule that can be fused, with the state that most options ask for."""
-    return [
-        (rule, Form(dtype, optional))
-        for rule in rules
-        if isinstance(rule, ElementwiseRule) and "fused" in rule.kernels
-        for dtype in dtypes
-        for optional in rule.usual
-    ]
+    return [(rule, Form(dtype, optional)) for rule in _fusible(rules) for dtype in dtypes for optional in rule.usual]
+
+
+def possible(rules: Iterable[AnyMethod], dtypes: Sequence[str]) -> list[tuple[AnyRule, Form]]:
+    """Return each rule that can be fused with every choice of optional state: the usual ones first, then the others."""
+    found = dict.fromkeys(usual(rules, dtypes))
+    for rule in _fusible(rules):
+        for count in range(len(rule.optional_fields) + 1):
+            for optional in combinations(rule.optional_fields, count):
+                found |= dict.fromkeys((rule, Form(dtype, optional)) for dtype in dtypes)
+    return list(found)
+
+
+def _fusible(rules: Iterable[AnyMethod]) -> list[ElementwiseRule[Any]]:
+    return [rule for rule in rules if isinstance(rule, ElementwiseRule) and "fused" in rule.kernels]
 
 
 def warm_up(
@@ -234,7 +247,7 @@ def warm_up(
     unknown = [dtype for dtype in dtypes if dtype not in TORCH_DTYPES]
     if unknown:
         raise InvalidOption(f"There is no element type {unknown[0]!r}.", field="dtypes")
-    kernels = Kernels("auto", directory=directory)
+    kernels = Kernels("auto", directory=directory, build=build_on_all_cores)
     kernels.begin(usual(rules, dtypes), torch.device(device))
     kernels.wait()
     return kernels.status()

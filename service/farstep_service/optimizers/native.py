@@ -13,8 +13,6 @@ returns when it has been launched, so torch's loader does.
 from __future__ import annotations
 
 import ctypes
-import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +20,8 @@ from typing import final
 
 import torch
 from torch import Tensor
+
+from farstep_service.optimizers.packages import processors
 
 LONG_FROM = 2**17
 """Elements from which a call takes so long (25 us) that the other threads of Python are worth 3 us."""
@@ -66,7 +66,7 @@ class NativeProgram:
         create = library.AOTInductorModelContainerCreateWithDevice
         create.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_char_p]
         self._container = ctypes.c_void_p()
-        if create(ctypes.byref(self._container), at_once or _processors(), b"cpu", None):
+        if create(ctypes.byref(self._container), at_once or processors(), b"cpu", None):
             raise RuntimeError(f"{path} cannot be started")
         self._run = library.AOTInductorModelContainerRun
         pointer, size = ctypes.c_void_p, ctypes.c_size_t
@@ -79,10 +79,6 @@ class NativeProgram:
         count = len(inputs)
         handles = (ctypes.c_void_p * count)(*map(_address, torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(inputs)))
         return partial(self._run, self._container, handles, count, None, 0, None, None)
-
-
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 _pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(

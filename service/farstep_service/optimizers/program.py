@@ -63,8 +63,17 @@ def _vectors(form: Form, device: torch.device) -> dict[str, int]:
     return {"cpp.simdlen": 256} if pick_vec_isa().bit_width() > 256 else {}
 
 
-def compile_rule(rule: AnyRule, form: Form, device: torch.device, *, one_thread: bool, to: Path) -> None:
+def compile_rule(
+    rule: AnyRule, form: Form, device: torch.device, *, one_thread: bool, to: Path, precompile_headers: bool = False
+) -> None:
     """Compile a rule in one form into the package file `to`.
+
+    Args:
+        rule, form, device: what is compiled, and for what.
+        one_thread: whether it is to use one thread or all that torch has.
+        to: the file.
+        precompile_headers: whether torch may compile its headers once for all that follow, below the directory for
+            temporary files, which nobody else may be able to write to.
 
     Raises:
         Exception: whatever torch raises without a compiler, or when the compiler fails.
@@ -83,7 +92,6 @@ def compile_rule(rule: AnyRule, form: Form, device: torch.device, *, one_thread:
     length = {0: Dim("length", min=LEAST, max=MOST)}
     shapes = (length, length, tuple(length for _ in state), None, tuple(length for _ in outs))
     exported = torch.export.export(Program(rule, fields), inputs, dynamic_shapes=shapes)
-    # Precompiled headers would be kept in a directory of /tmp that anybody can foresee.
     threads = {"cpp.threads": 1} if one_thread else {"cpp.dynamic_threads": True}
-    options = {"aot_inductor.precompile_headers": False, **threads, **_vectors(form, device)}
+    options = {"aot_inductor.precompile_headers": precompile_headers, **threads, **_vectors(form, device)}
     torch._inductor.aoti_compile_and_package(exported, package_path=str(to), inductor_configs=options)
