@@ -20,7 +20,7 @@ from farstep.payload import Payload, batches_of, nbytes_of
 from farstep.transport import DEADLINE_S, NAMED, Answer, Batch, Pieces, Route, SocketTransport, Supply, body_of
 from farstep.unix import dialer, path_of_url
 from farstep.wire import Decoder, Frames, encode, encoded_size
-from farstep.wire.header import pack_header
+from farstep.wire.packing import pack_header
 
 MSGPACK = "application/msgpack"
 FILE = "application/octet-stream"

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from farstep.wire import Names
+
 Reason = Literal["", "skipped", "late", "stale", "accumulated", "nonfinite"]
 """Why a push left the parameters alone; "" for one that did not.
 
@@ -15,6 +17,9 @@ stale          its gradients were computed on parameters that are too old
 accumulated    its gradients wait, and count in a step to come
 nonfinite      the gradients hold NaN or Inf, by themselves or once summed, and the session skips such steps
 """
+
+
+_NOBODY = Names()
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,7 @@ class Receipt:
     base: int
     staleness: int = 0
     applied: bool = True
-    contributors: tuple[str, ...] = ()
+    contributors: Names = _NOBODY
     divisor: int = 1
     kernel: str = ""
     again: bool = False
@@ -55,7 +60,7 @@ class Receipt:
             "base": self.base,
             "staleness": self.staleness,
             "applied": self.applied,
-            "contributors": list(self.contributors),
+            "contributors": self.contributors,
             "divisor": self.divisor,
             "kernel": self.kernel,
         }
@@ -75,4 +80,4 @@ class Receipt:
     def from_header(cls, values: Mapping[str, Any]) -> Receipt:
         """Read what this side knows of a receipt; later servers may say more."""
         known = {name: values[name] for name in cls.__slots__ if name in values}
-        return cls(**{**known, "contributors": tuple(values["contributors"])})
+        return cls(**{**known, "contributors": Names(values["contributors"])})

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from farstep.conversation import Conversation
 from farstep.payload import Payload
 from farstep.transport import Batch, Supply
-from farstep.wire.header import pack_header
+from farstep.wire.packing import pack_header
 
 BATCHES = st.lists(st.lists(st.binary(max_size=30), max_size=4), max_size=4)
 

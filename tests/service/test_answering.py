@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from collections.abc import Iterable
 from typing import cast
+from weakref import ref
 
 import pytest
 from starlette.types import Message, Receive, Scope, Send
@@ -75,6 +77,7 @@ def answered(
             keep_alive=keep_alive,
             on_response=lambda: None,
         )
+        cast(Scope, cycle.scope)["extensions"] = {"of": cycle}
         answering = Answering(application, cycle, transport)
         cycle.transport = cast(asyncio.Transport, answering)
         await answering(cast(Scope, cycle.scope), cast(Receive, cycle.receive), cast(Send, cycle.send))
@@ -149,3 +152,16 @@ def test_an_application_that_fails_behind_its_head_has_answered_nothing():
     """The server can still say 500."""
     with pytest.raises(ValueError, match="behind"):
         answered(start(3), failure=ValueError("behind"))
+
+
+def test_an_answered_request_goes_without_the_collector():
+    """Nothing in it leads back to it, or a crowd's requests would be what the garbage collector looks at."""
+    gc.collect()
+    gc.disable()
+    try:
+        _, cycle = answered(start(3), body(b"all"))
+        gone = ref(cycle)
+        del cycle
+        assert gone() is None
+    finally:
+        gc.enable()

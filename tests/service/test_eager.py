@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from weakref import ref
 
 import pytest
 
@@ -91,6 +94,40 @@ def test_errors_reach_whoever_began_it():
         return rest()
 
     run(talk)
+
+
+class Memory:
+    """What a coroutine works with."""
+
+
+def test_what_an_awaited_error_ends_goes_without_the_collector():
+    """The error and what was waited for do not keep the coroutine, whoever handles it there."""
+
+    async def work(futures: list[asyncio.Future[None]], memory: Memory) -> None:
+        with suppress(ValueError):
+            await futures.pop()
+
+    def talk(loop: asyncio.AbstractEventLoop) -> Coroutine[None, None, None]:
+        future: asyncio.Future[None] = loop.create_future()
+        memory = Memory()
+        tasks, gone, fail = [begin(loop, work([future], memory))], ref(memory), [future.set_exception]
+
+        async def rest() -> None:
+            fail.pop()(ValueError("bad"))
+            task = tasks.pop()
+            assert task is not None
+            await task
+            del task
+            assert gone() is None
+
+        return rest()
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(talk)
+    finally:
+        gc.enable()
 
 
 def test_cancelling_the_task_reaches_the_coroutine():

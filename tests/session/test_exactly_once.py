@@ -21,6 +21,7 @@ from farstep.errors import (
     TensorMismatch,
 )
 from farstep.receipt import Receipt
+from farstep.wire import Names
 from farstep_service.aggregation.ledger import RECEIPTS_KEPT
 from farstep_service.session import Outcome
 from tests.session.writers import Twin, Writer, begun, equal, error, new_session, parameters, receipt, sync, values
@@ -35,7 +36,7 @@ def test_the_next_in_sequence_is_applied() -> None:
         gradients = values(session, 10 + step)
         name = writer.named()
         assert receipt(writer.push(gradients), name) == Receipt(
-            version=step + 1, base=step, contributors=("w0",), divisor=1, kernel="reference"
+            version=step + 1, base=step, contributors=Names(("w0",)), divisor=1, kernel="reference"
         )
         assert equal(parameters(session), twin.step(gradients))
     assert session.position("w0") == (1, 4, False)

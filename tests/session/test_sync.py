@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from farstep.errors import BarrierTimeout, Fenced, InvalidOption, SessionFull, TensorMismatch
+from farstep.wire.packing import pack_header
 from tests.session.writers import (
     Gradient,
     Twin,
@@ -46,6 +47,24 @@ def test_a_step_has_the_same_bits_whatever_the_order_of_arrival(order: Sequence[
         for writer in writers:
             writer.last = session.position(writer.name)[1]
         assert equal(parameters(session), twin.step(mean_of(*gradients)))
+
+
+def test_a_step_packs_its_contributors_once() -> None:
+    """Its answers, and one to a push that is repeated, carry the same bytes, which are made for the first of them."""
+    session = new_session(consistency=sync(3))
+    writers = begun(session, *NAMES)
+    for step in range(2):
+        names = [writer.named() for writer in writers]
+        gradients = [values(session, index) for index in range(3)]
+        outcomes = [writer.push(each, now=float(step)) for writer, each in zip(writers, gradients, strict=True)][-1]
+        repeated = writers[0].push(gradients[0], sequence=names[0].sequence, now=float(step))
+        receipts = [*(receipt(outcomes, name) for name in names), receipt(repeated, names[0])]
+        first = receipts[0].contributors.packed
+        for each in receipts:
+            assert each.contributors.packed is first
+            assert first in pack_header({"receipt": each.to_header()})
+        for writer in writers:
+            writer.last = session.position(writer.name)[1]
 
 
 @pytest.mark.parametrize(

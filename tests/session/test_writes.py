@@ -14,6 +14,7 @@ from farstep.errors import (
     TensorMismatch,
 )
 from farstep.receipt import Receipt
+from farstep.wire import Names
 from farstep_service.session import Outcome
 from tests.session.writers import Twin, Writer, begun, equal, new_session, parameters, receipt, sync, values
 
@@ -26,7 +27,9 @@ def test_the_first_parameters_begin_at_the_version_they_name() -> None:
     assert receipt(writer.put({"param": values(session, 0)}, initial=True, version=41), name) == Receipt(41, 41)
     assert session.version == 41
     name = writer.named()
-    assert receipt(writer.push(values(session, 1)), name) == Receipt(42, 41, contributors=("w0",), kernel="reference")
+    assert receipt(writer.push(values(session, 1)), name) == Receipt(
+        42, 41, contributors=Names(("w0",)), kernel="reference"
+    )
 
 
 def test_the_first_parameters_are_taken_once() -> None:

@@ -12,7 +12,8 @@ import pytest
 
 from farstep.errors import FarstepError, InvalidRequest, LimitExceeded, Truncated
 from farstep.wire import Limits, encode
-from farstep.wire.header import pack_header, parse_header
+from farstep.wire.header import parse_header
+from farstep.wire.packing import pack_header
 from tests.wire.driving import read
 
 COMPILED = msgpack.Unpacker.__module__ != "msgpack.fallback"

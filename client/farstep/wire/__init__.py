@@ -7,6 +7,7 @@ from farstep.wire.decoder import Decoder
 from farstep.wire.dtypes import DTYPES, SEGMENT_DTYPES, Dtype, segment_dtype
 from farstep.wire.frames import Frames, encode, encoded_size
 from farstep.wire.limits import CONTENT_TYPE, MAX_FRAME_BYTES, MAX_HEADER_BYTES, PROTOCOL_VERSION, Limits
+from farstep.wire.packing import Names
 from farstep.wire.ranges import from_ranges, to_ranges
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Dtype",
     "Frames",
     "Limits",
+    "Names",
     "encode",
     "encoded_size",
     "from_ranges",

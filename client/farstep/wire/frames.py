@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, final
 
 from farstep.errors import Side
-from farstep.wire.header import pack_header
 from farstep.wire.limits import DEFAULT_LIMITS, Limits
+from farstep.wire.packing import pack_header
 
 PREFIX = struct.Struct(">BI")
 BIN8, BIN16, BIN32 = 0xC4, 0xC5, 0xC6

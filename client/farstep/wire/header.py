@@ -1,4 +1,4 @@
-"""The header map: the only msgpack in a message that is built into objects.
+"""Reading the header map: the only msgpack in a message that is built into objects.
 
 Reading happens in two passes. The first only finds where the map ends (`Unpacker.skip`): it builds nothing, remembers
 where it stopped when bytes are missing, and so costs the same whether the header comes whole or byte by byte. Only a
@@ -15,7 +15,6 @@ bounded here: a header in too many small pieces is then refused.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any, Never
 
 import msgpack
@@ -35,31 +34,6 @@ _SCALARS = frozenset({str, int, float, bool, type(None), bytes})
 _CONTAINERS = frozenset({dict, list})
 _PLAIN = _SCALARS | _CONTAINERS
 _TEXT = frozenset({str})
-
-
-def pack_header(header: Mapping[str, Any], *, limits: Limits = DEFAULT_LIMITS, side: Side = "server") -> bytes:
-    """Return the header as msgpack bytes, having held them to the reader's rules.
-
-    Raises:
-        InvalidRequest: a value msgpack or the protocol has no place for.
-        LimitExceeded: larger than a reader accepts.
-    """
-    try:
-        plain = dict(header)
-        data: bytes = msgpack.packb(plain, strict_types=True)
-    except (ValueError, TypeError, OverflowError, RecursionError) as exc:
-        raise InvalidRequest(
-            "The header holds a value that is not a map, list, string, number, bool, None or bytes.",
-            field="header",
-            side=side,
-        ) from exc
-    if len(data) > limits.header_bytes:
-        raise too_long(limits, side)
-    if len(data) <= limits.least:
-        _check_tree(plain, limits, side, wide=b"\xcf" in data)  # so few bytes pass no other bound
-    else:
-        parse_header(data, limits=limits, side=side)
-    return data
 
 
 def parse_header(data: bytes | memoryview, *, limits: Limits = DEFAULT_LIMITS, side: Side = "server") -> Header:
@@ -92,7 +66,7 @@ def parse_header(data: bytes | memoryview, *, limits: Limits = DEFAULT_LIMITS, s
         raise
     except FOREIGN as exc:
         raise translate(exc, limits, side) from exc
-    _check_tree(header, limits, side, wide=b"\xcf" in bytes(data))
+    check_tree(header, limits, side, wide=b"\xcf" in bytes(data))
     return header
 
 
@@ -213,13 +187,15 @@ class _Build:
             )
 
 
-def _check_tree(header: object, limits: Limits, side: Side, *, wide: bool) -> None:
+def check_tree(header: object, limits: Limits, side: Side, *, wide: bool, flat: frozenset[type] = frozenset()) -> None:
     """Refuse what msgpack accepts and the protocol does not: level by level, each level's types at once.
 
     Args:
         wide: whether an integer beyond 32 bits may be present, which is the only time values are looked at. Those below
             -2**63 cannot be written in msgpack.
+        flat: types that stand for a list of scalars each, which is known to be in order.
     """
+    lists = _CONTAINERS | flat
 
     def refuse(detail: str) -> Never:
         raise InvalidRequest(detail, field="header", side=side)
@@ -237,13 +213,13 @@ def _check_tree(header: object, limits: Limits, side: Side, *, wide: bool) -> No
             else:
                 values += each
         types = set(map(type, values))
-        if not types <= _PLAIN:  # the hooks leave none; a later msgpack may know another type
+        if not types - flat <= _PLAIN:  # the hooks leave none; a later msgpack may know another type
             refuse("The header holds a value that is not a map, array, string, number, bool, nil or binary.")
         if wide and int in types:
             ints = values if types == {int} else [value for value in values if type(value) is int]
             if max(ints) > _INT64_MAX:
                 refuse("The header holds an integer that does not fit in a signed 64-bit one.")
-        if types.isdisjoint(_CONTAINERS):
+        if types.isdisjoint(lists):
             return
         level = [value for value in values if type(value) in _CONTAINERS]
     raise too_deep(limits, side)

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from farstep.messages import WriteName
 from farstep.receipt import Reason, Receipt
+from farstep.wire import Names
 
 
 class Pushed(NamedTuple):
@@ -47,7 +48,7 @@ class Step:
 
     def told(self, version: int) -> Receipt:
         """Return what its workers are told alike; the step led to that version."""
-        return Receipt(version, 0, contributors=self.workers, divisor=self.divisor)
+        return Receipt(version, 0, contributors=Names(self.workers), divisor=self.divisor)
 
 
 @dataclass(frozen=True, slots=True)

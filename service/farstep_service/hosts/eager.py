@@ -47,6 +47,7 @@ def _resumed(work: Coroutine[Any, Any, None], waits_for: object) -> Generator[ob
             try:
                 yield waits_for
             except BaseException as exc:
+                waits_for = None  # a future with that error, which would keep this frame, and be kept by it
                 waits_for = work.throw(exc)
             else:
                 waits_for = work.send(None)

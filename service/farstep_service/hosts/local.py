@@ -243,7 +243,7 @@ class LocalHost(Host):
                 self._resolve(self._session.interrupt(self._clock()))
         if outcome is None:
             assert future is not None
-            outcome = await asyncio.shield(future)
+            outcome = await future
         ended = time.perf_counter()
         if isinstance(outcome.result, FarstepError):
             raise copy(outcome.result)  # each of those who wait raises its own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from itertools import chain
 from typing import final
 
 from farstep.errors import FarstepError
@@ -16,22 +17,24 @@ class Waiting:
     """Tell those who wait what became of their writes."""
 
     def __init__(self) -> None:
-        self._futures: dict[WriteName, asyncio.Future[Outcome]] = {}
+        self._futures: dict[WriteName, list[asyncio.Future[Outcome]]] = {}
 
     def of(self, name: WriteName) -> asyncio.Future[Outcome]:
-        """Return where the outcome of a write is going to be."""
-        return self._futures.setdefault(name, asyncio.get_running_loop().create_future())
+        """Return where the outcome of a write is going to be, for one who waits: who gives up, does so alone."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._futures.setdefault(name, []).append(future)
+        return future
 
     def resolve(self, outcomes: Outcomes) -> None:
         """Tell those whose writes have been decided about."""
         for name, outcome in outcomes.items():
-            future = self._futures.pop(name, None)
-            if future is not None and not future.done():
-                future.set_result(outcome)
+            for future in self._futures.pop(name, ()):
+                if not future.done():
+                    future.set_result(outcome)
 
     def end(self, error: Callable[[], FarstepError]) -> None:
         """Tell everybody that nothing will be decided any more; each of them gets an error of its own."""
-        for future in self._futures.values():
+        for future in chain.from_iterable(self._futures.values()):
             if not future.done():
                 future.set_result(Outcome(error()))
         self._futures.clear()

@@ -72,7 +72,8 @@ class Edge:
             if started:
                 raise
             await answer(Unavailable("The server is stopping.", remedy="Try again when it is back."), send)
-        except ClientDisconnect:
+        except ClientDisconnect as exc:
+            traceback.clear_frames(exc.__traceback__)
             log.info("a client went away during %s %r", scope["method"], scope["path"])
         except Exception as exc:
             if started:

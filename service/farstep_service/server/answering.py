@@ -41,7 +41,12 @@ class Answering:
         self._held: list[bytes] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._app(scope, receive, partial(self._send, send))
+        try:
+            await self._app(scope, receive, partial(self._send, send))
+        finally:
+            # These two lead from the request back to itself, and would leave each to the garbage collector.
+            self._cycle.transport = self._transport
+            scope.pop("extensions", None)
 
     async def _send(self, send: Send, message: Message) -> None:
         if message["type"] == "http.response.start" and self._start is None:

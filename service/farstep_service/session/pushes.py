@@ -24,6 +24,7 @@ from farstep.errors import BarrierTimeout, FarstepError, InternalError
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, WriteName
 from farstep.receipt import Receipt
+from farstep.wire import Names
 from farstep_service.aggregation import Abort, Decision, Pushed, Refuse, Rounds, Skip, Step
 from farstep_service.gradients import Contribution, Copied
 from farstep_service.reduction import mean_evaluation, reduce_
@@ -259,7 +260,7 @@ class Pushes:
                 push.contribution.copied = Copied(applied.version, applied.copied)
         receipt = replace(
             step.told(applied.version),
-            contributors=taken.workers,
+            contributors=Names(taken.workers),
             kernel=applied.kernel,
             again=applied.again,
             grad_norm=taken.grad_norm,
