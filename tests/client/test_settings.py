@@ -6,7 +6,8 @@ import pytest
 
 from farstep.consistency import Async, Sync
 from farstep.errors import InvalidOption
-from farstep.settings import NAME, RemoteOptions, resolve
+from farstep.identity import NAME
+from farstep.settings import RemoteOptions, resolve
 from farstep.unix import MAX_PATH_BYTES
 
 
