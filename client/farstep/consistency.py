@@ -141,6 +141,11 @@ class Sync(Mode):
         """Say whether a step can be made without a worker."""
         return self.workers == "live" or self.quorum is not None
 
+    @property
+    def fewest(self) -> int:
+        """How many workers it takes at least to make a step."""
+        return 1 if self.workers == "live" else self.quorum or self.workers
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Bounded(Mode):
