@@ -7,7 +7,7 @@ import pytest
 from farstep.consistency import Async, Bounded, Consistency, Sync, to_options
 from farstep.errors import FarstepError, Fenced, SessionFull, SessionLost
 from farstep_service.session import Session
-from tests.session.writers import Writer, begun, new_session, receipt, values
+from tests.session.writers import Writer, begun, error, new_session, receipt, values
 
 NAMES = ("w0", "w1")
 LEASE_S = 10.0
@@ -105,3 +105,17 @@ def test_who_is_not_this_worker_renews_nothing(
     with pytest.raises(kind, match=said):
         session.renew(worker, epoch, incarnation, 5.0)
     assert [session.lease_s(name, 5.0) for name in NAMES] == [7.0, 5.0]
+
+
+def test_a_push_that_waits_is_taken_back_when_its_name_is_taken() -> None:
+    """Its worker is told what happened and what to do, and nothing was applied."""
+    session, w0, _ = started(Sync(workers=2))
+    w0.push(values(session, 0), now=1.0)
+    _, outcomes = session.join("w0", 2.0)
+    (told,) = map(error, outcomes.values())
+    assert isinstance(told, Fenced)
+    assert str(told).endswith(
+        "'w0' joined again while this push waited; it was not applied. "
+        "If that was another process, give each its own name."
+    )
+    assert session.version == 0
