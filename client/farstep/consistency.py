@@ -5,8 +5,8 @@
     Bounded    as Async, but nobody runs more than a number of steps ahead (stale synchronous parallel)
 
 All of them have leases: a worker is live while it pushes, pulls, joins or sends a heartbeat at least every `lease_s`,
-or while a push of it waits. And all can make up for stale gradients. With tau, the versions between a gradient's base and the parameters
-it is applied to:
+or while a push of it waits. And all can make up for stale gradients. With tau, the versions between a gradient's base
+and the parameters it is applied to:
 
     staleness_scaling="inverse"    1 / (1 + tau)         Zhang et al. 2016, "Staleness-aware Async-SGD", with 1 + tau
     staleness_scaling="sqrt"       1 / sqrt(1 + tau)     for their tau, so that a fresh gradient counts in full
