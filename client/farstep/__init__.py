@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from farstep.consistency import Async, Bounded, Sync
 from farstep.errors import FarstepError
+from farstep.identity import Worker, worker
 from farstep.narrow import Wire
 
 if TYPE_CHECKING:
     from farstep import optim
+    from farstep.heartbeat import Heartbeat
     from farstep.local_sgd import DiLoCo, LocalSGD
     from farstep.optim.moving import remote
     from farstep.report import StepReport
@@ -28,20 +30,24 @@ __all__ = [
     "Bounded",
     "DiLoCo",
     "FarstepError",
+    "Heartbeat",
     "LocalSGD",
     "RemoteOptions",
     "StepReport",
     "Sync",
     "Wire",
+    "Worker",
     "export_session",
     "import_session",
     "optim",
     "remote",
+    "worker",
 ]
 __version__ = _version("farstep")
 
 _LAZY = {
     "DiLoCo": "farstep.local_sgd",
+    "Heartbeat": "farstep.heartbeat",
     "LocalSGD": "farstep.local_sgd",
     "RemoteOptions": "farstep.settings",
     "StepReport": "farstep.report",

@@ -4,9 +4,9 @@
     Async      every push is a step of its own, applied in the order of arrival
     Bounded    as Async, but nobody runs more than a number of steps ahead (stale synchronous parallel)
 
-All of them have leases: a worker is live while it pushes, pulls or joins at least every `lease_s`, or while a push of
-it waits. And all can make up for stale gradients. With tau, the versions between a gradient's base and the parameters
-it is applied to:
+All of them have leases: a worker is live while it pushes, pulls, joins or sends a heartbeat at least every `lease_s`,
+or while a push of it waits. And all can make up for stale gradients. With tau, the versions between a gradient's base
+and the parameters it is applied to:
 
     staleness_scaling="inverse"    1 / (1 + tau)         Zhang et al. 2016, "Staleness-aware Async-SGD", with 1 + tau
     staleness_scaling="sqrt"       1 / sqrt(1 + tau)     for their tau, so that a fresh gradient counts in full
@@ -36,8 +36,8 @@ class Mode:
         staleness_scaling: how less a stale gradient counts: "none" (not less), "inverse" or "sqrt".
         delay_compensation: the strength of DC-ASGD, 0 for none. The session then keeps, for each live worker, the
             version of the parameters that it last received: up to one more copy of the parameters for each of them.
-        lease_s: seconds without a push, a pull or a join after which a worker is not live: not waited for, and its
-            place may be taken. Its next push makes it live again.
+        lease_s: seconds without a push, a pull, a join or a heartbeat after which a worker is not live: not waited
+            for, and its place may be taken. Whatever it sends next makes it live again.
 
     Raises:
         InvalidOption: a value out of range, or both ways to make up for staleness.
@@ -140,6 +140,11 @@ class Sync(Mode):
     def partial(self) -> bool:
         """Say whether a step can be made without a worker."""
         return self.workers == "live" or self.quorum is not None
+
+    @property
+    def fewest(self) -> int:
+        """How many workers it takes at least to make a step."""
+        return 1 if self.workers == "live" else self.quorum or self.workers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)

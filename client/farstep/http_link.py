@@ -26,6 +26,7 @@ from farstep.conversation import READ_TIMEOUT_S, Conversation
 from farstep.errors import FarstepError, Unavailable
 from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter
+from farstep.heartbeat import WITHIN_S, Heartbeat
 from farstep.holdings import Holdings
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State
 from farstep.messages import Evaluation, WriteName
@@ -192,6 +193,21 @@ class HttpLink(Link):
         self._holdings.grow_(tensors, arrivals)
         self._overlapping.forget_()
         return receipt.applied
+
+    # -- the lease --------------------------------------------------------------------------------------------------
+
+    def heartbeat(self, *, once: bool = False) -> Heartbeat:
+        document = {"epoch": self._writer.names.epoch, "incarnation": self._writer.incarnation}
+        path = f"{self._writer.worker_path}/lease"
+        patience = Patience(0.0 if once else self._place.timeout_s)
+
+        def attempt() -> Heartbeat:
+            answer = self._server.control("PUT", path, document, within_s=WITHIN_S if once else None)
+            return Heartbeat.of(answer)
+
+        with self._standing.there():
+            what = f"Renewing the lease of worker {self._place.worker!r} in session {self._standing.spec.name!r}"
+            return patience.call(what, self._server.server, attempt)
 
     # -- the mode ---------------------------------------------------------------------------------------------------
 

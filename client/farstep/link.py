@@ -17,6 +17,7 @@ from torch import Tensor
 from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError
 from farstep.fields import EVERYWHERE, FieldKind, Shapes
+from farstep.heartbeat import Heartbeat
 from farstep.messages import Evaluation
 from farstep.overlap import Overlapped
 from farstep.policy import NOTHING, Policy
@@ -188,6 +189,18 @@ class Link(ABC):
         """Take other tensors of the same shapes and dtypes in the parameters' place; return whether that can be.
 
         The session is as it was; what differs counts as edited.
+        """
+
+    @abstractmethod
+    def heartbeat(self, *, once: bool = False) -> Heartbeat:
+        """Renew this worker's lease without a write; may be called from any thread.
+
+        Args:
+            once: do not try again, and take a few seconds at most.
+
+        Raises:
+            SessionLost, Fenced: the session is gone, or another process has this worker's name.
+            Unavailable: no answer came.
         """
 
     @property

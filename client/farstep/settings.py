@@ -3,7 +3,7 @@
 argument       variable             default
 server         FARSTEP_SERVER       none: embedded, in this process
 session        FARSTEP_SESSION      none: a fresh private session
-worker         FARSTEP_WORKER       a fresh name of host, process and a random part
+worker         FARSTEP_WORKER       a fresh name of host, process and a random part; see `farstep.identity`
 token          FARSTEP_TOKEN        none
 wire           FARSTEP_WIRE         none: everything travels as it is; counts where there is a server
 overlap        FARSTEP_OVERLAP      off; `1` or `0`
@@ -12,9 +12,7 @@ overlap        FARSTEP_OVERLAP      off; `1` or `0`
 from __future__ import annotations
 
 import os
-import re
 import secrets
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, TypedDict, cast
@@ -22,13 +20,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from farstep.consistency import Async, Consistency, for_one
+from farstep.consistency import Async, Consistency, Sync, for_one
 from farstep.errors import InvalidOption
+from farstep.identity import Worker, check_name, fresh_name
 from farstep.narrow import Half, Wire
 from farstep.policy import NOTHING, Policy
 from farstep.unix import check_path, path_of_url
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 NonFinitePolicy = Literal["refuse", "skip", "allow"]
 KernelChoice = Literal["auto", "reference", "fused"]
 
@@ -39,7 +37,8 @@ class RemoteOptions(TypedDict, total=False):
     server: URL of a farstep server, `unix:///path` for one at a socket of this machine; without one the optimizer runs
         embedded in this process.
     session: the name to create or join; without one the session is private to this optimizer and removed with it.
-    worker: this worker's name in the session. A sync step reduces gradients in the order of these names.
+    worker: this worker's name in the session, or who it is (`farstep.worker()`). A sync step reduces gradients in the
+        order of these names.
     token: the server's bearer token.
     consistency: `farstep.Async()`, `farstep.Bounded(staleness=S)` or `farstep.Sync(workers=N)`.
     nonfinite: what the session does with a gradient that holds NaN or Inf: "refuse" it, which is the default of a
@@ -62,7 +61,7 @@ class RemoteOptions(TypedDict, total=False):
 
     server: str | None
     session: str | None
-    worker: str | None
+    worker: str | Worker | None
     token: str | None
     consistency: Consistency
     nonfinite: NonFinitePolicy | None
@@ -109,6 +108,8 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     server = options.get("server") or environment.get("FARSTEP_SERVER") or None
     session = options.get("session") or environment.get("FARSTEP_SESSION") or None
     worker = options.get("worker") or environment.get("FARSTEP_WORKER") or None
+    if isinstance(worker, Worker):
+        worker = worker.name
     token = options.get("token") or environment.get("FARSTEP_TOKEN") or None
     kernel = options.get("kernel", "auto")
     nonfinite = options.get("nonfinite") or ("refuse" if server else "allow")
@@ -116,12 +117,8 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     if server is not None:
         _check_server(server)
     for name, value in (("session", session), ("worker", worker)):
-        if value is not None and not NAME.fullmatch(value):
-            raise InvalidOption(
-                f"Invalid {name}: {value!r}. A name has letters, digits, '.', '_' and '-', at most 63.",
-                field=name,
-                side="client",
-            )
+        if value is not None:
+            check_name(value, name)
     if kernel not in ("auto", "reference", "fused"):
         raise InvalidOption(
             f"Invalid kernel: {kernel!r}. There are auto, reference and fused.", field="kernel", side="client"
@@ -145,13 +142,21 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
             field="wire",
             side="client",
         )
+    mode = options.get("consistency") or Async()
+    if server is not None and session is None and isinstance(mode, Sync) and mode.fewest > 1:
+        raise InvalidOption(
+            f"A session without a name is this optimizer's alone, and {mode!r} waits for {mode.fewest} workers.",
+            remedy="Give every worker the same session=..., or set FARSTEP_SESSION.",
+            field="session",
+            side="client",
+        )
     return Place(
         server=server.rstrip("/") if server else None,
         session=session or _fresh_session(),
         private=session is None,
-        worker=worker or _fresh_worker(),
+        worker=worker or fresh_name(),
         token=token,
-        consistency=options.get("consistency") or Async(),
+        consistency=mode,
         nonfinite=nonfinite,
         kernel=kernel,
         timeout_s=timeout_s,
@@ -238,8 +243,3 @@ def _is_http(server: str) -> bool:
 
 def _fresh_session() -> str:
     return f"private-{secrets.token_hex(8)}"
-
-
-def _fresh_worker() -> str:
-    host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32].strip("-") or "worker"
-    return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"

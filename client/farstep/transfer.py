@@ -20,8 +20,9 @@ import httpx
 
 from farstep.conversation import Conversation
 from farstep.errors import InvalidOption, Unavailable
+from farstep.identity import NAME
 from farstep.session_file import SessionFile, look_at, readable, write_whole
-from farstep.settings import NAME, resolve
+from farstep.settings import resolve
 from farstep.wire.tensor_file import refused
 
 PREPARE_WITHIN_S = 300.0

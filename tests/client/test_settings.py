@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from farstep.consistency import Async, Sync
+from farstep.consistency import Async, Consistency, Sync
 from farstep.errors import InvalidOption
-from farstep.settings import NAME, RemoteOptions, resolve
+from farstep.identity import NAME
+from farstep.settings import RemoteOptions, resolve
 from farstep.unix import MAX_PATH_BYTES
 
 
@@ -39,7 +40,7 @@ def test_the_environment_fills_in_what_is_not_said() -> None:
 
 def test_arguments_win_over_the_environment() -> None:
     """An argument hides the variable of the same meaning."""
-    said = RemoteOptions(server="https://other", worker="w1", consistency=Sync(workers=2))
+    said = RemoteOptions(server="https://other", session="s", worker="w1", consistency=Sync(workers=2))
     place = resolve(said, {"FARSTEP_SERVER": "http://box", "FARSTEP_WORKER": "w0"})
     assert (place.server, place.worker, place.consistency) == ("https://other", "w1", Sync(workers=2))
 
@@ -81,6 +82,29 @@ def test_a_bad_option_is_refused_by_name(options: RemoteOptions) -> None:
     with pytest.raises(InvalidOption) as refused:
         resolve(options, {})
     assert refused.value.field in options
+
+
+@pytest.mark.parametrize(
+    ("mode", "waits"),
+    [
+        (Sync(workers=2), True),
+        (Sync(workers=3, quorum=2), True),
+        (Sync(workers=3, quorum=1), False),
+        (Sync(workers=1), False),
+        (Sync(workers="live"), False),
+        (Async(), False),
+    ],
+    ids=repr,
+)
+def test_a_session_of_ones_own_does_not_wait_for_others(mode: Consistency, waits: bool) -> None:
+    """Without a name on a server nobody else can join: a mode that needs others is refused at once, and told why."""
+    place = RemoteOptions(server="http://box", consistency=mode)
+    if waits:
+        with pytest.raises(InvalidOption, match=r"this optimizer's alone.*waits for 2 workers.*FARSTEP_SESSION"):
+            resolve(place, {})
+    else:
+        assert resolve(place, {}).consistency == mode
+    assert resolve({**place, "session": "digits"}, {}).consistency == mode
 
 
 def test_an_unknown_option_is_a_type_error_as_for_any_function() -> None:

@@ -27,18 +27,17 @@ TRAINING = """
 import os, signal
 import torch, farstep
 
-workers = int(os.environ["WORLD_SIZE"])
-rank, restart = int(os.environ["RANK"]), int(os.environ["FARSTEP_RESTART"])
+me = farstep.worker()
 torch.manual_seed(0)
 model = torch.nn.Linear(4, 2)
 optimizer = farstep.optim.Adagrad(model.parameters(), lr=0.1, kernel="reference",
-                                  consistency=farstep.Sync(workers=workers, deadline_s=50))
+                                  consistency=farstep.Sync(workers=me.count, deadline_s=50))
 print("from", optimizer.version, flush=True)
 while optimizer.version < 12:
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * optimizer.version + rank))
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(100 * optimizer.version + me.rank))
     optimizer.zero_grad()
     model(x).pow(2).sum().backward()
-    if (rank, restart, optimizer.version) == (1, 0, 5):
+    if (me.rank, me.restart, optimizer.version) == (1, 0, 5):
         os.kill(os.getpid(), signal.SIGKILL)
     optimizer.step()
 print("until", optimizer.version, sum(p.double().sum().item() for p in model.parameters()), flush=True)

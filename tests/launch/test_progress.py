@@ -5,16 +5,21 @@ from farstep_service.launch.progress import line
 
 
 def test_the_line_says_where_session_and_workers_are():
-    """Version, speed, and where each worker is: in the session, at the barrier, outside, done, failed."""
-    course = Course(["w0", "w1", "w2", "w3", "w4"], 1)
+    """Version, speed, and where each worker is: in the session, at the barrier, outside, done, failed, silent."""
+    course = Course(["w0", "w1", "w2", "w3", "w4", "w5"], 1)
     course.ended("w2", -9)
     course.ended("w3", 0)
     course.ended("w4", 2)
     course.ended("w4", 2)
-    page = {"version": 1204, "workers": {"w0": {"waiting": False}, "w1": {"waiting": True}}}
+    workers = {
+        "w0": {"waiting": False, "live": True},
+        "w1": {"waiting": True, "live": True},
+        "w5": {"waiting": False, "live": False},
+    }
+    page = {"version": 1204, "workers": workers}
     assert line("digits", page, 41.26, course) == (
         "digits  version 1,204  41.3/s  |  w0 trains  w1 waits at the barrier  w2 outside, 1 restart  w3 done  "
-        "w4 failed (2)"
+        "w4 failed (2)  w5 was not heard of for its lease"
     )
 
 

@@ -26,6 +26,7 @@ CONTROL = {
     ("put", "/v1/sessions/{name}/consistency"),
     ("get", "/v1/sessions/{name}/workers/{worker}"),
     ("delete", "/v1/sessions/{name}/workers/{worker}"),
+    ("put", "/v1/sessions/{name}/workers/{worker}/lease"),
     ("put", "/v1/sessions/{name}/workers/{worker}/memory"),
 }
 ERRORS = Path(__file__).parents[2] / "docs" / "errors.md"

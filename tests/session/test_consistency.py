@@ -108,8 +108,8 @@ def test_a_worker_that_dies_takes_nobodys_gradients_with_it() -> None:
     assert equal(parameters(session), twin.step(mean_of(values(session, 0), values(session, 2))))
     for writer in (w0, w2):
         writer.last = session.position(writer.name)[1]
-    assert not session.is_live("w1", 10.0)
-    assert session.is_live("w0", 10.0)
+    assert session.lease_s("w1", 10.0) == 0.0
+    assert session.lease_s("w0", 10.0) > 0.0
     w2.push(values(session, 3), now=11.0)
     assert len(w0.push(values(session, 4), now=12.0)) == 2
 

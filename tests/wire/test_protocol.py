@@ -29,10 +29,8 @@ def from_hex(text: str) -> bytes:
 def examples() -> dict[str, dict[str, Block]]:
     grouped: dict[str, dict[str, Block]] = {}
     for block in blocks():
-        if block.info[1:2] != [] and block.info[1] != "refused":
+        if block.info[1] in ("header", "payload", "body", "readable"):
             grouped.setdefault(block.title, {})[block.info[1]] = block
-        elif block.info == ["hex", "readable"]:
-            grouped.setdefault(block.title, {})["readable"] = block
     return grouped
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 
 from farstep.consistency import Consistency, waits_for_others
+from farstep.heartbeat import Heartbeat, beating
 from farstep.link import SessionSpec, open_link
 from farstep.optim.membership import Membership, OpenLink, refused
 from farstep.optim.options import option_names, plain_options
@@ -69,6 +70,28 @@ class InSession(torch.optim.Optimizer):
             FarstepError: what else the session refused, or `Unavailable`.
         """
         self._member().link.set_consistency(mode)
+
+    def heartbeat(self) -> Heartbeat:
+        """Renew this worker's lease, which pushes and pulls do by themselves, and return what the session says of it.
+
+        One small request without tensors, for a worker that evaluates, saves or loads for longer than a lease. Others
+        wait for who is live: leave it out where they shall go on without this worker.
+
+        Raises:
+            Fenced: another process has this worker's name, or its place went to another; `rejoin()` comes back.
+            SessionLost: the session is gone.
+            Unavailable: no answer came within `timeout_s`.
+        """
+        return self._joined().link.heartbeat()
+
+    @contextmanager
+    def keep_alive(self) -> Iterator[None]:
+        """Renew this worker's lease from a thread during what cannot be interrupted: `torch.save`, a long evaluation.
+
+        Nothing is raised here for what the session refuses: the next step, or `heartbeat()`, says it.
+        """
+        with beating(partial(self._joined().link.heartbeat, once=True)):
+            yield
 
     def pull(self) -> int:
         """Bring the parameters to the session's current version, without a step, and return the version."""
@@ -175,16 +198,25 @@ class InSession(torch.optim.Optimizer):
         Raises:
             FarstepError: after `close`, in a copy, or with parameters that a session with a name cannot take.
         """
-        member: Membership | None = getattr(self, "_membership", None)
-        if member is None:
-            raise refused("This optimizer is in no session.", "Make a new one and load a state_dict.")
-        member.check()
+        member = self._joined()
         groups = [group["params"] for group in self.param_groups]
         if not member.holds(groups):
             self._settle(member)
             if not member.rebind(groups):
                 self._move(member)
         return self._membership
+
+    def _joined(self) -> Membership:
+        """Return the membership.
+
+        Raises:
+            FarstepError: after `close`, or in a copy.
+        """
+        member: Membership | None = getattr(self, "_membership", None)
+        if member is None:
+            raise refused("This optimizer is in no session.", "Make a new one and load a state_dict.")
+        member.check()
+        return member
 
     def _move(self, member: Membership) -> None:
         """Leave for a new private session that has the groups as they are now, with the same version and state."""

@@ -89,16 +89,7 @@ class Ledger:
             SequenceGap: a write before this one is missing (`extra["expected"]`).
             IdempotencyMismatch: another content was committed under this name.
         """
-        page = self._pages.get(name.worker)
-        if page is None or name.epoch != page.epoch:
-            current = f"epoch {page.epoch} is current" if page else "it is not a member"
-            raise Fenced(
-                f"Worker {name.worker!r} writes as epoch {name.epoch}, but {current}.",
-                remedy="Another process joined under the same name, or the worker was away so long that its place went "
-                "to another: give each worker its own name, or join again.",
-                field="epoch",
-                limit=page.epoch if page else 0,
-            )
+        page = self._page(name.worker, name.epoch)
         if name.sequence == page.last + 1:
             return None
         if name.sequence > page.last:
@@ -114,6 +105,27 @@ class Ledger:
         if fingerprint is not None and fingerprint != entry.fingerprint:
             raise mismatch(name)
         return entry.receipt
+
+    def check(self, worker: str, epoch: int) -> None:
+        """Refuse an epoch that is over.
+
+        Raises:
+            Fenced: it is.
+        """
+        self._page(worker, epoch)
+
+    def _page(self, worker: str, epoch: int) -> _Page:
+        page = self._pages.get(worker)
+        if page is None or epoch != page.epoch:
+            current = f"epoch {page.epoch} is current" if page else "it is not a member"
+            raise Fenced(
+                f"Worker {worker!r} comes as epoch {epoch}, but {current}.",
+                remedy="Another process joined under the same name, or the worker was away so long that its place went "
+                "to another: give each worker its own name, or join again.",
+                field="epoch",
+                limit=page.epoch if page else 0,
+            )
+        return page
 
     def commit(self, name: WriteName, fingerprint: str, receipt: Receipt) -> None:
         """Record a write that `judge` called new, with what its maker is told."""

@@ -74,6 +74,10 @@ class Members:
         """Say whether a worker is live at a time that nobody has been told of yet."""
         return worker in self._waiting or now < self._leases.get(worker, -inf)
 
+    def left_s(self, worker: str, now: float) -> float:
+        """Return how long a worker's lease still runs: all of it while a push of it waits, 0 for one not live."""
+        return self._lease_s if worker in self._waiting else max(0.0, self._leases.get(worker, -inf) - now)
+
     def heard(self, worker: str, now: float) -> bool:
         """Renew the lease of a member; return whether it had lapsed."""
         if worker in self._waiting:

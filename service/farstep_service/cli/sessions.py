@@ -205,7 +205,7 @@ def path_of(name: str) -> str:
     Raises:
         InvalidOption: no session can have that name.
     """
-    from farstep.settings import NAME
+    from farstep.identity import NAME
 
     if not NAME.fullmatch(name):
         raise InvalidOption(f"No session can be called {name!r:.80}.", field="name", side="client")

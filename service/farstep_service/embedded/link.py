@@ -19,6 +19,7 @@ from torch import Tensor
 from farstep.consistency import Consistency, Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
 from farstep.fields import FieldKind
+from farstep.heartbeat import Heartbeat
 from farstep.hyper import Hyper
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, State
 from farstep.messages import Evaluation
@@ -200,6 +201,17 @@ class EmbeddedLink(Link):
             self._spec, groups=(*self._spec.groups, options), parameters=(*self._spec.parameters, *parameters)
         )
         return True
+
+    def heartbeat(self, *, once: bool = False) -> Heartbeat:
+        return Heartbeat(
+            worker=self._worker,
+            epoch=1,
+            lapsed=False,
+            lease_s=math.inf,
+            live=1,
+            version=self.version,
+            consistency=self.consistency,
+        )
 
     @property
     def consistency(self) -> Consistency:

@@ -1,7 +1,7 @@
 """Where sessions live: one interface, and the host in this process."""
 
 from farstep_service.hosts.eager import begin, in_task
-from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Summary, View, WorkerPage
+from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Renewed, Summary, View, WorkerPage
 from farstep_service.hosts.local import LocalHost
 from farstep_service.hosts.shared import Offer
 from farstep_service.hosts.views import OVERHEAD_BYTES
@@ -15,6 +15,7 @@ __all__ = [
     "LocalHost",
     "Offer",
     "Reader",
+    "Renewed",
     "Summary",
     "View",
     "WorkerPage",

@@ -32,12 +32,43 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPage:
-    """Where a worker stands: its epoch, its last committed sequence, whether a push of its waits, and if it is live."""
+    """Where a worker stands.
+
+    Attributes:
+        epoch: the current one, 0 if it has not joined.
+        sequence: of its last committed write.
+        waiting: whether a push of it waits.
+        lease_s: how long its lease still runs; 0 for one that is not live.
+    """
 
     epoch: int
     sequence: int
     waiting: bool
-    live: bool
+    lease_s: float
+
+    @property
+    def live(self) -> bool:
+        """Whether it was heard of within its lease, or a push of it waits."""
+        return self.lease_s > 0
+
+
+@dataclass(frozen=True, slots=True)
+class Renewed:
+    """What a heartbeat is answered with.
+
+    Attributes:
+        lapsed: whether the lease had run out.
+        lease_s: how long the new one is.
+        live: how many workers are live.
+        version: the session's.
+        consistency: its mode.
+    """
+
+    lapsed: bool
+    lease_s: float
+    live: int
+    version: int
+    consistency: Consistency
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +181,14 @@ class Host(ABC):
     @abstractmethod
     async def leave(self, worker: str, epoch: int) -> None:
         """Give a worker's place up."""
+
+    @abstractmethod
+    async def renew(self, worker: str, epoch: int, incarnation: str) -> Renewed:
+        """Renew a worker's lease without a write.
+
+        Raises:
+            SessionLost, Fenced: the worker joined another life of the session, or its epoch is over.
+        """
 
     @property
     @abstractmethod

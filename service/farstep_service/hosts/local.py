@@ -23,7 +23,7 @@ from farstep.wire import to_ranges
 from farstep_service.durability import Snapshot
 from farstep_service.hosts.alarm import Alarm
 from farstep_service.hosts.areas import Areas
-from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Summary, View, WorkerPage
+from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Renewed, Summary, View, WorkerPage
 from farstep_service.hosts.initialising import Initialising
 from farstep_service.hosts.reading import Reading, chosen_of
 from farstep_service.hosts.room import Growing, Room, unbounded
@@ -108,6 +108,13 @@ class LocalHost(Host):
             self._resolve(self._session.leave(worker, epoch, self._clock()))
             self._unshare()
 
+    async def renew(self, worker: str, epoch: int, incarnation: str) -> Renewed:
+        async with self._turn:
+            self._check_open()
+            session, now = self._session, self._clock()
+            lapsed, live = session.renew(worker, epoch, incarnation, now)
+            return Renewed(lapsed, session.lease_s(worker, now), live, session.version, session.plan.consistency)
+
     async def worker(self, worker: str) -> WorkerPage:
         async with self._turn:
             return self._page(worker)
@@ -143,7 +150,7 @@ class LocalHost(Host):
             self._resolve(outcomes)
 
     def _page(self, worker: str) -> WorkerPage:
-        return WorkerPage(*self._session.position(worker), live=self._session.is_live(worker, self._clock()))
+        return WorkerPage(*self._session.position(worker), lease_s=self._session.lease_s(worker, self._clock()))
 
     # -- shared memory ----------------------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from farstep.errors import InvalidOption
+from farstep.identity import name_of_rank
 
 MOST_WORKERS = 1024
 
@@ -66,7 +67,7 @@ class Plan:
 
     def name(self, local: int) -> str:
         """Return the name of a worker of this machine; names sort as their ranks do."""
-        return f"w{self.node * self.workers + local:0{len(str(self.world - 1))}}"
+        return name_of_rank(self.node * self.workers + local, self.world)
 
     def environment(
         self, local: int, restarts: int, server: str, session: str, inherited: Mapping[str, str]

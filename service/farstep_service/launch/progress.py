@@ -85,5 +85,10 @@ def _state(name: str, workers: Mapping[str, Any], course: Course) -> str:
         code = course.codes[name]
         return "done" if not code else f"failed ({code})"
     there = workers.get(name)
-    state = "outside" if there is None else "waits at the barrier" if there["waiting"] else "trains"
+    if there is None:
+        state = "outside"
+    elif there["waiting"]:
+        state = "waits at the barrier"
+    else:
+        state = "trains" if there["live"] else "was not heard of for its lease"
     return state if not restarts else f"{state}, {restarts} restart{'s' if restarts > 1 else ''}"

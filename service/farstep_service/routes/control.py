@@ -23,6 +23,7 @@ from farstep_service.routes.documents import (
     ConsistencyDocument,
     DocumentRoute,
     GroupsDocument,
+    LeaseDocument,
     MemoryDocument,
     NamePath,
     SessionDocument,
@@ -67,13 +68,33 @@ class JoinedDocument(BaseModel):
 
 
 class WorkerDocument(BaseModel):
-    """Where a worker stands: its epoch, its last committed write, if a push of its waits, and if its lease runs."""
+    """Where a worker stands.
+
+    Its epoch, its last committed write, if a push of its waits, if it is live, and the seconds its lease still runs.
+    """
 
     incarnation: str
     epoch: int
     sequence: int
     waiting: bool
     live: bool
+    lease_s: float
+
+
+class RenewedDocument(BaseModel):
+    """What a heartbeat is answered with.
+
+    `lapsed`: the lease had run out. `lease_s`: the seconds of the new one. `live`: how many workers are live.
+    """
+
+    incarnation: str
+    worker: str
+    epoch: int
+    lapsed: bool
+    lease_s: float
+    live: int
+    version: int
+    consistency: dict[str, Any]
 
 
 class SessionView(BaseModel):
@@ -116,6 +137,7 @@ def worker_document(host: Host, page: WorkerPage) -> WorkerDocument:
         sequence=page.sequence,
         waiting=page.waiting,
         live=page.live,
+        lease_s=page.lease_s,
     )
 
 
@@ -219,6 +241,22 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         """Say where a worker stands; epoch 0 is one that has not joined."""
         host = registry.get(name)
         return worker_document(host, await host.worker(worker))
+
+    @router.put("/v1/sessions/{name}/workers/{worker}/lease", tags=["workers"])
+    async def renew(name: NamePath, worker: NamePath, document: LeaseDocument) -> RenewedDocument:
+        """Renew the lease of a worker that has nothing to push or pull, and say how things are."""
+        host = registry.get(name)
+        renewed = await host.renew(worker, document.epoch, document.incarnation)
+        return RenewedDocument(
+            incarnation=host.incarnation,
+            worker=worker,
+            epoch=document.epoch,
+            lapsed=renewed.lapsed,
+            lease_s=renewed.lease_s,
+            live=renewed.live,
+            version=renewed.version,
+            consistency=to_options(renewed.consistency),
+        )
 
     @router.put("/v1/sessions/{name}/workers/{worker}/memory", tags=["workers"], status_code=204)
     async def share(name: NamePath, worker: NamePath, document: MemoryDocument, request: Request) -> Response:

@@ -96,6 +96,13 @@ class MemoryDocument(Document):
     fd: Annotated[int, Field(ge=0, lt=2**31)]
 
 
+class LeaseDocument(Whole):
+    """A worker that is there: the epoch and the life of the session that it joined."""
+
+    epoch: Annotated[int, Field(ge=1)]
+    incarnation: Annotated[str, Field(max_length=64)]
+
+
 class GroupsDocument(Whole):
     """Changed options, by param group number."""
 

@@ -18,7 +18,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest, Truncated
-from farstep.settings import NAME
+from farstep.identity import NAME
 from farstep.wire.tensor_file import LENGTH_BYTES, head_length, read_head
 from farstep_service.durability import file_of, places_of
 from farstep_service.hosts import Host

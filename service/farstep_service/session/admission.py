@@ -48,14 +48,26 @@ class Admission:
         Raises:
             SessionLost, Fenced, SequenceGap: it belongs to another life of the session, or is not next.
         """
+        self._check_life(name.worker, incarnation)
+        return self._ledger.judge(name, None) is None
+
+    def check_worker(self, worker: str, epoch: int, incarnation: str) -> None:
+        """Refuse a worker that writes nothing, and is of another life of the session or of an epoch that is over.
+
+        Raises:
+            SessionLost, Fenced: it is.
+        """
+        self._check_life(worker, incarnation)
+        self._ledger.check(worker, epoch)
+
+    def _check_life(self, worker: str, incarnation: str) -> None:
         if incarnation != self._incarnation:
             raise SessionLost(
-                f"Session {self._state.plan.name!r} was created anew since worker {name.worker!r} joined it.",
+                f"Session {self._state.plan.name!r} was created anew since worker {worker!r} joined it.",
                 remedy="Call rejoin() to take on what it holds now, which is another training's unless it was imported "
                 "from a file.",
                 field="incarnation",
             )
-        return self._ledger.judge(name, None) is None
 
     def check_push(self, head: PushHead, contribution: Contribution) -> str:
         """Refuse a push that no step can take; return what in it holds NaN or Inf where that skips the step, or "".

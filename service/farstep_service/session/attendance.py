@@ -30,14 +30,14 @@ class Attendance:
 
     def join(self, worker: str, now: float) -> tuple[int, Outcomes]:
         """Open a new epoch of a worker, and return it and what that decided; see `Membership.join`."""
-        outcomes = self._withdraw(worker, "joined again", now)
+        outcomes = self._withdraw(worker, "joined again", "If that was another process, give each its own name.", now)
         epoch = self._membership.join(worker, now)
         self._pushes.left(worker)
         return epoch, outcomes | self._pushes.tick(now)
 
     def leave(self, worker: str, now: float) -> Outcomes:
         """Give a worker's place up."""
-        outcomes = self._withdraw(worker, "left", now)
+        outcomes = self._withdraw(worker, "left", "Join again to go on.", now)
         self._membership.leave(worker)
         self._pushes.left(worker)
         return outcomes | self._pushes.tick(now)
@@ -51,6 +51,7 @@ class Attendance:
                 outcomes |= self._pushes.withdraw(other, error, now)
         return outcomes
 
-    def _withdraw(self, worker: str, why: str, now: float) -> Outcomes:
-        error = Fenced(f"Worker {worker!r} {why} while this push waited; it was not applied.", field="epoch")
+    def _withdraw(self, worker: str, why: str, remedy: str, now: float) -> Outcomes:
+        what = f"Worker {worker!r} {why} while this push waited; it was not applied."
+        error = Fenced(what, remedy=remedy, field="epoch")
         return self._pushes.withdraw(worker, error, now)

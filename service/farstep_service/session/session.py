@@ -109,9 +109,9 @@ class Session:
 
     # -- membership -------------------------------------------------------------------------------------------------
 
-    def is_live(self, worker: str, now: float) -> bool:
-        """Say whether a worker was heard of within its lease, or a push of it waits."""
-        return self._members.is_live_at(worker, now)
+    def lease_s(self, worker: str, now: float) -> float:
+        """Return how long a worker's lease still runs: all of it while a push of it waits, 0 for one not live."""
+        return self._members.left_s(worker, now)
 
     def join(self, worker: str, now: float) -> tuple[int, Outcomes]:
         """Open a new epoch of a worker that knows all groups, fencing its older one; return it, and what that decided.
@@ -135,6 +135,17 @@ class Session:
         if epoch and self._members.epoch(worker) == epoch:
             self._rounds.heard(worker, now)
             self._pushes.received(worker)
+
+    def renew(self, worker: str, epoch: int, incarnation: str, now: float) -> tuple[bool, int]:
+        """Renew a worker's lease without a write; return whether it had run out, and how many workers are live.
+
+        Raises:
+            SessionLost, Fenced: the worker joined another life of the session, or its epoch is over.
+        """
+        self._admission.check_worker(worker, epoch, incarnation)
+        lapsed = not self._members.is_live_at(worker, now)
+        self._rounds.heard(worker, now)
+        return lapsed, self._members.live
 
     def set_consistency(self, mode: Consistency, now: float) -> Outcomes:
         """Go on in another mode, which is offered the pushes that wait in the order of their workers' names.
