@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.launch.test_launch import LIMIT_S, NOBODY, said
+from tests.launch.launching import LIMIT_S, NOBODY, said
 from tests.service.servers import farstep
 
 PAGE = Path(__file__).parents[2] / "docs" / "launch.md"

@@ -10,7 +10,7 @@ import pytest
 
 from tests.service.raw import RawClient, RawWorker
 from tests.service.servers import RunningServer
-from tests.wire.test_protocol import blocks
+from tests.wire.page import blocks
 
 SYNC = {"mode": "sync", "workers": 2}
 EXAMPLE = {block.info[1]: json.loads(block.text) for block in blocks() if block.title == "A heartbeat"}
