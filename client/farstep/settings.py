@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from farstep.consistency import Async, Consistency, for_one
+from farstep.consistency import Async, Consistency, checked, for_one
 from farstep.errors import InvalidOption
 from farstep.narrow import Half, Wire
 from farstep.policy import NOTHING, Policy
@@ -151,7 +151,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         private=session is None,
         worker=worker or _fresh_worker(),
         token=token,
-        consistency=options.get("consistency") or Async(),
+        consistency=checked(options.get("consistency") or Async()),
         nonfinite=nonfinite,
         kernel=kernel,
         timeout_s=timeout_s,
