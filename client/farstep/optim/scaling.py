@@ -61,8 +61,8 @@ SKIPPED_FOR_INF: frozenset[Reason] = frozenset({"skipped", "nonfinite"})
 def tell_(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, report: StepReport) -> None:
     """Let a scaler find what made an optimizer's step be skipped, if it was, as if it were in its gradients here.
 
-    GradScaler keeps what it found until `update()`, one number for each optimizer and device, and asks for no more. Other
-    optimizers that it scales take their steps.
+    GradScaler keeps what it found until `update()`, one number for each optimizer and device, and asks for no more.
+    Other optimizers that it scales take their steps.
     """
     if report.reason in SKIPPED_FOR_INF and scaler.is_enabled():
         own = scaler._per_optimizer_states.get(id(optimizer), {})
