@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from farstep.errors import FarstepError, InvalidOption
+from farstep.errors import FarstepError, InvalidOption, NonFinite
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.moving import remote as moved
 from farstep.optim.options import arguments
@@ -174,7 +174,7 @@ class Rounds:
         try:
             pending.push(outer, self._bases)
         except BaseException as error:
-            if is_refusal(error):
+            if is_refusal(error) or isinstance(error, NonFinite):  # which the wire's own dtype can make it, here
                 self._begin(self.local_step)
             raise
         self._take(sent)

@@ -310,6 +310,21 @@ def test_a_model_that_went_to_infinity_is_brought_back(shared: RemoteOptions) ->
         assert rounds.version == 1
 
 
+def test_a_difference_that_the_wire_cannot_carry_is_not_tried_for_ever(shared: RemoteOptions) -> None:
+    """It was never sent, so what is sent next is the difference as it is by then."""
+    worker = Worker(local_sgd, {**shared, "wire": "fp16"}, every=1)
+    with worker.rounds as rounds:
+        before = worker.values
+        with torch.no_grad():
+            worker.parameters[0].add_(1e6)
+        with pytest.raises(NonFinite, match="beyond 65504"):
+            rounds.sync()
+        with torch.no_grad():
+            worker.parameters[0].copy_(before[0] + 1.0)
+        assert rounds.sync().applied
+        torch.testing.assert_close(worker.values[0], before[0] + 1.0, rtol=1e-3, atol=1e-3)
+
+
 def test_rejoining_after_the_session_was_lost(mortal: RunningServer) -> None:
     """A session that is created anew goes on with the round; a worker that finds it there begins one."""
     place: RemoteOptions = {"server": mortal.url, "session": "shared", "kernel": "reference"}
