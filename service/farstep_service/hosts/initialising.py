@@ -1,4 +1,4 @@
-"""Which worker sends a session its first contents: one at a time, and another one if it takes too long."""
+"""Which worker sends a session its first contents: one at a time, and another one if it is gone or takes too long."""
 
 from __future__ import annotations
 
@@ -22,10 +22,15 @@ class Initialising:
         self._worker = ""
         self._until = -1.0
 
-    def chooses(self, worker: str) -> bool:
-        """Say whether a worker that joins is asked for them, which gives it time from now on."""
+    def chooses(self, worker: str, is_live: Callable[[str, float], bool]) -> bool:
+        """Say whether a worker that joins is asked for them, which gives it time from now on.
+
+        Args:
+            worker: who joins.
+            is_live: says whether a worker has neither left nor let its lease run out at a time.
+        """
         now = self._clock()
-        if worker != self._worker and now < self._until:
+        if worker != self._worker and now < self._until and is_live(self._worker, now):
             return False
         self._worker, self._until = worker, now + INITIALISE_WITHIN_S
         return True
