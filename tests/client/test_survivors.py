@@ -13,13 +13,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import pytest
+import torch
 
 from farstep.consistency import Bounded, Consistency, Sync, longest_wait_s, to_options
 from farstep.conversation import Conversation
+from farstep.optim import SGD
+from tests.client.training_process import SLOTS, WORKERS
 from tests.service.servers import RunningServer, running_server
 
 SAYS_WITHIN_S = 60.0
@@ -28,10 +31,15 @@ SLACK_S = 1.0
 
 
 class Process:
-    """A worker process; see `training_process`."""
+    """A worker process; see `training_process`.
 
-    def __init__(self, server: str, session: str, name: str, mode: Consistency) -> None:
+    Attributes:
+        said: what it has said so far.
+    """
+
+    def __init__(self, server: str, session: str, name: str, mode: Consistency, number: int = 0) -> None:
         self.name = name
+        self.said: list[dict[str, Any]] = []
         self.process = subprocess.Popen(
             [
                 sys.executable,
@@ -41,6 +49,7 @@ class Process:
                 session,
                 name,
                 json.dumps(to_options(mode)),
+                str(number),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -60,6 +69,7 @@ class Process:
         first, _, self._read = self._read.partition(b"\n")
         said = json.loads(first)
         assert isinstance(said, dict)
+        self.said.append(said)
         return said
 
     def until(self, wanted: Callable[[dict[str, Any]], bool], within_s: float = SAYS_WITHIN_S) -> dict[str, Any]:
@@ -67,6 +77,15 @@ class Process:
         while not wanted(said := self.line(within_s)):
             pass
         return said
+
+    def finish(self) -> None:
+        """Let it end after its step, or find it killed, and hear what it still has to say."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with suppress(BrokenPipeError):
+            os.write(self.process.stdin.fileno(), b"\n")
+        *whole, _ = (self._read + self.process.stdout.read()).split(b"\n")
+        self.said += map(json.loads, whole)
 
     def last_version(self) -> int:
         """Return the version of the last step that a killed worker has said anything of."""
@@ -100,8 +119,8 @@ def training(server: RunningServer, session: str, mode: Consistency, names: Sequ
     """Run worker processes that have all joined and begun to step."""
     with ExitStack() as stack:
         processes = []
-        for name in names:
-            process = Process(server.url, session, name, mode)
+        for number, name in enumerate(names):
+            process = Process(server.url, session, name, mode, number)
             stack.callback(process.end)
             processes.append(process)
         for process in processes:
@@ -136,6 +155,7 @@ def version_without(name: str, server: RunningServer, session: str, others: Sequ
 LIVE = Sync(workers="live", deadline_s=30.0, lease_s=1.0)
 AT_DEADLINE = Sync(workers="live", deadline_s=1.0, lease_s=60.0)
 QUORUM = Sync(workers=3, quorum=2, deadline_s=30.0, lease_s=60.0)
+FOLDED = Sync(workers=3, quorum=2, deadline_s=30.0, lease_s=1.0, late="fold")
 BOUNDED = Bounded(staleness=1, deadline_s=30.0, lease_s=1.0)
 
 
@@ -183,6 +203,41 @@ def test_a_worker_that_was_stopped_beyond_its_lease_takes_part_again(
         w2.until(with_("w2"))
         if mode is not BOUNDED:
             w0.until(with_("w2"))
+
+
+@pytest.mark.parametrize(
+    ("session", "mode"), [("count-live", LIVE), ("count-fold", FOLDED), ("count-bounded", BOUNDED)], ids=str
+)
+def test_what_was_answered_counts_once_and_what_was_not_at_most_once(
+    server: RunningServer, session: str, mode: Consistency
+) -> None:
+    """One worker killed and one stopped for a while: the parameters hold each gradient that was said to be applied."""
+    with training(server, session, mode, ("w0", "w1", "w2")) as crew:
+        w0, w1, w2 = crew
+        w2.send(signal.SIGKILL)
+        w2.process.wait(30)
+        last = max(w0.line().get("version", 0), w1.line().get("version", 0))
+        w1.send(signal.SIGSTOP)
+        if mode is LIVE:  # where the one that is left goes on alone
+            w0.until(lambda said: said.get("contributors") == ["w0"])
+        w1.send(signal.SIGCONT)
+        for survivor in (w0, w1):
+            survivor.until(lambda said: said.get("version", 0) > last + 30)
+        for each in crew:
+            each.finish()
+        counted = torch.zeros(WORKERS * SLOTS)
+        for said in (said for each in crew for said in each.said if said.get("reason") == ""):
+            counted[said["slot"]] += 1 / said["divisor"]
+    parameter = torch.nn.Parameter(torch.zeros(WORKERS * SLOTS))
+    late = SGD(
+        [parameter], lr=1.0, server=server.url, session=session, worker="w3", kernel="reference", consistency=mode
+    )
+    unsaid = (-parameter.detach() - counted).reshape(WORKERS, SLOTS)
+    torch.testing.assert_close(unsaid[[0, 1, 3]], torch.zeros(3, SLOTS), rtol=0.0, atol=1e-3)
+    assert (unsaid[2] > 1e-3).sum() <= 1
+    assert unsaid[2].min() > -1e-3
+    assert unsaid[2].max() < 1 + 1e-3
+    late.close()
 
 
 def test_a_barrier_that_nobody_completes_ends_for_all_and_the_place_is_taken(server: RunningServer) -> None:
