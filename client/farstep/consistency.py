@@ -25,6 +25,8 @@ from typing import ClassVar, Literal
 from farstep.errors import InvalidOption
 
 LONGEST_DEADLINE_S = 7 * 86_400
+LARGEST = 2**53
+"""What a number may be at most: answers carry the mode, and a larger one would not fit into every number there."""
 StalenessScaling = Literal["none", "inverse", "sqrt"]
 
 
@@ -56,9 +58,9 @@ class Mode:
                 field="staleness_scaling",
             )
         strength = self.delay_compensation
-        if type(strength) not in (int, float) or not 0 <= strength < math.inf:
+        if type(strength) not in (int, float) or not 0 <= strength <= LARGEST:
             raise InvalidOption(
-                f"Invalid delay_compensation: {strength!r:.80}. Must be a finite number of at least 0.",
+                f"Invalid delay_compensation: {strength!r:.80}. Must be a number from 0 to 2**53.",
                 field="delay_compensation",
             )
         if strength and self.staleness_scaling != "none":
@@ -122,9 +124,9 @@ class Sync(Mode):
     def __post_init__(self) -> None:
         super(Sync, self).__post_init__()  # slots make another class of this one, which super() alone does not know
         workers, quorum = self.workers, self.quorum
-        if workers != "live" and (type(workers) is not int or workers < 1):
+        if workers != "live" and (type(workers) is not int or not 1 <= workers <= LARGEST):
             raise InvalidOption(
-                f"Invalid workers: {workers!r:.80}. Must be an int of at least 1, or 'live'.", field="workers"
+                f"Invalid workers: {workers!r:.80}. Must be an int from 1 to 2**53, or 'live'.", field="workers"
             )
         if quorum is not None and (type(quorum) is not int or workers == "live" or not 1 <= quorum <= workers):
             raise InvalidOption(
@@ -175,9 +177,9 @@ class Bounded(Mode):
 
     def __post_init__(self) -> None:
         super(Bounded, self).__post_init__()
-        if type(self.staleness) is not int or self.staleness < 0:
+        if type(self.staleness) is not int or not 0 <= self.staleness <= LARGEST:
             raise InvalidOption(
-                f"Invalid staleness: {self.staleness!r:.80}. Must be an int of at least 0.", field="staleness"
+                f"Invalid staleness: {self.staleness!r:.80}. Must be an int from 0 to 2**53.", field="staleness"
             )
         _check_seconds("deadline_s", self.deadline_s)
 
@@ -188,6 +190,22 @@ class Bounded(Mode):
 
 Consistency = Async | Sync | Bounded
 MODES: Mapping[str, type[Async] | type[Sync] | type[Bounded]] = {each.mode: each for each in (Async, Sync, Bounded)}
+
+
+def checked(given: object) -> Consistency:
+    """Return what was given as a mode, if it is one.
+
+    Raises:
+        InvalidOption: it is anything else, such as the name of one.
+    """
+    if not isinstance(given, Consistency):
+        raise InvalidOption(
+            f"Invalid consistency: {given!r:.80}.",
+            remedy="Give farstep.Async(), farstep.Sync(workers=...) or farstep.Bounded(staleness=...).",
+            field="consistency",
+            side="client",
+        )
+    return given
 
 
 def chosen(mode: Mode) -> dict[str, str | int | float]:

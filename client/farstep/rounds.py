@@ -16,7 +16,8 @@ ordinary farstep optimizer over that copy, and everything that it survives, a ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from farstep.errors import FarstepError, InvalidOption
+from farstep.errors import FarstepError, InvalidOption, NonFinite
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.moving import remote as moved
 from farstep.optim.options import arguments
@@ -68,6 +69,7 @@ class Rounds:
         self._hook: RemovableHandle | None = None
         self._loaded: Mapping[str, Any] | None = None
         self._pending: Pending | None = None
+        self._closed = False
 
     @staticmethod
     def synchronised(model: nn.Module) -> dict[str, Tensor]:
@@ -96,8 +98,10 @@ class Rounds:
         """Join the session, if that has not been done, and count the inner optimizer's steps.
 
         Raises:
-            FarstepError: the session cannot be had, or this is entered already.
+            FarstepError: the session cannot be had, or was left, or this is entered already.
         """
+        if self._closed:
+            raise FarstepError("This context was closed.", remedy="Make a new one to join again.", side="client")
         if self._hook is not None:
             raise FarstepError("This context is entered already.", remedy="Leave it first.", side="client")
         if self._outer is None:
@@ -117,12 +121,14 @@ class Rounds:
         self.__exit__(None, None, None)
         if self._outer is not None:
             self._outer.close()
+            self._closed = True
 
     def _count(self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
         """Count a step that was taken; GradScaler has some optimizers step, and skip that, when gradients overflow."""
         with scaling_of(vars(optimizer)) as scaling:
             if scaling.overflowed:
                 return
+        self._check_training("A step")
         self.local_step += 1
         if self._pending is not None:
             self._pending.steps += 1
@@ -160,6 +166,7 @@ class Rounds:
             FarstepError: what the session refused, or `Unavailable`. The model and the count are then as they were,
                 and the next local step, or `sync()`, tries again.
         """
+        self._check_training("sync()")
         outer, pending = self.outer, self._pending
         if pending is None:
             pending = self._pending = Pending.of(outer, self._bases, list(self._parameters.values()))
@@ -167,7 +174,7 @@ class Rounds:
         try:
             pending.push(outer, self._bases)
         except BaseException as error:
-            if is_refusal(error):
+            if is_refusal(error) or isinstance(error, NonFinite):  # which the wire's own dtype can make it, here
                 self._begin(self.local_step)
             raise
         self._take(sent)
@@ -204,6 +211,31 @@ class Rounds:
             self._begin(0)
         return created
 
+    @contextmanager
+    def swap_to(self, view: str) -> Iterator[None]:
+        """Give the model the values of a view of the session inside a `with` block, and then its own back, bit for bit.
+
+        Local steps and `sync()` are refused inside.
+
+        Raises:
+            InvalidOption: the session has no such view.
+            FarstepError: the session's optimizer has a view's values already, or no answer came in time.
+        """
+        own = [p.detach().clone() for p in self._parameters.values()]
+        with self.outer.swap_to(view):
+            try:
+                self._take()
+                yield
+            finally:
+                with torch.no_grad():
+                    for p, value in zip(self._parameters.values(), own, strict=True):
+                        p.copy_(value)
+
+    def _check_training(self, what: str) -> None:
+        """Refuse what would take the values of a view for those that the round began with."""
+        if shown := self.outer.shown:
+            raise FarstepError(f"{what} inside swap_to({shown!r}).", remedy="Leave the block first.", side="client")
+
     # -- resuming ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -211,7 +243,11 @@ class Rounds:
 
         That is `local_step`; `parameters`, with which the round began, under their names; and `outer`, the session's
         optimizer state in torch's form. A session that lives on has all but `local_step` by itself.
+
+        Raises:
+            FarstepError: inside `swap_to`, or no answer came in time.
         """
+        self._check_training("state_dict()")
         outer = self.outer
         return {
             "local_step": self.local_step,

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from farstep.consistency import Async, Consistency, Sync, for_one
+from farstep.consistency import Async, Consistency, Sync, checked, for_one
 from farstep.errors import InvalidOption
 from farstep.identity import Worker, check_name, fresh_name
 from farstep.narrow import Half, Wire
@@ -142,7 +142,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
             field="wire",
             side="client",
         )
-    mode = options.get("consistency") or Async()
+    mode = checked(options.get("consistency") or Async())
     if server is not None and session is None and isinstance(mode, Sync) and mode.fewest > 1:
         raise InvalidOption(
             f"A session without a name is this optimizer's alone, and {mode!r} waits for {mode.fewest} workers.",

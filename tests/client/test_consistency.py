@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -183,3 +184,16 @@ def test_an_embedded_session_refuses_to_wait_for_others() -> None:
     with pytest.raises(InvalidOption, match="needs a server"):
         optimizer.set_consistency(farstep.Sync(workers=2))
     assert optimizer.consistency == farstep.Async()
+
+
+@pytest.mark.parametrize("given", ["sync", {"mode": "sync", "workers": 2}, farstep.Async], ids=["name", "map", "class"])
+def test_what_is_no_mode_is_refused_by_name(given: Any, place: RemoteOptions) -> None:
+    """At construction and in a switch alike, before anything is sent; the remedy shows what a mode is."""
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(InvalidOption, match=r"consistency.*farstep\.Async\(\)"):
+        SGD([parameter], lr=1.0, **{**place, "consistency": given})
+    optimizer = SGD([parameter], lr=1.0, **place)
+    with pytest.raises(InvalidOption, match=r"consistency.*farstep\.Async\(\)"):
+        optimizer.set_consistency(given)
+    assert optimizer.consistency == farstep.Async()
+    optimizer.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,68 @@ def test_entering_twice_is_refused(shared: RemoteOptions) -> None:
     with worker.rounds:
         worker.train(1)
     assert worker.rounds.local_step == 1
+
+
+def test_entering_after_closing_is_refused(shared: RemoteOptions) -> None:
+    """A round that could never be sent does not begin."""
+    worker = Worker(diloco, shared)
+    with worker.rounds:
+        worker.rounds.close()
+    with pytest.raises(FarstepError, match="was closed"):
+        worker.rounds.__enter__()
+
+
+def in_the_third_round(shared: RemoteOptions) -> tuple[Worker, Simulation]:
+    """Return a worker whose session has an average, one local step into its third round, and the same in torch."""
+    worker, reference = Worker(diloco, {**shared, "ema": 0.5}), Simulation(diloco, 1)
+    worker.rounds.__enter__()
+    worker.train(2 * EVERY + 1)
+    for _ in range(2):
+        reference.round()
+    reference.local(0, 1)
+    return worker, reference
+
+
+def finish(worker: Worker, reference: Simulation) -> None:
+    """End the third round in both, and compare."""
+    worker.train(EVERY - 1)
+    reference.local(0, EVERY - 1)
+    reference.step([reference.delta(0, reference.bases)])
+    reference.take(0)
+    check_parameters(worker.parameters, reference.models[0])
+    assert (worker.rounds.version, worker.rounds.local_step) == (3, 0)
+
+
+def test_an_average_takes_the_models_place_in_the_middle_of_a_round(shared: RemoteOptions) -> None:
+    """Inside the model has the session's average, afterwards the steps of its round, which goes on as before."""
+    worker, reference = in_the_third_round(shared)
+    with worker.rounds.swap_to("ema"):
+        check_equal(worker.values, worker.rounds.outer.pull_view("ema"))
+    check_parameters(worker.parameters, reference.models[0])
+    finish(worker, reference)
+
+
+def test_a_view_is_not_taken_for_the_parameters_that_a_round_began_with(shared: RemoteOptions) -> None:
+    """While the model, or the outer optimizer's copies, show an average, nothing is sent or saved."""
+    worker, reference = in_the_third_round(shared)
+    rounds = worker.rounds
+    for shown in (rounds.outer.swap_to("ema"), rounds.swap_to("ema")):
+        with shown:
+            for asked in (rounds.sync, rounds.state_dict, rounds.pull, rounds.rejoin):
+                with pytest.raises(FarstepError, match="inside swap_to"):
+                    asked()
+    finish(worker, reference)
+
+
+def test_a_local_step_on_an_average_is_not_counted(shared: RemoteOptions) -> None:
+    """It is refused, and what it did to the model goes with the average; the inner optimizer's state is its own."""
+    worker, reference = in_the_third_round(shared)
+    before = copy.deepcopy(worker.inner.state_dict())
+    with worker.rounds.swap_to("ema"), pytest.raises(FarstepError, match="A step inside swap_to"):
+        worker.train(1)
+    worker.inner.load_state_dict(before)
+    worker.taken -= 1
+    finish(worker, reference)
 
 
 def test_before_the_first_entering_there_is_no_session() -> None:
@@ -274,6 +337,21 @@ def test_a_model_that_went_to_infinity_is_brought_back(shared: RemoteOptions) ->
         assert rounds.local_step == 0
         worker.train(EVERY)
         assert rounds.version == 1
+
+
+def test_a_difference_that_the_wire_cannot_carry_is_not_tried_for_ever(shared: RemoteOptions) -> None:
+    """It was never sent, so what is sent next is the difference as it is by then."""
+    worker = Worker(local_sgd, {**shared, "wire": "fp16"}, every=1)
+    with worker.rounds as rounds:
+        before = worker.values
+        with torch.no_grad():
+            worker.parameters[0].add_(1e6)
+        with pytest.raises(NonFinite, match="beyond 65504"):
+            rounds.sync()
+        with torch.no_grad():
+            worker.parameters[0].copy_(before[0] + 1.0)
+        assert rounds.sync().applied
+        torch.testing.assert_close(worker.values[0], before[0] + 1.0, rtol=1e-3, atol=1e-3)
 
 
 def test_rejoining_after_the_session_was_lost(mortal: RunningServer) -> None:

@@ -10,15 +10,18 @@ import os
 import select
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import get_context
 from typing import Any
 
 import pytest
+import torch
 
 from farstep.consistency import Bounded, Consistency, Sync, longest_wait_s
 from farstep.conversation import Conversation
+from farstep.optim import SGD
 from tests.client import training_process
+from tests.client.training_process import SLOTS, WORKERS
 from tests.limits import Limit
 from tests.service.servers import RunningServer, running_server
 
@@ -39,14 +42,19 @@ class Process:
     Args:
         server: where it trains.
         session, name, mode: what it joins, as whom, and how.
-        company: the processes that its steps depend on; it adds itself.
+        company: the processes that its steps depend on, the server first; it adds itself.
+
+    Attributes:
+        said: what it has said so far.
     """
 
     def __init__(self, server: RunningServer, session: str, name: str, mode: Consistency, company: list[int]) -> None:
+        number = len(company) - 1
         self.name, self._company = name, company
-        self._said, theirs = PROCESSES.Pipe(duplex=False)
+        self.said: list[dict[str, Any]] = []
+        self._pipe, theirs = PROCESSES.Pipe()
         self._read = b""
-        arguments = (theirs, server.url, session, name, mode)
+        arguments = (theirs, server.url, session, name, mode, number)
         self._process = PROCESSES.Process(target=training_process.train, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -63,16 +71,17 @@ class Process:
         limit = Limit(within_s, self._company)
         while b"\n" not in self._read:
             left_s = limit.left_s()
-            ready, _, _ = select.select([self._said], [], [], left_s)
+            ready, _, _ = select.select([self._pipe], [], [], left_s)
             assert ready or left_s, f"{self.name} said nothing for {within_s:g} s"
             self._read += self._chunk() if ready else b""
         first, _, self._read = self._read.partition(b"\n")
         said = json.loads(first)
         assert isinstance(said, dict)
+        self.said.append(said)
         return said
 
     def _chunk(self) -> bytes:
-        chunk = os.read(self._said.fileno(), 65536)
+        chunk = os.read(self._pipe.fileno(), 65536)
         assert chunk, f"{self.name} ended"
         return chunk
 
@@ -82,12 +91,25 @@ class Process:
             pass
         return said
 
+    def finish(self) -> None:
+        """Let it end after its step, or find it killed, and hear what it still has to say."""
+        with suppress(BrokenPipeError):
+            os.write(self._pipe.fileno(), b"\n")
+        *whole, _ = self._rest().split(b"\n")
+        self.said += map(json.loads, whole)
+
     def last_version(self) -> int:
         """Return the version of the last step that a killed worker has said anything of."""
-        while chunk := os.read(self._said.fileno(), 65536):
-            self._read += chunk
+        self._read = self._rest()
         *whole, _ = self._read.split(b"\n")
         return max(json.loads(line).get("version", 0) for line in whole) if whole else 0
+
+    def _rest(self) -> bytes:
+        """Return what it says until it has ended."""
+        read = self._read
+        while chunk := os.read(self._pipe.fileno(), 65536):
+            read += chunk
+        return read
 
     def send(self, number: int) -> None:
         """Send it a signal."""
@@ -101,7 +123,7 @@ class Process:
     def end(self) -> None:
         """Kill it, and close what it spoke through."""
         self.kill()
-        self._said.close()
+        self._pipe.close()
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +175,7 @@ def version_without(name: str, server: RunningServer, session: str, others: Sequ
 LIVE = Sync(workers="live", deadline_s=30.0, lease_s=1.0)
 AT_DEADLINE = Sync(workers="live", deadline_s=1.0, lease_s=60.0)
 QUORUM = Sync(workers=3, quorum=2, deadline_s=30.0, lease_s=60.0)
+FOLDED = Sync(workers=3, quorum=2, deadline_s=30.0, lease_s=1.0, late="fold")
 BOUNDED = Bounded(staleness=1, deadline_s=30.0, lease_s=1.0)
 
 
@@ -199,6 +222,40 @@ def test_a_worker_that_was_stopped_beyond_its_lease_takes_part_again(
         w2.until(with_("w2"))
         if mode is not BOUNDED:
             w0.until(with_("w2"))
+
+
+@pytest.mark.parametrize(
+    ("session", "mode"), [("count-live", LIVE), ("count-fold", FOLDED), ("count-bounded", BOUNDED)], ids=str
+)
+def test_what_was_answered_counts_once_and_what_was_not_at_most_once(
+    server: RunningServer, session: str, mode: Consistency
+) -> None:
+    """One worker killed and one stopped for a while: the parameters hold each gradient that was said to be applied."""
+    with training(server, session, mode, ("w0", "w1", "w2")) as crew:
+        w0, w1, w2 = crew
+        w2.kill()
+        last = max(w0.line().get("version", 0), w1.line().get("version", 0))
+        w1.send(signal.SIGSTOP)
+        if mode is LIVE:  # where the one that is left goes on alone
+            w0.until(lambda said: said.get("contributors") == ["w0"])
+        w1.send(signal.SIGCONT)
+        for survivor in (w0, w1):
+            survivor.until(lambda said: said.get("version", 0) > last + 30)
+        for each in crew:
+            each.finish()
+        counted = torch.zeros(WORKERS * SLOTS)
+        for said in (said for each in crew for said in each.said if said.get("reason") == ""):
+            counted[said["slot"]] += 1 / said["divisor"]
+    parameter = torch.nn.Parameter(torch.zeros(WORKERS * SLOTS))
+    late = SGD(
+        [parameter], lr=1.0, server=server.url, session=session, worker="w3", kernel="reference", consistency=mode
+    )
+    unsaid = (-parameter.detach() - counted).reshape(WORKERS, SLOTS)
+    torch.testing.assert_close(unsaid[[0, 1, 3]], torch.zeros(3, SLOTS), rtol=0.0, atol=1e-3)
+    assert (unsaid[2] > 1e-3).sum() <= 1
+    assert unsaid[2].min() > -1e-3
+    assert unsaid[2].max() < 1 + 1e-3
+    late.close()
 
 
 def test_a_barrier_that_nobody_completes_ends_for_all_and_the_place_is_taken(server: RunningServer) -> None:

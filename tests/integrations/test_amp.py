@@ -352,6 +352,25 @@ def test_accumulated_rounds_that_overflow_on_one_worker_are_left_out(
         assert worker.scaler.get_scale() == SCALE / 2
 
 
+def test_another_optimizer_of_an_informed_scaler_takes_its_steps(place: RemoteOptions) -> None:
+    """A sum that overflows in the session is its optimizer's alone, as what torch finds is; the scale is both's."""
+    (p,), (q,) = parameters(drawn(0, [(5,)])), parameters([torch.zeros(3)])
+    options: RemoteOptions = {**place, "nonfinite": "skip", "accumulate": 2}
+    optimizer, other, scaler = Adagrad([p], lr=0.1, **options), torch.optim.SGD([q], lr=1.0), scaler_(1.0)
+    optimizer.inform(scaler)
+    for reason in ("accumulated", "nonfinite"):
+        scaler.scale(torch.zeros(()))
+        p.grad, q.grad = torch.full((5,), 3e38), torch.ones(3)
+        scaler.unscale_(other)
+        scaler.step(optimizer)
+        scaler.step(other)
+        scaler.update()
+        assert optimizer.last_step is not None
+        assert optimizer.last_step.reason == reason
+    check_parameters([q], [torch.full((3,), -2.0)])
+    assert scaler.get_scale() == 0.5
+
+
 def test_a_scaler_that_is_switched_off_can_be_informed(place: RemoteOptions) -> None:
     """Scripts that leave the scaler in, disabled, run as they are."""
     (p,) = parameters(drawn(0, [(5,)]))

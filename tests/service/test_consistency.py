@@ -45,6 +45,9 @@ def test_an_answer_names_no_mode_while_there_is_the_first(raw: RawClient) -> Non
         ({"mode": "sync"}, "invalid_option"),
         ({"mode": "sync", "workers": 2, "quorum": 3}, "invalid_option"),
         ({"mode": "async", "staleness": 1}, "invalid_option"),
+        ({"mode": "sync", "workers": 2**63, "quorum": 1}, "invalid_option"),  # which no answer could carry
+        ({"mode": "bounded", "staleness": 2**63}, "invalid_option"),
+        ({"mode": "async", "delay_compensation": 10**30}, "invalid_option"),
         ({"mode": "sync", "workers": 1}, "session_full"),
         ("async", "invalid_request"),
     ],

@@ -244,6 +244,24 @@ def test_the_creator_that_died_and_came_back_is_asked_again(raw: RawClient) -> N
     assert raw.join("reborn", "w1").joined["initialised"] is True
 
 
+def test_a_creator_that_left_is_not_waited_for(raw: RawClient) -> None:
+    """One that could not send the first parameters, and said so by leaving, leaves that to the next one at once."""
+    first = raw.join("given-up", "w0")
+    assert raw.request("DELETE", f"{first.path}/workers/w0?epoch={first.joined['epoch']}").status == 204
+    other = raw.join("given-up", "w1")
+    assert other.joined["initialise"] is True
+    assert other.begin().status == 200
+
+
+def test_a_creator_whose_lease_ran_out_is_not_waited_for(raw: RawClient) -> None:
+    """One that was killed before it could send the first parameters holds the others up for its lease, not for ever."""
+    raw.join("orphan", "w0", consistency={"mode": "async", "lease_s": 1e-9})
+    other = raw.join("orphan", "w1", consistency={"mode": "async", "lease_s": 1e-9})
+    assert other.joined["initialise"] is True
+    assert other.begin().status == 200
+    assert raw.join("orphan", "w2", consistency={"mode": "async", "lease_s": 1e-9}).joined["initialised"] is True
+
+
 def test_a_server_that_was_killed_has_forgotten_and_says_so() -> None:
     """After kill -9 in the middle of a push the name is unknown, and once created anew it is another session."""
     with running_server() as server:

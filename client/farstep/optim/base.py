@@ -27,7 +27,7 @@ from torch.optim.optimizer import ParamsT
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep.optim.options import check_group
 from farstep.optim.refusals import refusal
-from farstep.optim.scaling import scaling_of
+from farstep.optim.scaling import scaling_of, tell_
 from farstep.optim.torch_form import completed, describe, local
 from farstep.optim.views import WithViews
 from farstep.settings import RemoteOptions, carried, of_copy, resolve
@@ -103,6 +103,8 @@ class RemoteOptimizer(WithViews):
                 if (error := refusal(self.twin, self.defaults, self.param_groups)) is not None:
                     raise error from refused_there
                 raise
+            if member.scaler is not None:
+                tell_(member.scaler, self, self.last_step)
         return loss
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

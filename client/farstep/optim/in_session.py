@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from farstep.consistency import Consistency, waits_for_others
+from farstep.consistency import Consistency, checked, waits_for_others
 from farstep.heartbeat import Heartbeat, beating
 from farstep.link import SessionSpec, open_link
 from farstep.optim.membership import Membership, OpenLink, refused
@@ -66,10 +66,11 @@ class InSession(torch.optim.Optimizer):
         step; who joins, or joins again before that, has to name the new mode.
 
         Raises:
+            InvalidOption: what is given is no mode.
             SessionFull: there are more live workers than the mode has places for.
             FarstepError: what else the session refused, or `Unavailable`.
         """
-        self._member().link.set_consistency(mode)
+        self._member().link.set_consistency(checked(mode))
 
     def heartbeat(self) -> Heartbeat:
         """Renew this worker's lease, which pushes and pulls do by themselves, and return what the session says of it.

@@ -26,7 +26,7 @@ from farstep.link import Link, Parameter, SessionSpec, Start, State
 from farstep.messages import Evaluation
 from farstep.optim.options import Options, changes, without
 from farstep.optim.overlap import Overlap
-from farstep.optim.scaling import NOT_SCALED, Scaling, tell_
+from farstep.optim.scaling import NOT_SCALED, Scaling
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import to_session
 from farstep.overlap import Overlapped
@@ -175,8 +175,6 @@ class Membership:
         self._sent = options
         if self.overlap is not None:
             self.overlap.stepped(gradients, report)
-        if self.scaler is not None:
-            tell_(self.scaler, report)
         return report
 
     def pull(self) -> int:

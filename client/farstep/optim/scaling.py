@@ -58,15 +58,16 @@ SKIPPED_FOR_INF: frozenset[Reason] = frozenset({"skipped", "nonfinite"})
 """Why a step was left out that GradScaler, had it found the Inf itself, would have lowered its scale for."""
 
 
-def tell_(scaler: torch.amp.GradScaler, report: StepReport) -> None:
-    """Let a scaler find what made a step be skipped, if it was, as if it were in its own gradients.
+def tell_(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, report: StepReport) -> None:
+    """Let a scaler find what made an optimizer's step be skipped, if it was, as if it were in its gradients here.
 
-    GradScaler keeps what it found until `update()`, one number for each device, and asks for no more.
+    GradScaler keeps what it found until `update()`, one number for each optimizer and device, and asks for no more.
+    Other optimizers that it scales take their steps.
     """
     if report.reason in SKIPPED_FOR_INF and scaler.is_enabled():
-        for own in scaler._per_optimizer_states.values():
-            for found in own["found_inf_per_device"].values():
-                found.fill_(1.0)
+        own = scaler._per_optimizer_states.get(id(optimizer), {})
+        for found in own.get("found_inf_per_device", {}).values():
+            found.fill_(1.0)
 
 
 def scaling_of(attributes: dict[str, Any]) -> AbstractContextManager[Scaling]:

@@ -32,6 +32,11 @@ class WithViews(InSession):
         """The names of the session's views."""
         return (*self._membership.place.policy.views, *self.averages)
 
+    @property
+    def shown(self) -> str:
+        """The view whose values the parameters have at the moment; "" if they have their own."""
+        return self._membership.shown
+
     def pull_view(self, view: str) -> list[Tensor]:
         """Return a copy of a view, one tensor per parameter in the order of the groups.
 

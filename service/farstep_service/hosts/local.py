@@ -100,7 +100,7 @@ class LocalHost(Host):
             self._unshare()
             self._resolve(outcomes)
             initialised = self._session.initialised
-            initialise = not initialised and self._initialising.chooses(worker)
+            initialise = not initialised and self._initialising.chooses(worker, self._session.lease_s)
             return Joined(epoch, initialised, initialise, self._session.version)
 
     async def leave(self, worker: str, epoch: int) -> None:
