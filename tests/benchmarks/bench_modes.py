@@ -1,6 +1,6 @@
 """How long real training takes in each consistency mode, with slow workers and dying ones.
 
-    python tests/benchmarks/bench_modes.py                                     # 4 workers, three surroundings, digits
+    python tests/benchmarks/bench_modes.py                                     # 4 workers, all surroundings, digits
     python tests/benchmarks/bench_modes.py --workers 1 2 4 8 --task digits text --cycles 3 --markdown modes.md
 
 Workers share a session on a server of their own and train until the first one has reached the mark: the time to it, the
@@ -9,9 +9,10 @@ of 32 on each worker and a simulated backward pass; see `trainers.py`. Surroundi
 
     even         all workers take 50 ms for a backward pass
     straggler    the last one takes 5 times as long
+    turns        one of them takes 5 times as long, each for 2 s, in turn
     killed       one worker is killed with SIGKILL after 2 s and then every 10 s, and comes back 3 s later
 
-`--compute` says how long a backward pass takes; kills and returns are as many steps apart as they are with 50 ms.
+`--compute` says how long a backward pass takes; turns, kills and returns are as many steps apart as with 50 ms.
 
 A mode has the learning rate, of those given, with which it is first where nothing goes wrong: one that suits the mean
 of eight gradients is too large for steps of one stale gradient each. What each rate came to is a table of its own.
@@ -26,8 +27,9 @@ mark at least twice as fast as sync.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -58,7 +60,7 @@ WAYS = (
     Way(name="diloco", consistency=lambda n: {"mode": "sync", "workers": n}, rounds=EVERY, outer="DiLoCo"),
 )
 BY_NAME = {each.name: each for each in WAYS}
-SURROUNDINGS = ("even", "straggler", "killed")
+SURROUNDINGS = ("even", "straggler", "turns", "killed")
 
 
 def around(name: str, workers: int, compute_s: float) -> Surroundings:
@@ -66,11 +68,16 @@ def around(name: str, workers: int, compute_s: float) -> Surroundings:
     return Surroundings(
         workers=workers,
         compute_s=compute_s,
-        slow=5.0 if name == "straggler" else 1.0,
+        slow=5.0 if name in ("straggler", "turns") else 1.0,
+        turn_s=40 * compute_s if name == "turns" else 0.0,
         killed_every_s=200 * compute_s if name == "killed" else 0.0,
         first_kill_s=40 * compute_s,
         restart_s=60 * compute_s,
     )
+
+
+Trained = Callable[[Way, float, str, float], Outcome]
+"""Train in some way at a learning rate, in surroundings of that name, for at most so many seconds."""
 
 
 @dataclass(slots=True)
@@ -79,24 +86,15 @@ class Bench:
 
     Attributes:
         within_s: how long each may take.
-        compute_s: how long a backward pass takes.
+        train: trains once.
         rates: the learning rate of each way that has its own, once it is known.
     """
 
-    server: RunningServer
     task: Task
     workers: int
-    compute_s: float
     within_s: float
+    train: Trained
     rates: dict[str, float] = field(default_factory=dict)
-    trainings: int = 0
-
-    def train(self, way: Way, rate: float, surroundings: str, within_s: float) -> Outcome:
-        """Train once."""
-        self.trainings += 1
-        session = f"{self.task.name}-{self.workers}-{surroundings}-{way.name}-{self.trainings}"
-        place = around(surroundings, self.workers, self.compute_s)
-        return train(self.task, way, rate, place, self.server, session, within_s=within_s)
 
     def choose(self, way: Way) -> Mapping[float, Outcome]:
         """Return what each learning rate came to where nothing goes wrong, and take the best one for a way."""
@@ -158,11 +156,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
             task = task if options.mark is None else replace(task, mark=options.mark)
             task = task if options.rates is None else replace(task, rates=tuple(options.rates))
             for workers in options.workers:
-                bench = Bench(server, task, workers, options.compute, options.within, dict(options.rate))
+                trained = _trained(server, task, workers, options.compute)
+                bench = Bench(task, workers, options.within, trained, dict(options.rate))
                 tell(rates_table(bench, ways))
                 for surroundings in options.surroundings:
                     if workers > 1 or surroundings == "even":
                         tell(table(bench, surroundings, bench.measure(ways, surroundings, options.cycles)))
+
+
+def _trained(server: RunningServer, task: Task, workers: int, compute_s: float) -> Trained:
+    """Return what trains, in a session of its own each time."""
+    counted = itertools.count()
+
+    def trained(way: Way, rate: float, surroundings: str, within_s: float) -> Outcome:
+        session = f"{task.name}-{workers}-{surroundings}-{way.name}-{next(counted)}"
+        return train(task, way, rate, around(surroundings, workers, compute_s), server, session, within_s=within_s)
+
+    return trained
 
 
 def _rate(said: str) -> tuple[str, float]:

@@ -47,7 +47,8 @@ class Surroundings:
     Attributes:
         workers: how many there are.
         compute_s: how long a backward pass takes.
-        slow: how many times as long it takes on the last worker.
+        slow: how many times as long it takes on the slow worker.
+        turn_s: for how long that is the same one, before it is the next one's turn; the last one, for ever, if 0.
         killed_every_s: how often a worker is killed with SIGKILL, in turn all but the first; 0 for never.
         first_kill_s: when that begins.
         restart_s: how long it is away then.
@@ -56,9 +57,15 @@ class Surroundings:
     workers: int
     compute_s: float
     slow: float = 1.0
+    turn_s: float = 0.0
     killed_every_s: float = 0.0
     first_kill_s: float = 2.0
     restart_s: float = 3.0
+
+    def takes_s(self, worker: int, now_s: float) -> float:
+        """Return how long a backward pass takes that a worker begins now, on a clock that all have in common."""
+        slow_one = int(now_s / self.turn_s) % self.workers if self.turn_s else self.workers - 1
+        return self.compute_s * (self.slow if self.workers > 1 and worker == slow_one else 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,7 +246,6 @@ def _work(
     """Train, as one worker; the first one says how good the model is."""
     torch.set_num_threads(1)
     model = task.build()
-    compute_s = around.compute_s * (around.slow if number == around.workers - 1 and around.workers > 1 else 1.0)
     try:
         with ExitStack() as stack:
             optimizer, version = _optimizer(way, rate, model, place, stack)
@@ -256,7 +262,7 @@ def _work(
                 inputs, answers = task.batch(number, step)
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(inputs), answers).backward()  # type: ignore[no-untyped-call]
-                time.sleep(max(0.0, began + compute_s - time.perf_counter()))
+                time.sleep(max(0.0, began + around.takes_s(number, began) - time.perf_counter()))
                 before = version()
                 _step(optimizer)
                 step, new = step + 1, version() != before
