@@ -134,10 +134,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rate", nargs="+", type=_rate, default=[], metavar="MODE=LR", help="the rate of a mode: none is chosen then"
     )
+    parser.add_argument("--every", type=int, default=EVERY, metavar="H", help="local steps in a round")
     parser.add_argument("--compute", type=float, default=0.05, metavar="S", help="seconds of a backward pass")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
     options = parser.parse_args(arguments)
-    chosen = [each for each in WAYS if options.mode is None or each.name in (*options.mode, "sync")]
+    wanted = [each for each in WAYS if options.mode is None or each.name in (*options.mode, "sync")]
+    chosen = [replace(each, rounds=options.every) if each.rounds else each for each in wanted]
     ways = [each for each in chosen if _is_there(each)]
     report = [f"{hardware()}"]
     if missing := [each.name for each in chosen if each not in ways]:
@@ -201,8 +203,9 @@ def rates_table(bench: Bench, ways: Sequence[Way]) -> list[str]:
         f"| mode | {' | '.join(f'{rate:g}' for rate in sorted(rates))} |",
         "|---" * (1 + len(rates)) + "|",
     ]
+    named = BY_NAME | {each.name: each for each in ways}
     for name in own:
-        found = bench.choose(BY_NAME[name])
+        found = bench.choose(named[name])
         cells = [f"{each.seconds:.1f}" if each.seconds else "–" for each in found.values()]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
