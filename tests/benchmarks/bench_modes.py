@@ -44,6 +44,7 @@ from tests.service.servers import RunningServer, running_server
 WITHIN_S = 120.0
 EVERY = 8
 """Local steps in a round."""
+FIRST_KILL = 40
 CROWDED = 0.7
 """Share of the cores above which a row measures them."""
 PATIENCE = 1.5
@@ -63,15 +64,15 @@ BY_NAME = {each.name: each for each in WAYS}
 SURROUNDINGS = ("even", "straggler", "turns", "killed")
 
 
-def around(name: str, workers: int, compute_s: float) -> Surroundings:
-    """Return the surroundings of a name."""
+def around(name: str, workers: int, compute_s: float, first_kill: float = FIRST_KILL) -> Surroundings:
+    """Return the surroundings of a name, in which the first kill comes after so many steps."""
     return Surroundings(
         workers=workers,
         compute_s=compute_s,
         slow=5.0 if name in ("straggler", "turns") else 1.0,
         turn_s=40 * compute_s if name == "turns" else 0.0,
         killed_every_s=200 * compute_s if name == "killed" else 0.0,
-        first_kill_s=40 * compute_s,
+        first_kill_s=first_kill * compute_s,
         restart_s=60 * compute_s,
     )
 
@@ -136,6 +137,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--every", type=int, default=EVERY, metavar="H", help="local steps in a round")
     parser.add_argument("--compute", type=float, default=0.05, metavar="S", help="seconds of a backward pass")
+    parser.add_argument(
+        "--first-kill", type=float, default=FIRST_KILL, metavar="STEPS", help="backward passes until then"
+    )
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the tables there")
     options = parser.parse_args(arguments)
     wanted = [each for each in WAYS if options.mode is None or each.name in (*options.mode, "sync")]
@@ -158,7 +162,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             task = task if options.mark is None else replace(task, mark=options.mark)
             task = task if options.rates is None else replace(task, rates=tuple(options.rates))
             for workers in options.workers:
-                trained = _trained(server, task, workers, options.compute)
+                places = {each: around(each, workers, options.compute, options.first_kill) for each in SURROUNDINGS}
+                trained = _trained(server, task, places)
                 bench = Bench(task, workers, options.within, trained, dict(options.rate))
                 tell(rates_table(bench, ways))
                 for surroundings in options.surroundings:
@@ -166,13 +171,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                         tell(table(bench, surroundings, bench.measure(ways, surroundings, options.cycles)))
 
 
-def _trained(server: RunningServer, task: Task, workers: int, compute_s: float) -> Trained:
+def _trained(server: RunningServer, task: Task, places: Mapping[str, Surroundings]) -> Trained:
     """Return what trains, in a session of its own each time."""
     counted = itertools.count()
 
     def trained(way: Way, rate: float, surroundings: str, within_s: float) -> Outcome:
-        session = f"{task.name}-{workers}-{surroundings}-{way.name}-{next(counted)}"
-        return train(task, way, rate, around(surroundings, workers, compute_s), server, session, within_s=within_s)
+        place = places[surroundings]
+        session = f"{task.name}-{place.workers}-{surroundings}-{way.name}-{next(counted)}"
+        return train(task, way, rate, place, server, session, within_s=within_s)
 
     return trained
 

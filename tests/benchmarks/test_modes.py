@@ -25,8 +25,21 @@ def rows(table: str) -> dict[str, list[str]]:
 
 
 def test_training_with_a_worker_that_dies(tmp_path: Path) -> None:
-    """Each way reaches its mark although a worker is killed again and again; the table says when, also as a file."""
-    small = ["--workers", "2", "--surroundings", "killed", "--compute", "0.01", "--mark", "0.7", "--rates", "0.01"]
+    """Each way reaches its mark although a worker is killed at its very beginning; the table is also a file."""
+    small = [
+        "--workers",
+        "2",
+        "--surroundings",
+        "killed",
+        "--compute",
+        "0.01",
+        "--mark",
+        "0.7",
+        "--rates",
+        "0.01",
+        "--first-kill",
+        "0",
+    ]
     command = [sys.executable, str(HERE / "bench_modes.py"), *small, "--mode", "async", "local-sgd", "diloco"]
     done = subprocess.run(
         [*command, "--markdown", str(tmp_path / "table.md")], capture_output=True, text=True, check=False, timeout=100
@@ -34,12 +47,13 @@ def test_training_with_a_worker_that_dies(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = rows(done.stdout)
     assert list(found) == ["sync", "async", "local-sgd", "diloco"]
-    for rate, seconds, to_sync, version, reached, _, cores in found.values():
+    for rate, seconds, to_sync, version, reached, killed, cores in found.values():
         assert float(rate) == 0.01
         assert float(seconds) > 0
         assert float(to_sync.removesuffix(" x")) > 0
         assert int(version) > 0
         assert float(reached) >= 0.7
+        assert int(killed) >= 1
         assert 0 < float(cores.removesuffix("%")) <= 100
     assert done.stdout.strip() in (tmp_path / "table.md").read_text()
 
