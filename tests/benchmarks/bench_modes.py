@@ -45,6 +45,7 @@ WITHIN_S = 120.0
 EVERY = 8
 """Local steps in a round."""
 FIRST_KILL = 40
+"""Backward passes until the first kill."""
 CROWDED = 0.7
 """Share of the cores above which a row measures them."""
 PATIENCE = 1.5
@@ -185,6 +186,8 @@ def _trained(server: RunningServer, task: Task, places: Mapping[str, Surrounding
 
 def _rate(said: str) -> tuple[str, float]:
     name, _, rate = said.partition("=")
+    if name not in (own := [each.name for each in WAYS if not each.rates_of]):
+        raise argparse.ArgumentTypeError(f"{said!r}: MODE is one of {', '.join(own)}, whose rate the others have, too")
     return name, float(rate)
 
 
