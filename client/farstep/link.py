@@ -7,26 +7,23 @@ The parameters are updated in place: same storage, same strides, version counter
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import entry_points
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
 from farstep.consistency import Consistency, to_options
-from farstep.errors import FarstepError
-from farstep.fields import EVERYWHERE, FieldKind, Shapes
+from farstep.fields import FieldKind
 from farstep.heartbeat import Heartbeat
 from farstep.messages import Evaluation
 from farstep.overlap import Overlapped
 from farstep.policy import NOTHING, Policy
 from farstep.report import StepReport
-from farstep.settings import KernelChoice, NonFinitePolicy, Place
+from farstep.settings import KernelChoice, NonFinitePolicy
+from farstep.states import State
 
 Options = Mapping[str, Any]
-State = dict[str, Tensor | float]
-"""The state of one parameter: tensors of the shapes that `farstep.fields` says, and numbers as floats."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,45 +240,3 @@ class Link(ABC):
     @abstractmethod
     def close(self) -> None:
         """Leave; a private session is removed. The link cannot be used afterwards."""
-
-
-def worth_sending(fields: Mapping[str, FieldKind], states: Iterable[State | None]) -> list[str]:
-    """Return the fields but for those that no parameter has, where a parameter may go without."""
-    had = {name for own in states if own for name in own}
-    return [name for name, kind in fields.items() if kind in EVERYWHERE or name in had]
-
-
-def shapes_of(fields: Mapping[str, FieldKind], states: Mapping[int, State | None]) -> Shapes:
-    """Return the shapes of free fields; None for those that are numbers.
-
-    Raises:
-        ValueError: another parameter than the first has them.
-    """
-    shapes: dict[str, tuple[int, ...] | None] = {}
-    for index, own in states.items():
-        for name, value in (own or {}).items():
-            if fields[name] != "free":
-                continue
-            if index:
-                raise ValueError(f"loaded state dict has {name!r} for parameter {index}; the first one's holds it")
-            shapes[name] = tuple(value.shape) if isinstance(value, Tensor) else None
-    return shapes
-
-
-def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None) -> Link:
-    """Open the link that `place` asks for: to a server, or embedded in this process.
-
-    Raises:
-        FarstepError: the session exists with other options, or the server does not answer in time.
-    """
-    if place.server is not None:
-        from farstep.http_link import HttpLink
-
-        return HttpLink(spec, parameters, place, start)
-    for entry in entry_points(group="farstep.hosts", name="embedded"):
-        return cast(Link, entry.load()(spec, parameters, place, start))
-    raise FarstepError(
-        "No server is named and the embedded host is not installed.",
-        remedy="Give server=..., set FARSTEP_SERVER, or install farstep completely.",
-        side="client",
-    )

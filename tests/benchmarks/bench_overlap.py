@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 
 import farstep
-from farstep.foresight import STREAMED
+from farstep.overlap import STREAMED
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, gained
 from tests.service.servers import running_server

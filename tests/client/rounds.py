@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import farstep
-from farstep.rounds import Rounds
+from farstep.local_sgd.rounds import Rounds
 from farstep.settings import RemoteOptions
 from tests.client.twins import drawn
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep.departures import SMALL_BYTES, Departures
-from farstep.staging import outgoing
+from farstep.tensors import Departures, outgoing
+from farstep.tensors.departures import SMALL_BYTES
 
 LARGE = SMALL_BYTES // 4 + 1
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from farstep.edits import Edits
 from farstep.errors import Unavailable
 from farstep.optim import SGD, Adagrad
 from farstep.settings import RemoteOptions
+from farstep.tensors.edits import Edits
 from tests.client.carrying import Counting
 from tests.client.options import NAMES
 from tests.client.twins import Twins, check_parameters, drawn, parameters

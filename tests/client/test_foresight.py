@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from farstep.foresight import PAUSE_STEPS, STREAMED, Foresight, Report
+from farstep.overlap import PAUSE_STEPS, STREAMED, Foresight
+from farstep.overlap.foresight import Report
 
 
 def reports(foresight: Foresight, indices: Sequence[int]) -> list[Report]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from farstep.landing import Landing
+from farstep.tensors.landing import Landing
 from tests.client.twins import check_equal, drawn
 
 SHAPES = [(3,), (0, 2), (), (5, 4), (7,)]

@@ -9,14 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep.departures import LARGE_BYTES, Departures
 from farstep.errors import NonFinite, Unavailable
 from farstep.narrow import HALVES, Half
-from farstep.narrowing import Narrowing
 from farstep.optim import Adagrad
 from farstep.payload import batches_of
 from farstep.settings import RemoteOptions
-from farstep.staging import outgoing
+from farstep.tensors import Departures, Narrowing, outgoing
+from farstep.tensors.departures import LARGE_BYTES
 from farstep.transport import Supply
 from farstep.wire.memory import TORCH_DTYPES
 from tests.client.carrying import Carrying

@@ -7,7 +7,7 @@ from threading import Event
 
 import pytest
 
-from farstep.looking import Edited, Looking
+from farstep.tensors import Edited, Looking
 
 PATIENCE_S = 20.0
 

@@ -10,9 +10,8 @@ from torch.optim import Optimizer
 
 import farstep
 from farstep.consistency import Sync
-from farstep.foresight import STREAMED
 from farstep.optim import SGD, RemoteOptimizer
-from farstep.overlap import AGAIN
+from farstep.overlap import AGAIN, STREAMED
 from tests.client.overlapping import Both, Net, backward, hooks_of, loss_of, plain
 from tests.client.twins import check_parameters
 from tests.service.servers import RunningServer

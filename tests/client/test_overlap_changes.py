@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from farstep.foresight import PAUSE_STEPS, STREAMED
 from farstep.optim import RemoteOptimizer
-from farstep.overlap import CHANGED, OTHERS
+from farstep.overlap import CHANGED, OTHERS, PAUSE_STEPS, STREAMED
 from tests.client.overlapping import Both, Net, backward, loss_of, wait_until_sent
 from tests.client.twins import check_parameters, check_states
 from tests.service.servers import RunningServer

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from farstep.conversation import Conversation
 from farstep.errors import NonFinite, Truncated, Unavailable
-from farstep.foresight import STREAMED
-from farstep.overlap import BROKEN, OTHERS
+from farstep.overlap import BROKEN, OTHERS, STREAMED
 from farstep.transport import Supply
 from tests.client.carrying import Carrying
 from tests.client.overlapping import Both, Net, backward, loss_of, plain, wait_until_sent

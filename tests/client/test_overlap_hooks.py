@@ -13,9 +13,8 @@ from torch.optim import Optimizer
 
 import farstep
 from farstep.errors import InvalidOption
-from farstep.foresight import STREAMED
 from farstep.optim import LBFGS, SGD, Adagrad, RemoteOptimizer
-from farstep.overlap import OTHERS
+from farstep.overlap import OTHERS, STREAMED
 from farstep.settings import resolve
 from tests.client.overlapping import WIDTH, Both, Net, backward, hooks_of, loss_of, plain, senders
 from tests.client.twins import check_parameters

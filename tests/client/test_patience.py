@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from farstep.errors import NonFinite, Unavailable
-from farstep.patience import LONGEST_WAIT_S, Patience
+from farstep.http_link.patience import LONGEST_WAIT_S, Patience
 
 
 class Clock:

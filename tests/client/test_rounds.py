@@ -15,7 +15,7 @@ from torch.amp import GradScaler
 import farstep
 from farstep.conversation import Conversation
 from farstep.errors import BarrierTimeout, FarstepError, Fenced, NonFinite, SessionLost, Unavailable
-from farstep.rounds import Rounds
+from farstep.local_sgd.rounds import Rounds
 from farstep.settings import RemoteOptions
 from tests.client.rounds import EVERY, Simulation, Worker, diloco, local_sgd, model_of
 from tests.client.twins import check_equal, check_parameters

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep.stage import UNIT_BYTES, Stage, plain
+from farstep.overlap import plain
+from farstep.overlap.stage import UNIT_BYTES, Stage
 from tests.client.twins import drawn
 
 SHAPES = [(300, 700), (5,), (0, 3), (), (131, 2)]

@@ -12,9 +12,10 @@ import torch
 from farstep.consistency import Sync
 from farstep.errors import InvalidOption, NonFinite, Unavailable
 from farstep.narrow import HALVES, Half, Wire
-from farstep.narrow_arrivals import BLOCK, NarrowArrivals, WideEdits
 from farstep.optim import SGD, Adagrad, Adam
 from farstep.settings import NonFinitePolicy, RemoteOptions, resolve
+from farstep.tensors import NarrowArrivals
+from farstep.tensors.narrow_arrivals import BLOCK, WideEdits
 from tests.client.rounding import ONE_WAY, SHAPES, WIRES, Rounded, at, like, rounded
 from tests.client.twins import check_parameters, drawn, parameters, some_rows
 from tests.faults import Network

@@ -7,10 +7,9 @@ from pathlib import Path
 import pytest
 
 from farstep.consistency import Async, Sync
-from farstep.departures import LARGE_BYTES
-from farstep.foresight import PAUSE_STEPS
-from farstep.overlap import LEAST_BYTES
+from farstep.overlap import LEAST_BYTES, PAUSE_STEPS
 from farstep.settings import resolve
+from farstep.tensors.departures import LARGE_BYTES
 from farstep.wire.tensor_file import MAX_HEAD_BYTES, MAX_TENSORS
 from farstep_service.aggregation.members import FORGOTTEN_AFTER_S, LAPSED_KEPT
 from farstep_service.launch import Plan

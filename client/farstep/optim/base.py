@@ -9,7 +9,7 @@ different:
   loaded is sent (`farstep.optim.state`);
 - a copy, by deepcopy or pickle, is in a private session of its own with the same state;
 - group options are compared with those last sent, and changes travel with the next step;
-- parameters edited between steps are noticed by their bytes, and sent before the step (`farstep.edits`);
+- parameters edited between steps are noticed by their bytes, and sent before the step (`farstep.tensors.edits`);
 - parameters replaced inside a group are followed, with the state that was moved to them.
 """
 

@@ -15,7 +15,8 @@ import torch
 
 from farstep.consistency import Consistency, checked, waits_for_others
 from farstep.heartbeat import Heartbeat, beating
-from farstep.link import SessionSpec, open_link
+from farstep.hosts import open_link
+from farstep.link import SessionSpec
 from farstep.optim.membership import Membership, OpenLink, refused
 from farstep.optim.options import option_names, plain_options
 from farstep.optim.torch_form import describe, newborn

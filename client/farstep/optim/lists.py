@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farstep.link import State
+from farstep.states import State
 
 COUNTERS = ("func_evals", "n_iter")
 VECTORS = frozenset({"old_dirs", "old_stps"})

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from farstep.errors import FarstepError
 from farstep.fields import FieldKind
-from farstep.link import Link, Parameter, SessionSpec, Start, State
+from farstep.link import Link, Parameter, SessionSpec, Start
 from farstep.messages import Evaluation
 from farstep.optim.options import Options, changes, without
 from farstep.optim.overlap import Overlap
@@ -32,6 +32,7 @@ from farstep.optim.torch_form import to_session
 from farstep.overlap import Overlapped
 from farstep.report import StepReport
 from farstep.settings import Place
+from farstep.states import State
 
 Parameters = Sequence[Tensor]
 OpenLink = Callable[[SessionSpec, Sequence[Tensor], Place, Start], Link]

@@ -1,7 +1,7 @@
 """Hooks that tell when each gradient is there, so that a push can begin while the backward pass goes on.
 
-`farstep.foresight` says what to make of that, `farstep.overlap` sends. A backward pass notices nothing of either: what
-goes wrong here ends the stream, and the step sends its gradients as ever.
+`farstep.overlap` says what to make of that, and sends. A backward pass notices nothing of either: what goes wrong here
+ends the stream, and the step sends its gradients as ever.
 """
 
 from __future__ import annotations
@@ -19,10 +19,19 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from farstep.foresight import PAUSE_STEPS, WRONG_IN_A_ROW, Foresight
-from farstep.overlap import AGAIN, BROKEN, CHANGED, OTHERS, UNUSED, Overlapped
+from farstep.overlap import (
+    AGAIN,
+    BROKEN,
+    CHANGED,
+    OTHERS,
+    PAUSE_STEPS,
+    UNUSED,
+    WRONG_IN_A_ROW,
+    Foresight,
+    Overlapped,
+    plain,
+)
 from farstep.report import StepReport
-from farstep.stage import plain
 
 Begin = Callable[[Sequence[int]], Overlapped | None]
 """Begin the push of these gradients, in this order, if that can be."""

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from farstep.bits import Seen, same_bits
-from farstep.link import Link, State
+from farstep.link import Link
 from farstep.optim.mapping import Fetched
 from farstep.optim.torch_form import as_torch, to_session
+from farstep.states import State
+from farstep.tensors import Seen, same_bits
 
 Own = dict[str, Any]
 

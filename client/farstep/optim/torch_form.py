@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from farstep.errors import TensorMismatch
 from farstep.fields import NUMBERS, FieldKind, shape_of
-from farstep.link import Parameter, State
+from farstep.link import Parameter
 from farstep.optim.lists import lists_as_torch, lists_to_session
 from farstep.optim.options import arguments
+from farstep.states import State
 
 ON_DEVICE = frozenset({"eta", "mu"})
 """Numbers that torch keeps on the parameter's device; `step` is on the CPU."""

@@ -21,11 +21,12 @@ from farstep.errors import InvalidOption, NonFinite
 from farstep.fields import FieldKind
 from farstep.heartbeat import Heartbeat
 from farstep.hyper import Hyper
-from farstep.link import Link, Options, Parameter, SessionSpec, Start, State
+from farstep.link import Link, Options, Parameter, SessionSpec, Start
 from farstep.messages import Evaluation
 from farstep.presence import PRESENT
 from farstep.report import StepReport
 from farstep.settings import Place
+from farstep.states import State
 from farstep_service.contents import Contents
 from farstep_service.embedded.states import contents_of, states_of
 from farstep_service.layout import SegmentSpec

@@ -1,6 +1,6 @@
 """State on its way between an optimizer and the session of its own process.
 
-contents_of    by parameter, as `farstep.link` has it  ──►  by field, as a session takes it
+contents_of    by parameter, as `farstep.states` has it  ──►  by field, as a session takes it
 states_of      and back
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from farstep.fields import NUMBERS, check_shape
-from farstep.link import State, shapes_of, worth_sending
 from farstep.presence import PRESENT, mask_of
+from farstep.states import State, shapes_of, worth_sending
 from farstep_service.contents import Contents
 from farstep_service.plan import Plan
 

@@ -27,23 +27,23 @@ from farstep.errors import FarstepError, Unavailable
 from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter
 from farstep.heartbeat import WITHIN_S, Heartbeat
-from farstep.holdings import Holdings
-from farstep.link import Link, Options, Parameter, SessionSpec, Start, State
+from farstep.http_link.holdings import Holdings
+from farstep.http_link.patience import Patience
+from farstep.http_link.pushing import Pushing
+from farstep.http_link.putting import Putting
+from farstep.http_link.reader import Reader
+from farstep.http_link.sharing import Sharing
+from farstep.http_link.standing import Standing
+from farstep.http_link.writer import Writer
+from farstep.link import Link, Options, Parameter, SessionSpec, Start
 from farstep.messages import Evaluation, WriteName
-from farstep.overlap import OTHERS, UNUSED, Overlapped
-from farstep.overlapping import Overlapping
-from farstep.patience import Patience
-from farstep.pushing import Pushing
-from farstep.putting import Putting
-from farstep.reader import Reader
+from farstep.overlap import OTHERS, UNUSED, Overlapped, Overlapping
 from farstep.receipt import Receipt
 from farstep.report import StepReport
 from farstep.settings import Place
-from farstep.sharing import Sharing
-from farstep.staging import outgoing
-from farstep.standing import Standing
+from farstep.states import State
+from farstep.tensors import outgoing
 from farstep.unix import path_of_url
-from farstep.writer import Writer
 
 CLOSE_TIMEOUT_S = 2.0
 

@@ -1,6 +1,6 @@
 """Client-side memory: where gradients and state are sent from, and where state arrives.
 
-Contiguous CPU tensors are sent from their own memory. Parameters arrive in `farstep.arrivals`.
+Contiguous CPU tensors are sent from their own memory. Parameters arrive in `arrivals`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from farstep.errors import InvalidRequest, TensorMismatch
 from farstep.fields import EVERYWHERE, NUMBERS, FieldKind, Shapes, check_shape, shape_of
-from farstep.link import State
 from farstep.messages import Sparse
-from farstep.narrowing import Narrowing
 from farstep.presence import PRESENT, mask_of, names_of
+from farstep.states import State
+from farstep.tensors.narrowing import Narrowing
 from farstep.wire.memory import tensor_memory
 
 

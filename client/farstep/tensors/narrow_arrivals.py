@@ -15,10 +15,10 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farstep.arrivals import Arrivals, copy_all
-from farstep.bits import same_bits
-from farstep.edits import Check, Comparer, Edits, is_plain, memcmp
-from farstep.narrowing import is_wide
+from farstep.tensors.arrivals import Arrivals, copy_all
+from farstep.tensors.bits import same_bits
+from farstep.tensors.edits import Check, Comparer, Edits, is_plain, memcmp
+from farstep.tensors.narrowing import is_wide
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 
 BLOCK = 2**19

@@ -1,6 +1,6 @@
 """Which tensors are not what a copy of them says: compared byte by byte.
 
-A comparison can be made at once (`found`), or a part at a time, as `farstep.looking` does.
+A comparison can be made at once (`found`), or a part at a time, as `looking` does.
 
 Version counters would be cheaper to look at, but writing through `.data` does not move them, and `p.data.clamp_(...)`
 is what much code does after a step. Comparing costs less than moving the same bytes once
@@ -22,7 +22,7 @@ from typing import Protocol, final
 import torch
 from torch import Tensor
 
-from farstep.bits import same_bits
+from farstep.tensors.bits import same_bits
 
 SMALL_BYTES = 16_384
 """Up to here copying a tensor's bytes takes less than a call of a foreign function."""

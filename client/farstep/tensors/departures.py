@@ -18,10 +18,10 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from farstep.looking import Looking
-from farstep.narrowing import Narrowing
 from farstep.payload import Payload
-from farstep.staging import outgoing
+from farstep.tensors.looking import Looking
+from farstep.tensors.narrowing import Narrowing
+from farstep.tensors.staging import outgoing
 from farstep.transport import Batch, Supply
 from farstep.wire.memory import tensor_memory
 

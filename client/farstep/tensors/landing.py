@@ -19,7 +19,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farstep.edits import is_plain
+from farstep.tensors.edits import is_plain
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from threading import Thread
 from typing import final
 
-from farstep.edits import Check
+from farstep.tensors.edits import Check
 
 
 @final

@@ -1,7 +1,7 @@
 """What one worker holds: the parameters, and the memory through which they and their gradients move.
 
-All of it is for the same parameters, in the session's order. What arrives lies in shared memory (`farstep.sharing`)
-exactly as long as that is in use, and in memory of the worker's own otherwise.
+All of it is for the same parameters, in the session's order. What arrives lies in shared memory (`sharing`) exactly as
+long as that is in use, and in memory of the worker's own otherwise.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ from typing import final
 
 from torch import Tensor
 
-from farstep.arrivals import Arrivals
-from farstep.departures import Departures
+from farstep.http_link.sharing import Sharing
 from farstep.messages import Fill
 from farstep.narrow import Wire
-from farstep.narrow_arrivals import NarrowArrivals
-from farstep.narrowing import Narrowing
-from farstep.sharing import Sharing
+from farstep.tensors import Arrivals, Departures, NarrowArrivals, Narrowing
 from farstep.wire.memory import TORCH_DTYPES
 
 

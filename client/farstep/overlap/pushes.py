@@ -7,8 +7,8 @@ from typing import Any, final
 
 from torch import Tensor
 
-from farstep.overlap import OTHERS, UNUSED, Overlapped, Send
-from farstep.stage import Stage
+from farstep.overlap.push import OTHERS, UNUSED, Overlapped, Send
+from farstep.overlap.stage import Stage
 
 
 @final

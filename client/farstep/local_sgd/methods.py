@@ -10,7 +10,7 @@
     DiLoCo      outer is SGD with Nesterov momentum, lr=0.7         Douillard et al. 2023, arXiv:2311.08105
 
 The session is any of farstep's: `Sync(workers=N)` averages the Δ of N workers, in the order of their names; in
-`Async()` each Δ is a step of its own. `farstep.rounds` has what both classes share.
+`Async()` each Δ is a step of its own. `rounds` has what both classes share.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Unpack, final
 import torch
 from torch import nn
 
-from farstep.rounds import Rounds
+from farstep.local_sgd.rounds import Rounds
 from farstep.settings import RemoteOptions
 
 OUTER_LR = 0.7

@@ -15,9 +15,7 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from farstep.bits import same_bits
-from farstep.edits import is_plain, memcmp
-from farstep.narrowing import is_wide
+from farstep.tensors import is_plain, is_wide, memcmp, same_bits
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 
 UNIT_BYTES: Final = 512 * 1024

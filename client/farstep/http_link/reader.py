@@ -12,13 +12,12 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from farstep.arrivals import Arrivals
 from farstep.conversation import Conversation, Place, Received
 from farstep.fields import FieldKind, shapes_from_header
-from farstep.link import State
-from farstep.patience import Patience
+from farstep.http_link.patience import Patience
 from farstep.presence import PRESENT
-from farstep.staging import StateArrivals
+from farstep.states import State
+from farstep.tensors import Arrivals, StateArrivals
 from farstep.wire import to_ranges
 from farstep.wire.memory import tensor_memory
 

@@ -20,22 +20,19 @@ from typing import Any, final
 from torch import Tensor
 
 from farstep.consistency import from_options
-from farstep.foresight import STREAMED
-from farstep.holdings import Holdings
+from farstep.http_link.holdings import Holdings
+from farstep.http_link.putting import Putting
+from farstep.http_link.standing import Standing
+from farstep.http_link.writer import Writer
 from farstep.link import Options
-from farstep.looking import Edited, Looking
 from farstep.messages import Evaluation, Fill, PushHead, Sparse, Wanted, WriteName
-from farstep.overlap import LEAST_BYTES, OTHERS, Overlapped
-from farstep.overlapping import Overlapping
+from farstep.overlap import LEAST_BYTES, OTHERS, STREAMED, Overlapped, Overlapping
 from farstep.payload import Payload, nbytes_of
-from farstep.putting import Putting
 from farstep.receipt import Receipt
 from farstep.report import StepReport
-from farstep.staging import outgoing_gradients
-from farstep.standing import Standing
+from farstep.tensors import Edited, Looking, outgoing_gradients
 from farstep.transport import Supply
 from farstep.wire import to_ranges
-from farstep.writer import Writer
 
 
 @final

@@ -10,15 +10,15 @@ from typing import final
 
 from torch import Tensor
 
-from farstep.holdings import Holdings
-from farstep.link import State, shapes_of, worth_sending
+from farstep.http_link.holdings import Holdings
+from farstep.http_link.standing import Standing
+from farstep.http_link.writer import Writer
 from farstep.messages import PutHead, WriteName
 from farstep.presence import PRESENT
 from farstep.receipt import Receipt
-from farstep.staging import outgoing, outgoing_contents
-from farstep.standing import Standing
+from farstep.states import State, shapes_of, worth_sending
+from farstep.tensors import outgoing, outgoing_contents
 from farstep.wire import to_ranges
-from farstep.writer import Writer
 
 
 @final

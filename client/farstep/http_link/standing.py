@@ -16,10 +16,10 @@ from farstep.consistency import Consistency, longest_wait_s
 from farstep.errors import SessionLost, UnknownSession
 from farstep.fields import FieldKind
 from farstep.growth import outgrown
+from farstep.http_link.writer import Writer
 from farstep.link import Options, Parameter, SessionSpec
 from farstep.settings import Place
 from farstep.wire import from_ranges
-from farstep.writer import Writer
 
 
 @final

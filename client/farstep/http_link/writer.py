@@ -12,9 +12,9 @@ from urllib.parse import quote
 from farstep.conversation import Arrived, Conversation, Place, Received
 from farstep.errors import IdempotencyMismatch, Truncated, Unavailable
 from farstep.growth import AppendHead, outgrown
+from farstep.http_link.patience import Patience
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.overlap import BROKEN, Overlapped
-from farstep.patience import Patience
 from farstep.payload import Payload
 from farstep.sequence import Names
 from farstep.transport import Answer

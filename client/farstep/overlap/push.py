@@ -21,8 +21,8 @@ from typing import Any, Final, final
 import httpx
 from torch import Tensor
 
-from farstep.foresight import STREAMED
-from farstep.stage import Stage, Unit, plain
+from farstep.overlap.foresight import STREAMED
+from farstep.overlap.stage import Stage, Unit, plain
 from farstep.transport import Answer, Batch, Supply
 
 HELD_BYTES: Final = 4096

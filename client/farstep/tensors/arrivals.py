@@ -3,7 +3,7 @@
 Between steps the memory here holds what the session has of each parameter as far as this worker knows, so a parameter
 that differs from it was edited here since. An answer that is cut off leaves the model as it was:
 
-    all parameters, and large   they arrive in memory of their own and are copied as they come (`farstep.landing`);
+    all parameters, and large   they arrive in memory of their own and are copied as they come (`landing`);
                                 then the two memories change places
     other answers               arrive in the memory there is, and are copied when they are complete
 """
@@ -16,8 +16,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from farstep.edits import Check, Comparer, Edits
-from farstep.landing import Landing
+from farstep.tensors.edits import Check, Comparer, Edits
+from farstep.tensors.landing import Landing
 from farstep.wire.memory import tensor_memory
 
 LARGE_BYTES: Final = 4 << 20

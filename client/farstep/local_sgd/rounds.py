@@ -26,11 +26,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from farstep.errors import FarstepError, InvalidOption, NonFinite
+from farstep.local_sgd.pending import Pending
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.moving import remote as moved
 from farstep.optim.options import arguments
 from farstep.optim.scaling import scaling_of
-from farstep.pending import Pending
 from farstep.report import StepReport
 from farstep.sequence import is_refusal
 from farstep.settings import RemoteOptions, resolve

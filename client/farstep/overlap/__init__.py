@@ -1,0 +1,22 @@
+"""Pushes that are sent while the backward pass still computes their gradients."""
+
+from farstep.overlap.foresight import PAUSE_STEPS, STREAMED, WRONG_IN_A_ROW, Foresight
+from farstep.overlap.push import AGAIN, BROKEN, CHANGED, LEAST_BYTES, OTHERS, UNUSED, Overlapped
+from farstep.overlap.pushes import Overlapping
+from farstep.overlap.stage import plain
+
+__all__ = [
+    "AGAIN",
+    "BROKEN",
+    "CHANGED",
+    "LEAST_BYTES",
+    "OTHERS",
+    "PAUSE_STEPS",
+    "STREAMED",
+    "UNUSED",
+    "WRONG_IN_A_ROW",
+    "Foresight",
+    "Overlapped",
+    "Overlapping",
+    "plain",
+]

@@ -1,0 +1,28 @@
+"""A worker's tensors on their way: gradients and state out, parameters and state in, and what was edited between."""
+
+from farstep.tensors.arrivals import Arrivals
+from farstep.tensors.bits import Seen, same_bits
+from farstep.tensors.departures import Departures
+from farstep.tensors.edits import is_plain, memcmp
+from farstep.tensors.looking import Edited, Looking
+from farstep.tensors.narrow_arrivals import NarrowArrivals
+from farstep.tensors.narrowing import Narrowing, is_wide
+from farstep.tensors.staging import StateArrivals, outgoing, outgoing_contents, outgoing_gradients
+
+__all__ = [
+    "Arrivals",
+    "Departures",
+    "Edited",
+    "Looking",
+    "NarrowArrivals",
+    "Narrowing",
+    "Seen",
+    "StateArrivals",
+    "is_plain",
+    "is_wide",
+    "memcmp",
+    "outgoing",
+    "outgoing_contents",
+    "outgoing_gradients",
+    "same_bits",
+]
