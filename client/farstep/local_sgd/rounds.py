@@ -10,13 +10,13 @@
     __exit__  ──► steps are no longer counted. A round that is under way is not finished: the model keeps its steps and
                   the count is kept; entering again goes on with it, `sync()` ends it
 
-θ, the parameters that a round began with, is a copy on the CPU, whatever the model is on: the session's optimizer is an
-ordinary farstep optimizer over that copy, and everything that it survives, a round survives.
+The session's optimizer is an ordinary farstep optimizer over θ, a copy of the parameters (`beginning`), and everything
+that it survives, a round survives.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from farstep.errors import FarstepError, InvalidOption, NonFinite
+from farstep.local_sgd.beginning import Beginning, forms_of
 from farstep.local_sgd.pending import Pending
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.moving import remote as moved
@@ -169,15 +170,15 @@ class Rounds:
         self._check_training("sync()")
         outer, pending = self.outer, self._pending
         if pending is None:
-            pending = self._pending = Pending.of(outer, self._bases, list(self._parameters.values()))
-        sent = pending.sent(self._bases)
+            pending = self._pending = Pending.of(outer, self._beginning.tensors, list(self._parameters.values()))
+        sent = pending.sent(self._beginning.tensors)
         try:
-            pending.push(outer, self._bases)
+            pending.push(outer, self._beginning.tensors)
         except BaseException as error:
             if is_refusal(error) or isinstance(error, NonFinite):  # which the wire's own dtype can make it, here
                 self._begin(self.local_step)
             raise
-        self._take(sent)
+        self._beginning.take_(sent)
         self._begin(pending.steps)
         assert outer.last_step is not None
         return outer.last_step
@@ -189,7 +190,7 @@ class Rounds:
             FarstepError: see `sync`.
         """
         version = self.outer.pull()
-        self._take()
+        self._beginning.take_()
         self._begin(0)
         return version
 
@@ -207,7 +208,7 @@ class Rounds:
         if created:
             self._begin(self.local_step)
         else:
-            self._take()
+            self._beginning.take_()
             self._begin(0)
         return created
 
@@ -221,15 +222,8 @@ class Rounds:
             InvalidOption: the session has no such view.
             FarstepError: the session's optimizer has a view's values already, or no answer came in time.
         """
-        own = [p.detach().clone() for p in self._parameters.values()]
-        with self.outer.swap_to(view):
-            try:
-                self._take()
-                yield
-            finally:
-                with torch.no_grad():
-                    for p, value in zip(self._parameters.values(), own, strict=True):
-                        p.copy_(value)
+        with self.outer.swap_to(view), self._beginning.shown():
+            yield
 
     def _check_training(self, what: str) -> None:
         """Refuse what would take the values of a view for those that the round began with."""
@@ -251,9 +245,7 @@ class Rounds:
         outer = self.outer
         return {
             "local_step": self.local_step,
-            "parameters": {
-                name: base.detach().clone() for name, base in zip(self._parameters, self._bases, strict=True)
-            },
+            "parameters": self._beginning.values(),
             "outer": outer.state_dict(),
         }
 
@@ -274,7 +266,7 @@ class Rounds:
                 remedy="Load before entering the context for the first time.",
                 side="client",
             )
-        if _forms(state_dict["parameters"]) != _forms(self._parameters):
+        if forms_of(state_dict["parameters"]) != forms_of(self._parameters):
             raise ValueError("loaded state dict has parameters of other names, shapes or dtypes than the model's")
         self._loaded = state_dict
         self.local_step = int(state_dict["local_step"])
@@ -286,52 +278,23 @@ class Rounds:
         """Open the session with what it begins with if it is new; the model goes on from where it stands if it may."""
         loaded = self._loaded
         begin = self._parameters if loaded is None else loaded["parameters"]
-        bases = {p: _copied(begin[name]) for name, p in self._parameters.items()}
-        names = {p: name for name, p in self._parameters.items()}
-        groups = [
-            {**group, "params": [bases[p] for p in group["params"]], "param_names": [names[p] for p in group["params"]]}
-            for group in self._template.param_groups
-        ]
+        self._beginning = Beginning(self._parameters, begin)
         kind = type(self._template)
-        template = kind(groups, **arguments(kind, self._template.defaults))
+        template = kind(self._beginning.groups(self._template.param_groups), **arguments(kind, self._template.defaults))
         if loaded is not None:
             template.load_state_dict(dict(loaded["outer"]))
         elif self._template.state:
             template.load_state_dict(self._template.state_dict())
-        self._bases: Sequence[Tensor] = list(bases.values())
         self._outer = moved(template, **self._remote)
-        if loaded is None or not all(map(torch.equal, self._bases, map(_copied, loaded["parameters"].values()))):
-            self._take()
+        if loaded is None or not self._beginning.has(loaded["parameters"]):
+            self._beginning.take_()
             self._begin(0)
-
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self._parameters.values(), self._bases, strict=True))
-
-    @torch.no_grad()
-    def _take(self, sent: Sequence[Tensor] | None = None) -> None:
-        """Bring the model to the parameters that a round begins with.
-
-        Args:
-            sent: the model as it was when the pseudo-gradient was sent, if it has stepped since; those steps stay.
-        """
-        for index, (p, base) in enumerate(self._pairs()):
-            p.copy_(base if sent is None else base + (p.detach().to(base.device) - sent[index]))
 
     def _begin(self, local_step: int) -> None:
         """Stand at a step of a round with nothing under way."""
         self.local_step = local_step
         self._pending = None
-        for base in self._bases:
-            base.grad = None
-
-
-def _forms(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
-    return {name: (each.shape, each.dtype) for name, each in tensors.items()}
-
-
-def _copied(tensor: Tensor) -> Tensor:
-    """Return a copy on the CPU that a session's optimizer steps on."""
-    return tensor.detach().to("cpu", copy=True).contiguous().requires_grad_()
+        self._beginning.forget_gradients_()
 
 
 def _refused(what: str, field: str, remedy: str = "") -> InvalidOption:
