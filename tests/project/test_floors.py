@@ -1,4 +1,4 @@
-"""The floors of the service: the contracts in pyproject.toml hold, and they would notice if one did not."""
+"""The floors of service and client: the contracts in pyproject.toml hold, and they would notice if one did not."""
 
 import os
 import re
@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 
+PACKAGES = {"floors": "service/farstep_service", "client-floors": "client/farstep"}
+"""The contracts that are drawn, and the packages whose floors they are."""
 
-def floors(pyproject: dict[str, Any]) -> list[list[str]]:
-    (contract,) = (each for each in pyproject["tool"]["importlinter"]["contracts"] if each["id"] == "floors")
+
+def floors(pyproject: dict[str, Any], contract_id: str) -> list[list[str]]:
+    (contract,) = (each for each in pyproject["tool"]["importlinter"]["contracts"] if each["id"] == contract_id)
     return [re.findall(r"\w+", layer) for layer in contract["layers"]]
 
 
@@ -31,11 +34,10 @@ def lint_imports(directory: Path, sources: Path) -> subprocess.CompletedProcess[
 def sketch(root: Path, pyproject: dict[str, Any], tmp_path: Path) -> Path:
     """Return a project with our contracts whose rooms are all there, and empty."""
     shutil.copy(root / "pyproject.toml", tmp_path)
-    rooms = [f"service/farstep_service/{room}.py" for floor in floors(pyproject) for room in floor]
-    client = [f"client/farstep/{module}.py" for module in ("wire", "hyper", "transport")]
-    for module in ["client/farstep/__init__.py", "service/farstep_service/__init__.py", *client, *rooms]:
-        (tmp_path / module).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / module).touch()
+    for contract_id, package in PACKAGES.items():
+        (tmp_path / package).mkdir(parents=True)
+        for module in ("__init__", *(room for floor in floors(pyproject, contract_id) for room in floor)):
+            (tmp_path / package / f"{module}.py").touch()
     return tmp_path
 
 
@@ -51,7 +53,9 @@ def test_rooms_may_import_from_floors_below(sketch: Path):
     (service / "cli.py").write_text("from farstep_service import app\nimport httpx\n")
     (service / "app.py").write_text("from farstep_service import registry, routes\nimport farstep.transport, fastapi\n")
     (service / "session.py").write_text("from farstep_service import layout, store\nimport farstep.wire, torch\n")
-    (sketch / "client" / "farstep" / "transport.py").write_text("import httpx\n")
+    client = sketch / "client" / "farstep"
+    (client / "transport.py").write_text("import httpx\n")
+    (client / "hosts.py").write_text("from farstep import http_link, link, errors\n")
     done = lint_imports(sketch, sketch)
     assert done.returncode == 0, done.stdout
 
@@ -72,6 +76,9 @@ def test_rooms_may_import_from_floors_below(sketch: Path):
         ("service/farstep_service/session", "from starlette import requests", "farstep_service.session -> starlette"),
         ("service/farstep_service/attic", "", "- farstep_service.attic"),
         ("client/farstep/wire", "from farstep_service import layout", "farstep.wire -> farstep_service.layout"),
+        ("client/farstep/link", "from farstep import http_link", "farstep.link -> farstep.http_link"),
+        ("client/farstep/messages", "import farstep.receipt", "farstep.messages -> farstep.receipt"),
+        ("client/farstep/attic", "", "- farstep.attic"),
     ],
 )
 def test_a_wrong_import_is_refused(sketch: Path, module: str, statement: str, complaint: str):
@@ -83,9 +90,27 @@ def test_a_wrong_import_is_refused(sketch: Path, module: str, statement: str, co
     assert complaint in done.stdout
 
 
-def test_the_drawing_shows_the_floors(root: Path, pyproject: dict[str, Any]):
-    """service/README.md draws the floors that pyproject.toml enforces, in the same order."""
-    _, drawing, *_ = (root / "service" / "README.md").read_text().split("```")
+def test_a_circle_inside_a_room_is_refused(sketch: Path):
+    """Modules of one room that import each other are found, and the room is named."""
+    room = sketch / "client" / "farstep" / "http_link"
+    room.with_suffix(".py").unlink()
+    room.mkdir()
+    for module, statement in (
+        ("__init__", ""),
+        ("link", "from farstep.http_link import writer"),
+        ("writer", "from farstep.http_link import standing"),
+        ("standing", "from farstep.http_link import link"),
+    ):
+        (room / f"{module}.py").write_text(statement)
+    done = lint_imports(sketch, sketch)
+    assert done.returncode != 0
+    assert "No cycles are allowed in farstep.http_link" in done.stdout
+
+
+@pytest.mark.parametrize("contract_id", PACKAGES)
+def test_the_drawing_shows_the_floors(root: Path, pyproject: dict[str, Any], contract_id: str):
+    """The README beside the package draws the floors that pyproject.toml enforces, in the same order."""
+    _, drawing, *_ = (root / PACKAGES[contract_id]).with_name("README.md").read_text().split("```")
     rows = [re.match(r"\s*\d\w* +(.+?)(?:   |$)", line) for line in drawing.splitlines()]
     drawn = [re.findall(r"\w+", row[1]) for row in rows if row]
-    assert drawn == floors(pyproject)
+    assert drawn == floors(pyproject, contract_id)
