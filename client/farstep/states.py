@@ -1,7 +1,7 @@
 """The optimizer state of parameters as a link moves it: one record per parameter, under torch's names.
 
-A parameter that has not been stepped has none (None). Which fields there are, and their kinds, the session says when it
-is joined (`farstep.fields`).
+None stands for a parameter without state. Which fields there are, and of which kinds (`farstep.fields`), the session
+says when it is joined.
 """
 
 from __future__ import annotations

@@ -400,6 +400,20 @@ def test_a_round_is_gone_on_with_in_a_later_process(shared: RemoteOptions, lives
         assert rounds.version == (3 if lives_on else 2)
 
 
+def test_the_parameters_of_a_state_may_come_in_another_order(shared: RemoteOptions) -> None:
+    """A state whose parameters were written and read by name, as by safetensors, is that of the same round."""
+    worker = Worker(diloco, shared)
+    with worker.rounds as rounds:
+        worker.train(EVERY + 2)
+        state = rounds.state_dict()
+    state["parameters"] = dict(reversed(state["parameters"].items()))
+    later = Worker(diloco, shared, worker.number, seed=9)
+    later.rounds.load_state_dict(state)
+    worker.rounds.close()
+    with later.rounds as rounds:
+        assert (rounds.local_step, rounds.version) == (2, 1)
+
+
 def test_a_round_that_others_have_gone_beyond_is_given_up(shared: RemoteOptions) -> None:
     """Where the session has other parameters than the round began with, a resumed worker begins a round with those."""
     workers = [Worker(diloco, shared, number) for number in range(2)]
