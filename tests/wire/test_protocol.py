@@ -125,7 +125,7 @@ def test_codes_are_those_of_the_code():
     """Its two tables of error codes name every code that there is, once, with its status, and no other."""
     listed = [(code.strip("`"), int(status)) for code, status, _ in rows("code")]
     listed += [(code, int(status)) for status, codes in rows("status") for code in re.findall(r"`(\w+)`", codes)]
-    kinds = {*errors.BY_CODE.values(), problems.NoSuchRoute, problems.NoSuchMethod}
+    kinds: set[type[errors.FarstepError]] = {*errors.BY_CODE.values(), problems.NoSuchRoute, problems.NoSuchMethod}
     assert sorted(listed) == sorted((kind.code, kind.status) for kind in kinds)
 
 
