@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
-from farstep.errors import InvalidOption
+from farstep.errors import InvalidOption, found_by
 
 LONGEST_DEADLINE_S = 7 * 86_400
 LARGEST = 2**53
@@ -53,20 +53,20 @@ class Mode:
 
     def __post_init__(self) -> None:
         if self.staleness_scaling not in ("none", "inverse", "sqrt"):
-            raise InvalidOption(
+            raise _wrong(
                 f"Invalid staleness_scaling: {self.staleness_scaling!r:.80}. There are none, inverse and sqrt.",
-                field="staleness_scaling",
+                "staleness_scaling",
             )
         strength = self.delay_compensation
         if type(strength) not in (int, float) or not 0 <= strength <= LARGEST:
-            raise InvalidOption(
+            raise _wrong(
                 f"Invalid delay_compensation: {strength!r:.80}. Must be a number from 0 to 2**53.",
-                field="delay_compensation",
+                "delay_compensation",
             )
         if strength and self.staleness_scaling != "none":
-            raise InvalidOption(
+            raise _wrong(
                 "Either staleness_scaling or delay_compensation makes up for stale gradients, not both.",
-                field="delay_compensation",
+                "delay_compensation",
             )
         _check_seconds("lease_s", self.lease_s)
 
@@ -125,18 +125,16 @@ class Sync(Mode):
         super(Sync, self).__post_init__()  # slots make another class of this one, which super() alone does not know
         workers, quorum = self.workers, self.quorum
         if workers != "live" and (type(workers) is not int or not 1 <= workers <= LARGEST):
-            raise InvalidOption(
-                f"Invalid workers: {workers!r:.80}. Must be an int from 1 to 2**53, or 'live'.", field="workers"
-            )
+            raise _wrong(f"Invalid workers: {workers!r:.80}. Must be an int from 1 to 2**53, or 'live'.", "workers")
         if quorum is not None and (type(quorum) is not int or workers == "live" or not 1 <= quorum <= workers):
-            raise InvalidOption(
+            raise _wrong(
                 f"Invalid quorum: {quorum!r:.80}. Must be an int from 1 to the number of workers; with workers='live' "
                 "there is none.",
-                field="quorum",
+                "quorum",
             )
         _check_seconds("deadline_s", self.deadline_s)
         if self.late not in ("refuse", "fold"):
-            raise InvalidOption(f"Invalid late: {self.late!r:.80}. There are refuse and fold.", field="late")
+            raise _wrong(f"Invalid late: {self.late!r:.80}. There are refuse and fold.", "late")
 
     @property
     def partial(self) -> bool:
@@ -178,9 +176,7 @@ class Bounded(Mode):
     def __post_init__(self) -> None:
         super(Bounded, self).__post_init__()
         if type(self.staleness) is not int or not 0 <= self.staleness <= LARGEST:
-            raise InvalidOption(
-                f"Invalid staleness: {self.staleness!r:.80}. Must be an int from 0 to 2**53.", field="staleness"
-            )
+            raise _wrong(f"Invalid staleness: {self.staleness!r:.80}. Must be an int from 0 to 2**53.", "staleness")
         _check_seconds("deadline_s", self.deadline_s)
 
     def bound(self, workers: int) -> int:
@@ -234,7 +230,8 @@ def from_options(options: Mapping[str, object]) -> Consistency:
     if unknown:
         raise InvalidOption(f"Unknown option {unknown[0]!r:.80} of consistency mode {mode!r}.", field=unknown[0][:80])
     try:
-        return kind(**rest)  # type: ignore[arg-type]  # the record checks its own values
+        with found_by("server"):
+            return kind(**rest)  # type: ignore[arg-type]  # the record checks its own values
     except TypeError as exc:
         raise InvalidOption(f"Consistency mode {mode!r} needs all of its options.", field="consistency") from exc
 
@@ -258,4 +255,9 @@ def for_one(consistency: Consistency) -> Consistency:
 
 def _check_seconds(name: str, seconds: float) -> None:
     if type(seconds) not in (int, float) or not 0 < seconds <= LONGEST_DEADLINE_S:
-        raise InvalidOption(f"Invalid {name}: {seconds!r:.80}. Must be seconds above 0, at most a week.", field=name)
+        raise _wrong(f"Invalid {name}: {seconds!r:.80}. Must be seconds above 0, at most a week.", name)
+
+
+def _wrong(what: str, field: str) -> InvalidOption:
+    """Return the error of a mode that somebody makes in this process; `from_options` reads those of others."""
+    return InvalidOption(what, field=field, side="client")

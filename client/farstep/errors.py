@@ -35,7 +35,8 @@ There is one class for each thing a caller would do differently. `code` is stabl
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import ClassVar, Literal
 
 Side = Literal["client", "server"]
@@ -272,6 +273,16 @@ def _family(root: type[FarstepError]) -> list[type[FarstepError]]:
 
 BY_CODE: Mapping[str, type[FarstepError]] = {each.code: each for each in _family(FarstepError)}
 """Every error class under its code."""
+
+
+@contextmanager
+def found_by(side: Side) -> Iterator[None]:
+    """Say of the errors of a record that checks itself on which side it was read."""
+    try:
+        yield
+    except FarstepError as exc:
+        exc.side = side
+        raise
 
 
 def from_problem(problem: Mapping[str, object], status: int) -> FarstepError:

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from farstep.errors import InvalidOption
+from farstep.errors import InvalidOption, found_by
 
 EMA = "ema"
 """The name of the view that the average is."""
@@ -50,18 +50,16 @@ class Policy:
         for name in ("clip_norm", "clip_norm_type", "clip_value"):
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (value is None and name != "clip_norm_type"):
-                raise InvalidOption(f"Invalid {name}: {value!r:.80}. Must be a number above 0.", field=name)
+                raise _wrong(f"Invalid {name}: {value!r:.80}. Must be a number above 0.", name)
         if self.clip_norm is None and self.clip_norm_type != 2.0:
-            raise InvalidOption(
-                f"Invalid clip_norm_type: {self.clip_norm_type!r}. Goes with clip_norm.", field="clip_norm_type"
-            )
+            raise _wrong(f"Invalid clip_norm_type: {self.clip_norm_type!r}. Goes with clip_norm.", "clip_norm_type")
         if type(self.accumulate) is not int or not 1 <= self.accumulate <= MOST_ROUNDS:
-            raise InvalidOption(
+            raise _wrong(
                 f"Invalid accumulate: {self.accumulate!r:.80}. Must be an int from 1 to {MOST_ROUNDS}.",
-                field="accumulate",
+                "accumulate",
             )
         if self.ema is not None and not (_is_number(self.ema) and 0 < self.ema < 1):
-            raise InvalidOption(f"Invalid ema: {self.ema!r:.80}. Must be a number between 0 and 1.", field="ema")
+            raise _wrong(f"Invalid ema: {self.ema!r:.80}. Must be a number between 0 and 1.", "ema")
 
     @property
     def as_they_come(self) -> bool:
@@ -90,7 +88,8 @@ class Policy:
         if unknown := sorted(set(options) - known):
             raise InvalidOption(f"Unknown option {unknown[0]!r:.80} of a policy.", field="policy")
         given: dict[str, Any] = {name: math.inf if value == "inf" else value for name, value in options.items()}
-        return cls(**given)
+        with found_by("server"):
+            return cls(**given)
 
     def difference(self, other: Policy) -> str | None:
         """Say in words where another policy differs first, None if nowhere."""
@@ -99,6 +98,11 @@ class Policy:
             if mine != theirs:
                 return f"its {each.name} is {mine!r}, not {theirs!r}"
         return None
+
+
+def _wrong(what: str, field: str) -> InvalidOption:
+    """Return the error of a policy that somebody makes in this process; `from_options` reads those of others."""
+    return InvalidOption(what, field=field, side="client")
 
 
 def _is_number(value: Any) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from importlib.metadata import version
@@ -55,10 +56,15 @@ class Service:
         await asyncio.gather(*(host.interrupt() for host in self._registry.hosts))
 
 
-def create_app(settings: Settings) -> Service:
-    """Return the ASGI application of one server."""
+def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> Service:
+    """Return the ASGI application of one server.
+
+    Args:
+        settings: limits, tokens and device.
+        clock: monotonic seconds, for the leases and deadlines of its sessions.
+    """
     executor = ThreadPoolExecutor(max_workers=settings.threads, thread_name_prefix="farstep-step")
-    registry = Registry(settings, executor)
+    registry = Registry(settings, executor, clock=clock)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

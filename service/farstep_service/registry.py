@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -23,11 +24,13 @@ class Registry:
     Args:
         settings: limits and device.
         executor: runs large work of all sessions.
+        clock: monotonic seconds, for their leases and deadlines.
     """
 
-    def __init__(self, settings: Settings, executor: Executor) -> None:
+    def __init__(self, settings: Settings, executor: Executor, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._settings = settings
         self._executor = executor
+        self._clock = clock
         self._hosts: dict[str, Host] = {}
         self._bytes_in_flight = 0
         self._turn = asyncio.Lock()
@@ -119,7 +122,7 @@ class Registry:
             return host
 
     def _new_host(self, session: Session) -> LocalHost:
-        return LocalHost(session, self._executor, room=self._check_growth)
+        return LocalHost(session, self._executor, self._clock, room=self._check_growth)
 
     def _new_session(self, plan: Plan) -> Session:
         kernels = self._kernels.get(plan.kernel)

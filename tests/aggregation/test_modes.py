@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import permutations
 
 import pytest
@@ -258,6 +259,23 @@ def test_what_a_stale_gradient_counts(scaling: str, expected: list[float]) -> No
     ],
 )
 def test_a_mode_nobody_knows_is_refused(options: dict[str, object]) -> None:
-    """An unknown mode, an unknown option and a value out of range are refused, never ignored."""
-    with pytest.raises(InvalidOption):
+    """An unknown mode, an unknown option and a value out of range are refused by who reads them, never ignored."""
+    with pytest.raises(InvalidOption) as refused:
         from_options(options)
+    assert refused.value.side == "server"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Async(lease_s=0),
+        lambda: Async(staleness_scaling="linear"),  # type: ignore[arg-type]
+        lambda: Sync(workers=0),
+        lambda: Sync(workers=2, quorum=3),
+        lambda: Bounded(staleness=-1),
+    ],
+)
+def test_a_mode_that_cannot_be_is_refused_where_it_is_made(make: Callable[[], Consistency]) -> None:
+    """A value out of range in one's own program is found by the client, not by a server it never went to."""
+    with pytest.raises(InvalidOption, match="found by the client"):
+        make()

@@ -214,7 +214,7 @@ def test_a_bad_value_is_refused_before_anything_is_sent(field: str, value: Any, 
     def make() -> None:
         with pytest.raises(InvalidOption, match=f"Invalid {field}: .*Must be") as refused:
             Adagrad(parameters(drawn(0)), **options)
-        assert refused.value.field == field
+        assert (refused.value.field, refused.value.side) == (field, "client")
 
     assert transport.during(make) == 0
 

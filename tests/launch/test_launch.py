@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.launch.launching import LIMIT_S, NOBODY, heard, launching, said
-from tests.service.servers import farstep
+from tests.service.servers import TOKEN, farstep, running_server
 
 PAUSE = "import signal; signal.pause()"
 
@@ -120,6 +120,52 @@ def parent(line: str) -> int:
         return int(Path(f"/proc/{line.split()[0]}/stat").read_text().rpartition(")")[2].split()[1])
     except FileNotFoundError:
         return 0
+
+
+@pytest.mark.parametrize(("token", "stranger"), [(TOKEN, "refused"), (None, "let in")])
+def test_a_server_of_its_own_asks_for_the_token(script: Path, token: str | None, stranger: str):
+    """With `FARSTEP_TOKEN` set its workers have it and whoever has another one is refused; unset, nobody is asked."""
+    script.write_text(
+        "import torch, farstep\n"
+        "for options in ({}, {'token': 'another' * 4}):\n"
+        "    try:\n"
+        "        farstep.optim.SGD([torch.zeros(3, requires_grad=True)], **options)\n"
+        "        print('let in', flush=True)\n"
+        "    except farstep.errors.Unauthorized:\n"
+        "        print('refused', flush=True)\n"
+    )
+    done = farstep("launch", str(script), env={"FARSTEP_TOKEN": token} if token else {})
+    assert done.returncode == 0, done.stderr
+    assert said(done.stdout, "w0") == ["let in", stranger]
+
+
+def test_a_server_that_cannot_start_says_why(script: Path):
+    """What a server of the launch's own complains of is seen beside the end of the run."""
+    script.write_text(PAUSE)
+    done = farstep("launch", str(script), env={"FARSTEP_TOKEN": "short"})
+    assert done.returncode == 1
+    assert "error invalid_option: A token is shorter than 16 characters." in said(done.stderr, "server")
+    assert "the server ended with exit code 2" in done.stderr
+
+
+def test_a_session_on_a_named_server_stays(script: Path):
+    """When the workers have finished, the session is still there at its version, and another launch goes on with it."""
+    script.write_text(
+        "import torch, farstep\n"
+        "p = torch.zeros(3, requires_grad=True)\n"
+        "p.grad = torch.ones(3)\n"
+        "optimizer = farstep.optim.SGD([p], lr=1.0)\n"
+        "print('from', optimizer.version, p.tolist(), flush=True)\n"
+        "for _ in range(3): optimizer.step()\n"
+        "optimizer.close()\n"
+    )
+    with running_server() as server:
+        for began in ("from 0 [0.0, 0.0, 0.0]", "from 3 [-3.0, -3.0, -3.0]"):
+            done = farstep("launch", "--server", server.url, "--session", "stays", str(script))
+            assert done.returncode == 0, done.stderr
+            assert said(done.stdout, "w0") == [began]
+        (found,) = json.loads(farstep("sessions", "ls", "--json", "--server", server.url).stdout)
+        assert (found["name"], found["version"], found["workers"]) == ("stays", 6, {})
 
 
 # -- what workers get ------------------------------------------------------------------------------------------------

@@ -12,12 +12,15 @@ from farstep.settings import resolve
 from farstep.tensors.departures import LARGE_BYTES
 from farstep.wire.tensor_file import MAX_HEAD_BYTES, MAX_TENSORS
 from farstep_service.aggregation.members import FORGOTTEN_AFTER_S, LAPSED_KEPT
+from farstep_service.cli.warmup import Dtype
 from farstep_service.launch import Plan
+from farstep_service.optimizers import RULES, possible, usual
 from farstep_service.settings import Settings
 from farstep_service.store.decider import WORTH_A_KERNEL
 
 ROOT = Path(__file__).parents[2]
 HOURS = {3600.0: "an hour"}
+ELEMENT_TYPES = [dtype.value for dtype in Dtype]
 
 
 @pytest.mark.parametrize(
@@ -25,6 +28,9 @@ HOURS = {3600.0: "an hour"}
     [
         ("README.md", f"`Unavailable` after `timeout_s` ({resolve({}, {}).timeout_s:.0f} s)"),
         ("README.md", f"`farstep.Sync(workers=N, deadline_s={Sync(workers=2).deadline_s:.0f})`"),
+        ("deploy/README.md", f"for one thread and for many: {2 * len(usual(RULES.values(), ['float32']))} |"),
+        ("deploy/README.md", f"| {2 * len(usual(RULES.values(), ['float32']))} kernels: every elementwise optimizer"),
+        ("deploy/README.md", f"| {2 * len(possible(RULES.values(), ELEMENT_TYPES))} kernels, five to six times"),
         ("docs/launch.md", f"`--max-restarts` | {Plan(command=('x',)).max_restarts} (torchrun: 0)"),
         ("docs/optimizers.md", f"From {LARGE_BYTES >> 20} MiB of gradients on"),
         ("docs/optimizers.md", f"a session of {WORTH_A_KERNEL:,} parameters or more in one piece"),

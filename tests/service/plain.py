@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
@@ -16,9 +17,9 @@ GONE_WITHIN_S = 30.0
 
 
 @contextmanager
-def plain_server() -> Iterator[str]:
+def plain_server(clock: Callable[[], float] = time.monotonic) -> Iterator[str]:
     """Run a server until the end of the block; yield its URL."""
-    config = uvicorn.Config(create_app(Settings()), http="httptools", ws="none", log_config=None)
+    config = uvicorn.Config(create_app(Settings(), clock=clock), http="httptools", ws="none", log_config=None)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

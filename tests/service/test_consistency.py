@@ -136,7 +136,7 @@ def test_half_a_name_is_no_name(raw: RawClient, query: str) -> None:
 
 
 def test_the_command_line_switches_modes(raw: RawClient, server: RunningServer) -> None:
-    """Options are NAME=VALUE; what is none is refused with the command's own words."""
+    """Options are NAME=VALUE; what is none, or is there twice, is refused with the command's own words."""
     (w0,) = raw.begun("verbal")
     done = farstep(
         "sessions", "mode", "verbal", "sync", "workers=3", "quorum=2", "deadline_s=2.5", "--server", server.url
@@ -147,6 +147,10 @@ def test_the_command_line_switches_modes(raw: RawClient, server: RunningServer) 
     done = farstep("sessions", "mode", "verbal", "sync", "workers", "--server", server.url)
     assert done.returncode != 0
     assert "OPTION=VALUE" in done.stderr
+    done = farstep("sessions", "mode", "verbal", "sync", "workers=2", "workers=3", "--server", server.url)
+    assert done.returncode != 0
+    assert "'workers' is there twice." in done.stderr
+    assert raw.request("GET", w0.path).document["consistency"]["workers"] == 3
 
 
 def test_who_waits_is_answered_when_the_server_ends() -> None:

@@ -16,9 +16,10 @@ import httpx
 import pytest
 
 from farstep_service.cli.serve import banner
+from farstep_service.cpus import usable_cpus
 from farstep_service.server import Listening
 from farstep_service.server.address import bind, url_of
-from farstep_service.server.machine import tune_, usable_cpus
+from farstep_service.server.machine import tune_
 from farstep_service.settings import Settings
 from tests.service.servers import GONE_WITHIN_S, READY_WITHIN_S, TOKEN, RunningServer, farstep, running_server
 

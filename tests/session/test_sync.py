@@ -200,6 +200,19 @@ def test_the_deadline_has_one_outcome_for_all() -> None:
     assert session.version == 1
 
 
+@pytest.mark.parametrize(("joined", "words"), [(1, "only 1 worker has joined"), (2, "only 2 workers have joined")])
+def test_a_deadline_says_how_many_have_joined(joined: int, words: str) -> None:
+    """Where nobody who joined is missing, the places that were never taken are what was waited for."""
+    session = new_session(consistency=sync(3, deadline_s=10.0))
+    for writer in begun(session, *NAMES[:joined]):
+        writer.push(values(session, 1), now=0.0)
+    for outcome in session.tick(10.0).values():
+        refusal = error(outcome)
+        assert refusal.detail == f"The deadline passed with {joined} of 3 workers ({words}); nothing was applied."
+        assert refusal.extra["missing"] == []
+    assert session.deadline is None
+
+
 def test_a_retry_does_not_move_the_deadline() -> None:
     """The deadline counts from the first push of a step, however often it is repeated."""
     session = new_session(consistency=sync(2, deadline_s=10.0))

@@ -6,7 +6,7 @@ Needs no torch; `farstep.wire.memory` turns tensors into memory.
 from farstep.wire.decoder import Decoder
 from farstep.wire.dtypes import DTYPES, SEGMENT_DTYPES, Dtype, segment_dtype
 from farstep.wire.frames import Frames, encode, encoded_size
-from farstep.wire.limits import CONTENT_TYPE, MAX_FRAME_BYTES, MAX_HEADER_BYTES, PROTOCOL_VERSION, Limits
+from farstep.wire.limits import CONTENT_TYPE, MAX_FRAME_BYTES, MAX_HEADER_BYTES, Limits
 from farstep.wire.packing import Names
 from farstep.wire.ranges import from_ranges, to_ranges
 
@@ -15,7 +15,6 @@ __all__ = [
     "DTYPES",
     "MAX_FRAME_BYTES",
     "MAX_HEADER_BYTES",
-    "PROTOCOL_VERSION",
     "SEGMENT_DTYPES",
     "Decoder",
     "Dtype",

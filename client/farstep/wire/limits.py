@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-PROTOCOL_VERSION = 1
 CONTENT_TYPE = "application/msgpack"
 MAX_HEADER_BYTES = 1 << 20
 MAX_FRAME_BYTES = 16 << 20

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, final
 
 from farstep.messages import WriteName
 from farstep.receipt import Reason, Receipt
@@ -31,10 +31,11 @@ class Pushed(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """Reduce the pushes of these workers, in this order, divide by their number, and apply.
+class Round:
+    """What becomes of the pushes of several workers alike; not used by itself.
 
     Attributes:
+        workers: whose they are, in the order in which they are summed.
         without: live workers that were waited for in vain, and are not waited for any more.
     """
 
@@ -43,25 +44,24 @@ class Step:
 
     @property
     def divisor(self) -> int:
-        """Return what the sum of the gradients is divided by."""
+        """Return how many take part, by which the sum of the gradients is divided."""
         return len(self.workers)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Step(Round):
+    """Reduce the pushes of these workers, in this order, divide by their number, and apply."""
 
     def told(self, version: int) -> Receipt:
         """Return what its workers are told alike; the step led to that version."""
         return Receipt(version, 0, contributors=Names(self.workers), divisor=self.divisor)
 
 
+@final
 @dataclass(frozen=True, slots=True)
-class Skip:
+class Skip(Round):
     """Apply nothing: one of these workers skips the step, so all of them do, with one outcome."""
-
-    workers: tuple[str, ...]
-    without: tuple[str, ...] = ()
-
-    @property
-    def divisor(self) -> int:
-        """Return how many take part."""
-        return len(self.workers)
 
     def told(self, version: int) -> Receipt:
         """Return what its workers are told alike, at that version."""

@@ -27,6 +27,7 @@ from farstep_service.bench.steps import Steps, await_fused, measure, opened
 from farstep_service.bench.workload import Workload
 from farstep_service.memory import available_bytes
 from farstep_service.settings import is_loopback
+from farstep_service.signals import answered
 
 REQUESTS = 200
 REQUESTS_WITHIN_S = 3.0
@@ -164,14 +165,10 @@ def interruptible() -> Iterator[None]:
     """Turn the first SIGINT or SIGTERM into KeyboardInterrupt, and let nothing interrupt the clean-up after it."""
 
     def stop(_signum: int, _frame: FrameType | None) -> None:
-        for each in handled:
+        for each in interrupting:
             signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    handled = (signal.SIGINT, signal.SIGTERM)
-    before = {each: signal.signal(each, stop) for each in handled}
-    try:
+    interrupting = (signal.SIGINT, signal.SIGTERM)
+    with answered(stop, *interrupting):
         yield
-    finally:
-        for each, handler in before.items():
-            signal.signal(each, handler)

@@ -104,7 +104,7 @@ def set_mode(
 ) -> None:
     """Let a session go on in another consistency mode. Pushes that wait are offered to it."""
     with reporting(json_output), conversation(server, token) as speaking:
-        wanted = {"mode": mode, **dict(map(option_of, options or ()))}
+        wanted = {"mode": mode, **options_in(options or ())}
         found = speaking.control("PUT", f"{path_of(name)}/consistency", {"consistency": wanted})
     if json_output:
         print_json(found)
@@ -182,6 +182,22 @@ def standing_of(page: dict[str, Any]) -> str:
 def options_of(group: dict[str, Any]) -> str:
     """Return a param group's options in one line, those that are switched off left out."""
     return ", ".join(f"{key} {value}" for key, value in group.items() if value is not None and value is not False)
+
+
+def options_in(said: Sequence[str]) -> dict[str, str | int | float]:
+    """Return the values of several `NAME=VALUE`.
+
+    Raises:
+        InvalidOption: one has no value, or a name is there twice.
+    """
+    found: dict[str, str | int | float] = {}
+    for name, value in map(option_of, said):
+        if name in found:
+            raise InvalidOption(
+                f"{name!r:.80} is there twice.", remedy="Give each option once.", field=name[:80], side="client"
+            )
+        found[name] = value
+    return found
 
 
 def option_of(said: str) -> tuple[str, str | int | float]:

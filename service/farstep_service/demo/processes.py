@@ -15,13 +15,14 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from farstep.errors import FarstepError
+from farstep_service.signals import answered
 
 STOP_S = 2.0
 """How long a process may take to end by itself before it is killed; none of them has anything to save."""
@@ -29,8 +30,6 @@ LAST_LINES_S = 1.0
 """How long the last lines of a process that ended may take to arrive."""
 KEPT = frozenset({"FARSTEP_KERNEL_CACHE"})
 """What the demo's processes take over from the user's settings: the demo's server is not the user's."""
-
-SignalAction = Callable[[int, FrameType | None], object] | signal.Handlers
 
 
 class ProcessEnded(FarstepError):
@@ -61,12 +60,12 @@ def started() -> Iterator[Processes]:
 
     SIGTERM and SIGHUP leave as Ctrl-C does, through this exit, with the exit code that shells give them.
     """
-    with tempfile.TemporaryDirectory(prefix="farstep-demo-") as place, _signals(_leave, signal.SIGTERM, signal.SIGHUP):
+    with tempfile.TemporaryDirectory(prefix="farstep-demo-") as place, answered(_leave, signal.SIGTERM, signal.SIGHUP):
         processes = Processes(Path(place))
         try:
             yield processes
         finally:
-            with _signals(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            with answered(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 processes.stop()
 
 
@@ -186,20 +185,6 @@ class Processes:
 def _environment() -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("FARSTEP_") or name in KEPT}
     return {**inherited, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
-
-
-@contextmanager
-def _signals(action: SignalAction, *numbers: int) -> Iterator[None]:
-    """Answer signals with `action` for a while. Only the main thread can; in another one nothing is changed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, action) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, earlier in before.items():
-            signal.signal(number, earlier)
 
 
 def _leave(number: int, _frame: FrameType | None) -> None:

@@ -15,6 +15,7 @@ from farstep.fields import Shapes
 from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead, Times, WriteName
 from farstep.receipt import Receipt
+from farstep_service.contents import PARAM
 from farstep_service.durability import Snapshot
 from farstep_service.hosts.shared import Offer
 from farstep_service.plan import Plan
@@ -112,37 +113,33 @@ class Intake(ABC):
 
 
 class View(ABC):
-    """Contents of one version, which stay as they are until they are released."""
+    """Contents of one version, which stay as they are until they are released.
 
-    @property
-    @abstractmethod
-    def version(self) -> int:
-        """The version they belong to."""
+    Attributes:
+        version: the version they belong to.
+        count: how many segments the session has at that version.
+        segments: which segments they hold, as ranges; None for all.
+        fields: which fields they are, in the order of the wire.
+        shapes: the shapes of those fields that have one of their own.
+        views: their bytes, in the order of the wire.
+    """
 
-    @property
-    @abstractmethod
-    def count(self) -> int:
-        """How many segments the session has at that version."""
-
-    @property
-    @abstractmethod
-    def segments(self) -> list[int] | None:
-        """Which segments they hold, as ranges; None for all."""
-
-    @property
-    @abstractmethod
-    def fields(self) -> Sequence[str]:
-        """Which fields they are, in the order of the wire."""
-
-    @property
-    def shapes(self) -> Shapes:
-        """The shapes of those fields that have one of their own."""
-        return {}
-
-    @property
-    @abstractmethod
-    def views(self) -> Sequence[memoryview]:
-        """Their bytes, in the order of the wire."""
+    def __init__(
+        self,
+        *,
+        version: int,
+        count: int,
+        segments: list[int] | None,
+        views: Sequence[memoryview],
+        fields: Sequence[str] = (PARAM,),
+        shapes: Shapes | None = None,
+    ) -> None:
+        self.version = version
+        self.count = count
+        self.segments = segments
+        self.fields = fields
+        self.shapes: Shapes = shapes or {}
+        self.views = views
 
     @abstractmethod
     def release(self) -> None:

@@ -13,7 +13,6 @@ from concurrent.futures import Executor
 from typing import final
 from weakref import WeakValueDictionary
 
-from farstep_service.contents import PARAM
 from farstep_service.gradients import Contribution, memory_of
 from farstep_service.hosts.host import View
 from farstep_service.hosts.views import missing
@@ -97,34 +96,16 @@ class NarrowedView(View):
     def __init__(
         self, narrowed: Narrowed, indices: Sequence[int], ranges: list[int] | None, released: Callable[[], None]
     ) -> None:
+        super().__init__(
+            version=narrowed.version,
+            count=narrowed.count,
+            segments=ranges,
+            views=memory_of(narrowed.buffers, narrowed.buffers.layout, indices),
+        )
         self._narrowed: Narrowed | None = narrowed
         self._released = released
-        self._version = narrowed.version
-        self._count = narrowed.count
-        self._ranges = ranges
-        self._views: Sequence[memoryview] = memory_of(narrowed.buffers, narrowed.buffers.layout, indices)
-
-    @property
-    def version(self) -> int:
-        return self._version
-
-    @property
-    def count(self) -> int:
-        return self._count
-
-    @property
-    def segments(self) -> list[int] | None:
-        return self._ranges
-
-    @property
-    def fields(self) -> Sequence[str]:
-        return (PARAM,)
-
-    @property
-    def views(self) -> Sequence[memoryview]:
-        return self._views
 
     def release(self) -> None:
         self._narrowed = None
-        self._views = ()
+        self.views = ()
         self._released()

@@ -8,9 +8,8 @@ from typing import final
 import torch
 
 from farstep.errors import TensorMismatch
-from farstep.fields import Shapes
 from farstep.wire import MAX_HEADER_BYTES, Limits
-from farstep_service.contents import PARAM, Contents
+from farstep_service.contents import Contents
 from farstep_service.gradients import Contribution, memory_of, on_device
 from farstep_service.hosts.host import Intake, View
 from farstep_service.store import FlatBuffers, Held
@@ -88,39 +87,21 @@ class HeldView(View):
         ranges: list[int] | None,
         released: Callable[[], None],
     ) -> None:
-        self._held = held
-        self._indices = indices
-        self._released = released
         layout = held.buffers.layout
         chosen = range(len(layout.segments)) if indices is None else indices
-        self._views = memory_of(on_device(held.buffers, CPU), layout, chosen)
-        self._ranges = ranges
+        super().__init__(
+            version=held.version,
+            count=len(layout.segments),
+            segments=ranges,
+            views=memory_of(on_device(held.buffers, CPU), layout, chosen),
+        )
+        self._held = held
+        self._chosen = chosen
+        self._released = released
 
     def copy_to_(self, buffers: FlatBuffers, there: frozenset[int] = frozenset()) -> None:
         """Copy the parameters into other memory of the same layout, but for those that are there."""
-        layout = self._held.buffers.layout
-        chosen = range(len(layout.segments)) if self._indices is None else self._indices
-        buffers.copy_(self._held.buffers, missing(chosen, there))
-
-    @property
-    def version(self) -> int:
-        return self._held.version
-
-    @property
-    def count(self) -> int:
-        return len(self._held.buffers.layout.segments)
-
-    @property
-    def segments(self) -> list[int] | None:
-        return self._ranges
-
-    @property
-    def fields(self) -> Sequence[str]:
-        return (PARAM,)
-
-    @property
-    def views(self) -> Sequence[memoryview]:
-        return self._views
+        buffers.copy_(self._held.buffers, missing(self._chosen, there))
 
     def release(self) -> None:
         self._held.release()
@@ -132,35 +113,14 @@ class CopiedView(View):
     """A copy of some fields of one version."""
 
     def __init__(self, contents: Contents, version: int, count: int, ranges: list[int] | None = None) -> None:
-        self._contents = contents
-        self._version = version
-        self._count = count
-        self._ranges = ranges
-        self._views = contents.memory()
-
-    @property
-    def version(self) -> int:
-        return self._version
-
-    @property
-    def count(self) -> int:
-        return self._count
-
-    @property
-    def segments(self) -> list[int] | None:
-        return self._ranges
-
-    @property
-    def fields(self) -> Sequence[str]:
-        return self._contents.fields
-
-    @property
-    def shapes(self) -> Shapes:
-        return self._contents.shapes
-
-    @property
-    def views(self) -> Sequence[memoryview]:
-        return self._views
+        super().__init__(
+            version=version,
+            count=count,
+            segments=ranges,
+            views=contents.memory(),
+            fields=contents.fields,
+            shapes=contents.shapes,
+        )
 
     def release(self) -> None:
         """Nothing is held: the copy goes with this object."""

@@ -7,7 +7,7 @@ from farstep_service.optimizers.adam import Adam, AdamHyper
 from farstep_service.optimizers.adamax import Adamax, AdamaxHyper
 from farstep_service.optimizers.adamw import AdamW, AdamWHyper
 from farstep_service.optimizers.asgd import ASGD, ASGDCounts, ASGDHyper
-from farstep_service.optimizers.kernels import MODES, Kernels, Mode, PackageStatus, possible, usual, warm_up
+from farstep_service.optimizers.kernels import MODES, Kernels, Mode, PackageStatus, possible, usual
 from farstep_service.optimizers.lbfgs import LBFGS, LBFGSHyper
 from farstep_service.optimizers.muon import Muon, MuonHyper
 from farstep_service.optimizers.nadam import NAdam, NAdamCounts, NAdamHyper
@@ -61,5 +61,4 @@ __all__ = [
     "SparseAdamHyper",
     "possible",
     "usual",
-    "warm_up",
 ]

@@ -29,7 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from farstep_service.optimizers.packages import ARCHIVE, Package, open_directory, processors
+from farstep_service.cpus import usable_cpus
+from farstep_service.optimizers.packages import ARCHIVE, Package, open_directory
 
 Report = Callable[[Package, str | None], None]
 """Called with each package as soon as it is ready (None), or with why it could not be built."""
@@ -50,8 +51,8 @@ def build_in_subprocess(packages: Sequence[Package], directory: Path, report: Re
 
 
 def build_on_all_cores(packages: Sequence[Package], directory: Path, report: Report) -> None:
-    """Build packages in as many processes as there are cores, and report each of them, from several threads."""
-    lanes = min(processors(), len(packages))
+    """Build packages in as many processes as there are CPUs to use, and report each of them, from several threads."""
+    lanes = min(usable_cpus(), len(packages))
     _build_in_lanes([packages[lane::lanes] for lane in range(lanes)], directory, report, nice=0)
 
 

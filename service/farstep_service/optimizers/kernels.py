@@ -25,9 +25,8 @@ from typing import Any, Literal, final
 import torch
 
 from farstep.errors import InvalidOption, Unavailable
-from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.kernel import Kernel, KernelSource
-from farstep_service.optimizers.build import Builder, build_in_subprocess, build_on_all_cores
+from farstep_service.optimizers.build import Builder, build_in_subprocess
 from farstep_service.optimizers.fused import FusedKernel
 from farstep_service.optimizers.native import load
 from farstep_service.optimizers.packages import Package, default_directory, find, open_directory
@@ -227,27 +226,3 @@ def possible(rules: Iterable[AnyMethod], dtypes: Sequence[str]) -> list[tuple[An
 
 def _fusible(rules: Iterable[AnyMethod]) -> list[ElementwiseRule[Any]]:
     return [rule for rule in rules if isinstance(rule, ElementwiseRule) and "fused" in rule.kernels]
-
-
-def warm_up(
-    rules: Iterable[AnyMethod],
-    dtypes: Sequence[str] = ("float32", "bfloat16", "float16", "float64"),
-    device: str = "cpu",
-    *,
-    directory: Path | None = None,
-) -> list[PackageStatus]:
-    """Build the kernels of these rules ahead of time, and wait for them.
-
-    Args:
-        rules: the rules.
-        dtypes: element types, under their wire names; complex parameters use those of their real parts.
-        device: torch device.
-        directory: where packages are kept.
-    """
-    unknown = [dtype for dtype in dtypes if dtype not in TORCH_DTYPES]
-    if unknown:
-        raise InvalidOption(f"There is no element type {unknown[0]!r}.", field="dtypes")
-    kernels = Kernels("auto", directory=directory, build=build_on_all_cores)
-    kernels.begin(usual(rules, dtypes), torch.device(device))
-    kernels.wait()
-    return kernels.status()

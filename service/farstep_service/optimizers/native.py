@@ -21,7 +21,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farstep_service.optimizers.packages import processors
+from farstep_service.cpus import usable_cpus
 
 LONG_FROM = 2**17
 """Elements from which a call takes so long (25 us) that the other threads of Python are worth 3 us."""
@@ -66,7 +66,7 @@ class NativeProgram:
         create = library.AOTInductorModelContainerCreateWithDevice
         create.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_char_p]
         self._container = ctypes.c_void_p()
-        if create(ctypes.byref(self._container), at_once or processors(), b"cpu", None):
+        if create(ctypes.byref(self._container), at_once or usable_cpus(), b"cpu", None):
             raise RuntimeError(f"{path} cannot be started")
         self._run = library.AOTInductorModelContainerRun
         pointer, size = ctypes.c_void_p, ctypes.c_size_t

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import stat
-import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -126,11 +125,6 @@ def machine(device: str) -> str:
     if platform.machine() == "x86_64":
         flags = " ".join(sorted(flag for flag in flags.split() if flag.startswith(INSTRUCTIONS)))
     return f"{platform.machine()} {flags}"
-
-
-def processors() -> int:
-    """Return how many processors this process may use."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def open_directory(directory: Path) -> None:

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import gc
-import os
 import re
-import sys
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
-from pathlib import Path
 
 from farstep.errors import InvalidOption, Unavailable
+from farstep_service.cpus import usable_cpus
 
 _TOP_PAD = -2
 """glibc's M_TOP_PAD."""
-
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 GARBAGE = (100_000, 5, 2)
 """How many more objects than are freed there may be before the collector looks at the young ones, and how often it
@@ -72,20 +68,6 @@ def loaded_for_good() -> Iterator[None]:
         gc.set_threshold(*GARBAGE)
     finally:
         gc.enable()
-
-
-def usable_cpus(quota: Path = CPU_QUOTA) -> int:
-    """Return how many CPUs this process may use: its affinity, and the quota of its container rounded up.
-
-    Args:
-        quota: the control group's file, `<microseconds> <period>` or `max <period>`.
-    """
-    cpus = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    try:
-        allowed, period = quota.read_text().split()
-        return max(1, min(cpus, -(-int(allowed) // int(period))))
-    except (OSError, ValueError):  # no control groups, or `max`
-        return cpus
 
 
 def check_device_name(name: str) -> None:

@@ -282,7 +282,8 @@ class Pushes:
 def _aborted(abort: Abort, pushes: list[_Push]) -> Outcomes:
     """Return the same answer for all whose pushes were given up."""
     arrived, missing = len(abort.workers), [*abort.missing]
-    who = f"missing: {', '.join(missing)}" if missing else f"only {arrived} workers have joined"
+    joined = "1 worker has" if arrived == 1 else f"{arrived} workers have"
+    who = f"missing: {', '.join(missing)}" if missing else f"only {joined} joined"
     error = BarrierTimeout(
         f"The deadline passed with {arrived} of {abort.wanted} workers ({who}); nothing was applied.",
         remedy="Push again when the others are there; another worker may take a missing one's place.",
