@@ -98,6 +98,15 @@ def test_the_end_of_the_server_ends_the_run(script: Path):
     assert "the server was ended by SIGKILL; its sessions are gone" in stderr
 
 
+def test_a_server_that_cannot_start_says_why(script: Path):
+    """What the launch's own server refuses, such as a variable meant for it, is told in its words."""
+    script.write_text(PAUSE)
+    done = farstep("launch", str(script), env={"FARSTEP_TOKEN": "short"})
+    assert done.returncode == 1
+    assert "server | error invalid_option: A token is shorter than 16 characters." in done.stderr
+    assert "launch | the server ended with exit code 2" in done.stderr
+
+
 def parent(line: str) -> int:
     """Return the parent of a process that `ps` lists, 0 if it has ended."""
     try:

@@ -34,7 +34,7 @@ def url_of(path: str) -> str:
 
 def command_of(path: str) -> tuple[str, ...]:
     """Return the command of a server at a path and nowhere else."""
-    serve = ("-m", "farstep_service", "serve", "--unix", path, "--no-tcp", "--log-level", "warning", "--json")
+    serve = ("-m", "farstep_service", "serve", "--unix", path, "--no-tcp", "--log-level", "warning")
     return (sys.executable, "-P", *serve)
 
 
