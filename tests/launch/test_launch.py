@@ -243,6 +243,7 @@ def test_a_worker_that_does_not_listen_is_killed(script: Path, again: bool):
             while "SIGINT" not in process.stderr.readline():
                 pass
             process.send_signal(signal.SIGINT)
+            assert "launch | got SIGINT, which kills all workers" in process.communicate(timeout=LIMIT_S)[1]
         assert process.wait(LIMIT_S) == 130
 
 
