@@ -206,7 +206,9 @@ class Squares(Dataset[int]):
 
 
 @pytest.mark.parametrize(
-    "items", [Squares(), TensorDataset(torch.arange(7.0)), {1: 2}, iter([1]), torch.tensor(1.0), 5], ids=lambda items: type(items).__name__
+    "items",
+    [Squares(), TensorDataset(torch.arange(7.0)), {1: 2}, iter([1]), torch.tensor(1.0), 5],
+    ids=lambda items: type(items).__name__,
 )
 def test_what_has_no_slices_is_refused_with_what_to_do(items: Any) -> None:
     """A data set that would answer a slice with something else is not shared in silence."""
