@@ -63,7 +63,9 @@ class Heartbeat:
 
 @contextmanager
 def beating(beat: Callable[[], Heartbeat]) -> Iterator[None]:
-    """Renew a lease from a thread. What the session refuses ends that; the worker's next step is told the same.
+    """Renew a lease from a thread, until the end of the block or the optimizer's.
+
+    What the session refuses the worker's next step is told, too. After that it may join again, so the thread goes on.
 
     Args:
         beat: tries once.
@@ -85,5 +87,7 @@ def _beat(beat: Callable[[], Heartbeat], stopped: threading.Event) -> None:
             pause_s = min(beat().lease_s / BEATS, LONGEST_PAUSE_S)
         except Unavailable:
             pause_s = max(pause_s / 2, 1.0)
-        except (FarstepError, RuntimeError):  # it was refused, or the optimizer was closed meanwhile
+        except FarstepError:  # refused, as it is, too, if it overtook a join
+            pause_s = max(pause_s, 1.0)
+        except RuntimeError:  # the optimizer was closed meanwhile
             return

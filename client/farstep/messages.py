@@ -6,6 +6,7 @@ contents, is named by (session, worker, worker epoch, sequence): that name is wh
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from farstep.narrow import check_half
 
 FURTHEST_BEGINNING = 2**52
 """The highest version a session may begin at: room for the steps of a lifetime, and numbers that JSON can hold."""
+GROUP = re.compile(r"0|[1-9][0-9]{0,5}")
+"""The number of a param group as a key. No other spelling of it, or one map could name a group twice."""
 Wanted = Literal["all", "changed", "none"]
 Times = dict[str, float]
 
@@ -267,7 +270,7 @@ def _sparse(rows: list[Any]) -> tuple[Sparse, ...]:
 
 def _groups(values: dict[str, Any]) -> dict[int, dict[str, Any]]:
     for key, options in values.items():
-        if not key.isdecimal() or len(key) > 6 or type(options) is not dict:
+        if not GROUP.fullmatch(key) or type(options) is not dict:
             raise InvalidRequest(
                 f"Header key 'groups' has {key!r:.80}; it maps group numbers to options.", field="groups"
             )

@@ -25,6 +25,7 @@ from farstep import Async, Bounded, Heartbeat, Sync, worker
 from farstep.consistency import Consistency
 from farstep.conversation import Conversation
 from farstep.errors import FarstepError, Fenced, SessionFull, SessionLost, Unavailable
+from farstep.heartbeat import beating
 from farstep.optim import SGD, Adagrad
 from farstep.settings import RemoteOptions
 from tests.client.twins import drawn, parameters
@@ -170,18 +171,36 @@ def test_a_closed_optimizer_has_no_lease(shared: RemoteOptions) -> None:
             late()
 
 
-def test_a_thread_whose_worker_is_shut_out_ends(shared: RemoteOptions) -> None:
-    """What the session refuses is not asked for again, and the next step says why."""
+@pytest.mark.parametrize("refusal", [Fenced, SessionLost])
+def test_a_thread_that_is_refused_goes_on_when_its_worker_has_joined_again(
+    shared: RemoteOptions, refusal: type[FarstepError]
+) -> None:
+    """The next step says why it was refused; `rejoin` inside `keep_alive` has the lease kept again."""
+    w0 = joined(shared, "w0")
+    refused, renewed = threading.Event(), threading.Event()
+
+    def beat() -> Heartbeat:
+        if not refused.is_set():
+            refused.set()
+            raise refusal("as a server would")
+        found = w0.heartbeat()
+        renewed.set()
+        return found
+
+    with beating(beat):
+        assert refused.wait(WITHIN_S)
+        w0.rejoin()
+        assert renewed.wait(WITHIN_S)
+    w0.close()
+
+
+def test_a_thread_whose_optimizer_is_closed_ends(shared: RemoteOptions) -> None:
+    """Nobody has a lease to renew any more, and the block may last."""
     w0 = joined(shared, "w0", Async(lease_s=0.01))
     with w0.keep_alive():
-        other = joined(shared, "w0", Async(lease_s=0.01))
+        w0.close()
         while any(each.name == "farstep-heartbeat" for each in threading.enumerate()):
             pass
-    for p in w0.param_groups[0]["params"]:
-        p.grad = p.detach().clone()
-    with pytest.raises(Fenced):
-        w0.step()
-    other.close()
 
 
 # -- processes -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,19 @@ from contextlib import contextmanager
 
 NOBODY = ("--server", "http://127.0.0.1:9")
 LIMIT_S = 60.0
+
+
+class Gone:
+    """Notice the end of a process that is not a child."""
+
+    def __init__(self, pid: int) -> None:
+        self._fd = os.pidfd_open(pid)
+
+    def __call__(self) -> bool:
+        """Say whether it has ended, after waiting for that."""
+        ready, _, _ = select.select([self._fd], [], [], LIMIT_S)
+        os.close(self._fd)
+        return bool(ready)
 
 
 @contextmanager

@@ -64,6 +64,7 @@ def test_exit_codes_are_those_of_shells():
     assert [exit_code(code) for code in (0, 2, -9, -15)] == [0, 2, 137, 143]
     assert in_words(-9) == "was ended by SIGKILL"
     assert in_words(2) == "ended with exit code 2"
+    assert in_words(-(signal.SIGRTMIN + 3)) == f"was ended by signal {signal.SIGRTMIN + 3}"
 
 
 @given(st.integers(0, 3), st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 7, -9, -15])), max_size=40))

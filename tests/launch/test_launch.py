@@ -7,18 +7,15 @@ from __future__ import annotations
 
 import json
 import os
-import pty
-import select
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.launch.launching import LIMIT_S, NOBODY, heard, launching, said
+from tests.launch.launching import LIMIT_S, NOBODY, Gone, heard, launching, said
 from tests.service.servers import TOKEN, farstep, running_server
 
 PAUSE = "import signal; signal.pause()"
@@ -48,19 +45,6 @@ print("until", optimizer.version, sum(p.double().sum().item() for p in model.par
 def script(tmp_path: Path) -> Path:
     """Name a file for a script."""
     return tmp_path / "train.py"
-
-
-class Gone:
-    """Notice the end of a process that is not a child."""
-
-    def __init__(self, pid: int) -> None:
-        self._fd = os.pidfd_open(pid)
-
-    def __call__(self) -> bool:
-        """Say whether it has ended, after waiting for that."""
-        ready, _, _ = select.select([self._fd], [], [], LIMIT_S)
-        os.close(self._fd)
-        return bool(ready)
 
 
 # -- training --------------------------------------------------------------------------------------------------------
@@ -232,53 +216,6 @@ def test_lines_of_workers_are_whole_and_named(script: Path):
     assert all(line.startswith("launch | ") or " | a" in line for line in done.stderr.splitlines())
 
 
-def test_a_line_of_progress_on_a_terminal(script: Path, tmp_path: Path):
-    """On a terminal the last line says where session and workers are; lines of workers push it down, unharmed."""
-    os.mkfifo(tmp_path / "fifo")
-    script.write_text(
-        "import torch, farstep\n"
-        "p = torch.zeros(3, requires_grad=True)\n"
-        "p.grad = torch.ones(3)\n"
-        "optimizer = farstep.optim.SGD([p])\n"
-        "for _ in range(7): optimizer.step()\n"
-        "print('a line', flush=True)\n"
-        f"print(open({str(tmp_path / 'fifo')!r}).read())\n"
-    )
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-m", "farstep_service", "launch", "--session", "run", str(script)],
-        stdin=subprocess.DEVNULL,
-        stdout=theirs,
-        stderr=theirs,
-    ) as process:
-        os.close(theirs)
-        shown = until(ours, "run  version 7  ")
-        (tmp_path / "fifo").write_text("told")
-        shown += until(ours, None)
-        os.close(ours)
-        assert process.wait(LIMIT_S) == 0
-    assert "run  not there yet  |  w0 outside" in shown
-    assert "|  w0 trains" in shown
-    lines = [line.rpartition("\x1b[K")[2].rstrip("\r") for line in shown.split("\n")]
-    assert [line for line in lines if line.startswith("w0")] == ["w0     | a line", "w0     | told"]
-    assert lines[-1] == ""
-
-
-def until(terminal: int, wanted: str | None) -> str:
-    """Read from a terminal until it has shown something, or to its end."""
-    shown = b""
-    while wanted is None or wanted not in shown.decode():
-        try:
-            chunk = os.read(terminal, 65536)
-        except OSError:  # what Linux says when nobody has the terminal open any more
-            chunk = b""
-        if not chunk:
-            assert wanted is None, shown.decode()
-            break
-        shown += chunk
-    return shown.decode()
-
-
 def test_nobody_listens_any_more(script: Path):
     """When what reads the output has ended, so do the workers and the launch."""
     script.write_text("import os\nprint(os.getpid(), flush=True)\nwhile True: print('more', flush=True)")
@@ -343,6 +280,7 @@ def test_a_worker_that_does_not_listen_is_killed(script: Path, again: bool):
             while "SIGINT" not in process.stderr.readline():
                 pass
             process.send_signal(signal.SIGINT)
+            assert "launch | got SIGINT, which kills all workers" in process.communicate(timeout=LIMIT_S)[1]
         assert process.wait(LIMIT_S) == 130
 
 

@@ -19,7 +19,7 @@ import farstep
 
 me = farstep.worker()
 mine = [me.name, me.rank, me.count, me.local_rank, me.restart, me.session, me.share(list(range(5)))]
-print(json.dumps(mine), flush=True)
+print(json.dumps(mine) + "\\n", end="", flush=True)  # at once: torchrun's workers share a pipe
 """
 
 

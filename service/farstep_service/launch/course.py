@@ -94,4 +94,12 @@ def exit_code(code: int) -> int:
 
 def in_words(code: int) -> str:
     """Say how a process ended, from the exit code of `subprocess`."""
-    return f"ended with exit code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
+    return f"ended with exit code {code}" if code >= 0 else f"was ended by {_name(-code)}"
+
+
+def _name(number: int) -> str:
+    """Return what a signal is called; of those for programs' own use only the first and the last have names."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"

@@ -140,8 +140,10 @@ class _Run:
             if event.process != SERVER or event.stream == "stderr":
                 self._terminal.line(event.process, event.stream, event.line)
         elif isinstance(event, Signalled):
-            self._say(f"got {event.number.name}, which goes to all workers")
-            self._do(course.signalled(event.number))
+            handed_on = course.signalled(event.number)
+            verb = "goes to" if handed_on.number == event.number else "kills"
+            self._say(f"got {event.number.name}, which {verb} all workers")
+            self._do(handed_on)
         elif event.process == SERVER:
             if (stop := course.server_ended()) is not None:
                 self._say(f"the server {in_words(event.code)}; its sessions are gone, so all workers are ended")

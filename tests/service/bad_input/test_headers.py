@@ -37,6 +37,7 @@ def wrong(key: str, values: tuple[object, ...], code: str = "invalid_request", s
         *wrong("sparse", ([[0, 1, 1], [0, 1, 1]],)),
         *wrong("groups", (1, "0", [], True)),
         *wrong("groups", ({"a": {}}, {"-1": {}}, {"0": 1}, {"0": None}, {"1.0": {}}, {"": {}}, {"1234567": {}})),
+        *wrong("groups", ({"00": {}}, {"0": {"lr": 0.1}, "00": {"lr": 0.2}}, {"\u0660": {}}, {"0\n": {}})),
         *wrong("groups", ({"1": {"lr": 1}}, {"999999": {}}), "invalid_option", 422),
         *wrong("groups", ({"0": {"momentum": 1}}, {"0": {"lr": "1"}}, {"0": {"lr": None}}), "invalid_option", 422),
         *wrong("groups", ({"0": {"lr": True}}, {"0": {"lr": float("nan")}}), "invalid_option", 422),
