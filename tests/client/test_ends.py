@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from farstep.conversation import Conversation
-from farstep.errors import FarstepError, UnknownSession
-from farstep.optim import Adagrad
+from farstep.errors import FarstepError, Fenced, UnknownSession
+from farstep.optim import SGD, Adagrad
 from farstep.settings import RemoteOptions
 from tests.client.twins import Twins, check_parameters, drawn, parameters
 from tests.service.servers import RunningServer
@@ -80,3 +80,48 @@ def test_a_fork_does_not_end_the_session_of_its_parent(server: RunningServer) ->
     os.waitpid(child, 0)
     twins.train(1, first=2)
     twins.check()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_does_not_step_under_the_name_of_its_parent(server: RunningServer) -> None:
+    """Its step is refused: with the same gradient as its parent's next one, that would have passed for a repetition."""
+    parameter = torch.zeros(3, requires_grad=True)
+    optimizer = SGD([parameter], lr=1.0, server=server.url)
+    parameter.grad = torch.ones(3)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            optimizer.step()
+        except Fenced as error:
+            status = 0 if "forked" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    optimizer.step()
+    assert optimizer.version == 1
+    assert parameter.tolist() == [-1.0] * 3
+    optimizer.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_that_joins_again_is_the_worker(server: RunningServer) -> None:
+    """After `rejoin()` the fork steps, and its parent is the one that is fenced."""
+    parameter = torch.zeros(3, requires_grad=True)
+    optimizer = SGD([parameter], lr=1.0, server=server.url)
+    parameter.grad = torch.ones(3)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            optimizer.rejoin()
+            optimizer.step()
+            status = 0 if optimizer.version == 1 else 2
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(Fenced):
+        optimizer.step()
+    optimizer.rejoin()
+    assert parameter.tolist() == [-1.0] * 3
+    optimizer.close()

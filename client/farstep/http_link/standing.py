@@ -6,7 +6,6 @@ know: what they answer is refused before any of it reaches a parameter.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,12 +44,11 @@ class Standing:
         self.version = 0
         self._place = place
         self._writer = writer
-        self._process = os.getpid()
 
     @property
     def forked(self) -> bool:
         """Say whether this process is a fork of the worker, whose session and streams are its parent's."""
-        return self._process != os.getpid()
+        return self._writer.forked
 
     def join_(self, joined: Mapping[str, Any]) -> None:
         """Begin a new epoch of the worker, with what the server said when it joined."""

@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.parse import quote
 
 from farstep.conversation import Arrived, Conversation, Place, Received
-from farstep.errors import IdempotencyMismatch, Truncated, Unavailable
+from farstep.errors import Fenced, IdempotencyMismatch, Truncated, Unavailable
 from farstep.growth import AppendHead, outgrown
 from farstep.http_link.patience import Patience
 from farstep.messages import PushHead, PutHead, WriteName
@@ -47,6 +48,7 @@ class Writer:
         self._session = session
         self._patience = patience
         self._barrier_s = barrier_s
+        self._process = os.getpid()
         self._path = f"/v1/sessions/{quote(session)}"
         self.worker_path = f"{self._path}/workers/{quote(worker)}"
 
@@ -54,6 +56,11 @@ class Writer:
         """Take other times from now on: how long a push may wait for others, and how long a write is repeated."""
         self._barrier_s = barrier_s
         self._patience.timeout_s = timeout_s
+
+    @property
+    def forked(self) -> bool:
+        """Say whether this process is a fork of the one that joined, whose worker, session and streams these are."""
+        return self._process != os.getpid()
 
     @property
     def server(self) -> str:
@@ -66,7 +73,8 @@ class Writer:
         return self._patience.attempts
 
     def join(self, epoch: int, incarnation: str) -> None:
-        """Begin a new epoch of the worker in a session's life."""
+        """Begin a new epoch of the worker in a session's life, from this process."""
+        self._process = os.getpid()
         self.names.join(epoch)
         self.incarnation = incarnation
 
@@ -115,8 +123,10 @@ class Writer:
             begun: the first try, which is on its way already.
 
         Raises:
+            Fenced: this process was forked from the worker's.
             FarstepError: the server refused it, or `Unavailable`: its outcome is unknown.
         """
+        self._check_mine()
         while True:
             header = self._named(head, payload)
             self._check_known(header)
@@ -145,6 +155,15 @@ class Writer:
             else:
                 self.names.committed(header["seq"])
                 return received
+
+    def _check_mine(self) -> None:
+        """Refuse a second process under one name: of two equal writes one would pass for a repetition."""
+        if self.forked:
+            raise Fenced(
+                f"This process was forked from worker {self.names.worker!r} of session {self._session!r}.",
+                remedy="Make an optimizer of its own in each process, or take the worker over with rejoin().",
+                side="client",
+            )
 
     def _check_known(self, header: Mapping[str, Any]) -> None:
         """Refuse a write of a worker that does not know a group of its own, because it got no answer to it.

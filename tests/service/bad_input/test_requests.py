@@ -195,7 +195,8 @@ def test_what_is_refused_is_forgotten(worker: RawWorker, server: RunningServer) 
         "epoch": 1,
         "sequence": worker.last,
         "waiting": False,
-        "live": page["workers"]["w0"]["live"],  # a matter of how long the tests took
+        "live": page["workers"]["w0"]["live"],  # a matter of how long the tests took, as the next one
+        "lease_s": page["workers"]["w0"]["lease_s"],
     }
 
 
