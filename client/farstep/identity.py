@@ -141,6 +141,7 @@ class Worker:
             size = len(items)
             share = items[part]
             fits = len(share) == len(range(size)[part])
+        # What may come of a slice that is not taken: torch's `Dataset` says NotImplementedError, a map KeyError.
         except (TypeError, KeyError, AttributeError, IndexError, ValueError, NotImplementedError):
             fits = False
         if not fits:

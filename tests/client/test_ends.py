@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +13,7 @@ from farstep.errors import FarstepError, Fenced, UnknownSession
 from farstep.optim import SGD, Adagrad
 from farstep.settings import RemoteOptions
 from tests.client.twins import Twins, check_parameters, drawn, parameters
+from tests.forks import in_a_fork
 from tests.service.servers import RunningServer
 
 
@@ -71,13 +71,7 @@ def test_a_fork_does_not_end_the_session_of_its_parent(server: RunningServer) ->
     """A process that was forked off, as by a data loader, may drop its copy of the optimizer; the session stays."""
     twins = Twins("Adagrad", {}, {"server": server.url, "kernel": "reference"})
     twins.train(1)
-    child = os.fork()
-    if not child:
-        try:
-            twins.ours.close()
-        finally:
-            os._exit(0)
-    os.waitpid(child, 0)
+    assert in_a_fork(twins.ours.close) == 0
     twins.train(1, first=2)
     twins.check()
 
@@ -88,16 +82,12 @@ def test_a_fork_does_not_step_under_the_name_of_its_parent(server: RunningServer
     parameter = torch.zeros(3, requires_grad=True)
     optimizer = SGD([parameter], lr=1.0, server=server.url)
     parameter.grad = torch.ones(3)
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
+
+    def step() -> None:
+        with pytest.raises(Fenced, match="forked"):
             optimizer.step()
-        except Fenced as error:
-            status = 0 if "forked" in str(error) else 2
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+
+    assert in_a_fork(step) == 0
     optimizer.step()
     assert optimizer.version == 1
     assert parameter.tolist() == [-1.0] * 3
@@ -110,16 +100,13 @@ def test_a_fork_that_joins_again_is_the_worker(server: RunningServer) -> None:
     parameter = torch.zeros(3, requires_grad=True)
     optimizer = SGD([parameter], lr=1.0, server=server.url)
     parameter.grad = torch.ones(3)
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            optimizer.rejoin()
-            optimizer.step()
-            status = 0 if optimizer.version == 1 else 2
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def step() -> None:
+        optimizer.rejoin()
+        optimizer.step()
+        assert optimizer.version == 1
+
+    assert in_a_fork(step) == 0
     with pytest.raises(Fenced):
         optimizer.step()
     optimizer.rejoin()

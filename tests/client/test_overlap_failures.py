@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from farstep.transport import Supply
 from tests.client.carrying import Carrying
 from tests.client.overlapping import Both, Net, backward, loss_of, plain, wait_until_sent
 from tests.faults import Network, Way
+from tests.forks import in_a_fork
 from tests.service.servers import RunningServer, running_server
 
 Optimizer = torch.optim.Optimizer
@@ -264,18 +263,13 @@ def test_a_fork_leaves_the_stream_to_its_parent(server: RunningServer, tmp_path:
     both.theirs.zero_grad()
     backward(both.here, both.steps)
     backward(both.there, both.steps)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        signal.alarm(20)  # rather than a test that hangs
-        try:
-            both.ours.zero_grad()
-            backward(both.here, 77)
-            both.ours.pull()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def pull() -> None:
+        both.ours.zero_grad()
+        backward(both.here, 77)
+        both.ours.pull()
+
+    assert in_a_fork(pull) == 0
     both.ours.step()
     both.theirs.step()
     assert both.ours.last_step is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from farstep.settings import RemoteOptions
 from farstep.unix import path_of_url
 from tests.client.twins import Twins, check_parameters, drawn
 from tests.faults import faulty
+from tests.forks import in_a_fork
 from tests.parity.cases import STEPPED
 from tests.service.servers import RunningServer, running_server
 
@@ -264,18 +264,13 @@ def test_a_fork_leaves_the_memory_to_its_parent(local: RunningServer) -> None:
     twins = twins_at(local.unix)
     twins.step(drawn(1, SHAPES))
     link = twins.ours
-    child = os.fork()
-    if child == 0:
-        status = 1
-        signal.alarm(20)  # rather than a test that hangs
-        try:
-            for p in twins.here:
-                p.data.fill_(7.0)
-            link.pull()
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0
+
+    def pull() -> None:
+        for p in twins.here:
+            p.data.fill_(7.0)
+        link.pull()
+
+    assert in_a_fork(pull) == 0
     twins.step(drawn(2, SHAPES))
     assert path_of(twins.ours) == SHARED
     twins.check()

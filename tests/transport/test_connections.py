@@ -1,7 +1,6 @@
 """Connections are kept, replaced when that is harmless, and never shared by mistake."""
 
 import gc
-import os
 import socket
 import threading
 from collections.abc import Callable
@@ -12,6 +11,7 @@ import pytest
 
 from farstep.transport import Pieces, SocketTransport, body_of, dial_tcp
 from farstep.transport.pool import Origin
+from tests.forks import in_a_fork
 from tests.transport.scripted import PATIENCE_S, Peer, Stage
 from tests.transport.scripts import answer_all, answer_once, answer_then_hang_up, answer_then_reset
 
@@ -248,17 +248,12 @@ def test_a_fork_opens_its_own_connections(stage: Staging, client: httpx.Client):
 
     server = stage(note, answer_once)
     client.get(f"{server.url}/parent")
-    child = os.fork()
-    if not child:
-        status = 1
-        try:
-            # the second connection is served after the first has ended, so the child only opens it
+
+    def post() -> None:
+        with pytest.raises(httpx.ReadTimeout):  # the second connection is served after the first has ended
             client.post(f"{server.url}/child", timeout=httpx.Timeout(PATIENCE_S, read=0.2))
-        except httpx.ReadTimeout:
-            status = 0
-        finally:
-            os._exit(status)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    assert in_a_fork(post) == 0
     client.get(f"{server.url}/parent")
     assert heads == ["/parent", "/parent"]
     client.close()
@@ -279,16 +274,12 @@ def test_a_fork_cannot_read_its_parents_body(stage: Staging, client: httpx.Clien
     with client.stream("GET", server.url) as response:
         body, view = body_of(response), memoryview(bytearray(10))
         assert body.readinto(view) == 4
-        child = os.fork()
-        if not child:
-            status = 1
-            try:
+
+        def read() -> None:
+            with pytest.raises(httpx.ReadError):
                 body.readinto(view)
-            except httpx.ReadError:
-                status = 0
-            finally:
-                os._exit(status)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+        assert in_a_fork(read) == 0
         go_on.set()
         assert body.readinto(view[4:]) == 6
         assert bytes(view) == b"half-other"
