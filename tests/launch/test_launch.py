@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from pathlib import Path
 
@@ -81,29 +80,28 @@ def undisturbed() -> torch.nn.Module:
     return model
 
 
+SERVER_PID = """
+import os, signal, socket, struct
+import torch, farstep
+farstep.optim.SGD([torch.zeros(3, requires_grad=True)])
+server = socket.socket(socket.AF_UNIX)
+server.connect(os.environ["FARSTEP_SERVER"].removeprefix("unix://"))
+pid, _, _ = struct.unpack("3i", server.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+print(pid, flush=True)
+signal.pause()
+"""
+"""Prints the process that listens at the launch's own socket, as the kernel knows it."""
+
+
 def test_the_end_of_the_server_ends_the_run(script: Path):
     """Without the launch's own server there is nothing to go on with: workers are ended, the exit code is 1."""
-    script.write_text("import signal; print('here', flush=True); signal.pause()")
+    script.write_text(SERVER_PID)
     with launching("-n", "1", str(script)) as process:
-        heard(process, "w0     | here")
-        listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True).stdout
-        (server,) = [
-            int(line.split()[0])
-            for line in listed.splitlines()
-            if f"leash.py {process.pid} " not in line and "serve --unix" in line and parent(line) == process.pid
-        ]
-        os.kill(server, signal.SIGKILL)
+        assert process.stdout is not None
+        os.kill(int(process.stdout.readline().rpartition("|")[2]), signal.SIGKILL)
         _, stderr = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 1
     assert "the server was ended by SIGKILL; its sessions are gone" in stderr
-
-
-def parent(line: str) -> int:
-    """Return the parent of a process that `ps` lists, 0 if it has ended."""
-    try:
-        return int(Path(f"/proc/{line.split()[0]}/stat").read_text().rpartition(")")[2].split()[1])
-    except FileNotFoundError:
-        return 0
 
 
 @pytest.mark.parametrize(("token", "stranger"), [(TOKEN, "refused"), (None, "let in")])
