@@ -19,7 +19,6 @@ from functools import partial
 from itertools import chain
 from typing import Any, cast
 
-import httptools
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 from uvicorn._types import ASGI3Application, HTTPScope
@@ -29,6 +28,7 @@ from farstep.errors import FarstepError, InvalidRequest, LimitExceeded
 from farstep_service.hosts import begin
 from farstep_service.routes import PROBLEM, RECEIVE_INTO, Pace, Sink, problem_of
 from farstep_service.server.answering import Answering
+from farstep_service.server.parsing import Parser
 from farstep_service.server.receiving import Reading
 from farstep_service.server.repeated import Head
 
@@ -64,6 +64,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.parser = Parser(self)  # type: ignore[assignment]
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -206,8 +207,7 @@ class Protocol(HttpToolsProtocol):
         self.transport.pause_reading()
         self.transport.set_protocol(self)
         self.transport.resume_reading()
-        self.parser = httptools.HttpRequestParser(self)
-        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+        self.parser = Parser(self)  # type: ignore[assignment]
         self._between = True
         self.cycle.more_body = False
         self.cycle.message_event.set()
