@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from farstep_service.limits import CONNECTION, ConnectionLimits
 from farstep_service.routes import Pace
-from farstep_service.server.protocol import MAX_HEAD_BYTES, MAX_HEADERS, Protocol
+from farstep_service.server.protocol import Protocol
 from tests.service.answers import MSGPACK, TIMEOUT_S, read_answer
 from tests.service.echoing import Echo, echo, read_one, request, serving
 
@@ -20,8 +22,9 @@ PAYLOAD = bytes(range(256)) * 4096
 class Hasty(Protocol):
     """A connection with little patience."""
 
-    head_s = 0.05
-    stalled_s = 0.2
+    limits = ConnectionLimits(
+        head=replace(CONNECTION.head, within_s=0.05), reading=replace(CONNECTION.reading, silent_s=0.2)
+    )
 
 
 def test_a_silent_connection_is_closed():
@@ -43,9 +46,9 @@ def test_half_a_head_is_answered():
 @pytest.mark.parametrize(
     "lines",
     [
-        [f"x-{number}: 1" for number in range(MAX_HEADERS + 1)],
-        [f"x-long: {'a' * MAX_HEAD_BYTES}"],
-        ["x-endless: " + "a" * 2 * MAX_HEAD_BYTES],
+        [f"x-{number}: 1" for number in range(CONNECTION.head.most + 1)],
+        [f"x-long: {'a' * CONNECTION.head.most_bytes}"],
+        ["x-endless: " + "a" * 2 * CONNECTION.head.most_bytes],
     ],
     ids=["many", "long", "endless"],
 )

@@ -19,6 +19,7 @@ from starlette.types import Receive, Scope, Send
 from farstep.errors import InvalidRequest, LimitExceeded, Truncated, UnsupportedMedia
 from farstep.wire import CONTENT_TYPE, Decoder, encode
 from farstep_service.hosts import in_task
+from farstep_service.limits import CONNECTION
 
 MSGPACK = CONTENT_TYPE.encode()
 TAIL_BYTES = 128 * 1024
@@ -43,7 +44,7 @@ class Pace:
     """
 
     idle_s: float
-    bytes_per_s: float = 16 * 1024
+    bytes_per_s: float = CONNECTION.body.least_bytes_per_s
 
     def allowed_s(self, received: int) -> float:
         """Return the seconds that so many bytes may take."""

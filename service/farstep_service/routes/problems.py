@@ -29,13 +29,14 @@ from farstep.errors import (
     Unavailable,
 )
 from farstep_service.auth import Tokens
+from farstep_service.limits import DOCUMENTS
 
 PROBLEM = b"application/problem+json"
 RETRY_AFTER_S = b"1"
 LONGEST = {"detail": 1000, "field": 200, "limit": 200}
 """Characters of a problem's texts."""
-MAX_DOCUMENT_BYTES = 32 * 2**20
-"""Size of a JSON document at most; 100,000 parameters with long names fit."""
+MAX_DOCUMENT_BYTES = DOCUMENTS.other_bytes
+"""Size of a JSON document at most."""
 
 log = logging.getLogger("farstep.server")
 

@@ -1,9 +1,9 @@
 """One HTTP connection: uvicorn's, with limits, deadlines, and bodies that arrive where they are used.
 
-    waiting     a head must be complete within `head_s`, in `MAX_HEAD_BYTES` and `MAX_HEADERS`
+    waiting     a head must be complete within the limits of `farstep_service.limits`, as all that follows
     head        handed to the application
     body        an endpoint that says where it goes gets it there (`receiving.py`); otherwise in pieces, as ASGI has it
-    answer      a reader that takes nothing for `stalled_s` is cut off, so that it cannot hold a version for ever
+    answer      a reader that takes nothing for long is cut off, so that it cannot hold a version for ever
     idle        uvicorn's keep-alive
 
 A request begins when all that came with its head has been read, and goes as far as it can without waiting: a small push
@@ -26,29 +26,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from farstep.errors import FarstepError, InvalidRequest, LimitExceeded
 from farstep_service.hosts import begin
+from farstep_service.limits import CONNECTION
 from farstep_service.routes import PROBLEM, RECEIVE_INTO, Pace, Sink, problem_of
 from farstep_service.server.answering import Answering
 from farstep_service.server.parsing import Parser
 from farstep_service.server.receiving import Reading
 from farstep_service.server.repeated import Head
 
-MAX_HEAD_BYTES = 32 * 1024
-"""Bytes of a request line and its headers, at most."""
-MAX_HEADERS = 100
-HEAD_S = 10.0
-"""Seconds within which a request's head must be complete."""
-STALLED_S = 60.0
-"""Seconds for which a client may take nothing of an answer that waits for it."""
 LOOKS = 4
-"""How often within that time its progress is looked at."""
+"""How often within the time for which a reader may take nothing its progress is looked at."""
 HEADERS_TOO_LARGE = 431
 
 
 class Protocol(HttpToolsProtocol):
     """Speak HTTP/1.1 on one connection; `uvicorn.Config(http=Protocol)`."""
 
-    head_s = HEAD_S
-    stalled_s = STALLED_S
+    limits = CONNECTION
 
     _head_timer: asyncio.TimerHandle | None = None
     _stall_timer: asyncio.TimerHandle | None = None
@@ -81,8 +74,9 @@ class Protocol(HttpToolsProtocol):
             self._head = Head.of(begun, cast("dict[str, Any]", self.scope))
         if self._in_head:
             self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self._refuse_head(f"The request's head has more than {MAX_HEAD_BYTES} bytes.", MAX_HEAD_BYTES)
+            if self._head_bytes > self.limits.head.most_bytes:
+                most = self.limits.head.most_bytes
+                self._refuse_head(f"The request's head has more than {most} bytes.", most)
         if self._next is not None:
             self._begin_next()
 
@@ -124,10 +118,11 @@ class Protocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._head_timer = _cancelled(self._head_timer)
         size = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
-        if size > MAX_HEAD_BYTES or len(self.headers) > MAX_HEADERS:
+        limit = self.limits.head
+        if size > limit.most_bytes or len(self.headers) > limit.most:
             self._refuse_head(
                 f"The request's head has {len(self.headers)} headers and {size} bytes.",
-                MAX_HEADERS if len(self.headers) > MAX_HEADERS else MAX_HEAD_BYTES,
+                limit.most if len(self.headers) > limit.most else limit.most_bytes,
             )
             return
         super().on_headers_complete()
@@ -147,14 +142,14 @@ class Protocol(HttpToolsProtocol):
         self._in_head = True
         self._head_bytes = 0
         self._head_timer = _cancelled(self._head_timer)
-        self._head_timer = self.loop.call_later(self.head_s, self._head_is_late)
+        self._head_timer = self.loop.call_later(self.limits.head.within_s, self._head_is_late)
 
     def _head_is_late(self) -> None:
         if self._head_bytes == 0:
             self.transport.close()  # it never asked anything
             return
         late = InvalidRequest(
-            f"The request's head was not complete after {self.head_s:g} s.", remedy="Send it in one go."
+            f"The request's head was not complete after {self.limits.head.within_s:g} s.", remedy="Send it in one go."
         )
         self._answer_and_close(408, late)
 
@@ -242,7 +237,7 @@ class Protocol(HttpToolsProtocol):
         self._stall_timer = _cancelled(self._stall_timer)
 
     def _watch(self, left: int, looks: int) -> None:
-        self._stall_timer = self.loop.call_later(self.stalled_s / LOOKS, self._look, left, looks)
+        self._stall_timer = self.loop.call_later(self.limits.reading.silent_s / LOOKS, self._look, left, looks)
 
     def _look(self, left: int, looks: int) -> None:
         now = self.transport.get_write_buffer_size()

@@ -23,6 +23,7 @@ from typing import TypedDict
 import uvicorn
 
 from farstep.unix import url_of_path
+from farstep_service.limits import CONNECTION
 from farstep_service.server.address import BACKLOG, bind, url_of
 from farstep_service.server.machine import (
     check_device,
@@ -37,8 +38,6 @@ from farstep_service.settings import Settings
 
 GRACE_S = 8
 """Seconds for requests in flight; container runtimes send SIGKILL ten seconds after SIGTERM."""
-KEEP_ALIVE_S = 120
-"""Seconds a connection may be idle: longer than clients keep theirs (60 s), or a push would meet a closed one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +112,7 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
             ws="none",
             workers=1,
             backlog=BACKLOG,
-            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_keep_alive=int(CONNECTION.idle.within_s),
             timeout_graceful_shutdown=GRACE_S,
             proxy_headers=False,
             server_header=False,

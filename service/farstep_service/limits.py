@@ -1,0 +1,117 @@
+"""What each state of a connection may cost: bytes, requests, time, and the rate below which it is given up.
+
+A connection is in one state at a time. Each has a row here, `farstep_service.server.protocol` holds connections to it,
+and docs/limits.md shows the same rows to users; a test compares the two.
+
+A state in which a client without a token can be costs little: kilobytes, and seconds. Behind the token a body is as
+large as the session that it is for, and then it is the rate that tells a slow client from one that never ends.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from math import inf
+
+KIB = 2**10
+MIB = 2**20
+UNBOUNDED = sys.maxsize
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limit:
+    """Bound one state of a connection; where a field keeps its default, something else is the bound.
+
+    Attributes:
+        state: where the connection is, in words.
+        token: whether only who has shown a token gets here; a server without tokens asks nobody for one.
+        most_bytes: bytes received in this state.
+        most: how many `things` there may be.
+        things: what is counted.
+        within_s: seconds in this state, however much happens.
+        silent_s: seconds without a byte.
+        least_bytes_per_s: rate on the whole, once `silent_s` has passed.
+        beyond: what happens to a connection that passes a bound.
+    """
+
+    state: str
+    token: bool = False
+    most_bytes: int = UNBOUNDED
+    most: int = UNBOUNDED
+    things: str = ""
+    within_s: float = inf
+    silent_s: float = inf
+    least_bytes_per_s: float = 0.0
+    beyond: str
+
+    def __post_init__(self) -> None:
+        for name in ("most_bytes", "most", "within_s", "silent_s"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"Invalid {name}={getattr(self, name)}. Must be above 0.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionLimits:
+    """The table: one limit for each state of a connection, in the order in which a request goes through them."""
+
+    waiting: Limit = Limit(
+        state="connected, nothing sent yet",
+        within_s=10.0,
+        beyond="closed without a word",
+    )
+    head: Limit = Limit(
+        state="sending the head of a request",
+        most_bytes=32 * KIB,
+        most=100,
+        things="headers",
+        within_s=10.0,
+        beyond="408, or 431 `limit_exceeded`; closed",
+    )
+    body: Limit = Limit(
+        state="sending a body",
+        token=True,
+        silent_s=30.0,
+        least_bytes_per_s=16 * KIB,
+        beyond="400 `truncated`; closed if nothing more comes",
+    )
+    reading: Limit = Limit(
+        state="reading an answer",
+        silent_s=60.0,
+        beyond="cut off",
+    )
+    idle: Limit = Limit(
+        state="between two requests",
+        within_s=120.0,  # longer than clients keep theirs (60 s), or a push would meet a closed one
+        beyond="closed without a word",
+    )
+
+    def rows(self) -> Mapping[str, Limit]:
+        """Return every limit by its name."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DocumentLimits:
+    """Bytes of the JSON documents that come in, by route.
+
+    Attributes:
+        other_bytes: for routes that are not named.
+        by_route: bytes by method and path, as `POST /v1/sessions`.
+    """
+
+    other_bytes: int
+    by_route: Mapping[str, int]
+
+    def most_bytes(self, method: str, path: str) -> int:
+        """Return the bytes that a document may have.
+
+        Args:
+            path: the route's path with its parameters in braces, as `/v1/sessions/{name}/groups`.
+        """
+        return self.by_route.get(f"{method} {path}", self.other_bytes)
+
+
+CONNECTION = ConnectionLimits()
+DOCUMENTS = DocumentLimits(other_bytes=32 * MIB, by_route={})
+"""100,000 parameters with long names fit."""
