@@ -16,6 +16,7 @@
     │   ├── SessionExists         409  a session of that name is there, and would have to be another one
     │   ├── NotInitialised        409  the session's first parameters have not arrived
     │   ├── SequenceGap           409  a push before this one is missing
+    │   ├── ReceiptExpired        409  a push is repeated whose receipt is not kept any more; it was not applied again
     │   ├── Fenced                409  the worker's name was taken, or the session has grown
     │   ├── SessionFull           409  every place of a sync session is taken
     │   ├── BarrierTimeout        409  a push waited for others until its deadline; it was not applied
@@ -195,6 +196,12 @@ class SequenceGap(Conflict):
     """A push before this one is missing."""
 
     code = "sequence_gap"
+
+
+class ReceiptExpired(Conflict):
+    """This write was committed so long ago that its receipt is not kept any more; it was not applied again."""
+
+    code = "receipt_expired"
 
 
 class Fenced(Conflict):

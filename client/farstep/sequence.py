@@ -25,7 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from farstep.errors import FarstepError
+from farstep.errors import FarstepError, ReceiptExpired
 from farstep.messages import WriteName
 from farstep.payload import Payload, batches_of, never_sent
 
@@ -91,7 +91,10 @@ class Names:
         self.unanswered, self.unsure = None, False
 
     def failed(self, header: Mapping[str, Any], payload: Payload, error: BaseException) -> None:
-        """Take note that a write ended in an error: refused, or unknown."""
+        """Take note that a write ended in an error: refused, unknown, or committed with a receipt that is gone."""
+        if isinstance(error, ReceiptExpired):
+            self.unanswered, self.unsure, self.earlier = None, True, "applied"
+            return
         if not is_refusal(error) and ("area" in header or not never_sent(payload)):
             again = {key: value for key, value in header.items() if key != "deliver"}
             self.unanswered, self.unsure = Unanswered(again, digest_of(payload)), True

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farstep.errors import Fenced, IdempotencyMismatch, SequenceGap
+from farstep.errors import Fenced, IdempotencyMismatch, ReceiptExpired, SequenceGap
 from farstep.messages import WriteName
 from farstep.receipt import Receipt
 from farstep_service.aggregation import Ledger
@@ -74,13 +74,21 @@ def test_a_worker_that_never_joined_is_fenced() -> None:
         Ledger().judge(WriteName("w0", 1, 1), "a")
 
 
-def test_receipts_older_than_the_window_are_still_duplicates() -> None:
-    """A retry of a write whose receipt was dropped is known to be a duplicate all the same."""
+@pytest.mark.parametrize("content", ["a", "b", None])
+def test_no_receipt_is_invented_for_a_write_older_than_those_kept(content: str | None) -> None:
+    """A retry of a write whose receipt is gone is refused with what is known, whatever it holds; the next are kept."""
     ledger = Ledger()
     epoch = ledger.join("w0")
     for sequence in range(1, RECEIPTS_KEPT + 3):
         committed(ledger, WriteName("w0", epoch, sequence))
-    assert ledger.judge(WriteName("w0", epoch, 1), "a") is not None
+    for sequence in (1, 2):
+        with pytest.raises(ReceiptExpired) as refused:
+            ledger.judge(WriteName("w0", epoch, sequence), content)
+        assert refused.value.extra["last"] == RECEIPTS_KEPT + 2
+        assert refused.value.limit == RECEIPTS_KEPT
+    oldest = ledger.judge(WriteName("w0", epoch, 3), "a")
+    assert oldest is not None
+    assert oldest.version == 3
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 5), st.sampled_from("xy")), max_size=60))

@@ -6,7 +6,7 @@ from collections.abc import Generator
 
 import pytest
 
-from farstep.errors import BarrierTimeout, InvalidRequest, NonFinite, StepInterrupted, Unavailable
+from farstep.errors import BarrierTimeout, InvalidRequest, NonFinite, ReceiptExpired, StepInterrupted, Unavailable
 from farstep.growth import AppendHead
 from farstep.messages import PushHead
 from farstep.sequence import Names
@@ -42,6 +42,17 @@ def test_a_refusal_frees_the_sequence(error: Exception) -> None:
     names.failed(header(names), PAYLOAD, error)
     assert not names.unsure
     assert names.next().sequence == 1
+
+
+def test_a_receipt_that_is_not_kept_any_more_frees_nothing() -> None:
+    """The write was applied, once: the server says which sequence is next, and the next report that it was."""
+    names = joined()
+    names.failed(header(names), PAYLOAD, ReceiptExpired("long ago", last=90))
+    assert names.unsure
+    assert names.unanswered is None
+    names.learn(90)
+    assert names.next().sequence == 91
+    assert names.tell() == "applied"
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,20 @@ def test_export_and_import(server: RunningServer, raw: RawClient, worker: RawWor
     assert raw.join("again", "w0", LARGE, groups=[{"lr": 0.1}]).joined["initialised"]  # by the options of its creation
 
 
+def test_an_export_after_a_switch_has_the_mode_in_force(
+    server: RunningServer, raw: RawClient, worker: RawWorker, file: Path
+) -> None:
+    """The mode that a session was created in is over: what is imported is joined in the one that it was switched to."""
+    mode = {"mode": "bounded", "staleness": 3}
+    worker.raw.json("PUT", f"{worker.path}/consistency", {"consistency": mode})
+    farstep.export_session("digits", file, server=server.url)
+    farstep.import_session(file, server=server.url, name="again")
+    here, there = (raw.request("GET", f"/v1/sessions/{name}").document for name in ("digits", "again"))
+    assert there["consistency"] == here["consistency"]
+    assert there["consistency"]["mode"] == "bounded"
+    assert raw.join("again", "w0", LARGE, consistency=mode).joined["initialised"]
+
+
 def test_both_verbs_answer_in_json(server: RunningServer, worker: RawWorker, file: Path) -> None:
     """--json prints one line: what went where, or the problem."""
     options = ("--server", server.url, "--json")

@@ -16,6 +16,7 @@ from farstep.errors import (
     InvalidRequest,
     NonFinite,
     NotInitialised,
+    ReceiptExpired,
     SequenceGap,
     SessionLost,
     TensorMismatch,
@@ -57,19 +58,20 @@ def test_a_write_seen_before_gets_the_original_receipt() -> None:
     assert session.version == 2
 
 
-def test_a_write_older_than_the_receipts_kept_is_still_a_duplicate() -> None:
-    """A push whose receipt has been forgotten is not applied again either; its receipt names no version."""
+def test_a_write_older_than_the_receipts_kept_is_refused() -> None:
+    """A push whose receipt has been forgotten is not applied again either, and no receipt is invented for it."""
     session = new_session(names=("b",))
     (writer,) = begun(session)
     first = writer.named()
     gradients = values(session, 1)
     for _ in range(RECEIPTS_KEPT + 1):
         writer.push(gradients)
-    version = session.version
-    outcome = writer.push(gradients, sequence=first.sequence)[first]
-    assert outcome.duplicate
-    assert outcome.result == Receipt(version=0, base=0)
-    assert session.version == version
+    version, last = session.version, writer.last
+    with pytest.raises(ReceiptExpired) as refused:
+        writer.push(gradients, sequence=first.sequence)
+    assert refused.value.extra["last"] == last
+    assert (session.version, session.position(writer.name)[1]) == (version, last)
+    assert receipt(writer.push(gradients), writer.named(last + 1)).version == version + 1
 
 
 def test_another_content_under_a_name_that_is_taken_is_refused() -> None:

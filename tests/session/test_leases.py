@@ -2,10 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
+import torch
 
 from farstep.consistency import Async, Bounded, Consistency, Sync, to_options
-from farstep.errors import FarstepError, Fenced, SessionFull, SessionLost
+from farstep.errors import (
+    FarstepError,
+    Fenced,
+    IdempotencyMismatch,
+    InvalidOption,
+    NonFinite,
+    OptionsDiffer,
+    ReceiptExpired,
+    SequenceGap,
+    SessionFull,
+    SessionLost,
+    TensorMismatch,
+)
+from farstep_service.aggregation.ledger import RECEIPTS_KEPT
 from farstep_service.session import Session
 from tests.session.writers import Writer, begun, error, new_session, receipt, values
 
@@ -105,6 +122,72 @@ def test_who_is_not_this_worker_renews_nothing(
     with pytest.raises(kind, match=said):
         session.renew(worker, epoch, incarnation, 5.0)
     assert [session.lease_s(name, 5.0) for name in NAMES] == [7.0, 5.0]
+
+
+Request = Callable[[Session, Writer], object]
+
+
+def nan(session: Session) -> list[torch.Tensor]:
+    return [torch.full_like(each, torch.nan) for each in values(session, 1)]
+
+
+REFUSED: list[tuple[str, type[FarstepError], Request]] = [
+    ("push of a fenced epoch", Fenced, lambda s, w: replace(w, epoch=7).push(values(s, 1), now=6.0)),
+    ("push of another life", SessionLost, lambda s, w: w.push(values(s, 1), incarnation="there", now=6.0)),
+    ("push after a gap", SequenceGap, lambda s, w: w.push(values(s, 1), sequence=w.last + 2, now=6.0)),
+    ("push of other content", IdempotencyMismatch, lambda s, w: w.push(values(s, 2), sequence=w.last, now=6.0)),
+    ("push of long ago", ReceiptExpired, lambda s, w: w.push(values(s, 1), sequence=1, now=6.0)),
+    ("push of NaN", NonFinite, lambda s, w: w.push(nan(s), now=6.0)),
+    ("push with a wrong option", InvalidOption, lambda s, w: w.push(values(s, 1), groups={0: {"no": 1.0}}, now=6.0)),
+    ("push to a version to come", TensorMismatch, lambda s, w: w.push(values(s, 1), base=s.version + 1, now=6.0)),
+    ("contents of a fenced epoch", Fenced, lambda s, w: replace(w, epoch=7).put({"param": values(s, 1)}, now=6.0)),
+    ("contents after a gap", SequenceGap, lambda s, w: w.put({"param": values(s, 1)}, sequence=w.last + 2, now=6.0)),
+    ("contents of another life", SessionLost, lambda s, w: w.put({"param": values(s, 1)}, incarnation="x", now=6.0)),
+    ("contents under a taken name", IdempotencyMismatch, lambda s, w: w.put({"param": values(s, 3)}, sequence=w.last)),
+    ("a field that is not there", InvalidOption, lambda s, w: w.put({"momentum": values(s, 1)}, now=6.0)),
+    ("a group after a gap", SequenceGap, lambda s, w: w.append({"x": torch.ones(2)}, sequence=w.last + 2, now=6.0)),
+    ("a group of a fenced epoch", Fenced, lambda s, w: replace(w, epoch=7).append({"x": torch.ones(2)}, now=6.0)),
+    ("a group that is another", OptionsDiffer, lambda s, w: w.append({"x": torch.ones(2)}, group=0, now=6.0)),
+    ("a group before others", InvalidOption, lambda s, w: w.append({"x": torch.ones(2)}, group=5, now=6.0)),
+    ("a join without a place", SessionFull, lambda s, w: s.join("w2", 6.0)),
+    ("a mode without places", SessionFull, lambda s, w: s.set_consistency(Sync(workers=1), 6.0)),
+]
+
+
+@pytest.mark.parametrize(("kind", "request_"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED])
+def test_what_is_refused_leaves_no_trace(kind: type[FarstepError], request_: Request) -> None:
+    """Whatever is wrong with a request: leases, places, sequences and the version are as they were."""
+    session, w0, w1 = started(Sync(workers=2, quorum=1, lease_s=LEASE_S))
+    for _ in range(RECEIPTS_KEPT + 1):
+        w0.push(values(session, 1), now=1.0)
+
+    def trace() -> object:
+        return [(session.position(n), session.lease_s(n, 6.0)) for n in session.workers], session.version, session.plan
+
+    before = trace()
+    with pytest.raises(kind):
+        request_(session, w0)
+    assert trace() == before
+    assert session.workers == [*NAMES]
+    assert w1.last == 0
+
+
+def test_a_refused_push_does_not_bring_a_worker_back() -> None:
+    """One whose lease has run out is still not waited for: the others step without it."""
+    session, w0, w1 = started(Sync(workers="live", lease_s=LEASE_S))
+    with pytest.raises(NonFinite):
+        w1.push(nan(session), now=LEASE_S + 1)
+    assert session.lease_s("w1", LEASE_S + 1) == 0.0
+    name = w0.named()
+    assert receipt(w0.push(values(session, 0), now=LEASE_S + 1), name).divisor == 1
+
+
+def test_a_repeated_push_is_a_sign_of_life() -> None:
+    """It is answered with its receipt, and renews the lease like any write that is not refused."""
+    session, w0, _ = started(Async(lease_s=LEASE_S))
+    w0.push(values(session, 1), now=1.0)
+    w0.push(values(session, 1), base=0, sequence=w0.last, now=6.0)
+    assert session.lease_s("w0", 6.0) == LEASE_S
 
 
 def test_a_push_that_waits_is_taken_back_when_its_name_is_taken() -> None:

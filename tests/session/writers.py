@@ -188,10 +188,12 @@ class Writer:
         initial: bool = False,
         version: int = 0,
         shapes: Shapes | None = None,
+        incarnation: str = "here",
+        now: float = 0.0,
     ) -> Outcomes:
         """Write contents: tensors by segment, or numbers."""
         name = self.named(sequence)
-        head = PutHead(name, "here", tuple(contents), segments, initial, version, shapes or {})
+        head = PutHead(name, incarnation, tuple(contents), segments, initial, version, shapes or {})
         intake = self.session.intake(head)
         content = b"".join(
             _bytes(each if isinstance(each, Tensor) else torch.tensor(each, dtype=torch.float64))
@@ -199,7 +201,7 @@ class Writer:
             for each in field
         )
         _fill(intake.allocate(), content)
-        return self._noted(name, self.session.put(head, intake, _digest(content, initial, version), 0.0))
+        return self._noted(name, self.session.put(head, intake, _digest(content, initial, version), now))
 
     def append(
         self,
@@ -209,6 +211,7 @@ class Writer:
         options: Mapping[str, Any] | None = None,
         sequence: int | None = None,
         incarnation: str = "here",
+        now: float = 0.0,
     ) -> Outcomes:
         """Add a param group with these parameters, by default one more than there are."""
         name = self.named(sequence)
@@ -221,7 +224,7 @@ class Writer:
         intake = self.session.addition(head)
         content = b"".join(map(_bytes, tensors.values()))
         _fill(intake.allocate(), content)
-        return self._noted(name, self.session.append(head, intake, _digest(content, head), 0.0))
+        return self._noted(name, self.session.append(head, intake, _digest(content, head), now))
 
     def _noted(self, name: WriteName, outcomes: Outcomes) -> Outcomes:
         own = outcomes.get(name)

@@ -6,11 +6,13 @@ A write is named by (worker, epoch, sequence); the session is the one the ledger
     next in sequence                          it is new                    +1 when it is committed
     seen before, same content                 the original receipt         unchanged
     seen before, other content                IdempotencyMismatch          unchanged
+    seen before, its receipt is not kept      ReceiptExpired               unchanged
     a gap                                     SequenceGap with the next    unchanged
     older epoch, or not a member              Fenced                       unchanged
 
 A write that is refused later (validation, a barrier that times out) is never committed, so its sequence is not
-consumed.
+consumed. The last 64 receipts of a worker are kept: of an older write it is known that it was committed, but neither
+what it held nor what became of it, so no repetition of it is answered as if that were known.
 
 The page of a worker that left, was displaced or has been away for long is forgotten. Of all such pages one number is
 kept, their highest epoch: whoever joins without a page begins above it. So a write of a forgotten epoch is fenced for
@@ -23,11 +25,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from farstep.errors import Fenced, IdempotencyMismatch, SequenceGap
+from farstep.errors import Fenced, IdempotencyMismatch, ReceiptExpired, SequenceGap
 from farstep.messages import WriteName
 from farstep.receipt import Receipt
 
 RECEIPTS_KEPT = 64
+"""Receipts of each worker's last writes that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class Ledger:
             Fenced: the epoch is not the worker's current one.
             SequenceGap: a write before this one is missing (`extra["expected"]`).
             IdempotencyMismatch: another content was committed under this name.
+            ReceiptExpired: something was committed under it so long ago that its receipt is not kept any more.
         """
         page = self._page(name.worker, name.epoch)
         if name.sequence == page.last + 1:
@@ -101,7 +105,14 @@ class Ledger:
             )
         entry = page.entries.get(name.sequence)
         if entry is None:
-            return Receipt(version=0, base=0, applied=True)
+            raise ReceiptExpired(
+                f"Sequence {name.sequence} of worker {name.worker!r} was committed, and writes up to {page.last} after "
+                f"it; its receipt is gone, since only those of the last {RECEIPTS_KEPT} writes are kept.",
+                remedy="Do not send it again: nothing is applied twice. Go on with the next sequence.",
+                field="seq",
+                limit=RECEIPTS_KEPT,
+                last=page.last,
+            )
         if fingerprint is not None and fingerprint != entry.fingerprint:
             raise mismatch(name)
         return entry.receipt

@@ -45,7 +45,6 @@ class Rounds:
     def __init__(self, mode: Consistency, ledger: Ledger) -> None:
         self.members = Members(places_of(mode), mode.lease_s)
         self._ledger = ledger
-        self._mode = mode
         self._aggregation = aggregation_for(mode, self.members)
         self._waiting: dict[str, Pushed] = {}
 
@@ -153,7 +152,6 @@ class Rounds:
         Their deadlines, and all leases, begin anew. Members that the mode has no places for have left before.
         """
         self.sweep(now)
-        self._mode = mode
         self.members.change(places_of(mode), mode.lease_s, now)
         self._aggregation = aggregation_for(mode, self.members)
         for worker in sorted(self._waiting):

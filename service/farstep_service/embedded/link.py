@@ -222,7 +222,8 @@ class EmbeddedLink(Link):
         _check_alone(mode)
         plan = replace(self._plan, consistency=mode)
         plan.check_consistency()
-        self._plan, self._spec = plan, replace(self._spec, consistency=mode)
+        self._plan = self._state.plan = plan
+        self._spec = replace(self._spec, consistency=mode)
 
     def stateful(self) -> tuple[int, list[bool]]:
         return self.version, [each is not None for each in self._state.copy((PRESENT,)).has() or ()]

@@ -36,8 +36,8 @@ class Growth:
         """
         self._plan_with(plan, head)
 
-    def append(self, plan: Plan, head: AppendHead, arrived: Contents) -> tuple[Plan, Receipt]:
-        """Grow by a group, or note that a worker knows one that is there; return the plan that holds from now on.
+    def append(self, plan: Plan, head: AppendHead, arrived: Contents) -> Receipt:
+        """Let the state grow by a group, plan and memory, or note that a worker knows one that is there.
 
         Raises:
             NotInitialised: there is nothing yet that could grow.
@@ -49,12 +49,12 @@ class Growth:
         after = self._plan_with(plan, head)
         if after is plan:
             self._membership.known.learned(head.group, head.name)
-            return plan, Receipt(base, base, applied=False)
+            return Receipt(base, base, applied=False)
         try:
             self._state.append_arrived(after, arrived)
         except Exception as exc:
             raise told(exc, "The param group") from exc
-        return after, Receipt(self._state.version, base)
+        return Receipt(self._state.version, base)
 
     def _plan_with(self, plan: Plan, head: AppendHead) -> Plan:
         self._state.check_initialised()

@@ -57,19 +57,21 @@ class Pushes:
     """Take the steps that pushes complete, and answer those that they do not.
 
     Args:
-        state: what the steps change.
-        mode: makes up for stale gradients.
+        state: what the steps change; the mode of its plan makes up for stale gradients.
         rounds: decides.
     """
 
-    def __init__(self, state: SessionState, mode: Consistency, rounds: Rounds) -> None:
+    def __init__(self, state: SessionState, rounds: Rounds) -> None:
         self._state = state
         self._steps = Steps(state)
-        self._mode = mode
         self._rounds = rounds
         self._waiting: dict[WriteName, _Push] = {}
         self._unfinished: _Unfinished | None = None
         self._bases = Bases()
+
+    @property
+    def _mode(self) -> Consistency:
+        return self._state.plan.consistency
 
     @property
     def nbytes(self) -> int:
@@ -134,10 +136,9 @@ class Pushes:
             outcomes |= self._act(decision, [self._waiting.pop(each.name) for each in pushed])
         return outcomes
 
-    def switch(self, mode: Consistency, now: float) -> Outcomes:
-        """Go on in another mode with the pushes that wait."""
-        self._rounds.switch(mode, now)
-        self._mode = mode
+    def switch(self, now: float) -> Outcomes:
+        """Go on in the mode that the plan has now with the pushes that wait."""
+        self._rounds.switch(self._mode, now)
         if not self.keeps_bases:
             self._bases.keep_only(frozenset())
         return self.tick(now)

@@ -6,7 +6,8 @@
              the old receipt                  a later write, or the deadline, decides
 
 A session is plain and synchronous: its host calls one method at a time. Nothing here knows HTTP, threads or clocks; the
-time comes in with the call. Writes that are refused leave no trace, and their sequence is not consumed.
+time comes in with the call. Writes that are refused leave no trace: their sequence is not consumed, and the lease of
+their worker is not renewed. One that is taken in, and waits for others or finishes a step, does renew it.
 """
 
 from __future__ import annotations
@@ -53,19 +54,23 @@ class Session:
     """
 
     def __init__(self, plan: Plan, *, incarnation: str, kernels: KernelSource, device: str) -> None:
-        self.plan = plan
         self.incarnation = incarnation
         self._state = state_of(plan, kernels=kernels, device=torch.device(device))
         self._ledger = Ledger()
         self._rounds = Rounds(plan.consistency, self._ledger)
         self._members = self._rounds.members
         self._membership = Membership(plan.name, self._rounds, self._ledger)
-        self._pushes = Pushes(self._state, plan.consistency, self._rounds)
+        self._pushes = Pushes(self._state, self._rounds)
         self._attendance = Attendance(self._membership, self._pushes)
         self._growth = Growth(self._state, self._membership)
         self._admission = Admission(incarnation, self._state, self._ledger, self._membership)
 
     # -- what is there ----------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> Plan:
+        """Return what the session is by now: it may have grown, and gone over to another mode."""
+        return self._state.plan
 
     @property
     def initialised(self) -> bool:
@@ -160,8 +165,8 @@ class Session:
         if mode == self.plan.consistency:
             return outcomes
         self._membership.make_fit(mode, now)
-        self.plan = plan
-        return outcomes | self._pushes.switch(mode, now)
+        self._state.plan = plan
+        return outcomes | self._pushes.switch(now)
 
     def interrupt(self, now: float) -> Outcomes:
         """Take back every push that waits, because the server is about to end."""
@@ -205,15 +210,22 @@ class Session:
         """
         outcomes = self._pushes.finish()
         self._admission.check(head.name, head.incarnation)
-        self._rounds.heard(head.name.worker, now)
-        receipt = self._ledger.judge(head.name, fingerprint)
-        if receipt is not None:
-            return outcomes | {head.name: Outcome(receipt, duplicate=True)}
+        if (repeated := self._repeated(head.name, fingerprint, now)) is not None:
+            return outcomes | repeated
         if self._rounds.holds(head.name, fingerprint):
             return outcomes
         nonfinite = self._admission.check_push(head, contribution)
         self._pushes.check(contribution, head.name.worker)
+        self._rounds.heard(head.name.worker, now)
         return outcomes | self._pushes.offer(head, contribution, fingerprint, now, nonfinite=nonfinite)
+
+    def _repeated(self, name: WriteName, fingerprint: str, now: float) -> Outcomes | None:
+        """Return the outcome of a write that was committed before, whose worker is alive; None for one that is next."""
+        receipt = self._ledger.judge(name, fingerprint)
+        if receipt is None:
+            return None
+        self._rounds.heard(name.worker, now)
+        return {name: Outcome(receipt, duplicate=True)}
 
     def tick(self, now: float) -> Outcomes:
         """Let time decide: leases run out, and whoever waits longer than its mode's deadline is answered."""
@@ -230,9 +242,8 @@ class Session:
         """Replace contents of the session in one step; their memory belongs to the session from now on."""
         outcomes = self._pushes.finish()
         self._admission.check(head.name, head.incarnation)
-        receipt = self._ledger.judge(head.name, fingerprint)
-        if receipt is not None:
-            return outcomes | {head.name: Outcome(receipt, duplicate=True)}
+        if (repeated := self._repeated(head.name, fingerprint, now)) is not None:
+            return outcomes | repeated
         if head.name.worker in self._rounds:
             raise mismatch(head.name)
         receipt = self._state.put(head, contents)
@@ -267,14 +278,13 @@ class Session:
         """
         outcomes = self._pushes.finish()
         self._admission.is_new(head.name, head.incarnation)
-        receipt = self._ledger.judge(head.name, fingerprint)
-        if receipt is not None:
-            return outcomes | {head.name: Outcome(receipt, duplicate=True)}
+        if (repeated := self._repeated(head.name, fingerprint, now)) is not None:
+            return outcomes | repeated
         if head.name.worker in self._rounds:
             raise mismatch(head.name)
-        plan, receipt = self._growth.append(self.plan, head, arrived)
-        if plan is not self.plan:
-            self.plan = plan
+        groups = len(self.plan.groups)
+        receipt = self._growth.append(self.plan, head, arrived)
+        if len(self.plan.groups) > groups:
             outcomes |= self._attendance.added(head, self.workers, now)
         self._ledger.commit(head.name, fingerprint, receipt)
         self.received(head.name.worker, head.name.epoch, now)
