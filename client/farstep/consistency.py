@@ -23,6 +23,7 @@ from dataclasses import dataclass, fields
 from typing import ClassVar, Literal
 
 from farstep.errors import InvalidOption, found_by
+from farstep.plain import take_pythons_own_
 
 LONGEST_DEADLINE_S = 7 * 86_400
 LARGEST = 2**53
@@ -52,6 +53,7 @@ class Mode:
     mode: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
+        take_pythons_own_(self)
         if self.staleness_scaling not in ("none", "inverse", "sqrt"):
             raise _wrong(
                 f"Invalid staleness_scaling: {self.staleness_scaling!r:.80}. There are none, inverse and sqrt.",
@@ -124,7 +126,7 @@ class Sync(Mode):
     def __post_init__(self) -> None:
         super(Sync, self).__post_init__()  # slots make another class of this one, which super() alone does not know
         workers, quorum = self.workers, self.quorum
-        if workers != "live" and (type(workers) is not int or not 1 <= workers <= LARGEST):
+        if not _is_live(workers) and (type(workers) is not int or not 1 <= workers <= LARGEST):
             raise _wrong(f"Invalid workers: {workers!r:.80}. Must be an int from 1 to 2**53, or 'live'.", "workers")
         if quorum is not None and (type(quorum) is not int or workers == "live" or not 1 <= quorum <= workers):
             raise _wrong(
@@ -251,6 +253,11 @@ def for_one(consistency: Consistency) -> Consistency:
     if isinstance(consistency, Sync):
         return Sync(workers=1, deadline_s=consistency.deadline_s, lease_s=consistency.lease_s)
     return consistency
+
+
+def _is_live(workers: object) -> bool:
+    """Return whether this is the word; an array, compared with it, has no truth."""
+    return isinstance(workers, str) and workers == "live"
 
 
 def _check_seconds(name: str, seconds: float) -> None:

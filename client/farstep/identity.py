@@ -28,6 +28,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final, Protocol, TypeVar, cast, final
 
 from farstep.errors import InvalidOption
+from farstep.plain import take_pythons_own_
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 MOST: Final = 10**9
@@ -64,6 +65,7 @@ class Number:
     count: int
 
     def __post_init__(self) -> None:
+        take_pythons_own_(self)
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not int or not 0 <= value <= MOST:
@@ -100,6 +102,7 @@ class Worker:
     server: str | None = None
 
     def __post_init__(self) -> None:
+        take_pythons_own_(self)
         check_name(self.name, "worker")
 
     def __repr__(self) -> str:

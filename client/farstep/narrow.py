@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from farstep.errors import InvalidOption, InvalidRequest, Side
+from farstep.plain import take_pythons_own_
 
 Half = Literal["bf16", "fp16"]
 HALVES: Mapping[str, str] = {"bf16": "bfloat16", "fp16": "float16"}
@@ -35,6 +36,7 @@ class Wire:
     parameters: Half | None = None
 
     def __post_init__(self) -> None:
+        take_pythons_own_(self)
         for name, value in (("gradients", self.gradients), ("parameters", self.parameters)):
             if value is not None and value not in tuple(HALVES):
                 raise InvalidOption(

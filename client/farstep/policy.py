@@ -19,6 +19,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from farstep.errors import InvalidOption, found_by
+from farstep.plain import take_pythons_own_
 
 EMA = "ema"
 """The name of the view that the average is."""
@@ -47,6 +48,7 @@ class Policy:
     ema: float | None = None
 
     def __post_init__(self) -> None:
+        take_pythons_own_(self)
         for name in ("clip_norm", "clip_norm_type", "clip_value"):
             value = getattr(self, name)
             if not (_is_number(value) and value > 0) and not (value is None and name != "clip_norm_type"):

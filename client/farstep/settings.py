@@ -24,6 +24,7 @@ from farstep.consistency import Async, Consistency, Sync, checked, for_one
 from farstep.errors import InvalidOption
 from farstep.identity import Worker, check_name, fresh_name
 from farstep.narrow import Half, Wire
+from farstep.plain import pythons_own
 from farstep.policy import NOTHING, Policy
 from farstep.unix import check_path, path_of_url
 
@@ -105,6 +106,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     unknown = sorted(set(options) - set(RemoteOptions.__annotations__))
     if unknown:
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
+    options = cast(RemoteOptions, {name: pythons_own(value) for name, value in options.items()})
     server = options.get("server") or environment.get("FARSTEP_SERVER") or None
     session = options.get("session") or environment.get("FARSTEP_SESSION") or None
     worker = options.get("worker") or environment.get("FARSTEP_WORKER") or None
@@ -127,7 +129,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         raise InvalidOption(
             f"Invalid nonfinite: {nonfinite!r}. There are refuse, skip and allow.", field="nonfinite", side="client"
         )
-    if not 0 < timeout_s < float("inf"):
+    if type(timeout_s) not in (int, float) or not 0 < timeout_s < float("inf"):
         raise InvalidOption(
             f"Invalid timeout_s: {timeout_s!r}. Must be positive seconds.", field="timeout_s", side="client"
         )

@@ -32,6 +32,7 @@ from farstep.optim.base import RemoteOptimizer
 from farstep.optim.moving import remote as moved
 from farstep.optim.options import arguments
 from farstep.optim.scaling import scaling_of
+from farstep.plain import pythons_own
 from farstep.report import StepReport
 from farstep.sequence import is_refusal
 from farstep.settings import RemoteOptions, resolve
@@ -53,6 +54,7 @@ class Rounds:
         every: int,
         remote: RemoteOptions,
     ) -> None:
+        every = pythons_own(every)
         if type(every) is not int or every < 1:
             raise _refused(f"Invalid every: {every!r}. Must be an int of at least 1.", "every")
         try:

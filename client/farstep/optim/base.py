@@ -26,7 +26,7 @@ from torch.optim.optimizer import ParamsT
 
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep.optim.options import check_group
-from farstep.optim.refusals import refusal
+from farstep.optim.refusals import check_types, refusal
 from farstep.optim.scaling import scaling_of, tell_
 from farstep.optim.torch_form import completed, describe, local
 from farstep.optim.views import WithViews
@@ -63,7 +63,7 @@ class RemoteOptimizer(WithViews):
         """Let torch's class check the options of groups that have their own."""
         for group in self.param_groups:
             own = {key: value for key, value in group.items() if key in self.defaults}
-            if own != self.defaults:
+            if any(value is not self.defaults[key] for key, value in own.items()):  # arrays have no truth of ==
                 check_group(self.twin, own)
 
     # -- torch.optim.Optimizer --------------------------------------------------------------------------------------
@@ -96,6 +96,7 @@ class RemoteOptimizer(WithViews):
             member = self._member()
         with scaling_of(vars(self)) as scaling:
             self._settle(member)
+            check_types(self.twin, self.param_groups)
             member.prepare()
             try:
                 self.last_step = member.push(self._options(), scaling)

@@ -18,8 +18,9 @@ from farstep.heartbeat import Heartbeat, beating
 from farstep.hosts import open_link
 from farstep.link import SessionSpec
 from farstep.optim.membership import Membership, OpenLink, refused
-from farstep.optim.options import option_names, plain_options
+from farstep.optim.options import option_kinds, plain_options
 from farstep.optim.torch_form import describe, newborn
+from farstep.plain import pythons_own
 from farstep.report import StepReport
 from farstep.settings import Place, elsewhere
 
@@ -115,7 +116,7 @@ class InSession(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         try:
             state = None if state_dict is None else self.state
-            created = member.rejoin(state, self.version if version is None else version)
+            created = member.rejoin(state, self.version if version is None else pythons_own(version))
         except BaseException:
             vars(self).update(before)
             raise
@@ -191,8 +192,8 @@ class InSession(torch.optim.Optimizer):
 
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""
-        names, fixed = option_names(self.twin), {key: self.defaults[key] for key in self.of_constructor}
-        return [plain_options({**group, **fixed} if fixed else group, names) for group in self.param_groups]
+        kinds, fixed = option_kinds(self.twin), {key: self.defaults[key] for key in self.of_constructor}
+        return [plain_options({**group, **fixed} if fixed else group, kinds) for group in self.param_groups]
 
     def _member(self) -> Membership:
         """Return the membership, which has the parameters that the groups have now.

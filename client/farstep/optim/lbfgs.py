@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from farstep.messages import Evaluation
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.options import check_parameters
+from farstep.optim.refusals import check_types
 from farstep.report import StepReport
 from farstep.settings import Place, RemoteOptions
 
@@ -85,6 +86,7 @@ class LBFGS(RemoteOptimizer):
         """Send one evaluation, after what the closure edited; bring the parameters of the next one back."""
         member = self._member()
         self._settle(member)
+        check_types(self.twin, self.param_groups)
         member.prepare()
         return member.push(self._options(), evaluation=evaluation)
 

@@ -1,14 +1,31 @@
-"""Options of param groups: checked by torch's own class, compared with what was sent, and as values that travel."""
+"""Options of param groups: checked by torch's own class, compared with what was sent, and as values that travel.
+
+What the user puts into a group stays there, as with torch: a numpy scalar, a tensor, an OmegaConf list. What travels is
+made of it anew for each step, so that an option that is changed in place counts, too:
+
+    flag      maximize, amsgrad, foreach, ...    whether torch's `if` would take it
+    count     max_iter, ns_steps, ...            an int; a float that is one, since torch compares and counts alike
+    number    lr, betas, eps, ...                a float or an int, or a list of them
+    text      line_search_fn, adjust_lr_fn       a string
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from typing import Any, Final, Literal
 
 import torch
-from torch import Tensor
+
+from farstep.errors import InvalidOption
+from farstep.plain import PYTHONS, pythons_own
 
 Options = dict[str, Any]
+Kind = Literal["flag", "count", "number", "text"]
+
+IMPLEMENTATIONS: Final = frozenset({"foreach", "fused"})
+"""Flags that are None by default."""
+COUNTS: Final = frozenset({"max_iter", "max_eval", "history_size", "ns_steps"})
+TEXTS: Final = frozenset({"line_search_fn", "adjust_lr_fn"})
 
 
 def check_group(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> None:
@@ -41,32 +58,89 @@ def arguments(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> Opti
     return {key: value for key, value in own.items() if key in names}
 
 
-_NAMES: dict[str, tuple[str, ...]] = {}
+_KINDS: dict[str, dict[str, Kind]] = {}
 
 
-def option_names(twin: Callable[..., torch.optim.Optimizer]) -> tuple[str, ...]:
-    """Return the options of torch's class. After a load `defaults` has more: torch adds `differentiable` to all."""
-    names = _NAMES.get(twin.__name__)
-    if names is None:
-        names = _NAMES[twin.__name__] = tuple(twin([torch.zeros(1, 1)]).defaults)
-    return names
+def option_kinds(twin: Callable[..., torch.optim.Optimizer]) -> Mapping[str, Kind]:
+    """Return the options of torch's class and what each is; `defaults` may have more, which torch adds in a load."""
+    kinds = _KINDS.get(twin.__name__)
+    if kinds is None:
+        defaults = twin([torch.zeros(1, 1)]).defaults
+        kinds = _KINDS[twin.__name__] = {name: _kind(name, value) for name, value in defaults.items()}
+    return kinds
 
 
-def plain_options(group: Mapping[str, Any], keys: Iterable[str]) -> Options:
-    """Return those of a group's options as values that travel: a tensor as its number, a tuple as a list."""
-    return {key: value if type(value := group[key]) in _PLAIN else _plain(value) for key in keys if key in group}
+def _kind(name: str, default: object) -> Kind:
+    if isinstance(default, bool) or name in IMPLEMENTATIONS:
+        return "flag"
+    return "count" if name in COUNTS else "text" if name in TEXTS else "number"
 
 
-_PLAIN = frozenset({float, int, bool, str, type(None)})
+_AS_THEY_ARE: Final[Mapping[Kind, frozenset[object]]] = {
+    "flag": frozenset({bool}),
+    "count": frozenset({int, type(None)}),
+    "number": PYTHONS - {bool},
+    "text": PYTHONS,
+}
 """Types of values that travel as they are."""
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.item()
-    if isinstance(value, (tuple, list)):
-        return [_plain(each) for each in value]
-    return value
+def plain_options(group: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Options:
+    """Return those of a group's options as values that travel.
+
+    Raises:
+        InvalidOption: one of them is nothing that could.
+    """
+    return {
+        key: value if type(value := group[key]) in _AS_THEY_ARE[kind] else _plain(key, kind, value)
+        for key, kind in kinds.items()
+        if key in group
+    }
+
+
+def unusual(group: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:
+    """Return the options of a group that are not of the types that torch's documentation names."""
+    return [
+        key
+        for key, kind in kinds.items()
+        if kind == "number" and key in group and type(value := group[key]) not in _USUAL and not _all_usual(value)
+    ]
+
+
+_USUAL: Final = PYTHONS - {bool}
+
+
+def _all_usual(value: object) -> bool:
+    return type(value) in (tuple, list) and all(type(each) in _USUAL for each in value)  # type: ignore[attr-defined]
+
+
+def _plain(name: str, kind: Kind, value: Any) -> Any:
+    if kind == "flag":
+        return None if value is None and name in IMPLEMENTATIONS else bool(value)
+    found = _number(value) if kind == "number" else pythons_own(value)
+    if kind == "count" and type(found) is float and found.is_integer():
+        found = int(found)
+    if type(found) not in PYTHONS and type(found) is not list:
+        raise InvalidOption(
+            f"{name}={value!r:.80} is a {type(value).__name__}, which is no number.",
+            remedy="Give a float.",
+            field=name,
+            side="client",
+        )
+    return found
+
+
+def _number(value: Any) -> Any:
+    """Return a number or a list of them; what is neither as it is."""
+    found = pythons_own(value)
+    if type(found) is bool:
+        return int(found)
+    if type(found) in PYTHONS or isinstance(found, (bytes, Mapping)):
+        return found
+    if isinstance(found, Sized) and isinstance(found, Iterable):
+        numbers = [_number(each) for each in found]
+        return numbers if all(type(each) in PYTHONS for each in numbers) else found
+    return found
 
 
 def changes(now: Sequence[Options], sent: Sequence[Options]) -> dict[int, Options]:
