@@ -26,6 +26,7 @@
     ├── SessionLost               410  the session this worker joined is gone, with its optimizer state
     ├── Unavailable               503  the other side cannot answer now; the outcome of the call is unknown
     │   ├── Busy                  503  a budget is used up for the moment
+    │   ├── OutOfMemory           503  the machine gave the server no memory for the request
     │   └── StepInterrupted       503  a kernel failed midway; the step is finished before anything else happens
     └── InternalError             500  a defect of ours
 
@@ -260,6 +261,12 @@ class Busy(Unavailable):
     """A budget of the server is used up for the moment."""
 
     code = "busy"
+
+
+class OutOfMemory(Unavailable):
+    """The machine gave the server no memory for the request."""
+
+    code = "out_of_memory"
 
 
 class StepInterrupted(Unavailable):

@@ -45,6 +45,7 @@ class Accumulated:
     def add_(self, gradients: Gradients, workers: Sequence[str]) -> None:
         """Add a round; its memory becomes the sum's if it is the first one and that memory is ours."""
         dense, theirs = gradients.dense(), gradients.buffers
+        sparse = _joined(self._sparse, gradients.sparse)  # first: where memory is short, the sum stays as it is
         if self._total is None:
             if isinstance(theirs, FlatBuffers) and not gradients.borrowed:
                 self._total = theirs
@@ -57,7 +58,7 @@ class Accumulated:
             for into, source in pieces(theirs.layout, [i for i in dense if i not in self._present], total, theirs):
                 into.copy_(source)
         self._present |= set(dense)
-        self._sparse = _joined(self._sparse, gradients.sparse)
+        self._sparse = sparse
         self.workers += tuple(workers)
         self.count += 1
 

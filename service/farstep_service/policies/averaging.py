@@ -23,11 +23,12 @@ class Average:
     def __init__(self, decay: float) -> None:
         self._decay = decay
         self._buffers: FlatBuffers | None = None
+        self._begun = False
 
     @property
     def buffers(self) -> FlatBuffers | None:
         """Return the average, None before the first step."""
-        return self._buffers
+        return self._buffers if self._begun else None
 
     @property
     def nbytes(self) -> int:
@@ -37,28 +38,42 @@ class Average:
     def adopt(self, buffers: FlatBuffers, device: torch.device) -> None:
         """Go on with an average from elsewhere, in its own memory if that is on the device."""
         moved = FlatBuffers(buffers.layout, device, zero=False).copy_(buffers) if buffers.device != device else buffers
-        self._buffers = moved
+        self._buffers, self._begun = moved, True
 
     def write_(self, segments: Sequence[int], values: Buffers, parameters: Buffers) -> None:
         """Replace some segments of it; one that has not begun begins with the parameters for the others."""
-        if self._buffers is None:
-            self._buffers = FlatBuffers(parameters.layout, parameters.device, zero=False).copy_(parameters)
-        self._buffers.copy_(values, segments)
+        own = self._memory(parameters)
+        if not self._begun:
+            own.copy_(parameters)
+            self._begun = True
+        own.copy_(values, segments)
+
+    def prepare(self, parameters: Buffers) -> None:
+        """Take the memory that it is going to need, while there is still nothing that would be half done without."""
+        self._memory(parameters)
 
     def update_(self, parameters: Buffers) -> None:
         """Take the parameters after a step into it."""
-        layout = parameters.layout
-        if self._buffers is None:
-            self._buffers = FlatBuffers(layout, parameters.device, zero=False).copy_(parameters)
+        own = self._memory(parameters)
+        if not self._begun:
+            own.copy_(parameters)
+            self._begun = True
             return
-        every = range(len(layout.segments))
+        every = range(len(parameters.layout.segments))
         # Tensor by tensor, as torch does it: where a tensor ends decides how its last elements are rounded.
-        averages, now = [self._buffers.segment(i) for i in every], [parameters.segment(i) for i in every]
+        averages, now = [own.segment(i) for i in every], [parameters.segment(i) for i in every]
         torch._foreach_lerp_(averages, now, 1 - self._decay)
 
-    def grow(self, parameters: Buffers) -> None:
-        """Take segments in that a session has grown by; their average begins with what they are."""
-        if self._buffers is not None:
-            before = len(self._buffers.layout.segments)
-            grown = FlatBuffers(parameters.layout, parameters.device, zero=False).copy_(self._buffers, range(before))
-            self._buffers = grown.copy_(parameters, range(before, len(parameters.layout.segments)))
+    def grown(self, parameters: Buffers) -> Average:
+        """Return this average with the segments that a session grows by, which begins with what they are."""
+        grown = Average(self._decay)
+        if self._begun and self._buffers is not None:
+            before, own = len(self._buffers.layout.segments), grown._memory(parameters)
+            own.copy_(self._buffers, range(before)).copy_(parameters, range(before, len(parameters.layout.segments)))
+            grown._begun = True
+        return grown
+
+    def _memory(self, parameters: Buffers) -> FlatBuffers:
+        if self._buffers is None:
+            self._buffers = FlatBuffers(parameters.layout, parameters.device, zero=False)
+        return self._buffers

@@ -25,11 +25,13 @@ from farstep.errors import (
     InternalError,
     InvalidRequest,
     LimitExceeded,
+    OutOfMemory,
     Unauthorized,
     Unavailable,
 )
 from farstep_service.auth import Tokens
 from farstep_service.limits import DOCUMENTS
+from farstep_service.memory import out_of_memory
 
 PROBLEM = b"application/problem+json"
 RETRY_AFTER_S = b"1"
@@ -96,6 +98,9 @@ def error_of(exc: Exception) -> FarstepError:
         return InvalidRequest(f"{where or 'The body'}: {first['msg']}.", field=where or None)
     if isinstance(exc, HTTPException):
         return http_error(exc.status_code, str(exc.detail))
+    if short := out_of_memory(exc, "The request"):
+        log.warning("a request found no memory: %s", exc)
+        return short
     number = secrets.token_hex(4)
     log.error("internal error %s", number, exc_info=exc)
     return InternalError(
@@ -166,7 +171,7 @@ async def answer(error: FarstepError, send: Send) -> None:
     """Send an error as the whole answer."""
     body = problem_of(error)
     headers = [(b"content-type", PROBLEM), (b"content-length", str(len(body)).encode())]
-    if isinstance(error, Busy):
+    if isinstance(error, Busy | OutOfMemory):
         headers.append((b"retry-after", RETRY_AFTER_S))
     if isinstance(error, Unauthorized):
         headers.append((b"www-authenticate", b"Bearer"))

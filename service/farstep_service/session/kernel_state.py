@@ -114,9 +114,9 @@ class KernelState(SessionState):
 
     def append(self, plan: Plan, parameters: Buffers) -> None:
         store = self.store
+        average = None if self._average is None else self._average.grown(parameters)
         store.append(plan.layout, plan.groups, parameters)
-        if self._average is not None:
-            self._average.grow(store.buffers(PARAM))
+        self._average = average
         self.groups = (*self.groups, *plan.groups[len(self.plan.groups) :])
         self.plan = plan
 
@@ -139,6 +139,8 @@ class KernelState(SessionState):
         before, self.groups = self.groups, self._with(changed)
         store, version = self.store, self.version
         try:
+            if self._average is not None:
+                self._average.prepare(store.buffers(PARAM))
             groups = self.groups if lr_factor == 1.0 else [with_lr_times(group, lr_factor) for group in self.groups]
             return store.apply(groups, gradients)
         except BaseException:
@@ -165,12 +167,15 @@ class KernelState(SessionState):
 
     def write(self, contents: Contents) -> None:
         """Replace contents, as one new version."""
-        store, has, average = self.store, contents.has(), contents.elements.pop(EMA, None)
+        store, has, arrived = self.store, contents.has(), contents.elements.pop(EMA, None)
+        average = None if arrived is None or self._average is None else on_device(arrived, self.device)
+        if self._average is not None and average is not None:
+            self._average.prepare(store.buffers(PARAM))
         values = self._values(contents)
         if values or has is not None:
             store.write(contents.indices, values, has=has)
-        if average is not None and self._average is not None:
-            self._average.write_(contents.indices, on_device(average, self.device), store.buffers(PARAM))
+        if self._average is not None and average is not None:
+            self._average.write_(contents.indices, average, store.buffers(PARAM))
 
     # -- reads and room for what arrives ----------------------------------------------------------------------------
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from farstep.errors import FarstepError, InternalError, InvalidOption, Unavailable
+from farstep.errors import FarstepError, InternalError, InvalidOption
 from farstep.messages import WriteName
 from farstep.receipt import Receipt
+from farstep_service.memory import out_of_memory
 
 log = logging.getLogger("farstep.session")
 
@@ -35,8 +36,8 @@ def told(exc: Exception, what: str) -> FarstepError:
     if isinstance(exc, ArithmeticError):
         return InvalidOption(f"There is no step with these options: {exc}.", remedy="Correct the group options.")
     log.error("%s could not begin", what.lower(), exc_info=exc)
-    if isinstance(exc, MemoryError) or "memory" in str(exc):  # torch reports it as a RuntimeError
-        return Unavailable(f"{what} found no memory; nothing has changed.", remedy="Try again, or remove a session.")
+    if short := out_of_memory(exc, f"{what} was not begun: it"):
+        return short
     return InternalError(
         f"{what} could not begin ({type(exc).__name__}); nothing has changed.",
         remedy="Report it with the server's log.",

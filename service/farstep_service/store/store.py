@@ -245,12 +245,17 @@ class Store:
             self.finish()
             counts = self._state.counts_with(self._now.counts, segments, contents, has)
             version = self.version + bump
-            for field, values in contents.items():
-                if isinstance(values, Buffers) and field != PARAMETERS:
-                    self._state.memory(field).copy_(values, segments)
             parameters = contents.get(PARAMETERS)
+            fields = {
+                field: values
+                for field, values in contents.items()
+                if isinstance(values, Buffers) and field != PARAMETERS
+            }
+            self._state.take_memory(fields)  # all of it, before anything is written
             if isinstance(parameters, Buffers):
                 self._write_parameters(segments, parameters, version)
+            for field, values in fields.items():
+                self._state.memory(field).copy_(values, segments)
             self._state.clear_absent(segments, counts)
             self._state.refill([index for index in segments if counts[index] is None])
             self._decider.forget()
