@@ -30,6 +30,19 @@ def all_finite(span: Tensor) -> bool:
     return all(bool(torch.isfinite(block).all()) for block in torch.split(span.view(-1), BLOCK))
 
 
+def copy_finite_(into: Tensor, source: Tensor) -> bool:
+    """Copy a flat tensor and return whether the copy holds neither NaN nor Inf.
+
+    Each block is looked at where it has been copied to, while a core's cache still has it: what the source becomes
+    afterwards does not matter.
+    """
+    finite = True
+    for block, its in zip(torch.split(into, BLOCK), torch.split(source, BLOCK), strict=True):
+        block.copy_(its)
+        finite = finite and all_finite(block)
+    return finite
+
+
 @final
 class Watch:
     """Look at numbers as they arrive, so that little is left to do when the last ones have.

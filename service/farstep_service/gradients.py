@@ -2,6 +2,9 @@
 
 Memory is taken when the header has been checked and the body's length fits, never because a header claims something.
 Dense gradients lie in flat buffers like the parameters; sparse ones are indices and values by segment.
+
+Gradients in shared memory are borrowed: their worker can write to them at any time. What is looked at and what a step
+then takes have to be the same bytes, so `secure_` copies them first, and only the copy is looked at.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from farstep.hyper import Hyper
 from farstep.messages import Evaluation, Sparse
 from farstep.wire import DTYPES, from_ranges
 from farstep.wire.memory import tensor_memory
-from farstep_service.finite import Watch, all_finite
+from farstep_service.finite import Watch, all_finite, copy_finite_
 from farstep_service.layout import Layout, Segment
 from farstep_service.rule import AnyMethod
 from farstep_service.store import Buffers, FlatBuffers, NarrowBuffers
@@ -50,6 +53,8 @@ class Contribution:
     Attributes:
         check_s: the seconds that looking for NaN and Inf in it took, when all of it was there.
         watch: looks for them while it arrives; None if nobody does.
+        borrowed: the memory is the worker's, which may write to it at any time; it is only read here.
+        reused: the memory is for the worker's next push as well, so nothing may keep it.
         copy: where the parameters of its step may be written as well, for the answer; None without such memory.
         copied: what the step that it became has written there.
 
@@ -90,6 +95,9 @@ class Contribution:
         self.watch: Watch | None = None
         self.buffers: FlatBuffers | None = None
         self.borrowed = False
+        self.reused = False
+        self._own: FlatBuffers | None = None
+        self._finite = False
         self.copy: Buffers | None = None
         self.copied: Copied | None = None
         self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
@@ -115,9 +123,34 @@ class Contribution:
             return self.indices
         return [index for index in self.indices if index not in self._announced]
 
-    def borrow(self, buffers: FlatBuffers) -> None:
-        """Use gradients that are there already, in memory that is only read."""
-        self.buffers, self.borrowed = buffers, True
+    def borrow(self, buffers: FlatBuffers, own: FlatBuffers | None = None) -> None:
+        """Use gradients that are there already, in memory that is only read.
+
+        Args:
+            buffers: where they are.
+            own: memory for `secure_` to copy them to, which lasts beyond this push; None to take it then.
+        """
+        self.buffers, self.borrowed, self._own = buffers, True, own
+
+    def secure_(self) -> None:
+        """Copy borrowed gradients to where their worker cannot write, and look for NaN and Inf in the copy."""
+        theirs = self.buffers
+        if theirs is None or not self.borrowed:
+            return
+        began = time.perf_counter()
+        own = FlatBuffers(self.on_wire, zero=False) if self._own is None else self._own
+        finite = not self._announced
+        for first, last in self.on_wire.spans(self.dense):
+            source, into = theirs.span(first, last), own.span(first, last)
+            if source is not None and into is not None:
+                finite = copy_finite_(into, source) and finite
+        self.buffers, self.borrowed, self.reused, self._finite = own, False, own is self._own, finite
+        self.check_s += time.perf_counter() - began
+
+    @property
+    def known_finite(self) -> bool:
+        """Return whether all gradients were looked at already, and found to be finite."""
+        return self._finite or (self.watch is not None and self.watch.over)
 
     def narrow(self) -> NarrowBuffers | None:
         """Return the dense gradients as they came in 16 bits; None if they came in their own dtypes."""
@@ -169,7 +202,7 @@ class Contribution:
         if self.buffers is None or self.borrowed or self.on_wire is not self.layout:
             own = FlatBuffers(self.layout, zero=False)
             self.buffers = own if self.buffers is None else own.copy_(self.buffers, self.dense)
-            self.on_wire, self.borrowed = self.layout, False
+            self.on_wire, self.borrowed, self.reused = self.layout, False, False
         return self.buffers
 
     def spent(self) -> FlatBuffers | None:
@@ -228,10 +261,10 @@ def _row_bytes(segment: Segment, announced: Sparse) -> int:
 def first_nonfinite(contribution: Contribution) -> int | None:
     """Return the first segment whose gradient holds NaN or Inf, None if all are finite.
 
-    What was looked at while it arrived, and found to be finite, is not looked at again.
+    What was looked at while it arrived or was copied, and found to be finite, is not looked at again.
     """
     buffers = contribution.buffers
-    if buffers is None or (contribution.watch is not None and contribution.watch.over):
+    if buffers is None or contribution.known_finite:
         return None
     dense = contribution.dense
     for first, last in contribution.on_wire.spans(dense):

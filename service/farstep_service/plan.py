@@ -105,6 +105,11 @@ class Plan:
             field=field,
         )
 
+    @property
+    def looks_at_gradients(self) -> bool:
+        """Return whether a step depends on what is found in its gradients, which must not change after that."""
+        return self.nonfinite != "allow" or self.policy.clip_norm is not None
+
     def append(self, options: Mapping[str, Any], segments: Sequence[SegmentSpec]) -> Plan:
         """Return this plan with one more param group, whose number the segments have.
 

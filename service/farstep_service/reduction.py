@@ -36,7 +36,8 @@ def reduce_(
         return _single(first, as_they_came, device)
     total = _total_of(first)
     if alone and first.is_whole:
-        return Gradients(on_device(total, device), borrowed=first.borrowed, copy=_there(first.copy, device))
+        lent = first.borrowed or first.reused
+        return Gradients(on_device(total, device), borrowed=lent, copy=_there(first.copy, device))
     if first.borrowed and (others or divisor != 1):
         total = FlatBuffers(layout, zero=False).copy_(total, first.dense)
     present = set(first.dense)
@@ -61,7 +62,8 @@ def reduce_(
     joined = {index: _joined(pairs, divisor, device) for index, pairs in sparse.items()}
     chosen = present | joined.keys()
     mask = None if len(chosen) == len(layout.segments) else _mask(layout, chosen)
-    borrowed, copy = first.borrowed and total is first.buffers, _there(first.copy, device) if alone else None
+    borrowed = (first.borrowed or first.reused) and total is first.buffers
+    copy = _there(first.copy, device) if alone else None
     return Gradients(on_device(total, device), mask, joined, borrowed=borrowed, copy=copy)
 
 
@@ -69,7 +71,8 @@ def _single(only: Contribution, buffers: Buffers, device: torch.device) -> Gradi
     """Return gradients as they came."""
     mask = None if only.is_whole else _mask(only.layout, {*only.dense, *only.sparse})
     sparse = {index: _joined([only.widened(index)], 1, device) for index in only.sparse}
-    return Gradients(on_device(buffers, device), mask, sparse, borrowed=only.borrowed, copy=_there(only.copy, device))
+    borrowed = only.borrowed or only.reused
+    return Gradients(on_device(buffers, device), mask, sparse, borrowed=borrowed, copy=_there(only.copy, device))
 
 
 def _mask(layout: Layout, present: set[int]) -> list[bool]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 from farstep.errors import Busy, LimitExceeded, OptionsDiffer, SessionExists, UnknownSession
 from farstep_service.durability import Snapshot
-from farstep_service.hosts import Host, LocalHost
+from farstep_service.hosts import Host, LocalHost, nbytes_beside
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Session
@@ -158,7 +158,7 @@ class Registry:
         Raises:
             Busy: see `_check_memory`.
         """
-        self._check_memory(2 * host.plan.layout.nbytes)
+        self._check_memory(2 * host.plan.layout.nbytes + nbytes_beside(host.plan))
 
     def _check_memory(self, nbytes: int) -> None:
         limits = self._settings

@@ -19,6 +19,8 @@ from tests.service.servers import RunningServer, running_server
 
 ELEMENTS = 100_000
 NBYTES = nbytes_of({"float32": ELEMENTS})
+HUGE_BYTES = 2**21
+MFD_NOEXEC_SEAL = 0x8
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 
 
@@ -54,9 +56,9 @@ def joined(talk: Conversation) -> Iterator[dict[str, Any]]:
 class Memory:
     """A memfd as a worker would make it, but for what is asked to be wrong."""
 
-    def __init__(self, *, nbytes: int = NBYTES, allocate: bool = True, seals: int = SEALS) -> None:
+    def __init__(self, *, nbytes: int = NBYTES, allocate: bool = True, seals: int = SEALS, flags: int = 0) -> None:
         self.key = secrets.token_hex(16)
-        self.fd = os.memfd_create(f"farstep-{self.key}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        self.fd = os.memfd_create(f"farstep-{self.key}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING | flags)
         if allocate:
             os.posix_fallocate(self.fd, 0, nbytes)
         else:
@@ -96,6 +98,18 @@ def test_memory_as_it_has_to_be_is_mapped(local: RunningServer, talk: Conversati
     assert mapped(local) == 0
 
 
+@pytest.mark.usefixtures("joined")
+def test_memory_that_the_kernel_sealed_against_execution_is_mapped(local: RunningServer, talk: Conversation) -> None:
+    """A kernel with `vm.memfd_noexec` puts a seal of its own on every memfd, which says nothing about its size."""
+    try:
+        memory = Memory(flags=MFD_NOEXEC_SEAL)
+    except OSError:
+        pytest.skip("this kernel does not know that seal")
+    with memory:
+        memory.offer(talk)
+    assert mapped(local) == 1
+
+
 @pytest.mark.parametrize(
     ("wrong", "why"),
     [
@@ -106,13 +120,16 @@ def test_memory_as_it_has_to_be_is_mapped(local: RunningServer, talk: Conversati
         ({"seals": fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW}, "sealed"),
         ({"seals": SEALS | fcntl.F_SEAL_WRITE}, "sealed"),
         ({"allocate": False}, "allocated"),
+        ({"allocate": False, "nbytes": HUGE_BYTES, "flags": os.MFD_HUGETLB}, "huge pages"),
     ],
 )
 @pytest.mark.usefixtures("joined")
 def test_other_memory_is_refused(local: RunningServer, talk: Conversation, wrong: dict[str, Any], why: str) -> None:
     """Another size, a size that could change, and memory that is not there yet could end the server with SIGBUS."""
     with Memory(**wrong) as memory:
-        assert why in refusal(talk, memory)
+        said = refusal(talk, memory)
+    assert why in said
+    assert said.count("cannot be") == 1, "a refusal inside a refusal"
     assert mapped(local) == 0
 
 

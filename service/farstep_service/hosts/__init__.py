@@ -3,7 +3,7 @@
 from farstep_service.hosts.eager import begin, in_task
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Renewed, Summary, View, WorkerPage
 from farstep_service.hosts.local import LocalHost
-from farstep_service.hosts.shared import Offer
+from farstep_service.hosts.shared import Offer, nbytes_beside
 from farstep_service.hosts.views import OVERHEAD_BYTES
 
 __all__ = [
@@ -21,4 +21,5 @@ __all__ = [
     "WorkerPage",
     "begin",
     "in_task",
+    "nbytes_beside",
 ]

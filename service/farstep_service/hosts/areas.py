@@ -9,8 +9,8 @@ from farstep.errors import InvalidRequest
 from farstep.messages import PushHead
 from farstep_service.gradients import Contribution
 from farstep_service.hosts.shared import Offer, Shared
-from farstep_service.layout import Layout
-from farstep_service.store import Buffers, FlatBuffers
+from farstep_service.plan import Plan
+from farstep_service.store import Buffers
 
 
 @final
@@ -25,14 +25,14 @@ class Areas:
         """Return the size of all of it."""
         return sum(each.nbytes for each in self._shared.values())
 
-    def share(self, worker: str, offer: Offer, layout: Layout) -> None:
+    def share(self, worker: str, offer: Offer, plan: Plan) -> None:
         """Map memory of a worker, in the place of what it shared before.
 
         Raises:
             InvalidOption: it is not memory that can be shared. What it shared before is let go of even so.
         """
         self._shared.pop(worker, None)
-        self._shared[worker] = Shared(offer, layout)
+        self._shared[worker] = Shared(offer, plan)
 
     def keep_only(self, epoch: Callable[[str], int]) -> None:
         """Let go of the memory of epochs that are over.
@@ -61,7 +61,7 @@ class Areas:
         shared = self.delivering(head)
         return shared.parameters if shared is not None and shared.layout is contribution.layout else None
 
-    def gradients_in(self, head: PushHead, contribution: Contribution) -> FlatBuffers | None:
+    def gradients_in(self, head: PushHead, contribution: Contribution) -> Shared | None:
         """Return the shared memory that a push's gradients are in, None if they come in its body.
 
         Raises:
@@ -74,4 +74,4 @@ class Areas:
             raise InvalidRequest(
                 f"Worker {head.name.worker!r} shares no such memory.", remedy="Send the gradients.", field="area"
             )
-        return shared.gradients
+        return shared

@@ -165,7 +165,7 @@ class LocalHost(Host):
                 raise Fenced(f"Epoch {offer.epoch} of worker {worker!r} is not the current one.", field="epoch")
             if self._session.layout_of(worker) is not self.plan.layout:
                 raise refused("the worker does not know all param groups")
-            self._areas.share(worker, offer, self.plan.layout)
+            self._areas.share(worker, offer, self.plan)
 
     async def deliver(self, head: PushHead, view: View, spent: Intake | None) -> bool:
         shared = self._areas.delivering(head)

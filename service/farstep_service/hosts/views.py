@@ -12,6 +12,7 @@ from farstep.wire import MAX_HEADER_BYTES, Limits
 from farstep_service.contents import Contents
 from farstep_service.gradients import Contribution, memory_of, on_device
 from farstep_service.hosts.host import Intake, View
+from farstep_service.hosts.shared import Shared
 from farstep_service.store import FlatBuffers, Held
 
 CPU = torch.device("cpu")
@@ -38,12 +39,12 @@ class PushIntake(Intake):
     """Memory for the gradients of a push; where they are in shared memory already, nothing is to come."""
 
     def __init__(
-        self, contribution: Contribution, body_bytes: int, shared: FlatBuffers | None = None, *, watch: bool = False
+        self, contribution: Contribution, body_bytes: int, shared: Shared | None = None, *, watch: bool = False
     ) -> None:
         check_fit(0 if shared else contribution.nbytes, body_bytes)
         self.contribution = contribution
         if shared is not None:
-            contribution.borrow(shared)
+            contribution.borrow(shared.gradients, shared.secured)
         self._views = [] if shared is not None else contribution.allocate()
         if shared is None and watch:
             contribution.look_while_arriving()

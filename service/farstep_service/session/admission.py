@@ -81,6 +81,8 @@ class Admission:
         self._state.changed(head.groups)  # refuses what is wrong with them
         contribution.check_indices()
         policy = self._state.plan.nonfinite
+        if self._state.plan.looks_at_gradients:
+            contribution.secure_()
         if policy == "refuse":
             check_finite(contribution, head.name.worker, head.evaluation)
         elif policy == "skip":
