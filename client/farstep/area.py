@@ -60,7 +60,11 @@ class Area:
             half: dict[str, Tensor] = {}
             for name, size in sizes.items():
                 dtype = TORCH_DTYPES[name]
-                half[name] = torch.frombuffer(memory, dtype=dtype, count=size, offset=at) if size else torch.empty(0)
+                half[name] = (
+                    torch.frombuffer(memory, dtype=dtype, count=size, offset=at)
+                    if size
+                    else torch.empty(0, dtype=dtype, device="cpu")
+                )
                 at += _room(name, size)
             halves.append(half)
         return cls(*halves)

@@ -9,8 +9,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
+import torch
 from torch import Tensor
 
 from farstep.consistency import Consistency, to_options
@@ -24,6 +26,24 @@ from farstep.settings import KernelChoice, NonFinitePolicy
 from farstep.states import State
 
 Options = Mapping[str, Any]
+Args = ParamSpec("Args")
+Result = TypeVar("Result")
+
+
+def in_ordinary_memory(method: Callable[Args, Result]) -> Callable[Args, Result]:
+    """Have a link's method take ordinary memory, also where it is called inside `torch.inference_mode`.
+
+    Every tensor that is made there can be written to in that mode only, and a session's outlive it.
+    """
+
+    @wraps(method)
+    def called(*args: Args.args, **named: Args.kwargs) -> Result:
+        if not torch.is_inference_mode_enabled():
+            return method(*args, **named)
+        with torch.inference_mode(False), torch.no_grad():
+            return method(*args, **named)
+
+    return called
 
 
 @dataclass(frozen=True, slots=True)

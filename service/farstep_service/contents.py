@@ -100,11 +100,11 @@ class Contents:
         """Take the memory and return it in the order of the wire."""
         for name in self.fields:
             if name in self._numbers:
-                self.numbers[name] = torch.zeros(len(self.indices), dtype=torch.float64)
+                self.numbers[name] = torch.zeros(len(self.indices), dtype=torch.float64, device="cpu")
             elif name in self.shapes:
                 shape = self.shapes[name]
                 dtype = torch.float64 if shape is None else self._free_dtype
-                self.free[name] = torch.empty(shape or (), dtype=dtype)
+                self.free[name] = torch.empty(shape or (), dtype=dtype, device="cpu")
             else:
                 self.elements[name] = FlatBuffers(self._layout_of(name), zero=False)
         return self.memory()

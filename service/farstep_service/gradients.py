@@ -187,8 +187,10 @@ class Contribution:
 
     def _allocate_sparse(self, index: int) -> list[memoryview]:
         announced, segment = self._announced[index], self.on_wire.segments[index]
-        indices = torch.empty(announced.dims, announced.nnz, dtype=torch.int64)
-        values = torch.empty(announced.nnz, *segment.shape[announced.dims :], dtype=getattr(torch, segment.dtype))
+        indices = torch.empty(announced.dims, announced.nnz, dtype=torch.int64, device="cpu")
+        values = torch.empty(
+            announced.nnz, *segment.shape[announced.dims :], dtype=getattr(torch, segment.dtype), device="cpu"
+        )
         self.sparse[index] = (indices, values)
         return [tensor_memory(indices), tensor_memory(values)]
 
@@ -217,7 +219,9 @@ class Contribution:
         """
         for index, (indices, _) in self.sparse.items():
             segment = self.layout.segments[index]
-            bounds = torch.tensor(segment.shape[: indices.shape[0]]).unsqueeze(1)
+            bounds = torch.tensor(
+                segment.shape[: indices.shape[0]], dtype=torch.int64, device=indices.device
+            ).unsqueeze(1)
             if indices.numel() and bool(((indices < 0) | (indices >= bounds)).any()):
                 raise TensorMismatch(
                     f"The sparse gradient of {segment.name!r} has indices outside its shape {segment.shape}.",

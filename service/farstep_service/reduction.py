@@ -129,7 +129,7 @@ def _add_(total: FlatBuffers, theirs: FlatBuffers, present: set[int], first: int
 def _densify_(layout: Layout, total: FlatBuffers, index: int, pair: tuple[Tensor, Tensor]) -> None:
     segment = layout.segments[index]
     indices, values = pair
-    dense = torch.sparse_coo_tensor(indices, values, segment.shape).to_dense()
+    dense = torch.sparse_coo_tensor(indices, values, segment.shape, device=values.device).to_dense()
     span = total.span(index, index + 1)
     if span is not None:
         span.add_(torch.view_as_real(dense).reshape(-1) if dense.is_complex() else dense.reshape(-1))

@@ -35,7 +35,7 @@ from farstep.http_link.reader import Reader
 from farstep.http_link.sharing import Sharing
 from farstep.http_link.standing import Standing
 from farstep.http_link.writer import Writer
-from farstep.link import Link, Options, Parameter, SessionSpec, Start
+from farstep.link import Link, Options, Parameter, SessionSpec, Start, in_ordinary_memory
 from farstep.messages import Evaluation, WriteName
 from farstep.overlap import OTHERS, UNUSED, Overlapped, Overlapping
 from farstep.receipt import Receipt
@@ -51,6 +51,7 @@ CLOSE_TIMEOUT_S = 2.0
 class HttpLink(Link):
     """A worker's way to a session on a server."""
 
+    @in_ordinary_memory
     def __init__(
         self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None
     ) -> None:
@@ -124,11 +125,13 @@ class HttpLink(Link):
         self.pull()
         return False
 
+    @in_ordinary_memory
     def rejoin(self, start: Start) -> bool:
         return self._join(start)
 
     # -- pushes -----------------------------------------------------------------------------------------------------
 
+    @in_ordinary_memory
     def push(
         self,
         gradients: Sequence[Tensor | None],
@@ -140,21 +143,25 @@ class HttpLink(Link):
     def begin_push(self, order: Sequence[int], groups: Mapping[int, Options]) -> Overlapped | None:
         return self._pushing.begin_push(order, groups)
 
+    @in_ordinary_memory
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
         return self._pushing.skip(groups)
 
     def edited(self, addresses: list[int]) -> list[int]:
         return self._holdings.arrivals.edited(addresses)
 
+    @in_ordinary_memory
     def settle_edits(self, addresses: list[int]) -> None:
         self._pushing.settle_edits(addresses)
 
+    @in_ordinary_memory
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         self._holdings.rebind_(parameters)
         return True
 
     # -- other writes -----------------------------------------------------------------------------------------------
 
+    @in_ordinary_memory
     def write(self, parameters: Sequence[int] = (), state: Mapping[int, State | None] | None = None) -> int:
         if state is None:
             self._putting.parameters(parameters)
@@ -162,9 +169,11 @@ class HttpLink(Link):
             self._putting.states(state)
         return self._standing.version
 
+    @in_ordinary_memory
     def write_view(self, view: str, values: Sequence[Tensor]) -> None:
         self._putting.view(view, values)
 
+    @in_ordinary_memory
     def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
         group, count = len(self._standing.spec.groups), len(self._holdings.parameters) + len(tensors)
         described = tuple(NewParameter(each.name, each.shape, each.dtype) for each in parameters)
@@ -226,6 +235,7 @@ class HttpLink(Link):
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
+    @in_ordinary_memory
     def pull(self) -> int:
         self._holdings.leave_foreign_()
         edited = self._holdings.arrivals.edited(self._holdings.addresses)
@@ -244,14 +254,17 @@ class HttpLink(Link):
         self._standing.version = int(received.header["version"])
         return self._standing.version
 
+    @in_ordinary_memory
     def stateful(self) -> tuple[int, list[bool]]:
         with self._standing.there():
             return self._reader.stateful(self._holdings.parameters, self._check)
 
+    @in_ordinary_memory
     def read_state(self, indices: Sequence[int]) -> list[State | None]:
         with self._standing.there():
             return self._reader.states(self._standing.fields, self._holdings.parameters, indices, self._check)
 
+    @in_ordinary_memory
     def read_view(self, view: str) -> list[Tensor]:
         with self._standing.there():
             return self._reader.view(view, self._holdings.parameters, self._check)

@@ -160,9 +160,10 @@ class Pushing:
         sparse: Sequence[Sparse] = (),
         fill: Fill | None = None,
     ) -> Callable[[WriteName, str], PushHead]:
-        segments = None if len(present) == len(self._holdings.parameters) else to_ranges(present)
-        # Of several rounds only the last one changes parameters.
-        wanted: Wanted = "all" if self._standing.spec.policy.accumulate == 1 else "changed"
+        everything = len(present) == len(self._holdings.parameters)
+        segments = None if everything else to_ranges(present)
+        # Of several rounds only the last one changes parameters; without a gradient only another worker changes one.
+        wanted: Wanted = "all" if everything and self._standing.spec.policy.accumulate == 1 else "changed"
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             return PushHead(

@@ -77,7 +77,7 @@ class Reader:
 
     def view(self, name: str, parameters: Sequence[Tensor], check: Check) -> list[Tensor]:
         """Return what the session keeps of all parameters under another name, on their devices."""
-        arrived = [torch.empty(p.shape, dtype=p.dtype) for p in parameters]
+        arrived = [torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in parameters]
         views = [tensor_memory(each) for each in arrived]
         self._get(f"Reading {name} of", f"{self._path}?fields={quote(name)}", lambda header: views, check)
         return [each.to(p.device) for each, p in zip(arrived, parameters, strict=True)]

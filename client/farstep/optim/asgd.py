@@ -21,6 +21,7 @@ class ASGD(RemoteOptimizer):
 
     twin = torch.optim.ASGD
     averages = ("ax",)
+    counts_in = frozenset({torch.float32})
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ class RemoteOptimizer(WithViews):
             place = resolve(remote)
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}.__init__() got an {error}") from None
-        defaults = self.twin([torch.zeros(1, 1)], **options).defaults
+        defaults = self.twin([torch.zeros(1, 1, device="cpu")], **options).defaults
         super().__init__(params, defaults)
         self._check_groups()
         self._open(place, state)
@@ -65,6 +65,21 @@ class RemoteOptimizer(WithViews):
             own = {key: value for key, value in group.items() if key in self.defaults}
             if any(value is not self.defaults[key] for key, value in own.items()):  # arrays have no truth of ==
                 check_group(self.twin, own)
+
+    def _check_default_dtype(self) -> None:
+        """Refuse a default dtype with which torch's class would round the numbers in its state in another way.
+
+        Raises:
+            InvalidOption: it has such numbers, and that is the default dtype.
+        """
+        if self.counts_in is not None and (dtype := torch.get_default_dtype()) not in self.counts_in:
+            raise InvalidOption(
+                f"With {dtype} as torch's default dtype, {self.twin.__name__} keeps its numbers in another precision "
+                "than a session, which has them in float32.",
+                remedy="Step with torch.set_default_dtype(torch.float32); the parameters may be of any dtype.",
+                field="dtype",
+                side="client",
+            )
 
     # -- torch.optim.Optimizer --------------------------------------------------------------------------------------
 
@@ -89,6 +104,7 @@ class RemoteOptimizer(WithViews):
         """
         member = self._member()
         member.check_training("step()")
+        self._check_default_dtype()
         loss = None
         if closure is not None:
             with torch.enable_grad():

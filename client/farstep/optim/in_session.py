@@ -36,6 +36,8 @@ class InSession(torch.optim.Optimizer):
     """torch's class of the same name."""
     of_constructor: ClassVar[frozenset[str]] = frozenset()
     """Options whose value in the constructor counts, whatever a group says."""
+    counts_in: ClassVar[frozenset[torch.dtype] | None] = None
+    """The default dtypes with which torch's class computes the numbers in its state as a session does; None for all."""
     opened_by: OpenLink = staticmethod(open_link)
     """Opens the link to a session; a class of its own in tests and benchmarks may have another."""
 

@@ -39,7 +39,7 @@ def lists_to_session(own: Mapping[str, Any]) -> State:
 def _to_session(key: str, value: Any, like: Any) -> Tensor | float:
     if key not in LISTS:
         return value if isinstance(value, Tensor) and key not in COUNTERS else float(value)
-    vector = like if isinstance(like, Tensor) else torch.zeros(0)
+    vector = like if isinstance(like, Tensor) else torch.zeros(0, device="cpu")
     if not value:
         return vector.new_empty((0, len(vector)) if key in VECTORS else (0,))
     none = vector.new_full((), float("nan"))

@@ -20,6 +20,7 @@ class NAdam(RemoteOptimizer):
     """
 
     twin = torch.optim.NAdam
+    counts_in = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
     def __init__(
         self,

@@ -34,7 +34,7 @@ def check_group(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> No
     Raises:
         ValueError: torch's own.
     """
-    twin([torch.zeros(1, 1)], **arguments(twin, own))
+    twin([torch.zeros(1, 1, device="cpu")], **arguments(twin, own))
 
 
 def check_parameters(
@@ -65,7 +65,7 @@ def option_kinds(twin: Callable[..., torch.optim.Optimizer]) -> Mapping[str, Kin
     """Return the options of torch's class and what each is; `defaults` may have more, which torch adds in a load."""
     kinds = _KINDS.get(twin.__name__)
     if kinds is None:
-        defaults = twin([torch.zeros(1, 1)]).defaults
+        defaults = twin([torch.zeros(1, 1, device="cpu")]).defaults
         kinds = _KINDS[twin.__name__] = {name: _kind(name, value) for name, value in defaults.items()}
     return kinds
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from farstep.link import Link
+from farstep.link import Link, in_ordinary_memory
 from farstep.optim.mapping import Fetched
 from farstep.optim.torch_form import as_torch, to_session
 from farstep.states import State
@@ -194,6 +194,7 @@ class RemoteState(Fetched):
         self._seen = {}
         self._known = True
 
+    @in_ordinary_memory
     def read_(self, keys: Sequence[Any]) -> None:
         """Fetch what has not been read of these keys, all at once."""
         self.know_()

@@ -44,7 +44,9 @@ class Stage:
         narrow = None if half is None else TORCH_DTYPES[half]
         self._dtypes = [p.dtype for p in parameters]
         dtypes = [narrow if narrow is not None and is_wide(p) else p.dtype for p in parameters]
-        self._memory = [torch.empty(p.numel(), dtype=dtype) for p, dtype in zip(parameters, dtypes, strict=True)]
+        self._memory = [
+            torch.empty(p.numel(), dtype=dtype, device="cpu") for p, dtype in zip(parameters, dtypes, strict=True)
+        ]
 
     def units(self, order: Sequence[int]) -> list[Unit]:
         """Cut gradients into units, in this order."""

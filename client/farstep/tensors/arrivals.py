@@ -43,7 +43,7 @@ class _Memory:
             places.append((dtype, offset))
             sizes[dtype] = offset + p.numel()
         if flat is None:
-            flat = {dtype: torch.empty(size, dtype=dtype) for dtype, size in sizes.items()}
+            flat = {dtype: torch.empty(size, dtype=dtype, device="cpu") for dtype, size in sizes.items()}
         self.staged = [
             flat[dtype][offset : offset + p.numel()].view(p.shape)
             for (dtype, offset), p in zip(places, parameters, strict=True)

@@ -175,9 +175,9 @@ class Departures:
             return _Lying(first, members[0].nbytes)
         if narrowing is not None and self.large and last - first == 1:
             if self._scratch is None:
-                self._scratch = torch.empty(CAST_BYTES // dtype.itemsize, dtype=dtype)
+                self._scratch = torch.empty(CAST_BYTES // dtype.itemsize, dtype=dtype, device="cpu")
             return _Cast(first, elements, self._scratch, narrowing)
-        flat = torch.empty(elements, dtype=dtype)
+        flat = torch.empty(elements, dtype=dtype, device="cpu")
         pieces = torch.split(flat, [p.numel() for p in members])
         staged = [piece.view(p.shape) for piece, p in zip(pieces, members, strict=True)]
         return _Joined(first, staged, tensor_memory(flat), narrowing)

@@ -72,7 +72,7 @@ class NarrowArrivals(Arrivals):
         chosen = range(len(self._parameters)) if indices is None else indices
         for index in chosen:
             if index in self._narrow:
-                self._whole[index] = torch.empty(self._parameters[index].shape)
+                self._whole[index] = torch.empty(self._parameters[index].shape, dtype=torch.float32, device="cpu")
             self._known(index).copy_(self._parameters[index].detach())
         self._compare_anew_()
         self._kept_(indices, but)
@@ -81,7 +81,7 @@ class NarrowArrivals(Arrivals):
         chosen = range(len(self._parameters)) if indices is None else indices
         for index in chosen:
             if whole and index in self._narrow:
-                self._whole[index] = torch.empty(self._parameters[index].shape)
+                self._whole[index] = torch.empty(self._parameters[index].shape, dtype=torch.float32, device="cpu")
                 self._compare_anew_()
             elif self._whole.pop(index, None) is not None:
                 self._compare_anew_()
@@ -123,7 +123,7 @@ class WideEdits:
     def __init__(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
         self._tensors = list(tensors)
         self._copies = list(copies)
-        self._scratch = torch.empty(min(BLOCK, sum(map(Tensor.numel, copies))), dtype=torch.float32)
+        self._scratch = torch.empty(min(BLOCK, sum(map(Tensor.numel, copies))), dtype=torch.float32, device="cpu")
         self._addresses: list[int] | None = None
 
     def found(self, addresses: list[int]) -> list[int]:

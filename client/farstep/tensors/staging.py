@@ -62,7 +62,9 @@ def outgoing_gradients(
 def outgoing_presence(fields: Mapping[str, FieldKind], states: Sequence[State | None]) -> list[memoryview]:
     """Return which fields each parameter has."""
     names = list(fields)
-    return [outgoing(torch.tensor([float(mask_of(own or (), names)) for own in states], dtype=torch.float64))]
+    return [
+        outgoing(torch.tensor([float(mask_of(own or (), names)) for own in states], dtype=torch.float64, device="cpu"))
+    ]
 
 
 def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, State | None]]) -> list[memoryview]:
@@ -79,10 +81,16 @@ def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, S
     if kind == "free":
         parameter, own = chosen[0]
         value = (own or {})[field]
-        number = torch.tensor(value, dtype=torch.float64) if not isinstance(value, Tensor) else None
+        number = torch.tensor(value, dtype=torch.float64, device="cpu") if not isinstance(value, Tensor) else None
         return [outgoing(cast(Tensor, value).to(parameter.dtype.to_real()) if number is None else number)]
     if kind in NUMBERS:
-        return [outgoing(torch.tensor([float((own or {}).get(field, 0.0)) for _, own in chosen], dtype=torch.float64))]
+        return [
+            outgoing(
+                torch.tensor(
+                    [float((own or {}).get(field, 0.0)) for _, own in chosen], dtype=torch.float64, device="cpu"
+                )
+            )
+        ]
     views = []
     for parameter, own in chosen:
         if own and field in own:
@@ -90,7 +98,7 @@ def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, S
             check_shape(field, kind, value.shape, parameter.shape)
             views.append(outgoing(value.to(parameter.dtype)))
         elif (shape := shape_of(kind, parameter.shape)) is not None:
-            views.append(outgoing(torch.zeros(shape, dtype=parameter.dtype)))
+            views.append(outgoing(torch.zeros(shape, dtype=parameter.dtype, device="cpu")))
     return views
 
 
@@ -148,14 +156,14 @@ class StateArrivals:
         for name in names:
             kind = self._fields.get(name, "number")
             if kind in NUMBERS:
-                self._numbers[name] = torch.empty(len(self._parameters), dtype=torch.float64)
+                self._numbers[name] = torch.empty(len(self._parameters), dtype=torch.float64, device="cpu")
                 views.append(tensor_memory(self._numbers[name]))
             elif kind == "free":
                 views.append(self._free_target(name, shapes))
             else:
                 own = [shape_of(kind, p.shape) for p in self._parameters]
                 self._elements[name] = {
-                    i: torch.empty(shape, dtype=self._parameters[i].dtype)
+                    i: torch.empty(shape, dtype=self._parameters[i].dtype, device="cpu")
                     for i, shape in enumerate(own)
                     if shape is not None
                 }
@@ -167,7 +175,7 @@ class StateArrivals:
             raise InvalidRequest(f"The answer does not tell the shape of {name!r}.", field="shapes", side="client")
         shape = shapes[name]
         dtype = torch.float64 if shape is None else self._parameters[0].dtype.to_real()
-        self._free[name] = torch.empty(shape or (), dtype=dtype)
+        self._free[name] = torch.empty(shape or (), dtype=dtype, device="cpu")
         if shape is None:
             self._plain.add(name)
         return tensor_memory(self._free[name])

@@ -118,8 +118,8 @@ def opened(
     dtype = TORCH_DTYPES[workload.dtype]
     parameters = []
     for shape in workload.shapes:
-        parameter = torch.nn.Parameter(torch.zeros(shape, dtype=dtype))
-        parameter.grad = torch.empty(shape, dtype=dtype).normal_(generator=generator)
+        parameter = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu"))
+        parameter.grad = torch.empty(shape, dtype=dtype, device="cpu").normal_(generator=generator)
         parameters.append(parameter)
     place: RemoteOptions = {
         "server": None if speaking is None else speaking.server,

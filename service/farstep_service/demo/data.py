@@ -55,8 +55,8 @@ def load_digits(seed: int = SEED) -> tuple[Digits, Digits]:
         ) from exc
     bundle = load()
     everything = Digits(
-        torch.as_tensor(bundle.images, dtype=torch.float32).div(16).unsqueeze(1),
-        torch.as_tensor(bundle.target, dtype=torch.int64),
+        torch.as_tensor(bundle.images, dtype=torch.float32, device="cpu").div(16).unsqueeze(1),
+        torch.as_tensor(bundle.target, dtype=torch.int64, device="cpu"),
     )
     order = shuffled(len(everything), seed)
     return everything.take(order[TEST_IMAGES:]), everything.take(order[:TEST_IMAGES])
@@ -69,7 +69,7 @@ def shard(count: int, worker: int, workers: int) -> Tensor:
         worker: the worker's number, from 0.
         workers: how many there are.
     """
-    return torch.arange(worker, count, workers)
+    return torch.arange(worker, count, workers, device="cpu")
 
 
 def shuffled(count: int, *seeds: int) -> Tensor:
@@ -77,4 +77,4 @@ def shuffled(count: int, *seeds: int) -> Tensor:
     mixed = 0
     for seed in seeds:
         mixed = (mixed * 1_000_003 + seed) % 2**63
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed))
+    return torch.randperm(count, device="cpu", generator=torch.Generator().manual_seed(mixed))

@@ -21,7 +21,7 @@ from farstep.errors import InvalidOption, NonFinite
 from farstep.fields import FieldKind
 from farstep.heartbeat import Heartbeat
 from farstep.hyper import Hyper
-from farstep.link import Link, Options, Parameter, SessionSpec, Start
+from farstep.link import Link, Options, Parameter, SessionSpec, Start, in_ordinary_memory
 from farstep.messages import Evaluation
 from farstep.presence import PRESENT
 from farstep.report import StepReport
@@ -49,6 +49,7 @@ class EmbeddedLink(Link):
         InvalidOption: the consistency mode waits for other workers, or the parameters are on several devices.
     """
 
+    @in_ordinary_memory
     def __init__(
         self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None
     ) -> None:
@@ -95,11 +96,21 @@ class EmbeddedLink(Link):
     def eager(self) -> bool:
         return self._plan.rule.eager
 
+    @in_ordinary_memory
     def push(
         self,
         gradients: Sequence[Tensor | None],
         groups: Mapping[int, Options],
         evaluation: Evaluation | None = None,
+    ) -> StepReport:
+        try:
+            return self._push(gradients, groups, evaluation)
+        finally:
+            if not self._state.pending:  # else they are needed to finish the step
+                self._gradients.release()
+
+    def _push(
+        self, gradients: Sequence[Tensor | None], groups: Mapping[int, Options], evaluation: Evaluation | None
     ) -> StepReport:
         began = time.perf_counter()
         self._state.check_evaluation(evaluation)
@@ -174,6 +185,7 @@ class EmbeddedLink(Link):
     def edited(self, addresses: list[int]) -> list[int]:
         return []
 
+    @in_ordinary_memory
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         if any(p.device != self._device for p in parameters):
             return False
@@ -185,11 +197,13 @@ class EmbeddedLink(Link):
     def pull(self) -> int:
         return self.version
 
+    @in_ordinary_memory
     def write(self, parameters: Sequence[int] = (), state: Mapping[int, State | None] | None = None) -> int:
         if state is not None:
             self._state.write(contents_of(self._plan, state))
         return self.version
 
+    @in_ordinary_memory
     def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
         everything = [*self._parameters, *tensors]
         _one_device(everything)
@@ -225,18 +239,22 @@ class EmbeddedLink(Link):
         self._plan = self._state.plan = plan
         self._spec = replace(self._spec, consistency=mode)
 
+    @in_ordinary_memory
     def stateful(self) -> tuple[int, list[bool]]:
         return self.version, [each is not None for each in self._state.copy((PRESENT,)).has() or ()]
 
+    @in_ordinary_memory
     def read_state(self, indices: Sequence[int]) -> list[State | None]:
         contents = self._state.copy((*self._fields, PRESENT), indices)
         return states_of(contents, self._plan, indices, self._device)
 
+    @in_ordinary_memory
     def read_view(self, view: str) -> list[Tensor]:
         contents = self._state.copy((view,))
         buffers = contents.elements[view]
         return [buffers.segment(i).to(self._device, copy=True) for i in range(len(self._parameters))]
 
+    @in_ordinary_memory
     def write_view(self, view: str, values: Sequence[Tensor]) -> None:
         layout = self._plan.layout
         every = range(len(layout.segments))
@@ -246,6 +264,7 @@ class EmbeddedLink(Link):
             contents.elements[view].segment(index).copy_(values[index])
         self._state.write(contents)
 
+    @in_ordinary_memory
     def rejoin(self, start: Start) -> bool:
         self._begin(start)
         return True

@@ -36,7 +36,9 @@ def contents_of(plan: Plan, state: Mapping[int, State | None]) -> Contents:
         kind = fields[field]
         if kind == "free":
             free = cast(State, state[0])[field]
-            contents.free[field].copy_(free if isinstance(free, Tensor) else torch.tensor(free, dtype=torch.float64))
+            contents.free[field].copy_(
+                free if isinstance(free, Tensor) else torch.tensor(free, dtype=torch.float64, device="cpu")
+            )
             continue
         for place, index in enumerate(contents.indices):
             own = state[index]

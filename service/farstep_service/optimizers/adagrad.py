@@ -100,7 +100,7 @@ class Adagrad(ElementwiseRule[AdagradHyper], RowRule[AdagradHyper]):
 
         def rows(values: Tensor) -> Tensor:
             # Not marked as coalesced, since torch adds coalesced ones with another rounding.
-            return torch.sparse_coo_tensor(index, values, g.shape, check_invariants=False)
+            return torch.sparse_coo_tensor(index, values, g.shape, device=values.device, check_invariants=False)
 
         total = state["sum"] + rows(g.pow(2))
         return torch.add(p, rows(g / (total.sqrt() + eps)), alpha=minus_rate), {"sum": total}

@@ -124,5 +124,5 @@ class SGD(ElementwiseRule[SGDHyper], RowRule[SGDHyper]):
         """Apply the formula to the touched rows, with torch's own sparse operation so that the bits are torch's."""
         g = signed(g, scalars[0])
         index = torch.arange(g.shape[0], device=g.device).unsqueeze(0)
-        rows = torch.sparse_coo_tensor(index, g, g.shape, check_invariants=False)
+        rows = torch.sparse_coo_tensor(index, g, g.shape, device=g.device, check_invariants=False)
         return torch.add(p, rows, alpha=scalars[-1]), {}

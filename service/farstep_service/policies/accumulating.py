@@ -45,7 +45,10 @@ class Accumulated:
     def add_(self, gradients: Gradients, workers: Sequence[str]) -> None:
         """Add a round; its memory becomes the sum's if it is the first one and that memory is ours."""
         dense, theirs = gradients.dense(), gradients.buffers
-        sparse = _joined(self._sparse, gradients.sparse)  # first: where memory is short, the sum stays as it is
+        sparse = gradients.sparse
+        if gradients.borrowed:  # whose owner may write into them, or want them freed, before the sum is complete
+            sparse = {index: (rows.clone(), values.clone()) for index, (rows, values) in sparse.items()}
+        sparse = _joined(self._sparse, sparse)  # first: where memory is short, the sum stays as it is
         if self._total is None:
             if isinstance(theirs, FlatBuffers) and not gradients.borrowed:
                 self._total = theirs
@@ -77,8 +80,7 @@ class Accumulated:
         present, sparse = sorted(dense | self._present), _joined(self._sparse, last.sparse)
         for index in set(present) & sparse.keys():
             indices, values = sparse.pop(index)
-            shape = layout.segments[index].shape
-            into.segment(index).add_(torch.sparse_coo_tensor(indices, values, shape, check_invariants=False).to_dense())
+            into.segment(index).add_(_dense(indices, values, layout.segments[index].shape))
         for (out,) in pieces(layout, present, into):
             out.div_(count)
         chosen = {*present, *sparse}
@@ -101,3 +103,8 @@ def _joined(ones: Sparse, others: Sparse) -> dict[int, tuple[Tensor, Tensor]]:
         (rows, values), (more, others_values) = ones[index], others[index]
         joined[index] = (torch.cat([rows, more], dim=1), torch.cat([values, others_values]))
     return joined
+
+
+def _dense(indices: Tensor, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Return a sparse gradient as a dense one, where it is."""
+    return torch.sparse_coo_tensor(indices, values, shape, device=values.device, check_invariants=False).to_dense()

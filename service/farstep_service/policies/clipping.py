@@ -21,7 +21,7 @@ def coalesced(gradients: Gradients) -> Gradients:
     found = {}
     for index, (indices, values) in gradients.sparse.items():
         shape = gradients.buffers.layout.segments[index].shape
-        whole = torch.sparse_coo_tensor(indices, values, shape, check_invariants=False).coalesce()
+        whole = torch.sparse_coo_tensor(indices, values, shape, device=values.device, check_invariants=False).coalesce()
         found[index] = (whole.indices(), whole.values())
     return replace(gradients, sparse=found) if found else gradients
 
@@ -61,7 +61,7 @@ def norm_of(gradients: Gradients, norm_type: float) -> Tensor:
     tensors += [values for _, values in gradients.sparse.values()]
     tensors = [tensor for tensor in tensors if tensor.numel()]
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device=gradients.buffers.device)
     norms = torch._foreach_norm(tensors, norm_type) if norm_type != math.inf else map(_largest, tensors)
     return cast(Tensor, torch.linalg.vector_norm(torch.stack(list(norms)), norm_type))
 

@@ -162,7 +162,7 @@ class ClosureState(SessionState):
             contents.numbers[PRESENT][list(chosen).index(0)] = mask_of(own, names)
         for name, into in contents.free.items():
             value = own[name]
-            into.copy_(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64))
+            into.copy_(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu"))
         return contents
 
     def nbytes(self) -> dict[str, int]:
@@ -213,7 +213,9 @@ class ClosureState(SessionState):
                 tensors.append(gradients.buffers.segment(index))
             elif index in gradients.sparse:
                 indices, values = gradients.sparse[index]
-                whole = torch.sparse_coo_tensor(indices, values, segment.shape, check_invariants=False)
+                whole = torch.sparse_coo_tensor(
+                    indices, values, segment.shape, device=values.device, check_invariants=False
+                )
                 tensors.append(whole.to_dense())
             else:
                 tensors.append(torch.zeros(segment.length, dtype=getattr(torch, segment.buffer), device=self.device))

@@ -205,9 +205,13 @@ class KernelState(SessionState):
         for name, numbers in contents.numbers.items():
             if name == PRESENT:
                 own = [mask_of((*rule.segment_fields, *each.fields), names) if each else 0 for each in counts]
-                numbers.copy_(torch.tensor(own, dtype=torch.float64))
+                numbers.copy_(torch.tensor(own, dtype=torch.float64, device="cpu"))
             else:
-                numbers.copy_(torch.tensor([each or 0.0 for each in store.numbers(name, chosen)], dtype=torch.float64))
+                numbers.copy_(
+                    torch.tensor(
+                        [each or 0.0 for each in store.numbers(name, chosen)], dtype=torch.float64, device="cpu"
+                    )
+                )
         return contents
 
     def _view(self) -> Buffers:

@@ -104,6 +104,11 @@ class BorrowedBuffers(Buffers):
                 )
         self._tensors = list(tensors)
 
+    def release(self) -> None:
+        """Keep none of the tensors, nor copies of those that are not contiguous: their owner may want them freed."""
+        self._tensors = [None] * len(self._shapes)
+        self._apart = {}
+
     def segment(self, index: int) -> Tensor:
         """Return the user's tensor, detached."""
         return self._lent(index).detach()
@@ -150,6 +155,7 @@ class BorrowedBuffers(Buffers):
         direct = [self._lent(index) for index in gathered.large if index not in self._apart]
         if direct:
             torch.autograd.graph.increment_version(direct)
+        self._apart = {}
 
     def _gather(self, segments: Sequence[int]) -> _Gathered:
         """Return which of the segments are gathered; a step asks twice, and mostly as the step before did."""
