@@ -7,6 +7,8 @@
     │   └── UnsupportedMedia      415  another content type or encoding
     ├── ProtocolMismatch          426  the other side speaks another protocol version
     ├── Unauthorized              401  no token, or a wrong one
+    ├── HostNotAllowed            421  the server does not answer to the name that it was asked by
+    ├── OriginNotAllowed          403  a web page that has no business with the server
     ├── InvalidOption             422  an option's value, or an option nobody knows (also a ValueError)
     ├── TensorMismatch            422  a tensor that does not fit the session or its optimizer (also a RuntimeError)
     ├── InvalidFile               422  a session file that is damaged, foreign, or of a newer release
@@ -138,6 +140,20 @@ class Unauthorized(FarstepError):
 
     code = "unauthorized"
     status = 401
+
+
+class HostNotAllowed(FarstepError):
+    """The server does not answer to the name that it was asked by."""
+
+    code = "host_not_allowed"
+    status = 421
+
+
+class OriginNotAllowed(FarstepError):
+    """A web page that has no business with the server asked it."""
+
+    code = "origin_not_allowed"
+    status = 403
 
 
 class InvalidOption(FarstepError, ValueError):

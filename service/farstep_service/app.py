@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from farstep_service.auth import Tokens
+from farstep_service.auth import AllowedHosts, Tokens
 from farstep_service.hosts import in_task
 from farstep_service.registry import Registry
 from farstep_service.routes import Edge, control_router, data_routes, error_of, page_of, session_file_routes
@@ -97,7 +97,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotoni
 
     app.add_exception_handler(HTTPException, problem)
     app.add_exception_handler(RequestValidationError, problem)
-    return Service(Edge(FastLane(app, data), Tokens(settings.tokens)), registry)
+    return Service(Edge(FastLane(app, data), Tokens(settings.tokens), AllowedHosts.of(settings)), registry)
 
 
 class FastLane:

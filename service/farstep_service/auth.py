@@ -1,16 +1,35 @@
-"""Who may speak: bearer tokens, decided before the first body byte is read.
+"""Who may speak, and under which name of the server: decided before the first body byte is read.
 
-One check stands outermost, around every route. What is public is an exact list; everything else needs a token where the
-server has any. Tokens are kept as SHA-256 digests and compared in constant time.
+Two checks stand outermost, around every route.
+
+Tokens: what is public is an exact list; everything else needs a token where the server has any. Tokens are kept as
+SHA-256 digests and compared in constant time.
+
+Hosts: a web page whose own name comes to resolve to this machine ("DNS rebinding") is let by a browser read and change
+what a server without a token holds. What it cannot change is the name it asks for, so a server answers to these only:
+
+    localhost, 127.0.0.1, [::1] and their like      always
+    the address it listens on                       always; on 0.0.0.0 and [::] any address: no name server moves those
+    the names of `--allowed-hosts`                  `*.lab` for all below lab, `*` for any
+    any name                                        with tokens and without `--allowed-hosts`: a page has no token
+    any name                                        over a unix socket, which no page reaches
+
+A page that stays under its own name sends an `Origin`; that has to be the name that it asks for, or one of the first
+three. `X-Forwarded-Host` and its like count for nothing: anyone can write them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+import ipaddress
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import final
 
-from farstep.errors import Unauthorized
+from farstep.errors import HostNotAllowed, InvalidRequest, OriginNotAllowed, Unauthorized
+from farstep_service.settings import ANY_HOST, Settings, is_address, is_loopback
 
 PUBLIC = frozenset({("GET", "/healthz"), ("HEAD", "/healthz")})
 """Method and path of what anyone may ask, compared exactly."""
@@ -50,6 +69,91 @@ class Tokens:
                 "The request shows no valid token.",
                 remedy="Send `Authorization: Bearer ...`: give token=..., or set FARSTEP_TOKEN.",
             )
+
+
+@final
+class AllowedHosts:
+    """The names that a server answers to.
+
+    Args:
+        bound: the address it listens on, "" for none.
+        allowed: further names: `box`, `*.lab`, or `*` for any.
+        guarded: it has tokens; then any name will do if none is given.
+    """
+
+    def __init__(self, bound: str = "", allowed: Iterable[str] = (), *, guarded: bool = False) -> None:
+        names = frozenset(map(_spelled_once, allowed))
+        self._any = ANY_HOST in names
+        self._any_host = self._any or (guarded and not names)
+        self._below = tuple(name.removeprefix("*") for name in names if name.startswith("*."))
+        self._names = names | {_spelled_once(bound)}
+        self._any_address = not bound or (is_address(bound) and ipaddress.ip_address(bound).is_unspecified)
+        self._known = lru_cache(maxsize=64)(self._decide)  # a worker asks for one name, step after step
+
+    @classmethod
+    def of(cls, settings: Settings) -> AllowedHosts:
+        """Return the names of the server that these settings describe."""
+        return cls(settings.host if settings.tcp else "", settings.allowed_hosts, guarded=bool(settings.tokens))
+
+    def check(self, *, version: str, hosts: Sequence[bytes], origins: Sequence[bytes], unix: bool) -> None:
+        """Let a request through, or refuse it.
+
+        Args:
+            version: of HTTP, as the request states it.
+            hosts, origins: the values of its `Host` and `Origin` headers.
+            unix: it came over a unix socket.
+
+        Raises:
+            InvalidRequest: it has more than one `Host`, none in HTTP/1.1, or one that no host can be called.
+            HostNotAllowed: it asks for a name that is not this server's.
+            OriginNotAllowed: it is that of a page that has no business here.
+        """
+        if not hosts and version == "1.0" and not origins:
+            return
+        if len(hosts) != 1:
+            raise InvalidRequest(f"The request has {len(hosts)} Host headers; it must have one.", field="host")
+        host = _host_of(hosts[0])
+        if host is None:
+            raise InvalidRequest("The Host header is not the name of a host, with a port or without.", field="host")
+        if not unix and not self._any_host and not self._known(host, by_address=True):
+            raise HostNotAllowed(
+                f"This server does not answer to the name {host!r}.",
+                remedy=f"Use an address that it listens on, or start it with --allowed-hosts {host}.",
+                field="host",
+            )
+        if origins and not self._any:
+            scheme, _, authority = origins[0].partition(b"://")
+            origin = _host_of(authority) if scheme in (b"http", b"https") and len(origins) == 1 else None
+            if origin is None or (origin != host and not self._known(origin, by_address=False)):
+                raise OriginNotAllowed(
+                    f"Pages of {origin or 'an unknown place'} may not use this server.",
+                    remedy=f"If they are yours, start it with --allowed-hosts {origin}." if origin else "",
+                    field="origin",
+                )
+
+    def _decide(self, host: str, *, by_address: bool) -> bool:
+        if host in self._names or is_loopback(host) or host.endswith(self._below):
+            return True
+        return by_address and self._any_address and is_address(host)
+
+
+_HOST = re.compile(rb"(?:([A-Za-z0-9._-]{1,253})|\[([0-9A-Fa-f:.]{2,45})(?:%[^\]]{1,20})?\])(?::[0-9]{0,5})?")
+
+
+def _host_of(authority: bytes) -> str | None:
+    """Return the host of `host:port`: lower case, an IPv6 address without brackets; None if that is none."""
+    found = _HOST.fullmatch(authority)
+    if found is None:
+        return None
+    name, address = found.groups()
+    host = _spelled_once((name or address).decode())
+    return host if name or is_address(host) else None
+
+
+def _spelled_once(host: str) -> str:
+    """Return a host in one spelling of the many that mean the same."""
+    host = host.lower().partition("%")[0].removesuffix(".")
+    return str(ipaddress.ip_address(host)) if is_address(host) else host
 
 
 def _digest(token: bytes) -> bytes:

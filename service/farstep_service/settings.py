@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 
 from farstep.errors import InvalidOption
@@ -10,6 +11,9 @@ from farstep.errors import InvalidOption
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 7171
 GIB = 2**30
+ANY_HOST = "*"
+
+_HOST_NAME = re.compile(r"(?:\*\.)?[a-z0-9_](?:[a-z0-9._-]{0,251}[a-z0-9_])?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +27,7 @@ class Settings:
         unix: path of a socket to listen at, which only this process's user may use; "" for none.
         device: torch device of the sessions: `cpu`, `cuda`, `cuda:1`.
         tokens: accepted bearer tokens; none means that nobody has to show one.
+        allowed_hosts: names that it answers to beside its addresses (`farstep_service.auth`): `box`, `*.lab`, `*`.
         insecure_no_auth: allow another address than loopback without a token.
         max_sessions: how many sessions may exist.
         max_session_bytes: largest parameters of one session.
@@ -37,6 +42,7 @@ class Settings:
     unix: str = ""
     device: str = "cpu"
     tokens: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
     insecure_no_auth: bool = False
     max_sessions: int = 10_000
     max_session_bytes: int = 64 * GIB
@@ -52,6 +58,13 @@ class Settings:
                     remedy="Make one with `openssl rand -hex 32`.",
                     field="token",
                 )
+        for name in self.allowed_hosts:
+            if name != ANY_HOST and not _HOST_NAME.fullmatch(name.lower()) and not is_address(name):
+                raise InvalidOption(
+                    f"Invalid allowed_hosts: {name!r:.80} is not the name of a host.",
+                    remedy="Give names without scheme and port: box.example, *.example, or * for any.",
+                    field="allowed_hosts",
+                )
         if not self.tcp and not self.unix:
             raise InvalidOption(
                 "There is nothing to listen on: no TCP port and no socket.", remedy="Give --unix PATH.", field="tcp"
@@ -65,10 +78,20 @@ class Settings:
 
 
 def is_loopback(host: str) -> bool:
-    """Say whether an address is reachable from this machine only."""
+    """Return whether an address is reachable from this machine only."""
     if host == "localhost":
         return True
     try:
-        return ipaddress.ip_address(host).is_loopback
+        address = ipaddress.ip_address(host)
     except ValueError:
         return False
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
+
+
+def is_address(host: str) -> bool:
+    """Return whether a host is given by its number."""
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True

@@ -118,8 +118,8 @@ class Worker:
 
     async def _ask(self, method: str, path: str, body: bytes, kind: str) -> bytes:
         """Return the body of an answer, empty where it is an error."""
-        head = f"{method} {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/{kind}\r\ncontent-length: {len(body)}"
-        self._writer.write(f"{head}\r\n\r\n".encode() + body)
+        head = f"{method} {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/{kind}\r\n"
+        self._writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         lines = (await self._reader.readuntil(b"\r\n\r\n")).lower().split(b"\r\n")
         length = sum(int(line.partition(b":")[2]) for line in lines if line.startswith(b"content-length:"))
         answer = await self._reader.readexactly(length)

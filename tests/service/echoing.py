@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from farstep.errors import TensorMismatch
 from farstep.wire import encode
-from farstep_service.auth import Tokens
+from farstep_service.auth import AllowedHosts, Tokens
 from farstep_service.routes import Edge, Pace
 from farstep_service.routes.bodies import answer_message, read_body
 from farstep_service.server.protocol import Protocol
@@ -56,7 +56,8 @@ def serving(app: ASGIApp, http: type[Protocol] = Protocol) -> Iterator[Callable[
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        config = uvicorn.Config(Edge(app, Tokens(())), http=http, lifespan="off", log_config=None, ws="none")
+        edge = Edge(app, Tokens(()), AllowedHosts(allowed=["*"]))
+        config = uvicorn.Config(edge, http=http, lifespan="off", log_config=None, ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()

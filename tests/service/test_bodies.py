@@ -61,7 +61,11 @@ class Conversation:
             "query_string": b"",
             "root_path": "",
             "scheme": "http",
-            "headers": [(b"content-type", kind.encode()), (b"content-length", str(length).encode())],
+            "headers": [
+                (b"host", b"localhost"),
+                (b"content-type", kind.encode()),
+                (b"content-length", str(length).encode()),
+            ],
         }
         await self.app(scope, receive, send)
         if not sent:
@@ -191,7 +195,7 @@ def test_every_answer_is_of_one_version(server: RunningServer, stamped: RawWorke
         seen = []
         for _ in range(3):
             with opened(server.url, buffer_bytes=SLOW_BYTES) as sock:
-                sock.sendall(f"GET {stamped.path}/contents HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                sock.sendall(f"GET {stamped.path}/contents HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
                 begun = sock.recv(share)
                 pushed.wait_for_next()
                 answer = read_answer(sock, begun)
@@ -238,7 +242,7 @@ def test_a_reader_that_stops_does_not_stop_the_others(server: RunningServer, sta
     """While somebody who asked for parameters does not read them, steps go on; what he reads later is his version."""
     ones = [torch.ones(ELEMENTS // 2)] * 2
     with opened(server.url, buffer_bytes=SLOW_BYTES) as sock:
-        sock.sendall(f"GET {stamped.path}/contents HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        sock.sendall(f"GET {stamped.path}/contents HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         begun = sock.recv(1 << 12)
         version = stamped.version
         value = stamp(stamped.raw.request("GET", f"{stamped.path}/contents").payload)
@@ -255,7 +259,7 @@ def test_a_reader_that_goes_away_gives_its_version_back(server: RunningServer, s
     ones = [torch.ones(ELEMENTS // 2)] * 2
     for _ in range(6):
         with opened(server.url, buffer_bytes=SLOW_BYTES) as sock:
-            sock.sendall(f"GET {stamped.path}/contents HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            sock.sendall(f"GET {stamped.path}/contents HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             sock.recv(1 << 12)
             stamped.push(ones, reply="none")
     for _ in range(3):
@@ -297,5 +301,5 @@ def test_a_connection_is_used_again_after_an_error(server: RunningServer, stampe
     with half_sent(server.url, "POST", f"{stamped.path}/push", headers) as sock:
         assert read_answer(sock).code == "unsupported_media"
         sock.sendall(body)
-        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert read_answer(sock).document == {"status": "ok"}

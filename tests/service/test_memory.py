@@ -67,7 +67,7 @@ def test_a_version_that_is_held_is_the_second_one(server: RunningServer, process
     with ExitStack() as stack:
         for _ in range(3):
             sock = stack.enter_context(opened(server.url, buffer_bytes=1 << 14))
-            sock.sendall(f"GET {worker.path}/contents HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+            sock.sendall(f"GET {worker.path}/contents HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
             assert sock.recv(1000)
         for _ in range(4):
             assert step(server, worker, "none") == 200
@@ -148,7 +148,7 @@ def test_a_file_takes_one_copy_on_its_way(
     """An export costs a copy of the session while it is sent, an import what has arrived; nothing is joined."""
     path, file = f"{worker.path}/file", tmp_path / "large.safetensors"
     with opened(server.url, buffer_bytes=1 << 14) as sock:
-        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         assert sock.recv(1000)
         assert worker.raw.request("GET", "/healthz").status == 200
         assert process.taken <= 4 * SIZE + SLACK

@@ -154,7 +154,7 @@ def test_memory_of_conversions_is_counted_and_does_not_add_up(server: RunningSer
         with ExitStack() as stack:
             for _ in range(3):
                 sock = stack.enter_context(opened(server.url, buffer_bytes=1 << 14))
-                asked = f"GET {own.path}/contents?wire_parameters=bfloat16 HTTP/1.1\r\nHost: x\r\n\r\n"
+                asked = f"GET {own.path}/contents?wire_parameters=bfloat16 HTTP/1.1\r\nHost: localhost\r\n\r\n"
                 sock.sendall(asked.encode())
                 assert sock.recv(1000)
             most = taken + (SIZE // 2 if cut else 0) + SLACK

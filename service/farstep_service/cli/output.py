@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from farstep.errors import FarstepError, InvalidOption, Unauthorized
+from farstep.errors import FarstepError, HostNotAllowed, InvalidOption, Unauthorized
 
 FAILED = 1
 REFUSED = 2
@@ -46,7 +46,7 @@ def reporting(json_output: bool) -> Iterator[None]:
             typer.echo(f"error {printable(exc.code)}: {printable(exc.detail)}", err=True)
             if exc.remedy:
                 typer.echo(f"  {printable(exc.remedy)}", err=True)
-        raise typer.Exit(REFUSED if isinstance(exc, (Unauthorized, InvalidOption)) else FAILED) from exc
+        raise typer.Exit(REFUSED if isinstance(exc, (Unauthorized, HostNotAllowed, InvalidOption)) else FAILED) from exc
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

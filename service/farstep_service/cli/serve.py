@@ -62,6 +62,14 @@ def serve(
         Path | None,
         option("--token-file", f"Accepted tokens, one per line, beside that of {TOKEN_VARIABLE}.", metavar="FILE"),
     ] = None,
+    allowed_hosts: Annotated[
+        list[str] | None,
+        option(
+            "--allowed-hosts",
+            "Names to answer to beside its addresses; several with commas. Any if there are tokens and none is given.",
+            metavar="NAME",
+        ),
+    ] = None,
     insecure_no_auth: Annotated[bool, option("--insecure-no-auth", "Listen on any address without a token.")] = False,
     max_sessions: Annotated[
         int, option("--max-sessions", "How many sessions there may be.", metavar="N", min=1)
@@ -92,6 +100,7 @@ def serve(
             unix=unix,
             device=device,
             tokens=tokens_of(os.environ.get(TOKEN_VARIABLE, ""), token_file),
+            allowed_hosts=names_of(allowed_hosts or []),
             insecure_no_auth=insecure_no_auth,
             max_sessions=max_sessions,
             max_session_bytes=bytes_of(max_session_gib, "max_session_gib"),
@@ -136,6 +145,11 @@ def bytes_of(gib: float, field: str) -> int:
             f"Invalid {field}: {gib}. Must be positive, and at most {LARGEST_GIB}.", field=field, limit=LARGEST_GIB
         )
     return int(gib * GIB)
+
+
+def names_of(given: list[str]) -> tuple[str, ...]:
+    """Return the names of hosts in options or a variable, each of which may hold several with commas between them."""
+    return tuple(name.strip() for names in given for name in names.split(",") if name.strip())
 
 
 def tokens_of(variable: str, file: Path | None) -> tuple[str, ...]:

@@ -29,7 +29,7 @@ from farstep_service.routes.documents import (
     SessionDocument,
     plan_of,
 )
-from farstep_service.routes.problems import PROBLEM, Problem
+from farstep_service.routes.problems import PROBLEM, Problem, over_unix
 from farstep_service.settings import Settings
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
@@ -261,7 +261,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
     @router.put("/v1/sessions/{name}/workers/{worker}/memory", tags=["workers"], status_code=204)
     async def share(name: NamePath, worker: NamePath, document: MemoryDocument, request: Request) -> Response:
         """Map memory of a worker on this machine, which its pushes name from then on; over a unix socket only."""
-        if (request.scope.get("server") or ("", 0))[1] is not None:
+        if not over_unix(request.scope):
             raise InvalidOption("Memory is shared over a unix socket only.", field="memory")
         host = registry.get(name)
         registry.check_room_to_share(host)

@@ -29,7 +29,7 @@ from farstep.errors import (
     Unauthorized,
     Unavailable,
 )
-from farstep_service.auth import Tokens
+from farstep_service.auth import AllowedHosts, Tokens
 from farstep_service.limits import DOCUMENTS
 from farstep_service.memory import out_of_memory
 
@@ -44,11 +44,12 @@ log = logging.getLogger("farstep.server")
 
 
 class Edge:
-    """Stand outermost: check the token, run the application, and translate what it raises."""
+    """Stand outermost: check the token and the host, run the application, and translate what it raises."""
 
-    def __init__(self, app: ASGIApp, tokens: Tokens) -> None:
+    def __init__(self, app: ASGIApp, tokens: Tokens, hosts: AllowedHosts) -> None:
         self.app = app
         self._tokens = tokens
+        self._hosts = hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -65,11 +66,7 @@ class Edge:
             await send(message)
 
         try:
-            self._tokens.check(
-                scope["method"],
-                scope["raw_path"].decode("latin-1").partition("?")[0],
-                (value for name, value in scope["headers"] if name == b"authorization"),
-            )
+            self._check(scope)
             await self.app(scope, receive, noting_send)
         except asyncio.CancelledError:
             if started:
@@ -84,6 +81,25 @@ class Edge:
             # A decoder that failed and its error keep each other, and the error's frames the gradients and the session.
             traceback.clear_frames(exc.__traceback__)
             await answer(error_of(exc), send)
+
+    def _check(self, scope: Scope) -> None:
+        named: dict[bytes, list[bytes]] = {b"authorization": [], b"host": [], b"origin": []}
+        for name, value in scope["headers"]:
+            if name in named:
+                named[name].append(value)
+        path = scope["raw_path"].decode("latin-1").partition("?")[0]
+        self._tokens.check(scope["method"], path, named[b"authorization"])
+        self._hosts.check(
+            version=scope["http_version"],
+            hosts=named[b"host"],
+            origins=named[b"origin"],
+            unix=over_unix(scope),
+        )
+
+
+def over_unix(scope: Scope) -> bool:
+    """Return whether a request came over a unix socket."""
+    return (scope.get("server") or ("", 0))[1] is None
 
 
 def error_of(exc: Exception) -> FarstepError:
