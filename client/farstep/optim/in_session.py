@@ -6,9 +6,10 @@ Join and leave, tell which version is held, bring the parameters up to date, and
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -38,6 +39,8 @@ class InSession(torch.optim.Optimizer):
     """Options whose value in the constructor counts, whatever a group says."""
     counts_in: ClassVar[frozenset[torch.dtype] | None] = None
     """The default dtypes with which torch's class computes the numbers in its state as a session does; None for all."""
+    if_missing: ClassVar[Mapping[str, Any]] = MappingProxyType({})
+    """Values that torch's step takes for options that a group does not have; it refuses a group without another one."""
     opened_by: OpenLink = staticmethod(open_link)
     """Opens the link to a session; a class of its own in tests and benchmarks may have another."""
 
@@ -179,6 +182,7 @@ class InSession(torch.optim.Optimizer):
             place,
             opened_by=self.opened_by,
             newborn=partial(newborn, self.twin, self.defaults),
+            param_groups=partial(_groups_of, weakref.ref(self)),
             state=state,
             version=version,
             options=partial(_options_of, weakref.ref(self)) if self._overlaps(place) else None,
@@ -195,7 +199,9 @@ class InSession(torch.optim.Optimizer):
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""
         kinds, fixed = option_kinds(self.twin), {key: self.defaults[key] for key in self.of_constructor}
-        return [plain_options({**group, **fixed} if fixed else group, kinds) for group in self.param_groups]
+        missing = self.if_missing
+        groups = [{**missing, **group, **fixed} if fixed or missing else group for group in self.param_groups]
+        return [plain_options(group, kinds) for group in groups]
 
     def _member(self) -> Membership:
         """Return the membership, which has the parameters that the groups have now.
@@ -247,6 +253,13 @@ class InSession(torch.optim.Optimizer):
         self.state = member.state
 
 
+def _groups_of(optimizer: weakref.ref[InSession]) -> Sequence[Mapping[str, Any]]:
+    there = optimizer()
+    return () if there is None else there.param_groups
+
+
 def _options_of(optimizer: weakref.ref[InSession]) -> list[dict[str, Any]] | None:
     there = optimizer()
-    return None if there is None else there._options()
+    with suppress(KeyError):  # its step says what is missing
+        return None if there is None else there._options()
+    return None

@@ -50,6 +50,7 @@ class Membership:
         place: where it is.
         opened_by: opens the link to it.
         newborn: the state that a parameter begins with.
+        param_groups: returns the optimizer's groups.
         state: torch's form of the state that a new session begins with, None for none.
         version: the version that a new session begins at.
         options: the groups' options as they are now, for pushes that begin before their step; None for no such pushes.
@@ -70,6 +71,7 @@ class Membership:
         *,
         opened_by: OpenLink,
         newborn: Newborn,
+        param_groups: Callable[[], Sequence[Mapping[str, Any]]],
         state: Mapping[Any, Any] | None = None,
         version: int = 0,
         options: Callable[[], list[Options] | None] | None = None,
@@ -83,7 +85,9 @@ class Membership:
         if options is not None:
             self.overlap = Overlap(self.parameters, partial(_begin_push, weakref.ref(self), options))
         self.close = weakref.finalize(self, _leave, self.link, self.overlap)
-        self.state = RemoteState(self.link, self.parameters, partial(_check_open, self.close, place.session))
+        self.state = RemoteState(
+            self.link, self.parameters, partial(_check_open, self.close, place.session), param_groups
+        )
         self._remember(list(map(len, groups)))
         self.shown = ""
         self.scaler: torch.amp.GradScaler | None = None

@@ -90,11 +90,11 @@ def plain_options(group: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Option
 
     Raises:
         InvalidOption: one of them is nothing that could.
+        KeyError: torch's own, for an option that the group does not have, as one loaded from an old checkpoint.
     """
     return {
         key: value if type(value := group[key]) in _AS_THEY_ARE[kind] else _plain(key, kind, value)
         for key, kind in kinds.items()
-        if key in group
     }
 
 

@@ -69,7 +69,7 @@ def check_types(twin: type[torch.optim.Optimizer], groups: Iterable[Mapping[str,
         p = next((p for p in group["params"] if p.grad is not None), None)
         if p is None:
             continue
-        plain = plain_options({key: value for key, value in group.items() if key not in names}, kinds)
+        plain = plain_options(group, {key: kind for key, kind in kinds.items() if key in group and key not in names})
         used = tuple(map(bool, plain.values()))
         for name in names:
             key = (twin, name, _type_of(group[name]), used, *_kind(p))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Unpack
 
 import torch
@@ -21,6 +22,7 @@ class SparseAdam(RemoteOptimizer):
     """
 
     twin = torch.optim.SparseAdam
+    if_missing = MappingProxyType({"maximize": False})
 
     def __init__(
         self,

@@ -39,12 +39,20 @@ class RemoteState(Fetched):
         link: the way to the session.
         parameters: the session's, in order.
         check: raises if the link cannot be used any more; called before each reading.
+        groups: returns the param groups, whose options say of which type torch's numbers are.
     """
 
-    def __init__(self, link: Link, parameters: Sequence[Tensor], check: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        link: Link,
+        parameters: Sequence[Tensor],
+        check: Callable[[], None],
+        groups: Callable[[], Sequence[Mapping[str, Any]]],
+    ) -> None:
         super().__init__()
         self._link = link
         self._check = check
+        self._groups = groups
         self._indices = {p: index for index, p in enumerate(parameters)}
         self._known = False
         self._version = -1
@@ -203,8 +211,9 @@ class RemoteState(Fetched):
         if not unread:
             return
         self._check()
+        group_of = {p: group for group in self._groups() for p in group["params"]}
         for p, values in zip(unread, self._link.read_state([self._indices[p] for p in unread]), strict=True):
-            read = {} if values is None else as_torch(p, values, self._link.fields)
+            read = {} if values is None else as_torch(p, values, self._link.fields, group_of.get(p, {}))
             self._seen[self._indices[p]] = {name: Seen.of(value) for name, value in read.items()}
             dict.__setitem__(self, p, {**read, **dict.__getitem__(self, p).own})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -79,11 +80,18 @@ def _dense(value: Tensor) -> Tensor:
     return value.to_dense() if value.is_sparse else value
 
 
-def as_torch(p: Tensor, values: State, fields: Mapping[str, FieldKind]) -> dict[str, Any]:
-    """Return a parameter's state under torch's keys, numbers as the 0-dim tensors, or the ints, that torch has."""
+def as_torch(
+    p: Tensor, values: State, fields: Mapping[str, FieldKind], group: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return a parameter's state under torch's keys, numbers as the 0-dim tensors, or the ints, that torch has.
+
+    Args:
+        group: the options of the parameter's group, as far as they decide about torch's types.
+    """
     if "free" in fields.values():
-        return lists_as_torch(values)
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+        return lists_as_torch(values, group.get("lr", 1.0))
+    double = torch.get_default_dtype() == torch.float64 and not group.get("fused")
+    dtype = torch.float64 if double else torch.float32
 
     def of_torch(key: str, value: Tensor | float) -> Tensor | int:
         if isinstance(value, Tensor):
