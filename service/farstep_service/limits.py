@@ -60,6 +60,11 @@ class ConnectionLimits:
         within_s=10.0,
         beyond="closed without a word",
     )
+    blank: Limit = Limit(
+        state="sending empty lines before a request",
+        most_bytes=64,
+        beyond="400 `invalid_request`; closed",
+    )
     head: Limit = Limit(
         state="sending the head of a request",
         most_bytes=32 * KIB,
@@ -68,6 +73,12 @@ class ConnectionLimits:
         within_s=10.0,
         beyond="408, or 431 `limit_exceeded`; closed",
     )
+    early: Limit = Limit(
+        state="requests sent before the answer to the one ahead",
+        most=1,
+        things="begun in a turn",
+        beyond="not read on; each waits for its turn",
+    )
     body: Limit = Limit(
         state="sending a body",
         token=True,
@@ -75,9 +86,38 @@ class ConnectionLimits:
         least_bytes_per_s=16 * KIB,
         beyond="400 `truncated`; closed if nothing more comes",
     )
+    chunk: Limit = Limit(
+        state="sending the line before a chunk",
+        token=True,
+        most_bytes=256,
+        most=4096,
+        things="chunks, and one more for each 64 bytes of content",
+        beyond="413 `limit_exceeded`; closed",
+    )
+    trailers: Limit = Limit(
+        state="sending trailers behind the last chunk, which are dropped",
+        token=True,
+        most_bytes=4 * KIB,
+        most=16,
+        things="trailers",
+        beyond="413 `limit_exceeded`; closed",
+    )
+    refused: Limit = Limit(
+        state="sending the body of a request that was refused for its token",
+        most_bytes=1 * MIB,
+        within_s=5.0,
+        beyond="not read on; closed",
+    )
+    dropped: Limit = Limit(
+        state="sending the body of a request that was answered before its end",
+        token=True,
+        within_s=60.0,
+        beyond="closed",
+    )
     reading: Limit = Limit(
         state="reading an answer",
         silent_s=60.0,
+        least_bytes_per_s=16 * KIB,
         beyond="cut off",
     )
     idle: Limit = Limit(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,12 +51,14 @@ class Echo:
 
 
 @contextmanager
-def serving(app: ASGIApp, http: type[Protocol] = Protocol) -> Iterator[Callable[..., socket.socket]]:
+def serving(
+    app: ASGIApp, http: type[Protocol] = Protocol, tokens: Sequence[str] = ()
+) -> Iterator[Callable[..., socket.socket]]:
     """Serve an application in a thread; yield what opens a connection to it."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
-        edge = Edge(app, Tokens(()), AllowedHosts(allowed=["*"]))
+        edge = Edge(app, Tokens(tokens), AllowedHosts(allowed=["*"]))
         config = uvicorn.Config(edge, http=http, lifespan="off", log_config=None, ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})

@@ -88,12 +88,12 @@ def head_length(first: bytes, file_bytes: int, *, side: Side = "server") -> int:
     return length
 
 
-def read_head(text: bytes | bytearray, data_bytes: int, *, side: Side = "server") -> Head:
+def read_head(text: bytes | bytearray, data_bytes: int | None, *, side: Side = "server") -> Head:
     """Read the JSON of a file.
 
     Args:
         text: the JSON.
-        data_bytes: how many bytes follow it.
+        data_bytes: how many bytes follow it, None if that is not known yet.
         side: who reads.
 
     Raises:
@@ -121,7 +121,7 @@ def read_head(text: bytes | bytearray, data_bytes: int, *, side: Side = "server"
                 side,
             )
         at = end
-    if at != data_bytes:
+    if data_bytes is not None and at != data_bytes:
         raise refused(f"its tensors take {at} bytes, and {data_bytes} follow the head", side)
     return Head([entry for _, _, entry in placed], metadata)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, final
 
 from farstep.consistency import Consistency
 from farstep.fields import Shapes
@@ -98,6 +98,11 @@ class Answer:
     receipt: Receipt
     duplicate: bool
     times: Times
+
+
+@final
+class AtMost(int):
+    """The length of a body that comes in chunks, which nobody has announced: at most this many bytes."""
 
 
 class Intake(ABC):

@@ -11,7 +11,7 @@ from farstep.errors import TensorMismatch
 from farstep.wire import MAX_HEADER_BYTES, Limits
 from farstep_service.contents import Contents
 from farstep_service.gradients import Contribution, memory_of, on_device
-from farstep_service.hosts.host import Intake, View
+from farstep_service.hosts.host import AtMost, Intake, View
 from farstep_service.hosts.shared import Shared
 from farstep_service.store import FlatBuffers, Held
 
@@ -26,7 +26,8 @@ def check_fit(payload_bytes: int, body_bytes: int) -> None:
     Raises:
         TensorMismatch: it is shorter than the payload, or longer than payload, frames and header can be.
     """
-    if not payload_bytes <= body_bytes <= payload_bytes + OVERHEAD_BYTES:
+    longest = 0 if isinstance(body_bytes, AtMost) else body_bytes
+    if not payload_bytes <= body_bytes or longest > payload_bytes + OVERHEAD_BYTES:
         raise TensorMismatch(
             f"The body has {body_bytes} bytes, but the announced tensors take {payload_bytes}.",
             remedy="Compare the parameters' count, shapes and dtypes with the session's.",

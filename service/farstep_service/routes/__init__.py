@@ -4,10 +4,11 @@ from farstep_service.routes.bodies import RECEIVE_INTO, Pace, Sink
 from farstep_service.routes.control import control_router
 from farstep_service.routes.data import data_routes
 from farstep_service.routes.page import page_of
-from farstep_service.routes.problems import PROBLEM, Edge, error_of, problem_of
+from farstep_service.routes.problems import ADMITTED, PROBLEM, Edge, error_of, problem_of
 from farstep_service.routes.session_files import session_file_routes
 
 __all__ = [
+    "ADMITTED",
     "PROBLEM",
     "RECEIVE_INTO",
     "Edge",

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest, LimitExceeded, Truncated, UnsupportedMedia
 from farstep.wire import CONTENT_TYPE, Decoder, encode
-from farstep_service.hosts import in_task
+from farstep_service.hosts import AtMost, in_task
 from farstep_service.limits import CONNECTION
 
 MSGPACK = CONTENT_TYPE.encode()
@@ -27,7 +27,7 @@ TAIL_BYTES = 128 * 1024
 buffer; these must not be memory that the next step writes to."""
 
 Place = Callable[[dict[str, Any], int], Sequence[memoryview]]
-"""Given the header and the body bytes that can follow, return where the payload goes."""
+"""Given the header and the bytes of the body, `AtMost` where it comes in chunks, return where the payload goes."""
 
 
 RECEIVE_INTO = "farstep.receive_into"
@@ -50,16 +50,19 @@ class Pace:
         """Return the seconds that so many bytes may take."""
         return self.idle_s + received / self.bytes_per_s
 
-    def too_slow(self, received: int, size: int, elapsed_s: float, *, silent: bool) -> Truncated | None:
-        """Return the error for a body that comes too slowly, None for one that does not."""
+    def too_slow(self, received: int, size: int | None, elapsed_s: float, *, silent: bool) -> Truncated | None:
+        """Return the error for a body that comes too slowly, None for one that does not.
+
+        Args:
+            size: its length, None if that is not known.
+        """
+        arrived = f"{received} bytes" if size is None else f"{received} of {size} bytes"
         if silent:
             return Truncated(
-                f"No byte of the body came for {self.idle_s:g} s; {received} of {size} had arrived.", limit=self.idle_s
+                f"No byte of the body came for {self.idle_s:g} s; {arrived} had arrived.", limit=self.idle_s
             )
         if elapsed_s > self.allowed_s(received):
-            return Truncated(
-                f"The body comes too slowly: {received} of {size} bytes in {elapsed_s:.0f} s.", limit=self.bytes_per_s
-            )
+            return Truncated(f"The body comes too slowly: {arrived} in {elapsed_s:.0f} s.", limit=self.bytes_per_s)
         return None
 
 
@@ -72,7 +75,7 @@ class Sink(Protocol):
     def buffer_updated(self, count: int) -> None:
         """Take note that so many bytes are in it."""
 
-    def feed(self, chunk: bytes | bytearray) -> None:
+    def feed(self, chunk: bytes | bytearray | memoryview) -> None:
         """Take bytes that are somewhere else."""
 
 
@@ -87,9 +90,12 @@ class Body:
 class _Message:
     """A message on its way into memory, and its fingerprint."""
 
-    def __init__(self, place: Callable[[dict[str, Any]], Sequence[memoryview]], arrived: Callable[[int], None]) -> None:
+    def __init__(
+        self, place: Callable[[dict[str, Any]], Sequence[memoryview]], arrived: Callable[[int], None], most_bytes: int
+    ) -> None:
         self._decoder = Decoder(place)
         self._arrived = arrived
+        self._most_bytes = self._left = most_bytes
         self._digest = xxhash.xxh3_128()
         self._offered = memoryview(b"")
 
@@ -98,11 +104,13 @@ class _Message:
         return self._offered
 
     def buffer_updated(self, count: int) -> None:
+        self._count(count)
         self._digest.update(self._offered[:count])
         self._decoder.buffer_updated(count)
         self._arrived(self._decoder.received)
 
-    def feed(self, chunk: bytes | bytearray) -> None:
+    def feed(self, chunk: bytes | bytearray | memoryview) -> None:
+        self._count(len(chunk))
         self._digest.update(chunk)
         self._decoder.feed(chunk)
         self._arrived(self._decoder.received)
@@ -111,6 +119,13 @@ class _Message:
         """Return the complete message; raise if it is not."""
         self._decoder.close()
         return Body(self._decoder.header, self._digest.hexdigest())
+
+    def _count(self, count: int) -> None:
+        self._left -= count
+        if self._left < 0:  # with a length, the server itself sees to that
+            raise LimitExceeded(
+                f"The body has more than {self._most_bytes} bytes.", field="transfer-encoding", limit=self._most_bytes
+            )
 
 
 def _ignored(received: int) -> None:
@@ -133,7 +148,8 @@ async def read_body(
         FarstepError: what `place` raises about the header.
     """
     size = declared(scope, MSGPACK, largest)
-    message = _Message(lambda header: place(header, size), arrived)
+    announced = AtMost(largest) if size is None else size
+    message = _Message(lambda header: place(header, announced), arrived, announced)
     receive_into = scope.get("extensions", {}).get(RECEIVE_INTO)
     if receive_into is not None:
         await receive_into(message, size, pace)
@@ -143,8 +159,8 @@ async def read_body(
     return message.close()
 
 
-async def chunks(receive: Receive, size: int, pace: Pace) -> AsyncIterator[bytes]:
-    """Receive a body of `size` bytes piece by piece, as every ASGI server gives it.
+async def chunks(receive: Receive, size: int | None, pace: Pace) -> AsyncIterator[bytes]:
+    """Receive a body piece by piece, as every ASGI server gives it; `size` is its length, None if that is not known.
 
     Raises:
         Truncated: it comes too slowly.
@@ -172,12 +188,12 @@ async def chunks(receive: Receive, size: int, pace: Pace) -> AsyncIterator[bytes
         yield chunk
 
 
-def declared(scope: Scope, wanted: bytes, largest: int) -> int:
-    """Return the length of a body that has a content type, uncompressed.
+def declared(scope: Scope, wanted: bytes, largest: int) -> int | None:
+    """Return the length of a body that has a content type, uncompressed; None if it comes in chunks.
 
     Raises:
         UnsupportedMedia: another content type, or an encoding.
-        InvalidRequest: it does not say how long it is.
+        InvalidRequest: it does not say how long it is, and does not come in chunks.
         LimitExceeded: it is longer than `largest`.
     """
     headers: Mapping[bytes, bytes] = dict(scope["headers"])
@@ -189,9 +205,13 @@ def declared(scope: Scope, wanted: bytes, largest: int) -> int:
     if headers.get(b"content-encoding", b"identity") != b"identity":
         raise UnsupportedMedia("Content-Encoding is not supported; send the body as it is.", field="content-encoding")
     declared = headers.get(b"content-length", b"")
+    if not declared and headers.get(b"transfer-encoding", b"").strip().lower() == b"chunked":
+        return None
     if not declared.isdigit():
         raise InvalidRequest(
-            "The request has no Content-Length.", remedy="Send the body with its length.", field="content-length"
+            "The request has no Content-Length.",
+            remedy="Send the body with its length, or in chunks.",
+            field="content-length",
         )
     if int(declared) > largest:
         raise LimitExceeded(f"The body has {int(declared)} bytes.", field="content-length", limit=largest)

@@ -32,7 +32,7 @@ from farstep.header import VERSION
 from farstep.messages import Fill, PushHead, PutHead
 from farstep.narrow import check_half
 from farstep.wire import from_ranges
-from farstep_service.hosts import OVERHEAD_BYTES, Answer, Host, Intake, Reader, View
+from farstep_service.hosts import OVERHEAD_BYTES, Answer, AtMost, Host, Intake, Reader, View
 from farstep_service.registry import Registry
 from farstep_service.routes.bodies import Pace, answer_message, read_body
 from farstep_service.rule import Rule
@@ -75,8 +75,12 @@ class Endpoint(ABC):
 
         def place(header: dict[str, Any], body_bytes: int) -> Sequence[memoryview]:
             head = parse(header)
-            reserve(body_bytes)
+            known = not isinstance(body_bytes, AtMost)
+            if known:
+                reserve(body_bytes)
             intake = begin(head, body_bytes)
+            if not known:  # then what its header announces is what is coming; the memory is there, but not touched
+                reserve(sum(view.nbytes for view in intake.views))
             parts.append((head, intake))
             return intake.views
 

@@ -29,7 +29,7 @@ from farstep.errors import (
     Unauthorized,
     Unavailable,
 )
-from farstep_service.auth import AllowedHosts, Tokens
+from farstep_service.auth import PUBLIC, AllowedHosts, Tokens
 from farstep_service.limits import DOCUMENTS
 from farstep_service.memory import out_of_memory
 
@@ -39,6 +39,9 @@ LONGEST = {"detail": 1000, "field": 200, "limit": 200}
 """Characters of a problem's texts."""
 MAX_DOCUMENT_BYTES = DOCUMENTS.other_bytes
 """Size of a JSON document at most."""
+
+ADMITTED = "farstep.admitted"
+"""In the scope of a request that has shown what it has to; the server takes more time for its body than for others'."""
 
 log = logging.getLogger("farstep.server")
 
@@ -95,6 +98,8 @@ class Edge:
             origins=named[b"origin"],
             unix=over_unix(scope),
         )
+        if (scope["method"], path) not in PUBLIC:
+            scope[ADMITTED] = True
 
 
 def over_unix(scope: Scope) -> bool:

@@ -64,15 +64,16 @@ class SessionFile:
         size = declared(scope, FILE, LARGEST)
         with self._registry.in_flight() as reserve:
             incoming = Incoming(chunks(receive, size, Pace(self._settings.idle_body_s)))
-            first = bytearray(min(LENGTH_BYTES, size))
+            first = bytearray(LENGTH_BYTES if size is None else min(LENGTH_BYTES, size))
             await incoming.fill([memoryview(first)])
-            length = head_length(bytes(first), size)
+            length = head_length(bytes(first), LARGEST if size is None else size)
             reserve(length)
             text = bytearray(length)
             await incoming.fill([memoryview(text)])
 
             # In threads: the head of 100,000 parameters takes a while.
-            head = await asyncio.to_thread(read_head, text, size - LENGTH_BYTES - length)
+            behind = None if size is None else size - LENGTH_BYTES - length
+            head = await asyncio.to_thread(read_head, text, behind)
             snapshot = await asyncio.to_thread(snapshot_of, head, name)
             self._registry.check_free(snapshot.plan)
             reserve(snapshot.contents.nbytes)

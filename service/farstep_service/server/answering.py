@@ -10,11 +10,16 @@ begins to answer when there is a body to send.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import lru_cache, partial
 from typing import final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HEADER_VALUE_RE, STATUS_LINE, RequestResponseCycle
+
+from farstep.errors import Busy, FarstepError
+from farstep_service.routes import PROBLEM, problem_of
+from farstep_service.routes.problems import RETRY_AFTER_S
 
 LENGTH = b"content-length"
 PLAIN = frozenset({LENGTH, b"content-type", b"date", b"server"})
@@ -31,12 +36,20 @@ class Answering:
         app: answers the request.
         cycle: the request, as uvicorn sees it.
         transport: the connection.
+        wrote: called with how many bytes go into the connection's buffer, where not all of them leave it at once.
     """
 
-    def __init__(self, app: ASGIApp, cycle: RequestResponseCycle, transport: asyncio.Transport) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        cycle: RequestResponseCycle,
+        transport: asyncio.Transport,
+        wrote: Callable[[int], None] = lambda _: None,
+    ) -> None:
         self._app = app
         self._cycle = cycle
         self._transport = transport
+        self._wrote = wrote
         self._start: Message | None = None
         self._held: list[bytes] | None = None
 
@@ -85,6 +98,7 @@ class Answering:
     def _let_go(self) -> None:
         held, self._held = self._held, None
         if held:
+            self._wrote(sum(map(len, held)))
             self._transport.writelines(held)
 
     # -- what uvicorn's cycle asks of a transport ---------------------------------------------------------------------
@@ -92,6 +106,7 @@ class Answering:
     def write(self, data: bytes) -> None:
         """Write, or keep for the write that follows."""
         if self._held is None:
+            self._wrote(len(data))
             self._transport.write(data)
         else:
             self._held.append(data)
@@ -104,6 +119,19 @@ class Answering:
     def is_closing(self) -> bool:
         """Say whether the connection is being closed."""
         return self._transport.is_closing()
+
+
+def last_answer(error: FarstepError, status: int | None = None) -> bytes:
+    """Return the whole answer to what is not handed to the application; the connection is closed behind it.
+
+    Args:
+        status: the HTTP status, where that is not the error's own.
+    """
+    body = problem_of(error, status=status)
+    busy = b"retry-after: %s\r\n" % RETRY_AFTER_S if isinstance(error, Busy) else b""
+    line = STATUS_LINE[error.status if status is None else status]
+    kind = b"content-type: %s\r\ncontent-length: %d\r\n" % (PROBLEM, len(body))
+    return b"".join([line, kind, busy, b"connection: close\r\n\r\n", body])
 
 
 @lru_cache(maxsize=HEADS_KEPT)

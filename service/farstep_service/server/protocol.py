@@ -1,10 +1,14 @@
 """One HTTP connection: uvicorn's, with limits, deadlines, and bodies that arrive where they are used.
 
-    waiting     a head must be complete within the limits of `farstep_service.limits`, as all that follows
-    head        handed to the application
+    waiting     nothing has come yet
+    head        a request line and headers; the parser sees nothing else, so nothing else can be taken for a header
     body        an endpoint that says where it goes gets it there (`receiving.py`); otherwise in pieces, as ASGI has it
-    answer      a reader that takes nothing for long is cut off, so that it cannot hold a version for ever
-    idle        uvicorn's keep-alive
+    answering   a reader that takes too little is cut off, so that it cannot hold a version for ever
+    dropping    the rest of a body whose request was answered before
+    idle        between two requests; or the next has come already, and waits for its turn (`turns.py`)
+
+What each state may cost is a row of `farstep_service.limits`. This module holds connections to it, and `receiving.py`,
+to which one is lent while a body comes.
 
 A request begins when all that came with its head has been read, and goes as far as it can without waiting: a small push
 is answered before the event loop turns, and never becomes a task (`farstep_service.hosts.eager`).
@@ -15,26 +19,30 @@ What uvicorn decides about messages stays its own; this only adds what it leaves
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from typing import Any, cast
 
+import httptools
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
-from uvicorn._types import ASGI3Application, HTTPScope
+from uvicorn._types import ASGI3Application
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from farstep.errors import FarstepError, InvalidRequest, LimitExceeded
 from farstep_service.hosts import begin
 from farstep_service.limits import CONNECTION
-from farstep_service.routes import PROBLEM, RECEIVE_INTO, Pace, Sink, problem_of
-from farstep_service.server.answering import Answering
+from farstep_service.routes import ADMITTED, RECEIVE_INTO, Pace, Sink
+from farstep_service.server.answering import Answering, last_answer
+from farstep_service.server.framing import Framing, Heading, Sized, framing_of
 from farstep_service.server.parsing import Parser
 from farstep_service.server.receiving import Reading
 from farstep_service.server.repeated import Head
+from farstep_service.server.slow_reader import SlowReader
+from farstep_service.server.turns import turns_of
 
-LOOKS = 4
-"""How often within the time for which a reader may take nothing its progress is looked at."""
 HEADERS_TOO_LARGE = 431
 
 
@@ -43,219 +51,350 @@ class Protocol(HttpToolsProtocol):
 
     limits = CONNECTION
 
-    _head_timer: asyncio.TimerHandle | None = None
-    _stall_timer: asyncio.TimerHandle | None = None
-    _in_head = True
-    _head_bytes = 0
-    _refused = False
-    _occupied = False
-    _between = True
+    _timer: asyncio.TimerHandle | None = None
+    _rest = b""
+    _heading: Heading | None = None
+    _begun = False
+    _closed = False
+    _framing: Framing | None = None
+    _lent = False
+    _dropping = False
+    _drop_bytes = 0
+    _paused = False
+    _waits = False
+    _reader: SlowReader | None = None
     _head: Head | None = None
     _next: tuple[RequestResponseCycle, ASGI3Application] | None = None
 
-    # -- the head ---------------------------------------------------------------------------------------------------
+    # -- what comes -------------------------------------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.parser = Parser(self)  # type: ignore[assignment]
-        self._await_head()
+        self._within(self.limits.waiting.within_s, self._close)
 
     def data_received(self, data: bytes) -> None:
-        if self._refused:
-            return
-        if self._between and self._head is not None and self._head.begins(data) and self._is_idle():
+        if self._head is not None and not self._rest and self._head.begins(data) and self._is_idle():
             self._repeat(self._head, data)
             return
-        begun = data if self._between else None
-        self._occupied = True
-        super().data_received(data)
-        self._occupied = False
-        if begun is not None and self._between and self._next is not None and not self.pipeline:
-            self._head = Head.of(begun, cast("dict[str, Any]", self.scope))
-        if self._in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > self.limits.head.most_bytes:
-                most = self.limits.head.most_bytes
-                self._refuse_head(f"The request's head has more than {most} bytes.", most)
+        self._rest = self._rest + data if self._rest else data
+        if not self._waits:
+            self._go_on()
+
+    def take_turn(self) -> None:
+        """Begin a request that came before the one ahead of it was answered."""
+        self._waits = False
+        if not self._closed:
+            self._go_on()
+
+    def _go_on(self) -> None:
+        """Take what has come, up to where a request begins and with what is there of its body."""
+        if self._closed:
+            self._rest = b""
+            return
+        if self._framing is None and self._is_answered():
+            self._take_head()
+        if self._framing is not None:
+            self._take_body(self._framing)
         if self._next is not None:
             self._begin_next()
+        self._settle()
 
-    def _is_idle(self) -> bool:
-        """Say whether the request before is answered."""
-        return self.cycle.response_complete and self.limit_concurrency is None and not self.transport.is_closing()
+    def _settle(self) -> None:
+        """Read on, unless another request has come that has to wait: for its turn, or for the answer ahead of it."""
+        if self._closed:
+            return
+        early = bool(self._rest)
+        if early and self._framing is None and self.cycle.response_complete and not self._waits:
+            self._waits = True
+            turns_of(self.loop).wait(self)
+        if early != self._paused and not self._lent:
+            self._paused = early
+            if early:
+                self.flow.read_paused = False  # so that nobody else reads on
+                self.transport.pause_reading()
+            else:
+                self.transport.resume_reading()
 
-    def _repeat(self, head: Head, body: bytes) -> None:
-        """Begin a request whose head came before, and which is complete."""
-        self._unset_keepalive_if_required()
-        scope = head.scope()
-        self.cycle = RequestResponseCycle(
-            scope=cast(HTTPScope, scope),
-            transport=self.transport,
-            flow=self.flow,
-            logger=self.logger,
-            access_logger=self.access_logger,
-            access_log=self.access_log,
-            default_headers=self.server_state.default_headers,
-            message_event=asyncio.Event(),
-            expect_100_continue=False,
-            keep_alive=True,
-            on_response=self.on_response_complete,
-        )
-        scope |= {"state": self.app_state.copy(), "extensions": {RECEIVE_INTO: partial(self._receive_into, self.cycle)}}
-        self.cycle.body += memoryview(body)[len(head.raw) :]
-        self.cycle.more_body = False
-        self.cycle.message_event.set()
-        self._start_asgi_task(self.cycle, cast(ASGI3Application, self.app))
+    # -- the head ---------------------------------------------------------------------------------------------------
 
-    def on_message_begin(self) -> None:
-        self._between = False
-        super().on_message_begin()
-        if not self._in_head:
-            self._await_head()
+    def _take_head(self) -> None:
+        """Feed the parser with the head that is next, or with what there is of it."""
+        heading = self._heading = self._heading or Heading(self.limits)
+        try:
+            head, rest = heading.take(self._rest)
+        except LimitExceeded as exc:
+            self._refuse(exc, HEADERS_TOO_LARGE)
+            return
+        except InvalidRequest as exc:
+            self._refuse(exc)
+            return
+        self._rest = b""
+        if not head:
+            return
+        whole = heading.received == len(head)
+        if whole and rest is None:
+            self._within(self.limits.head.within_s, self._head_is_late)
+        self._feed(head)
+        if self._closed or rest is None:
+            return
+        if not self._begun:
+            self._refuse(InvalidRequest("What came is not a request of HTTP/1.1."))
+            return
+        self._rest = rest
+        self._head_is_over(head if whole else b"")
+
+    def _feed(self, head: bytes) -> None:
+        """Feed the parser, which calls `on_headers_complete` at the head's end."""
+        try:
+            self.parser.feed_data(head)
+        except httptools.HttpParserUpgrade:
+            self._unsupported_upgrade_warning()
+        except httptools.HttpParserError as exc:
+            why = f": {exc}" if type(exc) is httptools.HttpParserError else ""  # others may hold what came
+            self._refuse(InvalidRequest(f"What came is not a request of HTTP/1.1{why}."))
+
+    def _head_is_over(self, whole: bytes) -> None:
+        """Find out where the body ends; `whole` is the head, if it came in one piece."""
+        self._within(None)
+        self._heading, self._begun = None, False
+        try:
+            framing = framing_of(self.headers, self.limits)
+        except InvalidRequest as exc:
+            self._next = None
+            self._refuse(exc)
+            return
+        self._framing = framing
+        if not framing.over:
+            self.parser = Parser(self)  # type: ignore[assignment]  # this one would wait for a body
+        if whole and isinstance(framing, Sized) and framing.left == len(self._rest):
+            self._head = Head.of(whole + self._rest, cast("dict[str, Any]", self.scope))
 
     def on_headers_complete(self) -> None:
-        self._in_head = False
-        self._head_bytes = 0
-        self._head_timer = _cancelled(self._head_timer)
-        size = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
+        self._begun = True
         limit = self.limits.head
+        size = len(self.url) + sum(map(len, chain.from_iterable(self.headers)))
         if size > limit.most_bytes or len(self.headers) > limit.most:
-            self._refuse_head(
-                f"The request's head has {len(self.headers)} headers and {size} bytes.",
-                limit.most if len(self.headers) > limit.most else limit.most_bytes,
-            )
+            detail = f"The request's head has {len(self.headers)} headers and {size} bytes."
+            most = limit.most if len(self.headers) > limit.most else limit.most_bytes
+            self._refuse(LimitExceeded(detail, limit=most), HEADERS_TOO_LARGE)
             return
         super().on_headers_complete()
         # The next request may be parsed before this one is answered, so the cycle is bound.
         cast("dict[str, Any]", self.scope)["extensions"] = {RECEIVE_INTO: partial(self._receive_into, self.cycle)}
 
-    def on_body(self, body: bytes) -> None:
-        if not self._refused:
-            super().on_body(body)
-
     def on_message_complete(self) -> None:
-        self._between = True
-        if not self._refused:
-            super().on_message_complete()
-
-    def _await_head(self) -> None:
-        self._in_head = True
-        self._head_bytes = 0
-        self._head_timer = _cancelled(self._head_timer)
-        self._head_timer = self.loop.call_later(self.limits.head.within_s, self._head_is_late)
+        """Leave it to the framing to say where a body ends."""
 
     def _head_is_late(self) -> None:
-        if self._head_bytes == 0:
-            self.transport.close()  # it never asked anything
-            return
-        late = InvalidRequest(
-            f"The request's head was not complete after {self.limits.head.within_s:g} s.", remedy="Send it in one go."
+        detail = f"The request's head was not complete after {self.limits.head.within_s:g} s."
+        self._refuse(InvalidRequest(detail, remedy="Send it in one go."), 408)
+
+    def _is_answered(self) -> bool:
+        """Return whether no request waits for its answer."""
+        cycle = cast("RequestResponseCycle | None", self.cycle)
+        return cycle is None or cycle.response_complete
+
+    def _is_idle(self) -> bool:
+        """Say whether the request before is answered."""
+        return (
+            self.cycle.response_complete
+            and self._framing is None
+            and self.limit_concurrency is None
+            and not self.transport.is_closing()
         )
-        self._answer_and_close(408, late)
 
-    def _refuse_head(self, detail: str, limit: int) -> None:
-        self._answer_and_close(HEADERS_TOO_LARGE, LimitExceeded(detail, limit=limit))
-
-    def _answer_and_close(self, status: int, error: FarstepError) -> None:
-        self._refused = True
-        self._head_timer = _cancelled(self._head_timer)
-        if self.transport.is_closing():
-            return
-        body = problem_of(error, status=status)
-        head = f"HTTP/1.1 {status} \r\ncontent-length: {len(body)}\r\nconnection: close\r\ncontent-type: "
-        self.transport.write(head.encode() + PROBLEM + b"\r\n\r\n" + body)
-        self.transport.close()
+    def _repeat(self, head: Head, body: bytes) -> None:
+        """Begin a request whose head came before, and which is complete."""
+        self._within(None)
+        scope = head.scope()
+        self.cycle = head.cycle(self, scope, self.on_response_complete)
+        scope |= {"state": self.app_state.copy(), "extensions": {RECEIVE_INTO: partial(self._receive_into, self.cycle)}}
+        self.cycle.body += memoryview(body)[len(head.raw) :]
+        self.cycle.more_body = False
+        self.cycle.message_event.set()
+        self._next = self.cycle, cast(ASGI3Application, self.app)
+        self._begin_next()
 
     # -- the body ---------------------------------------------------------------------------------------------------
 
-    async def _receive_into(self, cycle: RequestResponseCycle, sink: Sink, size: int, pace: Pace) -> None:
-        """Receive the body of a request, `size` bytes, into the memory a sink names.
+    def _take_body(self, framing: Framing) -> None:
+        """Take what is there of a body, for who asks for it; nowhere, if nobody will."""
+        data, self._rest = self._rest, b""
+        try:
+            pieces, used = framing.take(data)
+        except InvalidRequest as exc:
+            self._next = None
+            self._refuse(exc)
+            return
+        if self._dropping:
+            self._drop_bytes -= used
+        else:
+            for piece in pieces:
+                self.cycle.body += piece
+            if len(self.cycle.body) > HIGH_WATER_LIMIT:
+                self.flow.pause_reading()
+        if framing.over:
+            self._body_is_over(data[used:])
+        elif self._drop_bytes < 0:
+            self.transport.pause_reading()
+            self.transport.write_eof()  # and not close: what it reads after that would be lost
+        if pieces or framing.over:
+            self.cycle.message_event.set()
+
+    def _body_is_over(self, rest: bytes) -> None:
+        self._framing = None
+        self._rest = rest
+        self.cycle.more_body = False
+        self._within(None)
+        if self._dropping or self.cycle.response_complete:
+            self._dropping, self._drop_bytes = False, 0
+            self._within(self.limits.idle.within_s, self._close)
+
+    def _look_at_body(self, framing: Framing, began: float, seen: int) -> None:
+        """See whether a body that comes in pieces comes, and fast enough on the whole."""
+        limit, now, received = self.limits.body, self.loop.time(), framing.received
+        pace = Pace(limit.silent_s, limit.least_bytes_per_s)
+        if self.flow.read_paused:  # it is us who are slow
+            began = now - received / limit.least_bytes_per_s
+        elif error := pace.too_slow(received, None, now - began, silent=received == seen):
+            self._refuse(error)
+            return
+        self._within(limit.silent_s, self._look_at_body, framing, began, received)
+
+    async def _receive_into(self, cycle: RequestResponseCycle, sink: Sink, size: int | None, pace: Pace) -> None:
+        """Receive the body of a request, of `size` bytes if that is known, into the memory a sink names.
 
         Raises:
             ClientDisconnect: the connection is gone.
-            FarstepError: what the sink raises, or `Truncated` when the body comes too slowly. The rest of the body is
-                read and dropped, so that the client reads the answer.
+            FarstepError: what the sink raises, `Truncated` when the body comes too slowly, or what is wrong with its
+                chunks. The rest of the body is read and dropped, so that the client reads the answer.
         """
         if cycle.disconnected:
             raise ClientDisconnect
         begun, cycle.body = cycle.body, bytearray()
-        if not cycle.more_body:
+        framing = self._framing
+        if not cycle.more_body or framing is None:
             sink.feed(begun)
             return
         if cycle.waiting_for_100_continue:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             cycle.waiting_for_100_continue = False
-        reading = Reading(self.transport, sink, size - len(begun), pace, self._body_is_over, self.connection_lost)
+        left = None if size is None else size - len(begun)
+        dropped = self.limits.dropped
+        reading = Reading(self.transport, sink, framing, left, pace, dropped, self._take_back, self.connection_lost)
         self.flow.read_paused = False
+        self._within(None)
+        self._lent = True
         try:
             reading.start()
             sink.feed(begun)
             await reading.wait()
         except BaseException:
+            cycle.keep_alive &= not reading.ill_framed
             reading.drop()
             raise
         finally:
             del reading  # an error in it and this frame would keep each other
 
-    def _body_is_over(self) -> None:
-        """Go on as if the parser had seen the body."""
+    def _take_back(self, rest: bytes) -> None:
+        """Go on with a connection that was lent for the length of a body."""
         self.transport.pause_reading()
         self.transport.set_protocol(self)
-        self.transport.resume_reading()
-        self.parser = Parser(self)  # type: ignore[assignment]
-        self._between = True
-        self.cycle.more_body = False
+        self._lent, self._paused = False, True
+        self._body_is_over(rest)
         self.cycle.message_event.set()
+        self._settle()
 
     # -- the answer -------------------------------------------------------------------------------------------------
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._next = cycle, app
-        if not self._occupied:
-            self._begin_next()
 
     def _begin_next(self) -> None:
-        """Answer the request that is next, and those behind it that came early, as far as that needs no waiting."""
-        self._occupied = True
-        while self._next is not None:
-            (cycle, app), self._next = self._next, None
-            answering = Answering(cast(ASGIApp, app), cycle, self.transport)
-            cycle.transport = cast(asyncio.Transport, answering)
-            task = begin(self.loop, cycle.run_asgi(cast(ASGI3Application, answering)))
-            if task is not None:
-                self.tasks.add(task)
-                task.add_done_callback(self.tasks.discard)
-        self._occupied = False
+        """Answer the request that is next, as far as that needs no waiting."""
+        if self._next is None:
+            return
+        (cycle, app), self._next = self._next, None
+        answering = Answering(cast(ASGIApp, app), cycle, self.transport, self._wrote)
+        cycle.transport = cast(asyncio.Transport, answering)
+        task = begin(self.loop, cycle.run_asgi(cast(ASGI3Application, answering)))
+        if task is not None:
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+        if self._framing is not None and not (self._lent or self._dropping or self._closed):
+            framing = self._framing
+            self._within(self.limits.body.silent_s, self._look_at_body, framing, self.loop.time(), framing.received)
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            self._close()
+            return
+        if self._lent:  # it is read on, and dropped
+            return
+        self.flow.resume_reading()
+        if self._framing is None:
+            self._within(self.limits.idle.within_s, self._close)
+        else:
+            limit = self.limits.dropped if ADMITTED in self.cycle.scope else self.limits.refused
+            self._dropping, self._drop_bytes = True, limit.most_bytes
+            self._within(limit.within_s, self._close)
+        if self._rest:
+            self._settle()
+
+    def _refuse(self, error: FarstepError, status: int | None = None) -> None:
+        """Answer what cannot be answered by the application, and close."""
+        if self._closed or self.transport.is_closing():
+            return
+        begun = self._dropping
+        if not self._is_answered():
+            begun = self.cycle.response_started
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if not begun:
+            self.transport.write(last_answer(error, status))
+        self._close()
+
+    def _close(self) -> None:
+        """Close when what was written has left, which a reader cannot put off for ever."""
+        self._closed, self._rest = True, b""
+        self._within(None)
+        self.transport.close()
+        self._watch_reader()
+
+    def _within(self, seconds: float | None, then: Callable[..., None] | None = None, *args: object) -> None:
+        """Give the connection so long in the state that it enters; None for one without an end of its own."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None or then is None else self.loop.call_later(seconds, then, *args)
+
+    # -- the reader -------------------------------------------------------------------------------------------------
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._stall_timer is None:
-            self._watch(self.transport.get_write_buffer_size(), LOOKS)
+        self._watch_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._stall_timer = _cancelled(self._stall_timer)
+        if self._reader is not None and self._is_answered() and not self._closed:
+            self._reader.stop()
 
-    def _watch(self, left: int, looks: int) -> None:
-        self._stall_timer = self.loop.call_later(self.limits.reading.silent_s / LOOKS, self._look, left, looks)
+    def _watch_reader(self) -> None:
+        if (self._reader is None or self._reader.over) and self.transport.get_write_buffer_size():
+            self._reader = SlowReader(self.loop, self.transport, self.limits.reading)
 
-    def _look(self, left: int, looks: int) -> None:
-        now = self.transport.get_write_buffer_size()
-        if now != left:
-            self._watch(now, LOOKS)
-        elif looks > 1:
-            self._watch(now, looks - 1)
-        else:
-            self.transport.abort()
+    def _wrote(self, count: int) -> None:
+        if self._reader is not None:
+            self._reader.wrote(count)
+
+    def eof_received(self) -> None:
+        """Close when what was written has left."""
+        self._watch_reader()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._head_timer = _cancelled(self._head_timer)
-        self._stall_timer = _cancelled(self._stall_timer)
+        self._closed, self._rest = True, b""
+        self._within(None)
+        if self._reader is not None:
+            self._reader.stop()
         super().connection_lost(exc)
-
-
-def _cancelled(timer: asyncio.TimerHandle | None) -> asyncio.TimerHandle | None:
-    """Cancel a timer and return what takes its place."""
-    if timer is not None:
-        timer.cancel()
-    return None

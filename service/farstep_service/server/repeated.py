@@ -6,9 +6,15 @@ means the same: what the parser made of the first one is taken over.
 
 from __future__ import annotations
 
-from typing import Any, Self, final
+import asyncio
+from collections.abc import Callable
+from typing import Any, Self, cast, final
 
-END = b"\r\n\r\n"
+from uvicorn._types import HTTPScope
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from farstep_service.server.framing import END
+
 LENGTH = b"content-length"
 KEPT = (b"connection", b"keep-alive")
 OWN = frozenset({"state", "extensions", "path_params"})
@@ -55,3 +61,27 @@ class Head:
     def scope(self) -> dict[str, Any]:
         """Return what the parser would make of it."""
         return {**self._scope, "headers": list(self._scope["headers"])}
+
+    def cycle(
+        self, owner: HttpToolsProtocol, scope: dict[str, Any], on_response: Callable[[], None]
+    ) -> RequestResponseCycle:
+        """Return the request and its answer as uvicorn would make them when it has parsed this head.
+
+        Args:
+            owner: the connection.
+            scope: what `scope` has returned.
+            on_response: called when it is answered.
+        """
+        return RequestResponseCycle(
+            scope=cast(HTTPScope, scope),
+            transport=owner.transport,
+            flow=owner.flow,
+            logger=owner.logger,
+            access_logger=owner.access_logger,
+            access_log=owner.access_log,
+            default_headers=owner.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=True,
+            on_response=on_response,
+        )

@@ -1,0 +1,72 @@
+"""Turns between connections that have sent more requests than one: a request of each, and the event loop between.
+
+Thousands of small requests may come in one write. Answered in one go they would keep everyone else waiting who has
+sent one request and waits for its answer; so what follows the first waits here, and the connection is not read from.
+
+    turn        one request of each connection that waits, for `TURN_S` together at most
+    between     the event loop reads from sockets, answers who has asked for one thing, and fires timers
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol, final
+from weakref import WeakKeyDictionary
+
+TURN_S = 0.001
+"""Seconds of a turn: what all requests that came early may together add to the waiting of others."""
+
+
+class Waiting(Protocol):
+    """A connection with requests that have come and were not begun."""
+
+    def take_turn(self) -> None:
+        """Begin one of them, and wait again if there are more."""
+
+
+@final
+class Turns:
+    """Give turns to the connections of one event loop.
+
+    Args:
+        clock: seconds.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._loop = loop
+        self._clock = clock  # the loop's own may stand still while it runs callbacks
+        self._waiting: deque[Waiting] = deque()
+        self._called = False
+
+    def wait(self, connection: Waiting) -> None:
+        """Let a connection that does not wait yet wait for its turn, which comes soon."""
+        self._waiting.append(connection)
+        self._call()
+
+    def _call(self) -> None:
+        if self._waiting and not self._called:
+            self._called = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        self._called = False
+        end = self._clock() + TURN_S
+        for _ in range(len(self._waiting)):
+            self._waiting.popleft().take_turn()
+            if self._clock() > end:
+                break
+        self._call()
+
+
+_TURNS: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
+
+
+def turns_of(loop: asyncio.AbstractEventLoop) -> Turns:
+    """Return the turns of an event loop."""
+    turns = _TURNS.get(loop)
+    if turns is None:
+        turns = _TURNS[loop] = Turns(loop)
+    return turns
