@@ -2,7 +2,8 @@
 
 argument       variable             default
 server         FARSTEP_SERVER       none: embedded, in this process
-session        FARSTEP_SESSION      none: a fresh private session
+session        FARSTEP_SESSION      none: a fresh private session. In a run of `farstep launch`, FARSTEP_RUN, a name
+                                    that is given is the run's: session="actor" is NAME.actor
 worker         FARSTEP_WORKER       a fresh name of host, process and a random part; see `farstep.identity`
 token          FARSTEP_TOKEN        none
 wire           FARSTEP_WIRE         none: everything travels as it is; counts where there is a server
@@ -37,7 +38,8 @@ class RemoteOptions(TypedDict, total=False):
 
     server: URL of a farstep server, `unix:///path` for one at a socket of this machine; without one the optimizer runs
         embedded in this process.
-    session: the name to create or join; without one the session is private to this optimizer and removed with it.
+    session: the name to create or join; without one that of `FARSTEP_SESSION`, with a number for the second optimizer
+        of a process and later ones, or else the session is private to this optimizer and removed with it.
     worker: this worker's name in the session, or who it is (`farstep.worker()`). A sync step reduces gradients in the
         order of these names.
     token: the server's bearer token.
@@ -80,7 +82,12 @@ class RemoteOptions(TypedDict, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """A checked and completed set of remote options."""
+    """A checked and completed set of remote options.
+
+    Attributes:
+        counted_as: set where the session has the environment's name, which all optimizers of a process have: the
+            worker's name as far as it was given, by which they are counted.
+    """
 
     server: str | None
     session: str
@@ -95,6 +102,7 @@ class Place:
     wire: Wire = field(default_factory=Wire)
     policy: Policy = NOTHING
     overlap: bool = False
+    counted_as: str | None = None
 
 
 def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:
@@ -108,7 +116,8 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
     options = cast(RemoteOptions, {name: pythons_own(value) for name, value in options.items()})
     server = options.get("server") or environment.get("FARSTEP_SERVER") or None
-    session = options.get("session") or environment.get("FARSTEP_SESSION") or None
+    own = options.get("session") or None
+    session = _in_run(own, environment.get("FARSTEP_RUN") or None) or environment.get("FARSTEP_SESSION") or None
     worker = options.get("worker") or environment.get("FARSTEP_WORKER") or None
     if isinstance(worker, Worker):
         worker = worker.name
@@ -118,7 +127,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     timeout_s = options.get("timeout_s", 60.0)
     if server is not None:
         _check_server(server)
-    for name, value in (("session", session), ("worker", worker)):
+    for name, value in (("session", own), ("session", session), ("worker", worker)):
         if value is not None:
             check_name(value, name)
     if kernel not in ("auto", "reference", "fused"):
@@ -166,7 +175,15 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         wire=wire,
         policy=Policy(**_policy_of(options)),
         overlap=_switch(options.get("overlap"), environment.get("FARSTEP_OVERLAP")),
+        counted_as=(worker or "") if session and own is None else None,
     )
+
+
+def _in_run(session: object, run: str | None) -> Any:
+    """Return a session's name as it is in a run of `farstep launch`: two runs on one server do not meet."""
+    if run is None or not isinstance(session, str) or session == run or session.startswith(f"{run}."):
+        return session
+    return f"{run}.{session}"
 
 
 def _policy_of(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -175,7 +192,7 @@ def _policy_of(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def elsewhere(place: Place) -> Place:
     """Return the same place with a fresh private session."""
-    return replace(place, session=_fresh_session(), private=True)
+    return replace(place, session=_fresh_session(), private=True, counted_as=None)
 
 
 def carried(place: Place) -> RemoteOptions:

@@ -178,6 +178,7 @@ def test_what_workers_are_told(script: Path):
         assert told == {
             "FARSTEP_SERVER": "http://127.0.0.1:9",
             "FARSTEP_SESSION": "run",
+            "FARSTEP_RUN": "run",
             "FARSTEP_TOKEN": "secret",
             "FARSTEP_WORKER": name,
             "FARSTEP_RESTART": "0",

@@ -20,6 +20,7 @@ def test_a_worker_is_told_where_it_is_and_who():
         "PYTHONUNBUFFERED": "1",
         "FARSTEP_SERVER": "http://box:7171",
         "FARSTEP_SESSION": "run",
+        "FARSTEP_RUN": "run",
         "FARSTEP_WORKER": "w11",
         "FARSTEP_RESTART": "1",
         "RANK": "11",

@@ -25,6 +25,7 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from farstep.errors import InvalidOption, TensorMismatch
+from farstep.optim.namesakes import told_apart, told_why
 from farstep.optim.options import check_group
 from farstep.optim.refusals import check_types, refusal
 from farstep.optim.scaling import scaling_of, tell_
@@ -57,7 +58,8 @@ class RemoteOptimizer(WithViews):
         defaults = self.twin([torch.zeros(1, 1, device="cpu")], **options).defaults
         super().__init__(params, defaults)
         self._check_groups()
-        self._open(place, state)
+        with told_apart(place) as own:
+            self._open(own, state)
 
     def _check_groups(self) -> None:
         """Let torch's class check the options of groups that have their own."""
@@ -113,9 +115,10 @@ class RemoteOptimizer(WithViews):
         with scaling_of(vars(self)) as scaling:
             self._settle(member)
             check_types(self.twin, self.param_groups)
-            member.prepare()
             try:
-                self.last_step = member.push(self._options(), scaling)
+                with told_why(member.place, member):
+                    member.prepare()
+                    self.last_step = member.push(self._options(), scaling)
             except (InvalidOption, TensorMismatch) as refused_there:
                 if (error := refusal(self.twin, self.defaults, self.param_groups)) is not None:
                     raise error from refused_there

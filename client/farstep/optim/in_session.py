@@ -19,6 +19,7 @@ from farstep.heartbeat import Heartbeat, beating
 from farstep.hosts import open_link
 from farstep.link import SessionSpec
 from farstep.optim.membership import Membership, OpenLink, refused
+from farstep.optim.namesakes import take_seat_, told_why
 from farstep.optim.options import option_kinds, plain_options
 from farstep.optim.torch_form import describe, newborn
 from farstep.plain import pythons_own
@@ -106,7 +107,8 @@ class InSession(torch.optim.Optimizer):
         member = self._member()
         member.check_training("pull()")
         self._settle(member)
-        return member.pull()
+        with told_why(member.place, member):
+            return member.pull()
 
     def rejoin(self, state_dict: dict[str, Any] | None = None, *, version: int | None = None) -> bool:
         """Join the session again after `SessionLost` or `Fenced`; return whether it had to be created anew.
@@ -125,6 +127,7 @@ class InSession(torch.optim.Optimizer):
         except BaseException:
             vars(self).update(before)
             raise
+        take_seat_(member, member.place)
         member.state.replace_({} if self.state is member.state else self.state)
         self.state = member.state
         return created
@@ -176,17 +179,19 @@ class InSession(torch.optim.Optimizer):
             kernel=place.kernel,
             policy=place.policy,
         )
-        self._membership = Membership(
-            spec,
-            [group["params"] for group in self.param_groups],
-            place,
-            opened_by=self.opened_by,
-            newborn=partial(newborn, self.twin, self.defaults),
-            param_groups=partial(_groups_of, weakref.ref(self)),
-            state=state,
-            version=version,
-            options=partial(_options_of, weakref.ref(self)) if self._overlaps(place) else None,
-        )
+        with told_why(place):
+            self._membership = Membership(
+                spec,
+                [group["params"] for group in self.param_groups],
+                place,
+                opened_by=self.opened_by,
+                newborn=partial(newborn, self.twin, self.defaults),
+                param_groups=partial(_groups_of, weakref.ref(self)),
+                state=state,
+                version=version,
+                options=partial(_options_of, weakref.ref(self)) if self._overlaps(place) else None,
+            )
+        take_seat_(self._membership, place)
         self._membership.state.replace_(self.state if state is None else state)
         self.state = self._membership.state
         self.last_step = None

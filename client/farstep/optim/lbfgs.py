@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from farstep.messages import Evaluation
 from farstep.optim.base import RemoteOptimizer
+from farstep.optim.namesakes import told_why
 from farstep.optim.options import check_parameters
 from farstep.optim.refusals import check_types
 from farstep.report import StepReport
@@ -87,8 +88,9 @@ class LBFGS(RemoteOptimizer):
         member = self._member()
         self._settle(member)
         check_types(self.twin, self.param_groups)
-        member.prepare()
-        return member.push(self._options(), evaluation=evaluation)
+        with told_why(member.place, member):
+            member.prepare()
+            return member.push(self._options(), evaluation=evaluation)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the constructor's group; there is only one.

@@ -1,6 +1,7 @@
 """Which workers there are, and what each of them is told: variables, as torchrun sets them, and farstep's own.
 
     FARSTEP_SERVER, FARSTEP_SESSION, FARSTEP_WORKER     where its optimizer is; FARSTEP_TOKEN is handed on
+    FARSTEP_RUN                                         the session's name, put before names that the script gives
     FARSTEP_RESTART, TORCHELASTIC_RESTART_COUNT         how often this worker was started again
     RANK, WORLD_SIZE                                    its number among all workers, and how many there are
     LOCAL_RANK, LOCAL_WORLD_SIZE, GROUP_RANK            the same on this machine, and the machine's number
@@ -87,6 +88,7 @@ class Plan:
             **inherited,
             "FARSTEP_SERVER": server,
             "FARSTEP_SESSION": session,
+            "FARSTEP_RUN": session,
             "FARSTEP_WORKER": self.name(local),
             "FARSTEP_RESTART": str(restarts),
             "RANK": str(self.node * self.workers + local),
