@@ -17,9 +17,9 @@ class Header:
     """Take values out of a received header map, one checked key after the other."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
-        if (version := values.get("v")) != VERSION:
+        if type(version := values.get("v")) is not int or version != VERSION:  # 1.0 and true are equal to 1
             raise ProtocolMismatch(
-                f"The message is of protocol version {version!r}; this side speaks {VERSION}.",
+                f"The message is of protocol version {version!r:.80}; this side speaks {VERSION}.",
                 remedy="Bring client and server to releases that share a protocol version.",
                 field="v",
                 limit=VERSION,

@@ -192,8 +192,7 @@ def _iterate(
         return Turn(memory, stay, None)
     search = None
     if hyper.line_search_fn is not None:
-        if hyper.line_search_fn != STRONG_WOLFE:
-            raise InvalidOption("only 'strong_wolfe' is supported", field="line_search_fn")
+        check_search(hyper)
         left = hyper.evaluations - evaluations
         search = Search.begin(t, d, loss, flat_grad, gtd, tolerance_change=hyper.tolerance_change, max_ls=left)
     trial = x.add(d, alpha=_plain(t))
@@ -253,3 +252,13 @@ def _times_inverse_hessian(
 def _plain(number: Number) -> float:
     """Return a number as an operation takes its scalars: torch reads a 0-dim tensor there in the same way."""
     return float(number)
+
+
+def check_search(hyper: LBFGSHyper) -> None:
+    """Refuse a line search that there is not, in the words in which torch's step does.
+
+    Raises:
+        InvalidOption: it has another name than torch's only one.
+    """
+    if hyper.line_search_fn not in (None, STRONG_WOLFE):
+        raise InvalidOption("only 'strong_wolfe' is supported", field="line_search_fn")

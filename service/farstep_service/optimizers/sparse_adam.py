@@ -59,6 +59,8 @@ class SparseAdam(ElementwiseRule[SparseAdamHyper], RowRule[SparseAdamHyper]):
         """Return the sign, the weights of g in both averages, epsilon and the negative learning rate of this step."""
         step = counts.step + 1
         beta1, beta2 = hyper.betas
+        if beta2**step > 1:
+            raise ArithmeticError(f"{1 - beta2**step} has no real root")
         rate = hyper.lr * math.sqrt(1 - beta2**step) / (1 - beta1**step)
         return (sign_of(hyper.maximize), 1 - beta1, 1 - beta2, hyper.eps, -rate)
 

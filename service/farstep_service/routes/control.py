@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import math
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
@@ -22,6 +22,7 @@ from farstep_service.registry import Registry
 from farstep_service.routes.documents import (
     ConsistencyDocument,
     DocumentRoute,
+    EpochQuery,
     GroupsDocument,
     LeaseDocument,
     MemoryDocument,
@@ -269,7 +270,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         return Response(status_code=204)
 
     @router.delete("/v1/sessions/{name}/workers/{worker}", tags=["workers"], status_code=204)
-    async def leave(name: NamePath, worker: NamePath, epoch: Annotated[int, Query(ge=1)]) -> Response:
+    async def leave(name: NamePath, worker: NamePath, epoch: EpochQuery) -> Response:
         """Give a worker's place up, if the epoch is its current one."""
         await registry.get(name).leave(worker, epoch)
         return Response(status_code=204)

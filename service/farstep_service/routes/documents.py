@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Coroutine
 from typing import Annotated, Any, Literal
 
-from fastapi import HTTPException, Path, Request, Response
+from fastapi import HTTPException, Path, Query, Request, Response
 from fastapi.routing import APIRoute
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
 from starlette.types import Message
 
 from farstep.errors import InvalidFile, LimitExceeded
@@ -29,6 +29,16 @@ from farstep_service.routes.problems import MAX_DOCUMENT_BYTES, too_large
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME)]
 NamePath = Annotated[str, Path(pattern=NAME)]
+
+
+def _digits(value: object) -> object:
+    """Refuse what pydantic would make a number of, such as `1.0` or `+1`."""
+    if isinstance(value, str) and not (value.isascii() and value.isdecimal() and len(value) < 16):
+        raise ValueError("it must be a whole number in digits")
+    return value
+
+
+EpochQuery = Annotated[int, BeforeValidator(_digits), Query(ge=1)]
 
 
 class Document(BaseModel):

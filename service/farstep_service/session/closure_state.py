@@ -25,7 +25,7 @@ from farstep_service.gradients import on_device
 from farstep_service.layout import Layout
 from farstep_service.optimizers.lbfgs import LBFGSHyper, most_pairs
 from farstep_service.optimizers.lbfgs_state import check_shapes, fields_of, memory_of
-from farstep_service.optimizers.lbfgs_steps import Memory, Turn, Waiting, begin, resume
+from farstep_service.optimizers.lbfgs_steps import Memory, Turn, Waiting, begin, check_search, resume
 from farstep_service.plan import Plan
 from farstep_service.session.state import SessionState
 from farstep_service.store import Applied, Buffers, FlatBuffers, Gradients, Held, PlainStore
@@ -78,6 +78,10 @@ class ClosureState(SessionState):
     def append(self, plan: Plan, parameters: Buffers) -> None:
         self.plan.rule.check_layout(plan.layout)  # which has a second group, and is refused
         raise InternalError(f"{self.plan.rule.name} has no layout of several groups.")
+
+    def check_step(self, changed: Mapping[int, Hyper]) -> None:
+        for hyper in changed.values():
+            check_search(hyper if isinstance(hyper, LBFGSHyper) else LBFGSHyper())
 
     # -- steps and writes -------------------------------------------------------------------------------------------
 

@@ -120,6 +120,10 @@ class KernelState(SessionState):
         self.groups = (*self.groups, *plan.groups[len(self.plan.groups) :])
         self.plan = plan
 
+    def check_step(self, changed: Mapping[int, Hyper]) -> None:
+        if self._store is not None:
+            self._store.check_step(self._with(changed), changed)
+
     # -- steps and writes -------------------------------------------------------------------------------------------
 
     def check_evaluation(self, evaluation: Evaluation | None) -> None:

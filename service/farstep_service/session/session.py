@@ -296,10 +296,11 @@ class Session:
         """Change options of param groups, effective from the next step on.
 
         Raises:
-            InvalidOption: an unknown group or option, or a value of a wrong type; nothing has changed then.
+            InvalidOption: an unknown group or option, or a value of a wrong type, out of range, or with which no step
+                could be taken; nothing has changed then.
         """
         outcomes = self._pushes.finish()
-        self._state.set_groups(self._state.changed(changes))
+        self._state.set_groups(self._state.given(changes))
         return outcomes
 
     # -- reads ------------------------------------------------------------------------------------------------------

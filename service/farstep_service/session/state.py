@@ -137,6 +137,33 @@ class SessionState(ABC):
             changed[index] = type(current).from_options({**current.to_options(), **options}, edited=True)
         return changed
 
+    def given(self, changes: GroupChanges) -> dict[int, Hyper]:
+        """Check options that are given by themselves and return the groups they lead to.
+
+        Those that come with a push are refused with it, if its step cannot be taken; after these every push would be.
+        So torch's ranges hold for them, and the next step has to be possible.
+
+        Raises:
+            InvalidOption: see `changed`; or an option out of range, or one with which the next step could not be taken.
+        """
+        changed = self.changed(changes)
+        for index, options in changes.items():
+            now, created = self.groups[index], self.plan.groups[index]
+            try:
+                type(now).from_options({**now.to_options(), **options})
+            except InvalidOption:  # perhaps about others, which a push has put out of range
+                type(now).from_options({**created.to_options(), **options})
+        self.check_step(changed)
+        return changed
+
+    @abstractmethod
+    def check_step(self, changed: Mapping[int, Hyper]) -> None:
+        """Refuse changed groups with which the next step could not be taken.
+
+        Raises:
+            InvalidOption: naming what stands in the way.
+        """
+
     def set_groups(self, changed: Mapping[int, Hyper]) -> None:
         """Put changed groups into force, from the next step on."""
         self.groups = self._with(changed)

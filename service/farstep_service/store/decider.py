@@ -9,7 +9,7 @@ Whatever is wrong with a step is found here. Memory is taken here too: a step th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import final
 
 import torch
@@ -17,9 +17,10 @@ from torch import Tensor
 
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep.hyper import Hyper
+from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.kernel import Kernel, KernelSource
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Form, KernelName, RowRule
+from farstep_service.rule import AnyRule, Counts, Form, KernelName, RowRule
 from farstep_service.store.calls import Caller, RowCall, check_numbers
 from farstep_service.store.gradients import Gradients, Rows, coalesce
 from farstep_service.store.runs import Decision, Numbers, Planner
@@ -65,6 +66,20 @@ class Decider:
             raise InvalidOption(
                 f"{self._rule.name} needs its options for each of {self._layout.groups} groups.", field="groups"
             )
+
+    def check_step(self, groups: Sequence[Hyper], changed: Container[int], counts: Sequence[Counts | None]) -> None:
+        """Refuse options of changed groups with which their next step could not be taken.
+
+        Raises:
+            InvalidOption: naming what stands in the way.
+        """
+        seen: set[tuple[int, str, int]] = set()
+        for segment, its in zip(self._layout.segments, counts, strict=True):
+            key = segment.group, segment.buffer, id(its)  # neighbours share the record of their counts
+            if segment.group in changed and key not in seen:
+                seen.add(key)
+                scalars = self._planner.scalars(its, groups[segment.group])
+                check_numbers([(TORCH_DTYPES[segment.buffer], scalars)])
 
     def decide(
         self,

@@ -157,6 +157,14 @@ class Planner:
                 self._key, self._cut = key, cut
         return Decision(cut, numbers, [advance(segment) for segment in gradients.sparse], after)
 
+    def scalars(self, counts: Counts | None, hyper: Hyper) -> tuple[float, ...]:
+        """Return the numbers of the step that follows `counts`; see `Rule.scalars`.
+
+        Raises:
+            InvalidOption: there is no such step.
+        """
+        return self._numbers(counts, hyper, ())[0].scalars
+
     def _numbers(self, counts: Counts | None, hyper: Hyper, shape: tuple[int, ...]) -> tuple[Numbers, Counts | None]:
         rule = self._rule
         try:

@@ -14,7 +14,7 @@ half a step, and the version number changes when the step is complete.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
 
@@ -123,6 +123,15 @@ class Store:
     def crowded(self) -> bool:
         """Say whether the next step would need a third parameter memory, because two versions are held."""
         return self._versions.crowded
+
+    def check_step(self, groups: Sequence[Hyper], changed: Container[int]) -> None:
+        """Refuse options of changed groups with which their next step could not be taken.
+
+        Raises:
+            InvalidOption: naming what stands in the way.
+        """
+        with self._lock:
+            self._decider.check_step(groups, changed, self._now.counts)
 
     def hold(self) -> Held:
         """Return the current version, kept as it is until it is released.

@@ -83,7 +83,7 @@ def test_group_options_that_cannot_be_are_refused(raw: RawClient, groups: object
     refused_as(lambda: raw.json("PATCH", "/v1/sessions/standing/groups", document), code)
 
 
-@pytest.mark.parametrize("epoch", ["", "0", "-1", "1.5", "x", "9" * 5000, "1&epoch=x"])
+@pytest.mark.parametrize("epoch", ["", "0", "-1", "1.5", "1.0", "%2B1", "1_0", "%201", "x", "9" * 5000, "1&epoch=x"])
 def test_an_epoch_that_is_none_is_refused(raw: RawClient, epoch: str) -> None:
     """A worker leaves with the epoch it joined with; a foreign one is nothing to leave with."""
     refused_as(lambda: raw.request("DELETE", f"/v1/sessions/standing/workers/w0?epoch={epoch}"), "invalid_request")

@@ -22,7 +22,7 @@ def wrong(key: str, values: tuple[object, ...], code: str = "invalid_request", s
 @pytest.mark.parametrize(
     ("key", "value", "status", "code"),
     [
-        *wrong("v", (0, 2, 99, "1", 1.5, None, ...), "protocol_mismatch", 426),
+        *wrong("v", (0, 2, 99, "1", 1.5, 1.0, True, None, ...), "protocol_mismatch", 426),
         *wrong("worker", WRONG_NAMES),
         *wrong("incarnation", WRONG_NAMES),
         *wrong("epoch", (*WRONG_INTS, 0)),
