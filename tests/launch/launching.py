@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 NOBODY = ("--server", "http://127.0.0.1:9")
 LIMIT_S = 60.0
@@ -40,6 +41,13 @@ def launching(*arguments: str, env: dict[str, str] | None = None) -> Iterator[su
             yield process
         finally:
             process.kill()
+
+
+def watcher_of(launch: int) -> int:
+    """Return the process that outlives a launch for a moment, to leave nothing behind."""
+    children = Path(f"/proc/{launch}/task/{launch}/children").read_text().split()
+    (watcher,) = (int(pid) for pid in children if b"\0watch\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+    return watcher
 
 
 def heard(process: subprocess.Popen[str], *wanted: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch.launching import LIMIT_S, NOBODY, Gone, heard, launching, said
+from tests.launch.launching import LIMIT_S, NOBODY, Gone, heard, launching, said, watcher_of
 from tests.service.servers import TOKEN, farstep, running_server
 
 PAUSE = "import signal; signal.pause()"
@@ -302,10 +302,26 @@ def test_nobody_is_left(script: Path, how: str):
             assert process.wait(LIMIT_S) == 137
         else:
             process.kill()
-        assert worker_gone()
-        if how != "worker ends":
-            os.kill(child, signal.SIGKILL)
             assert child_gone()
+        assert worker_gone()
+
+
+def test_a_killed_launch_leaves_no_directory(script: Path) -> None:
+    """With a server of its own, SIGKILL of the launcher ends the server and removes the directory of its socket."""
+    script.write_text(
+        "import os, signal\nprint(os.environ['FARSTEP_SERVER'], os.getpid(), flush=True)\nsignal.pause()\n"
+    )
+    with launching(str(script), env={"TMPDIR": "/tmp"}) as process:
+        assert process.stdout is not None
+        server, worker = process.stdout.readline().split()[-2:]
+        directory = Path(server.removeprefix("unix://")).parent
+        assert directory.is_dir()
+        worker_gone = Gone(int(worker))
+        watcher_gone = Gone(watcher_of(process.pid))
+        process.kill()
+        assert worker_gone()
+        assert watcher_gone()
+    assert not directory.exists()
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

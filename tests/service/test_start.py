@@ -6,16 +6,19 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import httpx
 import pytest
 
-from farstep_service.cli.serve import banner
+from farstep.errors import InvalidOption
+from farstep_service.cli.serve import banner, check_private, tokens_of
 from farstep_service.cpus import usable_cpus
 from farstep_service.server import Listening
 from farstep_service.server.address import bind, url_of
@@ -24,6 +27,7 @@ from farstep_service.settings import Settings
 from tests.service.servers import GONE_WITHIN_S, READY_WITHIN_S, TOKEN, RunningServer, farstep, running_server
 
 OTHER_TOKEN = "fedcba9876543210fedcba9876543210"
+OWN = os.geteuid()
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *said: str) -> None:
@@ -77,16 +81,15 @@ def test_insecure_means_what_it_says() -> None:
 
 
 def test_tokens_come_from_a_file_and_from_the_environment(tmp_path: Path) -> None:
-    """Those of the file and the one of the environment are all accepted; a file open to all is warned about."""
+    """Those of the file and the one of the environment are all accepted."""
     file = tmp_path / "tokens"
     file.write_text(f"# workers\n\n{OTHER_TOKEN}  \n{TOKEN}\n")
-    file.chmod(0o644)
+    file.chmod(0o600)
     with running_server("--token-file", str(file), token=f"{TOKEN}\n") as server:
         assert server.said["tokens"] == 2
         assert get(server, "/v1/info") == 401
         assert get(server, "/v1/info", TOKEN) == 200
         assert get(server, "/v1/info", OTHER_TOKEN) == 200
-        assert "every user of this machine can read" in server.log
         assert TOKEN not in server.log
 
 
@@ -100,6 +103,42 @@ def test_a_bad_token_file_is_refused(tmp_path: Path, content: bytes | None) -> N
         file.write_bytes(content)
         file.chmod(0o600)
     assert_refused(farstep("serve", "--token-file", str(file)))
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o642, 0o644, 0o620, 0o602, 0o660, 0o666, 0o610])
+def test_a_token_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> None:
+    """As with the keys of ssh: others who may read it are as good as their tokens; who may write lets himself in."""
+    file = tmp_path / "tokens"
+    file.write_text(TOKEN)
+    file.chmod(mode)
+    with pytest.raises(InvalidOption, match=f"mode {mode:04o}") as caught:
+        tokens_of("", file)
+    assert caught.value.remedy == f"Run: chmod 600 {file}"
+    assert TOKEN not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("path", "mode", "owner", "refused", "warned"),
+    [
+        ("/run/secrets/tokens", 0o444, 0, False, False),
+        ("/var/run/secrets/tokens", 0o444, OWN, False, False),
+        ("/run/secrets/tokens", 0o666, 0, True, False),
+        ("/etc/farstep/tokens", 0o640, 0, OWN == 0, False),
+        ("/etc/farstep/tokens", 0o644, 0, OWN == 0, OWN != 0),
+        ("/etc/farstep/tokens", 0o642, 0, True, False),
+        ("/etc/farstep/tokens", 0o600, OWN + 1, True, False),
+        ("/etc/farstep/tokens", 0o600, OWN, False, False),
+        ("/home/run/secrets/tokens", 0o444, OWN, True, False),
+    ],
+)
+def test_secrets_of_containers_are_as_their_runtime_makes_them(
+    capsys: pytest.CaptureFixture[str], path: str, mode: int, owner: int, refused: bool, warned: bool
+) -> None:
+    """In `/run/secrets` all may read; what is root's need not be ours; what all may read there is warned about."""
+    found = os.stat_result((stat.S_IFREG | mode, 0, 0, 1, owner, 0, 0, 0, 0, 0))
+    with pytest.raises(InvalidOption) if refused else nullcontext():
+        check_private(Path(path), found)
+    assert ("every user of this machine can read" in capsys.readouterr().err) == warned
 
 
 def test_a_directory_is_no_token_file(tmp_path: Path) -> None:
@@ -346,3 +385,67 @@ def test_what_is_loaded_is_left_alone_by_the_collector() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.splitlines() == ["True 0", "False", "True True True"]
+
+
+# -- signals
+
+INTERRUPTED_WHILE_LOADING = """
+import signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "typer":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+from farstep_service.cli import main
+main()
+"""
+
+
+def test_a_closed_terminal_ends_no_server() -> None:
+    """After SIGHUP the server answers as before, and has said so; SIGTERM still ends it."""
+    with running_server() as server:
+        server.process.send_signal(signal.SIGHUP)
+        assert get(server, "/healthz") == 200
+        assert server.process.poll() is None
+        assert server.stop() == 0
+        assert "SIGHUP: the server goes on" in server.log
+
+
+def test_an_ignored_hangup_stays_ignored() -> None:
+    """Under nohup the signal is nobody's, and nothing is said of it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with running_server() as server:
+            server.process.send_signal(signal.SIGHUP)
+            assert get(server, "/healthz") == 200
+            assert server.stop() == 0
+            assert "SIGHUP" not in server.log
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_second_interrupt_ends_a_server_without_a_traceback() -> None:
+    """The first Ctrl-C waits for a request in flight, the second does not; both are no defect to be written down."""
+    head = (
+        b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n{"
+    )
+    with running_server() as server, socket.create_connection(("127.0.0.1", server.port), GONE_WITHIN_S) as waiting:
+        waiting.sendall(head)
+        assert get(server, "/healthz") == 200
+        server.process.send_signal(signal.SIGINT)
+        until = time.monotonic() + GONE_WITHIN_S
+        while time.monotonic() < until:  # it accepts nothing more once it has heard the first
+            with socket.socket() as asking:
+                if asking.connect_ex(("127.0.0.1", server.port)):
+                    break
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(GONE_WITHIN_S) == 0
+        assert "Traceback" not in server.log
+
+
+def test_an_interrupt_while_modules_are_loaded_says_nothing() -> None:
+    """Ctrl-C at the very start of any verb ends it as it ends other programs."""
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_WHILE_LOADING, "--version"], capture_output=True, timeout=READY_WITHIN_S
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")

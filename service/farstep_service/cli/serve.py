@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 DEFAULTS = Settings()
 LARGEST_GIB = 2**30
 TOKEN_VARIABLE = "FARSTEP_TOKEN"
+
+SECRETS = ("/run/secrets/", "/var/run/secrets/")
+"""Where container runtimes put secrets."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # what RFC 6750 lets follow `Bearer`
 
@@ -163,11 +167,11 @@ def tokens_of(variable: str, file: Path | None) -> tuple[str, ...]:
         InvalidOption: the file cannot be read or holds none, or a token cannot be sent in a header. No token is shown.
     """
     tokens = {TOKEN_VARIABLE: variable.strip()} if variable.strip() else {}
-    readable_by_all = False
     if file is not None:
         try:
-            lines = file.read_text().splitlines()
-            readable_by_all = bool(file.stat().st_mode & 0o004)
+            with file.open() as opened:
+                check_private(file, os.fstat(opened.fileno()))
+                lines = opened.read().splitlines()
         except (OSError, UnicodeDecodeError) as exc:
             reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
             raise InvalidOption(
@@ -191,9 +195,37 @@ def tokens_of(variable: str, file: Path | None) -> tuple[str, ...]:
                 remedy="Make one with `openssl rand -hex 32`; several go into a --token-file, one per line.",
                 field="token",
             )
-    if readable_by_all:
-        typer.echo(f"warning: every user of this machine can read {file}; chmod 600 prevents that", err=True)
     return tuple(dict.fromkeys(tokens.values()))
+
+
+def check_private(file: Path, found: os.stat_result) -> None:
+    """Refuse a token file that others may change, or read although it is this user's; warn of others that all may read.
+
+    Secrets that a container runtime puts into `/run/secrets` are root's, or ours where we are root, and readable by all
+    within the container, which is nobody else.
+
+    Raises:
+        InvalidOption: naming the file and what is wrong with it.
+    """
+    if not stat.S_ISREG(found.st_mode):
+        return
+    mode, own = stat.S_IMODE(found.st_mode), found.st_uid == os.geteuid()
+    secret = str(file.absolute()).startswith(SECRETS)
+    wrong = ""
+    if mode & 0o022:
+        wrong = "others than its owner may write to it, and so let themselves in"
+    elif not own and found.st_uid != 0:
+        wrong = "it belongs to another user"
+    elif own and mode & 0o077 and not secret:
+        wrong = "others than its owner may read it"
+    if wrong:
+        raise InvalidOption(
+            f"Refusing the token file {file} (mode {mode:04o}): {wrong}.",
+            remedy=f"Run: chmod 600 {file}" + ("" if own else ", as its owner, or give one of this user's own."),
+            field="token_file",
+        )
+    if mode & 0o004 and not secret:
+        typer.echo(f"warning: every user of this machine can read {file}, which is root's; mode 0640 will do", err=True)
 
 
 def banner(listening: Listening, settings: Settings) -> list[str]:

@@ -68,10 +68,11 @@ class _Child:
 class Children:
     """Start processes and wait for what happens to them."""
 
-    def __init__(self, woken: int) -> None:
+    def __init__(self, woken: int, watcher: IO[bytes]) -> None:
         self._running: dict[str, _Child] = {}
         self._selector = selectors.DefaultSelector()
         self._woken = woken
+        self._watcher = watcher
         self._selector.register(woken, selectors.EVENT_READ)
 
     @property
@@ -85,7 +86,7 @@ class Children:
         Raises:
             InvalidOption: there is no such command, or its arguments are too long.
         """
-        leash = (*LEASH, str(os.getpid())) if sys.platform == "linux" else ()
+        leash = (*LEASH, "run", str(os.getpid())) if sys.platform == "linux" else ()
         try:
             process = subprocess.Popen(
                 [*leash, *command],
@@ -97,6 +98,7 @@ class Children:
             )
         except OSError as exc:
             raise InvalidOption(f"Cannot run {command[0]}: {exc.strerror}.", field="script", side="client") from exc
+        self._tell_watcher("+", process.pid)
         child = self._running[name] = _Child(process)
         for stream in STREAMS:
             os.set_blocking(child.pipe(stream).fileno(), False)
@@ -134,6 +136,10 @@ class Children:
             self._bury(name, [])
         self._selector.close()
 
+    def _tell_watcher(self, sign: str, group: int) -> None:
+        with suppress(OSError):  # somebody has killed it; then there is no watcher
+            self._watcher.write(f"{sign}{group}\n".encode())
+
     def _read(self, name: str, stream: Stream, events: list[Event]) -> bool:
         """Take what a process has written; return whether there may be more at once."""
         child = self._running[name]
@@ -157,6 +163,7 @@ class Children:
         child = self._running[name]
         with suppress(ProcessLookupError, PermissionError):  # a group of nobody but the dead, on some systems
             os.killpg(child.process.pid, signal.SIGKILL)  # before its number can be another's
+        self._tell_watcher("-", child.process.pid)
         code = child.process.wait()
         for stream in STREAMS:
             pipe = child.pipe(stream)
@@ -175,8 +182,24 @@ def _has_ended(pid: int) -> bool:
 
 
 @contextmanager
-def children() -> Iterator[Children]:
+def _watcher(directory: str) -> Iterator[IO[bytes]]:
+    """Yield what a process reads that outlives this one for a moment, to leave nothing behind."""
+    with subprocess.Popen(
+        [*LEASH, "watch", directory],
+        bufsize=0,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        yield cast("IO[bytes]", process.stdin)
+
+
+@contextmanager
+def children(directory: str = "") -> Iterator[Children]:
     """Yield a place to start processes from; whoever still runs is killed on the way out, whatever the way is.
+
+    If this process is killed by SIGKILL, another one does the same and removes the directory, if one is named.
 
     Meanwhile the signals that end a process are events. One that is ignored already (`nohup`) stays so.
     """
@@ -187,11 +210,12 @@ def children() -> Iterator[Children]:
     before = {number: signal.signal(number, _heard) for number in (*numbers, signal.SIGCHLD)}
     fd_before = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     try:
-        found = Children(woken)
-        try:
-            yield found
-        finally:
-            found.close()
+        with _watcher(directory) as watcher:
+            found = Children(woken, watcher)
+            try:
+                yield found
+            finally:
+                found.close()
     finally:
         signal.set_wakeup_fd(fd_before)
         for number, earlier in before.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,11 @@ def place_for_socket() -> Iterator[str]:
     """Yield a path for the socket; it is gone afterwards, with its directory."""
     with tempfile.TemporaryDirectory(prefix="farstep-", dir=_short_enough()) as directory:
         yield f"{directory}/s"
+
+
+def directory_of(path: str) -> str:
+    """Return the directory that was made for a socket."""
+    return os.path.dirname(path)
 
 
 def _short_enough() -> str:

@@ -66,7 +66,7 @@ def launch(plan: Plan, *, server: str | None, session: str | None, environment: 
     name = session or f"launch-{secrets.token_hex(4)}"
     with ExitStack() as stack:
         path = None if place.server else stack.enter_context(own_server.place_for_socket())
-        running = stack.enter_context(children())
+        running = stack.enter_context(children("" if path is None else own_server.directory_of(path)))
         run = _Run(plan, running, place.server or own_server.url_of(path or ""), name, environment)
         if path is not None:
             running.start(SERVER, own_server.command_of(path), own_server.environment_of(environment))

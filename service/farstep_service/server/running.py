@@ -6,6 +6,8 @@ load          torch and the application; a client that has connected meanwhile w
 serve         `announce` is called when requests are answered
 leave         on SIGTERM or SIGINT: no new connections, pushes that wait for others are answered, GRACE_S for other
               requests in flight, then every session is closed
+
+SIGHUP, which comes when a terminal is closed, ends nothing: sessions would be gone with it.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ from farstep_service.server.machine import (
 )
 from farstep_service.server.socket_file import listening as listening_at
 from farstep_service.settings import Settings
+
+log = logging.getLogger("farstep.server")
 
 GRACE_S = 8
 """Seconds for requests in flight; container runtimes send SIGKILL ten seconds after SIGTERM."""
@@ -81,6 +85,8 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, leave)  # uvicorn puts its own in front, and repeats to ours what it caught
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, _stay)
     _log_to_stderr(log_level)
     check_device_name(settings.device)
     with _sockets(settings) as sockets:
@@ -159,6 +165,12 @@ class _Announcing(uvicorn.Server):
         self._announce = announce
         self._interrupt = interrupt
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self.force_exit:  # what is cut off by a second Ctrl-C is no defect to be written down with a traceback
+            logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
         self._announce()
@@ -168,6 +180,10 @@ class _Announcing(uvicorn.Server):
             await self._interrupt()
         finally:
             await super().shutdown(sockets=sockets)
+
+
+def _stay(_number: int, _frame: FrameType | None) -> None:
+    log.info("SIGHUP: the server goes on; SIGTERM ends it")
 
 
 def _log_to_stderr(level: str) -> None:
