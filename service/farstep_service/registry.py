@@ -122,7 +122,8 @@ class Registry:
             return host
 
     def _new_host(self, session: Session) -> LocalHost:
-        return LocalHost(session, self._executor, self._clock, room=self._check_growth)
+        versions = self._settings.held_versions
+        return LocalHost(session, self._executor, self._clock, room=self._check_growth, versions=versions)
 
     def _new_session(self, plan: Plan) -> Session:
         kernels = self._kernels.get(plan.kernel)

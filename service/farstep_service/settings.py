@@ -12,6 +12,7 @@ DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 7171
 GIB = 2**30
 ANY_HOST = "*"
+HELD_VERSIONS = 2
 
 _HOST_NAME = re.compile(r"(?:\*\.)?[a-z0-9_](?:[a-z0-9._-]{0,251}[a-z0-9_])?")
 
@@ -32,6 +33,8 @@ class Settings:
         max_sessions: how many sessions may exist.
         max_session_bytes: largest parameters of one session.
         max_bytes: parameters of all sessions, and of pushes in flight, together.
+        held_versions: versions of a session that may be kept for those who pull, and as many for those who push, when
+            the session is further already; as many copies of a session may be on their way.
         idle_body_s: seconds of silence within a request body after which the connection is given up.
         threads: threads that run kernels; each uses torch's own threads inside one step.
     """
@@ -47,6 +50,7 @@ class Settings:
     max_sessions: int = 10_000
     max_session_bytes: int = 64 * GIB
     max_bytes: int = 256 * GIB
+    held_versions: int = HELD_VERSIONS
     idle_body_s: float = 30.0
     threads: int = 2
 

@@ -84,6 +84,9 @@ def serve(
     max_gib: Annotated[
         float, option("--max-gib", "Parameters of all sessions and pushes in flight, together.", metavar="GIB")
     ] = DEFAULTS.max_bytes / GIB,
+    held_versions: Annotated[
+        int, option("--held-versions", "Versions of a session kept for slow readers.", metavar="N", min=1, max=1000)
+    ] = DEFAULTS.held_versions,
     threads: Annotated[
         int, option("--threads", "Large steps that may run at once.", metavar="N", min=1, max=256)
     ] = DEFAULTS.threads,
@@ -109,6 +112,7 @@ def serve(
             max_sessions=max_sessions,
             max_session_bytes=bytes_of(max_session_gib, "max_session_gib"),
             max_bytes=bytes_of(max_gib, "max_gib"),
+            held_versions=held_versions,
             threads=threads,
         )
         from farstep_service.server import run

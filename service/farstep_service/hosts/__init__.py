@@ -3,6 +3,7 @@
 from farstep_service.hosts.eager import begin, in_task
 from farstep_service.hosts.host import Answer, AtMost, Host, Intake, Joined, Reader, Renewed, Summary, View, WorkerPage
 from farstep_service.hosts.local import LocalHost
+from farstep_service.hosts.readers import Outgoing
 from farstep_service.hosts.shared import Offer, nbytes_beside
 from farstep_service.hosts.views import OVERHEAD_BYTES
 
@@ -15,6 +16,7 @@ __all__ = [
     "Joined",
     "LocalHost",
     "Offer",
+    "Outgoing",
     "Reader",
     "Renewed",
     "Summary",

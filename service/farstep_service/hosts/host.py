@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -17,6 +18,7 @@ from farstep.messages import PushHead, PutHead, Times, WriteName
 from farstep.receipt import Receipt
 from farstep_service.contents import PARAM
 from farstep_service.durability import Snapshot
+from farstep_service.hosts.readers import Outgoing, ReadersPage
 from farstep_service.hosts.shared import Offer
 from farstep_service.plan import Plan
 
@@ -89,6 +91,7 @@ class Summary:
     groups: list[dict[str, Any]]
     workers: dict[str, WorkerPage]
     bytes: dict[str, int]
+    readers: ReadersPage
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +270,7 @@ class Host(ABC):
         half: str | None = None,
         spent: Intake | None = None,
         reader: Reader | None = None,
+        outgoing: Outgoing | None = None,
     ) -> View:
         """Hold the parameters of the current version: all, or those that changed after version `since`.
 
@@ -275,6 +279,18 @@ class Host(ABC):
             half: the 16-bit dtype to give float32 ones in; None for as they are.
             spent: a push's, which has been answered for: its memory may be written over.
             reader: who reads them, where that is not the worker of a write; its lease is renewed.
+            outgoing: the answer that they go into, where it is known; a slow one is cut while others wait for it.
+
+        Raises:
+            Busy: others read for too long.
+        """
+
+    @abstractmethod
+    def copying(self, nbytes: int, outgoing: Outgoing | None) -> AbstractAsyncContextManager[None]:
+        """Wait until so many bytes of the session may be copied, and count them while the copy is being sent.
+
+        Raises:
+            Busy: others read for too long.
         """
 
     @abstractmethod

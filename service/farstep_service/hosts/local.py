@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from copy import copy
 from typing import Any, cast
 
@@ -25,14 +25,18 @@ from farstep_service.hosts.alarm import Alarm
 from farstep_service.hosts.areas import Areas
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Renewed, Summary, View, WorkerPage
 from farstep_service.hosts.initialising import Initialising
-from farstep_service.hosts.reading import Reading, chosen_of
+from farstep_service.hosts.narrowed import NarrowedView
+from farstep_service.hosts.readers import Kind, Outgoing, Readers, Seat
+from farstep_service.hosts.reading import Views, chosen_of, cost_of
 from farstep_service.hosts.room import Growing, Room, unbounded
 from farstep_service.hosts.shared import Offer, refused
 from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, PushIntake
 from farstep_service.hosts.waiting import Waiting
-from farstep_service.hosts.work import INLINE_BYTES, Size, run
+from farstep_service.hosts.work import Size, run
 from farstep_service.plan import Plan
 from farstep_service.session import Outcomes, Session
+from farstep_service.settings import HELD_VERSIONS
+from farstep_service.store import Held
 
 
 class LocalHost(Host):
@@ -43,6 +47,7 @@ class LocalHost(Host):
         executor: runs large work.
         clock: monotonic seconds.
         room: says whether the session may grow.
+        versions: how many versions readers of one kind may keep; see `farstep_service.hosts.readers`.
     """
 
     def __init__(
@@ -51,6 +56,7 @@ class LocalHost(Host):
         executor: Executor,
         clock: Callable[[], float] = time.monotonic,
         room: Room = unbounded,
+        versions: int = HELD_VERSIONS,
     ) -> None:
         self.name = session.plan.name
         self.incarnation = session.incarnation
@@ -66,7 +72,10 @@ class LocalHost(Host):
         self._leaving = False
         self._switched = False
         self._areas = Areas()
-        self._reading = Reading(executor)
+        self._views = Views(executor)
+        self._versions = versions
+        self._readers = Readers(self._read_bytes, self._make_room)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._size = Size()
 
     @property
@@ -127,8 +136,8 @@ class LocalHost(Host):
                 workers = {name: self._page(name) for name in session.workers}
             groups = [group.to_options() for group in session.groups]
             nbytes = session.nbytes()
-            nbytes["versions"] += self._reading.nbytes
-            return Summary(session.version, session.initialised, groups, workers, nbytes)
+            nbytes["versions"] += self._views.nbytes
+            return Summary(session.version, session.initialised, groups, workers, nbytes, self._readers.page)
 
     async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
         async with self._turn:
@@ -171,7 +180,7 @@ class LocalHost(Host):
         shared = self._areas.delivering(head)
         if shared is None or view.count != len(shared.layout.segments):
             return False
-        copy_to, there = cast(HeldView, view).copy_to_, frozenset[int]()
+        copy_to, there = cast(HeldView | NarrowedView, view).copy_to_, frozenset[int]()
         if isinstance(spent, PushIntake) and spent.contribution.copy is shared.parameters:
             there = spent.contribution.copied_since(view.version)
         await run(self._executor, lambda: copy_to(shared.parameters, there), lambda _: None, inline=self._small)
@@ -239,8 +248,6 @@ class LocalHost(Host):
         async with self._turn:
             began = time.perf_counter()
             self._check_open()
-            if self._session.crowded:
-                await self._reading.finish(lambda: self._session.crowded)
             with self._growing.by(self.plan, coming()):
                 outcomes = await run(self._executor, work, self._resolve, inline=inline)
             outcome = outcomes.get(name)
@@ -270,21 +277,69 @@ class LocalHost(Host):
         half: str | None = None,
         spent: Intake | None = None,
         reader: Reader | None = None,
+        outgoing: Outgoing | None = None,
     ) -> View:
-        async with self._turn:
+        kind: Kind = "pull" if write is None else "answer"
+
+        def take() -> tuple[Held, Sequence[int], Seat] | None:
             self._check_open()
             held, outcomes = self._session.hold()
-            if (who := reader or write) is not None:
-                self._session.received(who.worker, who.epoch, self._clock())
-            layout = self.plan.layout if write is None else self._session.layout_at(write)
             if outcomes:
                 self._resolve(outcomes)
-        chosen = chosen_of(held, layout, since)
-        if half is not None:
-            return await self._reading.narrowed(held, half, chosen, layout, spent)
-        if held.buffers.device.type == "cpu" or layout.nbytes <= INLINE_BYTES:
-            return self._reading.held(held, chosen)
-        return await self._reading.held_elsewhere(held, chosen)
+            layout = self.plan.layout if write is None else self._session.layout_at(write)
+            chosen = chosen_of(held, layout, since)
+            seat = self._readers.enter(kind, *cost_of(held, half, chosen, spent), outgoing)
+            if seat is None:
+                held.release()
+                return None
+            if (who := reader or write) is not None:
+                self._session.received(who.worker, who.epoch, self._clock())
+            return held, chosen, seat
+
+        def give_back(taken: tuple[Held, Sequence[int], Seat]) -> None:
+            taken[0].release()
+            taken[2].release()
+
+        async with self._turn:
+            taken = take()
+        if taken is None:
+            taken = await self._readers.wait(kind, take, give_back)
+        held, chosen, seat = taken
+        try:
+            return await self._views.of(held, half, chosen, spent, seat.release)
+        except BaseException:
+            seat.release()
+            raise
+
+    @asynccontextmanager
+    async def copying(self, nbytes: int, outgoing: Outgoing | None) -> AsyncIterator[None]:
+        def take() -> Seat | None:
+            self._check_open()
+            return self._readers.enter("copy", object(), nbytes, outgoing)
+
+        seat = take()
+        if seat is None:
+            seat = await self._readers.wait("copy", take, Seat.release)
+        try:
+            yield
+        finally:
+            seat.release()
+
+    def _read_bytes(self, kind: Kind) -> int:
+        """Return the bytes that readers of a kind may keep."""
+        fields = 1 + len(self.plan.rule.tensor_fields) if kind == "copy" else 1
+        return self._versions * self.plan.layout.nbytes * fields
+
+    def _make_room(self, kind: Kind) -> None:
+        """Let readers in who wait for those who have just left."""
+
+        async def admit() -> None:
+            async with self._turn:
+                self._readers.admit(kind)
+
+        task = asyncio.get_running_loop().create_task(admit())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
         async with self._turn:
@@ -340,4 +395,5 @@ class LocalHost(Host):
             self._closed = True
             self._alarm.cancel()
             self._waiting.end(self._gone)
+            self._readers.close(self._gone)
             self._areas.clear()

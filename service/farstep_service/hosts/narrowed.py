@@ -1,4 +1,5 @@
-"""Parameters on their way out in 16 bits: one conversion for all who ask for a version while one still reads it.
+"""Parameters on their way out in 16 bits, or from a device: one conversion for all who ask for a version while one
+still reads it.
 
 A step whose gradients came in the same 16 bits has mostly written them already, over those gradients, in its own pass.
 
@@ -22,7 +23,7 @@ from farstep_service.store import FlatBuffers, Held
 
 @final
 class Narrowed:
-    """A copy of one version, float32 segments in a 16-bit dtype."""
+    """A copy of one version in memory of the CPU; float32 segments in a 16-bit dtype, if that is wanted."""
 
     def __init__(self, held: Held, layout: Layout, indices: Sequence[int], spent: Contribution | None) -> None:
         self.version = held.version
@@ -48,7 +49,7 @@ class Narrowings:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._turn = asyncio.Lock()
-        self._made: WeakValueDictionary[tuple[int, int, str], Narrowed] = WeakValueDictionary()
+        self._made: WeakValueDictionary[tuple[int, int, str | None], Narrowed] = WeakValueDictionary()
 
     @property
     def nbytes(self) -> int:
@@ -56,9 +57,9 @@ class Narrowings:
         return sum(each.buffers.nbytes for each in self._made.values())
 
     async def of(
-        self, held: Held, half: str, indices: Sequence[int], spent: Contribution | None, *, inline: bool
+        self, held: Held, half: str | None, indices: Sequence[int], spent: Contribution | None, *, inline: bool
     ) -> Narrowed:
-        """Return some segments of a held version, which is given back, in a 16-bit dtype.
+        """Return some segments of a held version, which is given back, in a 16-bit dtype, or as they are.
 
         Only a conversion of all segments is shared: others are of one worker's own.
 
@@ -91,7 +92,7 @@ class Narrowings:
 
 @final
 class NarrowedView(View):
-    """Parameters of a version in 16 bits, or some of them."""
+    """Parameters of a version in a copy, or some of them."""
 
     def __init__(
         self, narrowed: Narrowed, indices: Sequence[int], ranges: list[int] | None, released: Callable[[], None]
@@ -103,7 +104,13 @@ class NarrowedView(View):
             views=memory_of(narrowed.buffers, narrowed.buffers.layout, indices),
         )
         self._narrowed: Narrowed | None = narrowed
+        self._chosen = indices
         self._released = released
+
+    def copy_to_(self, buffers: FlatBuffers, there: frozenset[int] = frozenset()) -> None:
+        """Copy the parameters into other memory of the same layout, but for those that are there."""
+        assert self._narrowed is not None
+        buffers.copy_(self._narrowed.buffers, missing(self._chosen, there))
 
     def release(self) -> None:
         self._narrowed = None

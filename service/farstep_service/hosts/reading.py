@@ -1,19 +1,17 @@
-"""The versions of one session that are being read, and what they cost: memory that the next step may have to wait for.
+"""Views of the versions of one session. A step never waits for them: `farstep_service.hosts.readers` says how many
+there may be.
 
-A view of a version keeps it until the view is released. A copy in 16 bits does not: it gives the version back when it
-has been made.
+A view of a version keeps it until the view is released. A copy, in 16 bits or from a device, does not: it gives the
+version back when it has been made, and is shared by all who read that version.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from typing import Final, final
 
 from farstep.wire import to_ranges
-from farstep_service.hosts.eager import in_task
 from farstep_service.hosts.host import Intake, View
 from farstep_service.hosts.narrowed import NarrowedView, Narrowings
 from farstep_service.hosts.views import HeldView, PushIntake
@@ -21,69 +19,64 @@ from farstep_service.layout import Layout
 from farstep_service.store import Held
 
 NARROW_INLINE_BYTES: Final = 4 * 1024 * 1024
-"""Parameters of fewer bytes than this are narrowed on the event loop; it takes a fraction of a millisecond."""
-READERS_WITHIN_S: Final = 1.0
-"""How long a step waits for readers of two versions, so that it does not need memory for a third."""
+"""Parameters of fewer bytes than this are copied on the event loop; it takes a fraction of a millisecond."""
 
 
 @final
-class Reading:
-    """Make views of versions, and wait for those who read them.
+class Views:
+    """Make views of versions.
 
     Args:
         executor: runs large copies.
     """
 
     def __init__(self, executor: Executor) -> None:
-        self._executor = executor
         self._narrowings = Narrowings(executor)
-        self._released = asyncio.Event()
 
     @property
     def nbytes(self) -> int:
         """Return the memory of copies that others may share."""
         return self._narrowings.nbytes
 
-    def held(self, held: Held, chosen: Sequence[int]) -> View:
-        """Return the view of some segments of a version; a large one that is not on the CPU takes a while."""
-        count = len(held.buffers.layout.segments)
-        indices, ranges = (None, None) if len(chosen) == count else (chosen, to_ranges(chosen))
-        return HeldView(held, indices, ranges, self._released.set)
-
-    async def held_elsewhere(self, held: Held, chosen: Sequence[int]) -> View:
-        """Return the same, made in a thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, self.held, held, chosen)
-
-    async def narrowed(
-        self, held: Held, half: str, chosen: Sequence[int], layout: Layout, spent: Intake | None
+    async def of(
+        self,
+        held: Held,
+        half: str | None,
+        chosen: Sequence[int],
+        spent: Intake | None,
+        released: Callable[[], None],
     ) -> View:
-        """Return the view of some segments in 16 bits.
+        """Return the view of some segments.
 
         Args:
-            held, half, chosen: the version, the dtype, and the segments.
-            layout: what the reader knows of the version.
+            held, half, chosen: the version, the 16-bit dtype if that is wanted, and the segments.
             spent: see `Host.parameters`.
+            released: called when the view is.
         """
-        count = len(held.buffers.layout.segments)
-        ranges = None if len(chosen) == count else to_ranges(chosen)
-        gradients = spent.contribution if isinstance(spent, PushIntake) else None
+        layout = held.buffers.layout
+        whole = len(chosen) == len(layout.segments)
+        ranges = None if whole else to_ranges(chosen)
+        if half is None and held.buffers.device.type == "cpu":
+            return HeldView(held, None if whole else chosen, ranges, released)
+        gradients = spent.contribution if isinstance(spent, PushIntake) and half is not None else None
         inline = layout.nbytes <= NARROW_INLINE_BYTES
         narrowed = await self._narrowings.of(held, half, chosen, gradients, inline=inline)
-        self._released.set()
-        return NarrowedView(narrowed, chosen, ranges, self._released.set)
+        return NarrowedView(narrowed, chosen, ranges, released)
 
-    async def finish(self, crowded: Callable[[], bool]) -> None:
-        """Let readers of two versions finish before a step makes a third; very slow ones cost memory instead.
 
-        Args:
-            crowded: says whether there are such readers.
-        """
-        await in_task()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(READERS_WITHIN_S):
-                while crowded():
-                    self._released.clear()
-                    await self._released.wait()
+def cost_of(held: Held, half: str | None, chosen: Sequence[int], spent: Intake | None) -> tuple[object, int]:
+    """Return what equals for readers who need the same memory, and the bytes of that memory.
+
+    For the arguments see `Views.of`. Gradients that are written over are counted as the push that they came with.
+    """
+    layout = held.buffers.layout
+    if half is None:
+        return id(held.buffers) if held.buffers.device.type == "cpu" else held.version, layout.nbytes
+    if isinstance(spent, PushIntake) and spent.contribution.spent() is not None:
+        return object(), 0
+    if len(chosen) < len(layout.segments):
+        return object(), layout.on_wire(half).bytes_of(chosen)
+    return (held.version, half), layout.on_wire(half).nbytes
 
 
 def chosen_of(held: Held, layout: Layout, since: int | None) -> Sequence[int]:

@@ -1,6 +1,6 @@
 """HTTP in, HTTP out: no arithmetic, no policy."""
 
-from farstep_service.routes.bodies import RECEIVE_INTO, Pace, Sink
+from farstep_service.routes.bodies import OUTGOING, RECEIVE_INTO, Pace, Sink
 from farstep_service.routes.control import control_router
 from farstep_service.routes.data import data_routes
 from farstep_service.routes.page import page_of
@@ -9,6 +9,7 @@ from farstep_service.routes.session_files import session_file_routes
 
 __all__ = [
     "ADMITTED",
+    "OUTGOING",
     "PROBLEM",
     "RECEIVE_INTO",
     "Edge",

@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest, LimitExceeded, Truncated, UnsupportedMedia
 from farstep.wire import CONTENT_TYPE, Decoder, encode
-from farstep_service.hosts import AtMost, in_task
+from farstep_service.hosts import AtMost, Outgoing, in_task
 from farstep_service.limits import CONNECTION
 
 MSGPACK = CONTENT_TYPE.encode()
@@ -32,6 +32,15 @@ Place = Callable[[dict[str, Any], int], Sequence[memoryview]]
 
 RECEIVE_INTO = "farstep.receive_into"
 """The ASGI extension of a server that receives bodies into memory we name: `await it(sink, size, pace)`."""
+
+OUTGOING = "farstep.outgoing"
+"""The ASGI extension of a server that shows how fast an answer is taken, and can cut it: an `Outgoing`."""
+
+
+def outgoing_of(scope: Scope) -> Outgoing | None:
+    """Return the answer to a request, as the server shows it."""
+    found: Outgoing | None = (scope.get("extensions") or {}).get(OUTGOING)
+    return found
 
 
 @dataclass(frozen=True, slots=True)

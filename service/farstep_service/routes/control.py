@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
@@ -99,7 +100,11 @@ class RenewedDocument(BaseModel):
 
 
 class SessionView(BaseModel):
-    """A session as it is now."""
+    """A session as it is now.
+
+    `bytes`: the memory it takes. `readers`: how many read parameters, state or a file, how many wait for others, and
+    how many were cut off; the bytes that are kept for them, and how many that may be.
+    """
 
     name: str
     incarnation: str
@@ -114,6 +119,7 @@ class SessionView(BaseModel):
     parameters: int
     segments: int
     bytes: dict[str, int]
+    readers: dict[str, int]
     workers: dict[str, WorkerDocument]
 
 
@@ -159,6 +165,7 @@ async def view_of(host: Host) -> SessionView:
         parameters=sum(math.prod(each.shape) for each in plan.layout.segments),
         segments=len(plan.layout.segments),
         bytes=summary.bytes,
+        readers=asdict(summary.readers),
         workers={name: worker_document(host, page) for name, page in summary.workers.items()},
     )
 

@@ -34,7 +34,7 @@ from farstep.narrow import check_half
 from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, AtMost, Host, Intake, Reader, View
 from farstep_service.registry import Registry
-from farstep_service.routes.bodies import Pace, answer_message, read_body
+from farstep_service.routes.bodies import Pace, answer_message, outgoing_of, read_body
 from farstep_service.rule import Rule
 from farstep_service.settings import Settings
 
@@ -119,7 +119,7 @@ class Push(Endpoint):
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
             return
         since = head.have if head.wanted == "changed" else None
-        view = await host.parameters(since, head.name, head.wire_parameters, spent)
+        view = await host.parameters(since, head.name, head.wire_parameters, spent, outgoing=outgoing_of(scope))
         delivered = await _delivered(host, head, view, spent)
         del spent
         await answer_view(send, header, view, delivered=delivered)
@@ -154,9 +154,16 @@ class Contents(Endpoint):
                 "Only all parameters, and nothing else, are given in 16 bits.", field="wire_parameters"
             )
         reader = _reader(query)
-        reserve(await _size(host, fields, indices))
-        view = await (host.parameters(half=half, reader=reader) if whole else host.contents(fields, indices))
-        await answer_view(send, {"v": VERSION, "incarnation": host.incarnation, "fields": list(view.fields)}, view)
+        reserve(size := await _size(host, fields, indices))
+        outgoing = outgoing_of(scope)
+        header = {"v": VERSION, "incarnation": host.incarnation}
+        if whole:
+            view = await host.parameters(half=half, reader=reader, outgoing=outgoing)
+            await answer_view(send, {**header, "fields": list(view.fields)}, view)
+            return
+        async with host.copying(size, outgoing):
+            view = await host.contents(fields, indices)
+            await answer_view(send, {**header, "fields": list(view.fields)}, view)
 
 
 class Groups(Endpoint):
@@ -178,7 +185,7 @@ class Groups(Endpoint):
         if answer.receipt.applied:
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
         else:
-            await answer_view(send, header, await host.parameters(write=head.name))
+            await answer_view(send, header, await host.parameters(write=head.name, outgoing=outgoing_of(scope)))
 
 
 async def _delivered(host: Host, head: PushHead, view: View, spent: Intake | None) -> bool:

@@ -23,7 +23,7 @@ from farstep.wire.tensor_file import LENGTH_BYTES, head_length, read_head
 from farstep_service.durability import file_of, places_of
 from farstep_service.hosts import Host
 from farstep_service.registry import Registry
-from farstep_service.routes.bodies import Pace, answer_pieces, chunks, declared
+from farstep_service.routes.bodies import Pace, answer_pieces, chunks, declared, outgoing_of
 from farstep_service.routes.documents import snapshot_of
 from farstep_service.settings import Settings
 
@@ -43,20 +43,22 @@ class SessionFile:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = scope["path_params"]["name"]
         if scope["method"] != "PUT":
-            await self._give(self._registry.get(name), send)
+            await self._give(self._registry.get(name), scope, send)
             return
         host, version = await self._take(name, scope, receive)
         answer = json.dumps({"name": host.name, "incarnation": host.incarnation, "version": version})
         await answer_pieces(send, b"application/json", [answer.encode()], status=201)
 
-    async def _give(self, host: Host, send: Send) -> None:
+    async def _give(self, host: Host, scope: Scope, send: Send) -> None:
         plan = host.plan
         with self._registry.in_flight() as reserve:
-            reserve(plan.layout.nbytes * (1 + len(plan.rule.tensor_fields)))
-            snapshot = await host.snapshot()
-            pieces = await asyncio.to_thread(file_of, snapshot)
-            disposition = f'attachment; filename="{host.name}.safetensors"'.encode()
-            await answer_pieces(send, FILE, pieces, headers=[(b"content-disposition", disposition)])
+            size = plan.layout.nbytes * (1 + len(plan.rule.tensor_fields))
+            reserve(size)
+            async with host.copying(size, outgoing_of(scope)):
+                snapshot = await host.snapshot()
+                pieces = await asyncio.to_thread(file_of, snapshot)
+                disposition = f'attachment; filename="{host.name}.safetensors"'.encode()
+                await answer_pieces(send, FILE, pieces, headers=[(b"content-disposition", disposition)])
 
     async def _take(self, name: str, scope: Scope, receive: Receive) -> tuple[Host, int]:
         if not NAME.fullmatch(name):

@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HEADER_VALUE_RE, STATUS_LINE, RequestResponseCycle
 
 from farstep.errors import Busy, FarstepError
-from farstep_service.routes import PROBLEM, problem_of
+from farstep_service.routes import OUTGOING, PROBLEM, problem_of
 from farstep_service.routes.problems import RETRY_AFTER_S
 
 LENGTH = b"content-length"
@@ -52,8 +52,11 @@ class Answering:
         self._wrote = wrote
         self._start: Message | None = None
         self._held: list[bytes] | None = None
+        self._handed = 0
+        self._began = 0.0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("extensions", {})[OUTGOING] = self
         try:
             await self._app(scope, receive, partial(self._send, send))
         finally:
@@ -65,6 +68,9 @@ class Answering:
         if message["type"] == "http.response.start" and self._start is None:
             self._start = message
             return
+        if not self._handed:
+            self._began = asyncio.get_running_loop().time()
+        self._handed += memoryview(message.get("body", b"")).nbytes
         start, self._start = self._start, None
         if start is None:
             await send(message)
@@ -100,6 +106,19 @@ class Answering:
         if held:
             self._wrote(sum(map(len, held)))
             self._transport.writelines(held)
+
+    # -- what others see of it (`farstep_service.hosts.Outgoing`) -----------------------------------------------------
+
+    def progress(self) -> tuple[float, int] | None:
+        """Return the seconds since the first of the body was there to be taken, and the bytes taken; None before."""
+        if not self._handed:
+            return None
+        seconds = asyncio.get_running_loop().time() - self._began
+        return seconds, self._handed - self._transport.get_write_buffer_size()
+
+    def cut(self) -> None:
+        """End the connection at once, within the answer."""
+        self._transport.abort()
 
     # -- what uvicorn's cycle asks of a transport ---------------------------------------------------------------------
 

@@ -55,10 +55,6 @@ class ClosureState(SessionState):
         return False
 
     @property
-    def crowded(self) -> bool:
-        return self._parameters is not None and self._parameters.crowded
-
-    @property
     def store(self) -> PlainStore:
         """Return the parameters; for errors see `check_initialised`."""
         self.check_initialised()

@@ -59,11 +59,6 @@ class KernelState(SessionState):
         return self._store is not None and self._store.pending
 
     @property
-    def crowded(self) -> bool:
-        """Say whether the next step would need more than twice the memory of the parameters."""
-        return self._store is not None and self._store.crowded
-
-    @property
     def store(self) -> Store:
         """Return the store, after a step that failed midway.
 

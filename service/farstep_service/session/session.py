@@ -93,11 +93,6 @@ class Session:
         return self._members.names()
 
     @property
-    def crowded(self) -> bool:
-        """Say whether readers make the next step need more than twice the memory of the parameters."""
-        return not self._pushes.keeps_bases and self._state.crowded
-
-    @property
     def deadline(self) -> float | None:
         """Return the time at which `tick` may have something to decide."""
         return self._pushes.deadline

@@ -63,11 +63,6 @@ class SessionState(ABC):
     def pending(self) -> bool:
         """Say whether a step failed midway and has to be finished."""
 
-    @property
-    @abstractmethod
-    def crowded(self) -> bool:
-        """Say whether the next step would need more than twice the memory of the parameters."""
-
     def check_initialised(self) -> None:
         """Refuse what needs parameters.
 

@@ -43,11 +43,6 @@ class PlainStore:
         self._changed: Sequence[int] = [version for _ in layout.segments]
 
     @property
-    def crowded(self) -> bool:
-        """Say whether the next version would need a third parameter memory, because two versions are held."""
-        return self._versions.crowded
-
-    @property
     def nbytes(self) -> tuple[int, int]:
         """Return the memory of the current version, and that of others."""
         return self._versions.current.nbytes, sum(buffers.nbytes for buffers in self._versions.others)

@@ -119,11 +119,6 @@ class Store:
             self._state.nbytes,
         )
 
-    @property
-    def crowded(self) -> bool:
-        """Say whether the next step would need a third parameter memory, because two versions are held."""
-        return self._versions.crowded
-
     def check_step(self, groups: Sequence[Hyper], changed: Container[int]) -> None:
         """Refuse options of changed groups with which their next step could not be taken.
 

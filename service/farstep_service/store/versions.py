@@ -114,12 +114,6 @@ class Versions:
             memories = self._older if self._spare is None else [*self._older, self._spare]
             return [memory.buffers for memory in memories if isinstance(memory.buffers, FlatBuffers)]
 
-    @property
-    def crowded(self) -> bool:
-        """Say whether the next version would need a third memory: this one is held, and so is an older one."""
-        with self._lock:
-            return bool(self._current.holders and self._older and self._spare is None)
-
     def hold(self, version: int, changed: Sequence[int]) -> Held:
         """Return the current version, kept as it is until it is released.
 

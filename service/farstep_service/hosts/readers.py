@@ -1,0 +1,283 @@
+"""Who reads a session, and how much of its memory they keep. Steps never wait for readers; readers wait for each other.
+
+    pull      parameters for whoever asks
+    answer    parameters in the answers to pushes: a worker never waits for those who merely look
+    copy      state, and whole sessions
+
+Each kind has a budget. What a reader needs counts once for all who read the same version. One that would go beyond the
+budget waits until another is done; all who wait then get one version, so that any number of slow readers needs the
+memory of few. While somebody waits, and all who read a version take less than `FAIR_BYTES_PER_S`, the slowest of such
+versions is taken back: the answers end before the length that was announced, so that no client takes them for whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import inf
+from typing import Final, Generic, Literal, Protocol, TypeVar, final
+
+from farstep.errors import Busy
+from farstep_service.hosts.eager import in_task
+
+Kind = Literal["pull", "answer", "copy"]
+FAIR_BYTES_PER_S: Final = 2**20
+"""What a reader has to take while others wait for it."""
+GRACE_S: Final = 1.0
+"""Over how long that is measured."""
+WAIT_S: Final = 30.0
+"""How long a reader waits for others before it is told to come again."""
+LOOK_S: Final = 0.25
+"""How often readers are looked at while somebody waits for them."""
+
+Taken = TypeVar("Taken")
+
+
+class Outgoing(Protocol):
+    """An answer on its way to a client."""
+
+    def progress(self) -> tuple[float, int] | None:
+        """Return the seconds since its first byte was there to be taken, and the bytes taken; None before."""
+
+    def cut(self) -> None:
+        """End it where it is, and the connection with it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadersPage:
+    """What readers keep of a session.
+
+    Attributes:
+        readers: how many read.
+        held_bytes: the memory they keep: versions, and copies.
+        limit_bytes: how much that may be, all kinds together.
+        waiting: how many wait for others.
+        cut: how many were cut off, so far.
+    """
+
+    readers: int
+    held_bytes: int
+    limit_bytes: int
+    waiting: int
+    cut: int
+
+
+@final
+class Seat:
+    """The place of one reader; released when its answer has been sent, or given up."""
+
+    __slots__ = ("_group", "_key", "_mark", "_room", "outgoing", "rate")
+
+    def __init__(self, room: _Room, key: object, group: _Group, outgoing: Outgoing | None) -> None:
+        self._room: _Room | None = room
+        self._key = key
+        self._group = group
+        self.outgoing = outgoing
+        self.rate = inf
+        self._mark = (0.0, 0)
+        group.seats[id(self)] = self
+
+    def release(self) -> None:
+        """Give the place up; a second time does nothing."""
+        room, self._room = self._room, None
+        if room is not None:
+            room.leave(self._key, self._group, self)
+
+    def look(self) -> None:
+        """Note the rate since the last look, in bytes per second, if that was a while ago."""
+        progress = None if self.outgoing is None else self.outgoing.progress()
+        if progress is not None and progress[0] - self._mark[0] >= GRACE_S:
+            (before_s, before), self._mark = self._mark, progress
+            self.rate = (progress[1] - before) / (progress[0] - before_s)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Those who read the same."""
+
+    nbytes: int
+    seats: dict[int, Seat] = field(default_factory=dict)
+    cut: bool = False
+
+    @property
+    def rate(self) -> float:
+        """Return the rate of the fastest of them, which decides when the last is done."""
+        return max(seat.rate for seat in self.seats.values())
+
+
+@dataclass(slots=True)
+class _Waiting(Generic[Taken]):
+    take: Callable[[], Taken | None]
+    future: asyncio.Future[Taken]
+
+
+@final
+class _Room:
+    """The readers of one kind."""
+
+    def __init__(self, limit: Callable[[], int], freed: Callable[[], None]) -> None:
+        self.limit = limit
+        self.groups: dict[object, _Group] = {}
+        self.waiting: deque[_Waiting[object]] = deque()
+        self.cut = 0
+        self._freed = freed
+        self._look: asyncio.TimerHandle | None = None
+
+    @property
+    def held_bytes(self) -> int:
+        return sum(group.nbytes for group in self.groups.values())
+
+    def enter(self, key: object, nbytes: int, outgoing: Outgoing | None, *, waited: bool) -> Seat | None:
+        group = self.groups.get(key)
+        if group is None:
+            fits = not self.groups or self.held_bytes + nbytes <= self.limit()
+            if not fits or (self.waiting and not waited):
+                return None
+            group = self.groups[key] = _Group(nbytes)
+        return Seat(self, key, group, outgoing)
+
+    def leave(self, key: object, group: _Group, seat: Seat) -> None:
+        group.seats.pop(id(seat), None)
+        if not group.seats and self.groups.get(key) is group:
+            del self.groups[key]
+            if self.waiting:
+                self._freed()
+
+    def watch(self) -> None:
+        """Cut slow readers off, for as long as others wait for them."""
+        self._look = None
+        if not self.waiting:
+            return
+        for group in self.groups.values():
+            for seat in group.seats.values():
+                seat.look()
+        slowest = min(self.groups.values(), key=lambda group: group.rate, default=None)
+        if slowest and slowest.rate < FAIR_BYTES_PER_S and not any(group.cut for group in self.groups.values()):
+            slowest.cut = True
+            for seat in [*slowest.seats.values()]:
+                self.cut += 1
+                if seat.outgoing is not None:
+                    seat.outgoing.cut()
+        self._look = asyncio.get_running_loop().call_later(LOOK_S, self.watch)
+
+    def begin_watching(self) -> None:
+        if self._look is None:
+            self.watch()
+
+    def end(self) -> None:
+        """Let go of the session, which would keep itself through these, and its memory until it is collected."""
+        self.limit, self._freed = int, _nothing
+        if self._look is not None:
+            self._look.cancel()
+            self._look = None
+
+
+def _nothing() -> None:
+    """Have nobody to tell."""
+
+
+@final
+class Readers:
+    """Admit the readers of one session.
+
+    Args:
+        limit: returns the bytes that readers of a kind may keep.
+        freed: called when readers of a kind wait and there may be room; leads to `admit`, in the session's turn.
+    """
+
+    def __init__(self, limit: Callable[[Kind], int], freed: Callable[[Kind], None]) -> None:
+        kinds: tuple[Kind, ...] = ("pull", "answer", "copy")
+        self._rooms = {
+            kind: _Room(lambda kind=kind: limit(kind), lambda kind=kind: freed(kind))  # type: ignore[misc]
+            for kind in kinds
+        }
+        self._admitting = False
+
+    @property
+    def page(self) -> ReadersPage:
+        """Return what readers keep now."""
+        rooms = self._rooms.values()
+        return ReadersPage(
+            readers=sum(len(group.seats) for room in rooms for group in room.groups.values()),
+            held_bytes=sum(room.held_bytes for room in rooms),
+            limit_bytes=sum(room.limit() for room in rooms),
+            waiting=sum(len(room.waiting) for room in rooms),
+            cut=sum(room.cut for room in rooms),
+        )
+
+    def enter(self, kind: Kind, key: object, nbytes: int, outgoing: Outgoing | None) -> Seat | None:
+        """Return a seat, None where the reader has to wait.
+
+        Args:
+            kind: what kind of reader.
+            key: equal for those who need the same memory.
+            nbytes: how much that is.
+            outgoing: how its answer leaves, where that is known; a reader without is never cut off.
+        """
+        return self._rooms[kind].enter(key, nbytes, outgoing, waited=self._admitting)
+
+    async def wait(self, kind: Kind, take: Callable[[], Taken | None], give_back: Callable[[Taken], None]) -> Taken:
+        """Return what `take` returns as soon as there is room.
+
+        Args:
+            kind: what kind of reader.
+            take: called in the session's turn; enters, or returns None.
+            give_back: takes what nobody is there for any more.
+
+        Raises:
+            Busy: others read for too long.
+            FarstepError: what `take` raises.
+        """
+        await in_task()
+        room = self._rooms[kind]
+        future: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(take, future)
+        room.waiting.append(waiting)  # type: ignore[arg-type]
+        room.begin_watching()
+        try:
+            await asyncio.wait({future}, timeout=WAIT_S)
+        except asyncio.CancelledError:
+            if future.done() and not future.exception():
+                give_back(future.result())
+            raise
+        finally:
+            if waiting in room.waiting:
+                room.waiting.remove(waiting)  # type: ignore[arg-type]
+        if future.done():
+            return future.result()
+        raise Busy(
+            f"Others read this session, {room.held_bytes} bytes of it in the same way, and are not done after "
+            f"{WAIT_S:g} s.",
+            remedy="Try again; --held-versions says how many versions may be read at once.",
+            limit=room.limit(),
+        )
+
+    def admit(self, kind: Kind) -> None:
+        """Let those in who wait, in their order, as far as there is room."""
+        room, self._admitting = self._rooms[kind], True
+        try:
+            while room.waiting:
+                waiting = room.waiting[0]
+                if not waiting.future.done():
+                    try:
+                        taken = waiting.take()
+                    except Exception as exc:
+                        waiting.future.set_exception(exc)
+                    else:
+                        if taken is None:
+                            return
+                        waiting.future.set_result(taken)
+                room.waiting.popleft()
+        finally:
+            self._admitting = False
+
+    def close(self, error: Callable[[], Exception]) -> None:
+        """Tell all who wait that there is nothing to be read any more."""
+        for room in self._rooms.values():
+            room.end()
+            while room.waiting:
+                waiting = room.waiting.popleft()
+                if not waiting.future.done():
+                    waiting.future.set_exception(error())
