@@ -13,7 +13,10 @@ from contextlib import contextmanager
 from typing import Any, final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from farstep.errors import InvalidOption
+from farstep.optim.names import named_parameters
 
 
 @final
@@ -29,15 +32,13 @@ class Beginning:
         self._parameters = parameters
         self.tensors: Sequence[Tensor] = [_copied(values[name]) for name in parameters]
 
-    def groups(self, own: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return the param groups of an optimizer of the model as they are over the copies, with the names."""
-        copies = dict(zip(self._parameters.values(), self.tensors, strict=True))
-        names = {p: name for name, p in self._parameters.items()}
-
-        def over_copies(params: Sequence[Tensor]) -> dict[str, Any]:
-            return {"params": [copies[p] for p in params], "param_names": [names[p] for p in params]}
-
-        return [{**group, **over_copies(group["params"])} for group in own]
+    def groups(self, own: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+        """Return the param groups of an optimizer of the model as they are over the copies, with the names of each."""
+        copies = dict(zip(self._parameters, self.tensors, strict=True))
+        return [
+            {**group, "params": [copies[name] for name in each], "param_names": list(each)}
+            for group, each in zip(own, names, strict=True)
+        ]
 
     def values(self) -> dict[str, Tensor]:
         """Return what the copies hold, in memory of its own."""
@@ -75,6 +76,52 @@ class Beginning:
         """Leave nothing of a pseudo-gradient that is no longer under way."""
         for copy in self.tensors:
             copy.grad = None
+
+
+def follow_(parameters: dict[str, Tensor], model: nn.Module, inner: torch.optim.Optimizer) -> None:
+    """Take the tensors that the model has now for those of the same names that it had.
+
+    `load_state_dict(assign=True)` and `setattr` put others in their place, and only what the model has can be trained.
+
+    Raises:
+        InvalidOption: the model has other parameters to synchronise than it had, or the inner optimizer still steps a
+            tensor that is the model's no more.
+    """
+    now = named_parameters(model)
+    for name, p in now.items():
+        if name not in parameters and p.requires_grad:
+            raise _changed(
+                f"Parameter {name!r} requires gradients now, and did not when this context was made: it is not "
+                "synchronised, and would be another one on each worker.",
+                "Freeze it again, or make a new context, on every worker, when all layers that are to train do.",
+                name,
+            )
+    stepped = {p for group in inner.param_groups for p in group["params"]}
+    for name, p in parameters.items():
+        if name not in now:
+            raise _changed(
+                f"Parameter {name!r} is no longer in the model.", "Put it back, or make a new context.", name
+            )
+        if now[name] is p:
+            continue
+        if (now[name].shape, now[name].dtype) != (p.shape, p.dtype):
+            raise _changed(
+                f"Parameter {name!r} is {now[name].dtype} {list(now[name].shape)} now, and was {p.dtype} "
+                f"{list(p.shape)} when this context was made.",
+                "Put the earlier one back, or make a new context, on every worker.",
+                name,
+            )
+        if p in stepped and now[name] not in stepped:
+            raise _changed(
+                f"The model has another tensor as parameter {name!r} than the inner optimizer steps.",
+                "Put the new one into the optimizer's group, as after load_state_dict(assign=True), or make both anew.",
+                name,
+            )
+    parameters.update({name: now[name] for name in parameters})
+
+
+def _changed(what: str, remedy: str, name: str) -> InvalidOption:
+    return InvalidOption(what, remedy=remedy, field=name, side="client")
 
 
 def forms_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:

@@ -16,20 +16,22 @@ that it survives, a round survives.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Final, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from farstep.errors import FarstepError, InvalidOption, NonFinite
-from farstep.local_sgd.beginning import Beginning, forms_of
+from farstep.local_sgd.beginning import Beginning, follow_, forms_of
 from farstep.local_sgd.pending import Pending
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.moving import remote as moved
+from farstep.optim.names import named_parameters, plain_names
 from farstep.optim.options import arguments
 from farstep.optim.scaling import scaling_of
 from farstep.plain import pythons_own
@@ -63,11 +65,14 @@ class Rounds:
             raise TypeError(f"{type(self).__name__}.__init__() got an {error}") from None
         self.every = every
         self.local_step = 0
-        self._inner = inner
+        self._model = model
+        self._inner = _hooked(inner)
         self._remote = remote
         self._parameters = self.synchronised(model)
         self._template = outer
         self._check_outer()
+        names = {p: name for name, p in self._parameters.items()}
+        self._names = [[names[p] for p in group["params"]] for group in outer.param_groups]
         self._outer: RemoteOptimizer | None = None
         self._hook: RemovableHandle | None = None
         self._loaded: Mapping[str, Any] | None = None
@@ -76,12 +81,12 @@ class Rounds:
 
     @staticmethod
     def synchronised(model: nn.Module) -> dict[str, Tensor]:
-        """Return the parameters of a model that are synchronised, under their names.
+        """Return the parameters of a model that are synchronised, under the names that it has without wrappers.
 
         Raises:
             InvalidOption: there are none.
         """
-        found: dict[str, Tensor] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        found = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
         if not found:
             raise _refused("The model has no parameter that requires gradients.", "model")
         return found
@@ -107,6 +112,7 @@ class Rounds:
             raise FarstepError("This context was closed.", remedy="Make a new one to join again.", side="client")
         if self._hook is not None:
             raise FarstepError("This context is entered already.", remedy="Leave it first.", side="client")
+        self._follow()
         if self._outer is None:
             self._join()
         self._hook = self._inner.register_step_post_hook(self._count)
@@ -127,7 +133,12 @@ class Rounds:
             self._closed = True
 
     def _count(self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
-        """Count a step that was taken; GradScaler has some optimizers step, and skip that, when gradients overflow."""
+        """Count a step that was taken; GradScaler has some optimizers step, and skip that, when gradients overflow.
+
+        A step within a step, as `super().step()` of a class of the user's is, is a part of that one.
+        """
+        if _within_another(optimizer):
+            return
         with scaling_of(vars(optimizer)) as scaling:
             if scaling.overflowed:
                 return
@@ -166,10 +177,12 @@ class Rounds:
         """End the round under way, however many steps it has: exchange what they came to, and return the report.
 
         Raises:
+            InvalidOption: the model has other parameters than this was made for; it names the first.
             FarstepError: what the session refused, or `Unavailable`. The model and the count are then as they were,
                 and the next local step, or `sync()`, tries again.
         """
         self._check_training("sync()")
+        self._follow()
         outer, pending = self.outer, self._pending
         if pending is None:
             pending = self._pending = Pending.of(outer, self._beginning.tensors, list(self._parameters.values()))
@@ -191,6 +204,7 @@ class Rounds:
         Raises:
             FarstepError: see `sync`.
         """
+        self._follow()
         version = self.outer.pull()
         self._beginning.take_()
         self._begin(0)
@@ -206,6 +220,7 @@ class Rounds:
         Raises:
             FarstepError: the session cannot be had.
         """
+        self._follow()
         created = self.outer.rejoin(None if state_dict is None else state_dict["outer"])
         if created:
             self._begin(self.local_step)
@@ -224,6 +239,7 @@ class Rounds:
             InvalidOption: the session has no such view.
             FarstepError: the session's optimizer has a view's values already, or no answer came in time.
         """
+        self._follow()
         with self.outer.swap_to(view), self._beginning.shown():
             yield
 
@@ -268,9 +284,11 @@ class Rounds:
                 remedy="Load before entering the context for the first time.",
                 side="client",
             )
-        if forms_of(state_dict["parameters"]) != forms_of(self._parameters):
+        saved = state_dict["parameters"]
+        parameters = dict(zip(plain_names(list(saved)), saved.values(), strict=True))  # it may be an older release's
+        if forms_of(parameters) != forms_of(self._parameters):
             raise ValueError("loaded state dict has parameters of other names, shapes or dtypes than the model's")
-        self._loaded = state_dict
+        self._loaded = {**state_dict, "parameters": parameters}
         self.local_step = int(state_dict["local_step"])
 
     # -- inside -----------------------------------------------------------------------------------------------------
@@ -282,7 +300,9 @@ class Rounds:
         begin = self._parameters if loaded is None else loaded["parameters"]
         self._beginning = Beginning(self._parameters, begin)
         kind = type(self._template)
-        template = kind(self._beginning.groups(self._template.param_groups), **arguments(kind, self._template.defaults))
+        template = kind(
+            self._beginning.groups(self._template.param_groups, self._names), **arguments(kind, self._template.defaults)
+        )
         if loaded is not None:
             template.load_state_dict(dict(loaded["outer"]))
         elif self._template.state:
@@ -292,11 +312,38 @@ class Rounds:
             self._beginning.take_()
             self._begin(0)
 
+    def _follow(self) -> None:
+        follow_(self._parameters, self._model, self._inner)
+
     def _begin(self, local_step: int) -> None:
         """Stand at a step of a round with nothing under way."""
         self.local_step = local_step
         self._pending = None
         self._beginning.forget_gradients_()
+
+
+_STEP: Final = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
+"""What torch puts around the `step` of each class: it calls the hooks."""
+
+
+def _within_another(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether the step whose hook asks is within another step of the same optimizer.
+
+    That is seen from the stack, where an exception leaves nothing behind; a count of begun and ended steps would not
+    come back to zero after a step that fails.
+    """
+    frame, steps = sys._getframe(1).f_back, 0
+    while frame is not None and steps < 2:
+        steps += frame.f_code is _STEP and frame.f_locals.get("self") is optimizer
+        frame = frame.f_back
+    return steps > 1
+
+
+def _hooked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that has the hooks of steps: Accelerate's wrapper has none of its own."""
+    while "_optimizer_step_post_hooks" not in vars(optimizer):
+        optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # of the wrapper
+    return optimizer
 
 
 def _refused(what: str, field: str, remedy: str = "") -> InvalidOption:

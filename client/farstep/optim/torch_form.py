@@ -14,6 +14,7 @@ from farstep.errors import TensorMismatch
 from farstep.fields import NUMBERS, FieldKind, shape_of
 from farstep.link import Parameter
 from farstep.optim.lists import lists_as_torch, lists_to_session
+from farstep.optim.names import plain_names
 from farstep.optim.options import arguments
 from farstep.states import State
 
@@ -23,6 +24,8 @@ ON_DEVICE = frozenset({"eta", "mu"})
 
 def describe(groups: Sequence[Mapping[str, Any]]) -> list[Parameter]:
     """Describe the parameters of all groups in order, by torch's `param_names` where the caller gave names.
+
+    The names are those of the plain model: a compiled or wrapped one meets it in one session.
 
     Raises:
         TensorMismatch: a parameter is there twice, or its elements share memory; a step on it would mean nothing. Or it
@@ -35,9 +38,12 @@ def describe(groups: Sequence[Mapping[str, Any]]) -> list[Parameter]:
             remedy="Give each parameter once; the gradient of one that a module has under two names is in it whole.",
             side="client",
         )
+    given = [name for group in groups for name in group.get("param_names") or ()]
+    plain = dict(zip(given, plain_names(given), strict=True))
     for index, group in enumerate(groups):
         names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
-        for name, p in zip(names, group["params"], strict=True):
+        for said, p in zip(names, group["params"], strict=True):
+            name = plain.get(said, said)
             if is_traceable_wrapper_subclass(p):
                 raise TensorMismatch(
                     f"Parameter {name!r} is a {type(p).__name__}, whose elements are other tensors'.",
