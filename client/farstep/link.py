@@ -119,6 +119,19 @@ class Link(ABC):
     def eager(self) -> bool:
         """Whether a parameter has state before its first step (Adagrad)."""
 
+    @property
+    def joined_options(self) -> list[Options] | None:
+        """The options of each group that were in force when this worker joined; None where it created the session."""
+        return None
+
+    @abstractmethod
+    def options_in_force(self) -> list[Options]:
+        """Return the options of each param group that are in force in the session.
+
+        Raises:
+            FarstepError: the session is gone, or no answer came.
+        """
+
     @abstractmethod
     def push(
         self,
@@ -129,7 +142,7 @@ class Link(ABC):
         """Send one gradient per parameter (None: it has none) and changed group options; update the parameters.
 
         Args:
-            gradients, groups: as said above.
+            gradients, groups: as said above. Where each push brings its own options, `groups` has all of every group.
             evaluation: what the closure returned, for an optimizer that asks for it.
 
         Raises:

@@ -20,6 +20,8 @@ FURTHEST_BEGINNING = 2**52
 """The highest version a session may begin at: room for the steps of a lifetime, and numbers that JSON can hold."""
 GROUP = re.compile(r"0|[1-9][0-9]{0,5}")
 """The number of a param group as a key. No other spelling of it, or one map could name a group twice."""
+OptionsMode = Literal["session", "push"]
+"""Whether options that come with a push are in force from its step on, or for that step alone."""
 Wanted = Literal["all", "changed", "none"]
 Times = dict[str, float]
 
@@ -82,7 +84,8 @@ class PushHead:
     """Describe a push: gradients of some segments, computed on version `base`.
 
     Attributes:
-        groups: changed options by param group, effective from this step on.
+        groups: options by param group: changed ones, in force from this step on, or all of a group for this step alone.
+        options: which of the two.
         segments: half-open index ranges that have a gradient, flat and ascending; None for all.
         wanted: which parameters the answer shall carry.
         have: the version of the parameters this worker holds, for `wanted="changed"`.
@@ -108,6 +111,7 @@ class PushHead:
     wire_parameters: str | None = None
     fill: Fill | None = None
     order: tuple[int, ...] | None = None
+    options: OptionsMode = "session"
 
     def to_header(self) -> dict[str, Any]:
         head: dict[str, Any] = {
@@ -125,6 +129,8 @@ class PushHead:
             head["sparse"] = [[each.segment, each.dims, each.nnz] for each in self.sparse]
         if self.groups:
             head["groups"] = {str(group): dict(options) for group, options in self.groups.items()}
+        if self.options != "session":
+            head["options"] = self.options
         if self.evaluation is not None:
             head["loss"] = self.evaluation.loss
             if self.evaluation.continues:
@@ -168,6 +174,7 @@ class PushHead:
             wire_parameters=_half(header, "wire_parameters"),
             fill=_fill(header),
             order=_order(header.listing("order")),
+            options=_options(header),
         )
         header.nothing_left()
         if head.fill is not None and (head.wire_gradients or head.wire_parameters):
@@ -240,6 +247,13 @@ def _evaluation(loss: float | None, continues: bool) -> Evaluation | None:
 
 def _half(header: Header, key: str) -> str | None:
     return check_half(key, header.text(key)) if key in header else None
+
+
+def _options(header: Header) -> OptionsMode:
+    said = header.text("options", default="session")
+    if said not in ("session", "push"):
+        raise InvalidRequest(f"Header key 'options' is {said!r}; there are session and push.", field="options")
+    return said  # type: ignore[return-value]  # compared just above
 
 
 def _fill(header: Header) -> Fill | None:

@@ -39,6 +39,7 @@ class Receipt:
         detail: the same as a sentence, which names the worker and the tensor where there is one.
         weight: what the gradient counted, or the learning rate was multiplied by, because it was stale.
         grad_norm: the norm of the step's gradients before they were clipped, where the session clips by it.
+        disagreement: where the workers of the step named different options, and which were used, as a sentence.
     """
 
     version: int
@@ -53,6 +54,7 @@ class Receipt:
     detail: str = ""
     weight: float = 1.0
     grad_norm: float | None = None
+    disagreement: str = ""
 
     def to_header(self) -> dict[str, Any]:
         header: dict[str, Any] = {
@@ -74,6 +76,8 @@ class Receipt:
             header["weight"] = self.weight
         if self.grad_norm is not None:
             header["grad_norm"] = self.grad_norm
+        if self.disagreement:
+            header["disagreement"] = self.disagreement
         return header
 
     @classmethod

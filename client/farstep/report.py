@@ -22,6 +22,8 @@ class StepReport:
             parameters are the session's present ones, and training goes on from there.
         detail: the same as a sentence, which names the worker and the tensor where there is one.
         grad_norm: the norm of the step's gradients before they were clipped, where the session clips by it.
+        disagreement: where the workers of the step named different options, and which were used, as a sentence; ""
+            where they did not. A Python warning says it, too.
         duplicate: whether the server had seen this push before, so that this answer is the first one's receipt.
         earlier: what became of a write before this one that had got no answer and was not repeated: `applied`, or
             `dropped` because it never arrived or its barrier was given up. None if there was none.
@@ -55,6 +57,7 @@ class StepReport:
     detail: str = ""
     weight: float = 1.0
     grad_norm: float | None = None
+    disagreement: str = ""
     bytes_sent: int = 0
     bytes_received: int = 0
     attempts: int = 1
@@ -91,6 +94,7 @@ class StepReport:
             detail=receipt.detail,
             weight=receipt.weight,
             grad_norm=receipt.grad_norm,
+            disagreement=receipt.disagreement,
             bytes_sent=bytes_sent,
             bytes_received=bytes_received,
             attempts=attempts,

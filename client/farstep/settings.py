@@ -8,6 +8,7 @@ worker         FARSTEP_WORKER       a fresh name of host, process and a random p
 token          FARSTEP_TOKEN        none
 wire           FARSTEP_WIRE         none: everything travels as it is; counts where there is a server
 overlap        FARSTEP_OVERLAP      off; `1` or `0`
+options        FARSTEP_OPTIONS      none: as `session`, where all name the options of the creation or those in force
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import httpx
 from farstep.consistency import Async, Consistency, Sync, checked, for_one
 from farstep.errors import InvalidOption
 from farstep.identity import Worker, check_name, fresh_name
+from farstep.messages import OptionsMode
 from farstep.narrow import Half, Wire
 from farstep.plain import pythons_own
 from farstep.policy import NOTHING, Policy
@@ -58,6 +60,9 @@ class RemoteOptions(TypedDict, total=False):
         `farstep.Wire(gradients="bf16")` one of the two; the server's parameters stay float32. Not for embedded ones.
     overlap: send gradients while the backward pass still computes others (`farstep.overlap`). Embedded sessions and
         LBFGS have nothing to send then, and go on as without it.
+    options: whose learning rate, and other options of groups, count where several workers share a session. "session":
+        the session has one set, which a worker changes by changing its groups; who joins takes those in force into its
+        groups. "push": this worker's own, for the steps of its own pushes. See `docs/workers.md`.
     timeout_s: seconds to go on retrying before an error says that the server does not answer.
     transport: the httpx transport that carries the conversation, for tests and unusual networks.
     """
@@ -76,6 +81,7 @@ class RemoteOptions(TypedDict, total=False):
     kernel: KernelChoice
     wire: Wire | Half | None
     overlap: bool
+    options: OptionsMode | None
     timeout_s: float
     transport: httpx.BaseTransport | None
 
@@ -103,6 +109,7 @@ class Place:
     policy: Policy = NOTHING
     overlap: bool = False
     counted_as: str | None = None
+    options: OptionsMode | None = None
 
 
 def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:
@@ -174,6 +181,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         transport=options.get("transport"),
         wire=wire,
         policy=Policy(**_policy_of(options)),
+        options=_options(options.get("options") or environment.get("FARSTEP_OPTIONS") or None),
         overlap=_switch(options.get("overlap"), environment.get("FARSTEP_OVERLAP")),
         counted_as=(worker or "") if session and own is None else None,
     )
@@ -235,6 +243,14 @@ def _switch(said: object, variable: str | None) -> bool:
             remedy="Give True or False, or set FARSTEP_OVERLAP to 1 or 0.",
             field="overlap",
             side="client",
+        )
+    return said
+
+
+def _options(said: object) -> OptionsMode | None:
+    if said not in ("session", "push", None):
+        raise InvalidOption(
+            f"Invalid options: {said!r:.80}. There are session and push.", field="options", side="client"
         )
     return said
 

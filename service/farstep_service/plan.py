@@ -129,8 +129,13 @@ class Plan:
         """Return what this plan was before it grew beyond these first param groups."""
         return replace(self, groups=self.groups[:groups], layout=self.layout.first(groups))
 
-    def difference(self, other: Plan) -> str | None:
-        """Say in words where another plan differs first, None if nowhere."""
+    def difference(self, other: Plan, *, options: bool = True, in_force: Sequence[Hyper] | None = None) -> str | None:
+        """Say in words where another plan differs first, None if nowhere.
+
+        Args:
+            options: compare the options of the groups, too.
+            in_force: the options of each group by now, with which another plan may agree in place of the first ones.
+        """
         if self.rule.name != other.rule.name:
             return f"its optimizer is {self.rule.name}, not {other.rule.name}"
         mine, theirs = self.layout.segments, other.layout.segments
@@ -144,15 +149,24 @@ class Plan:
             return f"it has {len(mine)} parameters, not {len(theirs)}"
         if len(self.groups) != len(other.groups):
             return f"it has {len(self.groups)} param groups, not {len(other.groups)}"
-        for index, (ours, others) in enumerate(zip(self.groups, other.groups, strict=True)):
-            given = others.to_options()
-            for key, value in ours.to_options().items():
-                if value != given[key]:
-                    return f"{key} of its group {index} was created as {value!r}, not {given[key]!r}"
+        if options and (different := self._other_options(other, in_force or self.groups)):
+            return different
         for key in ("consistency", "nonfinite", "kernel"):
             if getattr(self, key) != getattr(other, key):
                 return f"its {key} is {getattr(self, key)!r}, not {getattr(other, key)!r}"
         return self.policy.difference(other.policy)
+
+    def _other_options(self, other: Plan, in_force: Sequence[Hyper]) -> str | None:
+        """Return where the options of another plan are neither those of the creation nor those in force."""
+        for index, (ours, now, others) in enumerate(zip(self.groups, in_force, other.groups, strict=True)):
+            given, changed = others.to_options(), now.to_options()
+            if given == changed:
+                continue
+            for key, value in ours.to_options().items():
+                if value != given[key]:
+                    by_now = f" and is {changed[key]!r}" if changed[key] != value else ""
+                    return f"{key} of its group {index} was created as {value!r}{by_now}, not {given[key]!r}"
+        return None
 
 
 def _check_policy(rule: AnyMethod, layout: Layout, nonfinite: str, policy: Policy) -> None:

@@ -68,8 +68,12 @@ class Registry:
             )
         return host
 
-    async def create_or_join(self, plan: Plan) -> tuple[Host, bool]:
+    async def create_or_join(self, plan: Plan, *, options: bool = True) -> tuple[Host, bool]:
         """Return the session of the plan's name, created if there is none, and whether it was.
+
+        Args:
+            plan: what the worker that joins takes the session for.
+            options: its options have to be those that the session was created with, or those in force.
 
         Raises:
             OptionsDiffer: there is one with another plan; the error says what differs.
@@ -78,10 +82,11 @@ class Registry:
         async with self._turn:
             host = self._hosts.get(plan.name)
             if host is not None:
-                if difference := host.plan.difference(plan):
+                if difference := host.plan.difference(plan, options=options, in_force=host.options):
                     raise OptionsDiffer(
                         f"Session {plan.name!r} exists, but {difference}.",
-                        remedy="Join with equal options, choose another session name, or remove the session.",
+                        remedy="Join with equal options (or options='session', which takes those of groups that are in "
+                        "force), choose another session name, or remove the session.",
                         field="name",
                     )
                 return host, False

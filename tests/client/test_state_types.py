@@ -40,11 +40,11 @@ def form(value: Any) -> Any:
     return (value.dtype, value.shape, value.device) if isinstance(value, Tensor) else type(value)
 
 
-def forms(name: str, make: Any, options: dict[str, Any], steps: int, **place: Any) -> list[dict[str, Any]]:
+def forms(name: str, make: Any, given: dict[str, Any], steps: int, **place: Any) -> list[dict[str, Any]]:
     """Return the forms of a state after some steps, and after a load into another optimizer and a step more."""
     generator = torch.Generator().manual_seed(0)
     p = torch.nn.Parameter(torch.randn(4, 3, generator=generator))
-    optimizer = make([p], **options, **place)
+    optimizer = make([p], **given, **place)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -66,7 +66,7 @@ def forms(name: str, make: Any, options: dict[str, Any], steps: int, **place: An
     for _ in range(steps):
         step()
     stepped, state = found(), copy.deepcopy(optimizer.state_dict())
-    optimizer = make([p], **options, **place)
+    optimizer = make([p], **given, **place)
     optimizer.load_state_dict(state)
     loaded = found()
     step()

@@ -142,6 +142,7 @@ def test_ranges_are_the_ones_shown():
         "A sparse gradient",
         "An evaluation",
         "A step that is skipped",
+        "A push with options of its own",
         "A push in 16 bits",
         "A push in an order of its own",
     ],
@@ -171,6 +172,7 @@ def test_a_receipt_that_tells_why_nothing_was_applied_is_what_the_client_reads()
         "The reply to a push that was not applied",
         "The reply to a push that another worker's NaN undid",
         "The reply to a push whose step was clipped",
+        "The reply to pushes with different options",
     ):
         header, _ = parts(EXAMPLES[title])
         assert written(Receipt.from_header(header["receipt"])) == header["receipt"]
@@ -185,7 +187,13 @@ def test_receipts_are_what_the_client_reads():
     listed = [key for key, _, _ in rows("key of `receipt`")]
     assert [key.strip("`*") for key in listed if key.endswith("*")] == list(header["receipt"])
     everything = replace(
-        Receipt.from_header(header["receipt"]), again=True, reason="nonfinite", detail="NaN.", weight=0.5, grad_norm=1.5
+        Receipt.from_header(header["receipt"]),
+        again=True,
+        reason="nonfinite",
+        detail="NaN.",
+        weight=0.5,
+        grad_norm=1.5,
+        disagreement="lr.",
     ).to_header()
     assert [key.strip("`*") for key in listed] == list(everything)
 

@@ -80,6 +80,7 @@ class HttpLink(Link):
         sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
         self._holdings = Holdings(parameters, place.wire, sharing)
         self._overlapping = Overlapping()
+        self._joined_options: list[Options] | None = None
         self._asked = False  # to join, whatever the answer was
         self._putting = Putting(self._standing, self._holdings, self._writer)
         self._pushing = Pushing(self._standing, self._holdings, self._writer, self._overlapping, self._putting)
@@ -101,6 +102,10 @@ class HttpLink(Link):
     def eager(self) -> bool:
         return self._standing.eager
 
+    @property
+    def joined_options(self) -> list[Options] | None:
+        return self._joined_options
+
     # -- joining ----------------------------------------------------------------------------------------------------
 
     def _join(self, start: Start) -> bool:
@@ -108,11 +113,14 @@ class HttpLink(Link):
         self._holdings.share_no_more_()
         self._overlapping.end(OTHERS)
         document = {**self._standing.spec.to_document(), "worker": self._place.worker}
+        if self._place.options is not None:
+            document["options"] = self._place.options
 
         def attempt() -> bool:
             self._asked = True
             joined = self._server.control("POST", "/v1/sessions", document)
             self._standing.join_(joined)
+            self._joined_options = None if joined["created"] else joined.get("groups")
             if not joined["initialise"] and not joined["initialised"]:
                 raise Unavailable("another worker is sending the session's first parameters")
             return bool(joined["initialise"])
@@ -232,6 +240,14 @@ class HttpLink(Link):
             what = f"Setting the consistency mode of session {self._standing.spec.name!r}"
             self._patience.call(what, self._server.server, attempt)
         self._standing.follow_(mode)
+
+    def options_in_force(self) -> list[Options]:
+        what = f"Asking session {self._standing.spec.name!r} for its options"
+        with self._standing.there():
+            answer = self._patience.call(
+                what, self._server.server, lambda: self._server.control("GET", f"{self._path}/groups")
+            )
+        return cast("list[Options]", answer["groups"])
 
     # -- reads ------------------------------------------------------------------------------------------------------
 

@@ -180,6 +180,7 @@ class Pushing:
                 wire_parameters=self._holdings.wire_parameters,
                 fill=fill,
                 order=None if order is None else tuple(order),
+                options=self._standing.options,
             )
 
         return head
@@ -203,9 +204,18 @@ class Pushing:
         half = self._holdings.wire_parameters
 
         def head(name: WriteName, incarnation: str) -> PushHead:
-            have = self._standing.version
+            have, options = self._standing.version, self._standing.options
             return PushHead(
-                name, incarnation, have, "changed", have, segments=[], groups=groups, skip=True, wire_parameters=half
+                name,
+                incarnation,
+                have,
+                "changed",
+                have,
+                segments=[],
+                groups=groups,
+                skip=True,
+                wire_parameters=half,
+                options=options,
             )
 
         return self._push(head, (), (), time.perf_counter())

@@ -17,6 +17,7 @@ from farstep.fields import FieldKind
 from farstep.growth import outgrown
 from farstep.http_link.writer import Writer
 from farstep.link import Options, Parameter, SessionSpec
+from farstep.messages import OptionsMode
 from farstep.settings import Place
 from farstep.wire import from_ranges
 
@@ -44,6 +45,11 @@ class Standing:
         self.version = 0
         self._place = place
         self._writer = writer
+
+    @property
+    def options(self) -> OptionsMode:
+        """Return whether the options that this worker sends are the session's, or those of its pushes alone."""
+        return self._place.options or "session"
 
     @property
     def forked(self) -> bool:

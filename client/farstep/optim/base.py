@@ -26,7 +26,7 @@ from torch.optim.optimizer import ParamsT
 
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep.optim.namesakes import told_apart, told_why
-from farstep.optim.options import check_group
+from farstep.optim.options import check_group, take_
 from farstep.optim.refusals import check_types, refusal
 from farstep.optim.scaling import scaling_of, tell_
 from farstep.optim.torch_form import completed, describe, local
@@ -148,7 +148,10 @@ class RemoteOptimizer(WithViews):
             self._check_groups()
             index = len(self.param_groups) - 1
             described = [each for each in describe(self.param_groups) if each.group == index]
-            member.append(self._options()[index], described, self.param_groups[index]["params"])
+            named = self._options()[index]
+            taken = member.append(named, described, self.param_groups[index]["params"])
+            if taken is not None:
+                take_(self.param_groups[index], named, taken)
         except BaseException:
             self.param_groups.pop()
             raise

@@ -20,7 +20,7 @@ from farstep.hosts import open_link
 from farstep.link import SessionSpec
 from farstep.optim.membership import Membership, OpenLink, refused
 from farstep.optim.namesakes import take_seat_, told_why
-from farstep.optim.options import option_kinds, plain_options
+from farstep.optim.options import option_kinds, plain_options, take_
 from farstep.optim.torch_form import describe, newborn
 from farstep.plain import pythons_own
 from farstep.report import StepReport
@@ -80,6 +80,17 @@ class InSession(torch.optim.Optimizer):
         """
         self._member().link.set_consistency(checked(mode))
 
+    def options_in_force(self) -> list[dict[str, Any]]:
+        """Return the options of each param group that are in force in the session, whoever set them last.
+
+        With `options="push"` this worker's pushes have the options of its own groups, whatever is in force.
+
+        Raises:
+            SessionLost: the session is gone.
+            Unavailable: no answer came within `timeout_s`.
+        """
+        return [dict(group) for group in self._joined().link.options_in_force()]
+
     def heartbeat(self) -> Heartbeat:
         """Renew this worker's lease, which pushes and pulls do by themselves, and return what the session says of it.
 
@@ -128,6 +139,7 @@ class InSession(torch.optim.Optimizer):
             vars(self).update(before)
             raise
         take_seat_(member, member.place)
+        self._take_in_force()
         member.state.replace_({} if self.state is member.state else self.state)
         self.state = member.state
         return created
@@ -192,6 +204,7 @@ class InSession(torch.optim.Optimizer):
                 options=partial(_options_of, weakref.ref(self)) if self._overlaps(place) else None,
             )
         take_seat_(self._membership, place)
+        self._take_in_force()
         self._membership.state.replace_(self.state if state is None else state)
         self.state = self._membership.state
         self.last_step = None
@@ -200,6 +213,12 @@ class InSession(torch.optim.Optimizer):
     def _overlaps(self, place: Place) -> bool:
         """Say whether gradients are sent while others are being computed."""
         return place.overlap and place.server is not None
+
+    def _take_in_force(self) -> None:
+        """Let the groups show the options that a session which was there already has."""
+        if taken := self._membership.taken:
+            for group, named, now in zip(self.param_groups, self._options(), taken, strict=True):
+                take_(group, named, now)
 
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""

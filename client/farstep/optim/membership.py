@@ -10,8 +10,10 @@ An optimizer has one membership at a time; one that goes to another session gets
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -57,6 +59,8 @@ class Membership:
 
     Attributes:
         shown: the view whose values the parameters have at the moment; "" if they have their own.
+        taken: the options that a session which was there already had in force, and that the groups have to take on;
+            None where there is nothing to take.
         scaler: who is told of steps that were skipped for Inf or NaN.
 
     Raises:
@@ -79,8 +83,10 @@ class Membership:
         self.place = place
         self.parameters = list(chain.from_iterable(groups))
         self._newborn = newborn
-        self._sent: list[Options] = [dict(group) for group in spec.groups]
         self.link = opened_by(spec, self.parameters, place, self._start(state, version))
+        self._sent: list[Options] = [dict(group) for group in spec.groups]
+        self.taken = self._in_force(self._sent)
+        self._sent = self.taken or self._sent
         self.overlap = None
         if options is not None:
             self.overlap = Overlap(self.parameters, partial(_begin_push, weakref.ref(self), options))
@@ -166,7 +172,7 @@ class Membership:
         self, options: list[Options], scaling: Scaling = NOT_SCALED, evaluation: Evaluation | None = None
     ) -> StepReport:
         """Send the gradients, unless they overflowed, and the options that changed; bring the new parameters back."""
-        changed = changes(options, self._sent)
+        changed = self._named(options)
         gradients = [p.grad for p in self.parameters]
         try:
             if scaling.overflowed:
@@ -180,28 +186,59 @@ class Membership:
         self._sent = options
         if self.overlap is not None:
             self.overlap.stepped(gradients, report)
+        if report.disagreement:
+            warnings.warn(
+                f"Workers of session {self.place.session!r} step with different options: {report.disagreement}",
+                stacklevel=2,
+            )
         return report
+
+    def _named(self, options: list[Options]) -> Mapping[int, Options]:
+        """Return the options that go with a push: those that changed, or all where each push brings its own."""
+        if self.place.options == "push":
+            return dict(enumerate(options))
+        return changes(options, self._sent)
+
+    def _in_force(self, named: Sequence[Options]) -> list[Options] | None:
+        """Return what the session had in force when it was joined, of the options that are named here."""
+        joined = self.link.joined_options
+        if joined is None or self.place.options == "push":
+            return None
+        return [{key: now.get(key, own[key]) for key in own} for now, own in zip(joined, named, strict=True)]
 
     def pull(self) -> int:
         """Send edits of the state, bring the parameters to the session's current version, and return it."""
         self._send_state()
         return self.link.pull()
 
-    def append(self, options: Options, described: Sequence[Parameter], parameters: Sequence[Tensor]) -> None:
-        """Add a param group. If another worker has, parameters and state are the session's from now on."""
+    def append(self, options: Options, described: Sequence[Parameter], parameters: Sequence[Tensor]) -> Options | None:
+        """Add a param group. If another worker has, parameters and state are the session's from now on.
+
+        Return the options that the group has to take on then, None where there is nothing to take.
+        """
+        taken: Options | None = None
         if not self.link.append(options, described, parameters):
             self.state.forget_()
+            if self.place.options != "push":
+                with suppress(FarstepError):  # the group is there; the next step sends what differs
+                    now = self.link.options_in_force()[len(self._lengths)]
+                    taken = options = {key: now.get(key, value) for key, value in options.items()}
         self.state.append_(parameters)
         self._sent = [*self._sent, options]
         self.parameters = [*self.parameters, *parameters]
         self._remember([*self._lengths, len(parameters)])
         if self.overlap is not None:
             self.overlap.watch(self.parameters)
+        return taken
 
     def rejoin(self, state: Mapping[Any, Any] | None, version: int) -> bool:
         """Join the session again; return whether it had to be created anew, from this state and at this version."""
-        self._sent = [{} for _ in self._sent]  # the session has the options of its creation, or of others
-        return self.link.rejoin(self._start(state, version))
+        named = self._sent
+        self._sent = [{} for _ in named]  # the session has the options of its creation, or of others
+        created = self.link.rejoin(self._start(state, version))
+        self.taken = self._in_force(named) if self.place.options == "session" and not created else None
+        self._sent = self.taken or self._sent
+        return created
 
     # -- the state --------------------------------------------------------------------------------------------------
 
@@ -247,7 +284,7 @@ def _begin_push(
     there, now = member(), options()
     if there is None or now is None or not there.close.alive:
         return None
-    return there.link.begin_push(order, changes(now, there._sent))
+    return there.link.begin_push(order, there._named(now))
 
 
 def _leave(link: Link, overlap: Overlap | None) -> None:

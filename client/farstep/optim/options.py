@@ -143,6 +143,22 @@ def _number(value: Any) -> Any:
     return found
 
 
+def take_(group: dict[str, Any], named: Mapping[str, Any], taken: Mapping[str, Any]) -> None:
+    """Put options that have travelled into a group, which was `named` so; what says the same stays as it is."""
+    for key, value in taken.items():
+        if named[key] != value:
+            group[key] = _as_it_was(group[key], value)
+
+
+def _as_it_was(before: Any, value: Any) -> Any:
+    """Return a value that has travelled in the form of the one before it: a tensor, a tuple."""
+    if isinstance(before, torch.Tensor) and isinstance(value, (int, float)):
+        return torch.full_like(before, value, requires_grad=False)
+    if isinstance(before, tuple) and isinstance(value, (list, tuple)) and len(before) == len(value):
+        return tuple(map(_as_it_was, before, value))
+    return value
+
+
 def changes(now: Sequence[Options], sent: Sequence[Options]) -> dict[int, Options]:
     """Return the options of each group that the session does not have yet."""
     return {

@@ -97,6 +97,9 @@ class EmbeddedLink(Link):
         return self._plan.rule.eager
 
     @in_ordinary_memory
+    def options_in_force(self) -> list[Options]:
+        return [group.to_options() for group in self._state.groups]
+
     def push(
         self,
         gradients: Sequence[Tensor | None],

@@ -14,6 +14,7 @@ from typing import Any, final
 from farstep.consistency import Consistency
 from farstep.fields import Shapes
 from farstep.growth import AppendHead
+from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, Times, WriteName
 from farstep.receipt import Receipt
 from farstep_service.contents import PARAM
@@ -164,6 +165,11 @@ class Host(ABC):
     @abstractmethod
     def plan(self) -> Plan:
         """What the session is now; it grows by param groups."""
+
+    @property
+    @abstractmethod
+    def options(self) -> Sequence[Hyper]:
+        """The options of each param group that are in force."""
 
     @property
     @abstractmethod

@@ -18,6 +18,7 @@ from typing import Any, cast
 from farstep.consistency import Consistency
 from farstep.errors import FarstepError, Fenced, OptionsDiffer, SessionLost, StepInterrupted
 from farstep.growth import AppendHead
+from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import to_ranges
 from farstep_service.durability import Snapshot
@@ -81,6 +82,10 @@ class LocalHost(Host):
     @property
     def plan(self) -> Plan:
         return self._session.plan
+
+    @property
+    def options(self) -> Sequence[Hyper]:
+        return self._session.groups
 
     @property
     def switched(self) -> bool:

@@ -54,6 +54,7 @@ class JoinedDocument(BaseModel):
 
     `initialise`: this worker is asked for the first parameters. `initialised`: they are there. `fields`: the state
     and the kind of each field, which says its shape; the number field `present` says which of them a parameter has.
+    `groups`: the options in force.
     """
 
     name: str
@@ -66,6 +67,7 @@ class JoinedDocument(BaseModel):
     epoch: int
     fields: dict[str, FieldKind]
     eager: bool
+    groups: list[dict[str, Any]]
     placement: list[Shard]
 
 
@@ -200,7 +202,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         plan = await asyncio.to_thread(plan_of, document)  # there may be 100,000 parameters in it
         if await request.is_disconnected():  # a session that nobody heard of would stay for ever
             raise ClientDisconnect
-        host, created = await registry.create_or_join(plan)
+        host, created = await registry.create_or_join(plan, options=document.options is None)
         joined = await host.join(document.worker, len(plan.groups))
         return JoinedDocument(
             name=host.name,
@@ -213,6 +215,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             epoch=joined.epoch,
             fields=plan.rule.kinds,
             eager=plan.rule.eager,
+            groups=[group.to_options() for group in host.options],
             placement=[Shard(url="", segments=[0, len(plan.layout.segments)])],
         )
 
@@ -231,6 +234,11 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         """Remove a session with its parameters and state. Whoever waits in it is told."""
         await registry.remove(name)
         return Response(status_code=204)
+
+    @router.get("/v1/sessions/{name}/groups", tags=["sessions"])
+    async def groups(name: NamePath) -> dict[str, list[dict[str, Any]]]:
+        """Return the options in force of each param group."""
+        return {"groups": [group.to_options() for group in registry.get(name).options]}
 
     @router.patch("/v1/sessions/{name}/groups", tags=["sessions"])
     async def set_groups(name: NamePath, document: GroupsDocument) -> list[dict[str, Any]]:

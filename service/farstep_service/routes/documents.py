@@ -83,9 +83,14 @@ class PlanDocument(Whole):
 
 
 class SessionDocument(PlanDocument):
-    """A session to create or join, and the worker that joins it."""
+    """A session to create or join, and the worker that joins it.
+
+    `options`: `session` joins whatever options are in force, `push` brings other ones with each push. Without it the
+    groups have to be as they were created, or as they are now.
+    """
 
     worker: Name
+    options: Literal["session", "push"] | None = None
 
 
 class SnapshotDocument(PlanDocument):

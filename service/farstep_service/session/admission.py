@@ -78,7 +78,8 @@ class Admission:
         """
         self._state.check_initialised()
         self._state.check_base(head.base, head.evaluation)
-        self._state.changed(head.groups)  # refuses what is wrong with them
+        options = self._state.whole if head.options == "push" else self._state.changed
+        options(head.groups)  # refuses what is wrong with them
         contribution.check_indices()
         policy = self._state.plan.nonfinite
         if self._state.plan.looks_at_gradients:

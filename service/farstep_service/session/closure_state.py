@@ -27,7 +27,7 @@ from farstep_service.optimizers.lbfgs import LBFGSHyper, most_pairs
 from farstep_service.optimizers.lbfgs_state import check_shapes, fields_of, memory_of
 from farstep_service.optimizers.lbfgs_steps import Memory, Turn, Waiting, begin, check_search, resume
 from farstep_service.plan import Plan
-from farstep_service.session.state import SessionState
+from farstep_service.session.state import NO_GROUPS, SessionState
 from farstep_service.store import Applied, Buffers, FlatBuffers, Gradients, Held, PlainStore
 
 
@@ -100,12 +100,14 @@ class ClosureState(SessionState):
         changed: Mapping[int, Hyper],
         evaluation: Evaluation | None,
         lr_factor: float = 1.0,
+        *,
+        passing: Mapping[int, Hyper] = NO_GROUPS,
     ) -> Applied:
         self.check_evaluation(evaluation)
         assert evaluation is not None
         store, groups = self.store, self._with(changed)
         with torch.no_grad():
-            turn = self._turn(groups[0], evaluation, self._gradient(gradients), self._flat())
+            turn = self._turn(passing.get(0, groups[0]), evaluation, self._gradient(gradients), self._flat())
             moved = None if turn.x is None else self._buffers(turn.x)
             version = store.write(range(len(self.plan.layout.segments)), moved)
         self._waiting = turn.waiting

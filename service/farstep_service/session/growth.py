@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import final
 
 from farstep.errors import InvalidOption, OptionsDiffer
 from farstep.growth import AppendHead
+from farstep.hyper import Hyper
 from farstep.receipt import Receipt
 from farstep_service.contents import PARAM, Contents
 from farstep_service.layout import Layout, SegmentSpec
@@ -58,7 +60,8 @@ class Growth:
 
     def _plan_with(self, plan: Plan, head: AppendHead) -> Plan:
         self._state.check_initialised()
-        return grown(plan, head, known=self._membership.groups(head.name.worker, len(plan.groups)))
+        known = self._membership.groups(head.name.worker, len(plan.groups))
+        return grown(plan, head, known=known, in_force=self._state.groups)
 
 
 def room_for(plan: Plan, head: AppendHead) -> Contents:
@@ -67,11 +70,12 @@ def room_for(plan: Plan, head: AppendHead) -> Contents:
     return Contents(layout, plan.rule, (PARAM,), range(len(layout.segments)))
 
 
-def grown(plan: Plan, head: AppendHead, *, known: int) -> Plan:
+def grown(plan: Plan, head: AppendHead, *, known: int, in_force: Sequence[Hyper]) -> Plan:
     """Return a plan with the group of a header, or the plan itself if it has that group.
 
     Args:
         known: how many groups the worker knows.
+        in_force: the options of each group by now.
 
     Raises:
         InvalidOption: groups before it are missing, or an option is not acceptable.
@@ -88,7 +92,7 @@ def grown(plan: Plan, head: AppendHead, *, known: int) -> Plan:
     if head.group == len(plan.groups):
         return plan.append(head.options, segments_of(head))
     wanted = plan.first(head.group).append(head.options, segments_of(head))
-    if difference := plan.first(head.group + 1).difference(wanted):
+    if difference := plan.first(head.group + 1).difference(wanted, in_force=in_force[: head.group + 1]):
         raise OptionsDiffer(
             f"Session {plan.name!r} has a param group {head.group}, but {difference}.",
             remedy="Add the group with the options and parameters that the other worker gave it.",

@@ -19,7 +19,7 @@ from farstep_service.kernel import KernelSource
 from farstep_service.plan import Plan
 from farstep_service.policies import Average
 from farstep_service.rule import AnyRule
-from farstep_service.session.state import SessionState, with_lr_times
+from farstep_service.session.state import NO_GROUPS, SessionState, with_lr_times
 from farstep_service.store import Applied, Buffers, Gradients, Held, Store
 
 
@@ -133,14 +133,17 @@ class KernelState(SessionState):
         changed: Mapping[int, Hyper],
         evaluation: Evaluation | None,
         lr_factor: float = 1.0,
+        *,
+        passing: Mapping[int, Hyper] = NO_GROUPS,
     ) -> Applied:
         """Take one step with changed groups, which stay in force if it is taken; for errors see `Store.apply`."""
-        before, self.groups = self.groups, self._with(changed)
+        before, of_step = self.groups, self._with(changed, passing)
+        self.groups = self._with(changed)
         store, version = self.store, self.version
         try:
             if self._average is not None:
                 self._average.prepare(store.buffers(PARAM))
-            groups = self.groups if lr_factor == 1.0 else [with_lr_times(group, lr_factor) for group in self.groups]
+            groups = of_step if lr_factor == 1.0 else [with_lr_times(group, lr_factor) for group in of_step]
             return store.apply(groups, gradients)
         except BaseException:
             if not self.pending:

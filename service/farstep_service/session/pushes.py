@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any, assert_never, final
+from typing import assert_never, final
 
 from farstep.consistency import Consistency
 from farstep.errors import BarrierTimeout, FarstepError, InternalError
@@ -25,7 +25,7 @@ from farstep.hyper import Hyper
 from farstep.messages import PushHead, WriteName
 from farstep.receipt import Receipt
 from farstep.wire import Names
-from farstep_service.aggregation import Abort, Decision, Pushed, Refuse, Rounds, Skip, Step
+from farstep_service.aggregation import Abort, Agreed, Decision, Pushed, Refuse, Rounds, Said, Skip, Step, agreed
 from farstep_service.gradients import Contribution, Copied
 from farstep_service.reduction import mean_evaluation, reduce_
 from farstep_service.session.outcomes import Outcome, Outcomes, told
@@ -190,7 +190,7 @@ class Pushes:
         began = time.perf_counter()
         weights = [self._mode.factor(self._state.version - push.head.base) for push in pushes]
         try:
-            changed = self._changed(pushes)
+            lasting, passing = self._options(pushes)
             made_up = self._make_up(pushes, weights)
             contributions = [push.contribution for push in pushes]
             gradients = reduce_(contributions, step.divisor, self._state.device, narrow=self._steps.narrow)
@@ -198,7 +198,9 @@ class Pushes:
             evaluation = mean_evaluation([push.head.evaluation for push in pushes], step.divisor)
             lr_factor = weights[0] if self._alone(pushes) else 1.0
             checked = len(pushes) == 1 and not made_up
-            taken = self._steps.take(gradients, step.workers, changed, evaluation, lr_factor, checked=checked)
+            taken = self._steps.take(
+                gradients, step.workers, lasting, evaluation, lr_factor, passing=passing, checked=checked
+            )
         except Exception as exc:
             if self._state.pending:
                 self._unfinished = _Unfinished(pushes, step, weights)
@@ -232,7 +234,7 @@ class Pushes:
     def _leave_out(self, decision: Skip | Refuse, pushes: list[_Push]) -> Outcomes:
         """Commit pushes that are not applied; options they changed hold, since their workers are told they arrived."""
         try:
-            self._state.set_groups(self._changed(pushes))
+            self._state.set_groups(self._options(pushes)[0])
         except FarstepError as error:
             return {push.head.name: Outcome(error) for push in pushes}
         left = decision.told(self._state.version)
@@ -240,17 +242,14 @@ class Pushes:
             left = replace(left, reason="nonfinite", detail=nonfinite)
         return self._commit(decision, pushes, left)
 
-    def _changed(self, pushes: Sequence[_Push]) -> dict[int, Hyper]:
-        """Return the groups that the options of several pushes lead to; of two values the later worker's counts.
+    def _options(self, pushes: Sequence[_Push]) -> tuple[dict[int, Hyper], dict[int, Hyper]]:
+        """Return the groups that the options of several pushes lead to: from now on, and for their step alone.
 
         Raises:
             InvalidOption: options that are right by themselves and wrong together.
         """
-        merged: dict[int, dict[str, Any]] = {}
-        for push in pushes:
-            for index, options in push.head.groups.items():
-                merged.setdefault(index, {}).update(options)
-        return self._state.changed(merged)
+        options = _agreed(pushes)
+        return self._state.changed(options.lasting), self._state.whole(options.passing)
 
     def _taken(
         self, step: Step, pushes: Sequence[_Push], taken: Taken, weights: Sequence[float], kernel_s: float
@@ -276,8 +275,15 @@ class Pushes:
         weights: Sequence[float] = (),
         kernel_s: float = 0.0,
     ) -> Outcomes:
+        if len(pushes) > 1:
+            receipt = replace(receipt, disagreement=_agreed(pushes).disagreement)
         receipts = self._rounds.commit(decision, [push.pushed for push in pushes], receipt, weights)
         return {name: Outcome(receipt, kernel_s=kernel_s) for name, receipt in receipts.items()}
+
+
+def _agreed(pushes: Sequence[_Push]) -> Agreed:
+    heads = [push.head for push in pushes]
+    return agreed([Said(head.name.worker, head.groups, head.options == "push") for head in heads])
 
 
 def _aborted(abort: Abort, pushes: list[_Push]) -> Outcomes:

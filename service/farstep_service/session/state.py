@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -28,6 +29,7 @@ from farstep_service.plan import Plan
 from farstep_service.store import Applied, Buffers, FlatBuffers, Gradients, Held
 
 GroupChanges = Mapping[int, Mapping[str, Any]]
+NO_GROUPS: Mapping[int, Hyper] = MappingProxyType({})
 
 
 class SessionState(ABC):
@@ -121,13 +123,8 @@ class SessionState(ABC):
             InvalidOption: an unknown group or option, or a value of a wrong type.
         """
         changed = {}
+        self._check_groups(changes)
         for index, options in changes.items():
-            if index >= len(self.groups):
-                raise InvalidOption(
-                    f"There is no param group {index}; the session has {len(self.groups)}.",
-                    field="groups",
-                    limit=len(self.groups),
-                )
             current = self.groups[index]
             changed[index] = type(current).from_options({**current.to_options(), **options}, edited=True)
         return changed
@@ -159,14 +156,33 @@ class SessionState(ABC):
             InvalidOption: naming what stands in the way.
         """
 
+    def whole(self, groups: GroupChanges) -> dict[int, Hyper]:
+        """Check groups of which all options are named, and return them; those that are missing have torch's defaults.
+
+        Raises:
+            InvalidOption: an unknown group or option, or a value of a wrong type.
+        """
+        self._check_groups(groups)
+        kind = self.plan.rule.hyper
+        return {index: kind.from_options(options, edited=True) for index, options in groups.items()}
+
+    def _check_groups(self, groups: GroupChanges) -> None:
+        if (last := max(groups, default=0)) >= len(self.groups):
+            raise InvalidOption(
+                f"There is no param group {last}; the session has {len(self.groups)}.",
+                field="groups",
+                limit=len(self.groups),
+            )
+
     def set_groups(self, changed: Mapping[int, Hyper]) -> None:
         """Put changed groups into force, from the next step on."""
         self.groups = self._with(changed)
 
-    def _with(self, changed: Mapping[int, Hyper]) -> Sequence[Hyper]:
-        if not changed:
+    def _with(self, changed: Mapping[int, Hyper], passing: Mapping[int, Hyper] = NO_GROUPS) -> Sequence[Hyper]:
+        """Return the groups with changes, and in the place of some those of one step."""
+        if not changed and not passing:
             return self.groups
-        return [changed.get(index, group) for index, group in enumerate(self.groups)]
+        return [passing.get(index) or changed.get(index, group) for index, group in enumerate(self.groups)]
 
     @abstractmethod
     def check_evaluation(self, evaluation: Evaluation | None) -> None:
@@ -197,6 +213,8 @@ class SessionState(ABC):
         changed: Mapping[int, Hyper],
         evaluation: Evaluation | None,
         lr_factor: float = 1.0,
+        *,
+        passing: Mapping[int, Hyper] = NO_GROUPS,
     ) -> Applied:
         """Take one step with changed groups, which stay in force if it is taken.
 
@@ -205,6 +223,7 @@ class SessionState(ABC):
             changed: groups that have other options from now on.
             evaluation: what the closure returned.
             lr_factor: what each group's learning rate is multiplied by for this step alone.
+            passing: groups that have other options in this step alone, whatever is in force.
 
         Raises:
             FarstepError: the step is refused; nothing has changed.

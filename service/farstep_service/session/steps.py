@@ -32,7 +32,7 @@ from farstep_service.policies import (
     first_nonfinite_in,
     norm_of,
 )
-from farstep_service.session.state import SessionState
+from farstep_service.session.state import NO_GROUPS, SessionState
 from farstep_service.store import Applied, Gradients
 
 
@@ -100,6 +100,7 @@ class Steps:
         evaluation: Evaluation | None = None,
         lr_factor: float = 1.0,
         *,
+        passing: Mapping[int, Hyper] = NO_GROUPS,
         checked: bool,
     ) -> Taken | Left:
         """Take a round in, and the step that it makes; for the other arguments see `SessionState.step`.
@@ -130,7 +131,7 @@ class Steps:
             gradients, norm = clipped
         before = state.version
         try:
-            applied = state.step(gradients, changed, evaluation, lr_factor)
+            applied = state.step(gradients, changed, evaluation, lr_factor, passing=passing)
         finally:
             if state.pending:
                 self._unfinished = _Round(made_by, norm)
