@@ -30,6 +30,7 @@ from farstep.narrow import Half, Wire
 from farstep.plain import pythons_own
 from farstep.policy import NOTHING, Policy
 from farstep.unix import check_path, path_of_url
+from farstep.variables import warn_of_misspelt
 
 NonFinitePolicy = Literal["refuse", "skip", "allow"]
 KernelChoice = Literal["auto", "reference", "fused"]
@@ -118,6 +119,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     Raises:
         InvalidOption: on an unknown option, a URL that is not http(s) or unix, or a name that cannot be one.
     """
+    warn_of_misspelt(environment)
     unknown = sorted(set(options) - set(RemoteOptions.__annotations__))
     if unknown:
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}")

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from farstep_service.cli.output import JsonOutput, print_json, reporting
+from farstep_service.cli.serve import check_variables
 
 SETTINGS = {"allow_interspersed_args": False}
 """What follows the script is the script's."""
@@ -64,6 +65,7 @@ def launch(
     Exits with 0 when all have finished, else with the exit code of the first that failed for good.
     """
     with reporting(json_output):
+        check_variables(os.environ)
         from farstep_service.launch import Plan
         from farstep_service.launch import launch as run
         from farstep_service.launch.plan import command_of

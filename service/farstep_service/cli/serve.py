@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,7 @@ import typer
 
 from farstep import __version__
 from farstep.errors import InvalidOption
+from farstep.variables import KNOWN, OURS, unknown
 from farstep_service.cli.output import JsonOutput, print_json, reporting
 from farstep_service.settings import DEFAULT_HOST, DEFAULT_PORT, GIB, Settings, is_loopback
 
@@ -42,10 +44,20 @@ class LogLevel(StrEnum):
     error = "error"
 
 
+OPTIONS: list[str] = []
+"""The options of `serve` that have variables."""
+VARIABLES = "FARSTEP_SERVE_"
+
+
+def variable_of(option: str) -> str:
+    """Return the variable of an option."""
+    return VARIABLES + option.removeprefix("--").replace("-", "_").upper()
+
+
 def option(name: str, help: str, *, metavar: str | None = None, **bounds: Any) -> Any:
     """Return an option whose variable is FARSTEP_SERVE_ and its name; the help says so once for all."""
-    variable = f"FARSTEP_SERVE_{name.removeprefix('--').replace('-', '_').upper()}"
-    return typer.Option(name, help=help, envvar=variable, show_envvar=False, metavar=metavar, **bounds)
+    OPTIONS.append(name)
+    return typer.Option(name, help=help, envvar=variable_of(name), show_envvar=False, metavar=metavar, **bounds)
 
 
 def serve(
@@ -100,6 +112,7 @@ def serve(
     Options have variables, too: FARSTEP_SERVE_HOST, FARSTEP_SERVE_MAX_GIB and so on.
     """
     with reporting(json_output):
+        check_variables(os.environ)
         settings = Settings(
             host=host,
             port=port,
@@ -153,6 +166,21 @@ def bytes_of(gib: float, field: str) -> int:
             f"Invalid {field}: {gib}. Must be positive, and at most {LARGEST_GIB}.", field=field, limit=LARGEST_GIB
         )
     return int(gib * GIB)
+
+
+def check_variables(environment: Mapping[str, str]) -> None:
+    """Refuse variables of `farstep serve` that it does not have; warn of others whose name is nearly one of ours.
+
+    Raises:
+        InvalidOption: naming the variable, and the one that was probably meant.
+    """
+    known = {variable_of(option) for option in OPTIONS}
+    for name, near in unknown(environment, VARIABLES, known):
+        meant = f"Did you mean {near}?" if near else "The options are listed by `farstep serve --help`."
+        raise InvalidOption(f"There is no variable {name}: no option of serve has that name.", remedy=meant, field=name)
+    for name, near in unknown(environment, OURS, KNOWN | known):
+        if near:
+            typer.echo(f"warning: the variable {name} is not read; did you mean {near}?", err=True)
 
 
 def names_of(given: list[str]) -> tuple[str, ...]:

@@ -1,0 +1,48 @@
+"""Variables of the environment that farstep reads, and names that look as if one of them was meant.
+
+A misspelt variable would be ignored, and with it what somebody asked for. A server refuses one of its own room
+(`FARSTEP_SERVE_*`), because nothing else is called so; elsewhere a name that is nearly one of ours is warned about, and
+any other is left alone: it may be a program's own, or Kubernetes', which sets `FARSTEP_PORT` and more of that kind in
+every container beside a service called farstep.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from typing import Final
+
+OURS: Final = "FARSTEP_"
+KNOWN: Final = frozenset(
+    OURS + name
+    for name in ("SERVER", "SESSION", "WORKER", "TOKEN", "WIRE", "OVERLAP", "OPTIONS", "RUN", "RESTART", "KERNEL_CACHE")
+)
+"""Variables that are read on either side; those of `farstep serve` follow from its options."""
+ALIKE: Final = 0.85
+"""How much of two names is equal if one is a misspelling of the other."""
+
+_OF_OTHERS: Final = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_[0-9]+_[A-Z]+.*)?)|FARSTEP_(GPU_)?HTTP_PORT")
+_OF_SERVE: Final = OURS + "SERVE_"
+
+
+def unknown(environment: Mapping[str, str], prefix: str, known: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield variables of a prefix that nothing reads, each with the known name that is nearest, "" for none.
+
+    Args:
+        environment: all variables.
+        prefix: what names begin with.
+        known: the names that are read.
+    """
+    for name in sorted(environment):
+        if name.startswith(prefix) and name not in known and not _OF_OTHERS.fullmatch(name):
+            near = difflib.get_close_matches(name, sorted(known), n=1, cutoff=ALIKE)
+            yield name, near[0] if near else ""
+
+
+def warn_of_misspelt(environment: Mapping[str, str], known: Collection[str] = KNOWN) -> None:
+    """Warn of each variable whose name is nearly a known one; Python shows each warning once."""
+    for name, near in unknown(environment, OURS, known):
+        if near and not name.startswith(_OF_SERVE):
+            warnings.warn(f"The variable {name} is not read; did you mean {near}?", UserWarning, stacklevel=2)
