@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from farstep_service.optimizers import RULES, Kernels
+from farstep_service.optimizers.build import build_on_all_cores
 from farstep_service.rule import Form
 
 
@@ -32,13 +33,13 @@ NARROW = [(name, Form("float32", optional, "bfloat16", "bfloat16")) for name, op
 NARROW += [("Adagrad", Form("float32", (), "float16")), ("Adagrad", Form("float32", (), "float16", "float16"))]
 NARROW += [("Adagrad", Form("float32", (), "", "float32"))]
 COMPILED += NARROW
-"""The compiled kernels that tests use; building all of them takes two minutes, once per machine."""
+"""The compiled kernels that tests use; building all of them takes a minute, once per machine."""
 
 
 @pytest.fixture(scope="session")
 def fused() -> Kernels:
     """Return compiled kernels, from the user's cache if they have been built before."""
-    kernels = Kernels("fused")
+    kernels = Kernels("fused", build=build_on_all_cores)
     kernels.begin([(RULES[rule], form) for rule, form in COMPILED], torch.device("cpu"))
     kernels.wait()
     failed = [status for status in kernels.status() if status.state == "failed"]

@@ -6,10 +6,6 @@ process ends, with every compiler it started, when its standard input closes: wh
 
     build_in_subprocess      one process, while steps go on
     build_on_all_cores       one process for each core, when there is nothing else to do: `farstep warmup`
-
-Two thirds of a package's time go into headers that are the same for all of them, so whoever has many to build compiles
-the headers once. They take 300 MB, which lie in the kernels' own directory, where nobody else can write, until the
-packages are there. The machine code is the same with and without.
 """
 
 from __future__ import annotations
@@ -23,14 +19,13 @@ import subprocess
 import sys
 import tempfile
 import threading
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from farstep_service.cpus import usable_cpus
-from farstep_service.optimizers.packages import ARCHIVE, Package, open_directory
+from farstep_service.optimizers.packages import Package, open_directory
 
 Report = Callable[[Package, str | None], None]
 """Called with each package as soon as it is ready (None), or with why it could not be built."""
@@ -41,8 +36,6 @@ Builder = Callable[[Sequence[Package], Path, Report], None]
 
 SCRATCH = ".scratch-"
 """How the names of directories begin that are there while packages are built."""
-HEADERS_FROM = 6
-"""Packages from which it pays to compile the headers first: they take as long as three packages save."""
 
 
 def build_in_subprocess(packages: Sequence[Package], directory: Path, report: Report) -> None:
@@ -79,7 +72,7 @@ def _build_lane(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        # torch keeps compiled headers below TMPDIR, under a name that in /tmp anybody could foresee.
+        # What is written on the way lies where others cannot write.
         env={**os.environ, **caches, "TMPDIR": str(scratch), "PYTHONPATH": os.pathsep.join(paths)},
         start_new_session=True,
     )
@@ -101,17 +94,16 @@ def main(arguments: Sequence[str]) -> None:
     directory, lane, nice, *names = arguments
     os.nice(int(nice))
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    headers = len(names) >= HEADERS_FROM and shutil.which("openssl") is not None  # torch asks it for a checksum
     for name in names:
         error: str | None = None
         try:
-            _build(_package(name), Path(directory), lane, headers=headers)
+            _build(_package(name), Path(directory), lane)
         except Exception as exc:
             error = f"{type(exc).__name__}: {exc}"[:2000]
         print(json.dumps({"package": name, "error": error}), flush=True)
 
 
-def _build(package: Package, directory: Path, lane: str, *, headers: bool) -> None:
+def _build(package: Package, directory: Path, lane: str) -> None:
     import torch
 
     from farstep_service.optimizers import RULES
@@ -126,26 +118,13 @@ def _build(package: Package, directory: Path, lane: str, *, headers: bool) -> No
             return
         name = name_of(package, rule)
         unfinished = directory / f".{os.getpid()}-{name}"
-        archive = unfinished.with_suffix(ARCHIVE)
         device = torch.device(package.device)
-        one = package.threads == "one"
         try:
-            compile_rule(rule, package.form, device, one_thread=one, to=archive, precompile_headers=headers)
-            if archive != unfinished:
-                _take_library(archive, unfinished)
+            compile_rule(rule, package.form, device, one_thread=package.threads == "one", to=unfinished)
             unfinished.chmod(0o644)
             unfinished.replace(directory / name)
         finally:
-            for each in (archive, unfinished):
-                each.unlink(missing_ok=True)
-
-
-def _take_library(archive: Path, to: Path) -> None:
-    """Take the shared library out of torch's archive: loading needs nothing else of it, and no place to unpack."""
-    with zipfile.ZipFile(archive) as packed:
-        (library,) = (name for name in packed.namelist() if name.endswith(".so"))
-        with packed.open(library) as source, to.open("wb") as target:
-            shutil.copyfileobj(source, target)
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -146,8 +146,7 @@ class FusedKernel(Kernel):
 def _run(batch: Sequence[_Piece], progress: Progress) -> None:
     """Run a batch of pieces.
 
-    Raises:
-        RuntimeError: a program failed; `progress` says which ones have run.
+    If that is interrupted, `progress` says which ones have run.
     """
     ready = [piece.program(piece.inputs) for piece in batch]
     returned: list[object] = []
@@ -156,18 +155,12 @@ def _run(batch: Sequence[_Piece], progress: Progress) -> None:
         # and one that has not is not.
         returned.extend(map(operator.call, ready))
     finally:
-        done = len(returned) if returned and not returned[-1] else len(returned) - 1
-        if done > 0:
-            progress.at = batch[done - 1].then
-    if returned[-1]:
-        raise RuntimeError(f"A compiled program ended with the status {returned[-1]}.")
+        if returned:
+            progress.at = batch[len(returned) - 1].then
 
 
 def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
-    """Join short pieces until they are worth a millisecond: between batches, Python's own work finds its caches cold.
-
-    A long one is alone: it can return that it failed, and nothing may follow it then.
-    """
+    """Join short pieces until they are worth a millisecond: after each batch, Python's own work finds cold caches."""
     batch: list[_Piece] = []
     elements = 0
     for piece in pieces:

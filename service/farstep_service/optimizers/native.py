@@ -1,10 +1,9 @@
 """Compiled programs in this process: loaded once, called many times.
 
-On a CPU a program is a shared library with AOTInductor's C interface (`torch/csrc/inductor/aoti_runtime/interface.h`),
-made to stay the same over torch's versions. It has two ways in:
+On a CPU a program is a shared library with one C function (`library.py`), called through ctypes in two ways:
 
-    brief    torch's own runner: 1 us a call, and Python waits for it
-    long     the C interface through ctypes: 4 us a call, and all other threads of Python go on meanwhile
+    brief    Python waits for it: no other thread can keep the interpreter when it comes back
+    long     all other threads of Python go on meanwhile
 
 so that a step of a large model does not stop the event loop, nor the step of another session. On a GPU a program
 returns when it has been launched, so torch's loader does.
@@ -21,13 +20,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farstep_service.cpus import usable_cpus
+from farstep_service.optimizers.library import ENTRY
 
 LONG_FROM = 2**17
-"""Elements from which a call takes so long (25 us) that the other threads of Python are worth 3 us."""
+"""Elements from which a call takes so long (25 us) that the other threads of Python are worth waiting for them."""
 
 Bound = Callable[[], object]
-"""A call of a program on certain tensors, still to be made, once. What it returns is false unless it failed.
+"""A call of a program on certain tensors, still to be made, once. It keeps nothing but their addresses alive.
 
 It is made of C functions alone, so no interrupt from the keyboard comes between its end and whoever called it.
 """
@@ -57,35 +56,21 @@ class NativeProgram:
 
     Args:
         path: the shared library; it must stay as it is.
-        at_once: how many threads can be in it at a time; more wait.
     """
 
-    def __init__(self, path: Path, at_once: int | None = None) -> None:
-        self._brief = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1).run
-        library = ctypes.CDLL(str(path))
-        create = library.AOTInductorModelContainerCreateWithDevice
-        create.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p, ctypes.c_char_p]
-        self._container = ctypes.c_void_p()
-        if create(ctypes.byref(self._container), at_once or usable_cpus(), b"cpu", None):
-            raise RuntimeError(f"{path} cannot be started")
-        self._run = library.AOTInductorModelContainerRun
-        pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        self._run.argtypes = [pointer, pointer, size, pointer, size, pointer, pointer]
+    def __init__(self, path: Path) -> None:
+        self._brief, self._long = (_entry(library(str(path))) for library in (ctypes.PyDLL, ctypes.CDLL))
 
     def __call__(self, inputs: list[Tensor]) -> Bound:
-        """Return the call on these tensors."""
-        if inputs[0].numel() < LONG_FROM:
-            return partial(self._brief, inputs)
-        count = len(inputs)
-        handles = (ctypes.c_void_p * count)(*map(_address, torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(inputs)))
-        return partial(self._run, self._container, handles, count, None, 0, None, None)
+        """Return the call on these tensors, which must be there until it has been made."""
+        length = inputs[0].numel()
+        memory = (ctypes.c_void_p * len(inputs))(*[each.data_ptr() for each in inputs])
+        return partial(self._brief if length < LONG_FROM else self._long, memory, length)
 
 
-_pointer_of = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
-    ("PyCapsule_GetPointer", ctypes.pythonapi)
-)
-
-
-def _address(handle: object) -> int:
-    address: int = _pointer_of(handle, None)
-    return address
+def _entry(library: ctypes.CDLL) -> Callable[..., object]:
+    run = getattr(library, ENTRY)
+    run.argtypes = [ctypes.c_void_p, ctypes.c_int64]
+    run.restype = None
+    found: Callable[..., object] = run
+    return found

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from farstep.errors import Unavailable
-from farstep_service.optimizers import arithmetic, program
+from farstep_service.optimizers import arithmetic, library, program
 from farstep_service.rule import AnyRule, Fields, Form, Rule
 
 Threads = Literal["one", "many"]
@@ -87,7 +87,7 @@ def file_name(package: Package, rule: AnyRule) -> str:
 @cache
 def _sources(rule: type[AnyRule]) -> str:
     rules = [each for each in rule.__mro__ if issubclass(each, Rule) and each is not Rule]
-    sources = [*map(inspect.getsourcefile, rules), *map(inspect.getsourcefile, (arithmetic, program))]
+    sources = [*map(inspect.getsourcefile, rules), *map(inspect.getsourcefile, (arithmetic, library, program))]
     files = [source or "" for source in sources]
     return hashlib.sha256(b"\0".join(Path(file).read_bytes() for file in files)).hexdigest()
 

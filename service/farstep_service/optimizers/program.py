@@ -1,8 +1,9 @@
 """A rule as one compiled program: one pass over memory, for any length and any options.
 
 The rule's own `update` is exported with a symbolic length and with its numbers in a float64 tensor, then compiled ahead
-of time by torch's Inductor (C++ on a CPU, Triton on a GPU) into a package that loads in milliseconds and needs no
-compiler. A changed learning rate is another number in that tensor, never another program.
+of time by torch's Inductor: to C++ on a CPU, from which `library.py` makes a shared library, to Triton on a GPU, in
+torch's own archive. Either loads in milliseconds and needs no compiler. A changed learning rate is another number in
+that tensor, never another program.
 
 Inputs, in order: p, g, the element fields in use (changed in place), the scalars, out (may be p), and in some forms a
 copy of out (may be g, if that is in the same dtype). Gradients in 16 bits are widened in registers, and a copy in 16
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.export import Dim
 
 from farstep.wire.memory import TORCH_DTYPES
+from farstep_service.optimizers.library import compile_library
 from farstep_service.rule import AnyRule, Fields, Form
 
 LEAST = 2
@@ -63,17 +65,13 @@ def _vectors(form: Form, device: torch.device) -> dict[str, int]:
     return {"cpp.simdlen": 256} if pick_vec_isa().bit_width() > 256 else {}
 
 
-def compile_rule(
-    rule: AnyRule, form: Form, device: torch.device, *, one_thread: bool, to: Path, precompile_headers: bool = False
-) -> None:
-    """Compile a rule in one form into the package file `to`.
+def compile_rule(rule: AnyRule, form: Form, device: torch.device, *, one_thread: bool, to: Path) -> None:
+    """Compile a rule in one form into the file `to`.
 
     Args:
         rule, form, device: what is compiled, and for what.
         one_thread: whether it is to use one thread or all that torch has.
-        to: the file.
-        precompile_headers: whether torch may compile its headers once for all that follow, below the directory for
-            temporary files, which nobody else may be able to write to.
+        to: the file: a shared library for a CPU, torch's archive for a GPU.
 
     Raises:
         Exception: whatever torch raises without a compiler, or when the compiler fails.
@@ -93,5 +91,8 @@ def compile_rule(
     shapes = (length, length, tuple(length for _ in state), None, tuple(length for _ in outs))
     exported = torch.export.export(Program(rule, fields), inputs, dynamic_shapes=shapes)
     threads = {"cpp.threads": 1} if one_thread else {"cpp.dynamic_threads": True}
-    options = {"aot_inductor.precompile_headers": precompile_headers, **threads, **_vectors(form, device)}
-    torch._inductor.aoti_compile_and_package(exported, package_path=str(to), inductor_configs=options)
+    options = {**threads, **_vectors(form, device)}
+    if device.type == "cpu":
+        compile_library(exported, options, to)
+    else:
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(to), inductor_configs=options)
