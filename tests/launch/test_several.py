@@ -36,3 +36,29 @@ def test_several_optimizers_train_as_torchs_do(name: str, named: bool, count: st
         assert run.startswith("launch-")
     else:
         assert sessions == ["run", *(f"run.{number}" for number in range(2, len(sessions) + 1))]
+
+
+RESTARTED = """
+import os, signal
+import torch, farstep
+
+made = []
+for rate in (1.0, 2.0):
+    p = torch.zeros(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    made.append((p, farstep.optim.SGD([p], lr=rate)))
+print(*(f"{each.session} {each.version} {p[0].item()}" for p, each in made), sep=", ", flush=True)
+for _, each in made:
+    each.step()
+if farstep.worker().restart == 0:
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_that_is_started_again_finds_each_of_its_sessions(tmp_path: Path):
+    """After a kill each optimizer is in its own session again, with the values and the version that it had there."""
+    script = tmp_path / "train.py"
+    script.write_text(RESTARTED)
+    done = farstep("launch", "--session", "run", str(script))
+    assert done.returncode == 0, done.stderr
+    assert said(done.stdout, "w0") == ["run 0 0.0, run.2 0 0.0", "run 1 -1.0, run.2 1 -2.0"]
