@@ -70,6 +70,26 @@ class Tokens:
                 remedy="Send `Authorization: Bearer ...`: give token=..., or set FARSTEP_TOKEN.",
             )
 
+    def masked(self, text: bytes, authorization: Iterable[bytes]) -> bytes:
+        """Return a text with asterisks in the place of every accepted token, and of what a request showed as one.
+
+        Args:
+            text: may repeat what a client sent, such as a path in which a token stands.
+            authorization: the values of the request's `Authorization` headers.
+        """
+        for value in authorization:
+            credential = value.partition(b" ")[2].strip()
+            if len(credential) >= SHORTEST_SECRET:
+                text = text.replace(credential, b"*" * len(credential))
+        if not self.required:
+            return text
+        return _WORD.sub(lambda word: b"*" * len(word[0]) if _digest(word[0]) in self._digests else word[0], text)
+
+
+SHORTEST_SECRET = 8
+"""Bytes of a shown credential that is masked; what is shorter is no secret, and may be part of any word."""
+_WORD = re.compile(rb"[A-Za-z0-9._~+=-]{16,}")  # a token of `farstep_service.settings`, but for slashes
+
 
 @final
 class AllowedHosts:

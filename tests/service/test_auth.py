@@ -305,6 +305,42 @@ def test_the_token_is_never_written_down(guarded: RunningServer) -> None:
     assert TOKEN not in str(guarded.said)
 
 
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", f"/v1/sessions/{TOKEN}"),
+        ("GET", f"/v1/sessions/{TOKEN}/contents"),
+        ("GET", f"/v1/sessions/s/contents?fields={TOKEN}"),
+        ("GET", f"/v1/sessions/s/contents?{TOKEN}=1"),
+        ("DELETE", f"/v1/sessions/{TOKEN}"),
+        ("GET", f"/{TOKEN}"),
+        ("PATCH", f"/v1/sessions/{TOKEN}/groups"),
+    ],
+)
+def test_a_token_in_the_wrong_place_is_not_repeated(guarded: RunningServer, method: str, path: str) -> None:
+    """An error about a path or a document with a token in it, accepted or merely shown, has asterisks in its place."""
+    other = "another-secret.of~somebody"
+    with RawClient(guarded.url, TOKEN) as raw, RawClient(guarded.url, other) as stranger:
+        for body in ({"groups": {"0": {TOKEN: 1}}}, {TOKEN: 1}):
+            answer = raw.json(method, path, body)
+            assert answer.status >= 400
+            assert TOKEN not in answer.body.decode()
+            assert answer.document["code"]
+        assert other not in stranger.request(method, path.replace(TOKEN, other)).body.decode()
+    with half_sent(guarded.url, "PUT", f"/v1/sessions/{TOKEN}/file", {"Authorization": f"Bearer {TOKEN}"}):
+        pass
+    assert TOKEN not in guarded.log
+    assert other not in guarded.log
+
+
+def test_what_a_request_shows_is_masked_without_tokens_too(server: RunningServer) -> None:
+    """A server that asks for no token does not repeat the one that a client has for another server."""
+    with RawClient(server.url, TOKEN) as raw:
+        answer = raw.request("GET", f"/v1/sessions/{TOKEN}")
+    assert answer.code == "unknown_session"
+    assert "*" * len(TOKEN) in answer.document["detail"]
+
+
 # -- how it is done
 
 

@@ -11,6 +11,7 @@ import json
 import logging
 import secrets
 import traceback
+from http import HTTPStatus
 from typing import Literal
 
 from fastapi.exceptions import RequestValidationError
@@ -61,11 +62,14 @@ class Edge:
         if scope["type"] != "http":  # nothing here speaks anything else
             await send({"type": "websocket.close", "code": 1008})
             return
-        started = False
+        started = failed = False
 
         async def noting_send(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
+            nonlocal started, failed
+            if message["type"] == "http.response.start":
+                started, failed = True, message["status"] >= HTTPStatus.BAD_REQUEST
+            elif failed:
+                message = {**message, "body": self._masked(scope, message.get("body", b""))}
             await send(message)
 
         try:
@@ -74,16 +78,22 @@ class Edge:
         except asyncio.CancelledError:
             if started:
                 raise
-            await answer(Unavailable("The server is stopping.", remedy="Try again when it is back."), send)
+            await answer(Unavailable("The server is stopping.", remedy="Try again when it is back."), noting_send)
         except ClientDisconnect as exc:
             traceback.clear_frames(exc.__traceback__)
-            log.info("a client went away during %s %r", scope["method"], scope["path"])
+            path = self._masked(scope, scope["path"].encode()).decode()
+            log.info("a client went away during %s %r", scope["method"], path)
         except Exception as exc:
             if started:
                 raise
             # A decoder that failed and its error keep each other, and the error's frames the gradients and the session.
             traceback.clear_frames(exc.__traceback__)
-            await answer(error_of(exc), send)
+            await answer(error_of(exc), noting_send)
+
+    def _masked(self, scope: Scope, text: bytes) -> bytes:
+        """Return what repeats something that a client sent, without the credentials in it."""
+        shown = (value for name, value in scope["headers"] if name == b"authorization")
+        return self._tokens.masked(text, shown)
 
     def _check(self, scope: Scope) -> None:
         named: dict[bytes, list[bytes]] = {b"authorization": [], b"host": [], b"origin": []}
