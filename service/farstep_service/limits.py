@@ -60,6 +60,12 @@ class ConnectionLimits:
         within_s=10.0,
         beyond="closed without a word",
     )
+    crowd: Limit = Limit(
+        state="connected, when the server has hardly a file descriptor left",
+        most=32,
+        things="descriptors are kept free",
+        beyond="the one that has waited longest is closed, those without a token first; 503 `busy` if none waits",
+    )
     blank: Limit = Limit(
         state="sending empty lines before a request",
         most_bytes=64,

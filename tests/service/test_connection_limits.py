@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -13,9 +15,10 @@ from starlette.types import Receive, Scope, Send
 from farstep.errors import UnsupportedMedia
 from farstep_service.limits import CONNECTION, ConnectionLimits
 from farstep_service.server.protocol import Protocol
-from tests.service.answers import MSGPACK, PROBLEM, read_answer
+from tests.service.answers import MSGPACK, PROBLEM, TIMEOUT_S, read_answer
 from tests.service.echoing import Echo, echo, read_one, request, serving
-from tests.service.servers import TOKEN
+from tests.service.raw import RawClient
+from tests.service.servers import TOKEN, running_server
 
 SOON_S = 0.1
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -92,6 +95,38 @@ def refused(connect: Connect, status: int, code: str, *pieces: bytes) -> None:
 def waiting(connect: Connect) -> None:
     with connect() as sock:
         assert sock.recv(1) == b""
+
+
+def crowd(connect: Connect) -> None:
+    get, waits = b"GET /v1/sessions HTTP/1.1\r\n" + SHOWN, b"expect: 100-continue\r\ncontent-length: 100\r\n"
+    with ExitStack() as stack:
+        server = stack.enter_context(running_server(token=TOKEN))
+        most = max(int(each) for each in os.listdir(f"/proc/{server.pid}/fd")) + 80
+        resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (most, most))
+        host = f"host: localhost:{server.port}\r\n".encode()
+
+        def opened(data: bytes) -> socket.socket:
+            sock = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), TIMEOUT_S))
+            sock.sendall(data)
+            return sock
+
+        known = opened(get + host + b"\r\n")
+        assert read_answer(known).status == 200
+        for _ in range(3 * most):
+            opened(b"GET")
+        for sock in (known, opened(b"")):  # who has shown a token is not closed for the others, and who comes is served
+            sock.sendall(get + host + b"\r\n")
+            assert read_answer(sock).status == 200
+        assert server.log.count("file descriptors is left") == 1
+
+        raw = stack.enter_context(RawClient(server.url, TOKEN))
+        (worker,) = raw.begun("s")
+        put = f"PUT {worker.path}/contents HTTP/1.1\r\ncontent-type: {MSGPACK}\r\n".encode() + SHOWN + host + waits
+        while (answer := opened(put + b"\r\n").recv(1 << 12)).startswith(b"HTTP/1.1 100"):
+            pass  # each is under way, and makes no room
+        assert answer.startswith(b"HTTP/1.1 503")
+        assert b"retry-after: 1" in answer
+        assert b'"busy"' in answer
 
 
 def blank(connect: Connect) -> None:
@@ -200,6 +235,7 @@ def idle(connect: Connect) -> None:
 
 WALKS = {
     "waiting": waiting,
+    "crowd": crowd,
     "blank": blank,
     "head": head,
     "early": early,

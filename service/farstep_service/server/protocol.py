@@ -19,7 +19,6 @@ What uvicorn decides about messages stays its own; this only adds what it leaves
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from typing import Any, cast
@@ -29,40 +28,31 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
-from farstep.errors import FarstepError, InvalidRequest, LimitExceeded
+from farstep.errors import InvalidRequest, LimitExceeded
 from farstep_service.hosts import begin
-from farstep_service.limits import CONNECTION
 from farstep_service.routes import ADMITTED, RECEIVE_INTO, Pace, Sink
-from farstep_service.server.answering import Answering, last_answer
+from farstep_service.server.answering import Answering
+from farstep_service.server.connection import Connection
 from farstep_service.server.framing import Framing, Heading, Sized, framing_of
 from farstep_service.server.parsing import Parser
 from farstep_service.server.receiving import Reading
 from farstep_service.server.repeated import Head
-from farstep_service.server.slow_reader import SlowReader
 from farstep_service.server.turns import turns_of
 
 HEADERS_TOO_LARGE = 431
 
 
-class Protocol(HttpToolsProtocol):
+class Protocol(Connection):
     """Speak HTTP/1.1 on one connection; `uvicorn.Config(http=Protocol)`."""
 
-    limits = CONNECTION
-
-    _timer: asyncio.TimerHandle | None = None
-    _rest = b""
     _heading: Heading | None = None
     _begun = False
-    _closed = False
     _framing: Framing | None = None
-    _lent = False
-    _dropping = False
     _drop_bytes = 0
     _paused = False
     _waits = False
-    _reader: SlowReader | None = None
     _head: Head | None = None
     _next: tuple[RequestResponseCycle, ASGI3Application] | None = None
 
@@ -71,7 +61,6 @@ class Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self.parser = Parser(self)  # type: ignore[assignment]
-        self._within(self.limits.waiting.within_s, self._close)
 
     def data_received(self, data: bytes) -> None:
         if self._head is not None and not self._rest and self._head.begins(data) and self._is_idle():
@@ -189,11 +178,6 @@ class Protocol(HttpToolsProtocol):
     def _head_is_late(self) -> None:
         detail = f"The request's head was not complete after {self.limits.head.within_s:g} s."
         self._refuse(InvalidRequest(detail, remedy="Send it in one go."), 408)
-
-    def _is_answered(self) -> bool:
-        """Return whether no request waits for its answer."""
-        cycle = cast("RequestResponseCycle | None", self.cycle)
-        return cycle is None or cycle.response_complete
 
     def _is_idle(self) -> bool:
         """Say whether the request before is answered."""
@@ -328,6 +312,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         self.server_state.total_requests += 1
+        self._known |= ADMITTED in self.cycle.scope
+        self._since = self.loop.time()
         if self.transport.is_closing():
             self._close()
             return
@@ -342,59 +328,3 @@ class Protocol(HttpToolsProtocol):
             self._within(limit.within_s, self._close)
         if self._rest:
             self._settle()
-
-    def _refuse(self, error: FarstepError, status: int | None = None) -> None:
-        """Answer what cannot be answered by the application, and close."""
-        if self._closed or self.transport.is_closing():
-            return
-        begun = self._dropping
-        if not self._is_answered():
-            begun = self.cycle.response_started
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
-        if not begun:
-            self.transport.write(last_answer(error, status))
-        self._close()
-
-    def _close(self) -> None:
-        """Close when what was written has left, which a reader cannot put off for ever."""
-        self._closed, self._rest = True, b""
-        self._within(None)
-        self.transport.close()
-        self._watch_reader()
-
-    def _within(self, seconds: float | None, then: Callable[..., None] | None = None, *args: object) -> None:
-        """Give the connection so long in the state that it enters; None for one without an end of its own."""
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = None if seconds is None or then is None else self.loop.call_later(seconds, then, *args)
-
-    # -- the reader -------------------------------------------------------------------------------------------------
-
-    def pause_writing(self) -> None:
-        super().pause_writing()
-        self._watch_reader()
-
-    def resume_writing(self) -> None:
-        super().resume_writing()
-        if self._reader is not None and self._is_answered() and not self._closed:
-            self._reader.stop()
-
-    def _watch_reader(self) -> None:
-        if (self._reader is None or self._reader.over) and self.transport.get_write_buffer_size():
-            self._reader = SlowReader(self.loop, self.transport, self.limits.reading)
-
-    def _wrote(self, count: int) -> None:
-        if self._reader is not None:
-            self._reader.wrote(count)
-
-    def eof_received(self) -> None:
-        """Close when what was written has left."""
-        self._watch_reader()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._closed, self._rest = True, b""
-        self._within(None)
-        if self._reader is not None:
-            self._reader.stop()
-        super().connection_lost(exc)

@@ -12,6 +12,7 @@ SIGHUP, which comes when a terminal is closed, ends nothing: sessions would be g
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import signal
@@ -20,13 +21,14 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import TypedDict
+from typing import TypedDict, cast
 
 import uvicorn
 
 from farstep.unix import url_of_path
 from farstep_service.limits import CONNECTION
 from farstep_service.server.address import BACKLOG, bind, url_of
+from farstep_service.server.descriptors import Connection, accept
 from farstep_service.server.machine import (
     check_device,
     check_device_name,
@@ -162,6 +164,7 @@ class _Announcing(uvicorn.Server):
         self, config: uvicorn.Config, announce: Callable[[], None], interrupt: Callable[[], Awaitable[None]]
     ) -> None:
         super().__init__(config)
+        self._accepting: list[asyncio.Task[None]] = []
         self._announce = announce
         self._interrupt = interrupt
 
@@ -172,13 +175,23 @@ class _Announcing(uvicorn.Server):
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
+        await super().startup(sockets=[])  # it would accept all that come at once
+
+        def protocol() -> asyncio.Protocol:
+            made: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+            return made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+        connections = cast("set[Connection]", self.server_state.connections)
+        self._accepting = [asyncio.create_task(accept(sock, protocol, connections)) for sock in sockets or ()]
         self._announce()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         try:
             await self._interrupt()
         finally:
+            for each in self._accepting:
+                each.cancel()
+            await asyncio.gather(*self._accepting, return_exceptions=True)
             await super().shutdown(sockets=sockets)
 
 
