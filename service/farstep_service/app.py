@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotoni
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
+        openapi_url=None,  # it would be made on the event loop
         docs_url=None,  # the framework's pages take their scripts from elsewhere
         redoc_url=None,
     )
@@ -86,9 +88,15 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotoni
     data = [*data_routes(registry, settings), *session_file_routes(registry, settings)]
     app.router.routes.extend(data)
 
-    async def docs(_: Request) -> Response:
-        return page_of(app.openapi())
+    description = Description(app)
 
+    async def openapi(_: Request) -> Response:
+        return Response((await description.made())[0], media_type="application/json")
+
+    async def docs(_: Request) -> Response:
+        return (await description.made())[1]
+
+    app.add_route("/openapi.json", openapi, include_in_schema=False)
     app.add_route("/docs", docs, include_in_schema=False)
 
     async def problem(_: Request, exc: Exception) -> Response:
@@ -98,6 +106,31 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotoni
     app.add_exception_handler(HTTPException, problem)
     app.add_exception_handler(RequestValidationError, problem)
     return Service(Edge(FastLane(app, data), Tokens(settings.tokens), AllowedHosts.of(settings)), registry)
+
+
+@final
+class Description:
+    """What `/openapi.json` and `/docs` answer: made in a thread when it is first asked for, and kept.
+
+    Args:
+        app: what is described.
+    """
+
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
+        self._turn = asyncio.Lock()
+        self._made: tuple[bytes, Response] | None = None
+
+    async def made(self) -> tuple[bytes, Response]:
+        """Return the description as JSON, and as a page."""
+        async with self._turn:
+            if self._made is None:
+                self._made = await asyncio.to_thread(self._make)
+            return self._made
+
+    def _make(self) -> tuple[bytes, Response]:
+        described = self._app.openapi()
+        return json.dumps(described).encode(), page_of(described)
 
 
 class FastLane:

@@ -147,6 +147,11 @@ class Layout:
         return type(self)(self.segments[:count], MappingProxyType(sizes), self.bytes_of(range(count)))
 
     @cached_property
+    def elements(self) -> int:
+        """Return the numbers that all parameters have together; a complex one counts once."""
+        return sum(math.prod(segment.shape) for segment in self.segments)
+
+    @cached_property
     def groups(self) -> int:
         """Return the number of parameter groups, the highest group's number plus one."""
         return 1 + max((segment.group for segment in self.segments), default=-1)

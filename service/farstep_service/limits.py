@@ -159,5 +159,11 @@ class DocumentLimits:
 
 
 CONNECTION = ConnectionLimits()
-DOCUMENTS = DocumentLimits(other_bytes=32 * MIB, by_route={})
-"""100,000 parameters with long names fit."""
+DOCUMENTS = DocumentLimits(
+    other_bytes=64 * KIB,
+    by_route={
+        "POST /v1/sessions": 32 * MIB,  # 100,000 parameters with long names
+        "PATCH /v1/sessions/{name}/groups": 4 * MIB,  # 10,000 param groups
+    },
+)
+"""Documents of the routes that are named here are read in pieces (`farstep_service.routes.pieces`)."""

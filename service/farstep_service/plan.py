@@ -49,7 +49,7 @@ class Plan:
         name: str,
         optimizer: str,
         groups: Sequence[Mapping[str, Any]],
-        segments: Sequence[SegmentSpec],
+        segments: Sequence[SegmentSpec] | Layout,
         consistency: Mapping[str, Any],
         nonfinite: str,
         kernel: str,
@@ -68,7 +68,7 @@ class Plan:
                 remedy=f"There are {', '.join(sorted(METHODS))}.",
                 field="optimizer",
             )
-        layout = Layout.build(segments)
+        layout = segments if isinstance(segments, Layout) else Layout.build(segments)
         rule.check_layout(layout)
         if layout.groups > len(groups):
             raise InvalidOption(

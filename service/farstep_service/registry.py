@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from functools import partial
+from typing import Final
 
 from farstep.errors import Busy, LimitExceeded, OptionsDiffer, SessionExists, UnknownSession
 from farstep_service.durability import Snapshot
@@ -16,6 +19,9 @@ from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Session
 from farstep_service.settings import Settings
+
+INLINE_PARTS: Final = 1000
+"""Parameters and param groups of a session up to which it is compared with another on the event loop."""
 
 
 class Registry:
@@ -32,6 +38,7 @@ class Registry:
         self._executor = executor
         self._clock = clock
         self._hosts: dict[str, Host] = {}
+        self._names: list[str] = []  # of all, ascending
         self._bytes_in_flight = 0
         self._turn = asyncio.Lock()
         self._kernels: dict[str, Kernels] = {}
@@ -43,6 +50,11 @@ class Registry:
     def hosts(self) -> list[Host]:
         """Return every session's host, in the order of their creation."""
         return list(self._hosts.values())
+
+    def hosts_after(self, name: str, most: int) -> list[Host]:
+        """Return the first `most` of the sessions whose names come after one, in the order of their names."""
+        first = bisect_right(self._names, name)
+        return [self._hosts[each] for each in self._names[first : first + most]]
 
     @property
     def parameter_bytes(self) -> int:
@@ -82,7 +94,9 @@ class Registry:
         async with self._turn:
             host = self._hosts.get(plan.name)
             if host is not None:
-                if difference := host.plan.difference(plan, options=options, in_force=host.options):
+                compare = partial(host.plan.difference, plan, options=options, in_force=host.options)
+                quick = len(plan.layout.segments) + len(plan.groups) <= INLINE_PARTS
+                if difference := (compare() if quick else await asyncio.to_thread(compare)):
                     raise OptionsDiffer(
                         f"Session {plan.name!r} exists, but {difference}.",
                         remedy="Join with equal options (or options='session', which takes those of groups that are in "
@@ -91,8 +105,7 @@ class Registry:
                     )
                 return host, False
             self._check_room(plan)
-            host = self._hosts[plan.name] = self._new_host(self._new_session(plan))
-            return host, True
+            return self._add(self._new_session(plan)), True
 
     def check_free(self, plan: Plan) -> None:
         """Refuse a session that could not be added to the others.
@@ -123,8 +136,12 @@ class Registry:
         await asyncio.get_running_loop().run_in_executor(self._executor, session.restore, snapshot)
         async with self._turn:
             self.check_free(plan)  # another one may have come first
-            host = self._hosts[plan.name] = self._new_host(session)
-            return host
+            return self._add(session)
+
+    def _add(self, session: Session) -> Host:
+        host = self._hosts[session.plan.name] = self._new_host(session)
+        insort(self._names, host.name)
+        return host
 
     def _new_host(self, session: Session) -> LocalHost:
         versions = self._settings.held_versions
@@ -183,9 +200,12 @@ class Registry:
             UnknownSession: there is none of that name.
         """
         async with self._turn:
-            host = self.get(name)
+            removed = [self.get(name)]
             del self._hosts[name]
-        await host.close()
+            del self._names[bisect_left(self._names, name)]
+        await removed[0].close()
+        # What held the session is let go of in a thread: it may be gigabytes, and 100,000 objects.
+        await asyncio.to_thread(removed.clear)
 
     @contextmanager
     def in_flight(self) -> Iterator[Callable[[int], None]]:

@@ -272,8 +272,8 @@ def test_a_session_without_parameters_cannot_grow(raw: RawClient) -> None:
 
 
 def test_other_methods_are_told(workers: list[RawWorker], raw: RawClient) -> None:
-    """POST adds a group, PATCH changes options; there is nothing to GET."""
-    answer = raw.request("GET", f"{workers[0].path}/groups")
+    """POST adds a group, PATCH changes options, GET lists them; there is nothing to PUT."""
+    answer = raw.request("PUT", f"{workers[0].path}/groups")
     assert (answer.status, answer.code) == (405, "no_such_method")
 
 

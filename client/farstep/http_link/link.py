@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any, cast
+from typing import Any, Final, cast
 from urllib.parse import quote
 
 import httpx
@@ -46,6 +46,8 @@ from farstep.tensors import outgoing
 from farstep.unix import path_of_url
 
 CLOSE_TIMEOUT_S = 2.0
+GROUPS_PAGE: Final = 500
+"""Param groups whose options are asked for at once: as many as a server gives."""
 
 
 class HttpLink(Link):
@@ -243,11 +245,19 @@ class HttpLink(Link):
 
     def options_in_force(self) -> list[Options]:
         what = f"Asking session {self._standing.spec.name!r} for its options"
+        found: list[Options] = []
+
+        def attempt() -> list[Options]:
+            after = f"&after={len(found) - 1}" if found else ""
+            page = self._server.control("GET", f"{self._path}/groups?limit={GROUPS_PAGE}{after}")
+            return cast("list[Options]", page["groups"])
+
         with self._standing.there():
-            answer = self._patience.call(
-                what, self._server.server, lambda: self._server.control("GET", f"{self._path}/groups")
-            )
-        return cast("list[Options]", answer["groups"])
+            while True:
+                page = self._patience.call(what, self._server.server, attempt)
+                found += page
+                if len(page) < GROUPS_PAGE:
+                    return found
 
     # -- reads ------------------------------------------------------------------------------------------------------
 

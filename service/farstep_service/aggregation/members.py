@@ -11,13 +11,17 @@ A mode has room for a number of workers, or for any. Pure: no clock, no lock, no
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Collection, Iterable
+from itertools import islice
 from math import inf
 
 from farstep.errors import SessionFull
 
 FORGOTTEN_AFTER_S = 3600.0
 """Seconds after which a lapsed worker is not a member any more."""
+NAMED = 20
+"""Workers that a message names at most."""
 LAPSED_KEPT = 1024
 """Lapsed workers that are remembered at most."""
 
@@ -34,6 +38,7 @@ class Members:
         self.places = places
         self._lease_s = lease_s
         self._epochs: dict[str, int] = {}
+        self._names: list[str] = []  # of all, ascending
         self._leases: dict[str, float] = {}  # of live ones without a push that waits, first to run out first
         self._waiting: set[str] = set()
         self._lapsed: dict[str, float] = {}  # since when, ascending
@@ -43,7 +48,15 @@ class Members:
 
     def names(self) -> list[str]:
         """Return the workers in the order of their names."""
-        return sorted(self._epochs)
+        return [*self._names]
+
+    def names_after(self, worker: str, most: int) -> list[str]:
+        """Return the first `most` of the workers whose names come after one, in their order."""
+        first = bisect_right(self._names, worker)
+        return self._names[first : first + most]
+
+    def __len__(self) -> int:
+        return len(self._names)
 
     def epoch(self, worker: str) -> int:
         """Return the epoch a worker joined with, 0 if it is not a member."""
@@ -129,9 +142,9 @@ class Members:
         if places is None:
             return []
         if self.live > places:
-            live = sorted({*self._leases, *self._waiting})
+            live = some_of(name for name in self._names if self.is_live(name))
             raise SessionFull(
-                f"{len(live)} workers are in this session, which would have {places} places: {', '.join(live)}.",
+                f"{self.live} workers are in this session, which would have {places} places: {live}.",
                 remedy="Let workers leave first, or make more places.",
                 field="workers",
                 limit=places,
@@ -148,7 +161,7 @@ class Members:
             return []
         if not self._lapsed:
             raise SessionFull(
-                f"All {self.places} places of this session are taken: {', '.join(sorted(self._epochs))}.",
+                f"All {self.places} places of this session are taken: {some_of(self._names)}.",
                 remedy="Join under the name of the worker you replace, let one leave, or make more places.",
                 field="worker",
                 limit=self.places,
@@ -169,11 +182,13 @@ class Members:
         """Note that a worker joined."""
         self.leave(worker)
         self._epochs[worker] = epoch
+        insort(self._names, worker)
         self.heard(worker, now)
 
     def leave(self, worker: str) -> None:
         """Give a worker's place up."""
-        self._epochs.pop(worker, None)
+        if self._epochs.pop(worker, None) is not None:
+            del self._names[bisect_left(self._names, worker)]
         self._leases.pop(worker, None)
         self._lapsed.pop(worker, None)
         self._waiting.discard(worker)
@@ -181,3 +196,9 @@ class Members:
     def missing(self, present: Iterable[str]) -> list[str]:
         """Return the members who are not among these."""
         return sorted(set(self._epochs) - set(present))
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Return names for a message: the first ones, and whether there are more."""
+    first = list(islice(names, NAMED + 1))
+    return ", ".join(first) if len(first) <= NAMED else f"{', '.join(first[:NAMED])} and others"

@@ -11,7 +11,7 @@ import typer
 from farstep.errors import FarstepError, InvalidOption
 from farstep.unix import check_path, connected, path_of_url
 from farstep_service.cli.output import FAILED, JsonOutput, print_json, reporting, size
-from farstep_service.cli.remote import Server, Token, conversation, document_of, documents_of, own_server
+from farstep_service.cli.remote import Server, Token, conversation, document_of, own_server, sessions_of
 from farstep_service.cli.sessions import print_sessions
 
 HEALTHY = b'"status":"ok"'
@@ -83,7 +83,7 @@ def status(server: Server, token: Token = None, json_output: JsonOutput = False)
     """Show a server and its sessions on one screen."""
     with reporting(json_output), conversation(server, token) as speaking:
         info = document_of(speaking, "/v1/info", "farstep")
-        sessions = documents_of(speaking, "/v1/sessions")
+        sessions = sessions_of(speaking)
     if json_output:
         print_json({"server": info | {"url": server}, "sessions": sessions})
         return

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlencode
 
 import typer
 
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from farstep.conversation import Conversation
 
 READ_TIMEOUT_S = 10.0
+SESSIONS_PAGE = 100
+MEMBERS_PAGE = 500
+"""How many sessions, and workers or param groups, are asked for at once: as many as a server gives."""
 
 
 def own_server() -> str:
@@ -87,16 +91,45 @@ def document_of(speaking: Conversation, path: str, known_by: str) -> dict[str, A
     return answer
 
 
-def documents_of(speaking: Conversation, path: str) -> list[dict[str, Any]]:
-    """Return a list of documents that the server has at a path.
+def sessions_of(speaking: Conversation) -> list[dict[str, Any]]:
+    """Return what the server says about each of its sessions, asking for one page after the other.
 
     Raises:
         InvalidRequest: the answer is not a farstep server's.
     """
-    answer: object = speaking.control("GET", path)
-    if not isinstance(answer, list):
-        raise not_a_server(speaking.server)
-    return answer
+    found: dict[str, dict[str, Any]] = {}
+    after = ""
+    while True:
+        page: object = speaking.control("GET", f"/v1/sessions?{urlencode({'after': after, 'limit': SESSIONS_PAGE})}")
+        if not isinstance(page, list) or not all(isinstance(each, dict) and "name" in each for each in page):
+            raise not_a_server(speaking.server)
+        new = {each["name"]: each for each in page if each["name"] not in found}
+        found |= new
+        if not new or len(page) != SESSIONS_PAGE:  # a server that knows no pages answers with all
+            return list(found.values())
+        after = page[-1]["name"]
+
+
+def session_of(speaking: Conversation, path: str) -> dict[str, Any]:
+    """Return what the server says about one session, with all of its workers and param groups.
+
+    Raises:
+        InvalidRequest: the answer is not a farstep server's.
+    """
+    found = document_of(speaking, path, "version")
+    while len(found["workers"]) < found.get("worker_count", 0):
+        query = urlencode({"after": max(found["workers"]), "limit": MEMBERS_PAGE})
+        page = speaking.control("GET", f"{path}/workers?{query}")
+        if not page:
+            break  # some have left meanwhile
+        found["workers"] |= page
+    while len(found["groups"]) < found.get("group_count", 0):
+        query = urlencode({"after": len(found["groups"]) - 1, "limit": MEMBERS_PAGE})
+        groups = speaking.control("GET", f"{path}/groups?{query}").get("groups")
+        if not groups:
+            break
+        found["groups"] += groups
+    return found
 
 
 def not_a_server(server: str) -> InvalidRequest:

@@ -12,7 +12,7 @@ import typer
 
 from farstep.errors import InvalidOption
 from farstep_service.cli.output import JsonOutput, print_facts, print_json, print_table, reporting, size
-from farstep_service.cli.remote import Server, Token, conversation, document_of, documents_of
+from farstep_service.cli.remote import Server, Token, conversation, document_of, session_of, sessions_of
 
 sessions = typer.Typer(
     help="List, show, remove, switch, export and import the sessions of a server.", no_args_is_help=True
@@ -25,7 +25,7 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's name.")
 def list_sessions(server: Server, token: Token = None, json_output: JsonOutput = False) -> None:
     """List every session."""
     with reporting(json_output), conversation(server, token) as speaking:
-        found = documents_of(speaking, "/v1/sessions")
+        found = sessions_of(speaking)
     if json_output:
         print_json(found)
     elif found:
@@ -38,7 +38,7 @@ def list_sessions(server: Server, token: Token = None, json_output: JsonOutput =
 def show_session(name: Name, server: Server, token: Token = None, json_output: JsonOutput = False) -> None:
     """Show one session: its options, memory and workers."""
     with reporting(json_output), conversation(server, token) as speaking:
-        found = document_of(speaking, path_of(name), "version")
+        found = session_of(speaking, path_of(name))
     if json_output:
         print_json(found)
         return
@@ -82,7 +82,7 @@ def remove_session(
             raise InvalidOption("With --json nobody can be asked.", remedy="Add --yes.", field="yes", side="client")
         if not yes:
             found = document_of(speaking, path_of(name), "version")
-            facts = f"version {found['version']}, {len(found['workers'])} workers"
+            facts = f"version {found['version']}, {worker_count(found)} workers"
             typer.confirm(f"Remove session {name} ({facts}) and all it holds?", abort=True)
         speaking.control("DELETE", path_of(name))
     if json_output:
@@ -164,7 +164,7 @@ def print_sessions(found: Sequence[dict[str, Any]]) -> None:
                     each["optimizer"],
                     each["version"],
                     each["consistency"].get("mode", ""),
-                    len(each["workers"]),
+                    worker_count(each),
                     each["parameters"],
                     size(sum(each["bytes"].values())),
                     each["kernel"],
@@ -172,6 +172,11 @@ def print_sessions(found: Sequence[dict[str, Any]]) -> None:
                 for each in found
             ],
         )
+
+
+def worker_count(found: dict[str, Any]) -> int:
+    """Return how many workers a session has, of which a listing shows the first only."""
+    return int(found.get("worker_count", len(found["workers"])))
 
 
 def standing_of(page: dict[str, Any]) -> str:

@@ -85,12 +85,20 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A session as a listing shows it."""
+    """A session as a listing shows it.
+
+    Attributes:
+        groups, workers: the first of them, as many as were asked for.
+        group_count, worker_count: how many there are.
+        bytes: memory by kind.
+    """
 
     version: int
     initialised: bool
     groups: list[dict[str, Any]]
+    group_count: int
     workers: dict[str, WorkerPage]
+    worker_count: int
     bytes: dict[str, int]
     readers: ReadersPage
 
@@ -228,12 +236,20 @@ class Host(ABC):
         """Say where a worker stands."""
 
     @abstractmethod
-    async def summary(self) -> Summary:
-        """Describe the session as it is now."""
+    async def summary(self, most: int = 0) -> Summary:
+        """Describe the session as it is now, with the first `most` of its groups and workers."""
 
     @abstractmethod
-    async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Change options of param groups and return all groups."""
+    async def workers(self, after: str, most: int) -> dict[str, WorkerPage]:
+        """Say where the first `most` workers stand whose names come after one."""
+
+    @abstractmethod
+    async def groups(self, first: int, most: int) -> list[dict[str, Any]]:
+        """Return the options of `most` param groups from one on."""
+
+    @abstractmethod
+    async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> None:
+        """Change options of param groups."""
 
     @abstractmethod
     async def set_consistency(self, mode: Consistency) -> None:

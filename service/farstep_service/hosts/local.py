@@ -13,7 +13,8 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager, suppress
 from copy import copy
-from typing import Any, cast
+from itertools import islice
+from typing import Any, Final, cast
 
 from farstep.consistency import Consistency
 from farstep.errors import FarstepError, Fenced, OptionsDiffer, SessionLost, StepInterrupted
@@ -38,6 +39,9 @@ from farstep_service.plan import Plan
 from farstep_service.session import Outcomes, Session
 from farstep_service.settings import HELD_VERSIONS
 from farstep_service.store import Held
+
+INLINE_GROUPS: Final = 100
+"""Param groups whose options are changed on the event loop; more take more than a millisecond."""
 
 
 class LocalHost(Host):
@@ -133,22 +137,41 @@ class LocalHost(Host):
         async with self._turn:
             return self._page(worker)
 
-    async def summary(self) -> Summary:
+    async def workers(self, after: str, most: int) -> dict[str, WorkerPage]:
+        async with self._turn:
+            return self._pages(after, most)
+
+    async def groups(self, first: int, most: int) -> list[dict[str, Any]]:
+        async with self._turn:
+            return self._options(first, most)
+
+    async def summary(self, most: int = 0) -> Summary:
         async with self._turn:
             session = self._session
-            workers: dict[str, WorkerPage] = {}
-            with suppress(StepInterrupted):  # a session whose step cannot be finished is still there to be seen
-                workers = {name: self._page(name) for name in session.workers}
-            groups = [group.to_options() for group in session.groups]
+            groups, workers = self._options(0, most), self._pages("", most)
             nbytes = session.nbytes()
             nbytes["versions"] += self._views.nbytes
-            return Summary(session.version, session.initialised, groups, workers, nbytes, self._readers.page)
+            return Summary(
+                version=session.version,
+                initialised=session.initialised,
+                groups=groups,
+                group_count=len(session.groups),
+                workers=workers,
+                worker_count=session.worker_count,
+                bytes=nbytes,
+                readers=self._readers.page,
+            )
 
-    async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> None:
         async with self._turn:
             self._check_open()
-            self._resolve(self._session.set_groups(changes))
-            return [group.to_options() for group in self._session.groups]
+            outcomes = await run(
+                self._executor,
+                lambda: self._session.set_groups(changes),
+                self._resolve,
+                inline=len(changes) <= INLINE_GROUPS,
+            )
+            self._resolve(outcomes)
 
     async def set_consistency(self, mode: Consistency) -> None:
         async with self._turn:
@@ -162,6 +185,14 @@ class LocalHost(Host):
             )
             self._switched = True
             self._resolve(outcomes)
+
+    def _options(self, first: int, most: int) -> list[dict[str, Any]]:
+        return [group.to_options() for group in islice(self._session.groups, first, first + most)]
+
+    def _pages(self, after: str, most: int) -> dict[str, WorkerPage]:
+        with suppress(StepInterrupted):  # a session whose step cannot be finished is still there to be seen
+            return {name: self._page(name) for name in self._session.workers_after(after, most)}
+        return {}
 
     def _page(self, worker: str) -> WorkerPage:
         return WorkerPage(*self._session.position(worker), lease_s=self._session.lease_s(worker, self._clock()))

@@ -1,14 +1,21 @@
-"""The control routes: JSON documents, described in OpenAPI at `/openapi.json` and `/docs`."""
+"""The control routes: JSON documents, described in OpenAPI at `/openapi.json` and `/docs`.
+
+No answer keeps the event loop for long, however large a session is and however many there are. What lists things
+answers with a page of them, and names the next one in a `Link` header (RFC 8288) as long as there is one; a session
+shows the first of its workers and param groups, and how many there are. Work that grows with a session is done in a
+thread.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import math
+import json
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any, Final
+from urllib.parse import urlencode
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
@@ -19,20 +26,37 @@ from farstep.header import VERSION
 from farstep_service.hosts import Host, Offer, WorkerPage
 from farstep_service.memory import available_bytes
 from farstep_service.optimizers import METHODS
+from farstep_service.plan import Plan
 from farstep_service.registry import Registry
 from farstep_service.routes.documents import (
     ConsistencyDocument,
-    DocumentRoute,
+    Digits,
     EpochQuery,
     GroupsDocument,
     LeaseDocument,
     MemoryDocument,
     NamePath,
     SessionDocument,
+    parts_of,
     plan_of,
 )
 from farstep_service.routes.problems import PROBLEM, Problem, over_unix
+from farstep_service.routes.reading import DocumentRoute
 from farstep_service.settings import Settings
+
+SESSIONS_PAGE: Final = 100
+"""Sessions of a page at most."""
+MEMBERS_PAGE: Final = 500
+"""Workers or param groups of a page at most, and in the description of a session."""
+LISTED: Final = 50
+"""Workers and param groups that a listing shows of each session at most."""
+INLINE_PARTS: Final = 500
+"""Parameters and param groups of a document that is made a plan on the event loop."""
+
+After = Annotated[str, Query(max_length=63)]
+GroupBefore = Annotated[int, Digits, Query(ge=0)]
+SessionsLimit = Annotated[int, Digits, Query(ge=1, le=SESSIONS_PAGE)]
+MembersLimit = Annotated[int, Digits, Query(ge=1, le=MEMBERS_PAGE)]
 
 PROBLEMS: dict[int | str, dict[str, Any]] = {
     "default": {
@@ -102,7 +126,7 @@ class RenewedDocument(BaseModel):
 
 
 class SessionView(BaseModel):
-    """A session as it is now.
+    """A session as it is now, with the first of its param groups and workers, and how many there are.
 
     `bytes`: the memory it takes. `readers`: how many read parameters, state or a file, how many wait for others, and
     how many were cut off; the bytes that are kept for them, and how many that may be.
@@ -114,6 +138,7 @@ class SessionView(BaseModel):
     initialised: bool
     optimizer: str
     groups: list[dict[str, Any]]
+    group_count: int
     consistency: dict[str, Any]
     nonfinite: str
     kernel: str
@@ -123,6 +148,7 @@ class SessionView(BaseModel):
     bytes: dict[str, int]
     readers: dict[str, int]
     workers: dict[str, WorkerDocument]
+    worker_count: int
 
 
 class Info(BaseModel):
@@ -150,9 +176,9 @@ def worker_document(host: Host, page: WorkerPage) -> WorkerDocument:
     )
 
 
-async def view_of(host: Host) -> SessionView:
-    """Describe a session."""
-    plan, summary = host.plan, await host.summary()
+async def view_of(host: Host, most: int) -> SessionView:
+    """Describe a session with the first `most` of its groups and workers."""
+    plan, summary = host.plan, await host.summary(most)
     return SessionView(
         name=host.name,
         incarnation=host.incarnation,
@@ -160,16 +186,42 @@ async def view_of(host: Host) -> SessionView:
         initialised=summary.initialised,
         optimizer=plan.rule.name,
         groups=summary.groups,
+        group_count=summary.group_count,
         consistency=to_options(plan.consistency),
         nonfinite=plan.nonfinite,
         kernel=plan.kernel,
         policy=plan.policy.to_options(),
-        parameters=sum(math.prod(each.shape) for each in plan.layout.segments),
+        parameters=plan.layout.elements,
         segments=len(plan.layout.segments),
         bytes=summary.bytes,
         readers=asdict(summary.readers),
         workers={name: worker_document(host, page) for name, page in summary.workers.items()},
+        worker_count=summary.worker_count,
     )
+
+
+def page_answer(body: bytes, after: object, limit: int, *, more: bool) -> Response:
+    """Answer with a page of a listing, and if there may be more with the way to the next one.
+
+    Args:
+        after: what the next page begins after.
+        limit: how much it may hold.
+    """
+    following = urlencode({"after": after, "limit": limit})
+    headers = {"link": f'<?{following}>; rel="next"'} if more else None
+    return Response(body, media_type="application/json", headers=headers)
+
+
+def groups_answer(host: Host, document: object, last: int, limit: int) -> Response:
+    """Answer with options of param groups, the last of which has the number `last`."""
+    return page_answer(json.dumps(document).encode(), last, limit, more=last + 1 < len(host.plan.groups))
+
+
+def planned(document: SessionDocument) -> Plan:
+    """Return the plan of a document, with the sum over all parameters that is asked for later."""
+    plan = plan_of(document)
+    _ = plan.layout.elements
+    return plan
 
 
 def control_router(registry: Registry, settings: Settings) -> APIRouter:
@@ -199,7 +251,8 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
     @router.post("/v1/sessions", tags=["sessions"])
     async def create_or_join(document: SessionDocument, request: Request) -> JoinedDocument:
         """Create a session, or join the one of that name. Other options are refused, naming the difference."""
-        plan = await asyncio.to_thread(plan_of, document)  # there may be 100,000 parameters in it
+        few = parts_of(document) <= INLINE_PARTS
+        plan = planned(document) if few else await asyncio.to_thread(planned, document)
         if await request.is_disconnected():  # a session that nobody heard of would stay for ever
             raise ClientDisconnect
         host, created = await registry.create_or_join(plan, options=document.options is None)
@@ -219,15 +272,22 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             placement=[Shard(url="", segments=[0, len(plan.layout.segments)])],
         )
 
-    @router.get("/v1/sessions", tags=["sessions"])
-    async def sessions() -> list[SessionView]:
-        """List every session."""
-        return [await view_of(host) for host in registry.hosts]
+    @router.get("/v1/sessions", tags=["sessions"], response_model=list[SessionView])
+    async def sessions(after: After = "", limit: SessionsLimit = SESSIONS_PAGE) -> Response:
+        """List the sessions whose names come after one, in the order of their names."""
+        views = []
+        found = registry.hosts_after(after, limit + 1)
+        for host in found[:limit]:
+            views.append((await view_of(host, LISTED)).model_dump_json().encode())
+            await asyncio.sleep(0)  # others have their turn between two sessions
+        more = len(found) > limit
+        return page_answer(b"[%b]" % b",".join(views), found[limit - 1].name if more else "", limit, more=more)
 
-    @router.get("/v1/sessions/{name}", tags=["sessions"])
-    async def session(name: NamePath) -> SessionView:
+    @router.get("/v1/sessions/{name}", tags=["sessions"], response_model=SessionView)
+    async def session(name: NamePath) -> Response:
         """Describe one session."""
-        return await view_of(registry.get(name))
+        view = await view_of(registry.get(name), MEMBERS_PAGE)
+        return Response(view.model_dump_json(), media_type="application/json")
 
     @router.delete("/v1/sessions/{name}", tags=["sessions"], status_code=204)
     async def remove(name: NamePath) -> Response:
@@ -235,15 +295,20 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         await registry.remove(name)
         return Response(status_code=204)
 
-    @router.get("/v1/sessions/{name}/groups", tags=["sessions"])
-    async def groups(name: NamePath) -> dict[str, list[dict[str, Any]]]:
-        """Return the options in force of each param group."""
-        return {"groups": [group.to_options() for group in registry.get(name).options]}
+    @router.get("/v1/sessions/{name}/groups", tags=["sessions"], response_model=dict[str, list[dict[str, Any]]])
+    async def groups(name: NamePath, after: GroupBefore = -1, limit: MembersLimit = MEMBERS_PAGE) -> Response:
+        """List the options in force of the param groups that follow one, in the order of their numbers."""
+        host = registry.get(name)
+        found = await host.groups(after + 1, limit)
+        return groups_answer(host, {"groups": found}, after + len(found), limit)
 
-    @router.patch("/v1/sessions/{name}/groups", tags=["sessions"])
-    async def set_groups(name: NamePath, document: GroupsDocument) -> list[dict[str, Any]]:
-        """Change options of param groups, effective from the next step on, and return all groups."""
-        return await registry.get(name).set_groups({int(group): options for group, options in document.groups.items()})
+    @router.patch("/v1/sessions/{name}/groups", tags=["sessions"], response_model=list[dict[str, Any]])
+    async def set_groups(name: NamePath, document: GroupsDocument) -> Response:
+        """Change options of param groups, effective from the next step on, and list the first groups."""
+        host = registry.get(name)
+        await host.set_groups({int(group): options for group, options in document.groups.items()})
+        found = await host.groups(0, MEMBERS_PAGE)
+        return groups_answer(host, found, len(found) - 1, MEMBERS_PAGE)
 
     @router.put("/v1/sessions/{name}/consistency", tags=["sessions"])
     async def set_consistency(name: NamePath, document: ConsistencyDocument) -> dict[str, Any]:
@@ -251,6 +316,14 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         mode = from_options(document.consistency)
         await registry.get(name).set_consistency(mode)
         return {"consistency": to_options(mode)}
+
+    @router.get("/v1/sessions/{name}/workers", tags=["workers"], response_model=dict[str, WorkerDocument])
+    async def workers(name: NamePath, after: After = "", limit: MembersLimit = MEMBERS_PAGE) -> Response:
+        """List where the workers stand whose names come after one, in the order of their names."""
+        host = registry.get(name)
+        found = await host.workers(after, limit)
+        body = json.dumps({worker: worker_document(host, each).model_dump() for worker, each in found.items()})
+        return page_answer(body.encode(), next(reversed(found), ""), limit, more=len(found) == limit)
 
     @router.get("/v1/sessions/{name}/workers/{worker}", tags=["workers"])
     async def worker_page(name: NamePath, worker: NamePath) -> WorkerDocument:

@@ -1,20 +1,27 @@
 """The JSON documents that come in: what nobody knows is refused, never ignored.
 
-None is larger than a bound, and the first mistake ends the reading: a document of a million mistakes costs no more than
-one of one.
+The first mistake ends the reading: a document of a million mistakes costs no more than one of one. Large fields are
+read and checked in pieces by `farstep_service.routes.reading`, and are then not checked again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from fastapi import HTTPException, Path, Query, Request, Response
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError, model_validator
-from starlette.types import Message
+from fastapi import Path, Query
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
-from farstep.errors import InvalidFile, LimitExceeded
+from farstep.errors import InvalidFile
 from farstep.fields import EVERYWHERE, shapes_from_header
 from farstep.messages import FURTHEST_BEGINNING
 from farstep.presence import PRESENT
@@ -22,9 +29,11 @@ from farstep.session_file import description_in
 from farstep.wire.tensor_file import Head, refused
 from farstep_service.contents import PARAM, Contents
 from farstep_service.durability import Snapshot
-from farstep_service.layout import MAX_SEGMENTS, SegmentSpec
+from farstep_service.layout import MAX_SEGMENTS, Layout, SegmentSpec
 from farstep_service.plan import MAX_GROUPS, Plan
-from farstep_service.routes.problems import MAX_DOCUMENT_BYTES, too_large
+
+MAX_OPTIONS: Final = 64
+"""Options that one param group may have."""
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME)]
@@ -38,7 +47,8 @@ def _digits(value: object) -> object:
     return value
 
 
-EpochQuery = Annotated[int, BeforeValidator(_digits), Query(ge=1)]
+Digits = BeforeValidator(_digits)
+EpochQuery = Annotated[int, Digits, Query(ge=1)]
 
 
 class Document(BaseModel):
@@ -60,6 +70,23 @@ class Whole(Document):
         return document
 
 
+class Read(list[Any]):
+    """A list that was checked while it was read in pieces."""
+
+
+class ReadMembers(dict[str, Any]):
+    """An object that was checked while it was read in pieces."""
+
+
+def _once(value: object, check: ValidatorFunctionWrapHandler) -> object:
+    """Check what was not checked in pieces."""
+    return value if isinstance(value, (Read, ReadMembers, Layout)) else check(value)
+
+
+OnceChecked = WrapValidator(_once)
+Options = Annotated[dict[str, Any], Field(max_length=MAX_OPTIONS)]
+
+
 class SegmentDocument(Document):
     """One parameter of a session."""
 
@@ -74,8 +101,8 @@ class PlanDocument(Whole):
 
     name: Name
     optimizer: str
-    groups: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_GROUPS), FailFast()]
-    segments: Annotated[list[SegmentDocument], Field(min_length=1, max_length=MAX_SEGMENTS), FailFast()]
+    groups: Annotated[list[Options], Field(min_length=1, max_length=MAX_GROUPS), FailFast(), OnceChecked]
+    segments: Annotated[list[SegmentDocument], Field(min_length=1, max_length=MAX_SEGMENTS), FailFast(), OnceChecked]
     consistency: dict[str, Any] = Field(default_factory=lambda: {"mode": "async"})
     nonfinite: Literal["refuse", "skip", "allow"] = "refuse"
     kernel: Literal["auto", "reference", "fused"] = "auto"
@@ -118,12 +145,13 @@ class LeaseDocument(Whole):
     incarnation: Annotated[str, Field(max_length=64)]
 
 
+GroupNumber = Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})$")]
+
+
 class GroupsDocument(Whole):
     """Changed options, by param group number."""
 
-    groups: Annotated[
-        dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,5})$")], dict[str, Any]], Field(max_length=MAX_GROUPS)
-    ]
+    groups: Annotated[dict[GroupNumber, Options], Field(max_length=MAX_GROUPS), OnceChecked]
 
 
 class ConsistencyDocument(Whole):
@@ -132,13 +160,28 @@ class ConsistencyDocument(Whole):
     consistency: dict[str, Any]
 
 
+def spec_of(segment: SegmentDocument) -> SegmentSpec:
+    """Return what a document says about one parameter."""
+    return SegmentSpec(segment.name, tuple(segment.shape), segment.dtype, segment.group)
+
+
+def parts_of(document: PlanDocument) -> int:
+    """Return how many parameters and param groups a document has together."""
+    segments: object = document.segments
+    count = len(segments.segments) if isinstance(segments, Layout) else len(document.segments)
+    return len(document.groups) + count
+
+
 def plan_of(document: PlanDocument) -> Plan:
     """Return the plan a document describes; see `Plan.build` for what it refuses."""
+    segments: object = document.segments
+    if not isinstance(segments, Layout):
+        segments = Layout.build(map(spec_of, document.segments))
     return Plan.build(
         name=document.name,
         optimizer=document.optimizer,
         groups=document.groups,
-        segments=[SegmentSpec(each.name, tuple(each.shape), each.dtype, each.group) for each in document.segments],
+        segments=segments,
         consistency=document.consistency,
         nonfinite=document.nonfinite,
         kernel=document.kernel,
@@ -185,29 +228,3 @@ def snapshot_of(head: Head, name: str | None) -> Snapshot:
         for created, options in zip(plan.groups, document.options, strict=True)
     ]
     return Snapshot(plan, groups, contents, document.version)
-
-
-class DocumentRoute(APIRoute):
-    """A route that reads documents of at most `MAX_DOCUMENT_BYTES`."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler, with a bound around what it receives."""
-        handle = super().get_route_handler()
-
-        async def bounded(request: Request) -> Response:
-            declared = request.headers.get("content-length", "0")
-            if not declared.isdecimal() or int(declared) > MAX_DOCUMENT_BYTES:
-                raise too_large()
-            left = MAX_DOCUMENT_BYTES
-
-            async def receive() -> Message:
-                nonlocal left
-                message = await request.receive()
-                left -= len(message.get("body", b""))
-                if left < 0:
-                    raise HTTPException(LimitExceeded.status)  # FastAPI hides every other error in here
-                return message
-
-            return await handle(Request(request.scope, receive))
-
-        return bounded

@@ -31,15 +31,12 @@ from farstep.errors import (
     Unavailable,
 )
 from farstep_service.auth import PUBLIC, AllowedHosts, Tokens
-from farstep_service.limits import DOCUMENTS
 from farstep_service.memory import out_of_memory
 
 PROBLEM = b"application/problem+json"
 RETRY_AFTER_S = b"1"
 LONGEST = {"detail": 1000, "field": 200, "limit": 200}
 """Characters of a problem's texts."""
-MAX_DOCUMENT_BYTES = DOCUMENTS.other_bytes
-"""Size of a JSON document at most."""
 
 ADMITTED = "farstep.admitted"
 """In the scope of a request that has shown what it has to; the server takes more time for its body than for others'."""
@@ -167,9 +164,9 @@ class Problem(BaseModel):
     remedy: str | None = None
 
 
-def too_large() -> LimitExceeded:
-    """Return the error of a JSON document beyond its bound."""
-    return LimitExceeded(f"The document is larger than {MAX_DOCUMENT_BYTES} bytes.", limit=MAX_DOCUMENT_BYTES)
+def too_large(limit: int) -> LimitExceeded:
+    """Return the error of a JSON document of more bytes than its route takes."""
+    return LimitExceeded(f"The document is larger than {limit} bytes.", limit=limit)
 
 
 def http_error(status: int, detail: str) -> FarstepError:
@@ -179,7 +176,7 @@ def http_error(status: int, detail: str) -> FarstepError:
     if status == NoSuchMethod.status:
         return NoSuchMethod("The path does not have this method.", remedy="The routes are listed at /docs.")
     if status == LimitExceeded.status:
-        return too_large()
+        return LimitExceeded(f"{detail}.")
     return InvalidRequest(f"{detail} ({status}).")
 
 

@@ -35,6 +35,7 @@ from farstep_service.server.machine import (
     keep_freed_memory,
     kernels_at_hand,
     loaded_for_good,
+    take_turns,
     tune_,
 )
 from farstep_service.server.socket_file import listening as listening_at
@@ -94,6 +95,7 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
     with _sockets(settings) as sockets:
         tune_(os.environ, settings.threads)
         keep_freed_memory()
+        take_turns()
 
         with loaded_for_good():
             check_device(settings.device)

@@ -93,6 +93,15 @@ class Session:
         return self._members.names()
 
     @property
+    def worker_count(self) -> int:
+        """Return how many workers there are."""
+        return len(self._members)
+
+    def workers_after(self, worker: str, most: int) -> list[str]:
+        """Return the first `most` of the workers whose names come after one."""
+        return self._members.names_after(worker, most)
+
+    @property
     def deadline(self) -> float | None:
         """Return the time at which `tick` may have something to decide."""
         return self._pushes.deadline
