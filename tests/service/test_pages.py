@@ -23,7 +23,8 @@ from farstep_service.routes import documents, reading
 from farstep_service.routes.pieces import PIECE_CHARS, Reader
 from farstep_service.server.machine import loaded_for_good
 from farstep_service.settings import Settings
-from tests.service.raw import session_document
+from tests.service.raw import RawClient, session_document
+from tests.service.servers import RunningServer, farstep
 
 SESSIONS, WORKERS, GROUPS, SEGMENTS = 220, 2_100, 1_100, 20_000
 LOOP_S = 0.020
@@ -131,6 +132,27 @@ def test_a_page_that_cannot_be_is_refused(query: str) -> None:
             assert (await client.get(f"/v1/sessions?{query}")).json()["code"] == "invalid_request"
 
     run(scene)
+
+
+def test_the_command_line_walks_all_pages(server: RunningServer) -> None:
+    """`sessions ls`, `status` and `sessions show` know all sessions, workers and param groups, not the first page."""
+    names = [f"p{number:03}" for number in range(105)]
+    groups = [{"lr": 0.001 * number} for number in range(601)]
+    with RawClient(server.url) as raw:
+        for name in names:
+            assert raw.json("POST", "/v1/sessions", session_document(name, "w0")).status == 200
+        assert raw.json("POST", "/v1/sessions", session_document("wide", "w0", groups=groups)).status == 200
+        for number in range(501):
+            assert raw.json("POST", "/v1/sessions", session_document("crowd", f"w{number}")).status == 200
+        listed = json.loads(farstep("sessions", "ls", "--json", "--server", server.url).stdout)
+        assert [each["name"] for each in listed] == ["crowd", *names, "wide"]
+        assert f"and {len(names) + 2 - 15} more" in farstep("status", "--server", server.url).stdout
+        shown = json.loads(farstep("sessions", "show", "crowd", "--json", "--server", server.url).stdout)
+        assert sorted(shown["workers"]) == sorted(f"w{number}" for number in range(501))
+        shown = json.loads(farstep("sessions", "show", "wide", "--json", "--server", server.url).stdout)
+        assert [group["lr"] for group in shown["groups"]] == [group["lr"] for group in groups]
+        for name in (*names, "crowd", "wide"):
+            raw.request("DELETE", f"/v1/sessions/{name}")
 
 
 # -- the event loop's time --------------------------------------------------------------------------------------------
