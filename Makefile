@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(or $(VERSION),without-python)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test model parity lint format bench clean
+.PHONY: help install demo test model attack parity lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,9 @@ test: lint ## check style, types and floors, then run the tests, two at a time (
 
 model: $(INSTALLED) ## try 10,000 runs of consistency modes against their reference model (EXAMPLES=100000 for more)
 	MODEL_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest tests/aggregation/test_network.py $(ARGS)
+
+attack: $(INSTALLED) ## attack a server: damaged bodies, connections held in every state, kills and cuts (ARGS="bodies --seed 2", --write)
+	$(BIN)/python -m tests.attack $(ARGS)
 
 parity: $(INSTALLED) ## compare every option of every optimizer with torch.optim (ARGS="--write" puts it into docs/)
 	$(BIN)/python -m tests.parity $(ARGS)
