@@ -112,7 +112,7 @@ class RemoteOptimizer(WithViews):
             with torch.enable_grad():
                 loss = closure()
             member = self._member()
-        with scaling_of(vars(self)) as scaling:
+        with member.writing(), scaling_of(vars(self)) as scaling:
             self._settle(member)
             check_types(self.twin, self.param_groups)
             try:

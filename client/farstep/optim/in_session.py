@@ -117,8 +117,8 @@ class InSession(torch.optim.Optimizer):
         """Bring the parameters to the session's current version, without a step, and return the version."""
         member = self._member()
         member.check_training("pull()")
-        self._settle(member)
-        with told_why(member.place, member):
+        with member.writing(), told_why(member.place, member):
+            self._settle(member)
             return member.pull()
 
     def rejoin(self, state_dict: dict[str, Any] | None = None, *, version: int | None = None) -> bool:

@@ -86,9 +86,9 @@ class LBFGS(RemoteOptimizer):
     def _push(self, evaluation: Evaluation) -> StepReport:
         """Send one evaluation, after what the closure edited; bring the parameters of the next one back."""
         member = self._member()
-        self._settle(member)
         check_types(self.twin, self.param_groups)
-        with told_why(member.place, member):
+        with member.writing(), told_why(member.place, member):
+            self._settle(member)
             member.prepare()
             return member.push(self._options(), evaluation=evaluation)
 

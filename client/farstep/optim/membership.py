@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from operator import is_
@@ -22,6 +22,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from farstep.consistency import waits_for_others
 from farstep.errors import FarstepError
 from farstep.fields import FieldKind
 from farstep.link import Link, Parameter, SessionSpec, Start
@@ -31,6 +32,7 @@ from farstep.optim.overlap import Overlap
 from farstep.optim.scaling import NOT_SCALED, Scaling
 from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import to_session
+from farstep.optim.writers import Claim, writing
 from farstep.overlap import Overlapped
 from farstep.report import StepReport
 from farstep.settings import Place
@@ -83,6 +85,9 @@ class Membership:
         self.place = place
         self.parameters = list(chain.from_iterable(groups))
         self._newborn = newborn
+        self._claim = Claim()
+        if place.server is not None and not place.private:  # joining brings the session's parameters
+            self._claim.take(self.parameters)
         self.link = opened_by(spec, self.parameters, place, self._start(state, version))
         self._sent: list[Options] = [dict(group) for group in spec.groups]
         self.taken = self._in_force(self._sent)
@@ -90,10 +95,11 @@ class Membership:
         self.overlap = None
         if options is not None:
             self.overlap = Overlap(self.parameters, partial(_begin_push, weakref.ref(self), options))
-        self.close = weakref.finalize(self, _leave, self.link, self.overlap)
+        self.close = weakref.finalize(self, _leave, self.link, self.overlap, self._claim)
         self.state = RemoteState(
             self.link, self.parameters, partial(_check_open, self.close, place.session), param_groups
         )
+        self._writes_to: tuple[list[int], frozenset[int]] = [], frozenset()
         self._remember(list(map(len, groups)))
         self.shown = ""
         self.scaler: torch.amp.GradScaler | None = None
@@ -157,6 +163,21 @@ class Membership:
         if self.overlap is not None:
             self.overlap.watch(parameters)
         return True
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Be the only one to step on the parameters, of this process's threads and, with a server, of all processes.
+
+        Raises:
+            FarstepError: another one does; see `farstep.optim.writers`.
+        """
+        remote = self.place.server is not None
+        if self._writes_to[0] is not self._addresses:
+            if remote:
+                self._claim.take(self.parameters)
+            self._writes_to = self._addresses, frozenset(filter(None, self._addresses))
+        with writing(self._writes_to[1], waits=remote and waits_for_others(self.link.consistency)):
+            yield
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -287,7 +308,8 @@ def _begin_push(
     return there.link.begin_push(order, there._named(now))
 
 
-def _leave(link: Link, overlap: Overlap | None) -> None:
+def _leave(link: Link, overlap: Overlap | None, claim: Claim) -> None:
+    claim.release()
     if overlap is not None:
         overlap.close()
     link.close()
