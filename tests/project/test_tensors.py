@@ -18,9 +18,11 @@ MAKERS = {
 def made(source: str) -> Iterator[tuple[int, str, set[str]]]:
     """Find the calls that make a tensor: line, function, and what is said by keyword."""
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in MAKERS:
-            if isinstance(node.func.value, ast.Name) and node.func.value.id == "torch":
-                yield node.lineno, node.func.attr, {each.arg for each in node.keywords if each.arg}
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        maker = node.func
+        if maker.attr in MAKERS and isinstance(maker.value, ast.Name) and maker.value.id == "torch":
+            yield node.lineno, maker.attr, {each.arg for each in node.keywords if each.arg}
 
 
 def test_every_tensor_names_its_device() -> None:
