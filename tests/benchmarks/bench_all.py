@@ -27,7 +27,7 @@ from tests.benchmarks.rows import Row, absent, from_json, plain, to_json, write_
 
 PARTS = ("wire", "workers", "kernels", "gpu", "overlap", "first", "memory", "embedded", "bookkeeping", "stragglers")
 """In the order of the table; each is `tests/benchmarks/bench_<part>.py`."""
-APART = ("crowd", "modes", "policies")
+APART = ("control", "crowd", "modes", "policies")
 """Benchmarks with a command and a table of their own: they take long, or answer another question."""
 FAILED = "failed"
 LIMIT_S = 600.0
