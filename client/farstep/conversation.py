@@ -7,22 +7,44 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
 
 import httpx
 
-from farstep.errors import FarstepError, InvalidOption, InvalidRequest, Unauthorized, Unavailable, from_problem
+from farstep.errors import (
+    CannotConnect,
+    InvalidAnswer,
+    InvalidOption,
+    InvalidRequest,
+    LimitExceeded,
+    ResponseTooLarge,
+    UnsupportedMedia,
+)
+from farstep.failures import cause_of, check_address
 from farstep.payload import Payload, batches_of, nbytes_of
-from farstep.transport import DEADLINE_S, NAMED, Answer, Batch, Pieces, Route, SocketTransport, Supply, body_of
+from farstep.replies import DOCUMENT_BYTES, PLACE, error_of, parsed, read_within, speaks_tls
+from farstep.transport import (
+    DEADLINE_S,
+    NAMED,
+    Answer,
+    Batch,
+    MalformedAnswer,
+    OversizedAnswer,
+    Pieces,
+    Route,
+    SocketTransport,
+    Supply,
+)
 from farstep.unix import dialer, path_of_url
 from farstep.wire import Decoder, Frames, encode, encoded_size
 from farstep.wire.packing import pack_header
 
 MSGPACK = "application/msgpack"
+JSON = "application/json"
 FILE = "application/octet-stream"
 CHUNK_BYTES = 1 << 20
 HOT_BYTES = 256 * 1024
@@ -33,8 +55,8 @@ ROUTES_KEPT = 32
 """Requests that are kept prepared: those of one step after the other are alike."""
 LOCAL = "http://localhost"
 """What requests to a server at a path name as their origin; HTTP wants one."""
-FROM_PROXIES = frozenset({502, 503, 504})
-"""What a proxy answers while the server behind it is away."""
+GREETED_WITHIN_S = 2.0
+"""How long a port may take to show that it speaks TLS."""
 
 Place = Callable[[dict[str, Any]], Sequence[memoryview]]
 Arrived = Callable[[int], object]
@@ -51,13 +73,16 @@ class Received:
 
 
 class Conversation:
-    """Speak with one server.
+    """Speak with one server. Redirects are not followed, and nothing is decompressed.
 
     Args:
-        server: its URL; one of a path (`unix:///...`) is reached through that socket.
+        server: its URL, without credentials; one of a path (`unix:///...`) is reached through that socket.
         token: its bearer token, None where it asks for none.
         transport: what carries the bytes; the default moves them without copies.
         read_timeout_s: longest silence of the server, and longest wait for a connection up to 10 s.
+
+    Raises:
+        InvalidOption: the URL holds credentials, or the token what no header can hold.
     """
 
     def __init__(
@@ -68,8 +93,11 @@ class Conversation:
         transport: httpx.BaseTransport | None = None,
         read_timeout_s: float = READ_TIMEOUT_S,
     ) -> None:
+        check_address(server)
+        if token is not None and not (token.isascii() and token.isprintable()):
+            raise InvalidOption("The token holds a character that no token has.", field="token", side="client")
         self.server = server
-        headers = {"authorization": f"Bearer {token}"} if token else {}
+        headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {token}"} if token else {})
         timeout = httpx.Timeout(min(CONNECT_TIMEOUT_S, read_timeout_s), read=read_timeout_s, write=read_timeout_s)
         path = path_of_url(server)
         self._transport = transport or (SocketTransport() if path is None else SocketTransport(dial=dialer(path)))
@@ -82,9 +110,17 @@ class Conversation:
         )
         self._urls: dict[str, httpx.URL] = {}
         self._routes: dict[tuple[str, str, float], Route] = {}
+        self._reached = False
+        self._greeted = False
 
     def control(
-        self, method: str, path: str, document: Mapping[str, Any] | None = None, *, within_s: float | None = None
+        self,
+        method: str,
+        path: str,
+        document: Mapping[str, Any] | None = None,
+        *,
+        within_s: float | None = None,
+        largest: int = DOCUMENT_BYTES,
     ) -> dict[str, Any]:
         """Ask a control route and return its JSON answer ({} where it has none).
 
@@ -92,25 +128,35 @@ class Conversation:
             method, path: the route.
             document: what to send as JSON.
             within_s: seconds that all of it may take, where silence alone is not the limit.
+            largest: bytes that the answer may have.
 
         Raises:
             InvalidOption: a number in the document is not finite.
-            FarstepError: the problem the server answered with, or an answer that is not of the protocol.
+            FarstepError: the problem the server answered with, an answer that is not of the protocol, or an address
+                that leads to no server.
             httpx.TransportError: no complete answer came.
         """
         try:
-            content = None if document is None else json.dumps(document, allow_nan=False)
+            content = None if document is None else json.dumps(document, allow_nan=False).encode()
         except ValueError as exc:
             raise InvalidOption("An option is NaN or infinite; options are finite numbers.", side="client") from exc
-        headers = {} if content is None else {"content-type": "application/json"}
-        extensions = self._extensions(0.0) | ({} if within_s is None else {DEADLINE_S: within_s})
-        response = self._client.request(method, path, content=content, headers=headers, extensions=extensions)
-        if not response.is_success:
-            raise self._problem(response)
+        request = self._request(method, path, None if content is None else Pieces([content]), 0.0, kind=JSON)
+        if within_s is not None:
+            request.extensions[DEADLINE_S] = within_s
+        with self._exchange():
+            return cast("dict[str, Any]", self._document(self._send(request), path, largest, len(content or b"")))
+
+    def _document(self, answer: Answer, path: str, largest: int, sent_bytes: int) -> object:
         try:
-            return cast("dict[str, Any]", response.json()) if response.content else {}
-        except ValueError as exc:
-            raise self._foreign(response) from exc
+            if not answer.ok:
+                raise error_of(answer, self.server, path, sent_bytes=sent_bytes)
+            self._check_coding(answer)
+            text = read_within(answer.body, answer.head.length, largest)
+            if text and not answer.head.kind.startswith(JSON.encode()):
+                raise self._foreign(answer, path)
+            return parsed(text) if text else {}
+        finally:
+            answer.close()
 
     def _extensions(self, wait_s: float) -> dict[str, Any]:
         timeout = self._client.timeout.as_dict()
@@ -140,55 +186,95 @@ class Conversation:
             wait_s: seconds the server may be silent beyond the usual, because it waits for others.
 
         Raises:
-            FarstepError: the problem the server answered with, or an answer that is not of the protocol.
+            FarstepError: the problem the server answered with, an answer that is not of the protocol, or an address
+                that leads to no server.
             httpx.TransportError: no complete answer came; memory that `place` named is then unspecified.
         """
-        return self.receive(self.send(method, path, header, payload, wait_s=wait_s), place, arrived=arrived)
+        answer = self.send(method, path, header, payload, wait_s=wait_s)
+        return self.receive(answer, place, path, arrived=arrived, sent_bytes=nbytes_of(payload))
 
     def send(
         self, method: str, path: str, header: Mapping[str, Any] | None, payload: Payload, *, wait_s: float = 0.0
     ) -> Answer:
         """Do the first half of `data` and return when the head of an answer is there, for `receive`."""
-        return self._ask(method, path, None if header is None else _message(header, payload), wait_s)
+        with self._exchange():
+            return self._ask(method, path, None if header is None else _message(header, payload), wait_s)
 
-    def receive(self, answer: Answer, place: Place, *, arrived: Arrived | None = None) -> Received:
-        """Do the second half of `data`."""
-        try:
-            if not answer.ok:
-                raise self._problem(answer.response())
-            began = time.perf_counter()
-            decoder = Decoder(place, side="client")
-            early = answer.body.arrived()
-            decoder.feed(early)
-            answer.body.skip(len(early))
-            if arrived is not None:
-                arrived(decoder.received)
-            while not decoder.done:
-                buffer = decoder.get_buffer()
-                count = answer.body.readinto(buffer if arrived is None else buffer[:HOT_BYTES])
-                if count == 0:
-                    raise httpx.RemoteProtocolError("the answer was cut off")
-                decoder.buffer_updated(count)
-                if arrived is not None:
-                    arrived(decoder.received)
-            decoder.close()
-            return Received(decoder.header, decoder.payload_bytes, time.perf_counter() - began)
-        finally:
-            answer.close()
+    def receive(
+        self, answer: Answer, place: Place, path: str, *, arrived: Arrived | None = None, sent_bytes: int = 0
+    ) -> Received:
+        """Do the second half of `data`; `path` is what was asked for, with a body of `sent_bytes`."""
+        with self._exchange():
+            try:
+                if not answer.ok:
+                    raise error_of(answer, self.server, path, sent_bytes=sent_bytes)
+                self._check_coding(answer)
+                if not answer.head.kind.startswith(MSGPACK.encode()):
+                    raise self._foreign(answer, path)
+                return _received(answer, place, arrived)
+            finally:
+                answer.close()
 
     def _ask(self, method: str, path: str, body: Pieces | Supply | None, wait_s: float) -> Answer:
         """Send a request past httpx's client, its cookies and redirects, and past its objects if the transport can."""
         if not isinstance(self._transport, SocketTransport):
-            request = self._request(method, path, body, wait_s)
-            response = self._transport.handle_request(request)
-            response.request = request
-            return Answer.of(response)
+            return self._send(self._request(method, path, body, wait_s))
         route = self._routes.get((method, path, wait_s))
         if route is None:
             if len(self._routes) == ROUTES_KEPT:
                 self._routes.clear()
             route = self._routes[method, path, wait_s] = Route(self._request(method, path, body, wait_s))
-        return self._transport.ask(route, body)
+        answer = self._transport.ask(route, body)
+        self._reached = True
+        return answer
+
+    def _send(self, request: httpx.Request) -> Answer:
+        if self._client.is_closed:
+            raise RuntimeError("This conversation has been closed.")
+        response = self._transport.handle_request(request)
+        response.request = request
+        self._reached = True
+        return Answer.of(response)
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        """Tell what waiting cannot heal in an exchange from what it can.
+
+        Raises:
+            CannotConnect: the address leads to no server.
+            InvalidAnswer: what answers does not speak HTTP, or sends more than there may be around a body.
+        """
+        try:
+            yield
+        except OversizedAnswer as exc:
+            raise ResponseTooLarge(f"{self.server}: {exc}", remedy=PLACE, side="client") from exc
+        except MalformedAnswer as exc:
+            raise InvalidAnswer(f"{self.server}: {exc}", remedy=PLACE, side="client") from exc
+        except httpx.ConnectError as exc:
+            cause = cause_of(exc, reached=self._reached)
+            if cause is not None and not cause.heals:
+                raise CannotConnect(f"{self.server}: {cause.reason}.", remedy=cause.remedy, side="client") from exc
+            raise
+        except httpx.ProxyError as exc:
+            if not str(exc).startswith(("401", "403", "407")):
+                raise
+            raise CannotConnect(
+                f"The proxy on the way to {self.server} refused: {exc}.",
+                remedy="Check the proxy of the transport, and its credentials.",
+                side="client",
+            ) from exc
+        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as exc:
+            if self._turns_out_to_speak_tls():
+                raise speaks_tls(self.server) from exc
+            raise
+
+    def _turns_out_to_speak_tls(self) -> bool:
+        """Greet a server that has never answered, once: one of TLS hangs up on a request that is plain."""
+        url = self._client.base_url
+        if self._reached or self._greeted or url.scheme != "http" or self.server.startswith("unix:"):
+            return False
+        self._greeted = True
+        return isinstance(self._transport, SocketTransport) and self._transport.speaks_tls(url, GREETED_WITHIN_S)
 
     def download(self, path: str, take: Callable[[memoryview], object], *, wait_s: float = 0.0) -> int:
         """Ask for a file and hand its bytes on as they come; return how many there were.
@@ -202,22 +288,23 @@ class Conversation:
             FarstepError: the problem the server answered with.
             httpx.TransportError: no complete answer came.
         """
-        request = self._request("GET", path, None, wait_s)
-        response = self._transport.handle_request(request)
-        response.request = request
-        try:
-            if not response.is_success:
-                response.read()
-                raise self._problem(response)
-            body, buffer, received = body_of(response), memoryview(bytearray(CHUNK_BYTES)), 0
-            while count := body.readinto(buffer):
-                take(buffer[:count])
-                received += count
-            if response.headers.get("content-length", str(received)) != str(received):
-                raise httpx.RemoteProtocolError("the answer was cut off", request=request)
-            return received
-        finally:
-            response.close()
+        with self._exchange():
+            answer = self._send(self._request("GET", path, None, wait_s))
+            try:
+                if not answer.ok:
+                    raise error_of(answer, self.server, path)
+                self._check_coding(answer)
+                if answer.head.kind != FILE.encode():
+                    raise self._foreign(answer, path)
+                buffer, received = memoryview(bytearray(CHUNK_BYTES)), 0
+                while count := answer.body.readinto(buffer):
+                    take(buffer[:count])
+                    received += count
+                if answer.head.length not in (None, received):
+                    raise httpx.RemoteProtocolError("the answer was cut off")
+                return received
+            finally:
+                answer.close()
 
     def upload(self, path: str, body: httpx.SyncByteStream, nbytes: int, *, wait_s: float = 0.0) -> dict[str, Any]:
         """Send a file of `nbytes` and return the JSON answer.
@@ -230,53 +317,83 @@ class Conversation:
         request.headers["content-type"] = FILE
         request.headers["content-length"] = str(nbytes)
         request.stream = body
-        response = self._transport.handle_request(request)
-        response.request = request
-        try:
-            response.read()
-            if not response.is_success:
-                raise self._problem(response)
-            return cast("dict[str, Any]", response.json())
-        except ValueError as exc:
-            raise self._foreign(response) from exc
-        finally:
-            response.close()
+        with self._exchange():
+            return cast("dict[str, Any]", self._document(self._send(request), path, DOCUMENT_BYTES, nbytes))
 
-    def _request(self, method: str, path: str, body: Pieces | Supply | None, wait_s: float) -> httpx.Request:
+    def _request(
+        self, method: str, path: str, body: Pieces | Supply | None, wait_s: float, *, kind: str = MSGPACK
+    ) -> httpx.Request:
         url = self._urls.get(path)
         if url is None:
+            if len(self._urls) == ROUTES_KEPT:
+                self._urls.clear()
             url = self._urls[path] = self._client.build_request(method, path).url
         headers = self._client.headers.copy()
         if body is not None:
-            headers["content-type"] = MSGPACK
+            headers["content-type"] = kind
             headers["content-length"] = str(body.nbytes)
-        return httpx.Request(method, url, headers=headers, stream=body, extensions=self._extensions(wait_s))
+        request = httpx.Request(method, url, headers=headers, extensions=self._extensions(wait_s))
+        if body is not None:
+            request.stream = body  # httpx would give a request that is made with it no Host
+        return request
 
     def close(self) -> None:
         """Close every connection."""
         self._client.close()
 
-    def _problem(self, response: httpx.Response) -> FarstepError:
-        """Return the error that an answer other than 2xx stands for."""
-        try:
-            document = response.json()
-        except ValueError:
-            document = None
-        if isinstance(document, dict) and "code" in document:
-            return from_problem(document, response.status_code)
-        if response.status_code == 401:
-            return Unauthorized(f"{self.server} asks for credentials.", remedy="Give token=... or set FARSTEP_TOKEN.")
-        if response.status_code in FROM_PROXIES:
-            return Unavailable(f"a proxy answered {response.status_code} in the server's place", side="client")
-        return self._foreign(response)
+    def _check_coding(self, answer: Answer) -> None:
+        if coding := answer.head.coding[:40].decode("latin-1"):
+            raise UnsupportedMedia(
+                f"{self.server} answers in the encoding {coding!r}, and none was asked for.",
+                remedy="Switch off the compression of what is in front of the server.",
+                field="content-encoding",
+                side="client",
+            )
 
-    def _foreign(self, response: httpx.Response) -> InvalidRequest:
-        return InvalidRequest(
-            f"{self.server} does not answer as a farstep server does: it said {response.status_code} to "
-            f"{response.url.path}.",
-            remedy="Check that the URL is a farstep server's and that no proxy answers in its place.",
+    def _foreign(self, answer: Answer, path: str) -> InvalidAnswer:
+        kind = answer.head.kind[:80].decode("latin-1")
+        return InvalidAnswer(
+            f"{self.server} does not answer as a farstep server does: it said {answer.status} to {path}, "
+            f"of the type {kind!r}.",
+            remedy=PLACE,
             side="client",
         )
+
+
+def _received(answer: Answer, place: Place, arrived: Arrived | None) -> Received:
+    """Receive a message.
+
+    Raises:
+        ResponseTooLarge, InvalidAnswer: it is not what the protocol says.
+        httpx.TransportError: its end did not come.
+    """
+    began = time.perf_counter()
+    decoder, body = Decoder(place, side="client"), answer.body
+    try:
+        early = body.arrived()
+        decoder.feed(early)
+        body.skip(len(early))
+        if arrived is not None:
+            arrived(decoder.received)
+        while not decoder.done:
+            buffer = decoder.get_buffer()
+            count = body.readinto(buffer if arrived is None else buffer[:HOT_BYTES])
+            if not count:
+                if not answer.head.framed:
+                    raise httpx.RemoteProtocolError("the answer was cut off")
+                decoder.close()
+            decoder.buffer_updated(count)
+            if arrived is not None:
+                arrived(decoder.received)
+        if body.readinto(memoryview(bytearray(1))):
+            raise InvalidAnswer("The answer goes on behind its payload.", field="payload", side="client")
+    except InvalidAnswer:
+        raise
+    except LimitExceeded as exc:
+        raise ResponseTooLarge(exc.detail, field=exc.field, limit=exc.limit, remedy=PLACE, side="client") from exc
+    except InvalidRequest as exc:
+        raise InvalidAnswer(exc.detail, field=exc.field, limit=exc.limit, remedy=PLACE, side="client") from exc
+    return Received(decoder.header, decoder.payload_bytes, time.perf_counter() - began)
 
 
 def _message(header: Mapping[str, Any], payload: Payload) -> Pieces | Supply:

@@ -4,7 +4,11 @@
     ├── InvalidRequest            400  a body, header or document that is not what the protocol says
     │   ├── Truncated             400  it ended early
     │   ├── LimitExceeded         413  it is larger than a stated limit
-    │   └── UnsupportedMedia      415  another content type or encoding
+    │   ├── UnsupportedMedia      415  another content type or encoding
+    │   ├── NoSuchRoute           404  the path does not exist
+    │   │   └── NoSuchMethod      405  the path does not have this method
+    │   └── InvalidAnswer         400  an answer is not what the protocol says, or not a farstep server's
+    │       └── ResponseTooLarge  400  the answer is larger than a client takes
     ├── ProtocolMismatch          426  the other side speaks another protocol version
     ├── Unauthorized              401  no token, or a wrong one
     ├── HostNotAllowed            421  the server does not answer to the name that it was asked by
@@ -30,6 +34,7 @@
     │   ├── Busy                  503  a budget is used up for the moment
     │   ├── OutOfMemory           503  the machine gave the server no memory for the request
     │   └── StepInterrupted       503  a kernel failed midway; the step is finished before anything else happens
+    ├── CannotConnect             503  the address does not lead to a server, however often it is tried
     └── InternalError             500  a defect of ours
 
 There is one class for each thing a caller would do differently. `code` is stable and documented in `docs/errors.md`;
@@ -41,11 +46,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 Side = Literal["client", "server"]
 Scalar = str | int | float | bool | None
 URN = "urn:farstep:error:"
+TOO_MANY_REQUESTS = 429
+LONGEST_TEXT = 2000
+"""Characters of a text that another side sent, at most."""
+MOST_LISTED = 1000
 
 
 class FarstepError(Exception):
@@ -126,6 +135,32 @@ class UnsupportedMedia(InvalidRequest):
 
     code = "unsupported_media"
     status = 415
+
+
+class NoSuchRoute(InvalidRequest):
+    """The path, or the method on it, does not exist."""
+
+    code = "no_such_route"
+    status = 404
+
+
+class NoSuchMethod(NoSuchRoute):
+    """The path exists, but not with this method."""
+
+    code = "no_such_method"
+    status = 405
+
+
+class InvalidAnswer(InvalidRequest):
+    """The server's answer is not what the protocol says, or what answers is no farstep server."""
+
+    code = "invalid_answer"
+
+
+class ResponseTooLarge(InvalidAnswer):
+    """The server's answer is larger than a client takes."""
+
+    code = "response_too_large"
 
 
 class ProtocolMismatch(FarstepError):
@@ -267,10 +302,15 @@ class SessionLost(FarstepError):
 
 
 class Unavailable(FarstepError):
-    """The server cannot answer now; the outcome of the call is unknown."""
+    """The server cannot answer now; the outcome of the call is unknown.
+
+    Attributes:
+        retry_after_s: seconds after which it asks to be tried again, None if it does not say.
+    """
 
     code = "unavailable"
     status = 503
+    retry_after_s: float | None = None
 
 
 class Busy(Unavailable):
@@ -289,6 +329,13 @@ class StepInterrupted(Unavailable):
     """A kernel failed midway; the step is finished before anything else happens."""
 
     code = "step_interrupted"
+
+
+class CannotConnect(FarstepError):
+    """The address does not lead to a server, however often it is tried."""
+
+    code = "cannot_connect"
+    status = 503
 
 
 class InternalError(FarstepError):
@@ -319,24 +366,50 @@ def from_problem(problem: Mapping[str, object], status: int) -> FarstepError:
     """Return the error that a problem document describes.
 
     Args:
-        problem: the parsed document; a document of a newer server may carry a code nobody here knows.
+        problem: the parsed document, of which nothing is believed; one of a newer server may have a code that is not
+            known here.
         status: the HTTP status of the answer, which then decides the class.
     """
-    known = {"type", "title", "status", "code", "detail", "side", "field", "limit", "remedy"}
-    kind = BY_CODE.get(str(problem.get("code")))
+    known = {"type", "title", "status", "code", "detail", "side", "field", "limit", "remedy", "self"}
+    code = problem.get("code")
+    kind = BY_CODE.get(code) if isinstance(code, str) else None
     if kind is None:
-        kind = next((each for each in BY_CODE.values() if each.status == status), FarstepError)
-    field, limit = problem.get("field"), problem.get("limit")
+        kind = BY_CODE["busy"] if status == TOO_MANY_REQUESTS else _of_status(status)
+    found = problem.get("limit")
+    limit: int | float | str | None = None
+    if isinstance(found, str):
+        limit = _text(problem, "limit")
+    elif isinstance(found, (int, float)):
+        limit = found
     extra = {
-        name: value
+        name: _shortened(value)
         for name, value in problem.items()
         if name not in known and (value is None or isinstance(value, (str, int, float, bool, list)))
     }
     return kind(
-        str(problem.get("detail") or f"The server answered {status}."),
-        remedy=str(problem.get("remedy") or ""),
-        field=None if field is None else str(field),
-        limit=limit if isinstance(limit, (int, float, str)) else None,
+        _text(problem, "detail") or f"The server answered {status}.",
+        remedy=_text(problem, "remedy"),
+        field=_text(problem, "field") or None,
+        limit=limit,
         side="client" if problem.get("side") == "client" else "server",
         **extra,
     )
+
+
+def _of_status(status: int) -> type[FarstepError]:
+    return next(
+        (each for each in BY_CODE.values() if each.status == status and each is not CannotConnect), FarstepError
+    )
+
+
+def _text(problem: Mapping[str, object], key: str) -> str:
+    """Return a member for people: one line, without what a terminal would obey, and not of any length."""
+    value = problem.get(key)
+    text = "" if value is None else str(value)[:LONGEST_TEXT].replace("\n", " ")
+    return "".join(each for each in text if each.isprintable())
+
+
+def _shortened(value: object) -> Scalar | list[str]:
+    if isinstance(value, list):
+        return [str(each)[:LONGEST_TEXT] for each in value[:MOST_LISTED]]
+    return value[:LONGEST_TEXT] if isinstance(value, str) else cast("Scalar", value)

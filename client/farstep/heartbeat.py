@@ -10,17 +10,19 @@ A heartbeat says more than that the worker lives: it says that others are to wai
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, final
+from typing import Final, final
 
 from farstep.consistency import Consistency, from_options
-from farstep.errors import FarstepError, Unavailable
+from farstep.errors import FarstepError, InvalidAnswer, InvalidOption, Unavailable
+from farstep.replies import Said
 
 BEATS: Final = 3
 """Heartbeats in a lease, so that one or two may be lost."""
 LONGEST_PAUSE_S: Final = 3600.0
+SHORTEST_PAUSE_S: Final = 0.005
 WITHIN_S: Final = 10.0
 """How long one of a thread's may take, and the end of it with it."""
 
@@ -48,16 +50,29 @@ class Heartbeat:
     consistency: Consistency
 
     @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Heartbeat:
-        """Return what a server answered."""
+    def of(cls, document: object) -> Heartbeat:
+        """Return what a server answered.
+
+        Raises:
+            InvalidAnswer: it is not the answer to a heartbeat.
+        """
+        said = Said(document, "The answer to the heartbeat")
+        try:
+            mode = from_options(said.mapping("consistency"))
+        except InvalidOption as exc:
+            raise InvalidAnswer(
+                f"The answer to the heartbeat names a mode that is not known here: {exc.detail}",
+                field="consistency",
+                side="client",
+            ) from exc
         return cls(
-            worker=document["worker"],
-            epoch=document["epoch"],
-            lapsed=document["lapsed"],
-            lease_s=document["lease_s"],
-            live=document["live"],
-            version=document["version"],
-            consistency=from_options(document["consistency"]),
+            worker=said.text("worker"),
+            epoch=said.integer("epoch", least=1),
+            lapsed=said.flag("lapsed"),
+            lease_s=said.number("lease_s"),
+            live=said.integer("live"),
+            version=said.integer("version"),
+            consistency=mode,
         )
 
 
@@ -84,7 +99,7 @@ def _beat(beat: Callable[[], Heartbeat], stopped: threading.Event) -> None:
     pause_s = 0.0
     while not stopped.wait(pause_s):
         try:
-            pause_s = min(beat().lease_s / BEATS, LONGEST_PAUSE_S)
+            pause_s = min(max(beat().lease_s / BEATS, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
         except Unavailable:
             pause_s = max(pause_s / 2, 1.0)
         except FarstepError:  # refused, as it is, too, if it overtook a join

@@ -24,6 +24,7 @@ import httpx
 
 from farstep.consistency import Async, Consistency, Sync, checked, for_one
 from farstep.errors import InvalidOption
+from farstep.failures import check_address, without_secrets
 from farstep.identity import Worker, check_name, fresh_name
 from farstep.messages import OptionsMode
 from farstep.narrow import Half, Wire
@@ -39,8 +40,8 @@ KernelChoice = Literal["auto", "reference", "fused"]
 class RemoteOptions(TypedDict, total=False):
     """The keyword-only options every farstep optimizer takes beside torch's own.
 
-    server: URL of a farstep server, `unix:///path` for one at a socket of this machine; without one the optimizer runs
-        embedded in this process.
+    server: URL of a farstep server, without credentials; `unix:///path` for one at a socket of this machine; without
+        one the optimizer runs embedded in this process.
     session: the name to create or join; without one that of `FARSTEP_SESSION`, with a number for the second optimizer
         of a process and later ones, or else the session is private to this optimizer and removed with it.
     worker: this worker's name in the session, or who it is (`farstep.worker()`). A sync step reduces gradients in the
@@ -65,7 +66,8 @@ class RemoteOptions(TypedDict, total=False):
         the session has one set, which a worker changes by changing its groups; who joins takes those in force into its
         groups. "push": this worker's own, for the steps of its own pushes. See `docs/workers.md`.
     timeout_s: seconds to go on retrying before an error says that the server does not answer.
-    transport: the httpx transport that carries the conversation, for tests and unusual networks.
+    transport: the httpx transport that carries the conversation, for proxies, certificates and tests; proxies of the
+        environment are not used (docs/errors.md).
     """
 
     server: str | None
@@ -117,7 +119,8 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     """Complete remote options from the environment and check them.
 
     Raises:
-        InvalidOption: on an unknown option, a URL that is not http(s) or unix, or a name that cannot be one.
+        InvalidOption: on an unknown option, a URL that is not http(s) or unix, or holds credentials, or a name that
+            cannot be one.
     """
     warn_of_misspelt(environment)
     unknown = sorted(set(options) - set(RemoteOptions.__annotations__))
@@ -261,9 +264,11 @@ def _check_server(server: str) -> None:
     path = path_of_url(server)
     if path is not None:
         check_path(path, field="server", side="client")
-    elif not _is_http(server):
+        return
+    check_address(server)
+    if not _is_http(server):
         raise InvalidOption(
-            f"Invalid server: {server!r}.",
+            f"Invalid server: {without_secrets(server)!r}.",
             remedy="Give a URL such as http://127.0.0.1:7171 or unix:///run/farstep/server.sock.",
             field="server",
             side="client",

@@ -21,6 +21,7 @@ import httpx
 from farstep.conversation import Conversation
 from farstep.errors import InvalidOption, Unavailable
 from farstep.identity import NAME
+from farstep.replies import Said, why
 from farstep.session_file import SessionFile, look_at, readable, write_whole
 from farstep.settings import resolve
 from farstep.wire.tensor_file import refused
@@ -88,7 +89,8 @@ def load(speaking: Conversation, found: SessionFile, name: str | None) -> str:
     """
     name = found.name if name is None else name
     body = FileBody(found.file, found.nbytes)
-    speaking.upload(path_of_file(name), body, found.nbytes, wait_s=PREPARE_WITHIN_S)
+    answer = speaking.upload(path_of_file(name), body, found.nbytes, wait_s=PREPARE_WITHIN_S)
+    Said(answer, "The answer to the import").among("name", frozenset({name}))
     return name
 
 
@@ -131,9 +133,10 @@ def _speaking(server: str | None, token: str | None) -> Iterator[Conversation]:
     try:
         yield speaking
     except httpx.TransportError as exc:
+        reason, remedy = why(exc)
         raise Unavailable(
-            f"{place.server} gave no complete answer: {str(exc) or type(exc).__name__}.",
-            remedy="Check that `farstep serve` runs there; an import that got no answer may have been made.",
+            f"{place.server} gave no complete answer: {reason}.",
+            remedy=f"{remedy} An import that got no answer may have been made.",
             side="client",
         ) from exc
     finally:

@@ -92,6 +92,7 @@ def test_an_error_is_told_by_httpxs_objects(stage: Staging, transport: SocketTra
 
     answer = transport.ask(route_to(stage(refuse).url), pieces(b"x"))
     response = answer.response()
+    response.read()
     assert not answer.ok
     assert (response.status_code, response.headers["retry-after"], response.json()) == (503, "1", {"code": "busy"})
     assert response.url.path == "/push"

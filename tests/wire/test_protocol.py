@@ -14,7 +14,6 @@ from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead
 from farstep.receipt import Reason, Receipt
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
-from farstep_service.routes import problems
 from tests.wire.driving import read
 from tests.wire.page import DOCUMENT, Block, blocks
 
@@ -125,8 +124,7 @@ def test_codes_are_those_of_the_code():
     """Its two tables of error codes name every code that there is, once, with its status, and no other."""
     listed = [(code.strip("`"), int(status)) for code, status, _ in rows("code")]
     listed += [(code, int(status)) for status, codes in rows("status") for code in re.findall(r"`(\w+)`", codes)]
-    kinds: set[type[errors.FarstepError]] = {*errors.BY_CODE.values(), problems.NoSuchRoute, problems.NoSuchMethod}
-    assert sorted(listed) == sorted((kind.code, kind.status) for kind in kinds)
+    assert sorted(listed) == sorted((kind.code, kind.status) for kind in errors.BY_CODE.values())
 
 
 def test_ranges_are_the_ones_shown():

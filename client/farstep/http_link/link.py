@@ -21,6 +21,7 @@ from urllib.parse import quote
 import httpx
 from torch import Tensor
 
+from farstep.answers import Joined, Reply
 from farstep.consistency import Consistency, longest_wait_s, to_options
 from farstep.conversation import READ_TIMEOUT_S, Conversation
 from farstep.errors import FarstepError, Unavailable
@@ -38,7 +39,6 @@ from farstep.http_link.writer import Writer
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, in_ordinary_memory
 from farstep.messages import Evaluation, WriteName
 from farstep.overlap import OTHERS, UNUSED, Overlapped, Overlapping
-from farstep.receipt import Receipt
 from farstep.report import StepReport
 from farstep.settings import Place
 from farstep.states import State
@@ -120,12 +120,12 @@ class HttpLink(Link):
 
         def attempt() -> bool:
             self._asked = True
-            joined = self._server.control("POST", "/v1/sessions", document)
+            joined = Joined.of(self._server.control("POST", "/v1/sessions", document))
             self._standing.join_(joined)
-            self._joined_options = None if joined["created"] else joined.get("groups")
-            if not joined["initialise"] and not joined["initialised"]:
+            self._joined_options = None if joined.created else joined.groups
+            if not joined.initialise and not joined.initialised:
                 raise Unavailable("another worker is sending the session's first parameters")
-            return bool(joined["initialise"])
+            return joined.initialise
 
         chosen = self._patience.call(f"Joining session {self._standing.spec.name!r}", self._server.server, attempt)
         if chosen:
@@ -194,18 +194,21 @@ class HttpLink(Link):
             return AppendHead(name, incarnation, group, options, described)
 
         arrived: list[int] | None = None
+        reply: Reply | None = None
 
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
-            nonlocal arrived
-            arrived = self._standing.arriving(header, count)
+            nonlocal arrived, reply
+            reply = Reply.of(header, self._writer.incarnation)
+            arrived = self._standing.arriving(header, count, whole=not reply.receipt.applied)
             return arrivals.targets(arrived, whole=True)
 
         with self._standing.there():
-            received = self._writer.append(head, [outgoing(each) for each in tensors], place)
-        receipt = Receipt.from_header(received.header["receipt"])
+            self._writer.append(head, [outgoing(each) for each in tensors], place)
+        assert reply is not None
+        receipt = reply.receipt
         if not receipt.applied:
             arrivals.settle_(arrived)
-            self._standing.version = int(received.header["version"])
+            self._standing.version = reply.version
         elif receipt.base == self._standing.version:  # else others have stepped: here is still the version before
             self._standing.version = receipt.version
         self._standing.grow_(options, parameters)
@@ -277,7 +280,7 @@ class HttpLink(Link):
             self._holdings.arrivals.keep_(but=edited)
             raise
         self._holdings.arrivals.settle_(None)
-        self._standing.version = int(received.header["version"])
+        self._standing.version = received.header["version"]
         return self._standing.version
 
     @in_ordinary_memory

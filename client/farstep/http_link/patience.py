@@ -1,5 +1,8 @@
 """How long and how often to try again: exponential backoff with jitter, up to a stated time.
 
+A server that says when it wants to be tried again (`Retry-After`) is not tried before, but once when the time is up.
+What trying again cannot mend is raised at once; `farstep.conversation` tells the two apart.
+
 Only calls that are safe to repeat are tried again: every write carries a name (worker, epoch, sequence), reads change
 nothing, and joining twice only opens a new epoch.
 """
@@ -15,11 +18,15 @@ from typing import TypeVar
 import httpx
 
 from farstep.errors import FarstepError, Unavailable
+from farstep.replies import why
 
 Answer = TypeVar("Answer")
 
 FIRST_WAIT_S = 0.05
 LONGEST_WAIT_S = 2.0
+JITTER = (0.5, 1.0)
+SPREAD = (1.0, 1.1)
+"""The same for a pause that the server asked for: it is not cut short, and not all come back at once."""
 
 
 @dataclass(slots=True)
@@ -55,18 +62,24 @@ class Patience:
                 left_s = give_up - self.clock()
                 if left_s <= 0:
                     raise self._given_up(what, server, exc) from exc
-            self.wait(min(left_s, pause_s * random.uniform(0.5, 1.0)))  # so the last try comes when the time is up
+                asked_s = (exc.retry_after_s if isinstance(exc, Unavailable) else None) or 0.0
+            pause = max(asked_s, pause_s) * random.uniform(*(SPREAD if asked_s > pause_s else JITTER))
+            self.wait(min(left_s, pause))  # so the last try comes when the time is up
             pause_s = min(2 * pause_s, LONGEST_WAIT_S)
 
     def _given_up(self, what: str, server: str, last: Exception) -> FarstepError:
-        if isinstance(last, Unavailable):
-            reason = last.detail
-        elif isinstance(last, (httpx.ConnectError, httpx.ConnectTimeout)):
-            reason = "nothing accepts connections there"
-        else:
-            reason = f"the last try ended with {type(last).__name__}"
+        tried = f"within {self.timeout_s:g} s and {self.attempts} tries"
+        if isinstance(last, Unavailable) and last.side == "server":
+            return type(last)(
+                f"{what}: {server} was not ready {tried}; it says: {last.detail.rstrip('.')}.",
+                remedy=last.remedy or "Try again later. A repeated write is never applied twice.",
+                field=last.field,
+                limit=last.limit,
+                side="client",
+            )
+        reason, remedy = why(last)
         return Unavailable(
-            f"{what}: {server} gave no answer within {self.timeout_s:g} s and {self.attempts} tries; {reason}.",
-            remedy="Check that `farstep serve` runs there. A repeated write is never applied twice.",
+            f"{what}: {server} gave no answer {tried}; {reason}.",
+            remedy=f"{remedy} A repeated write is never applied twice.",
             side="client",
         )

@@ -19,7 +19,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from farstep.consistency import from_options
+from farstep.answers import Reply, wrong
 from farstep.http_link.holdings import Holdings
 from farstep.http_link.putting import Putting
 from farstep.http_link.standing import Standing
@@ -28,7 +28,6 @@ from farstep.link import Options
 from farstep.messages import Evaluation, Fill, PushHead, Sparse, Wanted, WriteName
 from farstep.overlap import LEAST_BYTES, OTHERS, STREAMED, Overlapped, Overlapping
 from farstep.payload import Payload, nbytes_of
-from farstep.receipt import Receipt
 from farstep.report import StepReport
 from farstep.tensors import Edited, Looking, outgoing_gradients
 from farstep.transport import Supply
@@ -162,8 +161,7 @@ class Pushing:
     ) -> Callable[[WriteName, str], PushHead]:
         everything = len(present) == len(self._holdings.parameters)
         segments = None if everything else to_ranges(present)
-        # Of several rounds only the last one changes parameters; without a gradient only another worker changes one.
-        wanted: Wanted = "all" if everything and self._standing.spec.policy.accumulate == 1 else "changed"
+        wanted: Wanted = "all" if everything and self._wants_all else "changed"
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             return PushHead(
@@ -184,6 +182,14 @@ class Pushing:
             )
 
         return head
+
+    @property
+    def _wants_all(self) -> bool:
+        """Return whether a push of all gradients asks for all parameters: of several rounds only the last changes any.
+
+        Without a gradient only another worker changes a parameter.
+        """
+        return self._standing.spec.policy.accumulate == 1
 
     def begin_push(self, order: Sequence[int], groups: Mapping[int, Options]) -> Overlapped | None:
         """Begin to send gradients that are still being computed; see `Link.begin_push`."""
@@ -232,13 +238,18 @@ class Pushing:
     ) -> StepReport:
         """Send a push with the gradients of the parameters `present`, and take in what comes back."""
         holdings = self._holdings
+        whole = self._wants_all and len(present) == len(holdings.parameters)
         arrived: list[int] | None = None
+        reply: Reply | None = None
 
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
-            nonlocal arrived
+            nonlocal arrived, reply
             holdings.arrivals.undo_()  # what an earlier try has brought
-            arrived = self._standing.arriving(header, len(holdings.parameters))
-            if header.get("delivered"):
+            reply = Reply.of(header, self._writer.incarnation)
+            arrived = self._standing.arriving(header, len(holdings.parameters), whole=whole)
+            if reply.delivered:
+                if not shared:
+                    raise wrong("The reply names shared memory, and the push did not.", "delivered")
                 return []
             if self._writer.attempts > 1:
                 holdings.share_no_more_()
@@ -261,21 +272,20 @@ class Pushing:
         copying = time.perf_counter()
         holdings.arrivals.settle_(arrived)
         copy_s = time.perf_counter() - copying
-        self._standing.version = int(received.header["version"])
-        receipt = Receipt.from_header(received.header["receipt"])
-        if (mode := received.header.get("consistency")) is not None:
-            self._standing.follow_(from_options(mode))
+        assert reply is not None
+        self._standing.version = reply.version
+        if reply.consistency is not None:
+            self._standing.follow_(reply.consistency)
         total_s = time.perf_counter() - began
-        seconds = {key: float(value) for key, value in received.header.get("times", {}).items()}
         return StepReport.of(
-            receipt,
-            duplicate=bool(received.header["duplicate"]),
+            reply.receipt,
+            duplicate=reply.duplicate,
             earlier=self._writer.names.tell(),
             bytes_sent=0 if shared else nbytes_of(payload),
             bytes_received=received.payload_bytes,
             attempts=self._writer.attempts,
             path="" if not payload else "shared memory" if shared else "bodies",
-            seconds={"total": total_s, **seconds, "send": received.receive_s, "copy": copy_s},
+            seconds={"total": total_s, **reply.times, "send": received.receive_s, "copy": copy_s},
         )
 
     def _advance(self, received_bytes: int) -> None:

@@ -86,8 +86,8 @@ class Putting:
             return PutHead(name, incarnation, tuple(fields), segments, initial, version, shapes)
 
         with self._standing.there():
-            received = self._writer.put(head, payload)
-        receipt = Receipt.from_header(received.header["receipt"])
+            reply = self._writer.put(head, payload)
+        receipt = reply.receipt
         everything = "param" in fields and segments is None
         if receipt.base == self._standing.version or everything:  # else what others have changed is not here
             self._standing.version = receipt.version

@@ -12,10 +12,12 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
+from farstep.answers import check_contents
 from farstep.conversation import Conversation, Place, Received
 from farstep.fields import FieldKind, shapes_from_header
 from farstep.http_link.patience import Patience
 from farstep.presence import PRESENT
+from farstep.replies import Said
 from farstep.states import State
 from farstep.tensors import Arrivals, StateArrivals
 from farstep.wire import to_ranges
@@ -57,7 +59,9 @@ class Reader:
         name, epoch = worker
         path = f"{self._path}?worker={quote(name)}&epoch={epoch}"
         path += "" if half is None else f"&wire_parameters={half}"
-        return self._get("Pulling", path, lambda header: arrivals.targets(None, whole=half is None), check)
+        return self._get(
+            "Pulling", path, ["param"], None, lambda header: arrivals.targets(None, whole=half is None), check
+        )
 
     def stateful(self, parameters: Sequence[Tensor], check: Check) -> tuple[int, list[bool]]:
         """Return the session's version, and for each parameter whether it has state."""
@@ -79,26 +83,32 @@ class Reader:
         """Return what the session keeps of all parameters under another name, on their devices."""
         arrived = [torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in parameters]
         views = [tensor_memory(each) for each in arrived]
-        self._get(f"Reading {name} of", f"{self._path}?fields={quote(name)}", lambda header: views, check)
+        self._get(f"Reading {name} of", f"{self._path}?fields={quote(name)}", [name], None, lambda header: views, check)
         return [each.to(p.device) for each, p in zip(arrived, parameters, strict=True)]
 
     def _state(
         self, fields: Mapping[str, FieldKind], parameters: Sequence[Tensor], indices: Sequence[int], check: Check
     ) -> tuple[Received, StateArrivals]:
-        arrivals = StateArrivals([parameters[i] for i in indices], fields)
+        arrivals = StateArrivals([parameters[i] for i in indices], fields, sum(map(Tensor.numel, parameters)))
         path = f"{self._path}?fields={','.join((*fields, PRESENT))}"
-        if len(indices) < len(parameters):
-            path += f"&segments={','.join(map(str, to_ranges(indices)))}"
+        segments = to_ranges(indices) if len(indices) < len(parameters) else None
+        if segments is not None:
+            path += f"&segments={','.join(map(str, segments))}"
 
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
-            shapes = shapes_from_header(header.get("shapes", {}), side="client")
-            return arrivals.targets(header["fields"], shapes)
+            shapes = Said(header, "The answer").mapping("shapes") if "shapes" in header else {}
+            return arrivals.targets(header["fields"], shapes_from_header(shapes, side="client"))
 
-        received = self._get("Reading the state of", path, place, check)
+        received = self._get("Reading the state of", path, [*fields, PRESENT], segments, place, check)
         return received, arrivals
 
-    def _get(self, doing: str, path: str, targets: Place, check: Check) -> Received:
+    def _get(
+        self, doing: str, path: str, fields: Sequence[str], segments: Sequence[int] | None, targets: Place, check: Check
+    ) -> Received:
+        """Read contents: these fields of these ranges of segments, None for all."""
+
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
+            check_contents(header, fields, segments)
             check(header)
             return targets(header)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, cast, final
+from typing import Any, final
 
+from farstep.answers import Joined, wrong
 from farstep.consistency import Consistency, longest_wait_s
 from farstep.errors import SessionLost, UnknownSession
 from farstep.fields import FieldKind
@@ -56,11 +57,11 @@ class Standing:
         """Say whether this process is a fork of the worker, whose session and streams are its parent's."""
         return self._writer.forked
 
-    def join_(self, joined: Mapping[str, Any]) -> None:
+    def join_(self, joined: Joined) -> None:
         """Begin a new epoch of the worker, with what the server said when it joined."""
-        self.fields = cast("dict[str, FieldKind]", joined["fields"])
-        self.eager = bool(joined["eager"])
-        self._writer.join(int(joined["epoch"]), str(joined["incarnation"]))
+        self.fields = joined.fields
+        self.eager = joined.eager
+        self._writer.join(joined.epoch, joined.incarnation)
 
     def grow_(self, options: Options, parameters: Sequence[Parameter]) -> None:
         """Take note that the session has another param group."""
@@ -86,18 +87,26 @@ class Standing:
         Raises:
             SessionLost, Fenced: it is another session, or has more of them.
         """
-        if header["incarnation"] != self._writer.incarnation:
+        if header.get("incarnation") != self._writer.incarnation:
             raise self._lost("was created anew at")
         self.arriving(header, count)
 
-    def arriving(self, header: Mapping[str, Any], count: int) -> list[int] | None:
+    def arriving(self, header: Mapping[str, Any], count: int, *, whole: bool = False) -> list[int] | None:
         """Return which parameters an answer holds, None for all that are here, which are so many.
+
+        Args:
+            header: of the answer.
+            count: how many parameters are here.
+            whole: all of them were asked for.
 
         Raises:
             Fenced: it holds all that the session has, which are not so many.
+            InvalidAnswer: it holds others than those asked for.
         """
         ranges = header.get("segments")
         if ranges is not None:
+            if whole and ranges != [0, count]:
+                raise wrong(f"The answer has the segments {ranges!r:.80}; all {count} were asked for.", "segments")
             return from_ranges(ranges, count, side="client")
         if header.get("count", count) != count:
             raise outgrown(self.spec.name, self._place.worker, len(self.spec.groups), side="client")

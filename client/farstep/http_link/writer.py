@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
+from farstep.answers import Page, Reply
 from farstep.conversation import Arrived, Conversation, Place, Received
 from farstep.errors import Fenced, IdempotencyMismatch, Truncated, Unavailable
 from farstep.growth import AppendHead, outgrown
@@ -93,9 +94,18 @@ class Writer:
         """Send gradients once, and return when the head of an answer is there."""
         return self._server.send("POST", f"{self._path}/push", header, payload, wait_s=self._barrier_s)
 
-    def put(self, head: MakeHead, payload: Payload) -> Received:
+    def put(self, head: MakeHead, payload: Payload) -> Reply:
         """Send contents; see `_write`."""
-        return self._write("Writing", "PUT", f"{self._path}/contents", head, payload, lambda header: [])
+        reply: Reply | None = None
+
+        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+            nonlocal reply
+            reply = Reply.of(header, self.incarnation)
+            return []
+
+        self._write("Writing", "PUT", f"{self._path}/contents", head, payload, place)
+        assert reply is not None
+        return reply
 
     def append(self, head: MakeHead, payload: Payload, place: Place) -> Received:
         """Send a param group; see `_write`."""
@@ -136,7 +146,7 @@ class Writer:
                 if begun is not None:
                     first, begun = begun, None
                     try:
-                        return self._server.receive(first.finish(), place, arrived=arrived)
+                        return self._server.receive(first.finish(), place, path, arrived=arrived)
                     except Truncated:  # it came too slowly, so nothing has happened
                         first.outcome = BROKEN
                 if self._patience.attempts > 1:  # an answer to the first try may still come where it was told to
@@ -184,17 +194,17 @@ class Writer:
         before = self.names.unanswered
         repeated = before is not None and before.has_content_of(header, payload)
 
-        def attempt() -> dict[str, Any]:
-            page = self._server.control("GET", self.worker_path)
-            if page["waiting"] and page["epoch"] == self.names.epoch and not repeated:
+        def attempt() -> Page:
+            page = Page.of(self._server.control("GET", self.worker_path))
+            if page.waiting and page.epoch == self.names.epoch and not repeated:
                 raise Unavailable("an earlier push of this worker still waits at the barrier")
             return page
 
         what = f"Asking session {self._session!r} for the last write of worker {self.names.worker!r}"
         page = self._patience.call(what, self._server.server, attempt)
-        if page["incarnation"] != self.incarnation or page["epoch"] != self.names.epoch:
+        if page.incarnation != self.incarnation or page.epoch != self.names.epoch:
             return header  # which the server will refuse, in the right words
         if before is not None and repeated:
             return before.header
-        self.names.learn(int(page["sequence"]))
+        self.names.learn(page.sequence)
         return head(self.names.next(), self.incarnation).to_header()

@@ -5,19 +5,24 @@ Contiguous CPU tensors are sent from their own memory. Parameters arrive in `arr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import cast
+from typing import Final, cast
 
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidRequest, TensorMismatch
+from farstep.errors import InvalidRequest, ResponseTooLarge, TensorMismatch
 from farstep.fields import EVERYWHERE, NUMBERS, FieldKind, Shapes, check_shape, shape_of
 from farstep.messages import Sparse
 from farstep.presence import PRESENT, mask_of, names_of
 from farstep.states import State
 from farstep.tensors.narrowing import Narrowing
 from farstep.wire.memory import tensor_memory
+
+MOST_PAIRS: Final = 2**14
+"""Rows of all parameters' elements that a field of its own shape may have, such as the history of LBFGS."""
+LONGEST_LIST: Final = 2**20
 
 
 def outgoing(tensor: Tensor) -> memoryview:
@@ -129,10 +134,12 @@ class StateArrivals:
     Args:
         parameters: whose state arrives.
         fields: what it consists of; none where only `present` is asked for.
+        elements: those of all parameters of the session, for what is of a shape of its own.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], fields: Mapping[str, FieldKind]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], fields: Mapping[str, FieldKind], elements: int) -> None:
         self._parameters = parameters
+        self._largest = MOST_PAIRS * elements + LONGEST_LIST
         self._fields = fields
         self._numbers: dict[str, Tensor] = {}
         self._elements: dict[str, dict[int, Tensor]] = {}
@@ -148,6 +155,7 @@ class StateArrivals:
 
         Raises:
             InvalidRequest: not the fields that were asked for; those that nobody has may be missing.
+            ResponseTooLarge: a shape is none that an optimizer of these parameters has.
         """
         needed = {name for name, kind in self._fields.items() if kind in EVERYWHERE} | {PRESENT}
         if not needed <= set(names) <= {*self._fields, PRESENT}:
@@ -175,7 +183,14 @@ class StateArrivals:
             raise InvalidRequest(f"The answer does not tell the shape of {name!r}.", field="shapes", side="client")
         shape = shapes[name]
         dtype = torch.float64 if shape is None else self._parameters[0].dtype.to_real()
-        self._free[name] = torch.empty(shape or (), dtype=dtype, device="cpu")
+        try:
+            if math.prod(shape or ()) > self._largest:
+                raise ValueError(shape)
+            self._free[name] = torch.empty(shape or (), dtype=dtype, device="cpu")
+        except (ValueError, RuntimeError) as exc:
+            raise ResponseTooLarge(
+                f"The answer has {name!r} of shape {shape!r:.80}.", field="shapes", limit=self._largest, side="client"
+            ) from exc
         if shape is None:
             self._plain.add(name)
         return tensor_memory(self._free[name])

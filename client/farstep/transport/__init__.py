@@ -2,8 +2,9 @@
 
 from .body import Readable, ResponseBody, body_of
 from .extensions import BODY, DEADLINE_S, NAMED
+from .head import MalformedAnswer, OversizedAnswer
 from .pieces import Batch, Pieces, Supply
-from .route import Answer, Route
+from .route import Answer, Described, Route
 from .sockets import Dial, SocketTransport, dial_tcp
 
 __all__ = [
@@ -12,7 +13,10 @@ __all__ = [
     "NAMED",
     "Answer",
     "Batch",
+    "Described",
     "Dial",
+    "MalformedAnswer",
+    "OversizedAnswer",
     "Pieces",
     "Readable",
     "ResponseBody",

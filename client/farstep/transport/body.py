@@ -17,10 +17,12 @@ import httpx
 
 from .connection import Connection
 from .extensions import BODY
-from .head import MAX_HEADERS, ResponseHead, chunk_size
+from .head import MAX_HEAD_BYTES, MAX_HEADERS, MalformedAnswer, OversizedAnswer, ResponseHead, chunk_size
 from .pieces import SLICE_BYTES
 
 _ITERATED_BYTES: Final = 65536
+FRAMING_PER_BYTE: Final = 16
+"""Bytes that may frame one byte of a body in chunks, beside those that a head may have; six are enough for any."""
 _NOTHING: Final = memoryview(b"")
 
 
@@ -69,6 +71,7 @@ class ResponseBody(httpx.SyncByteStream):
         self._release = release
         self._reusable = head.reusable and complete
         self._chunked = head.chunked
+        self._framing_bytes = 0
         self._begun = False
         self._left = 0 if head.chunked else head.length
         self._received_bytes = 0
@@ -83,7 +86,8 @@ class ResponseBody(httpx.SyncByteStream):
         Raises:
             httpx.ReadTimeout: none came in time.
             httpx.ReadError: the connection broke.
-            httpx.RemoteProtocolError: the body ended early, or its chunks are malformed.
+            httpx.RemoteProtocolError: the body ended early.
+            MalformedAnswer: its chunks are not what HTTP/1.1 says.
             httpx.StreamClosed: the response was closed before.
         """
         if self._over or not len(view):
@@ -152,16 +156,26 @@ class ResponseBody(httpx.SyncByteStream):
             self._finish(reusable=self._reusable)
 
     def _next_chunk(self) -> int:
-        if self._begun and self._connection.read_line():
-            raise httpx.RemoteProtocolError("The server sent a chunk that is longer than it said.")
+        if self._begun and self._read_line():
+            raise MalformedAnswer("The server sent a chunk that is longer than it said.")
         self._begun = True
-        size = chunk_size(self._connection.read_line())
+        size = chunk_size(self._read_line())
         if not size:
             for _ in range(MAX_HEADERS):
-                if not self._connection.read_line():
+                if not self._read_line():
                     return 0
-            raise httpx.RemoteProtocolError(f"The server sent more than {MAX_HEADERS} trailers.")
+            raise OversizedAnswer(f"The server sent more than {MAX_HEADERS} trailers.")
         return size
+
+    def _read_line(self) -> bytes:
+        """Return the next line of what frames the chunks; the server cannot send such lines for ever."""
+        line = self._connection.read_line()
+        self._framing_bytes += len(line) + 2
+        if self._framing_bytes > MAX_HEAD_BYTES + FRAMING_PER_BYTE * self._received_bytes:
+            raise OversizedAnswer(
+                f"The server framed {self._received_bytes} bytes of a body with {self._framing_bytes} others."
+            )
+        return line
 
     def _finish(self, *, reusable: bool) -> None:
         self._over = True

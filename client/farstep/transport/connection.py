@@ -18,11 +18,13 @@ from typing import Any, Final, final
 import httpx
 
 from .extensions import DEADLINE_S
-from .head import END, MAX_HEAD_BYTES, ResponseHead, response_head
+from .head import END, MAX_HEAD_BYTES, MalformedAnswer, OversizedAnswer, ResponseHead, response_head
 from .link import MAX_BUFFERS, READ, Link
 from .pieces import Cursor
 
 _MAX_INTERIM_ANSWERS: Final = 16
+SLOWEST_BYTES_PER_S: Final = 16 * 1024
+"""How fast an answer has to come at least, from its first byte on, beyond the time that a single read may take."""
 
 
 @final
@@ -83,6 +85,8 @@ class Connection:
         self._answer: ResponseHead | None = None
         self._method = ""
         self._limits = Limits(None, None, None, None)
+        self._came_since: float | None = None
+        self._came_bytes = 0
         self.closed = False
         self.heard = False
         self.idle_since = 0.0
@@ -91,6 +95,7 @@ class Connection:
         """Start an exchange."""
         self._method, self._limits = method, limits
         self._interim, self._answer, self.heard, self._sending = 0, None, False, False
+        self._came_since, self._came_bytes = None, 0
 
     def quiet(self) -> bool:
         """Tell whether an idle connection still is one: open, ours and without a byte nobody asked for."""
@@ -141,7 +146,8 @@ class Connection:
         Raises:
             httpx.ReadTimeout: it did not come in time.
             httpx.ReadError: the connection broke.
-            httpx.RemoteProtocolError: the server hung up instead, or what it sent is not HTTP/1.1.
+            httpx.RemoteProtocolError: the server hung up instead.
+            MalformedAnswer: what it sent is not HTTP/1.1.
         """
         soon = self.heard  # the first of it is never there yet
         while self._answer is None:
@@ -177,7 +183,8 @@ class Connection:
         """Return the next line without its line break.
 
         Raises:
-            httpx.RemoteProtocolError: there is none, or it is longer than a head may be.
+            httpx.RemoteProtocolError: there is none.
+            OversizedAnswer: it is longer than a head may be.
             httpx.ReadTimeout, httpx.ReadError: as `read_into`.
         """
         while (stop := self._memory.find(b"\r\n", self._start, self._end)) < 0:
@@ -210,7 +217,7 @@ class Connection:
                 return head
             self._interim += 1
             if self._interim > _MAX_INTERIM_ANSWERS:
-                raise httpx.RemoteProtocolError("The server keeps sending interim answers (1xx).")
+                raise MalformedAnswer("The server keeps sending interim answers (1xx).")
         return None
 
     def _listen(self) -> bool:
@@ -239,7 +246,7 @@ class Connection:
             self._start = self._end = 0
         elif self._end == len(self._scratch):
             if not self._start:
-                raise httpx.RemoteProtocolError(f"The server sent a head or line above {MAX_HEAD_BYTES} bytes.")
+                raise OversizedAnswer(f"The server sent a head or line above {MAX_HEAD_BYTES} bytes.")
             held = self._end - self._start
             self._scratch[:held] = self._scratch[self._start : self._end]
             self._start, self._end = 0, held
@@ -265,7 +272,23 @@ class Connection:
             except OSError as exc:
                 raise httpx.ReadError(f"The connection broke while reading: {exc}") from exc
             if got is not None:
+                self._came(got)
                 return got
+            if self._too_slow():
+                raise httpx.ReadTimeout(f"The answer came more slowly than {SLOWEST_BYTES_PER_S} bytes per second.")
             events, soon = (self._link.blocked_on if soon else READ), True
             if not self._link.wait(events, self._limits.left(self._limits.read_s)):
                 raise httpx.ReadTimeout("The server sent nothing in time.")
+
+    def _came(self, count: int) -> None:
+        """Take note that bytes of an answer have come; those that came while a request was sent do not count."""
+        if self._came_since is None:
+            self._came_since = time.monotonic()
+        self._came_bytes += count
+
+    def _too_slow(self) -> bool:
+        """Tell whether an answer trickles: a byte now and then would keep any limit for a single read."""
+        if self._came_since is None or self._limits.read_s is None:
+            return False
+        allowed_s = self._limits.read_s + self._came_bytes / SLOWEST_BYTES_PER_S
+        return time.monotonic() - self._came_since > allowed_s

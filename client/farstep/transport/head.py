@@ -29,6 +29,14 @@ _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _FRAMING: Final = (b"content-length", b"transfer-encoding", b"accept-encoding")
 
 
+class MalformedAnswer(httpx.RemoteProtocolError):
+    """What the server sent is not HTTP/1.1; it would be the same if it was asked again."""
+
+
+class OversizedAnswer(MalformedAnswer):
+    """A head, or what frames a body, is larger than it may be."""
+
+
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
     """State what the head of a response says.
@@ -41,6 +49,8 @@ class ResponseHead:
         length: bytes of the body; None when only the body's own framing, or the connection's end, tells.
         chunked: the body is in chunks.
         reusable: the connection may carry another request after the body.
+        kind: the body's `Content-Type`, empty if there is none.
+        coding: its `Content-Encoding`, empty if it is sent as it is.
     """
 
     status: int
@@ -50,6 +60,8 @@ class ResponseHead:
     length: int | None
     chunked: bool
     reusable: bool
+    kind: bytes = b""
+    coding: bytes = b""
 
 
 def _default_accept_encoding() -> bytes:
@@ -103,22 +115,25 @@ def response_head(block: bytes, method: str) -> ResponseHead:
         method: the request's method; an answer to HEAD has no body.
 
     Raises:
-        httpx.RemoteProtocolError: it is not an HTTP/1 head, or does not tell where the body ends.
+        MalformedAnswer: it is not an HTTP/1 head, or does not tell where the body ends.
+        OversizedAnswer: it has too many headers.
     """
     first, *lines = block.split(b"\r\n")
     status_line = _STATUS.fullmatch(first)
     if status_line is None:
-        raise httpx.RemoteProtocolError(f"The server's answer is not HTTP/1: it begins with {first[:40]!r}.")
+        raise MalformedAnswer(f"The server's answer is not HTTP/1: it begins with {first[:40]!r}.")
     if len(lines) > MAX_HEADERS:
-        raise httpx.RemoteProtocolError(f"The server sent {len(lines)} headers; the limit is {MAX_HEADERS}.")
+        raise OversizedAnswer(f"The server sent {len(lines)} headers; the limit is {MAX_HEADERS}.")
     headers: list[tuple[bytes, bytes]] = []
     lengths: set[bytes] = set()
     codings: list[bytes] = []
     connection: list[bytes] = []
+    kinds: list[bytes] = []
+    encodings: list[bytes] = []
     for line in lines:
         header = _HEADER.fullmatch(line)
         if header is None:
-            raise httpx.RemoteProtocolError(f"The server sent a malformed header: {line[:80]!r}.")
+            raise MalformedAnswer(f"The server sent a malformed header: {line[:80]!r}.")
         name, value = header[1], header[2].rstrip(b" \t")
         headers.append((name, value))
         match name.lower():
@@ -128,6 +143,10 @@ def response_head(block: bytes, method: str) -> ResponseHead:
                 codings += [each.strip().lower() for each in value.split(b",")]
             case b"connection":
                 connection += [each.strip().lower() for each in value.split(b",")]
+            case b"content-type":
+                kinds.append(value)
+            case b"content-encoding" if value.lower() != b"identity":
+                encodings.append(value)
     status, version = int(status_line[2]), b"HTTP/1." + status_line[1]
     length, chunked = _framing(status, method, lengths, codings)
     return ResponseHead(
@@ -143,14 +162,16 @@ def response_head(block: bytes, method: str) -> ResponseHead:
             and (chunked or length is not None)
             and not (chunked and lengths)
         ),
+        kind=b", ".join(kinds),
+        coding=b", ".join(encodings),
     )
 
 
 def _framing(status: int, method: str, lengths: set[bytes], codings: list[bytes]) -> tuple[int | None, bool]:
     if len(lengths) > 1 or any(not each.isdigit() or len(each) > 18 for each in lengths):
-        raise httpx.RemoteProtocolError(f"The server sent an invalid Content-Length: {sorted(lengths)}.")
+        raise MalformedAnswer(f"The server sent an invalid Content-Length: {sorted(lengths)}.")
     if codings not in ([], [b"chunked"]):
-        raise httpx.RemoteProtocolError(f"The server sent a Transfer-Encoding nobody asked for: {codings}.")
+        raise MalformedAnswer(f"The server sent a Transfer-Encoding nobody asked for: {codings}.")
     if method == "HEAD" or status < 200 or status in (204, 304):
         return 0, False
     if codings:
@@ -162,9 +183,9 @@ def chunk_size(line: bytes) -> int:
     """Return the length that the first line of a chunk states, without its line break.
 
     Raises:
-        httpx.RemoteProtocolError: it is not a hexadecimal number of at most 15 digits.
+        MalformedAnswer: it is not a hexadecimal number of at most 15 digits.
     """
     digits = line.partition(b";")[0].strip(b" \t")
     if not re.fullmatch(rb"[0-9A-Fa-f]{1,15}", digits):
-        raise httpx.RemoteProtocolError(f"The server sent a malformed chunk size: {line[:40]!r}.")
+        raise MalformedAnswer(f"The server sent a malformed chunk size: {line[:40]!r}.")
     return int(digits, 16)

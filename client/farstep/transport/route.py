@@ -7,7 +7,7 @@ step takes on this side. Over a `Route` neither is built, unless the answer is a
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import final
+from typing import NamedTuple, final
 
 import httpx
 
@@ -59,6 +59,27 @@ class Route:
         return head
 
 
+class Described(NamedTuple):
+    """What a head says of the body behind it: type, coding, length, and whether its end is told.
+
+    Attributes:
+        kind: the `Content-Type`, empty if there is none.
+        coding: the `Content-Encoding`, empty if it is sent as it is.
+        length: its bytes, None where the head does not say.
+        framed: its end can be told from that of the connection.
+    """
+
+    kind: bytes
+    coding: bytes
+    length: int | None
+    framed: bool
+
+    @classmethod
+    def by(cls, head: ResponseHead) -> Described:
+        """Return what a head says."""
+        return cls(head.kind, head.coding, head.length, head.chunked or head.length is not None)
+
+
 @final
 class Answer:
     """An answer whose head is there.
@@ -67,36 +88,41 @@ class Answer:
         status: its status code.
         body: what follows.
         close: gives the connection up, if the body was not read to its end.
+        head: what its head says of the body.
         response: makes httpx's form of it.
     """
 
     def __init__(
-        self, status: int, body: Readable, close: Callable[[], None], response: Callable[[], httpx.Response]
+        self,
+        status: int,
+        body: Readable,
+        close: Callable[[], None],
+        head: Described,
+        response: Callable[[], httpx.Response],
     ) -> None:
         self.status = status
         self.body = body
         self.close = close
-        self._response = response
+        self.head = head
+        self.response = response
 
     @classmethod
     def of(cls, response: httpx.Response) -> Answer:
         """Return the answer that httpx's response is."""
-        return cls(response.status_code, body_of(response), response.close, lambda: response)
+        told = response.headers
+        length, coding = told.get("content-length", ""), told.get("content-encoding", "")
+        head = Described(
+            kind=told.get("content-type", "").encode(),
+            coding=b"" if coding.lower() == "identity" else coding.encode(),
+            length=int(length) if length.isascii() and length.isdigit() else None,
+            framed=bool(length) or "transfer-encoding" in told,
+        )
+        return cls(response.status_code, body_of(response), response.close, head, lambda: response)
 
     @property
     def ok(self) -> bool:
-        """Say whether the request was granted."""
+        """Return whether the request was granted."""
         return 200 <= self.status < 300
-
-    def response(self) -> httpx.Response:
-        """Return httpx's form of it, read to the end.
-
-        Raises:
-            httpx.TransportError: the end did not come.
-        """
-        response = self._response()
-        response.read()
-        return response
 
 
 def response_of(head: ResponseHead, body: ResponseBody, request: httpx.Request) -> httpx.Response:

@@ -42,7 +42,7 @@ from .head import IDEMPOTENT, ResponseHead, request_head
 from .link import Link, Plain, Secure
 from .pieces import Pieces, Supply
 from .pool import Origin, Pool, origin_of
-from .route import Answer, Route, response_of
+from .route import Answer, Described, Route, response_of
 
 Dial = Callable[[Origin, float | None], socket.socket]
 """Connect to an origin within so many seconds; raises OSError (TimeoutError when they have passed)."""
@@ -124,7 +124,8 @@ class SocketTransport(httpx.BaseTransport):
         Raises:
             httpx.ConnectError, httpx.ConnectTimeout: no connection; the request has not been sent.
             httpx.WriteError, httpx.WriteTimeout, httpx.ReadError, httpx.ReadTimeout: the outcome is unknown.
-            httpx.RemoteProtocolError: the server hung up or does not speak HTTP/1.1; the outcome is unknown.
+            httpx.RemoteProtocolError: the server hung up; the outcome is unknown.
+            MalformedAnswer: it does not speak HTTP/1.1, or what it sent is too large (`OversizedAnswer`).
             httpx.LocalProtocolError, httpx.UnsupportedProtocol: the request itself is at fault.
         """
         asked = _Asked(request, origin_of(request), Limits.of(request.extensions), _repeatable(request))
@@ -142,7 +143,32 @@ class SocketTransport(httpx.BaseTransport):
         """
         head = route.head(0 if body is None else body.nbytes)
         answer, received = self._ask(route, partial(_with_body, head, body))
-        return Answer(answer.status, received, received.close, partial(response_of, answer, received, route.request))
+        return Answer(
+            answer.status,
+            received,
+            received.close,
+            Described.by(answer),
+            partial(response_of, answer, received, route.request),
+        )
+
+    def speaks_tls(self, url: httpx.URL, within_s: float) -> bool:
+        """Find out whether what listens where a plain URL leads speaks TLS; it is sent a greeting and nothing else."""
+        try:
+            sock = self._dial(origin_of(httpx.Request("GET", url)), within_s)
+        except OSError:
+            return False
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said over it
+        try:
+            sock.settimeout(within_s)
+            context.wrap_socket(sock).close()
+            return True
+        except ssl.SSLError as exc:
+            return "ALERT" in (exc.reason or "")
+        except OSError:
+            return False
+        finally:
+            sock.close()
 
     def close(self) -> None:
         """Close every connection; a thread that is using one gets an error."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from io import TextIOWrapper
 from types import FrameType
 
 SERVICE_ONLY = frozenset({"typer", "rich"})
@@ -20,6 +21,9 @@ def main() -> None:
         if exc.name not in SERVICE_ONLY:
             raise
         sys.exit(f"error: `farstep` needs {exc.name}, which is not installed.\n  Run: pip install 'farstep[service]'")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what a terminal cannot show must not end a verb
     if interruptible:
         signal.signal(signal.SIGINT, _interrupt)
     try:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from http.client import BadStatusLine, HTTPConnection, HTTPException, HTTPSConnection, RemoteDisconnected
 from typing import Annotated
 from urllib.parse import urlsplit
 
 import typer
 
 from farstep.errors import FarstepError, InvalidOption
+from farstep.failures import cause_of, check_address, without_secrets
 from farstep.unix import check_path, connected, path_of_url
 from farstep_service.cli.output import FAILED, JsonOutput, print_json, reporting, size
 from farstep_service.cli.remote import Server, Token, conversation, document_of, own_server, sessions_of
@@ -26,9 +27,9 @@ def healthcheck(
     """Exit 0 if a server answers, 1 if not: for containers and load balancers."""
     fault = fault_of(server, timeout_s)
     if json_output:
-        print_json({"healthy": not fault, "server": server, "detail": fault})
+        print_json({"healthy": not fault, "server": without_secrets(server), "detail": fault})
     elif fault:
-        typer.echo(f"{server}: {fault}", err=True)
+        typer.echo(f"{without_secrets(server)}: {fault}", err=True)
     if fault:
         raise typer.Exit(FAILED)
 
@@ -39,20 +40,29 @@ def fault_of(server: str, timeout_s: float) -> str:
     The standard library asks, because this runs every few seconds in a new process, and httpx takes longer to import.
     """
     try:
+        check_address(server)
         connection, base = _connection(server, timeout_s)
-    except (ValueError, KeyError, InvalidOption):
+    except InvalidOption as exc:
+        return exc.detail
+    except (ValueError, KeyError):
         return f"that is no URL of a server; give one such as {own_server()}"
     try:
         connection.request("GET", base + "/healthz")
         answer = connection.getresponse()
         if answer.status != 200:
             return f"answers {answer.status}"
+        if answer.getheader("content-encoding", "identity") != "identity":
+            return "answers compressed, which was not asked for"
         return "" if HEALTHY in answer.read(1024).replace(b" ", b"") else "answers, but is not a farstep server"
     except FarstepError as exc:
         return f"no answer: {exc.detail}"
+    except (ConnectionResetError, RemoteDisconnected, BadStatusLine):  # what a port of TLS does to a plain request
+        return "no answer: it hung up, or does not speak HTTP; if it speaks TLS, its URL begins with https://"
     except (OSError, HTTPException, ValueError) as exc:
-        reason = exc.strerror if isinstance(exc, OSError) else None
-        return f"no answer: {reason or str(exc) or type(exc).__name__}"
+        cause = None if isinstance(exc, ConnectionError) else cause_of(exc)
+        if isinstance(exc, ConnectionError) and exc.strerror:
+            return f"no answer: {exc.strerror}"
+        return f"no answer: {cause.reason if cause else str(exc) or type(exc).__name__}"
     finally:
         connection.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -58,14 +58,16 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> Non
     from rich.table import Table
     from rich.text import Text
 
+    fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_PIPES
+    console = Console(width=fixed, highlight=False)
+    overflow: Literal["fold", "ellipsis"] = "fold" if console.options.ascii_only else "ellipsis"
     table = Table(box=None, pad_edge=False, header_style="bold")
     for number, column in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[number], int) for row in rows)
-        table.add_column(Text(column), justify="right" if numeric else "left")
+        table.add_column(Text(column), justify="right" if numeric else "left", overflow=overflow)
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
-    fixed = None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDTH_OF_PIPES
-    Console(width=fixed, highlight=False).print(table)
+    console.print(table)
 
 
 def print_facts(facts: Mapping[str, Any]) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlencode
 
 import typer
 
-from farstep.errors import FarstepError, InvalidOption, InvalidRequest, Unavailable
+from farstep.errors import FarstepError, InvalidAnswer, InvalidOption, Unavailable
 from farstep.unix import url_of_path
 from farstep_service.settings import DEFAULT_PORT
 
@@ -22,6 +21,35 @@ READ_TIMEOUT_S = 10.0
 SESSIONS_PAGE = 100
 MEMBERS_PAGE = 500
 """How many sessions, and workers or param groups, are asked for at once: as many as a server gives."""
+MOST_SESSIONS = 100_000
+"""A server that always has another page is no server of ours."""
+LISTING_BYTES = 16 << 20
+"""Size of a list of sessions, or of one session's workers, at most."""
+INFO: Mapping[str, type] = {
+    "farstep": str,
+    "device": str,
+    "optimizers": list,
+    "sessions": int,
+    "parameter_bytes": int,
+    "authentication": bool,
+}
+SESSION: Mapping[str, type] = {
+    "name": str,
+    "incarnation": str,
+    "version": int,
+    "initialised": bool,
+    "optimizer": str,
+    "groups": list,
+    "consistency": dict,
+    "nonfinite": str,
+    "kernel": str,
+    "parameters": int,
+    "segments": int,
+    "bytes": dict,
+    "workers": dict,
+}
+WORKER: Mapping[str, type] = {"epoch": int, "sequence": int, "waiting": bool, "live": bool}
+"""Members of the server's documents that verbs show."""
 
 
 def own_server() -> str:
@@ -47,12 +75,14 @@ def conversation(server: str, token: str | None) -> Iterator[Conversation]:
     Raises:
         InvalidOption: the URL is none.
         Unavailable: no answer came.
-        InvalidRequest: the answer is not a farstep server's.
+        InvalidAnswer: the answer is not a farstep server's.
         FarstepError: what the server answered.
     """
     import httpx
 
     from farstep.conversation import Conversation
+    from farstep.failures import without_secrets
+    from farstep.replies import why
     from farstep.settings import resolve
 
     speaking = None
@@ -64,16 +94,14 @@ def conversation(server: str, token: str | None) -> Iterator[Conversation]:
         raise
     except httpx.TransportError as exc:
         cause = exc.__cause__
-        reason = cause.strerror if isinstance(cause, OSError) and cause.strerror else str(exc) or type(exc).__name__
+        reason, remedy = why(exc)
+        if isinstance(cause, ConnectionError) and cause.strerror:
+            reason = cause.strerror
         raise Unavailable(
-            f"{server} does not answer: {reason.rstrip('.')}.",
-            remedy="Check the URL, and that `farstep serve` runs there.",
-            side="client",
+            f"{without_secrets(server)} does not answer: {reason.rstrip('.')}.", remedy=remedy, side="client"
         ) from exc
-    except (json.JSONDecodeError, UnicodeDecodeError) as exc:
-        raise not_a_server(server) from exc
     except (httpx.InvalidURL, ValueError) as exc:
-        raise InvalidOption(f"The URL {server!r:.200} or the token cannot be used: {exc}.", side="client") from exc
+        raise InvalidOption(f"The URL {without_secrets(server)!r} or the token cannot be used.", side="client") from exc
     finally:
         if speaking is not None:
             speaking.close()
@@ -83,10 +111,10 @@ def document_of(speaking: Conversation, path: str, known_by: str) -> dict[str, A
     """Return a document that the server has at a path and that has the key `known_by`.
 
     Raises:
-        InvalidRequest: the answer is not a farstep server's.
+        InvalidAnswer: the answer is not a farstep server's.
     """
-    answer: object = speaking.control("GET", path)
-    if not isinstance(answer, dict) or known_by not in answer:
+    answer: object = speaking.control("GET", path, largest=LISTING_BYTES)
+    if not isinstance(answer, dict) or known_by not in answer or not _whole(answer):
         raise not_a_server(speaking.server)
     return answer
 
@@ -95,17 +123,18 @@ def sessions_of(speaking: Conversation) -> list[dict[str, Any]]:
     """Return what the server says about each of its sessions, asking for one page after the other.
 
     Raises:
-        InvalidRequest: the answer is not a farstep server's.
+        InvalidAnswer: the answer is not a farstep server's.
     """
     found: dict[str, dict[str, Any]] = {}
     after = ""
     while True:
-        page: object = speaking.control("GET", f"/v1/sessions?{urlencode({'after': after, 'limit': SESSIONS_PAGE})}")
-        if not isinstance(page, list) or not all(isinstance(each, dict) and "name" in each for each in page):
+        query = urlencode({"after": after, "limit": SESSIONS_PAGE})
+        page: object = speaking.control("GET", f"/v1/sessions?{query}", largest=LISTING_BYTES)
+        if not isinstance(page, list) or not all(isinstance(each, dict) and _whole(each) for each in page):
             raise not_a_server(speaking.server)
         new = {each["name"]: each for each in page if each["name"] not in found}
         found |= new
-        if not new or len(page) != SESSIONS_PAGE:  # a server that knows no pages answers with all
+        if not new or len(page) != SESSIONS_PAGE or len(found) > MOST_SESSIONS:  # one that knows no pages gives all
             return list(found.values())
         after = page[-1]["name"]
 
@@ -114,26 +143,51 @@ def session_of(speaking: Conversation, path: str) -> dict[str, Any]:
     """Return what the server says about one session, with all of its workers and param groups.
 
     Raises:
-        InvalidRequest: the answer is not a farstep server's.
+        InvalidAnswer: the answer is not a farstep server's.
     """
     found = document_of(speaking, path, "version")
-    while len(found["workers"]) < found.get("worker_count", 0):
-        query = urlencode({"after": max(found["workers"]), "limit": MEMBERS_PAGE})
-        page = speaking.control("GET", f"{path}/workers?{query}")
-        if not page:
+    workers, groups = found["workers"], found["groups"]
+    while workers and len(workers) < found.get("worker_count", 0):
+        query = urlencode({"after": max(workers), "limit": MEMBERS_PAGE})
+        page: object = speaking.control("GET", f"{path}/workers?{query}", largest=LISTING_BYTES)
+        if not isinstance(page, dict) or not _are_workers(page):
+            raise not_a_server(speaking.server)
+        if page.keys() <= workers.keys():
             break  # some have left meanwhile
-        found["workers"] |= page
-    while len(found["groups"]) < found.get("group_count", 0):
-        query = urlencode({"after": len(found["groups"]) - 1, "limit": MEMBERS_PAGE})
-        groups = speaking.control("GET", f"{path}/groups?{query}").get("groups")
-        if not groups:
+        workers |= page
+    while len(groups) < found.get("group_count", 0):
+        query = urlencode({"after": len(groups) - 1, "limit": MEMBERS_PAGE})
+        more = speaking.control("GET", f"{path}/groups?{query}", largest=LISTING_BYTES).get("groups")
+        if not isinstance(more, list) or not all(isinstance(each, dict) for each in more):
+            raise not_a_server(speaking.server)
+        if not more:
             break
-        found["groups"] += groups
+        groups += more
     return found
 
 
-def not_a_server(server: str) -> InvalidRequest:
+def _whole(document: dict[str, Any]) -> bool:
+    """Return whether a server's page, or a session's, has the members that verbs show, of the types that they show."""
+    needed = SESSION if "incarnation" in document else INFO
+    if not all(isinstance(document.get(key), kind) for key, kind in needed.items()):
+        return False
+    if needed is INFO:
+        return True
+    numbers = all(type(each) is int for each in document["bytes"].values())
+    groups = all(isinstance(each, dict) for each in document["groups"])
+    counts = all(type(document.get(key, 0)) is int for key in ("worker_count", "group_count"))
+    return numbers and groups and counts and _are_workers(document["workers"])
+
+
+def _are_workers(pages: dict[str, Any]) -> bool:
+    return all(
+        isinstance(each, dict) and all(isinstance(each.get(key), kind) for key, kind in WORKER.items())
+        for each in pages.values()
+    )
+
+
+def not_a_server(server: str) -> InvalidAnswer:
     """Return the error of something that answers, but not as a farstep server."""
-    return InvalidRequest(
+    return InvalidAnswer(
         f"{server} does not answer as a farstep server does.", remedy="Check the URL and its port.", side="client"
     )

@@ -39,6 +39,8 @@ from farstep_service.rule import Rule
 from farstep_service.settings import Settings
 
 Head = TypeVar("Head", PushHead, PutHead, AppendHead)
+QUERY = frozenset({"fields", "segments", "wire_parameters", "worker", "epoch"})
+"""What the query of a pull may say."""
 Reserve = Callable[[int], None]
 """Called with the bytes of memory that are about to be taken; raises `Busy` if there is no room."""
 
@@ -136,11 +138,12 @@ class Contents(Endpoint):
             host, reserve, scope, receive, PutHead.from_header, host.begin_put, largest=_largest(host)
         )
         answer = await host.put(head, intake, fingerprint)
-        await answer_message(send, {**_header(host, answer, {}), "version": answer.receipt.version}, ())
+        header = {**_header(host, answer, {}), "version": answer.receipt.version, "segments": []}
+        await answer_message(send, header, ())
 
     async def _give(self, host: Host, reserve: Reserve, scope: Scope, send: Send) -> None:
         query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
-        if unknown := sorted(set(query) - {"fields", "segments", "wire_parameters", "worker", "epoch"}):
+        if unknown := sorted(set(query) - QUERY):
             raise InvalidRequest(f"Unknown query parameter {unknown[0]!r:.80}.", field="query")
         fields = ",".join(query.get("fields", ["param"])).split(",")
         if len(set(fields)) != len(fields):

@@ -26,6 +26,8 @@ from farstep.errors import (
     InternalError,
     InvalidRequest,
     LimitExceeded,
+    NoSuchMethod,
+    NoSuchRoute,
     OutOfMemory,
     Unauthorized,
     Unavailable,
@@ -134,20 +136,6 @@ def error_of(exc: Exception) -> FarstepError:
     return InternalError(
         f"The server met a defect of its own; its log has it as {number}.", remedy="Report it with that log."
     )
-
-
-class NoSuchRoute(InvalidRequest):
-    """The path, or the method on it, does not exist."""
-
-    code = "no_such_route"
-    status = 404
-
-
-class NoSuchMethod(NoSuchRoute):
-    """The path exists, but not with this method."""
-
-    code = "no_such_method"
-    status = 405
 
 
 class Problem(BaseModel):
