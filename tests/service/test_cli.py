@@ -369,3 +369,20 @@ def test_warmup_for_what_there_is_not(option: str) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("error invalid_option: ")
     assert "There are" in done.stderr
+
+
+@pytest.mark.parametrize("verb", [["status"], ["sessions", "ls"], ["sessions", "show", "a-very-long-name"], ["--help"]])
+def test_an_ascii_terminal_is_enough(impostor: Callable[..., str], verb: list[str]) -> None:
+    """Tables that are cut, names from elsewhere and frames end no verb where only ascii can be printed."""
+    page = {"name": "\u00fcber-lang-" * 20, "incarnation": "0" * 32, "version": 1, "initialised": True}
+    page |= {"optimizer": "Ad\u00e4m", "groups": [{"lr": "\u221e"}], "consistency": {"mode": "async"}, "workers": {}}
+    page |= {"nonfinite": "refuse", "kernel": "auto", "policy": {}, "parameters": 1, "segments": 1, "bytes": {"p": 4}}
+    info = {"farstep": "\u2026", "device": "cpu", "optimizers": [], "sessions": 1, "parameter_bytes": 4}
+    body = page if "show" in verb else [page] if "ls" in verb else {**info, "authentication": False}
+    env = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "COLUMNS": "40"}
+    done = farstep(*verb, env={**env, "FARSTEP_SERVER": impostor(json.dumps(body), kind="application/json")})
+    assert "Traceback" not in done.stderr
+    assert "UnicodeEncodeError" not in done.stderr
+    assert done.stdout.isascii() or "show" in verb  # which click writes in UTF-8
+    if "status" not in verb:  # which asks for two documents, and gets one of them twice
+        assert (done.returncode, bool(done.stdout)) == (0, True), done.stderr
