@@ -99,10 +99,7 @@ class Layout:
             TensorMismatch: a name, shape, dtype or group is not acceptable.
             LimitExceeded: there are more segments, dimensions or bytes than a session may have.
         """
-        layout = cls.empty().append(specs)
-        if not layout.segments:
-            raise TensorMismatch("The session has no parameter.", field="segments", remedy="Name at least one.")
-        return layout
+        return cls.empty().append(specs)
 
     @classmethod
     def empty(cls) -> Self:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from farstep.errors import FarstepError, InvalidOption
+from farstep.link import Parameter
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
 from tests.client.growing import LATE, add, named
@@ -152,19 +153,28 @@ def test_a_group_that_is_refused_changes_nothing(anywhere: RemoteOptions) -> Non
 
 
 def test_names_are_unique(anywhere: RemoteOptions) -> None:
-    """A late parameter of a name that is taken is refused, naming it."""
-    first, late = parameters(drawn(0))[:2], parameters(drawn(1))[:1]
-    optimizer = Adagrad([("a", first[0]), ("b", first[1])], **anywhere)
-    with pytest.raises(FarstepError, match="Two parameters are called 'b'"):
+    """Parameters of two models may have the same names, as in torch; the session tells them apart by a number."""
+    ends = []
+    for kind, place in ((Adagrad, dict(anywhere)), (torch.optim.Adagrad, {"foreach": False})):
+        first, late = parameters(drawn(0))[:3], parameters(drawn(1))[:1]
+        optimizer: Any = kind([("a", first[0]), ("b", first[1]), ("b", first[2])], **place)
+        for p in first:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
         optimizer.add_param_group({"params": [("b", late[0])]})
-    optimizer.add_param_group({"params": [("c", late[0])]})
-    optimizer.step()
+        for p in [*first, *late]:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        ends.append([*first, *late])
+        assert [group["param_names"] for group in optimizer.param_groups] == [["a", "b", "b"], ["b"]]
+    check_parameters(*ends)
 
 
 def test_an_embedded_session_stays_on_one_device() -> None:
     """A late parameter on another device is refused, as in the constructor."""
     optimizer = Adagrad(parameters(drawn(0)))
+    late = torch.ones(3, device="meta", requires_grad=True)  # stands for any device
     with pytest.raises(InvalidOption, match="cpu and meta"):
-        optimizer.add_param_group({"params": [torch.ones(3, device="meta", requires_grad=True)]})
+        optimizer._membership.link.append({}, [Parameter("late", (3,), "float32", 1)], [late])
     optimizer.step()
     assert len(optimizer.param_groups) == 1

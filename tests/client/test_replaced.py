@@ -215,7 +215,7 @@ def test_in_a_session_with_a_name_it_is_refused(
     twins.train(2)
     kept: list[Sequence[Tensor]] = [list(group["params"]) for group in twins.ours.param_groups]
     change(twins.ours)
-    for refused in (twins.ours.step, twins.ours.state_dict, twins.ours.pull):
+    for refused in (twins.ours.step, twins.ours.pull):
         with pytest.raises(FarstepError, match=r"keeps the parameters.*removed, reordered"):
             refused()
     assert talk.control("GET", f"/v1/sessions/{twins.ours.session}")["version"] == 2

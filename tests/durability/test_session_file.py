@@ -301,7 +301,7 @@ REFUSED: dict[str, tuple[type[Exception], str, bytes]] = {
     "a parameter of another dtype": (InvalidFile, "float16", saying(
         segments=[SEGMENTS[0], {**SEGMENTS[1], "dtype": "float16"}])),
     "a parameter twice": (TensorMismatch, "called 'w'", saying(segments=[SEGMENTS[0], SEGMENTS[0]])),
-    "no parameter": (InvalidFile, "segments", saying(segments=[])),
+    "no parameter": (InvalidFile, "its session says", saying(segments=[])),
     "a dtype that nobody knows": (TensorMismatch, "int8", saying(segments=[{**SEGMENTS[0], "dtype": "int8"}])),
     "a tensor of another name": (InvalidFile, "'exp_avg/w' is missing", renamed("exp_avg/w", "exp_avg/v")),
     "a field that nobody knows": (InvalidFile, "missing", renamed("step", "steps")),

@@ -89,10 +89,11 @@ def test_what_cannot_be_stored_is_refused(spec: SegmentSpec, kind: type[FarstepE
     assert words in str(caught.value)
 
 
-def test_an_empty_session_is_refused():
-    """A session without a parameter makes no sense."""
-    with pytest.raises(TensorMismatch, match="no parameter"):
-        Layout.build([])
+def test_a_session_may_begin_without_parameters():
+    """An optimizer may have groups without a parameter, to which some are added later."""
+    layout = Layout.build([])
+    assert (layout.segments, layout.nbytes) == ((), 0)
+    assert len(layout.append([SegmentSpec("late", (3,), "float32")]).segments) == 1
 
 
 def test_too_many_segments_are_refused():

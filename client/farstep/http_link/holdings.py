@@ -14,7 +14,7 @@ from torch import Tensor
 from farstep.http_link.sharing import Sharing
 from farstep.messages import Fill
 from farstep.narrow import Wire
-from farstep.tensors import Arrivals, Departures, NarrowArrivals, Narrowing
+from farstep.tensors import Arrivals, Departures, Form, NarrowArrivals, Narrowing
 from farstep.wire.memory import TORCH_DTYPES
 
 
@@ -29,6 +29,7 @@ class Holdings:
 
     Attributes:
         parameters: as above; updated in place.
+        forms: their shapes, dtypes and devices, as the session has them.
         wire_gradients, wire_parameters: 16-bit dtypes in which float32 tensors travel; None for their own.
         arrivals: where parameters arrive.
         departures: what gradients are sent from.
@@ -48,6 +49,7 @@ class Holdings:
         self._set_out()
 
     def _set_out(self) -> None:
+        self.forms = list(map(Form.of, self.parameters))
         half = self.wire_gradients
         self.narrowing = None if half is None else Narrowing(half, self.parameters)
         self.departures = Departures(self.parameters, self.narrowing)
@@ -65,6 +67,7 @@ class Holdings:
     def rebind_(self, parameters: Sequence[Tensor]) -> None:
         """Take other tensors of the same shapes and dtypes in the parameters' place."""
         self.parameters = list(parameters)
+        self.forms = list(map(Form.of, parameters))
         self.arrivals.rebind_(parameters)  # the departures go by shapes and dtypes, which are the same
 
     def grow_(self, parameters: Sequence[Tensor], arrivals: Arrivals) -> None:

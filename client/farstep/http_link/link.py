@@ -286,17 +286,17 @@ class HttpLink(Link):
     @in_ordinary_memory
     def stateful(self) -> tuple[int, list[bool]]:
         with self._standing.there():
-            return self._reader.stateful(self._holdings.parameters, self._check)
+            return self._reader.stateful(self._holdings.forms, self._check)
 
     @in_ordinary_memory
     def read_state(self, indices: Sequence[int]) -> list[State | None]:
         with self._standing.there():
-            return self._reader.states(self._standing.fields, self._holdings.parameters, indices, self._check)
+            return self._reader.states(self._standing.fields, self._holdings.forms, indices, self._check)
 
     @in_ordinary_memory
     def read_view(self, view: str) -> list[Tensor]:
         with self._standing.there():
-            return self._reader.view(view, self._holdings.parameters, self._check)
+            return self._reader.view(view, self._holdings.forms, self._check)
 
     def _check(self, header: Mapping[str, Any]) -> None:
         self._standing.check_arriving(header, len(self._holdings.parameters))

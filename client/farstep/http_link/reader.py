@@ -19,7 +19,7 @@ from farstep.http_link.patience import Patience
 from farstep.presence import PRESENT
 from farstep.replies import Said
 from farstep.states import State
-from farstep.tensors import Arrivals, StateArrivals
+from farstep.tensors import Arrivals, Form, StateArrivals
 from farstep.wire import to_ranges
 from farstep.wire.memory import tensor_memory
 
@@ -63,13 +63,13 @@ class Reader:
             "Pulling", path, ["param"], None, lambda header: arrivals.targets(None, whole=half is None), check
         )
 
-    def stateful(self, parameters: Sequence[Tensor], check: Check) -> tuple[int, list[bool]]:
+    def stateful(self, parameters: Sequence[Form], check: Check) -> tuple[int, list[bool]]:
         """Return the session's version, and for each parameter whether it has state."""
         received, arrivals = self._state({}, parameters, range(len(parameters)), check)
         return int(received.header["version"]), arrivals.present()
 
     def states(
-        self, fields: Mapping[str, FieldKind], parameters: Sequence[Tensor], indices: Sequence[int], check: Check
+        self, fields: Mapping[str, FieldKind], parameters: Sequence[Form], indices: Sequence[int], check: Check
     ) -> list[State | None]:
         """Return the state of some of all parameters, ascending, None where one has none."""
         if len(to_ranges(indices)) > QUERY_BOUNDS:
@@ -79,7 +79,7 @@ class Reader:
         _, arrivals = self._state(fields, parameters, indices, check)
         return arrivals.states()
 
-    def view(self, name: str, parameters: Sequence[Tensor], check: Check) -> list[Tensor]:
+    def view(self, name: str, parameters: Sequence[Form], check: Check) -> list[Tensor]:
         """Return what the session keeps of all parameters under another name, on their devices."""
         arrived = [torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in parameters]
         views = [tensor_memory(each) for each in arrived]
@@ -87,9 +87,11 @@ class Reader:
         return [each.to(p.device) for each, p in zip(arrived, parameters, strict=True)]
 
     def _state(
-        self, fields: Mapping[str, FieldKind], parameters: Sequence[Tensor], indices: Sequence[int], check: Check
+        self, fields: Mapping[str, FieldKind], parameters: Sequence[Form], indices: Sequence[int], check: Check
     ) -> tuple[Received, StateArrivals]:
-        arrivals = StateArrivals([parameters[i] for i in indices], fields, sum(map(Tensor.numel, parameters)))
+        arrivals = StateArrivals(
+            [parameters[i] for i in indices], fields, sum(form.shape.numel() for form in parameters)
+        )
         path = f"{self._path}?fields={','.join((*fields, PRESENT))}"
         segments = to_ranges(indices) if len(indices) < len(parameters) else None
         if segments is not None:

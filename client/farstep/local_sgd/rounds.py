@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from farstep.errors import FarstepError, InvalidOption, NonFinite
+from farstep.errors import FarstepError, InvalidOption, NonFinite, TensorMismatch
 from farstep.local_sgd.beginning import Beginning, follow_, forms_of
 from farstep.local_sgd.pending import Pending
 from farstep.optim.base import RemoteOptimizer
@@ -38,6 +38,7 @@ from farstep.plain import pythons_own
 from farstep.report import StepReport
 from farstep.sequence import is_refusal
 from farstep.settings import RemoteOptions, resolve
+from farstep.tensors import overlapping
 
 
 class Rounds:
@@ -183,6 +184,7 @@ class Rounds:
         """
         self._check_training("sync()")
         self._follow()
+        _check_apart(self._parameters)
         outer, pending = self.outer, self._pending
         if pending is None:
             pending = self._pending = Pending.of(outer, self._beginning.tensors, list(self._parameters.values()))
@@ -296,6 +298,7 @@ class Rounds:
     @torch.no_grad()
     def _join(self) -> None:
         """Open the session with what it begins with if it is new; the model goes on from where it stands if it may."""
+        _check_apart(self._parameters)
         loaded = self._loaded
         begin = self._parameters if loaded is None else loaded["parameters"]
         self._beginning = Beginning(self._parameters, begin)
@@ -344,6 +347,22 @@ def _hooked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     while "_optimizer_step_post_hooks" not in vars(optimizer):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # of the wrapper
     return optimizer
+
+
+def _check_apart(parameters: Mapping[str, Tensor]) -> None:
+    """Refuse parameters that share memory: what the session brings for one would be written over the other.
+
+    Raises:
+        TensorMismatch: naming two.
+    """
+    names = list(parameters)
+    for one, other in overlapping(list(parameters.values())):
+        raise TensorMismatch(
+            f"Parameters {names[one]!r} and {names[other]!r} of the model share memory.",
+            remedy="Tie them as one Parameter (b.weight = a.weight) before the context is made.",
+            field=names[other],
+            side="client",
+        )
 
 
 def _refused(what: str, field: str, remedy: str = "") -> InvalidOption:

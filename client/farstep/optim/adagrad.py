@@ -59,7 +59,7 @@ class Adagrad(RemoteOptimizer):
         Raises:
             InvalidOption: the session is embedded or private, so that no other process can have its state.
         """
-        place = self._member().place
+        place = self._joined().place
         if place.server is None or place.private:
             raise InvalidOption(
                 "The state of an embedded or private session cannot be shared between processes.",

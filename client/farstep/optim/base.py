@@ -25,11 +25,12 @@ from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
 from farstep.errors import InvalidOption, TensorMismatch
+from farstep.optim.chosen import chosen_of
 from farstep.optim.namesakes import told_apart, told_why
 from farstep.optim.options import check_group, take_
 from farstep.optim.refusals import check_types, refusal
 from farstep.optim.scaling import scaling_of, tell_
-from farstep.optim.torch_form import completed, describe, local
+from farstep.optim.torch_form import completed, local
 from farstep.optim.views import WithViews
 from farstep.settings import RemoteOptions, carried, of_copy, resolve
 
@@ -146,12 +147,11 @@ class RemoteOptimizer(WithViews):
         super().add_param_group(param_group)
         try:
             self._check_groups()
-            index = len(self.param_groups) - 1
-            described = [each for each in describe(self.param_groups) if each.group == index]
-            named = self._options()[index]
-            taken = member.append(named, described, self.param_groups[index]["params"])
+            chosen = chosen_of(self.param_groups, member.parameters)
+            named = self._options()[-1]
+            taken = member.append(named, [group["params"] for group in self.param_groups], chosen)
             if taken is not None:
-                take_(self.param_groups[index], named, taken)
+                take_(self.param_groups[-1], named, taken)
         except BaseException:
             self.param_groups.pop()
             raise
@@ -161,8 +161,8 @@ class RemoteOptimizer(WithViews):
 
         What was read since the last step is not fetched again, unless others have taken the session on.
         """
-        member = self._member()
-        if not member.place.private:
+        member = self._looked_at()
+        if member.fits and not member.place.private:
             self._settle(member)
             member.refresh()
         return super().state_dict()
@@ -175,11 +175,12 @@ class RemoteOptimizer(WithViews):
                 Nothing has changed then.
             FarstepError: what the session refused, or `Unavailable`. Here nothing has changed then; load it again.
         """
-        member = self._member()
+        member = self._looked_at()
         before = {"state": self.state, "param_groups": self.param_groups}
         super().load_state_dict(state_dict)
         try:
-            self._settle(member)
+            if member.fits:  # else the state stays here until a step takes it to a session that fits
+                self._settle(member)
         except BaseException:
             vars(self).update(before)
             raise
@@ -191,12 +192,12 @@ class RemoteOptimizer(WithViews):
 
         It continues as the session would. This optimizer stays open: close it if that was its last use.
         """
-        self._member()
+        self._looked_at()
         return local(self.twin, self.param_groups, self.defaults, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy is made of: torch's part, and where its session shall be. The token stays here."""
-        member = self._member()
+        member = self._looked_at()
         return {
             "defaults": self.defaults,
             "state": defaultdict(dict, {key: dict(own) for key, own in self.state.items()}),

@@ -18,10 +18,11 @@ from farstep.consistency import Consistency, checked, waits_for_others
 from farstep.heartbeat import Heartbeat, beating
 from farstep.hosts import open_link
 from farstep.link import SessionSpec
+from farstep.optim.chosen import chosen_of
 from farstep.optim.membership import Membership, OpenLink, refused
 from farstep.optim.namesakes import take_seat_, told_why
 from farstep.optim.options import option_kinds, plain_options, take_
-from farstep.optim.torch_form import describe, newborn
+from farstep.optim.torch_form import newborn, newborn_of_torch
 from farstep.plain import pythons_own
 from farstep.report import StepReport
 from farstep.settings import Place, elsewhere
@@ -78,7 +79,7 @@ class InSession(torch.optim.Optimizer):
             SessionFull: there are more live workers than the mode has places for.
             FarstepError: what else the session refused, or `Unavailable`.
         """
-        self._member().link.set_consistency(checked(mode))
+        self._joined().link.set_consistency(checked(mode))
 
     def options_in_force(self) -> list[dict[str, Any]]:
         """Return the options of each param group that are in force in the session, whoever set them last.
@@ -151,7 +152,7 @@ class InSession(torch.optim.Optimizer):
         With `overlap=True` a loop that accumulates as often in each step needs no such word; one that does not loses
         time without it, and nothing else. Without the option there is nothing to hold back.
         """
-        overlap = self._member().overlap
+        overlap = self._joined().overlap
         with nullcontext() if overlap is None else overlap.held():
             yield
 
@@ -161,7 +162,7 @@ class InSession(torch.optim.Optimizer):
         Its next `update()` then lowers the scale, as it does for an overflow of its own. Where every worker informs
         its scaler, all of them keep the same scale.
         """
-        self._member().scaler = scaler
+        self._joined().scaler = scaler
 
     def close(self) -> None:
         """Leave the session; a private one is removed from the server. Safe to call twice."""
@@ -180,12 +181,13 @@ class InSession(torch.optim.Optimizer):
 
     def _open(self, place: Place, state: Mapping[Any, Any] | None = None, version: int = 0) -> None:
         """Open the session at a version, with torch's form of a state that it begins with."""
+        chosen = chosen_of(self.param_groups)
         spec = SessionSpec(
             name=place.session,
             # A subclass, the user's or Lightning's, is what it derives from.
             optimizer=next(each for each in type(self).__mro__ if "twin" in vars(each)).__name__,
             groups=tuple(self._options()),
-            parameters=tuple(describe(self.param_groups)),
+            parameters=tuple(chosen.described),
             consistency=place.consistency,
             nonfinite=place.nonfinite,
             kernel=place.kernel,
@@ -195,6 +197,7 @@ class InSession(torch.optim.Optimizer):
             self._membership = Membership(
                 spec,
                 [group["params"] for group in self.param_groups],
+                chosen,
                 place,
                 opened_by=self.opened_by,
                 newborn=partial(newborn, self.twin, self.defaults),
@@ -205,7 +208,10 @@ class InSession(torch.optim.Optimizer):
             )
         take_seat_(self._membership, place)
         self._take_in_force()
-        self._membership.state.replace_(self.state if state is None else state)
+        own = self.state if state is None else state
+        if state is None and self._membership.link.eager and chosen.left:
+            own = {**own, **newborn_of_torch(self.twin, self.defaults, chosen.left_out)}
+        self._membership.state.replace_(own)
         self.state = self._membership.state
         self.last_step = None
         self._asked_for_scaling = False
@@ -233,13 +239,24 @@ class InSession(torch.optim.Optimizer):
         Raises:
             FarstepError: after `close`, in a copy, or with parameters that a session with a name cannot take.
         """
-        member = self._joined()
-        groups = [group["params"] for group in self.param_groups]
-        if not member.holds(groups):
-            self._settle(member)
-            if not member.rebind(groups):
-                self._move(member)
+        member = self._looked_at()
+        if not member.fits:
+            self._move(member)
         return self._membership
+
+    def _looked_at(self) -> Membership:
+        """Return the membership, to be read: it is left as it is by parameters that do not fit into the session.
+
+        Raises:
+            FarstepError: after `close`, or in a copy.
+        """
+        member = self._joined()
+        if not member.holds([group["params"] for group in self.param_groups]):
+            chosen = member.fitting(self.param_groups)
+            if chosen is not None:
+                self._settle(member)
+                member.rebind(self.param_groups, chosen)
+        return member
 
     def _joined(self) -> Membership:
         """Return the membership.
@@ -258,8 +275,8 @@ class InSession(torch.optim.Optimizer):
         if not member.place.private:
             raise refused(
                 f"Session {self.session!r}, which other workers may share, keeps the parameters it began with; in "
-                "the groups some were added, removed, reordered, or replaced by ones of other shapes or dtypes.",
-                "Put the parameters back, or make a new optimizer for the new ones.",
+                "the groups some were added, removed, reordered, or have another shape or dtype now.",
+                "Put the parameters back as they were, or make a new optimizer for those that there are.",
             )
         before = dict(vars(self))
         try:

@@ -23,15 +23,16 @@ import torch
 from torch import Tensor
 
 from farstep.consistency import waits_for_others
-from farstep.errors import FarstepError
+from farstep.errors import FarstepError, TensorMismatch
 from farstep.fields import FieldKind
-from farstep.link import Link, Parameter, SessionSpec, Start
+from farstep.link import Link, SessionSpec, Start
 from farstep.messages import Evaluation
+from farstep.optim.chosen import Chosen, chosen_of
 from farstep.optim.options import Options, changes, without
 from farstep.optim.overlap import Overlap
 from farstep.optim.scaling import NOT_SCALED, Scaling
 from farstep.optim.state import RemoteState
-from farstep.optim.torch_form import to_session
+from farstep.optim.torch_form import check_form, to_session
 from farstep.optim.writers import Claim, writing
 from farstep.overlap import Overlapped
 from farstep.report import StepReport
@@ -50,7 +51,8 @@ class Membership:
 
     Args:
         spec: what the session is.
-        groups: the parameters of each of its groups.
+        groups: the parameters of each of the optimizer's groups.
+        chosen: which of them the session holds.
         place: where it is.
         opened_by: opens the link to it.
         newborn: the state that a parameter begins with.
@@ -63,6 +65,7 @@ class Membership:
         shown: the view whose values the parameters have at the moment; "" if they have their own.
         taken: the options that a session which was there already had in force, and that the groups have to take on;
             None where there is nothing to take.
+        fits: whether the optimizer's parameters were those of the session when that was last looked at.
         scaler: who is told of steps that were skipped for Inf or NaN.
 
     Raises:
@@ -73,6 +76,7 @@ class Membership:
         self,
         spec: SessionSpec,
         groups: Sequence[Parameters],
+        chosen: Chosen,
         place: Place,
         *,
         opened_by: OpenLink,
@@ -83,7 +87,8 @@ class Membership:
         options: Callable[[], list[Options] | None] | None = None,
     ) -> None:
         self.place = place
-        self.parameters = list(chain.from_iterable(groups))
+        self.parameters = list(chosen.parameters)
+        self._chosen = chosen
         self._newborn = newborn
         self._claim = Claim()
         if place.server is not None and not place.private:  # joining brings the session's parameters
@@ -100,7 +105,7 @@ class Membership:
             self.link, self.parameters, partial(_check_open, self.close, place.session), param_groups
         )
         self._writes_to: tuple[list[int], frozenset[int]] = [], frozenset()
-        self._remember(list(map(len, groups)))
+        self._remember(groups, chosen)
         self.shown = ""
         self.scaler: torch.amp.GradScaler | None = None
 
@@ -126,40 +131,67 @@ class Membership:
                 "Leave the `with` block first.",
             )
 
-    def _remember(self, lengths: list[int]) -> None:
-        """Remember what `holds` and `rebind` compare with: the parameters, in groups of these lengths."""
-        self._lengths = lengths
+    def _remember(self, groups: Sequence[Parameters], chosen: Chosen) -> None:
+        """Remember what `holds` and `rebind` compare with: the parameters, and which of them the session has."""
+        self.fits = True
+        self._chosen = chosen
+        self._lengths = list(map(len, groups))
+        self._every = list(chain.from_iterable(groups))
         self._forms = [(p.shape, p.dtype) for p in self.parameters]
+        self._dtypes = [p.dtype for p in self.parameters]
         self._sizes = list(map(Tensor.numel, self.parameters))
         self._addresses = list(map(Tensor.data_ptr, self.parameters))
 
     def holds(self, groups: Sequence[Parameters]) -> bool:
-        """Say whether these are the session's parameters, group by group, in the memory they had."""
-        return (
+        """Return whether these are the session's parameters, group by group, in the memory they had."""
+        self.fits = (
             list(map(len, groups)) == self._lengths
-            and all(map(is_, chain.from_iterable(groups), self.parameters))
+            and all(map(is_, chain.from_iterable(groups), self._every))
             and list(map(Tensor.data_ptr, self.parameters)) == self._addresses
             and list(map(Tensor.numel, self.parameters)) == self._sizes
+            and [p.dtype for p in self.parameters] == self._dtypes
+            and (not self._chosen.left or self._chosen.leaves(self._every))
         )
+        return self.fits
 
-    def rebind(self, groups: Sequence[Parameters]) -> bool:
-        """Take other parameters in the places of some; return whether they fit there one for one, else nothing changes.
+    @property
+    def sends_nothing_early(self) -> bool:
+        """Return whether there are gradients that a step would refuse, if they come."""
+        return bool(self._chosen.ties)
+
+    def fitting(self, groups: Sequence[Mapping[str, Any]]) -> Chosen | None:
+        """Return which of the groups' parameters the session holds if they fit into it, one for one, else None.
+
+        Args:
+            groups: the optimizer's.
+        """
+        if [len(group["params"]) for group in groups] != self._lengths:
+            return None
+        try:
+            chosen = chosen_of(groups, self.parameters)
+        except TensorMismatch:
+            return None
+        parameters = chosen.parameters
+        if chosen.places != self._chosen.places or [(p.shape, p.dtype) for p in parameters] != self._forms:
+            return None
+        if {p for p, then in zip(parameters, self.parameters, strict=True) if p is not then} & set(self.parameters):
+            return None
+        return chosen
+
+    def rebind(self, groups: Sequence[Mapping[str, Any]], chosen: Chosen) -> bool:
+        """Take parameters that fit in the places of some; return whether the link can, else nothing changes.
 
         They bring their own values. State is that of the parameter: one that has an entry in `state` brings it, one
         that has none begins anew, and what belonged to the old ones stays under them.
         """
-        parameters = list(chain.from_iterable(groups))
-        if list(map(len, groups)) != self._lengths or [(p.shape, p.dtype) for p in parameters] != self._forms:
-            return False
-        if {p for p, then in zip(parameters, self.parameters, strict=True) if p is not then} & set(self.parameters):
-            return False
+        parameters = chosen.parameters
         brought = self.state.brought(parameters)
         if not self.link.rebind(parameters):
             return False
         self.parameters = parameters
         self._write_state(brought)
         self.state.rebind_(parameters, brought)
-        self._addresses = list(map(Tensor.data_ptr, parameters))
+        self._remember([group["params"] for group in groups], chosen)
         if self.overlap is not None:
             self.overlap.watch(parameters)
         return True
@@ -185,7 +217,11 @@ class Membership:
         """Send edits of state and parameters; forget what was read of the state, which the next step makes old.
 
         `holds` has just said that the parameters are those of the session.
+
+        Raises:
+            TensorMismatch: there are gradients that a session cannot apply as torch would; nothing was sent.
         """
+        self._chosen.check_step(self._every)
         self._send_state()
         self.link.settle_edits(self._addresses)
 
@@ -232,12 +268,14 @@ class Membership:
         self._send_state()
         return self.link.pull()
 
-    def append(self, options: Options, described: Sequence[Parameter], parameters: Sequence[Tensor]) -> Options | None:
-        """Add a param group. If another worker has, parameters and state are the session's from now on.
+    def append(self, options: Options, groups: Sequence[Parameters], chosen: Chosen) -> Options | None:
+        """Add the last of these groups. If another worker has, parameters and state are the session's from now on.
 
         Return the options that the group has to take on then, None where there is nothing to take.
         """
         taken: Options | None = None
+        count = len(self.parameters)
+        described, parameters = chosen.described[count:], chosen.parameters[count:]
         if not self.link.append(options, described, parameters):
             self.state.forget_()
             if self.place.options != "push":
@@ -247,7 +285,7 @@ class Membership:
         self.state.append_(parameters)
         self._sent = [*self._sent, options]
         self.parameters = [*self.parameters, *parameters]
-        self._remember([*self._lengths, len(parameters)])
+        self._remember(groups, chosen)
         if self.overlap is not None:
             self.overlap.watch(self.parameters)
         return taken
@@ -293,7 +331,10 @@ class Membership:
             return Start(None, version)
 
         def states(fields: Mapping[str, FieldKind]) -> list[State | None]:
-            return [to_session(p, state.get(p) or {}, fields) or self._newborn(p, fields) for p in self.parameters]
+            own = [to_session(p, state.get(p) or {}, fields) for p in self.parameters]
+            for described, p, each in zip(self._chosen.described, self.parameters, own, strict=True):
+                check_form(described.name, p, each, fields)
+            return [each or self._newborn(p, fields) for p, each in zip(self.parameters, own, strict=True)]
 
         return Start(states, version)
 
@@ -303,7 +344,7 @@ def _begin_push(
 ) -> Overlapped | None:
     """Begin a push with the options that its step would send now."""
     there, now = member(), options()
-    if there is None or now is None or not there.close.alive:
+    if there is None or now is None or not there.close.alive or there.sends_nothing_early:
         return None
     return there.link.begin_push(order, there._named(now))
 

@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from typing import Any, Final, Literal
 
 import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from farstep.errors import InvalidOption
 from farstep.plain import PYTHONS, pythons_own
@@ -46,8 +48,17 @@ def check_parameters(
         ValueError: torch's own.
     """
     twin(
-        [{**group, "params": [torch.empty_like(p, device="meta") for p in group["params"]]} for group in groups],
+        [{**group, "params": [_without_memory(p) for p in group["params"]]} for group in groups],
         **arguments(twin, defaults),
+    )
+
+
+def _without_memory(p: Tensor) -> Tensor:
+    """Return what stands for a parameter where only its kind and shape count."""
+    if is_lazy(p):
+        return p
+    return (
+        torch.empty(p.shape, dtype=torch.uint8, device="meta") if p.is_quantized else torch.empty_like(p, device="meta")
     )
 
 

@@ -43,7 +43,8 @@ def _kind(p: Tensor) -> tuple[object, ...]:
 
 def _probe(p: Tensor) -> Tensor:
     """Return a parameter of one element with a gradient such as this one has."""
-    probe = torch.zeros([1] * p.dim(), dtype=p.dtype, device="cpu").requires_grad_()
+    probe = torch.zeros([1] * p.dim(), dtype=p.dtype, device="cpu")
+    probe.requires_grad_(probe.is_floating_point() or probe.is_complex())
     probe.grad = torch.ones_like(probe)
     if p.grad is not None and p.grad.is_sparse:
         probe.grad = probe.grad.to_sparse(p.grad.sparse_dim())

@@ -2,64 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from farstep.errors import TensorMismatch
 from farstep.fields import NUMBERS, FieldKind, shape_of
-from farstep.link import Parameter
 from farstep.optim.lists import lists_as_torch, lists_to_session
-from farstep.optim.names import plain_names
 from farstep.optim.options import arguments
 from farstep.states import State
 
 ON_DEVICE = frozenset({"eta", "mu"})
 """Numbers that torch keeps on the parameter's device; `step` is on the CPU."""
-
-
-def describe(groups: Sequence[Mapping[str, Any]]) -> list[Parameter]:
-    """Describe the parameters of all groups in order, by torch's `param_names` where the caller gave names.
-
-    The names are those of the plain model: a compiled or wrapped one meets it in one session.
-
-    Raises:
-        TensorMismatch: a parameter is there twice, or its elements share memory; a step on it would mean nothing. Or it
-            has no elements of its own, such as a DTensor.
-    """
-    described = []
-    if len(every := [p for group in groups for p in group["params"]]) != len(set(every)):
-        raise TensorMismatch(
-            "A parameter is in a group more than once; torch warns that this will be an error.",
-            remedy="Give each parameter once; the gradient of one that a module has under two names is in it whole.",
-            side="client",
-        )
-    given = [name for group in groups for name in group.get("param_names") or ()]
-    plain = dict(zip(given, plain_names(given), strict=True))
-    for index, group in enumerate(groups):
-        names = group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
-        for said, p in zip(names, group["params"], strict=True):
-            name = plain.get(said, said)
-            if is_traceable_wrapper_subclass(p):
-                raise TensorMismatch(
-                    f"Parameter {name!r} is a {type(p).__name__}, whose elements are other tensors'.",
-                    remedy="Give whole parameters; a sync session takes the place of sharding them.",
-                    field=name,
-                    side="client",
-                )
-            if any(size > 1 and not stride for size, stride in zip(p.shape, p.stride(), strict=True)):
-                raise TensorMismatch(
-                    f"Elements of parameter {name!r} share memory, as those of an expanded tensor do.",
-                    remedy="Give a clone() of it; torch refuses to step on it too.",
-                    field=name,
-                    side="client",
-                )
-            described.append(Parameter(name, tuple(p.shape), str(p.dtype).removeprefix("torch."), index))
-    return described
 
 
 def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind]) -> State | None:
@@ -79,6 +36,27 @@ def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind
     if wrong := [key for key in present if fields[key] not in NUMBERS and not isinstance(present[key], Tensor)]:
         raise ValueError(f"loaded state dict has {wrong[0]!r} that is no tensor; it is another optimizer's")
     return {key: float(value) if fields[key] in NUMBERS else _dense(value) for key, value in present.items()}
+
+
+def check_form(name: str, p: Tensor, own: State | None, fields: Mapping[str, FieldKind]) -> None:
+    """Refuse state that is of another dtype than its parameter, which was given that since.
+
+    Raises:
+        TensorMismatch: naming both.
+    """
+    for key, value in (own or {}).items():
+        kind = fields[key]
+        if kind == "free" or kind in NUMBERS or not isinstance(value, Tensor):
+            continue
+        if value.dtype != p.dtype:
+            raise TensorMismatch(
+                f"The state {key!r} of parameter {name!r} is {value.dtype}, the parameter is {p.dtype} by now; a "
+                "session does not compute in both.",
+                remedy="Give the parameter its dtype back before the step, or call load_state_dict(state_dict()), "
+                "which casts the state as it does in torch.",
+                field=name,
+                side="client",
+            )
 
 
 def _dense(value: Tensor) -> Tensor:
@@ -123,6 +101,13 @@ def newborn(
     """Return what torch's class gives a parameter at its construction, None where state begins with a step."""
     fresh = twin([torch.empty_like(p)], **arguments(twin, defaults))
     return next((to_session(p, own, fields) for own in fresh.state.values()), None)
+
+
+def newborn_of_torch(
+    twin: type[torch.optim.Optimizer], defaults: Mapping[str, Any], parameters: Iterable[Tensor]
+) -> dict[Tensor, Any]:
+    """Return what torch's class keeps for parameters from its construction on, and for ever if they never step."""
+    return dict(twin(list(parameters), **arguments(twin, defaults)).state)
 
 
 def _cloned(value: Any) -> Any:

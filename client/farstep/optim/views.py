@@ -99,7 +99,7 @@ class WithViews(InSession):
 
     def _viewed(self, view: str) -> Membership:
         """Return the membership, which has that view."""
-        member = self._member()
+        member = self._looked_at()
         if view not in self.views:
             raise InvalidOption(
                 f"Session {self.session!r} has no view {view!r:.80}; it has {', '.join(self.views) or 'none'}.",
@@ -107,7 +107,8 @@ class WithViews(InSession):
                 field="view",
                 side="client",
             )
-        self._settle(member)
+        if member.fits:
+            self._settle(member)
         return member
 
 

@@ -7,12 +7,14 @@ from farstep.tensors.edits import is_plain, memcmp
 from farstep.tensors.looking import Edited, Looking
 from farstep.tensors.narrow_arrivals import NarrowArrivals
 from farstep.tensors.narrowing import Narrowing, is_wide
-from farstep.tensors.staging import StateArrivals, outgoing, outgoing_contents, outgoing_gradients
+from farstep.tensors.overlaps import overlapping, shares_with_itself
+from farstep.tensors.staging import Form, StateArrivals, outgoing, outgoing_contents, outgoing_gradients
 
 __all__ = [
     "Arrivals",
     "Departures",
     "Edited",
+    "Form",
     "Looking",
     "NarrowArrivals",
     "Narrowing",
@@ -24,5 +26,7 @@ __all__ = [
     "outgoing",
     "outgoing_contents",
     "outgoing_gradients",
+    "overlapping",
     "same_bits",
+    "shares_with_itself",
 ]

@@ -72,10 +72,11 @@ class Edits:
         self._there = [ctypes.c_void_p(copy.data_ptr()) for copy in copies]
         self._nbytes = [copy.nbytes for copy in copies]
         self._addresses: list[int] = []
+        self._looked = False
 
     def found(self, addresses: list[int]) -> list[int]:
         """Return the indices of those that differ; `addresses` is where their memory begins now."""
-        if addresses != self._addresses:
+        if addresses != self._addresses or not self._looked:
             self._look_again_(addresses)
         found = [index for index in self._odd if self._odd_differs(index)]
         for run in self._runs:
@@ -87,7 +88,7 @@ class Edits:
 
     def checks(self, addresses: list[int]) -> list[Check]:
         """Return the same comparisons a part at a time; they hold as long as the tensors are not given other memory."""
-        if addresses != self._addresses:
+        if addresses != self._addresses or not self._looked:
             self._look_again_(addresses)
         checks: list[Check] = [partial(self._odd_differs, index) for index in self._odd]
         checks += [partial(_run_differs, run) for run in self._runs]
@@ -110,7 +111,7 @@ class Edits:
 
     def _look_again_(self, addresses: list[int]) -> None:
         """Find out how each tensor can be compared, now that there is other memory behind some."""
-        self._addresses = addresses
+        self._addresses, self._looked = addresses, True
         pairs = list(zip(self._tensors, self._copies, strict=True))
         self._odd = [index for index, (tensor, copy) in enumerate(pairs) if _is_odd(tensor, copy)]
         gathered = _neighbours(self._copies, set(self._odd))

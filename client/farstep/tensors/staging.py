@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Final, cast
+from typing import Final, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -128,16 +128,28 @@ def outgoing_contents(
     return payload
 
 
+class Form(NamedTuple):
+    """What a parameter was when the session took it, which its state keeps to whatever becomes of the parameter."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, parameter: Tensor) -> Form:
+        return cls(parameter.shape, parameter.dtype, parameter.device)
+
+
 class StateArrivals:
     """Memory for the optimizer state of some parameters.
 
     Args:
-        parameters: whose state arrives.
+        parameters: the forms of those whose state arrives.
         fields: what it consists of; none where only `present` is asked for.
         elements: those of all parameters of the session, for what is of a shape of its own.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], fields: Mapping[str, FieldKind], elements: int) -> None:
+    def __init__(self, parameters: Sequence[Form], fields: Mapping[str, FieldKind], elements: int) -> None:
         self._parameters = parameters
         self._largest = MOST_PAIRS * elements + LONGEST_LIST
         self._fields = fields

@@ -102,7 +102,7 @@ class PlanDocument(Whole):
     name: Name
     optimizer: str
     groups: Annotated[list[Options], Field(min_length=1, max_length=MAX_GROUPS), FailFast(), OnceChecked]
-    segments: Annotated[list[SegmentDocument], Field(min_length=1, max_length=MAX_SEGMENTS), FailFast(), OnceChecked]
+    segments: Annotated[list[SegmentDocument], Field(max_length=MAX_SEGMENTS), FailFast(), OnceChecked]
     consistency: dict[str, Any] = Field(default_factory=lambda: {"mode": "async"})
     nonfinite: Literal["refuse", "skip", "allow"] = "refuse"
     kernel: Literal["auto", "reference", "fused"] = "auto"

@@ -61,7 +61,6 @@ def test_a_document_without_a_field_is_refused(raw: RawClient, key: str) -> None
         ({"groups": [{"lr": float("inf")}]}, "invalid_option"),
         ({"groups": [{"lr": 10**400}]}, "invalid_option"),
         ({"groups": [{"differentiable": True}]}, "invalid_option"),
-        ({"segments": []}, "invalid_request"),
         ({"segments": {}}, "invalid_request"),
         ({"segments": [1]}, "invalid_request"),
         ({"segments": [{}]}, "invalid_request"),
