@@ -6,15 +6,17 @@ import asyncio
 import secrets
 import time
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Final
 
 from farstep.errors import Busy, LimitExceeded, OptionsDiffer, SessionExists, UnknownSession
 from farstep_service.durability import Snapshot
 from farstep_service.hosts import Host, LocalHost, nbytes_beside
+from farstep_service.hosts.room import UNBOUNDED, Room, Share
+from farstep_service.memory import resident_bytes, usable_bytes
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Session
@@ -22,6 +24,16 @@ from farstep_service.settings import Settings
 
 INLINE_PARTS: Final = 1000
 """Parameters and param groups of a session up to which it is compared with another on the event loop."""
+DEFAULT_SHARE: Final = 0.9
+"""What sessions and requests may take of the memory that is there when a server starts; the rest is for all else."""
+
+
+def default_bytes(device: str) -> int:
+    """Return how much sessions and requests may take if nobody says: of what this process may use, most of the rest."""
+    usable = usable_bytes(device)
+    if usable is None:
+        return UNBOUNDED
+    return int(DEFAULT_SHARE * max(0, usable - (resident_bytes() if device == "cpu" else 0)))
 
 
 class Registry:
@@ -31,6 +43,9 @@ class Registry:
         settings: limits and device.
         executor: runs large work of all sessions.
         clock: monotonic seconds, for their leases and deadlines.
+
+    Attributes:
+        room: the memory that they and requests to them take.
     """
 
     def __init__(self, settings: Settings, executor: Executor, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -39,7 +54,7 @@ class Registry:
         self._clock = clock
         self._hosts: dict[str, Host] = {}
         self._names: list[str] = []  # of all, ascending
-        self._bytes_in_flight = 0
+        self.room = Room(settings.max_bytes or default_bytes(settings.device))
         self._turn = asyncio.Lock()
         self._kernels: dict[str, Kernels] = {}
 
@@ -60,11 +75,6 @@ class Registry:
     def parameter_bytes(self) -> int:
         """Return the bytes of the parameters of all sessions."""
         return sum(host.parameter_bytes for host in self._hosts.values())
-
-    @property
-    def shared_bytes(self) -> int:
-        """Return the bytes that workers share with all sessions."""
-        return sum(host.shared_bytes for host in self._hosts.values())
 
     def get(self, name: str) -> Host:
         """Return the host of a session.
@@ -145,7 +155,9 @@ class Registry:
 
     def _new_host(self, session: Session) -> LocalHost:
         versions = self._settings.held_versions
-        return LocalHost(session, self._executor, self._clock, room=self._check_growth, versions=versions)
+        share = Share(self.room, self._check_growth)
+        share.note(session.held_bytes)
+        return LocalHost(session, self._executor, self._clock, share=share, versions=versions)
 
     def _new_session(self, plan: Plan) -> Session:
         kernels = self._kernels.get(plan.kernel)
@@ -159,12 +171,11 @@ class Registry:
         limit = self._settings.max_sessions
         if len(self._hosts) >= limit:
             raise Busy(f"The server has {len(self._hosts)} sessions.", remedy="Remove one that is done.", limit=limit)
-        self._check_memory(plan.layout.nbytes)
+        self.room.check(plan.layout.nbytes)  # nothing is taken, or counted, before the contents arrive
 
     def _check_growth(self, plan: Plan, nbytes: int) -> None:
-        """Refuse that the session of a plan grows by so many bytes, if it is too large then or there is no room."""
+        """Refuse that the session of a plan grows by so many bytes, if it is too large then."""
         self._check_size(plan.layout.nbytes + nbytes)
-        self._check_memory(nbytes)
 
     def _check_size(self, nbytes: int) -> None:
         limit = self._settings.max_session_bytes
@@ -179,19 +190,9 @@ class Registry:
         """Refuse memory that a worker would share with a session, if there is no room for it.
 
         Raises:
-            Busy: see `_check_memory`.
+            Busy: see `Room.check`.
         """
-        self._check_memory(2 * host.plan.layout.nbytes + nbytes_beside(host.plan))
-
-    def _check_memory(self, nbytes: int) -> None:
-        limits = self._settings
-        taken = self.parameter_bytes + self.shared_bytes
-        if taken + nbytes > limits.max_bytes:
-            raise Busy(
-                f"The sessions here take {taken} bytes; there is no room for {nbytes} more.",
-                remedy="Remove a session that is done.",
-                limit=limits.max_bytes,
-            )
+        self.room.check(2 * host.plan.layout.nbytes + nbytes_beside(host.plan))
 
     async def remove(self, name: str) -> None:
         """End a session.
@@ -207,28 +208,6 @@ class Registry:
         # What held the session is let go of in a thread: it may be gigabytes, and 100,000 objects.
         await asyncio.to_thread(removed.clear)
 
-    @contextmanager
-    def in_flight(self) -> Iterator[Callable[[int], None]]:
-        """Account for the memory of one request as long as it is answered.
-
-        Yields:
-            To be called with a number of bytes before memory is taken; it raises `Busy` if the requests in flight
-            take what the server allows. One that is alone is let through: what fits a session, fits the server.
-        """
-        taken = 0
-
-        def reserve(nbytes: int) -> None:
-            nonlocal taken
-            if self._bytes_in_flight and self._bytes_in_flight + nbytes > self._settings.max_bytes:
-                raise Busy(
-                    "The server receives as much as it has room for.",
-                    remedy="Try again shortly.",
-                    limit=self._settings.max_bytes,
-                )
-            self._bytes_in_flight += nbytes
-            taken += nbytes
-
-        try:
-            yield reserve
-        finally:
-            self._bytes_in_flight -= taken
+    def in_flight(self) -> AbstractContextManager[Callable[[int], None]]:
+        """Account for the memory of one request as long as it is answered; see `Room.in_flight`."""
+        return self.room.in_flight()

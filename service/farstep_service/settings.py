@@ -32,7 +32,7 @@ class Settings:
         insecure_no_auth: allow another address than loopback without a token.
         max_sessions: how many sessions may exist.
         max_session_bytes: largest parameters of one session.
-        max_bytes: parameters of all sessions, and of pushes in flight, together.
+        max_bytes: what all sessions hold and requests take, together; None for most of what this process may use.
         held_versions: versions of a session that may be kept for those who pull, and as many for those who push, when
             the session is further already; as many copies of a session may be on their way.
         idle_body_s: seconds of silence within a request body after which the connection is given up.
@@ -49,7 +49,7 @@ class Settings:
     insecure_no_auth: bool = False
     max_sessions: int = 10_000
     max_session_bytes: int = 64 * GIB
-    max_bytes: int = 256 * GIB
+    max_bytes: int | None = None
     held_versions: int = HELD_VERSIONS
     idle_body_s: float = 30.0
     threads: int = 2

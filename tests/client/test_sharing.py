@@ -290,7 +290,7 @@ def test_over_tcp_tensors_move_in_bodies(local: RunningServer) -> None:
 
 def test_a_server_without_room_is_used_without_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its refusal is logged once, and every step works."""
-    with running_server("--unix", str(tmp_path / "s"), "--max-gib", "0.0005") as server:
+    with running_server("--unix", str(tmp_path / "s"), "--max-gib", "0.00125") as server:
         twins = twins_at(server.unix)
         with caplog.at_level(logging.INFO, "farstep.sharing"):
             for seed in range(1, 4):

@@ -315,14 +315,14 @@ def test_a_session_that_grows_is_counted() -> None:
     """What a server allows for one session and for all together holds for groups that are added, and after a retry."""
 
     async def talk() -> None:
-        sessions = Registry(Settings(max_session_bytes=800, max_bytes=1000), ThreadPoolExecutor(1))
+        sessions = Registry(Settings(max_session_bytes=800, max_bytes=2800), ThreadPoolExecutor(1))
         host, other = await begun(sessions, "a", 100), await begun(sessions, "b", 100)
         with pytest.raises(LimitExceeded) as large:
             await added(host, 101)
         assert large.value.limit == 800
         with pytest.raises(Busy) as full:
             await added(host, 51)
-        assert full.value.limit == 1000
+        assert full.value.limit == 2800
         assert not await added(host, 50)
         assert sessions.parameter_bytes == 1000
         assert await added(host, 50), "there is room for what is there already"
@@ -340,7 +340,7 @@ def test_sessions_that_grow_at_once_share_the_room() -> None:
     """Of two sessions that grow at the same time where there is room for one, one is told that the server is full."""
 
     async def talk() -> None:
-        sessions = Registry(Settings(max_bytes=1000), ThreadPoolExecutor(2))
+        sessions = Registry(Settings(max_bytes=2800), ThreadPoolExecutor(2))
         hosts = [await begun(sessions, name, 100) for name in ("a", "b")]
         heads = [group_of(host, 50) for host in hosts]
         intakes = [host.begin_append(head, 200) for host, head in zip(hosts, heads, strict=True)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,9 @@ import pytest
 import torch
 
 from farstep.errors import Busy, LimitExceeded, UnknownSession
+from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import encode
+from farstep_service.hosts import Host
 from farstep_service.layout import SegmentSpec
 from farstep_service.plan import Plan
 from farstep_service.registry import Registry
@@ -22,14 +25,16 @@ from tests.service.answers import MSGPACK, half_sent
 from tests.service.raw import RawClient
 from tests.service.servers import running_server
 
+ASYNC: Mapping[str, object] = {"mode": "async"}
 
-def plan(name: str, elements: int) -> Plan:
+
+def plan(name: str, elements: int, consistency: Mapping[str, object] = ASYNC) -> Plan:
     return Plan.build(
         name=name,
         optimizer="Adagrad",
         groups=[{}],
         segments=[SegmentSpec("p", (elements,), "float32")],
-        consistency={"mode": "async"},
+        consistency=consistency,
         nonfinite="refuse",
         kernel="reference",
     )
@@ -71,18 +76,62 @@ def test_sessions_are_counted() -> None:
     asyncio.run(talk())
 
 
-def test_parameters_of_all_sessions_are_counted() -> None:
-    """Together they take what the server allows, and what a removed one took is free again."""
+async def filled(sessions: Registry, name: str, elements: int) -> Host:
+    """Create a session and send its first parameters."""
+    host, _ = await sessions.create_or_join(plan(name, elements))
+    await host.join("w0", 1)
+    head = PutHead(WriteName("w0", 1, 1), host.incarnation, ("param",), initial=True)
+    with sessions.in_flight() as reserve:
+        reserve(4 * elements)
+        await host.put(head, host.begin_put(head, 4 * elements), "first")
+    return host
+
+
+def test_what_sessions_hold_is_counted_and_not_what_they_announce() -> None:
+    """Sessions without contents take no room; parameters and state do when they come, until they are removed."""
 
     async def talk() -> None:
-        sessions = registry(max_bytes=1000)
-        await sessions.create_or_join(plan("a", 150))
-        with pytest.raises(Busy):
-            await sessions.create_or_join(plan("b", 101))
-        await sessions.create_or_join(plan("b", 100))
-        assert sessions.parameter_bytes == 1000
+        sessions = registry(max_bytes=2000)
+        for number in range(20):
+            await sessions.create_or_join(plan(f"empty{number}", 200))
+        assert sessions.room.held_bytes == 0
+        await filled(sessions, "a", 150)
+        assert sessions.room.held_bytes == 1200, "the state of Adagrad is as large as the parameters"
+        with pytest.raises(Busy) as raised:
+            await filled(sessions, "b", 101)
+        assert raised.value.limit == 2000
+        assert raised.value.extra == {"asked": 404, "available": 396}
+        assert sessions.room.held_bytes == 1200
+        await filled(sessions, "c", 100)
+        assert sessions.room.held_bytes == 2000
         await sessions.remove("a")
-        assert sessions.parameter_bytes == 400
+        assert sessions.room.held_bytes == 800
+
+    asyncio.run(talk())
+
+
+def test_versions_that_workers_have_are_counted_and_given_up() -> None:
+    """Bases of delay compensation are held memory; where there is no room for another, the oldest is let go."""
+
+    async def talk() -> None:
+        sessions = registry(max_bytes=10 * 4000)
+        mode = {"mode": "async", "delay_compensation": 0.1}
+        host, _ = await sessions.create_or_join(plan("a", 1000, mode))
+        for number in range(40):
+            await host.join(f"w{number}", 1)
+        head = PutHead(WriteName("w0", 1, 1), host.incarnation, ("param",), initial=True)
+        await host.put(head, host.begin_put(head, 4000), "first")
+        applied = 0
+        for number in range(40):
+            version = (await host.summary()).version
+            push = PushHead(WriteName(f"w{number}", 1, 1 + (number == 0)), host.incarnation, version)
+            intake = host.begin_push(push, 4000)
+            for view in intake.views:
+                view[:] = bytes(len(view))
+            applied += (await host.push(push, intake, f"{number}")).receipt.applied
+            (await host.parameters(write=push.name)).release()
+            assert sum((await host.summary()).bytes.values()) <= 10 * 4000
+        assert applied == 40
 
     asyncio.run(talk())
 
@@ -105,19 +154,25 @@ def test_memory_in_flight_is_counted_and_given_back() -> None:
             other(1)
 
 
-def test_what_fits_a_session_fits_the_server() -> None:
-    """A single request may be larger than the budget, as all the state of a large session is; others then wait."""
-    sessions = registry(max_bytes=1000)
-    with sessions.in_flight() as one, sessions.in_flight() as other:
-        one(3000)
-        with pytest.raises(Busy):
-            other(1)
+def test_a_request_beyond_the_limit_is_refused_alone_too() -> None:
+    """Beside what sessions hold, requests take what is left; the refusal says what was asked and what there is."""
+
+    async def talk() -> None:
+        sessions = registry(max_bytes=1000)
+        await filled(sessions, "a", 100)
+        with sessions.in_flight() as one:
+            with pytest.raises(Busy) as raised:
+                one(201)
+            assert raised.value.extra == {"asked": 201, "available": 200}
+            one(200)
+
+    asyncio.run(talk())
 
 
 def test_a_server_that_is_full_says_when_to_come_again() -> None:
     """A body for which there is no room while others are on their way is answered 503, and is taken later."""
     parameters = (torch.zeros(1 << 20),)
-    with running_server("--max-gib", str(6 * 2**20 / 2**30)) as server, RawClient(server.url) as raw:
+    with running_server("--max-gib", str(14 * 2**20 / 2**30)) as server, RawClient(server.url) as raw:
         (worker,) = raw.begun("s", parameters=parameters)
         pieces = encode(*worker.message([torch.ones(1 << 20)]))
         headers = {"Content-Type": MSGPACK, "Content-Length": str(sum(memoryview(each).nbytes for each in pieces))}

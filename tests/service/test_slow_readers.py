@@ -147,7 +147,7 @@ class Hall:
         self.freed: list[Kind] = []
         self.version = 0
 
-    def _freed(self, kind: Kind) -> None:
+    async def _freed(self, kind: Kind) -> None:
         self.freed.append(kind)
         self.readers.admit(kind)
 

@@ -94,8 +94,8 @@ def serve(
         float, option("--max-session-gib", "Largest parameters of one session.", metavar="GIB")
     ] = DEFAULTS.max_session_bytes / GIB,
     max_gib: Annotated[
-        float, option("--max-gib", "Parameters of all sessions and pushes in flight, together.", metavar="GIB")
-    ] = DEFAULTS.max_bytes / GIB,
+        float | None, option("--max-gib", "What sessions and requests may take; most of what there is.", metavar="GIB")
+    ] = None,
     held_versions: Annotated[
         int, option("--held-versions", "Versions of a session kept for slow readers.", metavar="N", min=1, max=1000)
     ] = DEFAULTS.held_versions,
@@ -124,7 +124,7 @@ def serve(
             insecure_no_auth=insecure_no_auth,
             max_sessions=max_sessions,
             max_session_bytes=bytes_of(max_session_gib, "max_session_gib"),
-            max_bytes=bytes_of(max_gib, "max_gib"),
+            max_bytes=None if max_gib is None else bytes_of(max_gib, "max_gib"),
             held_versions=held_versions,
             threads=threads,
         )

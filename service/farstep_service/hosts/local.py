@@ -30,7 +30,7 @@ from farstep_service.hosts.initialising import Initialising
 from farstep_service.hosts.narrowed import NarrowedView
 from farstep_service.hosts.readers import Kind, Outgoing, Readers, Seat
 from farstep_service.hosts.reading import Views, chosen_of, cost_of
-from farstep_service.hosts.room import Growing, Room, unbounded
+from farstep_service.hosts.room import Share
 from farstep_service.hosts.shared import Offer, refused
 from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, PushIntake
 from farstep_service.hosts.waiting import Waiting
@@ -51,7 +51,7 @@ class LocalHost(Host):
         session: the session; nobody else may call it.
         executor: runs large work.
         clock: monotonic seconds.
-        room: says whether the session may grow.
+        share: its part of the memory of the server.
         versions: how many versions readers of one kind may keep; see `farstep_service.hosts.readers`.
     """
 
@@ -60,7 +60,7 @@ class LocalHost(Host):
         session: Session,
         executor: Executor,
         clock: Callable[[], float] = time.monotonic,
-        room: Room = unbounded,
+        share: Share | None = None,
         versions: int = HELD_VERSIONS,
     ) -> None:
         self.name = session.plan.name
@@ -68,7 +68,7 @@ class LocalHost(Host):
         self._session = session
         self._executor = executor
         self._clock = clock
-        self._growing = Growing(room)
+        self._share = share or Share()
         self._turn = asyncio.Lock()
         self._waiting = Waiting()
         self._alarm = Alarm(clock)
@@ -80,7 +80,6 @@ class LocalHost(Host):
         self._views = Views(executor)
         self._versions = versions
         self._readers = Readers(self._read_bytes, self._make_room)
-        self._tasks: set[asyncio.Task[None]] = set()
         self._size = Size()
 
     @property
@@ -97,7 +96,7 @@ class LocalHost(Host):
 
     @property
     def parameter_bytes(self) -> int:
-        return self.plan.layout.nbytes + self._growing.nbytes
+        return self.plan.layout.nbytes + self._share.growing
 
     @property
     def _small(self) -> bool:
@@ -211,6 +210,7 @@ class LocalHost(Host):
             if self._session.layout_of(worker) is not self.plan.layout:
                 raise refused("the worker does not know all param groups")
             self._areas.share(worker, offer, self.plan)
+            self._share.note(self._held_bytes())
 
     async def deliver(self, head: PushHead, view: View, spent: Intake | None) -> bool:
         shared = self._areas.delivering(head)
@@ -222,9 +222,13 @@ class LocalHost(Host):
         await run(self._executor, lambda: copy_to(shared.parameters, there), lambda _: None, inline=self._small)
         return True
 
+    def _held_bytes(self) -> int:
+        return self._session.held_bytes + self._areas.nbytes + self._views.nbytes
+
     def _unshare(self) -> None:
         """Let go of the memory of epochs that are over."""
         self._areas.keep_only(lambda worker: self._session.position(worker)[0])
+        self._share.note(self._held_bytes())
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
@@ -261,7 +265,7 @@ class LocalHost(Host):
         self._check_open()
         addition = self._session.addition(head)
         if self._session.grows(head):
-            self._growing.check(self.plan, addition.nbytes)
+            self._share.check_growth(self.plan, addition.nbytes)
         return ContentsIntake(addition, body_bytes)
 
     async def append(self, head: AppendHead, intake: Intake, fingerprint: str) -> Answer:
@@ -284,7 +288,9 @@ class LocalHost(Host):
         async with self._turn:
             began = time.perf_counter()
             self._check_open()
-            with self._growing.by(self.plan, coming()):
+            session, grows = self._session, coming()
+            takes = session.coming_bytes(grows)
+            with self._share.by(self.plan, grows, takes, session.forget_base, self._held_bytes):
                 outcomes = await run(self._executor, work, self._resolve, inline=inline)
             outcome = outcomes.get(name)
             future = None if outcome else self._waiting.of(name)
@@ -366,16 +372,10 @@ class LocalHost(Host):
         fields = 1 + len(self.plan.rule.tensor_fields) if kind == "copy" else 1
         return self._versions * self.plan.layout.nbytes * fields
 
-    def _make_room(self, kind: Kind) -> None:
+    async def _make_room(self, kind: Kind) -> None:
         """Let readers in who wait for those who have just left."""
-
-        async def admit() -> None:
-            async with self._turn:
-                self._readers.admit(kind)
-
-        task = asyncio.get_running_loop().create_task(admit())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        async with self._turn:
+            self._readers.admit(kind)
 
     async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
         async with self._turn:
@@ -433,3 +433,4 @@ class LocalHost(Host):
             self._waiting.end(self._gone)
             self._readers.close(self._gone)
             self._areas.clear()
+            self._share.note(0)

@@ -14,10 +14,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from math import inf
-from typing import Final, Generic, Literal, Protocol, TypeVar, final
+from typing import Any, Final, Generic, Literal, Protocol, TypeVar, final
 
 from farstep.errors import Busy
 from farstep_service.hosts.eager import in_task
@@ -184,13 +184,14 @@ class Readers:
 
     Args:
         limit: returns the bytes that readers of a kind may keep.
-        freed: called when readers of a kind wait and there may be room; leads to `admit`, in the session's turn.
+        freed: run when readers of a kind wait and there may be room; calls `admit`, in the session's turn.
     """
 
-    def __init__(self, limit: Callable[[Kind], int], freed: Callable[[Kind], None]) -> None:
+    def __init__(self, limit: Callable[[Kind], int], freed: Callable[[Kind], Coroutine[Any, Any, None]]) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
         kinds: tuple[Kind, ...] = ("pull", "answer", "copy")
         self._rooms = {
-            kind: _Room(lambda kind=kind: limit(kind), lambda kind=kind: freed(kind))  # type: ignore[misc]
+            kind: _Room(lambda kind=kind: limit(kind), lambda kind=kind: self._begin(freed(kind)))  # type: ignore[misc]
             for kind in kinds
         }
         self._admitting = False
@@ -253,6 +254,11 @@ class Readers:
             remedy="Try again; --held-versions says how many versions may be read at once.",
             limit=room.limit(),
         )
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def admit(self, kind: Kind) -> None:
         """Let those in who wait, in their order, as far as there is room."""

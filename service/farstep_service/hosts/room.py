@@ -1,4 +1,11 @@
-"""Room for a session to grow: asked for before memory is taken, and counted as taken while the session grows."""
+"""The memory of one server: what its sessions hold and its requests are about to take, against one limit.
+
+    held        parameters, versions, state, averages, rounds that wait, memory that workers share: what is there, not
+                what was announced, so that a session without contents counts nothing
+    in flight   bodies on their way in, the gradients of pushes that wait, copies on their way out
+
+Whoever is about to take memory asks first. What there is no room for is refused before anything has changed.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +13,126 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import final
 
+from farstep.errors import Busy
 from farstep_service.plan import Plan
 
-Room = Callable[[Plan, int], None]
-"""Called before a session of that plan grows by so many bytes; raises if there is no room for them."""
-
-
-def unbounded(plan: Plan, nbytes: int) -> None:
-    """Have room for anything."""
+UNBOUNDED = 2**63
 
 
 @final
-class Growing:
-    """Count what a session is about to grow by.
+class Room:
+    """Count the memory of one server.
 
     Args:
-        room: says whether it may.
+        limit_bytes: how much there may be.
 
     Attributes:
-        nbytes: what it is growing by now.
+        held_bytes: what sessions hold.
+        in_flight_bytes: what requests take.
     """
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
-        self.nbytes = 0
+    def __init__(self, limit_bytes: int = UNBOUNDED) -> None:
+        self.limit_bytes = limit_bytes
+        self.held_bytes = 0
+        self.in_flight_bytes = 0
 
-    def check(self, plan: Plan, nbytes: int) -> None:
-        """Refuse, in the words of `room`, what there is no room for."""
-        self._room(plan, nbytes)
+    def has(self, nbytes: int) -> bool:
+        """Return whether there is room for so many bytes more."""
+        return self.held_bytes + self.in_flight_bytes + nbytes <= self.limit_bytes
+
+    def check(self, nbytes: int) -> None:
+        """Refuse what there is no room for.
+
+        Raises:
+            Busy: saying what was asked for and what there is.
+        """
+        if not self.has(nbytes):
+            there = max(0, self.limit_bytes - self.held_bytes - self.in_flight_bytes)
+            raise Busy(
+                f"The sessions here take {self.held_bytes} bytes and requests {self.in_flight_bytes}; there is no room "
+                f"for {nbytes} more.",
+                remedy="Try again shortly, or remove a session that is done; --max-gib says how much there may be.",
+                limit=self.limit_bytes,
+                asked=nbytes,
+                available=there,
+            )
 
     @contextmanager
-    def by(self, plan: Plan, nbytes: int) -> Iterator[None]:
-        """Count bytes while the session grows by them, if there is room; 0 for a write that adds none."""
-        if nbytes:
-            self.check(plan, nbytes)
-        self.nbytes = nbytes
+    def in_flight(self) -> Iterator[Callable[[int], None]]:
+        """Account for the memory of one request as long as it is answered.
+
+        Yields:
+            To be called with a number of bytes before memory is taken; it raises `Busy` where there is no room.
+        """
+        taken = 0
+
+        def reserve(nbytes: int) -> None:
+            nonlocal taken
+            self.check(nbytes)
+            self.in_flight_bytes += nbytes
+            taken += nbytes
+
+        try:
+            yield reserve
+        finally:
+            self.in_flight_bytes -= taken
+
+
+def any_size(plan: Plan, nbytes: int) -> None:
+    """Let a session be as large as it likes."""
+
+
+@final
+class Share:
+    """What one session has of the memory of its server.
+
+    Args:
+        room: the server's.
+        size: called before the session of a plan grows by so many bytes; raises if it would be too large.
+
+    Attributes:
+        growing: the bytes by which its parameters grow now.
+    """
+
+    def __init__(self, room: Room | None = None, size: Callable[[Plan, int], None] = any_size) -> None:
+        self._room = room or Room()
+        self._size = size
+        self._held = 0
+        self.growing = 0
+
+    def check_growth(self, plan: Plan, nbytes: int) -> None:
+        """Refuse that the session's parameters grow by so many bytes, if there is no room or they would be too many."""
+        self._size(plan, nbytes)
+        self._room.check(nbytes)
+
+    @contextmanager
+    def by(
+        self, plan: Plan, growing: int, coming: int, give_way: Callable[[], bool], held: Callable[[], int]
+    ) -> Iterator[None]:
+        """Count what a write is about to take, and afterwards what the session holds.
+
+        Args:
+            plan: the session's.
+            growing: bytes of new parameters; they are on their way in already.
+            coming: bytes of what else it may take.
+            give_way: lets something go that the session can do without; returns False if there is nothing left.
+            held: returns what the session holds.
+        """
+        if growing:
+            self._size(plan, growing)
+        while not self._room.has(coming):
+            if not give_way():
+                self._room.check(coming)
+            self.note(held())
+        self.growing = growing
+        self.note(self._held + coming)
         try:
             yield
         finally:
-            self.nbytes = 0
+            self.growing = 0
+            self.note(held())
+
+    def note(self, nbytes: int) -> None:
+        """Note what the session holds now."""
+        self._room.held_bytes += nbytes - self._held
+        self._held = nbytes

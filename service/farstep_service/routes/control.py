@@ -160,6 +160,9 @@ class Info(BaseModel):
     optimizers: list[str]
     sessions: int
     parameter_bytes: int
+    held_bytes: int
+    in_flight_bytes: int
+    max_bytes: int
     available_bytes: int | None
     authentication: bool
 
@@ -244,6 +247,9 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             optimizers=sorted(METHODS),
             sessions=len(registry),
             parameter_bytes=registry.parameter_bytes,
+            held_bytes=registry.room.held_bytes,
+            in_flight_bytes=registry.room.in_flight_bytes,
+            max_bytes=registry.room.limit_bytes,
             available_bytes=available_bytes(settings.device),
             authentication=bool(settings.tokens),
         )

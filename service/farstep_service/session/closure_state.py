@@ -167,6 +167,10 @@ class ClosureState(SessionState):
             into.copy_(value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64, device="cpu"))
         return contents
 
+    def coming_bytes(self, growing: int = 0) -> int:
+        pair = 2 * self.plan.layout.nbytes  # of the history, by each step
+        return pair + self._parameters.coming_bytes if self._parameters else 0
+
     def nbytes(self) -> dict[str, int]:
         parameters, versions = self._parameters.nbytes if self._parameters else (0, 0)
         memories = [self._memory, self._waiting.memory if self._waiting else None]

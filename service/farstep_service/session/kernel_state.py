@@ -225,6 +225,17 @@ class KernelState(SessionState):
     def views(self) -> tuple[str, ...]:
         return () if self._average is None or self._average.buffers is None else (EMA,)
 
+    def coming_bytes(self, growing: int = 0) -> int:
+        layout, rule = self.plan.layout, self._rule
+        views = 0 if self._average is None or self._average.nbytes else layout.nbytes
+        if self._store is not None and growing:
+            own = self._store.nbytes
+            return (own.parameters + own.state + views) * (layout.nbytes + growing) // max(1, layout.nbytes)
+        if self._store is not None:
+            return self._store.coming_bytes(self.groups) + views
+        eager = [name for name in rule.tensor_fields if name not in rule.optional_fields]
+        return views + sum(layout.derived(rule.kinds[name]).nbytes for name in eager)
+
     def nbytes(self) -> dict[str, int]:
         """Return the memory taken, in bytes by kind."""
         views = {} if self._average is None else {"views": self._average.nbytes}

@@ -79,6 +79,18 @@ class Pushes:
         return sum(each.contribution.nbytes for each in self._waiting.values()) + self._steps.nbytes
 
     @property
+    def kept_bytes(self) -> int:
+        """Return what stays when the requests are over that brought it: rounds that are accumulated, and workspace."""
+        return self._steps.nbytes
+
+    def forget_base(self) -> bool:
+        """Let the oldest of the versions go that workers have; return whether there was one.
+
+        A push that was computed on it is refused as stale, and answered with parameters to go on from.
+        """
+        return self._bases.forget_oldest()
+
+    @property
     def deadline(self) -> float | None:
         """Return the time at which `tick` may have something to do."""
         return self._rounds.deadline if self._unfinished is None else None

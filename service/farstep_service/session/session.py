@@ -116,6 +116,19 @@ class Session:
         """Return the memory the session takes, in bytes by kind."""
         return {**self._state.nbytes(), "waiting": self._pushes.nbytes}
 
+    @property
+    def held_bytes(self) -> int:
+        """Return the memory that the session holds, but for gradients that wait, whose requests are in flight."""
+        return sum(self._state.nbytes().values()) + self._pushes.kept_bytes
+
+    def coming_bytes(self, growing: int = 0) -> int:
+        """Return the bytes that the next write may take beside that; see `SessionState.coming_bytes`."""
+        return self._state.coming_bytes(growing)
+
+    def forget_base(self) -> bool:
+        """Let go of what it can do without; see `Pushes.forget_base`."""
+        return self._pushes.forget_base()
+
     # -- membership -------------------------------------------------------------------------------------------------
 
     def lease_s(self, worker: str, now: float) -> float:

@@ -81,6 +81,13 @@ class Bases:
         if held is not None:
             held.release()
 
+    def forget_oldest(self) -> bool:
+        """Let the oldest version go that a worker has; return whether there was one."""
+        oldest = min(self._held, key=lambda worker: self._held[worker].version, default=None)
+        if oldest is not None:
+            self.forget(oldest)
+        return oldest is not None
+
     def keep_only(self, workers: frozenset[str]) -> None:
         """Let what all others have go."""
         for worker in self._held.keys() - workers:

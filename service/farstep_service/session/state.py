@@ -288,6 +288,14 @@ class SessionState(ABC):
         return Snapshot(self.plan, tuple(self.groups), contents, self.version)
 
     @abstractmethod
+    def coming_bytes(self, growing: int = 0) -> int:
+        """Return the bytes that the next write may take beside what is there, and beside what it brings.
+
+        Args:
+            growing: bytes of parameters by which the session grows: all of it is then there twice, for a moment.
+        """
+
+    @abstractmethod
     def nbytes(self) -> dict[str, int]:
         """Return the memory taken, in bytes by kind."""
 

@@ -52,6 +52,11 @@ class PlainStore:
         """Return the memory of the current version."""
         return self._versions.current
 
+    @property
+    def coming_bytes(self) -> int:
+        """Return the parameter memory that the next version takes beside what is there."""
+        return self._versions.coming_bytes
+
     def hold(self) -> Held:
         """Return the current version, kept as it is until it is released."""
         with self._lock, torch.no_grad():

@@ -62,6 +62,10 @@ class State:
         """Return the bytes allocated."""
         return sum(buffers.nbytes for buffers in self.fields.values())
 
+    def missing_bytes(self, names: Iterable[str]) -> int:
+        """Return the bytes that these fields would take, of which some may be there."""
+        return sum(self._layouts[name].nbytes for name in names if name not in self.fields)
+
     def memory(self, name: str) -> FlatBuffers:
         """Return a tensor field's memory, and take it if nobody has used the field yet."""
         if name not in self.fields:

@@ -128,6 +128,11 @@ class Store:
         with self._lock:
             self._decider.check_step(groups, changed, self._now.counts)
 
+    def coming_bytes(self, groups: Sequence[Hyper]) -> int:
+        """Return the memory that a step with these options takes beside what is there."""
+        names = {name for group in groups for name in self.rule.optional(group)} if self.rule.optional_fields else ()
+        return self._versions.coming_bytes + self._state.missing_bytes(names)
+
     def hold(self) -> Held:
         """Return the current version, kept as it is until it is released.
 

@@ -114,6 +114,13 @@ class Versions:
             memories = self._older if self._spare is None else [*self._older, self._spare]
             return [memory.buffers for memory in memories if isinstance(memory.buffers, FlatBuffers)]
 
+    @property
+    def coming_bytes(self) -> int:
+        """Return the memory that the next version takes beside what is there."""
+        with self._lock:
+            other = self._current.holders and self._spare is None
+            return self.current.layout.nbytes if other else 0
+
     def hold(self, version: int, changed: Sequence[int]) -> Held:
         """Return the current version, kept as it is until it is released.
 
