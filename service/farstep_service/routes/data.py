@@ -26,11 +26,12 @@ from starlette.types import Receive, Scope, Send
 
 from farstep.consistency import Async, Bounded, to_options
 from farstep.errors import InvalidRequest
-from farstep.fields import shapes_to_header
+from farstep.fields import NUMBERS, shapes_to_header
 from farstep.growth import AppendHead
 from farstep.header import VERSION
 from farstep.messages import Fill, PushHead, PutHead
 from farstep.narrow import check_half
+from farstep.presence import PRESENT
 from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, AtMost, Host, Intake, Reader, View
 from farstep_service.registry import Registry
@@ -232,7 +233,13 @@ async def _size(host: Host, fields: Sequence[str], indices: Sequence[int] | None
     layout, kinds = host.plan.layout, host.plan.rule.kinds
     free = [name for name in fields if kinds.get(name) == "free"]
     one = layout.nbytes if indices is None else layout.bytes_of(indices)
-    return one * (len(fields) - len(free)) + ((await host.summary()).bytes["state"] if free else 0)
+    numbers = [name for name in fields if name == PRESENT or kinds.get(name) in NUMBERS]
+    one_number = 8 * (len(layout.segments) if indices is None else len(indices))
+    return (
+        one * (len(fields) - len(free) - len(numbers))
+        + one_number * len(numbers)
+        + ((await host.summary()).bytes["state"] if free else 0)
+    )
 
 
 def _converted_bytes(host: Host, head: PushHead) -> int:
