@@ -88,6 +88,7 @@ class Worker:
         number: its rank and how many there are; None if it was given a name only.
         local_rank: its rank among the workers of its machine.
         restart: how often it was started again.
+        named: its name was given, or is that of its rank; a fresh one is another in every run.
         session, server: what FARSTEP_SESSION and FARSTEP_SERVER say, None for nothing; an optimizer may be elsewhere.
 
     Raises:
@@ -100,6 +101,7 @@ class Worker:
     restart: int = 0
     session: str | None = None
     server: str | None = None
+    named: bool = True
 
     def __post_init__(self) -> None:
         take_pythons_own_(self)
@@ -109,6 +111,7 @@ class Worker:
         number = {} if self.number is None else {"rank": self.rank, "count": self.count}
         said = {"name": self.name, **number, "local_rank": self.local_rank, "restart": self.restart}
         said |= {"session": self.session, "server": self.server}
+        said |= {} if self.named else {"named": False}
         return f"Worker({', '.join(f'{name}={value!r}' for name, value in said.items())})"
 
     @property
@@ -190,7 +193,8 @@ def worker(
             "A rank and a count say something together only.", "count" if count is None else "rank", "Give both."
         )
     told = _told(environment) if rank is None or count is None else Number(rank, count)
-    if told is None and named is None:
+    fresh = told is None and named is None
+    if fresh:
         told, named = Number(0, 1), fresh_name()
     if named is None:
         assert told is not None
@@ -202,6 +206,7 @@ def worker(
         restart=_first(environment, "FARSTEP_RESTART", "TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT") or 0,
         session=environment.get("FARSTEP_SESSION") or None,
         server=environment.get("FARSTEP_SERVER") or None,
+        named=not fresh,
     )
 
 

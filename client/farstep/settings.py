@@ -45,7 +45,7 @@ class RemoteOptions(TypedDict, total=False):
     session: the name to create or join; without one that of `FARSTEP_SESSION`, with a number for the second optimizer
         of a process and later ones, or else the session is private to this optimizer and removed with it.
     worker: this worker's name in the session, or who it is (`farstep.worker()`). A sync step reduces gradients in the
-        order of these names.
+        order of these names; those of workers without a name follow, in the order of their contents.
     token: the server's bearer token.
     consistency: `farstep.Async()`, `farstep.Bounded(staleness=S)` or `farstep.Sync(workers=N)`.
     nonfinite: what the session does with a gradient that holds NaN or Inf: "refuse" it, which is the default of a
@@ -94,6 +94,7 @@ class Place:
     """A checked and completed set of remote options.
 
     Attributes:
+        named: the worker's name is the same in every run, or nobody else is in the session.
         counted_as: set where the session has the environment's name, which all optimizers of a process have: the
             worker's name as far as it was given, by which they are counted.
     """
@@ -102,6 +103,7 @@ class Place:
     session: str
     private: bool
     worker: str
+    named: bool = field(default=True, kw_only=True)
     token: str | None = field(repr=False)
     consistency: Consistency
     nonfinite: NonFinitePolicy
@@ -131,8 +133,9 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     own = options.get("session") or None
     session = _in_run(own, environment.get("FARSTEP_RUN") or None) or environment.get("FARSTEP_SESSION") or None
     worker = options.get("worker") or environment.get("FARSTEP_WORKER") or None
+    named = worker is not None
     if isinstance(worker, Worker):
-        worker = worker.name
+        named, worker = worker.named, worker.name
     token = options.get("token") or environment.get("FARSTEP_TOKEN") or None
     kernel = options.get("kernel", "auto")
     nonfinite = options.get("nonfinite") or ("refuse" if server else "allow")
@@ -178,6 +181,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         session=session or _fresh_session(),
         private=session is None,
         worker=worker or fresh_name(),
+        named=named or session is None,
         token=token,
         consistency=mode,
         nonfinite=nonfinite,

@@ -1,21 +1,27 @@
 """The gradients of one step, of those that workers have pushed: `(g0 + g1 + ...) / divisor`, in the order given.
 
 Each sum is rounded in the gradient's dtype, and a segment that only some have counts as zero for the others, so the
-same pushes in the same order give the same bits. One push by itself is taken as it came.
+same pushes in the same order give the same bits. One push by itself is taken as it came. `ByContent` is an order for
+pushes that have no other one which is the same in every run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
 from farstep.messages import Evaluation
+from farstep.wire.memory import tensor_memory
 from farstep_service.finite import BLOCK
 from farstep_service.gradients import Contribution, on_device
 from farstep_service.layout import Layout
 from farstep_service.store import Buffers, FlatBuffers, Gradients
+
+PIECE_BYTES: Final = 1 << 16
+"""Bytes that are compared at once to order contributions."""
 
 
 def reduce_(
@@ -65,6 +71,52 @@ def reduce_(
     borrowed = (first.borrowed or first.reused) and total is first.buffers
     copy = _there(first.copy, device) if alone else None
     return Gradients(on_device(total, device), mask, joined, borrowed=borrowed, copy=copy)
+
+
+@final
+class ByContent:
+    """The place of a contribution among others, by the bytes it brings; equal ones have no order, and need none.
+
+    Two of them are compared as far as the first byte that differs, which is not far into any two gradients of training.
+    """
+
+    def __init__(self, contribution: Contribution) -> None:
+        self._brings = contribution
+
+    def __lt__(self, other: ByContent) -> bool:
+        mine, theirs = self._brings, other._brings
+        shape, other_shape = _shape_of(mine), _shape_of(theirs)
+        if shape != other_shape:
+            return shape < other_shape
+        for own, others in zip(_pieces(mine), _pieces(theirs), strict=True):
+            if own != others:
+                return own < others
+        return False
+
+
+def _shape_of(contribution: Contribution) -> tuple[str, list[int], list[tuple[int, tuple[int, ...]]]]:
+    """Return what two contributions have in common whose bytes can be compared one by one."""
+    sparse = [(index, (*indices.shape, *values.shape)) for index, (indices, values) in contribution.sparse.items()]
+    return contribution.half or "", list(contribution.indices), sparse
+
+
+def _pieces(contribution: Contribution) -> Iterator[bytes]:
+    """Yield the bytes of a contribution piece by piece, dense ones first."""
+    buffers = contribution.buffers
+    if buffers is not None:
+        for first, last in contribution.on_wire.spans(contribution.dense):
+            span = buffers.span(first, last)
+            if span is not None:
+                yield from _cut(span)
+    for indices, values in contribution.sparse.values():
+        yield from _cut(indices)
+        yield from _cut(values)
+
+
+def _cut(tensor: Tensor) -> Iterator[bytes]:
+    memory = tensor_memory(tensor)
+    for at in range(0, len(memory), PIECE_BYTES):
+        yield memory[at : at + PIECE_BYTES].tobytes()
 
 
 def _single(only: Contribution, buffers: Buffers, device: torch.device) -> Gradients:

@@ -13,14 +13,16 @@ import pytest
 import torch
 from torch import Tensor
 
+import farstep
 from farstep import Async, Sync
 from farstep.conversation import Conversation
 from farstep.errors import BarrierTimeout, Fenced, OptionsDiffer, SessionFull, SessionLost
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
 from tests.client.carrying import Carrying
-from tests.client.twins import SHAPES, check_parameters, check_states, drawn, ours, parameters
+from tests.client.twins import SHAPES, check_equal, check_parameters, check_states, drawn, ours, parameters
 from tests.client.workers import LR, Reference, Worker, synced, together, waits
+from tests.service.servers import RunningServer
 
 # -- sync ------------------------------------------------------------------------------------------------------------
 
@@ -47,6 +49,35 @@ def test_sync_is_torch_on_the_average_whatever_the_order(
             assert report.contributors == tuple(each.name for each in workers)
     check_states(workers[-1].optimizer.state_dict(), reference.optimizer.state_dict())
     assert "barrier" in (workers[0].optimizer.last_step or pytest.fail("no step")).seconds
+
+
+RUNS = 8
+"""With random names in charge of the order, that many runs are alike once in two thousand times."""
+
+
+@pytest.mark.parametrize("given", ["nothing", "a fresh worker"])
+def test_workers_without_a_name_make_the_same_bits_in_every_run(
+    server: RunningServer, threads: ThreadPoolExecutor, talk: Conversation, given: str
+) -> None:
+    """The sum of a sync step does not go by names that are another in every run."""
+    results = []
+    for run in range(RUNS):
+        place: RemoteOptions = {"server": server.url, "session": f"unnamed-{given[0]}-{run}", "kernel": "reference"}
+        places = [synced(place, 3) for _ in range(3)]
+        for own in places if given == "a fresh worker" else []:
+            own["worker"] = farstep.worker(environment={})
+        models = [parameters(drawn(0)) for _ in range(3)]
+        optimizers = [Adagrad(ps, lr=LR, foreach=False, **own) for ps, own in zip(models, places, strict=True)]
+        for step in range(2):
+            for who, ps in enumerate(models):
+                for p, gradient in zip(ps, drawn(10 * step + who), strict=True):
+                    p.grad = gradient * (1e8, -1e8, 1.0)[who]
+            for push in [threads.submit(optimizer.step) for optimizer in optimizers]:
+                push.result()
+        results.append([p.detach() for p in models[0]])
+        talk.control("DELETE", f"/v1/sessions/{place['session']}")
+    for each in results:
+        check_equal(each, results[0])
 
 
 def test_a_gradient_that_one_worker_lacks_counts_as_zero(

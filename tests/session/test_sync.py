@@ -49,6 +49,36 @@ def test_a_step_has_the_same_bits_whatever_the_order_of_arrival(order: Sequence[
         assert equal(parameters(session), twin.step(mean_of(*gradients)))
 
 
+HUGE = 1e8
+"""Beside it a float32 loses what is of the size of 1, so that the order of a sum shows."""
+
+
+@pytest.mark.parametrize("kind", ["dense", "some", "sparse", "options"])
+def test_random_names_do_not_order_a_sum(kind: str) -> None:
+    """Whatever names workers were given at random, the same gradients and options make the same bits."""
+    results = []
+    for names in permutations(("a-17", "m-3", "z-99")):
+        session = new_session(consistency=sync(4), names=("w", "b"))
+        begun(session, "m-named")
+        writers = [Writer.join(session, name, named=False) for name in names]
+        named = Writer(session, "m-named", 1, 1)
+        named.push([torch.ones(3, 4), torch.ones(5)])
+        for who, writer in enumerate(writers):
+            dense = values(session, 10 + who)
+            dense[0] *= (HUGE, -HUGE, 1.0)[who]
+            given: list[Gradient] = list(dense)
+            if kind == "some" and who:
+                given[who - 1] = None
+            elif kind == "sparse":
+                given[0] = rows(who, 0, 1)
+            elif kind == "options":
+                given = list(values(session, 10))
+            outcomes = writer.push(given, groups={0: {"lr": 0.1 * (who + 1)}} if kind == "options" else None)
+        assert receipt(outcomes, writers[-1].named(1)).contributors[0] == "m-named"
+        results.append(parameters(session))
+    assert all(equal(each, results[0]) for each in results)
+
+
 def test_a_step_packs_its_contributors_once() -> None:
     """Its answers, and one to a push that is repeated, carry the same bytes, which are made for the first of them."""
     session = new_session(consistency=sync(3))

@@ -131,8 +131,8 @@ class Writer:
     joined: Outcomes = field(default_factory=dict)
 
     @classmethod
-    def join(cls, session: Session, name: str = "w0", now: float = 0.0) -> Writer:
-        epoch, outcomes = session.join(name, now)
+    def join(cls, session: Session, name: str = "w0", now: float = 0.0, *, named: bool = True) -> Writer:
+        epoch, outcomes = session.join(name, now, named=named)
         return cls(session, name, epoch, joined=outcomes)
 
     def named(self, sequence: int | None = None) -> WriteName:

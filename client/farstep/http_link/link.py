@@ -115,6 +115,8 @@ class HttpLink(Link):
         self._holdings.share_no_more_()
         self._overlapping.end(OTHERS)
         document = {**self._standing.spec.to_document(), "worker": self._place.worker}
+        if not self._place.named:
+            document["named"] = False
         if self._place.options is not None:
             document["options"] = self._place.options
 

@@ -39,6 +39,7 @@ class Members:
         self._lease_s = lease_s
         self._epochs: dict[str, int] = {}
         self._names: list[str] = []  # of all, ascending
+        self._unnamed: set[str] = set()  # those with a random name
         self._leases: dict[str, float] = {}  # of live ones without a push that waits, first to run out first
         self._waiting: set[str] = set()
         self._lapsed: dict[str, float] = {}  # since when, ascending
@@ -61,6 +62,10 @@ class Members:
     def epoch(self, worker: str) -> int:
         """Return the epoch a worker joined with, 0 if it is not a member."""
         return self._epochs.get(worker, 0)
+
+    def is_named(self, worker: str) -> bool:
+        """Return whether a worker's name was chosen, rather than drawn at random."""
+        return worker not in self._unnamed
 
     # -- leases -----------------------------------------------------------------------------------------------------
 
@@ -178,10 +183,16 @@ class Members:
             found.append(worker)
         return found
 
-    def join(self, worker: str, epoch: int, now: float) -> None:
-        """Note that a worker joined."""
+    def join(self, worker: str, epoch: int, now: float, *, named: bool = True) -> None:
+        """Note that a worker joined.
+
+        Args:
+            named: its name was chosen, and orders sums; a random one would give them other bits in every run.
+        """
         self.leave(worker)
         self._epochs[worker] = epoch
+        if not named:
+            self._unnamed.add(worker)
         insort(self._names, worker)
         self.heard(worker, now)
 
@@ -192,6 +203,7 @@ class Members:
         self._leases.pop(worker, None)
         self._lapsed.pop(worker, None)
         self._waiting.discard(worker)
+        self._unnamed.discard(worker)
 
     def missing(self, present: Iterable[str]) -> list[str]:
         """Return the members who are not among these."""

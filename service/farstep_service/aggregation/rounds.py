@@ -70,11 +70,11 @@ class Rounds:
         if self.members.heard(worker, now):
             self._aggregation.returned(worker)
 
-    def joined(self, worker: str, epoch: int, now: float) -> None:
+    def joined(self, worker: str, epoch: int, now: float, *, named: bool = True) -> None:
         """Note that a worker joined, in a new epoch; what waited of an older one has been withdrawn."""
         self.sweep(now)
         self.left(worker)
-        self.members.join(worker, epoch, now)
+        self.members.join(worker, epoch, now, named=named)
         self._aggregation.joined(worker)
 
     def left(self, worker: str) -> None:

@@ -190,8 +190,11 @@ class Host(ABC):
         """The bytes of its parameters, those of a group that is being added included."""
 
     @abstractmethod
-    async def join(self, worker: str, groups: int) -> Joined:
+    async def join(self, worker: str, groups: int, *, named: bool = True) -> Joined:
         """Open a new epoch of a worker that knows so many param groups.
+
+        Args:
+            named: its name was chosen, so that the order of names is the same in every run.
 
         Raises:
             OptionsDiffer: the session has grown since the worker's plan was compared with its own.

@@ -104,7 +104,7 @@ class LocalHost(Host):
 
     # -- membership and options -------------------------------------------------------------------------------------
 
-    async def join(self, worker: str, groups: int) -> Joined:
+    async def join(self, worker: str, groups: int, *, named: bool = True) -> Joined:
         async with self._turn:
             self._check_open()
             if (now := len(self.plan.groups)) != groups:
@@ -113,7 +113,7 @@ class LocalHost(Host):
                     remedy="Join with all of them.",
                     field="name",
                 )
-            epoch, outcomes = self._session.join(worker, self._clock())
+            epoch, outcomes = self._session.join(worker, self._clock(), named=named)
             self._unshare()
             self._resolve(outcomes)
             initialised = self._session.initialised

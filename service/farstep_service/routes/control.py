@@ -262,7 +262,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         if await request.is_disconnected():  # a session that nobody heard of would stay for ever
             raise ClientDisconnect
         host, created = await registry.create_or_join(plan, options=document.options is None)
-        joined = await host.join(document.worker, len(plan.groups))
+        joined = await host.join(document.worker, len(plan.groups), named=document.named)
         return JoinedDocument(
             name=host.name,
             incarnation=host.incarnation,

@@ -113,10 +113,12 @@ class SessionDocument(PlanDocument):
     """A session to create or join, and the worker that joins it.
 
     `options`: `session` joins whatever options are in force, `push` brings other ones with each push. Without it the
-    groups have to be as they were created, or as they are now.
+    groups have to be as they were created, or as they are now. `named`: the worker's name was chosen, and is the same
+    in every run.
     """
 
     worker: Name
+    named: bool = True
     options: Literal["session", "push"] | None = None
 
 

@@ -28,10 +28,10 @@ class Attendance:
         self._membership = membership
         self._pushes = pushes
 
-    def join(self, worker: str, now: float) -> tuple[int, Outcomes]:
+    def join(self, worker: str, now: float, *, named: bool = True) -> tuple[int, Outcomes]:
         """Open a new epoch of a worker, and return it and what that decided; see `Membership.join`."""
         outcomes = self._withdraw(worker, "joined again", "If that was another process, give each its own name.", now)
-        epoch = self._membership.join(worker, now)
+        epoch = self._membership.join(worker, now, named=named)
         self._pushes.left(worker)
         return epoch, outcomes | self._pushes.tick(now)
 

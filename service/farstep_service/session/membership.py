@@ -31,7 +31,7 @@ class Membership:
         self._rounds = rounds
         self._ledger = ledger
 
-    def join(self, worker: str, now: float) -> int:
+    def join(self, worker: str, now: float, *, named: bool = True) -> int:
         """Open a new epoch of a worker that knows all groups, fencing its older one, and return it.
 
         Whatever waited of it has been withdrawn.
@@ -45,7 +45,7 @@ class Membership:
             self.leave(gone)
         epoch = self._ledger.join(worker)
         self.known.joined(worker)
-        self._rounds.joined(worker, epoch, now)
+        self._rounds.joined(worker, epoch, now, named=named)
         return epoch
 
     def leave(self, worker: str) -> None:

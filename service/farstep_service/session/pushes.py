@@ -27,7 +27,7 @@ from farstep.receipt import Receipt
 from farstep.wire import Names
 from farstep_service.aggregation import Abort, Agreed, Decision, Pushed, Refuse, Rounds, Said, Skip, Step, agreed
 from farstep_service.gradients import Contribution, Copied
-from farstep_service.reduction import mean_evaluation, reduce_
+from farstep_service.reduction import ByContent, mean_evaluation, reduce_
 from farstep_service.session.outcomes import Outcome, Outcomes, told
 from farstep_service.session.staleness import Bases, check_dense, compensate_, weigh_
 from farstep_service.session.state import SessionState
@@ -145,7 +145,11 @@ class Pushes:
         outcomes: Outcomes = {}
         while self._unfinished is None and (decided := self._rounds.decide(self._state.version, now)) is not None:
             decision, pushed = decided
-            outcomes |= self._act(decision, [self._waiting.pop(each.name) for each in pushed])
+            pushes = [self._waiting.pop(each.name) for each in pushed]
+            if isinstance(decision, Step | Skip):
+                pushes = self._ordered(pushes)
+                decision = replace(decision, workers=tuple(push.pushed.worker for push in pushes))
+            outcomes |= self._act(decision, pushes)
         return outcomes
 
     def switch(self, now: float) -> Outcomes:
@@ -186,6 +190,22 @@ class Pushes:
         return self._bases.of(worker, head.base) is not None
 
     # -- decisions --------------------------------------------------------------------------------------------------
+
+    def _ordered(self, pushes: list[_Push]) -> list[_Push]:
+        """Return the pushes of one step in the order of their sum, which is the same in every run.
+
+        Those of workers with a name of their own come first, in its order. Names that are drawn at random are of no
+        use for it: the others follow in the order of what they bring.
+        """
+        is_named = self._rounds.members.is_named
+        others = [push for push in pushes if not is_named(push.pushed.worker)]
+        if not others:
+            return pushes
+        named = [push for push in pushes if is_named(push.pushed.worker)]
+        others.sort(
+            key=lambda push: (push.pushed.skip, repr(push.head.evaluation), repr(sorted(push.head.groups.items())))
+        )
+        return named + sorted(others, key=lambda push: ByContent(push.contribution))
 
     def _act(self, decision: Decision, pushes: list[_Push]) -> Outcomes:
         match decision:

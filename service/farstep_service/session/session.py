@@ -135,14 +135,17 @@ class Session:
         """Return how long a worker's lease still runs: all of it while a push of it waits, 0 for one not live."""
         return self._members.left_s(worker, now)
 
-    def join(self, worker: str, now: float) -> tuple[int, Outcomes]:
+    def join(self, worker: str, now: float, *, named: bool = True) -> tuple[int, Outcomes]:
         """Open a new epoch of a worker that knows all groups, fencing its older one; return it, and what that decided.
+
+        Args:
+            named: its name was chosen; see `Members.join`.
 
         Raises:
             SessionFull: the mode's places are taken by workers that are live.
         """
         outcomes = self._pushes.finish()
-        epoch, decided = self._attendance.join(worker, now)
+        epoch, decided = self._attendance.join(worker, now, named=named)
         return epoch, outcomes | decided
 
     def leave(self, worker: str, epoch: int, now: float) -> Outcomes:
