@@ -28,6 +28,7 @@ from farstep.fields import FieldKind
 from farstep.link import Link, SessionSpec, Start
 from farstep.messages import Evaluation
 from farstep.optim.chosen import Chosen, chosen_of
+from farstep.optim.gradient_dtypes import of_their_parameters
 from farstep.optim.options import Options, changes, without
 from farstep.optim.overlap import Overlap
 from farstep.optim.scaling import NOT_SCALED, Scaling
@@ -87,6 +88,7 @@ class Membership:
         options: Callable[[], list[Options] | None] | None = None,
     ) -> None:
         self.place = place
+        self._optimizer = spec.optimizer
         self.parameters = list(chosen.parameters)
         self._chosen = chosen
         self._newborn = newborn
@@ -235,7 +237,9 @@ class Membership:
             if scaling.overflowed:
                 report = self.link.skip(changed)
             else:
-                report = self.link.push(scaling.unscaled(gradients), changed, evaluation)
+                unscaled = scaling.unscaled(gradients)
+                own = of_their_parameters(self._optimizer, self._chosen.described, self._dtypes, options, unscaled)
+                report = self.link.push(own, changed, evaluation)
         except BaseException:
             self._sent = without(self._sent, changed)
             raise

@@ -38,16 +38,23 @@ def refusal(
 
 
 def _kind(p: Tensor) -> tuple[object, ...]:
-    return p.dtype, p.dim(), p.grad is not None and p.grad.layout
+    return p.dtype, p.dim(), p.grad is not None and (p.grad.layout, p.grad.dtype)
 
 
 def _probe(p: Tensor) -> Tensor:
     """Return a parameter of one element with a gradient such as this one has."""
     probe = torch.zeros([1] * p.dim(), dtype=p.dtype, device="cpu")
     probe.requires_grad_(probe.is_floating_point() or probe.is_complex())
-    probe.grad = torch.ones_like(probe)
+    gradient = torch.ones_like(probe, requires_grad=False)
     if p.grad is not None and p.grad.is_sparse:
-        probe.grad = probe.grad.to_sparse(p.grad.sparse_dim())
+        gradient = gradient.to_sparse(p.grad.sparse_dim())
+    if p.grad is not None and p.grad.dtype is not p.dtype:
+        gradient = gradient.to(p.grad.dtype)
+        probe.data = probe.data.to(p.grad.dtype)  # torch takes a gradient only of the dtype that there is
+        probe.grad = gradient
+        probe.data = probe.data.to(p.dtype)
+        return probe
+    probe.grad = gradient
     return probe
 
 
