@@ -16,6 +16,7 @@ from farstep.policy import NOTHING, Policy
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import METHODS
 from farstep_service.rule import AnyMethod, Rule
+from farstep_service.store import check_first_step
 
 KernelMode = Literal["auto", "reference", "fused"]
 MAX_GROUPS = 10_000
@@ -58,7 +59,8 @@ class Plan:
         """Check what a client asks for.
 
         Raises:
-            InvalidOption: an optimizer, option or mode that nobody knows, or a value out of range.
+            InvalidOption: an optimizer, option or mode that nobody knows, a value out of range, or options with which
+                no step could be taken.
             TensorMismatch, LimitExceeded: a parameter that cannot be stored, or that the optimizer does not take.
         """
         rule = METHODS.get(optimizer)
@@ -74,12 +76,14 @@ class Plan:
             raise InvalidOption(
                 f"A parameter is of group {layout.groups - 1}, but there are {len(groups)} groups.", field="groups"
             )
+        hypers = tuple(rule.hyper.from_options(options) for options in groups)
+        _check_steps(rule, layout, hypers)
         wanted = Policy.from_options(policy or {})
         _check_policy(rule, layout, nonfinite, wanted)
         plan = cls(
             name=name,
             rule=rule,
-            groups=tuple(rule.hyper.from_options(options) for options in groups),
+            groups=hypers,
             layout=layout,
             consistency=from_options(consistency),
             nonfinite=_one_of("nonfinite", nonfinite, ("refuse", "skip", "allow")),
@@ -114,7 +118,7 @@ class Plan:
         """Return this plan with one more param group, whose number the segments have.
 
         Raises:
-            InvalidOption: an option that nobody knows, or a value out of range.
+            InvalidOption: an option that nobody knows, a value out of range, or one with which no step could be taken.
             TensorMismatch, LimitExceeded: a parameter that cannot be stored, or that the optimizer does not take, or
                 more than a session may have.
         """
@@ -123,7 +127,9 @@ class Plan:
         hyper, layout = self.rule.hyper.from_options(options), self.layout.append(segments)
         self.rule.check_layout(layout)
         _check_policy(self.rule, layout, self.nonfinite, self.policy)
-        return replace(self, groups=(*self.groups, hyper), layout=layout)
+        groups = (*self.groups, hyper)
+        _check_steps(self.rule, layout, groups, beginning=len(self.groups))
+        return replace(self, groups=groups, layout=layout)
 
     def first(self, groups: int) -> Plan:
         """Return what this plan was before it grew beyond these first param groups."""
@@ -167,6 +173,19 @@ class Plan:
                     by_now = f" and is {changed[key]!r}" if changed[key] != value else ""
                     return f"{key} of its group {index} was created as {value!r}{by_now}, not {given[key]!r}"
         return None
+
+
+def _check_steps(rule: AnyMethod, layout: Layout, groups: Sequence[Hyper], beginning: int = 0) -> None:
+    """Refuse options of the groups from `beginning` on with which their first step could not be taken.
+
+    Raises:
+        InvalidOption: naming what stands in the way.
+    """
+    if isinstance(rule, Rule):
+        check_first_step(layout, rule, groups, beginning)
+        return
+    for hyper in groups[beginning:]:
+        rule.check_step(hyper)
 
 
 def _check_policy(rule: AnyMethod, layout: Layout, nonfinite: str, policy: Policy) -> None:

@@ -120,6 +120,13 @@ class Method(ABC, Generic[H]):
             TensorMismatch: naming the parameter.
         """
 
+    def check_step(self, hyper: H) -> None:
+        """Refuse options that pass torch's constructor and with which its steps fail; a rule's numbers show that.
+
+        Raises:
+            InvalidOption: naming the option.
+        """
+
     def check_gradients(self, layout: Layout, groups: Sequence[H], dense: Iterable[int], sparse: Iterable[int]) -> None:
         """Refuse gradients where torch does, in torch's words.
 

@@ -163,10 +163,13 @@ def test_parameters_of_several_dtypes_and_a_fused_kernel_are_refused(place: Remo
         farstep.optim.LBFGS([p], **cast(RemoteOptions, {**place, "kernel": "fused"}))
 
 
-def test_an_unknown_line_search_is_refused_in_the_step(place: RemoteOptions) -> None:
-    """As in torch the constructor takes it and the step raises a RuntimeError with torch's words."""
+def test_an_unknown_line_search_is_refused(place: RemoteOptions) -> None:
+    """A session does not begin with it, and a step that comes with it is a RuntimeError, in torch's words."""
     objective = cliff(torch.float32)
-    optimizer = ours(objective, line_search_fn="weak", **place)
+    with pytest.raises(InvalidOption, match="only 'strong_wolfe' is supported"):
+        ours(objective, line_search_fn="weak", **place)
+    optimizer = ours(objective, **place)
+    optimizer.param_groups[0]["line_search_fn"] = "weak"
     with pytest.raises(RuntimeError, match="only 'strong_wolfe' is supported"):
         optimizer.step(objective.closure)
 
@@ -200,3 +203,32 @@ def test_a_closure_that_raises_leaves_an_optimizer_that_works(search: str | None
     optimizer.step(objective.closure)
     twin.step(twin_loss.closure)
     check_equal([p.detach() for p in objective.parameters], [p.detach() for p in twin_loss.parameters])
+
+
+@pytest.mark.parametrize("smaller", [2, 3])
+def test_a_history_that_is_lowered_while_it_is_longer_grows_on_as_torchs(smaller: int, place: RemoteOptions) -> None:
+    """A pair goes when there are exactly `history_size`; the bits stay torch's as long as torch trains on."""
+    here, there = network(torch.float64), network(torch.float64)
+    options = {**WOLFE, "max_iter": 2, "history_size": 20}
+    mine, other = ours(here, **options, **place), theirs(there, **options)
+    for step in range(12):
+        if step == 4:  # with three pairs
+            for optimizer in (mine, other):
+                optimizer.param_groups[0]["history_size"] = smaller
+        mine.step(here.closure)
+        other.step(there.closure)
+        check(here, there, mine.state_dict(), other.state_dict())
+    assert len(other.state_dict()["state"][0]["old_dirs"]) == {2: 11, 3: 3}[smaller]
+    mine.close()
+
+
+@pytest.mark.parametrize(
+    "options", [{"history_size": 0}, {**WOLFE, "max_eval": 0}, {"line_search_fn": "weak"}], ids=lambda each: [*each][-1]
+)
+def test_options_with_which_every_step_would_fail_are_refused_at_once(
+    options: dict[str, Any], place: RemoteOptions
+) -> None:
+    """The constructor of torch takes them, and its step ends in an IndexError or the like; here they are named."""
+    with pytest.raises(InvalidOption) as refused:
+        ours(network(torch.float64), **options, **place)
+    assert refused.value.field in options

@@ -12,7 +12,7 @@ from torch import Tensor
 from farstep.errors import InvalidOption, NonFinite
 from farstep_service.optimizers.lbfgs import LBFGSHyper
 from farstep_service.optimizers.lbfgs_steps import Memory, Turn, begin, resume
-from tests.optimizers.objectives import OBJECTIVES, Objective, network, rosenbrock, slope
+from tests.optimizers.objectives import OBJECTIVES, Objective, network, quadratic, rosenbrock, slope
 
 STEPS = 20
 DTYPES = [torch.float32, torch.float64]
@@ -185,17 +185,28 @@ def test_options_with_which_torch_fails_in_a_step_are_refused(options: dict[str,
     assert refused.value.field in options
 
 
-def test_a_smaller_history_lets_the_oldest_pairs_go() -> None:
-    """A history_size that was lowered is never reached in torch; here the step that follows does."""
-    machine = Machine(rosenbrock(torch.float64), max_iter=10)
-    machine.step()
-    assert len(machine.memory.old_dirs or ()) > 3
-    newest = (machine.memory.old_dirs or ())[-1]
-    machine.hyper = LBFGSHyper.from_options({"history_size": 3, "max_iter": 2})
-    machine.step()
-    assert machine.memory.old_dirs is not None
-    assert len(machine.memory.old_dirs) == 3
-    assert any(each is newest for each in machine.memory.old_dirs)
+@pytest.mark.parametrize("smaller", [1, 3, 6])
+def test_a_smaller_history_grows_as_torchs_until_torch_fails(smaller: int) -> None:
+    """The pairs that there are stay and more come, as in torch; where that is an IndexError the oldest pairs go."""
+    here, there = quadratic(torch.float64), quadratic(torch.float64)
+    options: dict[str, Any] = {"line_search_fn": "strong_wolfe", "max_iter": 1, "history_size": 8}
+    machine, theirs = Machine(here, **options), theirs_of(there, options)
+    failed = False
+    for step in range(20):
+        if step == 6:
+            assert len(machine.memory.old_dirs or ()) == 5
+            machine.hyper = LBFGSHyper.from_options({**options, "history_size": smaller})
+            theirs.param_groups[0]["history_size"] = smaller
+        machine.step()
+        try:
+            theirs.step(there.closure)
+        except IndexError:
+            failed = True
+            break
+        check_memory(machine.memory, theirs.state[there.parameters[0]])
+        assert torch.equal(machine.flat(), torch.cat([real(p.detach()) for p in there.parameters]))
+    assert failed == (smaller < 5)
+    assert len(machine.memory.old_dirs or ()) == smaller
 
 
 def test_a_search_that_ends_on_a_loss_that_is_nan_is_refused() -> None:

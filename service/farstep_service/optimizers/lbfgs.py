@@ -10,6 +10,7 @@ from typing import ClassVar
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep.hyper import Hyper, in_range
 from farstep_service.layout import Layout
+from farstep_service.optimizers.line_search import check_evaluations
 from farstep_service.rule import Method
 
 STRONG_WOLFE = "strong_wolfe"
@@ -64,6 +65,30 @@ def most_pairs(hyper: LBFGSHyper) -> int:
     return max(MOST_PAIRS, hyper.history_size)
 
 
+def check_search(hyper: LBFGSHyper) -> None:
+    """Refuse a line search that there is not, in the words in which torch's step does.
+
+    Raises:
+        InvalidOption: it has another name than torch's only one.
+    """
+    if hyper.line_search_fn not in (None, STRONG_WOLFE):
+        raise InvalidOption("only 'strong_wolfe' is supported", field="line_search_fn")
+
+
+def check_history(hyper: LBFGSHyper) -> None:
+    """Refuse a history of no pair, where torch ends in an IndexError.
+
+    Raises:
+        InvalidOption: it has no place for a pair.
+    """
+    if hyper.history_size < 1:
+        raise InvalidOption(
+            f"history_size={hyper.history_size} has no place for a pair.",
+            remedy="Use at least 1.",
+            field="history_size",
+        )
+
+
 class LBFGS(Method[LBFGSHyper]):
     """The optimizer above, as a session sees it: all parameters are one vector, and the state is the first one's."""
 
@@ -93,6 +118,13 @@ class LBFGS(Method[LBFGSHyper]):
             )
         if not any(segment.length for segment in layout.segments):
             raise TensorMismatch("LBFGS has no element to optimize.", field="segments")
+
+    def check_step(self, hyper: LBFGSHyper) -> None:
+        """Refuse options with which torch's step fails as soon as it searches, or keeps a pair."""
+        check_search(hyper)
+        check_history(hyper)
+        if hyper.line_search_fn is not None and hyper.max_iter > 0:
+            check_evaluations(hyper.evaluations - 1)
 
     def check_sparse(self, hyper: LBFGSHyper) -> None:
         """Take every sparse gradient; it is made dense, as in torch."""

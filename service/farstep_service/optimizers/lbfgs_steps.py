@@ -15,8 +15,9 @@ Records and their tensors are never changed in place, so an evaluation that fail
 given up leaves nothing behind. torch leaves its counters advanced then.
 
 Source: Nocedal, "Updating Quasi-Newton Matrices with Limited Storage", Mathematics of Computation 35 (1980); names and
-order of operations as in torch 2.13, `torch/optim/lbfgs.py`. Where torch ends in an IndexError since `history_size` was
-lowered, the oldest pairs go. The vectors hold all parameters one after the other, complex ones as pairs of reals.
+order of operations as in torch 2.13, `torch/optim/lbfgs.py`. Where torch ends in an IndexError, some time after
+`history_size` was lowered, the oldest pairs go. The vectors hold all parameters one after the other, complex ones as
+pairs of reals.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidOption
-from farstep_service.optimizers.lbfgs import FIELDS, STRONG_WOLFE, LBFGSHyper
+from farstep_service.optimizers.lbfgs import FIELDS, LBFGSHyper, check_history, check_search
 from farstep_service.optimizers.line_search import Number, Search, smaller
 
 
@@ -218,19 +218,27 @@ def _direction(memory: Memory, hyper: LBFGSHyper, flat_grad: Tensor) -> Memory:
     s = memory.d.mul(memory.t)
     ys = y.dot(s)
     if ys > 1e-10:
-        if hyper.history_size < 1:
-            raise InvalidOption(
-                f"history_size={hyper.history_size} has no place for a pair.",
-                remedy="Use at least 1.",
-                field="history_size",
-            )
-        kept = slice(max(0, len(old_dirs) + 1 - hyper.history_size), None)
+        check_history(hyper)
+        kept = _kept(len(old_dirs), memory, hyper)
         old_dirs, old_stps, ro = (*old_dirs[kept], y), (*old_stps[kept], s), (*ro[kept], 1.0 / ys)
         H_diag = ys / y.dot(y)
     d, factors = _times_inverse_hessian(flat_grad, old_dirs, old_stps, ro, H_diag)
     before = (None,) * hyper.history_size if memory.al is None else memory.al
     al = (*factors, *before[len(factors) :])
     return replace(memory, d=d, old_dirs=old_dirs, old_stps=old_stps, ro=ro, H_diag=H_diag, al=al)
+
+
+def _kept(pairs: int, memory: Memory, hyper: LBFGSHyper) -> slice:
+    """Return which of the pairs stay when one is added.
+
+    torch lets the oldest go if there are exactly `history_size`. If that was lowered below the pairs that there are,
+    they stay and grow in number, until there is no factor for one more, and torch fails.
+    """
+    if pairs == hyper.history_size:
+        return slice(1, None)
+    factors = 0 if memory.al is None else len(memory.al)
+    fits = pairs < max(factors, hyper.history_size)
+    return slice(None) if fits else slice(pairs + 1 - hyper.history_size, None)
 
 
 def _times_inverse_hessian(
@@ -252,13 +260,3 @@ def _times_inverse_hessian(
 def _plain(number: Number) -> float:
     """Return a number as an operation takes its scalars: torch reads a 0-dim tensor there in the same way."""
     return float(number)
-
-
-def check_search(hyper: LBFGSHyper) -> None:
-    """Refuse a line search that there is not, in the words in which torch's step does.
-
-    Raises:
-        InvalidOption: it has another name than torch's only one.
-    """
-    if hyper.line_search_fn not in (None, STRONG_WOLFE):
-        raise InvalidOption("only 'strong_wolfe' is supported", field="line_search_fn")

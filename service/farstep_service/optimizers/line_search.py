@@ -54,6 +54,18 @@ class Found(NamedTuple):
     evaluations: int
 
 
+def check_evaluations(left: int) -> None:
+    """Refuse a search that even the first evaluation is too much for, where torch ends in an UnboundLocalError.
+
+    Raises:
+        InvalidOption: that is so.
+    """
+    if left < 0:
+        raise InvalidOption(
+            "max_eval leaves no evaluation to the line search.", remedy="Use at least 1.", field="max_eval"
+        )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Search:
     """A search that waits for the objective at `t`.
@@ -92,10 +104,7 @@ class Search:
         Raises:
             InvalidOption: there is no evaluation left for it.
         """
-        if max_ls < 0:
-            raise InvalidOption(
-                "max_eval leaves no evaluation to the line search.", remedy="Use at least 1.", field="max_eval"
-            )
+        check_evaluations(max_ls)
         start = Point(0, f, g, gtd)
         return cls(start, d, d.abs().max(), tolerance_change, max_ls, t, start)
 

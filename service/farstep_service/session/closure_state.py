@@ -25,7 +25,7 @@ from farstep_service.gradients import on_device
 from farstep_service.layout import Layout
 from farstep_service.optimizers.lbfgs import LBFGSHyper, most_pairs
 from farstep_service.optimizers.lbfgs_state import check_shapes, fields_of, memory_of
-from farstep_service.optimizers.lbfgs_steps import Memory, Turn, Waiting, begin, check_search, resume
+from farstep_service.optimizers.lbfgs_steps import Memory, Turn, Waiting, begin, resume
 from farstep_service.plan import Plan
 from farstep_service.session.state import NO_GROUPS, SessionState
 from farstep_service.store import Applied, Buffers, FlatBuffers, Gradients, Held, PlainStore
@@ -77,7 +77,7 @@ class ClosureState(SessionState):
 
     def check_step(self, changed: Mapping[int, Hyper]) -> None:
         for hyper in changed.values():
-            check_search(hyper if isinstance(hyper, LBFGSHyper) else LBFGSHyper())
+            self.plan.rule.check_step(hyper)
 
     # -- steps and writes -------------------------------------------------------------------------------------------
 

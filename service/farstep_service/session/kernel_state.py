@@ -20,7 +20,7 @@ from farstep_service.plan import Plan
 from farstep_service.policies import Average
 from farstep_service.rule import AnyRule
 from farstep_service.session.state import NO_GROUPS, SessionState, with_lr_times
-from farstep_service.store import Applied, Buffers, Gradients, Held, Store
+from farstep_service.store import Applied, Buffers, Gradients, Held, Store, check_first_step
 
 
 @final
@@ -116,8 +116,12 @@ class KernelState(SessionState):
         self.plan = plan
 
     def check_step(self, changed: Mapping[int, Hyper]) -> None:
+        if not changed:
+            return
         if self._store is not None:
             self._store.check_step(self._with(changed), changed)
+        else:
+            check_first_step(self.plan.layout, self._rule, self._with(changed))
 
     # -- steps and writes -------------------------------------------------------------------------------------------
 

@@ -92,9 +92,13 @@ class SessionState(ABC):
         """
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Begin with a snapshot, whose memory belongs to the session from now on; for errors see `begin`."""
+        """Begin with a snapshot, whose memory belongs to the session from now on; for errors see `begin`.
+
+        Raises:
+            InvalidOption: with the options that it says are in force the next step could not be taken.
+        """
         self.begin(snapshot.contents, snapshot.version)
-        self.groups = snapshot.groups
+        self.set_groups(dict(enumerate(snapshot.groups)))
 
     # -- growing ----------------------------------------------------------------------------------------------------
 
@@ -132,11 +136,10 @@ class SessionState(ABC):
     def given(self, changes: GroupChanges) -> dict[int, Hyper]:
         """Check options that are given by themselves and return the groups they lead to.
 
-        Those that come with a push are refused with it, if its step cannot be taken; after these every push would be.
-        So torch's ranges hold for them, and the next step has to be possible.
+        torch's ranges hold for them, which options that come with a push may leave, as in torch.
 
         Raises:
-            InvalidOption: see `changed`; or an option out of range, or one with which the next step could not be taken.
+            InvalidOption: see `changed`; or an option out of range.
         """
         changed = self.changed(changes)
         for index, options in changes.items():
@@ -145,7 +148,6 @@ class SessionState(ABC):
                 type(now).from_options({**now.to_options(), **options})
             except InvalidOption:  # perhaps about others, which a push has put out of range
                 type(now).from_options({**created.to_options(), **options})
-        self.check_step(changed)
         return changed
 
     @abstractmethod
@@ -175,7 +177,15 @@ class SessionState(ABC):
             )
 
     def set_groups(self, changed: Mapping[int, Hyper]) -> None:
-        """Put changed groups into force, from the next step on."""
+        """Put changed groups into force without a step, from the next one on.
+
+        Options that are wrong are refused with the step that they come with. Without one they would stay, and every
+        later push would be refused; so the next step has to be possible.
+
+        Raises:
+            InvalidOption: see `check_step`; nothing has changed then.
+        """
+        self.check_step(changed)
         self.groups = self._with(changed)
 
     def _with(self, changed: Mapping[int, Hyper], passing: Mapping[int, Hyper] = NO_GROUPS) -> Sequence[Hyper]:

@@ -119,6 +119,7 @@ class Steps:
             if self._accumulated.count + 1 < rounds:
                 if not checked and (left := self._nonfinite(gradients)):
                     return self._leave(changed, left)
+                state.check_step(changed)
                 self._accumulated.add_(gradients, workers)
                 return self._leave(changed, Left("accumulated", f"Round {self._accumulated.count} of {rounds}."))
             made_by = (*self._accumulated.workers, *workers)
@@ -126,8 +127,9 @@ class Steps:
                 gradients, checked = self._accumulated.mean_with(gradients, self._workspace), False
             clipped = self._clipped(gradients, checked=checked)
             if isinstance(clipped, Left):
+                self._leave(changed, clipped)
                 self._accumulated.clear_()
-                return self._leave(changed, clipped)
+                return clipped
             gradients, norm = clipped
         before = state.version
         try:

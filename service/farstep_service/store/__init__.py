@@ -2,6 +2,7 @@
 
 from farstep_service.store.borrowed import BorrowedBuffers
 from farstep_service.store.buffers import Buffers, FlatBuffers, NarrowBuffers
+from farstep_service.store.decider import check_first_step
 from farstep_service.store.gradients import Gradients
 from farstep_service.store.plain import PlainStore
 from farstep_service.store.state import PARAMETERS, FieldValues
@@ -22,4 +23,5 @@ __all__ = [
     "PlainStore",
     "Store",
     "StoreBytes",
+    "check_first_step",
 ]

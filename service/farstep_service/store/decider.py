@@ -23,7 +23,7 @@ from farstep_service.layout import Layout
 from farstep_service.rule import AnyRule, Counts, Form, KernelName, RowRule
 from farstep_service.store.calls import Caller, RowCall, check_numbers
 from farstep_service.store.gradients import Gradients, Rows, coalesce
-from farstep_service.store.runs import Decision, Numbers, Planner
+from farstep_service.store.runs import Decision, Numbers, Planner, next_step
 from farstep_service.store.state import State
 from farstep_service.store.step import Contents, Step
 from farstep_service.store.versions import Versions
@@ -78,8 +78,7 @@ class Decider:
             key = segment.group, segment.buffer, id(its)  # neighbours share the record of their counts
             if segment.group in changed and key not in seen:
                 seen.add(key)
-                scalars = self._planner.scalars(its, groups[segment.group])
-                check_numbers([(TORCH_DTYPES[segment.buffer], scalars)])
+                _check_one(self._rule, segment.buffer, its, groups[segment.group])
 
     def decide(
         self,
@@ -177,3 +176,24 @@ class Decider:
             else:
                 spread.append((its, numbers))
         return rows, spread
+
+
+def check_first_step(layout: Layout, rule: AnyRule, groups: Sequence[Hyper], beginning: int = 0) -> None:
+    """Refuse options with which the first step of a session, or of groups that are added to it, could not be taken.
+
+    Args:
+        layout: the segments.
+        rule: the optimizer.
+        groups: options of each param group.
+        beginning: the first of the groups to look at.
+
+    Raises:
+        InvalidOption: naming what stands in the way.
+    """
+    for group, buffer in sorted({(each.group, each.buffer) for each in layout.segments}):
+        if group >= beginning:
+            _check_one(rule, buffer, None, groups[group])
+
+
+def _check_one(rule: AnyRule, buffer: str, counts: Counts | None, hyper: Hyper) -> None:
+    check_numbers([(TORCH_DTYPES[buffer], next_step(rule, counts, hyper)[0])])

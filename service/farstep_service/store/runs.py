@@ -157,26 +157,11 @@ class Planner:
                 self._key, self._cut = key, cut
         return Decision(cut, numbers, [advance(segment) for segment in gradients.sparse], after)
 
-    def scalars(self, counts: Counts | None, hyper: Hyper) -> tuple[float, ...]:
-        """Return the numbers of the step that follows `counts`; see `Rule.scalars`.
-
-        Raises:
-            InvalidOption: there is no such step.
-        """
-        return self._numbers(counts, hyper, ())[0].scalars
-
     def _numbers(self, counts: Counts | None, hyper: Hyper, shape: tuple[int, ...]) -> tuple[Numbers, Counts | None]:
         rule = self._rule
-        try:
-            now = counts or rule.first(hyper)
-            scalars, after = rule.scalars(now, hyper), rule.advance(now, hyper)
-        except ArithmeticError as exc:
-            raise InvalidOption(
-                f"{self._rule.name} cannot step with {hyper.to_options()}: {exc}.",
-                remedy="Change the options of the group.",
-            ) from exc
+        scalars, after = next_step(rule, counts, hyper)
         optional = rule.optional(hyper)
-        fields = rule.fields((*now.fields, *optional), shape)
+        fields = rule.fields((*(counts.fields if counts else ()), *optional), shape)
         if not fields and not rule.segment_fields:
             return Numbers(scalars, optional), None
         return Numbers(scalars, optional), after if after.fields == fields else replace(after, fields=fields)
@@ -188,6 +173,22 @@ class Planner:
         return all(
             pattern[self._layout.segments[other].group] == group and after[other] == after[first] for other in others
         )
+
+
+def next_step(rule: AnyRule, counts: Counts | None, hyper: Hyper) -> tuple[tuple[float, ...], Counts]:
+    """Return the numbers of the step that follows `counts`, None for the first one, and the counts after it.
+
+    Raises:
+        InvalidOption: there is no such step.
+    """
+    try:
+        now = counts or rule.first(hyper)
+        return rule.scalars(now, hyper), rule.advance(now, hyper)
+    except ArithmeticError as exc:
+        raise InvalidOption(
+            f"{rule.name} cannot step with {hyper.to_options()}: {exc}.",
+            remedy="Change the options of the group.",
+        ) from exc
 
 
 def runs_of(
