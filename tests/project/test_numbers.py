@@ -49,3 +49,12 @@ ELEMENT_TYPES = [dtype.value for dtype in Dtype]
 def test_a_number_in_the_documents_is_that_of_the_code(document: str, sentence: str) -> None:
     """The sentence stands in the document with the number that the code has."""
     assert sentence in " ".join((ROOT / document).read_text().split())
+
+
+def test_each_decision_has_a_number_of_its_own() -> None:
+    """A decision is referred to by its number, which stands in its file's name and in its title."""
+    decisions = sorted((ROOT / "service" / "decisions").glob("*.md"))
+    numbers = [int(each.name.partition("-")[0]) for each in decisions]
+    assert numbers == sorted(set(numbers))
+    for number, each in zip(numbers, decisions, strict=True):
+        assert each.read_text().startswith(f"# {number}. ")

@@ -149,11 +149,23 @@ def test_all_who_wait_learn_that_the_deadline_passed(raw: RawClient) -> None:
         answers = list(pool.map(lambda worker: worker.push(gradient(1, PARAMETERS)), workers[:2]))
     for answer in answers:
         assert (answer.status, answer.code) == (409, "barrier_timeout")
-        assert answer.document["missing"] == ["w2"]
+        assert (answer.document["missing"], answer.document["missing_count"]) == (["w2"], 1)
     assert workers[0].version == 0
     with ThreadPoolExecutor(3) as pool:
         answers = list(pool.map(lambda worker: worker.push(gradient(1, PARAMETERS)), workers))
     assert [answer.receipt["version"] for answer in answers] == [1, 1, 1]
+
+
+def test_an_error_names_a_few_of_many_missing_workers(raw: RawClient) -> None:
+    """However many workers a barrier waited for, its answer names the first twenty and counts them all."""
+    mode = {"mode": "sync", "workers": 71, "deadline_s": 0.1}
+    names = [f"w{number:02}" for number in range(71)]
+    first, *_ = raw.begun("crowded-barrier", *names, consistency=mode)
+    answer = first.push([torch.ones(4)])
+    assert (answer.status, answer.code) == (409, "barrier_timeout")
+    assert (answer.document["missing"], answer.document["missing_count"]) == (names[1:21], 70)
+    assert "w20 and 50 more" in answer.document["detail"]
+    assert "w21" not in answer.document["detail"]
 
 
 def test_removing_a_session_tells_those_who_wait(raw: RawClient) -> None:

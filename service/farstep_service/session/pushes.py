@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import assert_never, final
+from typing import Final, assert_never, final
 
 from farstep.consistency import Consistency
 from farstep.errors import BarrierTimeout, FarstepError, InternalError
@@ -33,6 +33,9 @@ from farstep_service.session.staleness import Bases, check_dense, compensate_, w
 from farstep_service.session.state import SessionState
 from farstep_service.session.steps import Left, Steps, Taken
 from farstep_service.store import Held
+
+NAMED: Final = 20
+"""Workers whom the error of a barrier names, of thousands that may be missing."""
 
 
 @dataclass(slots=True)
@@ -320,12 +323,15 @@ def _agreed(pushes: Sequence[_Push]) -> Agreed:
 
 def _aborted(abort: Abort, pushes: list[_Push]) -> Outcomes:
     """Return the same answer for all whose pushes were given up."""
-    arrived, missing = len(abort.workers), [*abort.missing]
+    arrived, missing = len(abort.workers), [*abort.missing[:NAMED]]
+    more = len(abort.missing) - len(missing)
     joined = "1 worker has" if arrived == 1 else f"{arrived} workers have"
-    who = f"missing: {', '.join(missing)}" if missing else f"only {joined} joined"
+    named = ", ".join(missing) + (f" and {more} more" if more else "")
+    who = f"missing: {named}" if missing else f"only {joined} joined"
     error = BarrierTimeout(
         f"The deadline passed with {arrived} of {abort.wanted} workers ({who}); nothing was applied.",
         remedy="Push again when the others are there; another worker may take a missing one's place.",
         missing=missing,
+        missing_count=len(abort.missing),
     )
     return {push.head.name: Outcome(error) for push in pushes}
