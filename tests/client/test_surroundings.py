@@ -155,6 +155,22 @@ def test_inference_mode_leaves_nothing_behind(name: str, what: str, place: Remot
     compare(name, place, INFERENCE[what], (nullcontext,) * 3)
 
 
+def test_one_step_inside_inference_mode_and_the_next_outside(place: RemoteOptions) -> None:
+    """Gradients that autograd made outside are stepped on inside and then outside again, as torch does."""
+    mine, torchs = parameters([torch.ones(4)]), parameters([torch.ones(4)])
+    optimizer = farstep.optim.SGD(mine, lr=0.1, **place)
+    twin = torch.optim.SGD(torchs, lr=0.1)
+    for within in (torch.inference_mode, nullcontext, torch.inference_mode, nullcontext):
+        for ps, either in ((mine, optimizer), (torchs, twin)):
+            either.zero_grad()
+            torch.autograd.backward((ps[0] ** 2).sum())
+            with within():
+                either.step()
+    assert not any(p.is_inference() for p in mine)
+    check_parameters(mine, torchs)
+    optimizer.close()
+
+
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("surroundings", [torch.no_grad, torch.enable_grad, deterministic])

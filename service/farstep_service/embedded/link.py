@@ -106,8 +106,10 @@ class EmbeddedLink(Link):
         groups: Mapping[int, Options],
         evaluation: Evaluation | None = None,
     ) -> StepReport:
+        inside = torch.is_inference_mode_enabled() and any(p.is_inference() for p in self._parameters)
+        push = self._push if inside else self._push_in_ordinary_memory  # only inside can those be written to
         try:
-            return self._push(gradients, groups, evaluation)
+            return push(gradients, groups, evaluation)
         finally:
             if not self._state.pending:  # else they are needed to finish the step
                 self._gradients.release()
@@ -134,6 +136,8 @@ class EmbeddedLink(Link):
             grad_norm=taken.grad_norm,
             seconds={"total": ended - began, "kernel": ended - began},
         )
+
+    _push_in_ordinary_memory = in_ordinary_memory(_push)
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
         return self._left(Left("skipped"), self._state.changed(groups))
