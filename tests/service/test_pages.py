@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import importlib.metadata
 import json
 import re
 import sys
@@ -314,3 +315,16 @@ def test_a_value_that_is_too_long_is_refused_where_it_begins() -> None:
         generic(Reader([b'{"a": 1, "a": 2}']))
     with pytest.raises(ValidationError):
         documents.SessionDocument.model_validate({"name": "s"})
+
+
+def test_info_reads_no_files_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The version is looked up once, not for each request: that parses a file on the event loop."""
+
+    async def scene() -> None:
+        async with asked() as client:
+            with monkeypatch.context() as patched:
+                patched.setattr(importlib.metadata.Distribution, "from_name", lambda name: pytest.fail(name))
+                answer = await client.get("/v1/info")
+            assert answer.json()["farstep"] == importlib.metadata.version("farstep")
+
+    run(scene)

@@ -230,6 +230,7 @@ def planned(document: SessionDocument) -> Plan:
 def control_router(registry: Registry, settings: Settings) -> APIRouter:
     """Return the control routes of a server."""
     router = APIRouter(route_class=DocumentRoute, responses=PROBLEMS)
+    installed = version("farstep")  # which reads a file
 
     @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", tags=["server"])
@@ -241,7 +242,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
     async def info() -> Info:
         """Say what this server is and what it can do."""
         return Info(
-            farstep=version("farstep"),
+            farstep=installed,
             protocol=VERSION,
             device=settings.device,
             optimizers=sorted(METHODS),
