@@ -13,6 +13,7 @@ import httpx
 import pytest
 import torch
 
+import farstep
 from farstep.errors import Busy, LimitExceeded, UnknownSession
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import encode
@@ -22,7 +23,7 @@ from farstep_service.plan import Plan
 from farstep_service.registry import Registry
 from farstep_service.settings import Settings
 from tests.service.answers import MSGPACK, half_sent
-from tests.service.raw import RawClient
+from tests.service.raw import RawClient, session_document
 from tests.service.servers import running_server
 
 ASYNC: Mapping[str, object] = {"mode": "async"}
@@ -167,6 +168,18 @@ def test_a_request_beyond_the_limit_is_refused_alone_too() -> None:
             one(200)
 
     asyncio.run(talk())
+
+
+def test_what_could_never_fit_is_refused_for_good() -> None:
+    """More than a server may use in all is no matter of waiting: the client raises at once and names the limit."""
+    with running_server("--max-gib", str(1000 / 2**30)) as small:
+        with pytest.raises(LimitExceeded, match="max-gib") as raised:
+            farstep.optim.SGD([torch.zeros(251, requires_grad=True)], lr=0.1, server=small.url, timeout_s=60)
+        assert raised.value.limit == 1000
+        with RawClient(small.url) as raw:
+            answer = raw.json("POST", "/v1/sessions", session_document("s", "w0", [torch.zeros(251)]))
+            assert (answer.status, answer.document["asked"]) == (413, 1004)
+            raw.begun("s", parameters=[torch.zeros(100)])
 
 
 def test_a_server_that_is_full_says_when_to_come_again() -> None:

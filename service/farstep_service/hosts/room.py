@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import final
 
-from farstep.errors import Busy
+from farstep.errors import Busy, LimitExceeded
 from farstep_service.plan import Plan
 
 UNBOUNDED = 2**63
@@ -44,8 +44,16 @@ class Room:
         """Refuse what there is no room for.
 
         Raises:
+            LimitExceeded: it is more than there may be in all, so that no wait would help.
             Busy: saying what was asked for and what there is.
         """
+        if nbytes > self.limit_bytes:
+            raise LimitExceeded(
+                f"This takes {nbytes} bytes, and the server may use {self.limit_bytes} for all its sessions.",
+                remedy="--max-gib says how much there may be.",
+                limit=self.limit_bytes,
+                asked=nbytes,
+            )
         if not self.has(nbytes):
             there = max(0, self.limit_bytes - self.held_bytes - self.in_flight_bytes)
             raise Busy(
