@@ -215,6 +215,14 @@ class Link(ABC):
             self.write(edited)
 
     @abstractmethod
+    def stand_in(self, index: int) -> Tensor | None:
+        """Return a tensor for the place of a parameter that has another form for the moment; None if there is none.
+
+        Where values of the parameter may be compared or copied, it has those that the session has, as far as this
+        worker knows.
+        """
+
+    @abstractmethod
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         """Take other tensors of the same shapes and dtypes in the parameters' place; return whether that can be.
 

@@ -167,6 +167,10 @@ class HttpLink(Link):
         self._pushing.settle_edits(addresses)
 
     @in_ordinary_memory
+    def stand_in(self, index: int) -> Tensor | None:
+        return self._holdings.arrivals.stand_in(index)
+
+    @in_ordinary_memory
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
         self._holdings.rebind_(parameters)
         return True

@@ -240,7 +240,7 @@ class InSession(torch.optim.Optimizer):
             FarstepError: after `close`, in a copy, or with parameters that a session with a name cannot take.
         """
         member = self._looked_at()
-        if not member.fits:
+        if not member.fits and not member.leave_out_away_([group["params"] for group in self.param_groups]):
             self._move(member)
         return self._membership
 

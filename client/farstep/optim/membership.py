@@ -27,6 +27,7 @@ from farstep.errors import FarstepError, TensorMismatch
 from farstep.fields import FieldKind
 from farstep.link import Link, SessionSpec, Start
 from farstep.messages import Evaluation
+from farstep.optim.away import Away, form_of
 from farstep.optim.chosen import Chosen, chosen_of
 from farstep.optim.gradient_dtypes import of_their_parameters
 from farstep.optim.options import Options, changes, without
@@ -133,13 +134,19 @@ class Membership:
                 "Leave the `with` block first.",
             )
 
-    def _remember(self, groups: Sequence[Parameters], chosen: Chosen) -> None:
-        """Remember what `holds` and `rebind` compare with: the parameters, and which of them the session has."""
+    def _remember(self, groups: Sequence[Parameters], chosen: Chosen, away: Away | None = None) -> None:
+        """Remember what `holds` and `rebind` compare with: the parameters, and which of them the session has.
+
+        Args:
+            groups, chosen: as given to the constructor.
+            away: those that are away, None for none.
+        """
         self.fits = True
         self._chosen = chosen
         self._lengths = list(map(len, groups))
         self._every = list(chain.from_iterable(groups))
-        self._forms = [(p.shape, p.dtype) for p in self.parameters]
+        self._forms = list(map(form_of, self.parameters))
+        self._away = Away(chosen.parameters, self._forms, {} if away is None else away.places)
         self._dtypes = [p.dtype for p in self.parameters]
         self._sizes = list(map(Tensor.numel, self.parameters))
         self._addresses = list(map(Tensor.data_ptr, self.parameters))
@@ -153,8 +160,26 @@ class Membership:
             and list(map(Tensor.numel, self.parameters)) == self._sizes
             and [p.dtype for p in self.parameters] == self._dtypes
             and (not self._chosen.left or self._chosen.leaves(self._every))
+            and self._away.is_still_so
         )
         return self.fits
+
+    def leave_out_away_(self, groups: Sequence[Parameters]) -> bool:
+        """Go on without parameters that are away, if that is all that differs from what the session has.
+
+        Return whether it is. See `farstep.optim.away`.
+        """
+        every = list(chain.from_iterable(groups))
+        same = list(map(len, groups)) == self._lengths and all(map(is_, every, self._every))
+        if not same or self._optimizer == "LBFGS" or not self._chosen.leaves(every):
+            return False
+        away = self._away.now(self.link.stand_in, lone=self.place.private)
+        if away is None or not self.link.rebind(away.parameters):
+            return False
+        self._away.settle_(away)
+        self.parameters = away.parameters
+        self._remember(groups, self._chosen, away)
+        return True
 
     @property
     def sends_nothing_early(self) -> bool:
@@ -174,7 +199,7 @@ class Membership:
         except TensorMismatch:
             return None
         parameters = chosen.parameters
-        if chosen.places != self._chosen.places or [(p.shape, p.dtype) for p in parameters] != self._forms:
+        if chosen.places != self._chosen.places or list(map(form_of, parameters)) != self._forms:
             return None
         if {p for p, then in zip(parameters, self.parameters, strict=True) if p is not then} & set(self.parameters):
             return None
@@ -190,6 +215,7 @@ class Membership:
         brought = self.state.brought(parameters)
         if not self.link.rebind(parameters):
             return False
+        self._away.settle_()
         self.parameters = parameters
         self._write_state(brought)
         self.state.rebind_(parameters, brought)
@@ -289,9 +315,9 @@ class Membership:
         self.state.append_(parameters)
         self._sent = [*self._sent, options]
         self.parameters = [*self.parameters, *parameters]
-        self._remember(groups, chosen)
+        self._remember(groups, chosen, self._away)
         if self.overlap is not None:
-            self.overlap.watch(self.parameters)
+            self.overlap.watch(chosen.parameters)
         return taken
 
     def rejoin(self, state: Mapping[Any, Any] | None, version: int) -> bool:

@@ -151,6 +151,12 @@ class Arrivals:
         self._differing = (self._differing - set(chosen)) | set(but)
         self._overwritten = self._overwritten and indices is not None
 
+    def stand_in(self, index: int) -> Tensor | None:
+        """Return a copy of what the session has of a parameter, in its form; None where that is not known."""
+        if self._overwritten or index in self._differing:
+            return None
+        return self._known(index).clone()
+
     # -- answers ----------------------------------------------------------------------------------------------------
 
     def targets(self, indices: Sequence[int] | None, *, whole: bool = False) -> list[memoryview]:

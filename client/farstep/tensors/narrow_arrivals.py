@@ -77,6 +77,10 @@ class NarrowArrivals(Arrivals):
         self._compare_anew_()
         self._kept_(indices, but)
 
+    def stand_in(self, index: int) -> Tensor | None:
+        found = super().stand_in(index)
+        return found.to(torch.float32) if found is not None and index in self._narrow else found
+
     def targets(self, indices: Sequence[int] | None, *, whole: bool = False) -> list[memoryview]:
         chosen = range(len(self._parameters)) if indices is None else indices
         for index in chosen:

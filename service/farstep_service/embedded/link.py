@@ -27,6 +27,7 @@ from farstep.presence import PRESENT
 from farstep.report import StepReport
 from farstep.settings import Place
 from farstep.states import State
+from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.contents import Contents
 from farstep_service.embedded.states import contents_of, states_of
 from farstep_service.layout import SegmentSpec
@@ -191,6 +192,13 @@ class EmbeddedLink(Link):
 
     def edited(self, addresses: list[int]) -> list[int]:
         return []
+
+    @in_ordinary_memory
+    def stand_in(self, index: int) -> Tensor | None:
+        if self._plan.policy.ema is not None:  # whose step takes in the value of every parameter
+            return None
+        segment = self._plan.layout.segments[index]
+        return torch.zeros((), dtype=TORCH_DTYPES[segment.dtype], device=self._device).expand(segment.shape)
 
     @in_ordinary_memory
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
