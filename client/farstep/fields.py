@@ -3,6 +3,7 @@
     kind        for a parameter (*batch, n, m)      for one of fewer than two dimensions
     number      one number, a 0-dim tensor in torch's state
     count       one whole number, a Python int in torch's state
+    precision   the significand bits of the numbers beside it, which in torch's state is their dtype; no entry there
     element     the parameter's own shape
     optional    the parameter's own shape, with some options only
     rows        (*batch, n, 1)                      nothing
@@ -21,12 +22,16 @@ from typing import Any, Literal
 
 from farstep.errors import InvalidRequest, Side
 
-FieldKind = Literal["number", "count", "element", "optional", "rows", "columns", "vector", "free"]
+FieldKind = Literal["number", "count", "precision", "element", "optional", "rows", "columns", "vector", "free"]
 
-NUMBERS: frozenset[FieldKind] = frozenset({"number", "count"})
+NUMBERS: frozenset[FieldKind] = frozenset({"number", "count", "precision"})
 """Kinds of one number per parameter."""
 Shapes = Mapping[str, tuple[int, ...] | None]
 """Shapes of free fields, which travel with them; None is a number."""
+SINGLE = 24
+"""The precision of float32, which torch's numbers have until a load gives them the parameter's dtype."""
+PRECISIONS: Mapping[int, str] = {SINGLE: "float32", 53: "float64", 11: "float16", 8: "bfloat16"}
+"""The dtypes that torch's numbers may have, by the bits of their significands."""
 LARGEST_DIMENSION = 2**48
 EVERYWHERE: frozenset[FieldKind] = NUMBERS | {"element"}
 """Kinds that no parameter with state goes without."""
@@ -40,7 +45,7 @@ def shape_of(kind: FieldKind, shape: Sequence[int]) -> tuple[int, ...] | None:
         shape: the parameter's shape.
     """
     match kind:
-        case "number" | "count":
+        case "number" | "count" | "precision":
             return ()
         case "element" | "optional":
             return tuple(shape)

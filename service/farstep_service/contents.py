@@ -53,7 +53,7 @@ class Contents:
         *,
         views: Sequence[str] = (),
     ) -> None:
-        known = (PARAM, *rule.tensor_fields, *rule.segment_fields, PRESENT, *views)
+        known = (PARAM, *rule.tensor_fields, *rule.number_fields, PRESENT, *views)
         for name in fields:
             if name not in known:
                 raise InvalidOption(
@@ -63,7 +63,7 @@ class Contents:
         self.indices = indices
         self._layout = layout
         self._kinds = rule.kinds
-        self._numbers = frozenset((*rule.segment_fields, PRESENT))
+        self._numbers = frozenset((*rule.number_fields, PRESENT))
         self.elements: dict[str, FlatBuffers] = {}
         self.numbers: dict[str, Tensor] = {}
         self.free: dict[str, Tensor] = {}

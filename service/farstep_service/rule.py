@@ -41,6 +41,9 @@ Fields = tuple[str, ...]
 StateTensors = Mapping[str, Tensor]
 """Memory, or values, of the tensor fields in use, under their names and in their order."""
 
+PRECISION = "precision"
+"""The field of rules whose numbers have a dtype of their own: the bits of its significand."""
+
 KernelName = Literal["reference", "fused"]
 H = TypeVar("H", bound=Hyper)
 
@@ -88,6 +91,8 @@ class Method(ABC, Generic[H]):
     """Those of them, of the parameter's shape, that some options do without."""
     segment_fields: ClassVar[tuple[str, ...]] = ("step",)
     """State with one number per segment."""
+    own_fields: ClassVar[tuple[str, ...]] = ()
+    """Numbers per segment that are no entries of torch's state, behind all other fields."""
     special: ClassVar[Mapping[str, FieldKind]] = MappingProxyType({})
     """The kinds of fields that are neither 0-dim tensors nor of the parameter's shape."""
     kernels: ClassVar[tuple[KernelName, ...]] = ("reference",)
@@ -99,15 +104,21 @@ class Method(ABC, Generic[H]):
 
     @property
     def kinds(self) -> dict[str, FieldKind]:
-        """Return every state field, numbers first, with what it is."""
+        """Return every state field, torch's numbers first, with what it is."""
         kinds: dict[str, FieldKind] = dict.fromkeys(self.segment_fields, "number")
         kinds |= dict.fromkeys(self.tensor_fields, "element")
         kinds |= dict.fromkeys(self.optional_fields, "optional")
-        return {**kinds, **self.special}
+        kinds |= self.special
+        return kinds | dict.fromkeys(self.own_fields, "precision")
+
+    @property
+    def number_fields(self) -> tuple[str, ...]:
+        """Return the fields with one number per segment, whether torch's state has them or not."""
+        return (*self.segment_fields, *self.own_fields)
 
     def state_bytes(self, layout: Layout, groups: Sequence[H]) -> int:
         """Return the bytes that the state of a session takes at most."""
-        return len(self.tensor_fields) * layout.nbytes + 8 * len(self.segment_fields) * len(layout.segments)
+        return len(self.tensor_fields) * layout.nbytes + 8 * len(self.number_fields) * len(layout.segments)
 
     def step_bytes(self, layout: Layout, groups: Sequence[H]) -> int:
         """Return the bytes whose processing takes as long as a step, but for the bookkeeping of segments."""
@@ -160,7 +171,7 @@ class Rule(Method[H]):
     """
 
     counts: ClassVar[type[Counts]] = Counts
-    """The record of its numbers per segment, whose attributes are `segment_fields`."""
+    """The record of its numbers per segment, whose attributes are `number_fields`."""
 
     def optional(self, hyper: H) -> Fields:
         """Return the optional fields that a step with these options uses."""

@@ -69,7 +69,7 @@ class Case:
         torch_switches: whether torch's class can take that change; some state it makes at the first step or never.
         has_state: whether a training without its state is another one.
         rounds: whether torch's `load_state_dict` rounds a number of the state to the parameter's dtype, as it does
-            with `mu_product`, so that with 16-bit parameters not even torch resumes exactly from a state_dict.
+            with `mu_product` and `eta`, so that with 16-bit parameters not even torch resumes exactly.
         parameters: the parameters it takes.
         sparse: whether it takes sparse gradients only.
         groups: how many param groups it has.
@@ -93,7 +93,9 @@ CASES: dict[str, Case] = {
     "Adagrad": Case({"lr": 0.1, "lr_decay": 0.05, "weight_decay": 0.02, "initial_accumulator_value": 0.3, "eps": 1e-4}),
     "Adadelta": Case({"lr": 0.5, "rho": 0.7, "eps": 1e-3, "weight_decay": 0.02}, {"rho": 0.8}),
     "Adamax": Case({"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.02}, {"betas": (0.6, 0.9)}),
-    "ASGD": Case({"lr": 0.1, "lambd": 0.02, "alpha": 0.6, "t0": 4, "weight_decay": 0.02}, {"maximize": True}),
+    "ASGD": Case(
+        {"lr": 0.1, "lambd": 0.02, "alpha": 0.6, "t0": 4, "weight_decay": 0.02}, {"maximize": True}, rounds=True
+    ),
     "SGD": Case({"lr": 0.1, "dampening": 0.2, "weight_decay": 0.02}, {"momentum": 0.9}),
     "Adam": Case({"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "weight_decay": 0.02}, {"amsgrad": True}, False),
     "AdamW": Case({"lr": 0.1, "betas": (0.5, 0.9), "eps": 1e-3, "maximize": True}, {"amsgrad": True}, False),

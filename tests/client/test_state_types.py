@@ -13,7 +13,7 @@ from torch import Tensor
 from farstep.errors import InvalidOption
 from farstep.settings import RemoteOptions
 from tests.client.options import NAMES, has
-from tests.client.twins import ours, theirs
+from tests.client.twins import Twins, drawn, ours, theirs
 
 MORE: dict[str, dict[str, Any]] = {
     "Adam": {"amsgrad": True},
@@ -40,10 +40,12 @@ def form(value: Any) -> Any:
     return (value.dtype, value.shape, value.device) if isinstance(value, Tensor) else type(value)
 
 
-def forms(name: str, make: Any, given: dict[str, Any], steps: int, **place: Any) -> list[dict[str, Any]]:
+def forms(
+    name: str, make: Any, given: dict[str, Any], steps: int, dtype: torch.dtype | None = None, **place: Any
+) -> list[dict[str, Any]]:
     """Return the forms of a state after some steps, and after a load into another optimizer and a step more."""
     generator = torch.Generator().manual_seed(0)
-    p = torch.nn.Parameter(torch.randn(4, 3, generator=generator))
+    p = torch.nn.Parameter(torch.randn(4, 3, generator=generator).to(dtype))
     optimizer = make([p], **given, **place)
 
     def closure() -> Tensor:
@@ -56,7 +58,7 @@ def forms(name: str, make: Any, given: dict[str, Any], steps: int, **place: Any)
         if name == "LBFGS":
             optimizer.step(closure)
             return
-        gradient = torch.randn(4, 3, generator=generator)
+        gradient = torch.randn(4, 3, generator=generator).to(dtype)
         p.grad = gradient.to_sparse(1) if name == "SparseAdam" else gradient
         optimizer.step()
 
@@ -95,6 +97,36 @@ def test_a_state_has_torchs_types(name: str, options: dict[str, Any], steps: int
         return
     mine = forms(name, ours(name), options, steps, kernel="reference")
     assert mine == forms(name, theirs(name), options, steps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.complex128], ids=str)
+@pytest.mark.parametrize("name", ["ASGD", "NAdam"])
+def test_numbers_go_on_in_the_dtype_that_a_load_gives_them(name: str, dtype: torch.dtype, place: RemoteOptions) -> None:
+    """From a load on torch rounds eta, mu and mu_product to the parameter's dtype: so does a session, and a copy."""
+    options = {"ASGD": {"lr": 0.1, "lambd": 0.1, "t0": 2}, "NAdam": {"lr": 0.1}}[name]
+    twins = Twins(name, options, place, start=drawn(0, [(64,)], dtype))
+    twins.train(3)
+    twins.check()
+    for each in (twins.ours, twins.theirs):
+        each.load_state_dict(copy.deepcopy(each.state_dict()))
+    twins.check()
+    twins.train(3, first=4)
+    twins.check()
+    twins.ours, twins.theirs = copy.deepcopy((twins.ours, twins.theirs))
+    twins.here, twins.there = (each.param_groups[0]["params"] for each in (twins.ours, twins.theirs))
+    twins.train(3, first=7)
+    twins.check()
+    (state,) = twins.ours.state_dict()["state"].values()
+    number = {"ASGD": "eta", "NAdam": "mu_product"}[name]
+    assert state[number].dtype == (torch.float32 if dtype.is_complex else dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "LBFGS"])
+def test_a_state_of_other_dtypes_has_torchs_types(name: str, dtype: torch.dtype) -> None:
+    """After a step, after a load, which casts, and after a step that follows."""
+    mine = forms(name, ours(name), MORE.get(name, {}), 2, dtype, kernel="reference")
+    assert mine == forms(name, theirs(name), MORE.get(name, {}), 2, dtype)
 
 
 @pytest.mark.parametrize("lr", [1, 1.0, torch.tensor(1.0)], ids=repr)

@@ -25,6 +25,7 @@ from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.plan import Plan
 from farstep_service.registry import Registry
+from farstep_service.rule import PRECISION
 from farstep_service.session import Session
 from farstep_service.settings import Settings
 from tests.client.twins import some_rows
@@ -336,3 +337,42 @@ def test_numbers_that_no_session_can_have_leave_nothing_behind(field: str, value
         assert (await sessions.restore(read(good))).name == "s"
 
     asyncio.run(talk())
+
+
+def without_precision(file: bytes) -> bytes:
+    """Return a file as it was before numbers had precisions."""
+    head, data = parts(file)
+    first, last = head.pop(PRECISION)["data_offsets"]
+    data = data[:first] + data[last:]
+    for name, entry in head.items():
+        if name != METADATA:
+            entry["data_offsets"] = [each - (last - first) * (each > first) for each in entry["data_offsets"]]
+    begin, end = head[PRESENT]["data_offsets"]
+    said = described(head)
+    bit = 1 << list(said["fields"]).index(PRECISION)
+    masks = torch.frombuffer(bytearray(data[begin:end]), dtype=TORCH_DTYPES["float64"]) - bit
+    del said["fields"][PRECISION]
+    head[METADATA][DESCRIPTION] = json.dumps(said)
+    return joined(head, data[:begin] + masks.numpy().tobytes() + data[end:])
+
+
+def test_a_file_of_before_there_were_precisions_is_taken() -> None:
+    """Whatever has no precision in a file was float32 then, and is float32 in the session that begins with it."""
+    session = new_session(optimizer="NAdam", names=("w", "b"))
+    (writer,) = begun(session)
+    writer.push(values(session, 1))
+    good = written(session)
+    assert written(restored(without_precision(good))) == good
+
+
+@pytest.mark.parametrize("bits", [-1.0, 23.0, 24.5, 64.0, float("nan")])
+def test_a_precision_that_no_dtype_has_is_refused(bits: float) -> None:
+    """It says how numbers are rounded, so it has to be one of the four."""
+    session = new_session(optimizer="NAdam", names=("w", "b"))
+    (writer,) = begun(session)
+    writer.push(values(session, 1))
+    head, data = parts(written(session))
+    begin, end = head[PRECISION]["data_offsets"]
+    odd = torch.full(((end - begin) // 8,), bits, dtype=TORCH_DTYPES["float64"]).numpy().tobytes()
+    with pytest.raises(TensorMismatch, match="precision"):
+        restored(joined(head, data[:begin] + odd + data[end:]))

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
-from farstep.fields import NUMBERS, FieldKind, shape_of
+from farstep.fields import NUMBERS, PRECISIONS, SINGLE, FieldKind, shape_of
 from farstep.optim.lists import lists_as_torch, lists_to_session
 from farstep.optim.options import arguments
 from farstep.states import State
 
 ON_DEVICE = frozenset({"eta", "mu"})
 """Numbers that torch keeps on the parameter's device; `step` is on the CPU."""
+DTYPES: Mapping[int, torch.dtype] = {bits: getattr(torch, name) for bits, name in PRECISIONS.items()}
 
 
 def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind]) -> State | None:
@@ -31,11 +32,19 @@ def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind
     if "free" in fields.values():
         return lists_to_session(present)
     for key, kind in fields.items():
-        if key not in present and kind != "optional" and shape_of(kind, p.shape) is not None:
+        if key not in present and kind not in ("optional", "precision") and shape_of(kind, p.shape) is not None:
             raise ValueError(f"loaded state dict has no {key!r} for a parameter; it is another optimizer's")
     if wrong := [key for key in present if fields[key] not in NUMBERS and not isinstance(present[key], Tensor)]:
         raise ValueError(f"loaded state dict has {wrong[0]!r} that is no tensor; it is another optimizer's")
-    return {key: float(value) if fields[key] in NUMBERS else _dense(value) for key, value in present.items()}
+    state: State = {key: float(value) if fields[key] in NUMBERS else _dense(value) for key, value in present.items()}
+    bits = _precision(value for key, value in present.items() if fields[key] == "number" and key != "step")
+    return state | {key: float(bits) for key, kind in fields.items() if kind == "precision"}
+
+
+def _precision(numbers: Iterable[Any]) -> int:
+    """Return the significand bits of a state's numbers, of which torch's load gives all but `step` one dtype."""
+    dtypes = [value.dtype for value in numbers if isinstance(value, Tensor)]
+    return next((bits for bits, dtype in DTYPES.items() if dtypes[:1] == [dtype]), SINGLE)
 
 
 def check_form(name: str, p: Tensor, own: State | None, fields: Mapping[str, FieldKind]) -> None:
@@ -82,9 +91,12 @@ def as_torch(
             return value
         if fields[key] == "count":
             return int(value)
-        return torch.tensor(value, dtype=dtype, device=p.device if key in ON_DEVICE else "cpu")
+        own = dtype if key == "step" else of_numbers
+        return torch.tensor(value, dtype=own, device=p.device if key in ON_DEVICE else "cpu")
 
-    return {key: of_torch(key, value) for key, value in values.items()}
+    bits = next((values[key] for key, kind in fields.items() if kind == "precision"), None)
+    of_numbers = dtype if bits is None else DTYPES[int(bits)]
+    return {key: of_torch(key, value) for key, value in values.items() if fields[key] != "precision"}
 
 
 def completed(twin: type[torch.optim.Optimizer], state: Mapping[str, Any]) -> dict[str, Any]:

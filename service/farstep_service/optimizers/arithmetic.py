@@ -13,6 +13,8 @@ import ctypes
 import torch
 from torch import Tensor
 
+from farstep.fields import PRECISIONS, SINGLE
+from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.rule import Scalar
 
 
@@ -112,3 +114,10 @@ def root(number: float) -> float:
 def float32(number: float | complex) -> float:
     """Round as torch's state tensors do; a power of a negative base is complex, of which they keep the real part."""
     return ctypes.c_float(number.real).value
+
+
+def rounded(number: float, precision: int) -> float:
+    """Round as a state tensor of torch does that has one of the dtypes in `farstep.fields.PRECISIONS`."""
+    if precision == SINGLE:
+        return float32(number)
+    return float(torch.tensor(number, dtype=TORCH_DTYPES[PRECISIONS[precision]], device="cpu"))

@@ -8,7 +8,8 @@
 
 t counts from 1. eta and mu are numbers of each segment: eta is the learning rate of the first step at first, and each
 step uses what the step before left, so a change of lr acts one step late, as in torch. Both are rounded to float32, as
-torch's state tensors round them, whatever the dtype of the parameter. torch checks neither lambd nor alpha nor t0.
+torch rounds them, whatever the dtype of the parameter, and from a load of state on also to the dtype that torch gives
+its state tensors then, the parameter's. torch checks neither lambd nor alpha nor t0.
 
 Source: Polyak, Juditsky, "Acceleration of stochastic approximation by averaging", SIAM J. Control Optim. 30(4) (1992);
 order of operations as in torch 2.13, `torch/optim/asgd.py::_single_tensor_asgd` without `capturable`.
@@ -23,9 +24,10 @@ from typing import ClassVar, cast, final
 import torch
 from torch import Tensor
 
+from farstep.fields import SINGLE
 from farstep.hyper import CommonHyper, in_range
-from farstep_service.optimizers.arithmetic import add_, decayed, float32, sign_of, signed
-from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
+from farstep_service.optimizers.arithmetic import add_, decayed, float32, rounded, sign_of, signed
+from farstep_service.rule import PRECISION, Counts, ElementwiseRule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,16 +54,18 @@ class ASGDCounts(Counts):
     """Numbers of one segment.
 
     Attributes:
-        eta: the rate of the next step, rounded to float32.
-        mu: the weight of the next parameters in the average, rounded to float32; 1 until averaging starts.
+        eta: the rate of the next step, rounded to its dtype.
+        mu: the weight of the next parameters in the average, rounded to its dtype; 1 until averaging starts.
+        precision: the significand bits of that dtype.
     """
 
     eta: float = 0.0
     mu: float = 1.0
+    precision: int = SINGLE
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "eta", float32(self.eta))
-        object.__setattr__(self, "mu", float32(self.mu))
+        object.__setattr__(self, "eta", rounded(self.eta, self.precision))
+        object.__setattr__(self, "mu", rounded(self.mu, self.precision))
 
 
 @final
@@ -71,6 +75,7 @@ class ASGD(ElementwiseRule[ASGDHyper]):
     name = "ASGD"
     tensor_fields = ("ax",)
     segment_fields = ("step", "eta", "mu")
+    own_fields = (PRECISION,)
     hyper = ASGDHyper
     counts = ASGDCounts
 
@@ -86,8 +91,9 @@ class ASGD(ElementwiseRule[ASGDHyper]):
     def advance(self, counts: Counts, hyper: ASGDHyper) -> Counts:
         """Return the next step's eta and mu."""
         step = counts.step + 1
-        eta = hyper.lr / ((1 + hyper.lambd * hyper.lr * step) ** hyper.alpha)
-        return ASGDCounts(step, eta, 1 / max(1, step - hyper.t0), fields=counts.fields)
+        eta = float32(hyper.lr / ((1 + hyper.lambd * hyper.lr * step) ** hyper.alpha))
+        mu = float32(1 / max(1, step - hyper.t0))
+        return ASGDCounts(step, eta, mu, cast(ASGDCounts, counts).precision, fields=counts.fields)
 
     def update(
         self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]

@@ -7,8 +7,9 @@
     d          = √(exp_avg_sq / (1 − β₂ᵗ)) + ε
     p          ← p − lr·(1 − μₜ) / (1 − mu_product) · g / d − lr·μₜ₊₁ / (1 − mu_product·μₜ₊₁) · exp_avg / d
 
-t counts from 1. mu_product is a number of each segment, 1 at first, and rounded to float32 after each product, as
-torch's state tensor rounds it, whatever the dtype of the parameter.
+t counts from 1. mu_product is a number of each segment, 1 at first, and rounded after each product as torch's state
+tensor rounds it: to float32, whatever the dtype of the parameter, and from a load of state on to the dtype that torch
+gives it then, the parameter's.
 
 Source: Dozat, "Incorporating Nesterov Momentum into Adam", ICLR workshop 2016; order of operations as in torch 2.13,
 `torch/optim/nadam.py::_single_tensor_nadam` without `capturable`.
@@ -22,6 +23,7 @@ from typing import ClassVar, cast, final
 
 from torch import Tensor
 
+from farstep.fields import SINGLE
 from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import (
     addcdiv,
@@ -31,11 +33,12 @@ from farstep_service.optimizers.arithmetic import (
     divided,
     float32,
     lerp,
+    rounded,
     shrunk,
     sign_of,
     signed,
 )
-from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
+from farstep_service.rule import PRECISION, Counts, ElementwiseRule, Scalar, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +72,15 @@ class NAdamCounts(Counts):
     """Numbers of one segment.
 
     Attributes:
-        mu_product: the product of the weights of all steps, rounded to float32.
+        mu_product: the product of the weights of all steps, rounded to its dtype.
+        precision: the significand bits of that dtype.
     """
 
     mu_product: float = 1.0
+    precision: int = SINGLE
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "mu_product", float32(self.mu_product))
+        object.__setattr__(self, "mu_product", rounded(self.mu_product, self.precision))
 
 
 @final
@@ -85,6 +90,7 @@ class NAdam(ElementwiseRule[NAdamHyper]):
     name = "NAdam"
     tensor_fields = ("exp_avg", "exp_avg_sq")
     segment_fields = ("step", "mu_product")
+    own_fields = (PRECISION,)
     hyper = NAdamHyper
     counts = NAdamCounts
 
@@ -108,9 +114,11 @@ class NAdam(ElementwiseRule[NAdamHyper]):
 
     def advance(self, counts: Counts, hyper: NAdamHyper) -> Counts:
         """Return the next step's mu_product."""
-        step = counts.step + 1
-        product = cast(NAdamCounts, counts).mu_product * float32(_mu(step, hyper))
-        return NAdamCounts(step, product, fields=counts.fields)
+        now, weight = cast(NAdamCounts, counts), _mu(counts.step + 1, hyper)
+        double = now.precision > SINGLE
+        # torch multiplies in float32 what it keeps in 16 bits.
+        product = now.mu_product * weight if double else float32(now.mu_product * float32(weight))
+        return NAdamCounts(counts.step + 1, product, now.precision, fields=counts.fields)
 
     def update(
         self, p: Tensor, g: Tensor, state: StateTensors, scalars: Sequence[Scalar]

@@ -210,7 +210,9 @@ def snapshot_of(head: Head, name: str | None) -> Snapshot:
         raise refused(f"its session says something odd about {where!r:.100}: {first['msg']:.200}") from None
     plan = plan_of(document if name is None else document.model_copy(update={"name": name}))
     kinds = plan.rule.kinds
-    if list(document.fields.items()) != list(kinds.items()):
+    # Files of before there were precisions have none, and the numbers in them are float32's.
+    known = [item for item in kinds.items() if item[1] != "precision" or item[0] in document.fields]
+    if list(document.fields.items()) != known:
         raise InvalidFile(
             f"In this file {plan.rule.name} has the state {', '.join(document.fields)!s:.300}; "
             f"here it has {', '.join(kinds)}.",
@@ -220,7 +222,8 @@ def snapshot_of(head: Head, name: str | None) -> Snapshot:
     if len(document.options) != len(plan.groups):
         raise refused(f"it has {len(plan.groups)} param groups and options for {len(document.options)}")
     stored = {entry.name.partition("/")[0] for entry in head.entries}
-    fields = [each for each in (PARAM, *kinds, PRESENT) if kinds.get(each, "element") in EVERYWHERE or each in stored]
+    certain = {PARAM, PRESENT, *(name for name, kind in known if kind in EVERYWHERE)}
+    fields = [each for each in (PARAM, *kinds, PRESENT) if each in certain or each in stored]
     fields += [view for view in plan.policy.views if view in stored]
     shapes = shapes_from_header(document.shapes)
     chosen = range(len(plan.layout.segments))

@@ -210,7 +210,7 @@ class KernelState(SessionState):
         names = tuple(kinds)
         for name, numbers in contents.numbers.items():
             if name == PRESENT:
-                own = [mask_of((*rule.segment_fields, *each.fields), names) if each else 0 for each in counts]
+                own = [mask_of((*rule.number_fields, *each.fields), names) if each else 0 for each in counts]
                 numbers.copy_(torch.tensor(own, dtype=torch.float64, device="cpu"))
             else:
                 numbers.copy_(

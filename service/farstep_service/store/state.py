@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
+from farstep.fields import PRECISIONS, SINGLE
 from farstep.hyper import Hyper
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Counts, Fields
+from farstep_service.rule import PRECISION, AnyRule, Counts, Fields
 from farstep_service.store.buffers import Buffers, FlatBuffers
 
 PARAMETERS = "param"
@@ -145,10 +146,11 @@ class State:
             if field != PARAMETERS:
                 for segment in segments:
                     after[segment] = self._having(segment, after[segment], (field,))
-        for field, values in contents.items():
+        # A precision first: it says how the numbers beside it are rounded.
+        for field, values in sorted(contents.items(), key=lambda each: each[0] not in self._rule.own_fields):
             if isinstance(values, Buffers):
                 continue
-            self.check_field(field, self._rule.segment_fields)
+            self.check_field(field, self._rule.number_fields)
             if len(values) != len(segments):
                 raise TensorMismatch(f"{field} has {len(values)} numbers for {len(segments)} segments.", field=field)
             for segment, value in zip(segments, values, strict=True):
@@ -174,5 +176,12 @@ def _with(counts: Counts, field: str, value: Number) -> Counts:
     number = float(value) if type(value) in (int, float) else math.nan
     if not math.isfinite(number) or (field == "step" and (number < 0 or number != int(number))):
         raise TensorMismatch(f"{field}={value!r:.80} is not what a segment can have.", field=field)
-    change: dict[str, Any] = {field: int(value) if field == "step" else number}
+    if field == PRECISION:
+        number = number or SINGLE  # a segment without state sends 0
+        if number not in PRECISIONS:
+            raise TensorMismatch(
+                f"{field}={value!r:.80} is none of {', '.join(map(str, PRECISIONS))}, the significand bits of a dtype.",
+                field=field,
+            )
+    change: dict[str, Any] = {field: int(number) if field in ("step", PRECISION) else number}
     return replace(counts, **change)

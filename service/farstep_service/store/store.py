@@ -166,7 +166,7 @@ class Store:
 
     def numbers(self, field: str, segments: Sequence[int] | None = None) -> list[Number | None]:
         """Return a field with one number per segment, such as `step`; None for a segment without state."""
-        self._state.check_field(field, self.rule.segment_fields)
+        self._state.check_field(field, self.rule.number_fields)
         with self._lock:
             self.finish()
             counts = self._now.counts
