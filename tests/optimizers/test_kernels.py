@@ -223,3 +223,20 @@ def test_a_builder_ends_with_the_one_who_asked(tmp_path: Path):
     out, _ = process.communicate(timeout=60)
     assert process.returncode < 0
     assert [line for line in out.splitlines() if "package" in json.loads(line)] == []
+
+
+def test_a_process_ends_while_a_kernel_is_being_built(tmp_path: Path) -> None:
+    """A script that is through does not wait for a compiler: here for one whose turn never comes."""
+    cache = tmp_path / "kernels"
+    cache.mkdir(mode=0o700)
+    script = (
+        "import torch, farstep\n"
+        "p = torch.ones(3, requires_grad=True)\n"
+        "optimizer = farstep.optim.Adagrad([p])\n"
+        "p.grad = torch.ones(3)\n"
+        "optimizer.step()\n"
+    )
+    with (cache / ".lock-0").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        environment = {**os.environ, "FARSTEP_KERNEL_CACHE": str(cache)}
+        subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=200)

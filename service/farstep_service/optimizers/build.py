@@ -39,23 +39,23 @@ SCRATCH = ".scratch-"
 
 
 def build_in_subprocess(packages: Sequence[Package], directory: Path, report: Report) -> None:
-    """Build packages in another process, which gives way to steps, and report each of them."""
-    _build_in_lanes([packages], directory, report, nice=10)
+    """Build packages in another process, which gives way to steps, and report each of them.
+
+    No pool of threads: the interpreter would wait for it at its end, and so for the compiler.
+    """
+    open_directory(directory)
+    with _scratch(directory) as scratch:
+        _build_lane(packages, directory, scratch, report, lane=0, nice=10)
 
 
 def build_on_all_cores(packages: Sequence[Package], directory: Path, report: Report) -> None:
     """Build packages in as many processes as there are CPUs to use, and report each of them, from several threads."""
     lanes = min(usable_cpus(), len(packages))
-    _build_in_lanes([packages[lane::lanes] for lane in range(lanes)], directory, report, nice=0)
-
-
-def _build_in_lanes(lanes: Sequence[Sequence[Package]], directory: Path, report: Report, *, nice: int) -> None:
-    """Build each list of packages in a process of its own."""
     open_directory(directory)
-    with _scratch(directory) as scratch, ThreadPoolExecutor(len(lanes)) as threads:
+    with _scratch(directory) as scratch, ThreadPoolExecutor(lanes) as threads:
         built = [
-            threads.submit(_build_lane, packages, directory, scratch, report, lane=lane, nice=nice)
-            for lane, packages in enumerate(lanes)
+            threads.submit(_build_lane, packages[lane::lanes], directory, scratch, report, lane=lane, nice=0)
+            for lane in range(lanes)
         ]
     for each in built:
         each.result()
