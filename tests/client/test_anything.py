@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from typing import ClassVar
 
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -22,9 +23,10 @@ from hypothesis.stateful import (
 )
 from torch import Tensor
 
+from farstep.errors import TensorMismatch
 from farstep.settings import RemoteOptions
 from tests.client.options import NAMES
-from tests.client.twins import Twins, check_parameters, drawn, gradients_of, parameters
+from tests.client.twins import Twins, check_equal, check_parameters, drawn, gradients_of, parameters
 
 SHAPES = ((4, 3), (6, 2), (5, 5))
 SEEDS = st.integers(1, 10_000)
@@ -39,11 +41,14 @@ class Anything(RuleBasedStateMachine):
 
     @initialize(name=st.sampled_from(NAMES))
     def begin(self, name: str) -> None:
+        self.frozen: set[int] = set()
+        self.away: dict[int, tuple[Tensor, Tensor]] = {}
         self.twins = Twins(name, {}, self.place, start=drawn(0, SHAPES))
         self.name = name
 
     def teardown(self) -> None:
         if hasattr(self, "twins"):
+            self.come_back()
             self.twins.check()
             self.twins.ours.close()
 
@@ -54,29 +59,45 @@ class Anything(RuleBasedStateMachine):
         index = which % len(self.twins.here)
         return self.twins.here[index], self.twins.there[index]
 
+    def give(self, seed: int, missing: set[int]) -> None:
+        """Give gradients to all parameters that may have one."""
+        self.twins.give(
+            [
+                None if index in missing | self.frozen | self.away.keys() else each
+                for index, each in enumerate(gradients_of(self.name, seed, self.whole(self.twins.here)))
+            ]
+        )
+
+    def whole(self, ps: list[Tensor]) -> list[Tensor]:
+        """Return tensors of the shapes and dtypes that parameters have when they are there."""
+        return [self.away[index][0] if index in self.away else p for index, p in enumerate(ps)]
+
     # -- steps ------------------------------------------------------------------------------------------------------
 
     @rule(seed=SEEDS)
     def step(self, seed: int) -> None:
-        self.twins.train(1, first=seed)
+        self.give(seed, set())
+        self.step_both()
 
     @rule(seed=SEEDS, missing=WHICH)
     def step_without_a_gradient(self, seed: int, missing: int) -> None:
-        gradients: list[Tensor | None] = [*self.twins.drawn(seed)]
-        gradients[missing % len(gradients)] = None
-        self.twins.step(gradients)
+        self.give(seed, {missing % len(self.twins.here)})
+        self.step_both()
 
     @rule(seed=SEEDS)
     def step_with_a_closure(self, seed: int) -> None:
-        for optimizer, ps in zip(self.both(), (self.twins.here, self.twins.there), strict=True):
+        for optimizer in self.both():
 
-            def closure(ps: list[Tensor] = ps, optimizer: torch.optim.Optimizer = optimizer) -> float:
+            def closure(optimizer: torch.optim.Optimizer = optimizer) -> float:
                 optimizer.zero_grad()
-                for p, gradient in zip(ps, gradients_of(self.name, seed, ps), strict=True):
-                    p.grad = gradient
+                self.give(seed, set())
                 return float(seed)
 
             assert optimizer.step(closure) == seed
+
+    def step_both(self) -> None:
+        for optimizer in self.both():
+            optimizer.step()
 
     # -- options ----------------------------------------------------------------------------------------------------
 
@@ -92,7 +113,7 @@ class Anything(RuleBasedStateMachine):
             if "maximize" in group:
                 group["maximize"] = on
 
-    @precondition(lambda self: len(self.twins.ours.param_groups) < MOST_GROUPS)
+    @precondition(lambda self: len(self.twins.ours.param_groups) < MOST_GROUPS and not self.away)
     @rule(seed=SEEDS)
     def add_a_group(self, seed: int) -> None:
         fresh = drawn(seed, [(3, 4)])
@@ -101,12 +122,14 @@ class Anything(RuleBasedStateMachine):
             optimizer.add_param_group({"params": late, "lr": 0.2})
             ps += late
         if self.name == "Adagrad":  # whose late state torch's has with the first step
-            self.twins.train(1, first=seed)
+            self.step(seed)
 
     # -- parameters -------------------------------------------------------------------------------------------------
 
     @rule(which=WHICH, way=st.sampled_from(["in place", "data", "other data"]))
     def edit_a_parameter(self, which: int, way: str) -> None:
+        if which % len(self.twins.here) in self.away:
+            return
         for p in self.pair(which):
             if way == "in place":
                 with torch.no_grad():
@@ -116,9 +139,13 @@ class Anything(RuleBasedStateMachine):
             else:
                 p.data = p.data + 1
 
+    @precondition(lambda self: not self.away)
     @rule(which=WHICH, keep=st.booleans(), seed=SEEDS)
     def replace_a_parameter(self, which: int, keep: bool, seed: int) -> None:
         index = which % len(self.twins.here)
+        if index in self.away:
+            return
+        self.frozen.discard(index)
         for optimizer, ps in zip(self.both(), (self.twins.here, self.twins.there), strict=True):
             old, (new,) = ps[index], parameters(drawn(seed, [ps[index].shape]))
             for group in optimizer.param_groups:
@@ -128,6 +155,52 @@ class Anything(RuleBasedStateMachine):
             else:
                 optimizer.state.pop(old, None)
             ps[index] = new
+
+    @rule(which=WHICH, frozen=st.booleans())
+    def freeze(self, which: int, frozen: bool) -> None:
+        index = which % len(self.twins.here)
+        (self.frozen.add if frozen else self.frozen.discard)(index)
+        for p in self.pair(which):
+            p.requires_grad_(not frozen)
+            p.grad = None
+
+    @rule(which=WHICH, way=st.sampled_from(["empty", "half", "flat"]))
+    def send_away(self, which: int, way: str) -> None:
+        """Offload, retype or reshape a parameter, until `come_back`."""
+        index = which % len(self.twins.here)
+        if index in self.away or self.name == "LBFGS":
+            return
+        self.twins.check()  # a replaced one is followed before it is away
+        here, there = self.pair(index)
+        self.away[index] = here.data, there.data
+        for p in (here, there):
+            p.grad = None
+            if way == "empty":
+                p.data = torch.empty(0)
+            else:
+                p.data = p.data.half() if way == "half" else p.data.reshape(-1).clone()
+
+    @rule()
+    def come_back(self) -> None:
+        for index, kept in self.away.items():
+            self.twins.here[index].data, self.twins.there[index].data = kept
+        self.away = {}
+
+    @precondition(lambda self: not self.away)
+    @rule(which=WHICH, other=WHICH, seed=SEEDS)
+    def tie(self, which: int, other: int, seed: int) -> None:
+        """Tie two parameters by their memory: ours refuses the step and changes nothing; untied, both go on."""
+        (one, _), (two, _) = self.pair(which), self.pair(other)
+        if one is two or one.numel() != two.numel() or not (one.requires_grad and two.requires_grad):
+            return
+        kept = two.data
+        two.data = one.data.view(two.shape)
+        self.twins.give(gradients_of(self.name, seed, self.twins.here))
+        before = [p.detach().clone() for p in self.twins.here]
+        with pytest.raises(TensorMismatch, match="share memory"):
+            self.twins.ours.step(lambda: 1.0)
+        check_equal([p.detach() for p in self.twins.here], before)
+        two.data = kept
 
     # -- state ------------------------------------------------------------------------------------------------------
 
@@ -148,6 +221,7 @@ class Anything(RuleBasedStateMachine):
     def look(self) -> None:
         self.twins.check()
 
+    @precondition(lambda self: not self.away)
     @rule()
     def change_places(self) -> None:
         """Load each one's state into the other."""
@@ -155,11 +229,12 @@ class Anything(RuleBasedStateMachine):
         for optimizer, state in zip(self.both(), reversed(kept), strict=True):
             optimizer.load_state_dict(state)
 
+    @precondition(lambda self: not self.away)
     @rule()
     def go_back(self) -> None:
         """Take an older state back after a step."""
         kept = [copy.deepcopy(optimizer.state_dict()) for optimizer in self.both()]
-        self.twins.train(1, first=7)
+        self.step(7)
         for optimizer, state in zip(self.both(), kept, strict=True):
             optimizer.load_state_dict(state)
 
