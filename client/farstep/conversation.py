@@ -313,15 +313,19 @@ class Conversation:
             FarstepError: the problem the server answered with, or an answer that is not of the protocol.
             httpx.TransportError: no complete answer came.
         """
-        request = self._request("PUT", path, None, wait_s)
-        request.headers["content-type"] = FILE
-        request.headers["content-length"] = str(nbytes)
-        request.stream = body
+        request = self._request("PUT", path, body, wait_s, kind=FILE, nbytes=nbytes)
         with self._exchange():
             return cast("dict[str, Any]", self._document(self._send(request), path, DOCUMENT_BYTES, nbytes))
 
     def _request(
-        self, method: str, path: str, body: Pieces | Supply | None, wait_s: float, *, kind: str = MSGPACK
+        self,
+        method: str,
+        path: str,
+        body: httpx.SyncByteStream | None,
+        wait_s: float,
+        *,
+        kind: str = MSGPACK,
+        nbytes: int | None = None,
     ) -> httpx.Request:
         url = self._urls.get(path)
         if url is None:
@@ -331,11 +335,9 @@ class Conversation:
         headers = self._client.headers.copy()
         if body is not None:
             headers["content-type"] = kind
-            headers["content-length"] = str(body.nbytes)
-        request = httpx.Request(method, url, headers=headers, extensions=self._extensions(wait_s))
-        if body is not None:
-            request.stream = body  # httpx would give a request that is made with it no Host
-        return request
+            headers["content-length"] = str(body.nbytes if isinstance(body, Pieces | Supply) else nbytes)
+            headers.setdefault("host", url.netloc.decode("ascii"))  # httpx leaves it out beside a stream
+        return httpx.Request(method, url, headers=headers, stream=body, extensions=self._extensions(wait_s))
 
     def close(self) -> None:
         """Close every connection."""

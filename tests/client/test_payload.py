@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from farstep.conversation import Conversation
 from farstep.payload import Payload
 from farstep.transport import Batch, Supply
+from farstep.wire import CONTENT_TYPE
 from farstep.wire.packing import pack_header
 
 BATCHES = st.lists(st.lists(st.binary(max_size=30), max_size=4), max_size=4)
@@ -24,7 +25,7 @@ def body_of_push(payload: Payload) -> bytes:
     def answer(request: httpx.Request) -> httpx.Response:
         bodies.append(request.read())
         assert request.headers["content-length"] == str(len(bodies[-1]))
-        return httpx.Response(200, content=pack_header({}))
+        return httpx.Response(200, headers={"content-type": CONTENT_TYPE}, content=pack_header({}))
 
     server = Conversation("http://127.0.0.1", None, transport=httpx.MockTransport(answer))
     server.data("POST", "/", {"v": 1}, payload, lambda header: [])

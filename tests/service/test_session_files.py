@@ -230,7 +230,8 @@ def test_an_export_that_is_killed_leaves_the_old_file(exported: Path, file: Path
             connection, _ = listener.accept()
             with connection:
                 connection.recv(65536)
-                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(whole))
+                head = b"HTTP/1.1 200 OK\r\nContent-Type: application/octet-stream\r\nContent-Length: %d\r\n\r\n"
+                connection.sendall(head % len(whole))
                 connection.sendall(whole[:-1])  # all of it but a byte: it has been received, and mostly written
                 process.kill()
                 process.wait(60)
