@@ -1,6 +1,7 @@
 """Processes that are started together and ended together."""
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -13,6 +14,25 @@ from farstep_service.demo.processes import Ended, Line, ProcessEnded, started
 LIMIT_S = 30.0
 FOREVER = "import signal; print('here', flush=True); signal.pause()"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {FOREVER}"
+
+
+PARENT_OF_TWO = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+class Gone:
+    """Whether a process is gone, asked of the process itself and not of its number."""
+
+    def __init__(self, pid: int) -> None:
+        self._fd = os.pidfd_open(pid)
+
+    def __call__(self) -> bool:
+        """Wait for its end and return whether it came."""
+        return bool(select.select([self._fd], [], [], LIMIT_S)[0])
 
 
 def alive(pid: int) -> bool:
@@ -120,3 +140,30 @@ def test_a_signal_ends_the_children_first(number: signal.Signals, code: int, tmp
         parent.send_signal(number)
         assert parent.wait(LIMIT_S) == code
     assert not alive(int(pid))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pidfd")
+def test_nothing_outlives_a_demo_that_is_killed(tmp_path: Path):
+    """After a SIGKILL of the demo its process, the process that this one had started, and the directory are gone."""
+    program = tmp_path / "parent.py"
+    program.write_text(
+        "from farstep_service.demo.processes import started\n"
+        "with started() as processes:\n"
+        f"    pid = processes.start('child', '-c', {PARENT_OF_TWO!r})\n"
+        "    print(pid, processes.line_of('child', 30), flush=True)\n"
+        "    processes.next(30)\n"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+    ) as parent:
+        assert parent.stdout is not None
+        gone = [Gone(int(pid)) for pid in parent.stdout.readline().split()]
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        (watcher,) = (pid for pid in children if b"\0watch\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
+        watcher_gone = Gone(int(watcher))
+        assert [*tmp_path.glob("farstep-demo-*")]
+        parent.kill()
+    assert len(gone) == 2
+    assert [each() for each in (*gone, watcher_gone)] == [True] * 3
+    assert not [*tmp_path.glob("farstep-demo-*")]

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from farstep.errors import FarstepError
+from farstep_service.leash import Watcher, leashed, watched
 from farstep_service.signals import answered
 
 STOP_S = 2.0
@@ -58,10 +59,15 @@ class Ended:
 def started() -> Iterator[Processes]:
     """Yield a place to start processes from; those that still run are ended on the way out, whatever the way is.
 
-    SIGTERM and SIGHUP leave as Ctrl-C does, through this exit, with the exit code that shells give them.
+    SIGTERM and SIGHUP leave as Ctrl-C does, through this exit, with the exit code that shells give them. If this
+    process is killed, a watcher ends them, and what they started.
     """
-    with tempfile.TemporaryDirectory(prefix="farstep-demo-") as place, answered(_leave, signal.SIGTERM, signal.SIGHUP):
-        processes = Processes(Path(place))
+    with (
+        tempfile.TemporaryDirectory(prefix="farstep-demo-") as place,
+        watched(place) as watcher,
+        answered(_leave, signal.SIGTERM, signal.SIGHUP),
+    ):
+        processes = Processes(Path(place), watcher)
         try:
             yield processes
         finally:
@@ -74,10 +80,12 @@ class Processes:
 
     Args:
         place: a directory for what they write to their standard error.
+        watcher: ends them if this process is killed.
     """
 
-    def __init__(self, place: Path) -> None:
+    def __init__(self, place: Path, watcher: Watcher) -> None:
         self._place = place
+        self._watcher = watcher
         self._running: dict[str, subprocess.Popen[str]] = {}
         self._events: queue.SimpleQueue[tuple[subprocess.Popen[str], Line | Ended]] = queue.SimpleQueue()
         self._later: deque[Line | Ended] = deque()
@@ -90,7 +98,7 @@ class Processes:
         """
         with open(self._errors(name), "w") as errors:
             process = subprocess.Popen(
-                [sys.executable, "-P", *arguments],
+                leashed([sys.executable, "-P", *arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,
@@ -98,6 +106,7 @@ class Processes:
                 text=True,
                 start_new_session=True,
             )
+        self._watcher.begun(process.pid)
         self._running[name] = process
         threading.Thread(target=self._watch, args=(name, process), name=f"watch-{name}", daemon=True).start()
         return process.pid
@@ -164,6 +173,7 @@ class Processes:
         reader = threading.Thread(target=self._read, args=(name, process), name=f"read-{name}", daemon=True)
         reader.start()
         code = process.wait()
+        self._watcher.over(process.pid)
         # A child of the process may hold its standard output open for as long as it likes.
         reader.join(LAST_LINES_S)
         self._events.put((process, Ended(name, code)))

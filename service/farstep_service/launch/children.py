@@ -11,22 +11,20 @@ import os
 import selectors
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import FrameType
 from typing import IO, Literal, cast
 
 from farstep.errors import InvalidOption
 from farstep_service.launch.lines import Lines
+from farstep_service.leash import Watcher, leashed, watched
 
 Stream = Literal["stdout", "stderr"]
 STREAMS: tuple[Stream, ...] = ("stdout", "stderr")
 CHUNK_BYTES = 65_536
 HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-LEASH = (sys.executable, "-I", "-S", str(Path(__file__).with_name("leash.py")))
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ class _Child:
 class Children:
     """Start processes and wait for what happens to them."""
 
-    def __init__(self, woken: int, watcher: IO[bytes]) -> None:
+    def __init__(self, woken: int, watcher: Watcher) -> None:
         self._running: dict[str, _Child] = {}
         self._selector = selectors.DefaultSelector()
         self._woken = woken
@@ -86,10 +84,9 @@ class Children:
         Raises:
             InvalidOption: there is no such command, or its arguments are too long.
         """
-        leash = (*LEASH, "run", str(os.getpid())) if sys.platform == "linux" else ()
         try:
             process = subprocess.Popen(
-                [*leash, *command],
+                leashed(command),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -98,7 +95,7 @@ class Children:
             )
         except OSError as exc:
             raise InvalidOption(f"Cannot run {command[0]}: {exc.strerror}.", field="script", side="client") from exc
-        self._tell_watcher("+", process.pid)
+        self._watcher.begun(process.pid)
         child = self._running[name] = _Child(process)
         for stream in STREAMS:
             os.set_blocking(child.pipe(stream).fileno(), False)
@@ -136,10 +133,6 @@ class Children:
             self._bury(name, [])
         self._selector.close()
 
-    def _tell_watcher(self, sign: str, group: int) -> None:
-        with suppress(OSError):  # somebody has killed it; then there is no watcher
-            self._watcher.write(f"{sign}{group}\n".encode())
-
     def _read(self, name: str, stream: Stream, events: list[Event]) -> bool:
         """Take what a process has written; return whether there may be more at once."""
         child = self._running[name]
@@ -163,7 +156,7 @@ class Children:
         child = self._running[name]
         with suppress(ProcessLookupError, PermissionError):  # a group of nobody but the dead, on some systems
             os.killpg(child.process.pid, signal.SIGKILL)  # before its number can be another's
-        self._tell_watcher("-", child.process.pid)
+        self._watcher.over(child.process.pid)
         code = child.process.wait()
         for stream in STREAMS:
             pipe = child.pipe(stream)
@@ -182,20 +175,6 @@ def _has_ended(pid: int) -> bool:
 
 
 @contextmanager
-def _watcher(directory: str) -> Iterator[IO[bytes]]:
-    """Yield what a process reads that outlives this one for a moment, to leave nothing behind."""
-    with subprocess.Popen(
-        [*LEASH, "watch", directory],
-        bufsize=0,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        yield cast("IO[bytes]", process.stdin)
-
-
-@contextmanager
 def children(directory: str = "") -> Iterator[Children]:
     """Yield a place to start processes from; whoever still runs is killed on the way out, whatever the way is.
 
@@ -210,7 +189,7 @@ def children(directory: str = "") -> Iterator[Children]:
     before = {number: signal.signal(number, _heard) for number in (*numbers, signal.SIGCHLD)}
     fd_before = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     try:
-        with _watcher(directory) as watcher:
+        with watched(directory) as watcher:
             found = Children(woken, watcher)
             try:
                 yield found
