@@ -28,7 +28,9 @@ EVERY = [
     for optional in combinations(rule.optional_fields, count)
 ]
 COMPILED = [(name, Form("float32", optional)) for name, optional in EVERY]
-COMPILED += [("Adadelta", Form("float64")), ("Adagrad", Form("bfloat16")), ("Adam", Form("float64"))]
+COMPILED += [("Adadelta", Form("float64")), ("Adam", Form("float64"))]
+COMPILED += [(name, Form("bfloat16")) for name in ("Adagrad", "Adamax", "RMSprop")]
+COMPILED += [(name, Form("float16")) for name in ("Adagrad", "RMSprop")]
 NARROW = [(name, Form("float32", optional, "bfloat16", "bfloat16")) for name, optional in EVERY if not optional]
 NARROW += [("Adagrad", Form("float32", (), "float16")), ("Adagrad", Form("float32", (), "float16", "float16"))]
 NARROW += [("Adagrad", Form("float32", (), "", "float32"))]

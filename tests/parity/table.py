@@ -28,9 +28,9 @@ def render(results: Sequence[Result], skipped: Sequence[Skip], kernel: str) -> s
         return f"{_totals(results, kernel)}\n\n{_by_optimizer(results)}\n\n{left_out}\n"
     parts = [_totals(results, kernel), *_details(results)]
     if refused := list(_refused(results)):
-        parts.append("### Refused alike\n\n" + _table(["optimizer", "case", "torch"], refused))
+        parts.append("### Refused alike\n\n" + table(["optimizer", "case", "torch"], refused))
     rows = [[f"`{each.name}`", f"`{each.label}`", each.reason] for each in skipped]
-    parts.append("### Not compared\n\n" + _table(["optimizer", "case", "why"], rows))
+    parts.append("### Not compared\n\n" + table(["optimizer", "case", "why"], rows))
     return "\n\n".join(parts) + "\n"
 
 
@@ -62,7 +62,7 @@ def _totals(results: Sequence[Result], kernel: str) -> str:
                     ]
                 )
     head = ["place", "dtype", "cases", "tensors", "bit-identical", "largest difference", "in ulps", "tolerance", "why"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def _by_optimizer(results: Sequence[Result]) -> str:
@@ -73,7 +73,7 @@ def _by_optimizer(results: Sequence[Result]) -> str:
         for dtype in dict.fromkeys(each.dtype for each in these):
             total = sum((at for each in these if each.dtype is dtype for at in each.at.values()), Comparison())
             rows.append([f"`{name}`", _dtype(dtype), f"{total.tensors:,}", f"{total.identical:,}", *_largest(total)])
-    return _table(["optimizer", "dtype", "tensors", "bit-identical", "largest difference", "in ulps"], rows)
+    return table(["optimizer", "dtype", "tensors", "bit-identical", "largest difference", "in ulps"], rows)
 
 
 def _details(results: Sequence[Result]) -> Iterator[str]:
@@ -87,7 +87,7 @@ def _details(results: Sequence[Result]) -> Iterator[str]:
             case, cells = these[0].case, {result.dtype: _cell(result.at) for result in these}
             why = [case.inexact] if case.inexact else [IMPLEMENTATIONS[option] for option in case.instead]
             rows.append([f"`{case.label}`", *(cells.get(dtype, "") for dtype in dtypes), *(why or [""])])
-        yield f"### {name}\n\n" + _table(["options", *map(_dtype, dtypes), "note"], rows)
+        yield f"### {name}\n\n" + table(["options", *map(_dtype, dtypes), "note"], rows)
 
 
 def _refused(results: Iterable[Result]) -> Iterator[list[str]]:
@@ -125,6 +125,7 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown."""
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
     return "\n".join(lines)
