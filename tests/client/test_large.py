@@ -40,7 +40,8 @@ class Noting(Carrying):
         response = super().handle_request(request)
         if not self.armed:
             return response
-        return httpx.Response(response.status_code, stream=Interrupted(response), extensions={})
+        kind = {"content-type": response.headers["content-type"]}
+        return httpx.Response(response.status_code, headers=kind, stream=Interrupted(response), extensions={})
 
 
 class Interrupted(httpx.SyncByteStream):
