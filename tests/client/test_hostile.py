@@ -233,6 +233,9 @@ def of_kind(liar: Liar) -> Callable[[str], Twins]:
     def twins(name: str) -> Twins:
         if name not in made:
             made[name] = twins_of(liar)
+        if name == "state":  # which is asked for only if it may have changed since it was last read
+            made[name].ours.step()
+            made[name].theirs.step()
         return made[name]
 
     return twins
