@@ -26,7 +26,7 @@ MOST_TIMES: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What a worker is told when it has joined.
+    """What the server answers when a worker has joined.
 
     Attributes:
         incarnation: the life of the session.

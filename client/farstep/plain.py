@@ -7,7 +7,7 @@
     Fraction(1, 4), Decimal("0.25")     0.25, the nearest float
     numpy.str_("skip"), MyStrEnum.SKIP  "skip"
 
-What is none of these stays as it is, for whoever knows what is expected to refuse it. Options enter in a few places:
+What is none of these stays as it is; the option's own check refuses it. Options enter in a few places:
 the param groups of an optimizer, farstep's own options, and the records of modes and policies. Each calls this once,
 so that all behind them sees Python's own types only. Nothing here imports torch or numpy.
 """

@@ -94,7 +94,7 @@ class Place:
     """A checked and completed set of remote options.
 
     Attributes:
-        named: the worker's name is the same in every run, or nobody else is in the session.
+        named: the worker's name is the same in every run, or it is alone in the session.
         counted_as: set where the session has the environment's name, which all optimizers of a process have: the
             worker's name as far as it was given, by which they are counted.
     """

@@ -25,7 +25,7 @@ class Limit:
 
     Attributes:
         state: where the connection is, in words.
-        token: whether only who has shown a token gets here; a server without tokens asks nobody for one.
+        token: whether this state needs a token; a server without tokens asks for none.
         most_bytes: bytes received in this state.
         most: how many `things` there may be.
         things: what is counted.

@@ -59,7 +59,7 @@ class Plan:
         """Check what a client asks for.
 
         Raises:
-            InvalidOption: an optimizer, option or mode that nobody knows, a value out of range, or options with which
+            InvalidOption: an unknown optimizer, option or mode, a value out of range, or options with which
                 no step could be taken.
             TensorMismatch, LimitExceeded: a parameter that cannot be stored, or that the optimizer does not take.
         """
@@ -118,7 +118,7 @@ class Plan:
         """Return this plan with one more param group, whose number the segments have.
 
         Raises:
-            InvalidOption: an option that nobody knows, a value out of range, or one with which no step could be taken.
+            InvalidOption: an unknown option, a value out of range, or one with which no step could be taken.
             TensorMismatch, LimitExceeded: a parameter that cannot be stored, or that the optimizer does not take, or
                 more than a session may have.
         """

@@ -29,7 +29,7 @@ DEFAULT_SHARE: Final = 0.9
 
 
 def default_bytes(device: str) -> int:
-    """Return how much sessions and requests may take if nobody says: of what this process may use, most of the rest."""
+    """Return how much sessions and requests may take by default: of what this process may use, most of the rest."""
     usable = usable_bytes(device)
     if usable is None:
         return UNBOUNDED

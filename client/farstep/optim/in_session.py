@@ -82,7 +82,7 @@ class InSession(torch.optim.Optimizer):
         self._joined().link.set_consistency(checked(mode))
 
     def options_in_force(self) -> list[dict[str, Any]]:
-        """Return the options of each param group that are in force in the session, whoever set them last.
+        """Return the options of each param group that are in force in the session, whichever worker set them last.
 
         With `options="push"` this worker's pushes have the options of its own groups, whatever is in force.
 

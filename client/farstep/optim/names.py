@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 WRAPPED: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
-"""Attributes under which wrappers keep what they wrap; nobody else has such names."""
+"""Attributes under which wrappers keep what they wrap; other modules have no such names."""
 MODULE: Final = "module"
 """The same of parallel wrappers, a name that others have, too."""
 

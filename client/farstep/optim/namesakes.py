@@ -13,7 +13,7 @@ making failed has not been made, so that a second try gets its name. Optimizers 
 `worker="w0"` and `worker="w1"` in two threads, are counted by worker. Copies are in private sessions and not counted.
 
 Who names a session has said which one it is. A second optimizer under the same name, for the same worker, takes the
-place of the first, as a worker that was started again does; the first one is told by `Fenced`, and here is why.
+place of the first, as a worker that was started again does; the first gets `Fenced`, and this module adds the cause.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Route:
 
 
 class Described(NamedTuple):
-    """What a head says of the body behind it: type, coding, length, and whether its end is told.
+    """What a head says of the body behind it: type, coding, length, and whether the head says where it ends.
 
     Attributes:
         kind: the `Content-Type`, empty if there is none.

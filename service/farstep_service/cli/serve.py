@@ -94,7 +94,8 @@ def serve(
         float, option("--max-session-gib", "Largest parameters of one session.", metavar="GIB")
     ] = DEFAULTS.max_session_bytes / GIB,
     max_gib: Annotated[
-        float | None, option("--max-gib", "What sessions and requests may take; most of what there is.", metavar="GIB")
+        float | None,
+        option("--max-gib", "Memory of sessions and requests; most of this machine's by default.", metavar="GIB"),
     ] = None,
     held_versions: Annotated[
         int, option("--held-versions", "Versions of a session kept for slow readers.", metavar="N", min=1, max=1000)

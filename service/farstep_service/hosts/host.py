@@ -114,7 +114,7 @@ class Answer:
 
 @final
 class AtMost(int):
-    """The length of a body that comes in chunks, which nobody has announced: at most this many bytes."""
+    """The length of a body that comes in chunks and was not announced: at most this many bytes."""
 
 
 class Intake(ABC):

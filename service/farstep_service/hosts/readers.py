@@ -1,6 +1,6 @@
 """Who reads a session, and how much of its memory they keep. Steps never wait for readers; readers wait for each other.
 
-    pull      parameters for whoever asks
+    pull      parameters for anyone who asks
     answer    parameters in the answers to pushes: a worker never waits for those who merely look
     copy      state, and whole sessions
 
@@ -28,7 +28,7 @@ FAIR_BYTES_PER_S: Final = 2**20
 GRACE_S: Final = 1.0
 """Over how long that is measured."""
 WAIT_S: Final = 30.0
-"""How long a reader waits for others before it is told to come again."""
+"""How long a reader waits for others before it gets `Busy`."""
 LOOK_S: Final = 0.25
 """How often readers are looked at while somebody waits for them."""
 
@@ -175,7 +175,7 @@ class _Room:
 
 
 def _nothing() -> None:
-    """Have nobody to tell."""
+    """Do nothing: no connection waits."""
 
 
 @final
@@ -225,7 +225,7 @@ class Readers:
         Args:
             kind: what kind of reader.
             take: called in the session's turn; enters, or returns None.
-            give_back: takes what nobody is there for any more.
+            give_back: takes what no reader waits for any more.
 
         Raises:
             Busy: others read for too long.

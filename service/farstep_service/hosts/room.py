@@ -4,7 +4,7 @@
                 what was announced, so that a session without contents counts nothing
     in flight   bodies on their way in, the gradients of pushes that wait, copies on their way out
 
-Whoever is about to take memory asks first. What there is no room for is refused before anything has changed.
+Code that is about to take memory asks here first. A request without room is refused before anything has changed.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Room:
         return self.held_bytes + self.in_flight_bytes + nbytes <= self.limit_bytes
 
     def check(self, nbytes: int) -> None:
-        """Refuse what there is no room for.
+        """Refuse a request for which there is no room.
 
         Raises:
             LimitExceeded: it is more than there may be in all, so that no wait would help.
-            Busy: saying what was asked for and what there is.
+            Busy: saying what was asked for and what is left.
         """
         if nbytes > self.limit_bytes:
             raise LimitExceeded(

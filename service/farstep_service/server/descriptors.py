@@ -1,4 +1,4 @@
-"""File descriptors that are kept free: a server without one can accept nobody, and cannot even say so.
+"""File descriptors that are kept free: a server without one can accept no connection, and cannot even say so.
 
 The kernel gives the lowest number that is free. So a connection whose number is close to the limit says that hardly one
 is left, before the last one is gone: then the connection that has been idle longest makes room, those first that have

@@ -44,7 +44,7 @@ class Heading:
         self._tail = b""
 
     def take(self, data: bytes) -> tuple[bytes, bytes | None]:
-        """Return what there is of the head in `data`, and what is behind it; None if its end is to come.
+        """Return the part of the head that is in `data`, and what is behind it; None if its end is to come.
 
         Raises:
             InvalidRequest: empty lines come, and no request.

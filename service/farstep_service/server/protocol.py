@@ -100,7 +100,7 @@ class Protocol(Connection):
         if early != self._paused and not self._lent:
             self._paused = early
             if early:
-                self.flow.read_paused = False  # so that nobody else reads on
+                self.flow.read_paused = False  # so that uvicorn does not resume reading
                 self.transport.pause_reading()
             else:
                 self.transport.resume_reading()
@@ -108,7 +108,7 @@ class Protocol(Connection):
     # -- the head ---------------------------------------------------------------------------------------------------
 
     def _take_head(self) -> None:
-        """Feed the parser with the head that is next, or with what there is of it."""
+        """Feed the parser with the next head, or with the part of it that has come."""
         heading = self._heading = self._heading or Heading(self.limits)
         try:
             head, rest = heading.take(self._rest)
@@ -180,7 +180,7 @@ class Protocol(Connection):
         self._refuse(InvalidRequest(detail, remedy="Send it in one go."), 408)
 
     def _is_idle(self) -> bool:
-        """Say whether the request before is answered."""
+        """Return whether the request before is answered."""
         return (
             self.cycle.response_complete
             and self._framing is None
@@ -203,7 +203,7 @@ class Protocol(Connection):
     # -- the body ---------------------------------------------------------------------------------------------------
 
     def _take_body(self, framing: Framing) -> None:
-        """Take what is there of a body, for who asks for it; nowhere, if nobody will."""
+        """Take the part of a body that has come: to the endpoint, or nowhere if its request was answered."""
         data, self._rest = self._rest, b""
         try:
             pieces, used = framing.take(data)

@@ -39,7 +39,7 @@ class Reading(asyncio.BufferedProtocol):
         framing: says where the body ends.
         size: bytes of content that are still to come; None if that is not known.
         pace: how slow they may come.
-        dropping: how long the rest may take when nobody wants it any more.
+        dropping: how long the rest may take once it is no longer wanted.
         over: called when all have come, with bytes behind the body.
         lost: called when the connection is gone.
 

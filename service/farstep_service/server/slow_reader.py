@@ -1,7 +1,7 @@
 """A client that does not take at once what is written for it, and for how long that may go on.
 
-Whoever reads an answer slowly holds what the answer is made of: a version of the parameters, or a connection that is to
-be closed. It has to take something now and then, and enough on the whole.
+A client that reads an answer slowly holds what the answer is made of: a version of the parameters, or a connection that
+is to be closed. It has to take something now and then, and enough on the whole.
 """
 
 from __future__ import annotations
