@@ -33,7 +33,6 @@ model: $(INSTALLED) ## try 10,000 runs of consistency modes against their refere
 
 attack: $(INSTALLED) ## attack a server: damaged bodies, connections held in every state, kills and cuts (ARGS="bodies --seed 2", --write)
 	$(BIN)/python -m tests.attack $(ARGS)
-	HOSTILE=all $(BIN)/python -m pytest tests/client/test_hostile.py
 
 parity: $(INSTALLED) ## compare every option of every optimizer with torch.optim (ARGS="--write" puts it into docs/)
 	$(BIN)/python -m tests.parity $(ARGS)

@@ -19,7 +19,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgpack
 
@@ -98,7 +98,7 @@ class Liar:
     def _serve(self, sock: socket.socket) -> None:
         with suppress(OSError), sock, sock.makefile("rb") as incoming:
             sock.settimeout(PATIENCE_S)
-            while head := b"".join(iter(incoming.readline, b"\r\n")):
+            while head := b"".join(lines_of(incoming)):
                 length = re.search(rb"(?i)content-length: (\d+)", head)
                 body = incoming.read(int(length[1])) if length else b""
                 method, target, _ = head.split(b"\r\n")[0].decode().split(" ")
@@ -121,7 +121,7 @@ class Liar:
     def _truth(self, head: bytes, body: bytes) -> Answer:
         with socket.create_connection(("127.0.0.1", self._port), PATIENCE_S) as there, there.makefile("rb") as back:
             there.sendall(head + b"\r\n" + body)
-            status, *lines = [line.decode().strip() for line in iter(back.readline, b"\r\n")]
+            status, *lines = [line.decode().strip() for line in lines_of(back)]
             headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
             return Answer(status, headers, back.read(int(headers.get("content-length", 0))))
 
@@ -134,6 +134,12 @@ def hostile(port: int) -> Iterator[Liar]:
         yield liar
     finally:
         liar.close()
+
+
+def lines_of(incoming: BinaryIO) -> Iterator[bytes]:
+    """Yield the lines of a head, up to the empty one or the end of the connection."""
+    while (line := incoming.readline()) not in (b"\r\n", b""):
+        yield line
 
 
 def changed(answer: Answer, change: Change) -> Answer:

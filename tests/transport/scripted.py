@@ -26,7 +26,9 @@ class Peer:
 
     def read_head(self) -> str:
         """Return the head of the next request, empty when there is none."""
-        lines = list(iter(self._file.readline, b"\r\n")) if self._file.peek(1) else []
+        lines: list[bytes] = []
+        while (line := self._file.readline()) not in (b"\r\n", b""):
+            lines.append(line)
         return b"".join(lines).decode()
 
     def read_body(self, head: str) -> bytes:
