@@ -19,7 +19,7 @@ from farstep_service.optimizers.packages import Package
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.rule import Form
 from farstep_service.store import FlatBuffers, Gradients, NarrowBuffers, Store
-from tests.optimizers.conftest import NARROW
+from tests.optimizers.compiled import NARROW
 from tests.store.conftest import all_bytes, noise
 from tests.store.narrow import both
 
