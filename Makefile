@@ -28,8 +28,8 @@ demo: $(INSTALLED) ## train on real digits with the optimizer in a server proces
 test: lint ## check style, types and floors, then run the tests, two at a time (ARGS="-k wire" chooses, ARGS="-n 0" for one process)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-model: $(INSTALLED) ## try 10,000 runs of consistency modes against their reference model (EXAMPLES=100000 for more)
-	MODEL_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest tests/aggregation/test_network.py $(ARGS)
+model: $(INSTALLED) ## try other, and 10,000, examples of the models: consistency modes, and whatever is done to an optimizer (EXAMPLES=100000)
+	MODEL_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest --timeout 0 tests/aggregation/test_network.py tests/client/test_anything.py $(ARGS)
 
 attack: $(INSTALLED) ## attack a server: damaged bodies, connections held in every state, kills and cuts (ARGS="bodies --seed 2", --write)
 	$(BIN)/python -m tests.attack $(ARGS)

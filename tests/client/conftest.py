@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import pytest
 import torch
 
@@ -17,7 +16,7 @@ from tests.client.overlapping import Both
 from tests.client.twins import Twins, drawn
 from tests.faults import Network, faulty
 from tests.service.plain import plain_server
-from tests.service.servers import RunningServer, running_server
+from tests.service.servers import RunningServer, running_server, sessions_at
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +67,7 @@ def shared(server: RunningServer, talk: Conversation) -> Iterator[RemoteOptions]
     """Name a session of our own on the server, and remove it afterwards."""
     name = f"shared-{next(FRESH)}"
     yield {"server": server.url, "session": name, "kernel": "reference"}
-    if any(each["name"] == name for each in httpx.get(f"{server.url}/v1/sessions", trust_env=False).json()):
+    if name in sessions_at(server.url):
         talk.control("DELETE", f"/v1/sessions/{name}")
 
 

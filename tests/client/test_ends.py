@@ -14,7 +14,7 @@ from farstep.optim import SGD, Adagrad
 from farstep.settings import RemoteOptions
 from tests.client.twins import Twins, check_parameters, drawn, parameters
 from tests.forks import in_a_fork
-from tests.service.servers import RunningServer
+from tests.service.servers import RunningServer, sessions_at
 
 
 def test_a_closed_optimizer_says_so(place: RemoteOptions) -> None:
@@ -58,12 +58,12 @@ def test_a_named_session_stays_when_its_workers_leave(server: RunningServer, tal
     talk.control("DELETE", "/v1/sessions/stays")
 
 
-def test_a_session_that_cannot_be_joined_leaves_nothing_behind(server: RunningServer, talk: Conversation) -> None:
+def test_a_session_that_cannot_be_joined_leaves_nothing_behind(server: RunningServer) -> None:
     """A parameter the server cannot hold is refused, naming the dtype, and no session stays."""
-    before = len(talk.control("GET", "/v1/sessions"))
+    before = sessions_at(server.url)
     with pytest.raises(FarstepError, match="float8"):
         Adagrad([torch.ones(3).to(torch.float8_e5m2).requires_grad_()], server=server.url)
-    assert len(talk.control("GET", "/v1/sessions")) == before
+    assert sessions_at(server.url) == before
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")

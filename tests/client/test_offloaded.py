@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from farstep.errors import TensorMismatch
 from farstep.narrow import Half
 from farstep.settings import RemoteOptions
 from tests.client.options import NAMES
@@ -132,4 +133,24 @@ def test_a_gradient_in_the_new_form_is_as_ever(place: RemoteOptions) -> None:
     assert twins.here[0].dtype is torch.float64
     assert torch.equal(twins.here[0], twins.there[0])
     check_parameters(twins.here[1:], twins.there[1:])
+    twins.ours.close()
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "SGD"])
+def test_state_that_a_load_casts_to_the_dtype_of_the_moment_is_refused(name: str, place: RemoteOptions) -> None:
+    """A load casts state to the dtype a parameter has then; a session with another dtype refuses it, and goes on."""
+    twins = Twins(name, {"momentum": 0.9} if name == "SGD" else {}, place, start=drawn(0, SHAPES))
+    twins.train(2)
+    state = twins.ours.state_dict()
+    kept = send(twins, 0, halved)
+    twins.ours.load_state_dict(state)
+    bring(twins, 0, kept)
+    twins.give(gradients_of(name, 3, drawn(0, SHAPES)))
+    before = [p.detach().clone() for p in twins.here]
+    with pytest.raises(TensorMismatch, match=r"is torch\.float16, the parameter is torch\.float32"):
+        twins.ours.step(lambda: 1.0)
+    check_parameters(twins.here, before)
+    twins.ours.load_state_dict(state)
+    twins.train(2, first=3)
+    twins.check()
     twins.ours.close()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
-
 import httpx
 import pytest
 import torch
 
-from farstep.conversation import Conversation
 from farstep.errors import Unavailable
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
 from farstep.transport import SocketTransport
-from tests.service.servers import RunningServer
+from tests.service.servers import RunningServer, sessions_at
 
 
 class Lost(httpx.BaseTransport):
@@ -40,28 +37,23 @@ def optimizer_at(url: str, **remote: object) -> Adagrad:
     return Adagrad([torch.zeros(3, requires_grad=True)], **place)
 
 
-def sessions_of(talk: Conversation) -> set[str]:
-    """Return the names of the server's sessions."""
-    return {each["name"] for each in cast("list[dict[str, Any]]", talk.control("GET", "/v1/sessions"))}
-
-
 @pytest.mark.parametrize(
     ("error", "raised"),
     [(KeyboardInterrupt(), KeyboardInterrupt), (MemoryError(), MemoryError), (httpx.ReadError(""), Unavailable)],
     ids=["interrupt", "exception", "given up"],
 )
 def test_an_optimizer_that_never_was_leaves_no_session_behind(
-    server: RunningServer, talk: Conversation, error: BaseException, raised: type[BaseException]
+    server: RunningServer, error: BaseException, raised: type[BaseException]
 ) -> None:
     """A private session whose maker did not hear of it is removed by its name."""
-    before = sessions_of(talk)
+    before = sessions_at(server.url)
     with pytest.raises(raised):
         optimizer_at(server.url, transport=Lost(error), timeout_s=0.1)
-    assert sessions_of(talk) == before
+    assert sessions_at(server.url) == before
 
 
-def test_a_session_with_a_name_is_left_to_those_who_share_it(server: RunningServer, talk: Conversation) -> None:
+def test_a_session_with_a_name_is_left_to_those_who_share_it(server: RunningServer) -> None:
     """Whoever fails to join a named session removes nothing: others may be in it."""
     with pytest.raises(KeyboardInterrupt):
         optimizer_at(server.url, transport=Lost(KeyboardInterrupt()), session="shared-by-some")
-    assert "shared-by-some" in sessions_of(talk)
+    assert "shared-by-some" in sessions_at(server.url)

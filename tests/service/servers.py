@@ -21,9 +21,24 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import IO, Any
 
+import httpx
+
 READY_WITHIN_S = 90.0
 GONE_WITHIN_S = 30.0
 TOKEN = "0123456789abcdef0123456789abcdef"  # long enough for a server, and no secret
+
+
+def sessions_at(url: str, token: str | None = None) -> list[str]:
+    """Return the names of all sessions of a server, from every page of its listing."""
+    found: list[str] = []
+    path, query = f"{url}/v1/sessions", ""
+    with httpx.Client(trust_env=False, headers={} if token is None else {"authorization": f"Bearer {token}"}) as client:
+        while True:
+            page = client.get(path + query).raise_for_status()
+            found += [each["name"] for each in page.json()]
+            if "next" not in page.links:
+                return found
+            query = page.links["next"]["url"]
 
 
 class RunningServer:

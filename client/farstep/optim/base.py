@@ -16,7 +16,7 @@ different:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Self, overload
 
@@ -58,13 +58,13 @@ class RemoteOptimizer(WithViews):
             raise TypeError(f"{type(self).__name__}.__init__() got an {error}") from None
         defaults = self.twin([torch.zeros(1, 1, device="cpu")], **options).defaults
         super().__init__(params, defaults)
-        self._check_groups()
+        self._check_groups(self.param_groups)
         with told_apart(place) as own:
             self._open(own, state)
 
-    def _check_groups(self) -> None:
-        """Let torch's class check the options of groups that have their own."""
-        for group in self.param_groups:
+    def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Let torch's class check new groups: the options of those that have their own."""
+        for group in groups:
             own = {key: value for key, value in group.items() if key in self.defaults}
             if any(value is not self.defaults[key] for key, value in own.items()):  # arrays have no truth of ==
                 check_group(self.twin, own)
@@ -146,7 +146,7 @@ class RemoteOptimizer(WithViews):
         member.check_training("add_param_group()")
         super().add_param_group(param_group)
         try:
-            self._check_groups()
+            self._check_groups(self.param_groups[-1:])
             chosen = chosen_of(self.param_groups, member.parameters)
             named = self._options()[-1]
             taken = member.append(named, [group["params"] for group in self.param_groups], chosen)

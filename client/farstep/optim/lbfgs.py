@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -53,8 +53,8 @@ class LBFGS(RemoteOptimizer):
     def _overlaps(self, place: Place) -> bool:
         return False  # a push says in its head what the closure has returned
 
-    def _check_groups(self) -> None:
-        super()._check_groups()
+    def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        super()._check_groups(groups)
         check_parameters(self.twin, self.param_groups, self.defaults)
 
     @torch.no_grad()

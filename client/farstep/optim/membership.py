@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
@@ -142,6 +142,7 @@ class Membership:
             away: those that are away, None for none.
         """
         self.fits = True
+        self.state.hold_(self.parameters)
         self._chosen = chosen
         self._lengths = list(map(len, groups))
         self._every = list(chain.from_iterable(groups))
@@ -195,15 +196,27 @@ class Membership:
         if [len(group["params"]) for group in groups] != self._lengths:
             return None
         try:
-            chosen = chosen_of(groups, self.parameters)
+            chosen = chosen_of(groups, self._away.own)
         except TensorMismatch:
             return None
-        parameters = chosen.parameters
-        if chosen.places != self._chosen.places or list(map(form_of, parameters)) != self._forms:
+        if chosen.places != self._chosen.places:
             return None
-        if {p for p, then in zip(parameters, self.parameters, strict=True) if p is not then} & set(self.parameters):
+        replaced = {p for p, then in zip(chosen.parameters, self._away.own, strict=True) if p is not then}
+        if replaced & set(self._away.own):
             return None
-        return chosen
+        away = self._away_among(chosen, replaced)
+        return None if away is None or (away.places and not replaced) else chosen
+
+    def _away_among(self, chosen: Chosen, replaced: Collection[Tensor]) -> Away | None:
+        """Return which of these parameters are away; None if one does not fit, such as a new one in another form."""
+        old = {index: place for index, place in self._away.places.items() if chosen.parameters[index] not in replaced}
+        known = Away(chosen.parameters, self._forms, old)
+        away = [p for p, form in zip(chosen.parameters, self._forms, strict=True) if form_of(p) != form]
+        if not away:
+            return Away(chosen.parameters, self._forms)
+        if self._optimizer == "LBFGS" or any(p in replaced for p in away):
+            return None
+        return known.now(self.link.stand_in, lone=self.place.private)
 
     def rebind(self, groups: Sequence[Mapping[str, Any]], chosen: Chosen) -> bool:
         """Take parameters that fit in the places of some; return whether the link can, else nothing changes.
@@ -211,17 +224,19 @@ class Membership:
         They bring their own values. State is that of the parameter: one that has an entry in `state` brings it, one
         that has none begins anew, and what belonged to the old ones stays under them.
         """
-        parameters = chosen.parameters
-        brought = self.state.brought(parameters)
-        if not self.link.rebind(parameters):
+        replaced = {p for p, then in zip(chosen.parameters, self._away.own, strict=True) if p is not then}
+        away = self._away_among(chosen, replaced)
+        assert away is not None
+        brought = self.state.brought(chosen.parameters)
+        if not self.link.rebind(away.parameters):
             return False
-        self._away.settle_()
-        self.parameters = parameters
+        self._away.settle_(away)
+        self.parameters = away.parameters
         self._write_state(brought)
-        self.state.rebind_(parameters, brought)
-        self._remember([group["params"] for group in groups], chosen)
+        self.state.rebind_(chosen.parameters, brought)
+        self._remember([group["params"] for group in groups], chosen, away)
         if self.overlap is not None:
-            self.overlap.watch(parameters)
+            self.overlap.watch(chosen.parameters)
         return True
 
     @contextmanager
@@ -350,9 +365,15 @@ class Membership:
         self.state.forget_()
 
     def _write_state(self, changed: Mapping[int, State | None]) -> None:
-        """Send the state of some parameters; one whose state was taken away begins anew."""
+        """Send the state of some parameters; one whose state was taken away begins anew.
+
+        Raises:
+            TensorMismatch: it is of another dtype than the parameter that the session has; nothing was sent.
+        """
         if changed:
             fields = self.link.fields
+            for i, own in changed.items():
+                check_form(self._chosen.described[i].name, self.parameters[i], own, fields)
             self.link.write(state={i: own or self._newborn(self.parameters[i], fields) for i, own in changed.items()})
 
     def _start(self, state: Mapping[Any, Any] | None, version: int) -> Start:

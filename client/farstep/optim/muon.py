@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Unpack
+from collections.abc import Sequence
+from typing import Any, Unpack
 
 import torch
 from torch.optim.optimizer import ParamsT
@@ -46,6 +47,6 @@ class Muon(RemoteOptimizer):
         }
         super().__init__(params, options, remote)
 
-    def _check_groups(self) -> None:
-        super()._check_groups()
-        check_parameters(self.twin, self.param_groups, self.defaults)
+    def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        super()._check_groups(groups)
+        check_parameters(self.twin, groups, self.defaults)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
-from typing import Unpack
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -41,6 +42,6 @@ class SparseAdam(RemoteOptimizer):
         }
         super().__init__(params, options, remote)
 
-    def _check_groups(self) -> None:
-        super()._check_groups()
-        check_parameters(self.twin, self.param_groups, self.defaults)
+    def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        super()._check_groups(groups)
+        check_parameters(self.twin, groups, self.defaults)

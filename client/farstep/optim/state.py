@@ -54,6 +54,7 @@ class RemoteState(Fetched):
         self._check = check
         self._groups = groups
         self._indices = {p: index for index, p in enumerate(parameters)}
+        self._held: Sequence[Tensor] = parameters
         self._known = False
         self._version = -1
         self._present: set[int] = set()
@@ -68,6 +69,10 @@ class RemoteState(Fetched):
     def replace_(self, other: Mapping[Any, Any]) -> None:
         """Drop what was read, and take the user's own entries from another mapping."""
         self._keep_({key: value for key, value in other.items() if isinstance(value, Mapping)})
+
+    def hold_(self, parameters: Sequence[Tensor]) -> None:
+        """Read and write state in the forms of these: the parameters, or what stands in the place of some."""
+        self._held = parameters
 
     def append_(self, parameters: Sequence[Tensor]) -> None:
         """Take on parameters that the session has begun with just now; what was read or edited of the others stays."""
@@ -104,7 +109,7 @@ class RemoteState(Fetched):
                 if index in self._present:
                     found[index] = None
             elif not self._is_as_read(index, state):
-                found[index] = to_session(p, state, self._link.fields)
+                found[index] = to_session(self._held[index], state, self._link.fields)
         return found
 
     def differences(self, other: Mapping[Any, Any]) -> dict[int, State | None]:
@@ -116,7 +121,7 @@ class RemoteState(Fetched):
         self.know_()
         found: dict[int, State | None] = {}
         for p, index in self._indices.items():
-            state = to_session(p, other.get(p) or {}, self._link.fields)
+            state = to_session(self._held[index], other.get(p) or {}, self._link.fields)
             if state is None:
                 if index in self._present:
                     found[index] = None
@@ -227,7 +232,7 @@ class RemoteState(Fetched):
         mine = {} if isinstance(own, _Unread) else self._fields_of(own)
         if not mine or not self._is_as_read(index, mine):
             return False
-        here = to_session(p, mine, self._link.fields)
+        here = to_session(self._held[index], mine, self._link.fields)
         if here is None or here.keys() != state.keys():
             return False
         return all(same_bits(here[key], value) for key, value in state.items())

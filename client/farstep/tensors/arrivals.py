@@ -166,9 +166,10 @@ class Arrivals:
             indices: which ones; None for all of them.
             whole: they come as they are, whatever was asked for; see `NarrowArrivals`.
         """
-        self._overwritten = True
         if indices is None:
+            self._overwritten = True
             return self._memory.views
+        self._overwritten |= bool(indices)
         return [tensor_memory(self._staged[i]) for i in indices]
 
     def landing(self) -> list[memoryview]:
