@@ -177,3 +177,36 @@ def test_one_step_inside_inference_mode_and_the_next_outside(place: RemoteOption
 def test_modes_that_change_nothing(surroundings: Within, name: str, place: RemoteOptions) -> None:
     """Autograd on or off, and deterministic algorithms, give the bits of torch."""
     compare(name, place, (surroundings,) * 3, (surroundings,) * 3)
+
+
+@pytest.mark.parametrize("wire", [None, "bf16"])
+@pytest.mark.parametrize("size", [5, 1 << 21], ids=["small", "copied as it comes"])
+def test_parameters_of_inference_mode(size: int, wire: Any, server: RunningServer) -> None:
+    """Parameters that were made inside `inference_mode`, which can be written to there only, are stepped on there."""
+    with torch.inference_mode():
+        mine, torchs = [torch.ones(size)], [torch.ones(size)]
+        optimizer = farstep.optim.SGD(mine, lr=0.5, server=server.url, kernel="reference", wire=wire)
+        twin = torch.optim.SGD(torchs, lr=0.5)
+        for _ in range(2):
+            for ps, either in ((mine, optimizer), (torchs, twin)):
+                ps[0].grad = torch.full((size,), 0.25)
+                either.step()
+        optimizer.pull()
+        check_parameters(mine, torchs)
+        optimizer.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_means_what_it_means_to_torch(name: str, dtype: torch.dtype, place: RemoteOptions) -> None:
+    """A step inside `torch.autocast` is torch's; where torch multiplies in 16 bits and a server does not, refused."""
+
+    def within() -> AbstractContextManager[Any]:
+        return torch.autocast("cpu", dtype=dtype)
+
+    same = getattr(farstep.optim, name).same_in_autocast
+    if same is None or dtype in same or "server" not in place:
+        compare(name, place, (within,) * 3, (within,) * 3)
+        return
+    with pytest.raises(InvalidOption, match="autocast"):
+        compare(name, place, (nullcontext, within), (within, within))

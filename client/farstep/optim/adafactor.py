@@ -20,6 +20,7 @@ class Adafactor(RemoteOptimizer):
     """
 
     twin = torch.optim.Adafactor
+    same_in_autocast = frozenset()
 
     def __init__(
         self,

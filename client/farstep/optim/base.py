@@ -26,6 +26,7 @@ from torch.optim.optimizer import ParamsT
 
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep.optim.chosen import chosen_of
+from farstep.optim.membership import Membership
 from farstep.optim.namesakes import told_apart, told_why
 from farstep.optim.options import check_group, take_
 from farstep.optim.refusals import check_types, refusal
@@ -69,11 +70,11 @@ class RemoteOptimizer(WithViews):
             if any(value is not self.defaults[key] for key, value in own.items()):  # arrays have no truth of ==
                 check_group(self.twin, own)
 
-    def _check_default_dtype(self) -> None:
-        """Refuse a default dtype with which torch's class would round the numbers in its state in another way.
+    def _check_surroundings(self, member: Membership) -> None:
+        """Refuse a default dtype, or autocast, with which torch's class would round in another way than the session.
 
         Raises:
-            InvalidOption: it has such numbers, and that is the default dtype.
+            InvalidOption: naming it.
         """
         if self.counts_in is not None and (dtype := torch.get_default_dtype()) not in self.counts_in:
             raise InvalidOption(
@@ -83,6 +84,18 @@ class RemoteOptimizer(WithViews):
                 field="dtype",
                 side="client",
             )
+        if self.same_in_autocast is None or member.place.server is None:
+            return
+        for device in {p.device.type for p in member.parameters}:
+            dtype = torch.get_autocast_dtype(device)
+            if torch.is_autocast_enabled(device) and dtype not in self.same_in_autocast:
+                raise InvalidOption(
+                    f"Inside torch.autocast({device!r}, dtype={dtype}) torch's {self.twin.__name__} multiplies "
+                    "matrices in that dtype; the server's does not.",
+                    remedy="Call step() after the `with torch.autocast` block, which is for the forward pass.",
+                    field="autocast",
+                    side="client",
+                )
 
     # -- torch.optim.Optimizer --------------------------------------------------------------------------------------
 
@@ -107,7 +120,7 @@ class RemoteOptimizer(WithViews):
         """
         member = self._member()
         member.check_training("step()")
-        self._check_default_dtype()
+        self._check_surroundings(member)
         loss = None
         if closure is not None:
             with torch.enable_grad():

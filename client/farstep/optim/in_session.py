@@ -41,6 +41,8 @@ class InSession(torch.optim.Optimizer):
     """Options whose value in the constructor counts, whatever a group says."""
     counts_in: ClassVar[frozenset[torch.dtype] | None] = None
     """The default dtypes with which torch's class computes the numbers in its state as a session does; None for all."""
+    same_in_autocast: ClassVar[frozenset[torch.dtype] | None] = None
+    """The dtypes of `torch.autocast` in which torch's step computes as outside of it; None for all."""
     if_missing: ClassVar[Mapping[str, Any]] = MappingProxyType({})
     """Values that torch's step takes for options that a group does not have; it refuses a group without another one."""
     opened_by: OpenLink = staticmethod(open_link)

@@ -21,6 +21,7 @@ class Muon(RemoteOptimizer):
     """
 
     twin = torch.optim.Muon
+    same_in_autocast = frozenset({torch.bfloat16})
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ that differs from it was edited here since. An answer that is cut off leaves the
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Final
 
 import torch
@@ -87,6 +88,7 @@ class Arrivals:
         self._parameters = list(parameters)
         # Views shown as the conjugate or the negative of their memory, which foreach operations do not take.
         self._lazy = any(p.is_conj() or p.is_neg() for p in parameters)
+        self._inference = any(p.is_inference() for p in parameters)
         self._compare_anew_()
 
     def within(self, flat: Mapping[torch.dtype, Tensor] | None) -> Arrivals:
@@ -187,12 +189,14 @@ class Arrivals:
     def advance_(self, received_bytes: int) -> None:
         """Take note that so many bytes of an answer have arrived in all."""
         if self._landing is not None:
-            self._landing.advance(received_bytes)
+            with self._writing():
+                self._landing.advance(received_bytes)
 
     def undo_(self) -> None:
         """Put back what the parameters were before an answer that was cut off, or did not come at all."""
         if self._landing is not None:
-            self._landing.undo([self._known(index) for index in range(len(self._parameters))])
+            with self._writing():
+                self._landing.undo([self._known(index) for index in range(len(self._parameters))])
             self._landing = None
 
     def give_up_(self, *, lost: bool = False) -> None:
@@ -210,7 +214,8 @@ class Arrivals:
         if self._landing is None:
             self._copy_(indices)
         else:
-            self._landing.finish()
+            with self._writing():
+                self._landing.finish()
             self._landing = None
             assert self._spare is not None
             self._memory, self._spare = self._spare, self._memory
@@ -221,8 +226,12 @@ class Arrivals:
         targets, sources = self._parameters, self._staged
         if indices is not None:
             targets, sources = [targets[i] for i in indices], [sources[i] for i in indices]
-        with torch.no_grad():
+        with self._writing():
             copy_all(targets, sources, self._lazy)
+
+    def _writing(self) -> AbstractContextManager[object]:
+        """Return a block in which parameters can be written to: those of `torch.inference_mode` only inside it."""
+        return torch.inference_mode() if self._inference else torch.no_grad()
 
     def _known(self, index: int) -> Tensor:
         """Return what the session has of a parameter."""

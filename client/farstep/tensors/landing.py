@@ -85,7 +85,7 @@ class Landing:
             for p, source, part in zip(self._parameters, self._arriving, self._parts, strict=True):
                 if part.nbytes and not part.here:
                     p.copy_(source)
-        torch.autograd.graph.increment_version(self._parameters)
+        torch.autograd.graph.increment_version([p for p in self._parameters if not p.is_inference()])
 
     def undo(self, before: Sequence[Tensor]) -> None:
         """Put back what the parameters were, as far as they are not; autograd need not know."""

@@ -41,9 +41,8 @@ class NarrowArrivals(Arrivals):
         super().__init__(parameters, [TORCH_DTYPES[half] if is_wide(p) else p.dtype for p in parameters])
 
     def rebind_(self, parameters: Sequence[Tensor]) -> None:
-        self._parameters = list(parameters)
+        super().rebind_(parameters)
         self._lazy = True  # one by one: foreach operations do not convert faster
-        self._compare_anew_()
 
     def grown(self, parameters: Sequence[Tensor]) -> NarrowArrivals:
         count = len(self._parameters)
@@ -100,7 +99,7 @@ class NarrowArrivals(Arrivals):
 
     def _copy_(self, indices: Sequence[int] | None) -> None:
         chosen = range(len(self._parameters)) if indices is None else indices
-        with torch.no_grad():
+        with self._writing():
             for index in chosen:
                 self._parameters[index].copy_(self._known(index))
 
