@@ -23,8 +23,8 @@ from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.policies import first_nonfinite_in
-from farstep_service.session import Steps, state_of
 from farstep_service.store import FlatBuffers, Gradients
+from farstep_service.tensors import Steps, state_of
 from tests.benchmarks.hardware import hardware
 
 TENSORS, ELEMENTS = 161, 25_000_000

@@ -17,8 +17,8 @@ from farstep.errors import BarrierTimeout, InvalidOption, SessionFull, TensorMis
 from farstep.messages import PushHead, WriteName
 from farstep_service.gradients import Contribution
 from farstep_service.session import Session
-from farstep_service.session.staleness import compensate_, weigh_
 from farstep_service.store import FlatBuffers
+from farstep_service.tensors.staleness import compensate_, weigh_
 from tests.session.writers import Twin, Writer, equal, error, mean_of, new_session, parameters, receipt, started, values
 
 # -- sync ------------------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ from farstep_service.embedded.states import contents_of, states_of
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import KernelMode, Plan
-from farstep_service.session import Left, Steps, state_of
 from farstep_service.store import BorrowedBuffers, Gradients
+from farstep_service.tensors import Left, Steps, state_of
 
 
 @cache

@@ -2,8 +2,5 @@
 
 from farstep_service.session.outcomes import Outcome, Outcomes
 from farstep_service.session.session import Session
-from farstep_service.session.state import SessionState
-from farstep_service.session.states import state_of
-from farstep_service.session.steps import Left, Steps
 
-__all__ = ["Left", "Outcome", "Outcomes", "Session", "SessionState", "Steps", "state_of"]
+__all__ = ["Outcome", "Outcomes", "Session"]

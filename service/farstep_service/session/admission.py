@@ -9,10 +9,10 @@ from typing import final
 
 from farstep.errors import SessionLost
 from farstep.messages import PushHead, WriteName
-from farstep_service.aggregation import Ledger
+from farstep_service.coordinator import Ledger
 from farstep_service.gradients import Contribution, check_finite, nonfinite_in
 from farstep_service.session.membership import Membership
-from farstep_service.session.state import SessionState
+from farstep_service.tensors.state import SessionState
 
 
 @final

@@ -14,7 +14,7 @@ from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.plan import Plan
 from farstep_service.session.membership import Membership
 from farstep_service.session.outcomes import told
-from farstep_service.session.state import SessionState
+from farstep_service.tensors.state import SessionState
 
 
 @final

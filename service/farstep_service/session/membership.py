@@ -8,7 +8,7 @@ from farstep.consistency import Consistency
 from farstep.errors import Fenced
 from farstep.growth import outgrown
 from farstep.messages import WriteName
-from farstep_service.aggregation import KnownGroups, Ledger, Rounds, places_of
+from farstep_service.coordinator import KnownGroups, Ledger, Rounds, places_of
 from farstep_service.layout import Layout
 
 

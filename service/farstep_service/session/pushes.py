@@ -25,14 +25,14 @@ from farstep.hyper import Hyper
 from farstep.messages import PushHead, WriteName
 from farstep.receipt import Receipt
 from farstep.wire import Names
-from farstep_service.aggregation import Abort, Agreed, Decision, Pushed, Refuse, Rounds, Said, Skip, Step, agreed
+from farstep_service.coordinator import Abort, Agreed, Decision, Pushed, Refuse, Rounds, Said, Skip, Step, agreed
 from farstep_service.gradients import Contribution, Copied
 from farstep_service.reduction import ByContent, mean_evaluation, reduce_
 from farstep_service.session.outcomes import Outcome, Outcomes, told
-from farstep_service.session.staleness import Bases, check_dense, compensate_, weigh_
-from farstep_service.session.state import SessionState
-from farstep_service.session.steps import Left, Steps, Taken
 from farstep_service.store import Held
+from farstep_service.tensors.staleness import Bases, check_dense, compensate_, weigh_
+from farstep_service.tensors.state import SessionState
+from farstep_service.tensors.steps import Left, Steps, Taken
 
 NAMED: Final = 20
 """Workers whom the error of a barrier names, of thousands that may be missing."""

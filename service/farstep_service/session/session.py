@@ -24,8 +24,8 @@ from farstep.errors import StepInterrupted, Unavailable
 from farstep.growth import AppendHead
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, WriteName
-from farstep_service.aggregation import Ledger, Rounds, mismatch
 from farstep_service.contents import Contents
+from farstep_service.coordinator import Ledger, Rounds, mismatch
 from farstep_service.durability import Snapshot
 from farstep_service.gradients import Contribution
 from farstep_service.kernel import KernelSource
@@ -37,9 +37,9 @@ from farstep_service.session.growth import Growth, room_for
 from farstep_service.session.membership import Membership
 from farstep_service.session.outcomes import Outcome, Outcomes
 from farstep_service.session.pushes import Pushes
-from farstep_service.session.state import GroupChanges
-from farstep_service.session.states import state_of
 from farstep_service.store import Held
+from farstep_service.tensors.beginning import state_of
+from farstep_service.tensors.state import GroupChanges
 
 
 @final

@@ -18,9 +18,9 @@ from farstep.consistency import Async, Bounded, Consistency, Sync
 from farstep.errors import FarstepError
 from farstep.messages import WriteName
 from farstep.receipt import Receipt
-from farstep_service.aggregation import Abort, Ledger, Pushed, Rounds
+from farstep_service.coordinator import Abort, Ledger, Pushed, Rounds
 from farstep_service.session.membership import Membership
-from tests.aggregation.reference import GivenUp, Outcomes, Push, Reference, Told
+from tests.coordinator.reference import GivenUp, Outcomes, Push, Reference, Told
 
 NAMES = ("w0", "w1", "w2", "w3")
 MODES: Sequence[Consistency] = (

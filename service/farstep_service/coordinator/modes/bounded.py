@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import final
 
 from farstep.consistency import Bounded
-from farstep_service.aggregation.decisions import Abort, Decision, Pushed, Refuse, Skip, Step
-from farstep_service.aggregation.members import Members
-from farstep_service.aggregation.modes import Aggregation
+from farstep_service.coordinator.members import Members
+from farstep_service.coordinator.modes.decisions import Abort, Decision, Pushed, Refuse, Skip, Step
+from farstep_service.coordinator.modes.mode import Aggregation
 
 
 @final

@@ -12,8 +12,8 @@ from farstep.consistency import Async, Bounded, Consistency, Sync, from_options,
 from farstep.errors import InvalidOption
 from farstep.messages import WriteName
 from farstep.receipt import Receipt
-from farstep_service.aggregation import Abort, Refuse, Skip, Step
-from tests.aggregation.table import NAMES, Table
+from farstep_service.coordinator import Abort, Refuse, Skip, Step
+from tests.coordinator.table import NAMES, Table
 
 # -- async -----------------------------------------------------------------------------------------------------------
 

@@ -32,8 +32,8 @@ from farstep_service.policies import (
     first_nonfinite_in,
     norm_of,
 )
-from farstep_service.session.state import NO_GROUPS, SessionState
 from farstep_service.store import Applied, Gradients
+from farstep_service.tensors.state import NO_GROUPS, SessionState
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ import torch
 from farstep_service.kernel import KernelSource
 from farstep_service.plan import Plan
 from farstep_service.rule import Rule
-from farstep_service.session.closure_state import ClosureState
-from farstep_service.session.kernel_state import KernelState
-from farstep_service.session.state import SessionState
+from farstep_service.tensors.closure_state import ClosureState
+from farstep_service.tensors.kernel_state import KernelState
+from farstep_service.tensors.state import SessionState
 
 
 def state_of(plan: Plan, *, kernels: KernelSource, device: torch.device) -> SessionState:

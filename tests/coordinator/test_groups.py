@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from farstep.messages import WriteName
-from farstep_service.aggregation import KnownGroups
+from farstep_service.coordinator import KnownGroups
 
 WORKERS = ("w0", "w1", "w2")
 

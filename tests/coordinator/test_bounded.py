@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farstep.consistency import Bounded
-from farstep_service.aggregation import Abort, Refuse, Step
-from tests.aggregation.table import NAMES, Table
+from farstep_service.coordinator import Abort, Refuse, Step
+from tests.coordinator.table import NAMES, Table
 
 
 @pytest.mark.parametrize("staleness", [0, 1, 3])

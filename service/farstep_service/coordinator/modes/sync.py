@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import final
 
 from farstep.consistency import Sync
-from farstep_service.aggregation.decisions import Abort, Decision, Pushed, Refuse, Skip, Step
-from farstep_service.aggregation.members import Members
-from farstep_service.aggregation.modes import Aggregation
+from farstep_service.coordinator.members import Members
+from farstep_service.coordinator.modes.decisions import Abort, Decision, Pushed, Refuse, Skip, Step
+from farstep_service.coordinator.modes.mode import Aggregation
 
 
 @final

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from farstep.errors import Fenced, IdempotencyMismatch, ReceiptExpired, SequenceGap
 from farstep.messages import WriteName
 from farstep.receipt import Receipt
-from farstep_service.aggregation import Ledger
-from farstep_service.aggregation.ledger import RECEIPTS_KEPT
+from farstep_service.coordinator import Ledger
+from farstep_service.coordinator.ledger import RECEIPTS_KEPT
 
 
 def committed(ledger: Ledger, name: WriteName, content: str = "a") -> Receipt:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from farstep.consistency import Consistency
 from farstep.messages import WriteName
-from farstep_service.aggregation import Abort, Decision, Ledger, Pushed, Rounds, Step
+from farstep_service.coordinator import Abort, Decision, Ledger, Pushed, Rounds, Step
 
 NAMES = ("w0", "w1", "w2")
 

@@ -7,9 +7,9 @@ import pytest
 from farstep.consistency import Async, Sync
 from farstep.errors import IdempotencyMismatch, SessionFull
 from farstep.messages import WriteName
-from farstep_service.aggregation import Step
-from farstep_service.aggregation.members import FORGOTTEN_AFTER_S, LAPSED_KEPT
-from tests.aggregation.table import Table
+from farstep_service.coordinator import Step
+from farstep_service.coordinator.members import FORGOTTEN_AFTER_S, LAPSED_KEPT
+from tests.coordinator.table import Table
 
 # -- members ---------------------------------------------------------------------------------------------------------
 

@@ -27,8 +27,8 @@ from farstep_service.optimizers.lbfgs import LBFGSHyper, most_pairs
 from farstep_service.optimizers.lbfgs_state import check_shapes, fields_of, memory_of
 from farstep_service.optimizers.lbfgs_steps import Memory, Turn, Waiting, begin, resume
 from farstep_service.plan import Plan
-from farstep_service.session.state import NO_GROUPS, SessionState
 from farstep_service.store import Applied, Buffers, FlatBuffers, Gradients, Held, PlainStore
+from farstep_service.tensors.state import NO_GROUPS, SessionState
 
 
 @final

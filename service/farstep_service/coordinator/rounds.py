@@ -20,12 +20,12 @@ from typing import assert_never, final
 from farstep.consistency import Async, Bounded, Consistency, Sync
 from farstep.messages import WriteName
 from farstep.receipt import Receipt
-from farstep_service.aggregation.barrier import Barrier
-from farstep_service.aggregation.decisions import Decision, Pushed, Refuse, Skip, Step
-from farstep_service.aggregation.ledger import Ledger, mismatch
-from farstep_service.aggregation.members import Members
-from farstep_service.aggregation.modes import Aggregation, Immediate
-from farstep_service.aggregation.window import Window
+from farstep_service.coordinator.ledger import Ledger, mismatch
+from farstep_service.coordinator.members import Members
+from farstep_service.coordinator.modes.bounded import Window
+from farstep_service.coordinator.modes.decisions import Decision, Pushed, Refuse, Skip, Step
+from farstep_service.coordinator.modes.mode import Aggregation, Immediate
+from farstep_service.coordinator.modes.sync import Barrier
 
 Receipts = dict[WriteName, Receipt]
 

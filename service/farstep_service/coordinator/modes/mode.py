@@ -14,8 +14,8 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from farstep_service.aggregation.decisions import Decision, Pushed, Skip, Step
-from farstep_service.aggregation.members import Members
+from farstep_service.coordinator.members import Members
+from farstep_service.coordinator.modes.decisions import Decision, Pushed, Skip, Step
 
 
 class Aggregation(ABC):

@@ -19,8 +19,8 @@ from farstep_service.kernel import KernelSource
 from farstep_service.plan import Plan
 from farstep_service.policies import Average
 from farstep_service.rule import AnyRule
-from farstep_service.session.state import NO_GROUPS, SessionState, with_lr_times
 from farstep_service.store import Applied, Buffers, Gradients, Held, Store, check_first_step
+from farstep_service.tensors.state import NO_GROUPS, SessionState, with_lr_times
 
 
 @final

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from farstep_service.aggregation import Agreed, Said, agreed
+from farstep_service.coordinator import Agreed, Said, agreed
 
 
 def said(worker: str, lr: float, *, passing: bool = False, group: int = 0, **more: object) -> Said:

@@ -1,0 +1,1 @@
+"""How pushes become steps: a small state machine for each consistency mode."""
