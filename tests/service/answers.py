@@ -126,16 +126,18 @@ def read_answer(sock: socket.socket, begun: bytes = b"") -> Answer:
 
 
 def read_head(sock: socket.socket) -> tuple[int, int]:
-    """Read the head of an answer, and perhaps more; return its status and how many bytes of its body are to come."""
+    """Read the head of an answer; return its status and how many bytes of its body are to come."""
     status, headers, body = _read_head(sock, b"")
     return status, int(headers.get("content-length", 0)) - len(body)
 
 
 def _read_head(sock: socket.socket, received: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Read a head and no byte behind it: what follows may be the answer to another request."""
     while b"\r\n\r\n" not in received:
-        chunk = sock.recv(65536)
-        assert chunk, f"the connection was closed after {received!r}"
-        received += chunk
+        seen = sock.recv(65536, socket.MSG_PEEK)
+        assert seen, f"the connection was closed after {received!r}"
+        end = (received + seen).find(b"\r\n\r\n")
+        received += sock.recv(len(seen) if end < 0 else end + 4 - len(received))
     head, _, body = received.partition(b"\r\n\r\n")
     status, *lines = head.decode("latin-1").split("\r\n")
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
