@@ -8,6 +8,10 @@ from tests.attack.connections import WAYS
 from tests.service.servers import TOKEN, running_server
 
 
+@pytest.mark.promise(
+    "With workers killed and connections cut at random, no acknowledged step is lost or counted twice.",
+    area="exactly once",
+)
 @pytest.mark.parametrize(
     "part", [("bodies", "--bodies", "1500"), ("ledger", "--steps", "400")], ids=lambda part: part[0]
 )
@@ -18,6 +22,10 @@ def test_what_is_sent_is_refused_by_name_and_what_is_acknowledged_is_counted_onc
     assert main([*part, "--seed", "11"]) == 0, capsys.readouterr().err
 
 
+@pytest.mark.promise(
+    "Connections held in every state without a token leave a good client its steps and take little memory.",
+    area="limits",
+)
 def test_connections_held_without_a_token_cost_little() -> None:
     """All ways to hold a connection at once leave a good client its steps and take less than 50 MiB."""
     with running_server(token=TOKEN) as server:

@@ -249,6 +249,10 @@ class Anything(RuleBasedStateMachine):
             check_parameters(self.twins.here, self.twins.there)
 
 
+@pytest.mark.promise(
+    "Whatever a loop does between steps (edits, loads, added groups, replaced parameters), the bits stay torch's.",
+    area="bits of torch",
+)
 def test_whatever_is_done_both_stay_alike(place: RemoteOptions) -> None:
     """Steps, edits of every kind, loads, late groups, replaced parameters, in any order: ours is torch's bit by bit."""
 

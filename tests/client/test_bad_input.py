@@ -81,6 +81,10 @@ def outcome(made: Callable[[], object]) -> tuple[type[BaseException], str] | Non
     return None
 
 
+@pytest.mark.promise(
+    "Options, states and gradients that torch refuses are refused in torch's type and words, and change nothing.",
+    area="bad input",
+)
 @pytest.mark.parametrize(("name", "options"), CASES)
 def test_options_are_refused_as_by_torch(name: str, options: dict[str, Any], place: RemoteOptions) -> None:
     """The same options are refused and accepted, with the same type and words; but NaN is refused by all of ours."""
@@ -143,6 +147,10 @@ def of_more_groups(given: dict[str, Any]) -> None:
     given["param_groups"].append({**given["param_groups"][0], "params": []})
 
 
+@pytest.mark.promise(
+    "Options, states and gradients that torch refuses are refused in torch's type and words, and change nothing.",
+    area="bad input",
+)
 @pytest.mark.parametrize(
     "spoil",
     [of_another_optimizer, of_another_shape, of_fewer_parameters, of_more_parameters, of_more_groups],
@@ -255,6 +263,10 @@ WITH_OPTIONS = [
 ]
 
 
+@pytest.mark.promise(
+    "Options, states and gradients that torch refuses are refused in torch's type and words, and change nothing.",
+    area="bad input",
+)
 @pytest.mark.parametrize("kind", ["sparse", "complex", "sparse complex", "one sparse of two"])
 @pytest.mark.parametrize(("name", "options"), WITH_OPTIONS)
 def test_gradients_are_refused_where_torch_refuses_them(

@@ -72,6 +72,7 @@ def secure(authority: trustme.CA) -> Iterator[str]:
         yield url
 
 
+@pytest.mark.promise("What waiting cannot heal is raised at once, and the cause is named.", area="client errors")
 def test_a_certificate_of_an_unknown_authority(secure: str) -> None:
     """The certificate is named at once, and how to name its authority."""
     error = joining(secure)
@@ -145,6 +146,7 @@ def test_a_host_that_is_not_known() -> None:
     assert again.heals
 
 
+@pytest.mark.promise("What waiting cannot heal is raised at once, and the cause is named.", area="client errors")
 def test_a_path_that_is_wrong(server: RunningServer) -> None:
     """It is no session that is unknown, but the URL: said at once, to optimizers and to the command line."""
     error = joining(f"{server.url}/training")
@@ -154,6 +156,7 @@ def test_a_path_that_is_wrong(server: RunningServer) -> None:
     assert (done.returncode, "error no_such_route" in done.stderr) == (1, True)
 
 
+@pytest.mark.promise("What waiting cannot heal is raised at once, and the cause is named.", area="client errors")
 def test_a_process_without_descriptors(server: RunningServer) -> None:
     """It is this process that has too many files open, which is said at once."""
     script = f"""

@@ -58,6 +58,10 @@ class Worker:
             pass
 
 
+@pytest.mark.promise(
+    "A worker that comes late with a quorum is told so, gets the present parameters, and goes on.",
+    area="consistency modes",
+)
 def test_a_late_worker_goes_on_with_the_present_parameters(shared: RemoteOptions) -> None:
     """Its step says that it was late and not applied; its parameters are the session's, and its next step counts."""
     mode = farstep.Sync(workers=2, quorum=1)
@@ -94,6 +98,10 @@ def test_delays_are_compensated_from_where_a_worker_was(shared: RemoteOptions) -
     assert fast.value == -1.0 - 1.0 - (1.0 + 0.5 * (-2.0 - -1.0))
 
 
+@pytest.mark.promise(
+    "In `Bounded(staleness=S)` a worker that is too far ahead waits for the slowest live one.",
+    area="consistency modes",
+)
 def test_a_fast_worker_waits_for_a_slow_one(shared: RemoteOptions, talk: Conversation) -> None:
     """In bounded mode it is held back at the bound, and goes on when the slow one has stepped, or has left."""
     mode = farstep.Bounded(staleness=0)
@@ -111,6 +119,10 @@ def test_a_fast_worker_waits_for_a_slow_one(shared: RemoteOptions, talk: Convers
     assert fast.value == -4.0
 
 
+@pytest.mark.promise(
+    '`Sync(workers="live")` steps with the workers that are there, while they come and go.',
+    area="consistency modes",
+)
 def test_workers_come_and_go_while_all_that_are_there_step_together(shared: RemoteOptions, talk: Conversation) -> None:
     """With workers="live" a step is divided by how many there are at the time."""
     mode = farstep.Sync(workers="live")
@@ -128,6 +140,10 @@ def test_workers_come_and_go_while_all_that_are_there_step_together(shared: Remo
     assert first.step(1.0).divisor == 1
 
 
+@pytest.mark.promise(
+    "A running session switches its mode, and every worker learns of it with its next step.",
+    area="consistency modes",
+)
 def test_a_switch_is_learned_by_all_workers(shared: RemoteOptions, talk: Conversation) -> None:
     """One worker switches; the other's step is taken in the new mode, and it knows the mode from then on."""
     first, second = Worker(shared, "w0", farstep.Async()), Worker(shared, "w1", farstep.Async())

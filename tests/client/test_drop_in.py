@@ -54,6 +54,7 @@ def test_differentiable_is_refused_with_the_reason(name: str) -> None:
     assert refused.value.field == "differentiable"
 
 
+@pytest.mark.promise("An unknown optimizer option is refused by name, never ignored.", area="bad input")
 def test_an_option_nobody_knows_is_a_type_error() -> None:
     """A misspelt keyword is refused as by any function."""
     with pytest.raises(TypeError, match="momentum"):
@@ -143,6 +144,7 @@ def test_a_closure_runs_once_with_grad_enabled_and_its_loss_is_returned(place: R
     assert optimizer.step() is None
 
 
+@pytest.mark.promise("Your gradients are read, and never written.", area="NaN, clipping and averages")
 def test_gradients_are_never_changed(place: RemoteOptions) -> None:
     """Whatever the options, a gradient is the same tensor with the same values after the step."""
     here = parameters(drawn(0))

@@ -37,6 +37,10 @@ def test_a_closed_optimizer_says_so(place: RemoteOptions) -> None:
     check_parameters(twins.here, twins.there)
 
 
+@pytest.mark.promise(
+    "A private session goes with its optimizer; a session with a name stays.",
+    area="sessions and files",
+)
 def test_a_private_session_goes_with_its_optimizer(server: RunningServer, talk: Conversation) -> None:
     """An optimizer that nobody holds any more takes its private session away from the server."""
     optimizer = Adagrad(parameters(drawn(0)), server=server.url)
@@ -48,6 +52,10 @@ def test_a_private_session_goes_with_its_optimizer(server: RunningServer, talk: 
         talk.control("GET", path)
 
 
+@pytest.mark.promise(
+    "A private session goes with its optimizer; a session with a name stays.",
+    area="sessions and files",
+)
 def test_a_named_session_stays_when_its_workers_leave(server: RunningServer, talk: Conversation) -> None:
     """close() gives the worker's place up; the session and its parameters stay for others."""
     optimizer = Adagrad(parameters(drawn(0)), server=server.url, session="stays", worker="w0")
@@ -66,6 +74,10 @@ def test_a_session_that_cannot_be_joined_leaves_nothing_behind(server: RunningSe
     assert sessions_at(server.url) == before
 
 
+@pytest.mark.promise(
+    "A forked process neither steps under its parent's name nor ends its parent's session.",
+    area="client errors",
+)
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_fork_does_not_end_the_session_of_its_parent(server: RunningServer) -> None:
     """A process that was forked off, as by a data loader, may drop its copy of the optimizer; the session stays."""
@@ -76,6 +88,10 @@ def test_a_fork_does_not_end_the_session_of_its_parent(server: RunningServer) ->
     twins.check()
 
 
+@pytest.mark.promise(
+    "A forked process neither steps under its parent's name nor ends its parent's session.",
+    area="client errors",
+)
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_fork_does_not_step_under_the_name_of_its_parent(server: RunningServer) -> None:
     """Its step is refused: with the same gradient as its parent's next one, that would have passed for a repetition."""

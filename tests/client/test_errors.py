@@ -21,6 +21,7 @@ from farstep.errors import (
 DOCUMENT = Path(__file__).parents[2] / "docs" / "errors.md"
 
 
+@pytest.mark.promise("Every error has a documented code and class, and says what to do.", area="client errors")
 def test_every_code_is_documented_with_its_class_and_status() -> None:
     """The table in docs/errors.md has every code the tree has, with its class and status, and no other."""
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)`[^|]*\| (\d+) \|", DOCUMENT.read_text(), flags=re.M)
@@ -53,6 +54,10 @@ def test_an_error_survives_the_wire() -> None:
     )
 
 
+@pytest.mark.promise(
+    "What a later server adds to an answer is passed over; another protocol version is refused.",
+    area="wire",
+)
 @pytest.mark.parametrize("problem", [{}, {"code": "of_a_newer_server", "detail": "Something."}])
 def test_an_unknown_code_is_understood_by_its_status(problem: dict[str, object]) -> None:
     """A code of a newer server falls back to a class of the same status."""

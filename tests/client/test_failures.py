@@ -22,6 +22,7 @@ from tests.service.servers import RunningServer
 # -- cuts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("A push is applied once, wherever its request or its answer is cut.", area="exactly once")
 @pytest.mark.parametrize("way", ["request", "response"])
 def test_a_step_is_applied_once_wherever_it_is_cut(network: Network, way: Way) -> None:
     """A request or an answer that is cut after any number of bytes is tried again, and counts once."""
@@ -111,6 +112,10 @@ def give_up(twins: Twins, network: Network, seed: int, *, applied: bool) -> None
     network.down = False
 
 
+@pytest.mark.promise(
+    "After a step that got no answer the next step finds out what became of it, and `last_step.earlier` says so.",
+    area="exactly once",
+)
 @pytest.mark.parametrize("applied", [True, False])
 def test_a_step_tried_again_after_it_was_given_up_counts_once(network: Network, applied: bool) -> None:
     """step() again with the same gradients repeats the push, whether the server had applied it or not."""
@@ -126,6 +131,10 @@ def test_a_step_tried_again_after_it_was_given_up_counts_once(network: Network, 
     twins.check()
 
 
+@pytest.mark.promise(
+    "After a step that got no answer the next step finds out what became of it, and `last_step.earlier` says so.",
+    area="exactly once",
+)
 @pytest.mark.parametrize("applied", [True, False])
 def test_going_on_after_a_step_was_given_up(network: Network, applied: bool) -> None:
     """With other gradients the next step is a new one, and its report tells what became of the one before."""

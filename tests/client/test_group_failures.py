@@ -17,6 +17,7 @@ SHORT_S = 1.0
 """Long enough for a busy machine to answer, short enough to wait for."""
 
 
+@pytest.mark.promise("A param group is added once, whatever the network does.", area="exactly once")
 @pytest.mark.parametrize("way", ["request", "response"])
 def test_a_group_is_added_once_wherever_it_is_cut(network: Network, way: str) -> None:
     """A request or an answer that is cut after any number of bytes is tried again; the group is there once."""

@@ -86,6 +86,10 @@ def test_a_heartbeat_of_who_was_away_brings_it_back(shared: RemoteOptions, talk:
     w0.close()
 
 
+@pytest.mark.promise(
+    "`heartbeat()` and `keep_alive()` keep the place of a worker that evaluates or saves.",
+    area="consistency modes",
+)
 def test_a_worker_keeps_its_lease_while_it_does_something_else(shared: RemoteOptions, talk: Conversation) -> None:
     """Inside `keep_alive` a lease that is much shorter than the block never runs out, and after it it does."""
     w0 = joined(shared, "w0", Async(lease_s=2.0))
@@ -256,6 +260,10 @@ def done(process: subprocess.Popen[str]) -> str:
     return said(process)
 
 
+@pytest.mark.promise(
+    "`heartbeat()` and `keep_alive()` keep the place of a worker that evaluates or saves.",
+    area="consistency modes",
+)
 def test_a_process_that_evaluates_keeps_its_place_and_one_that_is_stopped_does_not(
     shared: RemoteOptions, talk: Conversation
 ) -> None:
@@ -279,6 +287,10 @@ def test_a_process_that_evaluates_keeps_its_place_and_one_that_is_stopped_does_n
     newcomer.close()
 
 
+@pytest.mark.promise(
+    "Another process under a worker's name fences the earlier one, which may `rejoin()`.",
+    area="client errors",
+)
 def test_of_two_processes_with_one_name_the_later_one_is_the_worker(shared: RemoteOptions, talk: Conversation) -> None:
     """The first one is told that it is fenced, the second one goes on, and a clean end leaves nobody behind."""
     shared = {"server": shared["server"], "session": shared["session"]}

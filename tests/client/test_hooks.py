@@ -129,6 +129,10 @@ def everywhere() -> Iterator[list[Event]]:
         handle.remove()
 
 
+@pytest.mark.promise(
+    "The public methods, attributes and hooks of a torch optimizer are there and behave as torch's.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_hooks_of_steps_fire_once_in_torchs_order(name: str, everywhere: list[Event], place: RemoteOptions) -> None:
     """Global, local, step, local, global, for steps without and with a closure given either way."""

@@ -233,6 +233,10 @@ def of_kind(liar: Liar) -> Callable[[str], Twins]:
     return twins
 
 
+@pytest.mark.promise(
+    "Whatever a bad server answers is an error of farstep, and leaves the model as it was.",
+    area="client errors",
+)
 @pytest.mark.parametrize(("name", "lie"), CASES)
 def test_a_bad_answer_is_an_error_of_ours(
     name: str, lie: str, liar: Liar, of_kind: Callable[[str], Twins], tmp_path: Path
@@ -276,6 +280,10 @@ SLOW: dict[str, bytes | Write] = {
 }
 
 
+@pytest.mark.promise(
+    "Whatever a bad server answers is an error of farstep, and leaves the model as it was.",
+    area="client errors",
+)
 @pytest.mark.parametrize("lie", SLOW)
 def test_an_answer_that_does_not_come_is_given_up(lie: str, liar: Liar, tmp_path: Path) -> None:
     """Silence, and what comes a byte now and then, ends with the patience; what was applied is applied once."""

@@ -199,6 +199,7 @@ def test_an_edit_is_not_forgotten_when_a_step_was_given_up(network: Network) -> 
 # -- answers that are cut off ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("Parameters change only by an answer that is complete.", area="client errors")
 @pytest.mark.parametrize("wire", [None, "bf16"])
 @pytest.mark.parametrize("after", [500, 1_300_000, 2_000_000])
 def test_an_answer_that_is_cut_off_leaves_the_model_as_it_was(after: int, wire: Half | None, network: Network) -> None:

@@ -37,6 +37,10 @@ BITS = [
 ]
 
 
+@pytest.mark.promise(
+    "`LBFGS` takes torch's steps on a server bit for bit, one exchange for each evaluation.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("make", "options"), BITS)
 def test_twenty_steps_equal_torch_bit_for_bit(

@@ -36,6 +36,10 @@ def crew(threads: ThreadPoolExecutor) -> Crew:
     return together
 
 
+@pytest.mark.promise(
+    "Rounds of `LocalSGD` and `DiLoCo` are those of the papers, bit for bit.",
+    area="consistency modes",
+)
 @BOTH
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_sync_rounds_are_the_papers(shared: RemoteOptions, crew: Crew, make: Open, count: int) -> None:

@@ -57,6 +57,10 @@ class Movers:
         check_states(self.mover.state_dict(), self.stayer.state_dict())
 
 
+@pytest.mark.promise(
+    "`farstep.remote` moves a running optimizer to a server and `to_local` brings it home, bit for bit.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize(("name", "options"), BY_OPTIONS)
 def test_it_goes_remote_and_comes_home_bit_for_bit(

@@ -19,6 +19,10 @@ from tests.service.servers import RunningServer
 # -- what is streamed ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(
+    "`overlap=True` sends gradients during the backward pass and changes no bit of the result.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize("name", ["Adagrad", "Adamax", "SGD", "AdamW"])
 def test_a_training_has_torchs_bits(name: str, server: RunningServer) -> None:
     """After a step that shows the order every step is streamed, with a shared matrix and one that is never used."""

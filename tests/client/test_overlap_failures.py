@@ -46,6 +46,7 @@ def during_backward(network: Net, seed: int, do: Callable[[], None]) -> None:
 # -- cuts ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("A push is applied once, wherever its request or its answer is cut.", area="exactly once")
 @pytest.mark.parametrize("way", ["request", "response"])
 def test_a_streamed_step_is_applied_once_wherever_it_is_cut(network: Network, way: Way) -> None:
     """A stream or its answer that is cut after any number of bytes is sent again as a whole, and counts once."""

@@ -29,6 +29,10 @@ from tests.service.servers import RunningServer
 NAMES = ["Adagrad", "SGD", "Adam", "Muon"]
 
 
+@pytest.mark.promise(
+    "`clip_norm` and `clip_value` clip the mean of all gradients with torch's bits.",
+    area="NaN, clipping and averages",
+)
 @pytest.mark.parametrize("norm_type", [2.0, math.inf])
 @pytest.mark.parametrize("name", NAMES)
 def test_clipping_by_norm_is_torchs(name: str, norm_type: float, place: RemoteOptions, one_thread: None) -> None:
@@ -46,6 +50,10 @@ def test_clipping_by_norm_is_torchs(name: str, norm_type: float, place: RemoteOp
         check_equal([p.grad for p in twins.here if p.grad is not None], gradients)
 
 
+@pytest.mark.promise(
+    "`clip_norm` and `clip_value` clip the mean of all gradients with torch's bits.",
+    area="NaN, clipping and averages",
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_clipping_by_value_is_torchs(name: str, place: RemoteOptions, one_thread: None) -> None:
     """The bits are those of `clip_grad_value_`, and no norm is reported."""
@@ -76,6 +84,7 @@ def test_gradients_that_are_strided_are_clipped(shapes: list[tuple[int, ...]], p
     check_equal([p.grad for p in twins.here if p.grad is not None], gradients)
 
 
+@pytest.mark.promise("`accumulate=k` is torch on the mean of k rounds.", area="NaN, clipping and averages")
 @pytest.mark.parametrize("rounds", [2, 3])
 @pytest.mark.parametrize("name", NAMES)
 def test_accumulated_steps_are_torchs_on_the_mean(
@@ -112,6 +121,10 @@ def test_an_accumulated_push_brings_no_parameters_back(server: RunningServer) ->
         assert (report.bytes_sent, report.bytes_received) == (40_000, 40_000 * applied)
 
 
+@pytest.mark.promise(
+    'With `nonfinite="skip"` a step with NaN is left out and named, and training goes on.',
+    area="NaN, clipping and averages",
+)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_step_with_nan_is_skipped_and_named(bad: float, place: RemoteOptions) -> None:
     """Parameters, state and counts are as before, the report names worker and tensor, and training goes on."""
@@ -159,6 +172,10 @@ def test_an_option_changed_in_a_round_that_waits_holds(place: RemoteOptions) -> 
     twins.check()
 
 
+@pytest.mark.promise(
+    "`clip_norm` and `clip_value` clip the mean of all gradients with torch's bits.",
+    area="NaN, clipping and averages",
+)
 def test_the_mean_of_several_workers_is_clipped(
     shared: RemoteOptions, threads: ThreadPoolExecutor, talk: Conversation
 ) -> None:

@@ -151,12 +151,20 @@ def test_from_this_process_to_a_session(name: str, remote: RemoteOptions) -> Non
     check_route(name, EMBEDDED, remote)
 
 
+@pytest.mark.promise(
+    "A `state_dict` moves between torch and farstep in both directions, and training goes on bit for bit.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize("name", ROWS)
 def test_from_torch_to_a_session(name: str, remote: RemoteOptions) -> None:
     """Local to remote: the state_dict of torch's own optimizer goes on in a session."""
     check_route(name, None, remote)
 
 
+@pytest.mark.promise(
+    "A `state_dict` moves between torch and farstep in both directions, and training goes on bit for bit.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize("name", ROWS)
 def test_from_a_session_to_torch(name: str, remote: RemoteOptions) -> None:
     """Remote to local: the state_dict of a session goes on in torch's own optimizer."""
@@ -166,6 +174,7 @@ def test_from_a_session_to_torch(name: str, remote: RemoteOptions) -> None:
 # -- through a file, and a server that is killed ---------------------------------------------------------------------
 
 
+@pytest.mark.promise("A session that is exported and imported goes on bit for bit.", area="sessions and files")
 def test_a_server_that_is_killed_and_restored_from_files(tmp_path: Path) -> None:
     """Sessions are exported, their server goes on and is killed, and the next one imports them: the worker rejoins, a
     new one joins a second import, and both end where a training ends that was never interrupted."""
@@ -224,6 +233,7 @@ def test_a_server_that_is_killed_and_restored_from_files(tmp_path: Path) -> None
             assert same_bits(cold.result(), uninterrupted.result()) == (not CASES_AND_PLAIN[name].has_state), name
 
 
+@pytest.mark.promise("A session that is exported and imported goes on bit for bit.", area="sessions and files")
 def test_workers_in_step_go_on_from_a_file(server: RunningServer, tmp_path: Path) -> None:
     """A sync session that was removed and imported: both workers rejoin it under their names, and continue together as
     if nothing had happened."""

@@ -35,6 +35,7 @@ def test_committed_writes_count_up() -> None:
     assert names.next().to_header() == {"worker": "w0", "epoch": 4, "seq": 1}
 
 
+@pytest.mark.promise("A refused push uses no sequence number: the next good one goes under it.", area="exactly once")
 @pytest.mark.parametrize("error", [NonFinite("NaN"), BarrierTimeout("late")])
 def test_a_refusal_frees_the_sequence(error: Exception) -> None:
     """What the server refused did not happen: nobody needs to be asked."""
@@ -44,6 +45,10 @@ def test_a_refusal_frees_the_sequence(error: Exception) -> None:
     assert names.next().sequence == 1
 
 
+@pytest.mark.promise(
+    "A push whose receipt is no longer kept is not applied again, and no receipt is made up.",
+    area="exactly once",
+)
 def test_a_receipt_that_is_not_kept_any_more_frees_nothing() -> None:
     """The write was applied, once: the server says which sequence is next, and the next report that it was."""
     names = joined()

@@ -52,6 +52,7 @@ def mappings(server: RunningServer) -> int:
     return Path(f"/proc/{server.pid}/maps").read_text().count("memfd:farstep-")
 
 
+@pytest.mark.promise("Your gradients are read, and never written.", area="NaN, clipping and averages")
 @pytest.mark.parametrize("policy", [{"clip_norm": 0.5}, {"clip_value": 0.3}, {"accumulate": 2}, {"ema": 0.9}])
 def test_gradients_in_shared_memory_are_not_changed(policy: dict[str, Any], local: RunningServer) -> None:
     """The worker's own: what is clipped or added up there is a copy, and the steps are those of the same bodies."""
@@ -70,6 +71,10 @@ def test_gradients_in_shared_memory_are_not_changed(policy: dict[str, Any], loca
 # -- parity ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(
+    "Reference kernels give the bits of `torch.optim` in float32 and float64, embedded and on a server.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize("name", [name for name in STEPPED if name != "SparseAdam"])
 def test_every_optimizer_equals_torch_through_shared_memory(name: str, local: RunningServer) -> None:
     """Parameters and state are torch's bit for bit, and no tensor was in a body."""
@@ -146,6 +151,7 @@ def test_sync_workers_share_memory_and_their_sum_is_in_nobodys(local: RunningSer
 # -- faults ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("A push is applied once, wherever its request or its answer is cut.", area="exactly once")
 @pytest.mark.parametrize("way", ["request", "response"])
 def test_a_step_through_shared_memory_is_applied_once_wherever_it_is_cut(local: RunningServer, way: str) -> None:
     """The repeated push is recognised, its parameters come in a body, and later steps share memory again."""

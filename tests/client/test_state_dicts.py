@@ -13,6 +13,10 @@ from tests.client.options import BY_OPTIONS, NAMES, three_groups
 from tests.client.twins import Twins, check_parameters, check_states, drawn, parameters, theirs
 
 
+@pytest.mark.promise(
+    "A `state_dict` moves between torch and farstep in both directions, and training goes on bit for bit.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize(("name", "options"), BY_OPTIONS)
 def test_training_goes_on_in_torch_and_comes_back(name: str, options: dict[str, Any], place: RemoteOptions) -> None:
     """A state_dict of ours loads into torch's and one of torch's into ours, and both go on bit for bit."""

@@ -31,6 +31,10 @@ from tests.client.twins import (
 from tests.service.servers import RunningServer
 
 
+@pytest.mark.promise(
+    "The public methods, attributes and hooks of a torch optimizer are there and behave as torch's.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_public_name_of_torchs_is_there(name: str) -> None:
     """Methods of torch's class are methods of ours, with its arguments."""

@@ -179,6 +179,10 @@ FOLDED = Sync(workers=3, quorum=2, deadline_s=30.0, lease_s=1.0, late="fold")
 BOUNDED = Bounded(staleness=1, deadline_s=30.0, lease_s=1.0)
 
 
+@pytest.mark.promise(
+    "A worker that is killed holds the others up for its lease or the deadline, and not longer.",
+    area="consistency modes",
+)
 @pytest.mark.parametrize(
     ("mode", "longest_s"),
     [(LIVE, 1.0), (AT_DEADLINE, 1.0), (QUORUM, 0.0), (BOUNDED, 1.0)],
@@ -196,6 +200,10 @@ def test_a_worker_that_is_killed_stops_nobody(
             survivor.until(without("w2"), longest_s + SLACK_S)
 
 
+@pytest.mark.promise(
+    "A worker that was stopped beyond its lease takes part again, and its old gradient is not applied in silence.",
+    area="consistency modes",
+)
 @pytest.mark.parametrize(
     ("mode", "reasons"),
     [(LIVE, {"", "late"}), (QUORUM, {"late"}), (BOUNDED, {"stale"})],
@@ -224,6 +232,10 @@ def test_a_worker_that_was_stopped_beyond_its_lease_takes_part_again(
             w0.until(with_("w2"))
 
 
+@pytest.mark.promise(
+    "With workers killed and connections cut at random, no acknowledged step is lost or counted twice.",
+    area="exactly once",
+)
 @pytest.mark.parametrize(
     ("session", "mode"), [("count-live", LIVE), ("count-fold", FOLDED), ("count-bounded", BOUNDED)], ids=str
 )
@@ -258,6 +270,10 @@ def test_what_was_answered_counts_once_and_what_was_not_at_most_once(
     late.close()
 
 
+@pytest.mark.promise(
+    "When the deadline of a sync step passes, every waiting worker gets `BarrierTimeout`, and nothing is applied.",
+    area="consistency modes",
+)
 def test_a_barrier_that_nobody_completes_ends_for_all_and_the_place_is_taken(server: RunningServer) -> None:
     """Plain sync, one of three killed: the others get one answer at the deadline, and a fourth takes the place."""
     mode = Sync(workers=3, deadline_s=1.0, lease_s=60.0)

@@ -161,6 +161,10 @@ def test_embedded_processes_on_one_model_are_torchs_hogwild(how: str) -> None:
             check_equal(values(here), values(there))
 
 
+@pytest.mark.promise(
+    "Two processes that step on one model in shared memory through a server are told, not mixed.",
+    area="client errors",
+)
 @pytest.mark.parametrize("named", [True, False], ids=["one session", "private sessions"])
 @pytest.mark.parametrize("how", ["spawn", "fork"])
 def test_a_second_process_on_one_model_is_refused(how: str, named: bool, server: RunningServer) -> None:

@@ -31,6 +31,10 @@ def nobody() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
+@pytest.mark.promise(
+    "A server that does not answer is `Unavailable` after `timeout_s`, and the parameters are as they were.",
+    area="client errors",
+)
 def test_a_server_that_is_not_there(nobody: int) -> None:
     """The error comes after the stated time, and names the server, the time and what to do."""
     began = time.monotonic()
@@ -62,6 +66,10 @@ def test_something_else_that_answers() -> None:
             Adagrad(parameters(drawn(0)), server="http://box", timeout_s=0.2, transport=answering(status, text))
 
 
+@pytest.mark.promise(
+    "A server that does not answer is `Unavailable` after `timeout_s`, and the parameters are as they were.",
+    area="client errors",
+)
 def test_a_server_that_hangs(server: RunningServer) -> None:
     """A server that is stopped, but keeps the connection, is given up in time; what it took counts once."""
     twins = twins_at(server.url, timeout_s=SHORT_S)
@@ -102,6 +110,10 @@ def test_a_wrong_token_or_none(mortal: RunningServer, token: str | None) -> None
     assert "fedcba" not in str(refused.value)
 
 
+@pytest.mark.promise(
+    "After a server was killed its sessions are lost and said to be: a name is never silently another session.",
+    area="start and shutdown",
+)
 def test_a_server_that_is_killed_and_started_again(mortal: RunningServer) -> None:
     """The session is lost and said to be; the model stays as it was, and goes on from a checkpoint like torch."""
     twins = twins_at(mortal.url, token=TOKEN, timeout_s=SHORT_S)
@@ -156,6 +168,7 @@ def test_rejoining_at_another_version(mortal: RunningServer) -> None:
 # -- gradients that are refused --------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise("A refused push uses no sequence number: the next good one goes under it.", area="exactly once")
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_a_gradient_that_is_not_finite_is_refused(server: RunningServer, bad: float) -> None:
     """The error names tensor and worker, nothing has changed, and the next step works under the same sequence."""

@@ -53,6 +53,10 @@ def step(ps: list[Tensor], optimizer: RemoteOptimizer, seed: int) -> None:
     optimizer.step()
 
 
+@pytest.mark.promise(
+    "`ema=` is torch's averaged model, and evaluating with it changes nothing of the training.",
+    area="NaN, clipping and averages",
+)
 @pytest.mark.parametrize("name", ["Adam", "Adagrad", "Muon"])
 def test_the_average_is_torchs(name: str, place: RemoteOptions, one_thread: None) -> None:
     """Bit for bit `AveragedModel`'s with its EMA; before the first step it is the parameters."""
@@ -95,6 +99,10 @@ def test_an_error_inside_gives_the_parameters_back(place: RemoteOptions) -> None
     check_equal(optimizer.pull_view("ema"), undisturbed.pull_view("ema"))
 
 
+@pytest.mark.promise(
+    "`ema=` is torch's averaged model, and evaluating with it changes nothing of the training.",
+    area="NaN, clipping and averages",
+)
 def test_a_training_that_evaluates_is_the_one_that_does_not(place: RemoteOptions) -> None:
     """Swapping after each step changes nothing of what follows, and sends no parameters."""
     ps, optimizer = trained(place, steps=0, ema=DECAY)

@@ -30,6 +30,7 @@ def place(server: RunningServer) -> RemoteOptions:
     return {"server": server.url, "session": f"wire-{next(FRESH)}", "kernel": "reference"}
 
 
+@pytest.mark.promise('`wire="bf16"` rounds float32 on the way and nothing in the session.', area="wire")
 @pytest.mark.parametrize("wire", [*WIRES, *ONE_WAY], ids=str)
 @pytest.mark.parametrize("name", ["Adagrad", "Adam", "ASGD"])
 def test_a_training_is_torchs_with_rounded_gradients(
@@ -112,6 +113,7 @@ def test_values_of_sparse_gradients_are_narrowed(name: str, place: RemoteOptions
     both.ours.close()
 
 
+@pytest.mark.promise('`wire="bf16"` rounds float32 on the way and nothing in the session.', area="wire")
 @pytest.mark.parametrize("wire", [*WIRES, Wire(parameters="bf16")], ids=str)
 def test_edits_are_sent_in_full_and_nothing_else_is(wire: Wire, place: RemoteOptions, server: RunningServer) -> None:
     """An edited parameter replaces the session's with all its bits; unedited ones keep what rounding hid from here."""

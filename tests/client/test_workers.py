@@ -27,6 +27,10 @@ from tests.service.servers import RunningServer
 # -- sync ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(
+    "`Sync(workers=N)` is torch on the mean of N gradients, with the same bits whatever the order of arrival.",
+    area="consistency modes",
+)
 @pytest.mark.parametrize("optimizer", ["Adagrad", "ASGD"])
 @pytest.mark.parametrize("count", [2, 3])
 def test_sync_is_torch_on_the_average_whatever_the_order(
@@ -55,6 +59,10 @@ RUNS = 8
 """With random names in charge of the order, that many runs are alike once in two thousand times."""
 
 
+@pytest.mark.promise(
+    "`Sync(workers=N)` is torch on the mean of N gradients, with the same bits whatever the order of arrival.",
+    area="consistency modes",
+)
 @pytest.mark.parametrize("given", ["nothing", "a fresh worker"])
 def test_workers_without_a_name_make_the_same_bits_in_every_run(
     server: RunningServer, threads: ThreadPoolExecutor, talk: Conversation, given: str
@@ -159,6 +167,10 @@ def test_the_place_of_a_worker_that_was_missing_can_be_taken(
 # -- async -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(
+    "`Async()` applies each push by itself and says how stale its gradient was.",
+    area="consistency modes",
+)
 def test_async_applies_each_push_by_itself(shared: RemoteOptions) -> None:
     """Every push is a step on what is there, in the order of arrival, and says how stale its gradient was."""
     place: RemoteOptions = {**shared, "consistency": Async()}
@@ -196,6 +208,10 @@ def test_many_workers_at_once(shared: RemoteOptions, threads: ThreadPoolExecutor
 # -- joining ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(
+    "A worker that joins starts from the session's newest parameters; of several that race, one brings the first.",
+    area="reads",
+)
 def test_a_newcomer_starts_from_the_newest_parameters(shared: RemoteOptions) -> None:
     """Whoever joins a session that is there gets its parameters in place of its own."""
     first = Worker(shared, "w0")
@@ -210,6 +226,10 @@ def test_a_newcomer_starts_from_the_newest_parameters(shared: RemoteOptions) -> 
     check_parameters(newcomer.parameters, reference.parameters)
 
 
+@pytest.mark.promise(
+    "A worker that joins starts from the session's newest parameters; of several that race, one brings the first.",
+    area="reads",
+)
 def test_workers_that_start_together_agree(shared: RemoteOptions, threads: ThreadPoolExecutor) -> None:
     """Of several that race to create a session one gives it its parameters, and all have those."""
     joining = [threads.submit(Worker, shared, f"w{index}", seed=index) for index in range(6)]
@@ -218,6 +238,10 @@ def test_workers_that_start_together_agree(shared: RemoteOptions, threads: Threa
         check_parameters(worker.parameters, workers[0].parameters)
 
 
+@pytest.mark.promise(
+    "A worker that joins with other options or parameters is refused, and the first difference is named.",
+    area="bad input",
+)
 def test_other_options_are_refused_naming_the_difference(shared: RemoteOptions) -> None:
     """Optimizer, an option, a mode, a shape or a count that differs: the error says which, and nobody has joined."""
     first = Worker(shared, "w0")
@@ -240,6 +264,10 @@ def test_other_options_are_refused_naming_the_difference(shared: RemoteOptions) 
     assert first.optimizer.version == 1
 
 
+@pytest.mark.promise(
+    "Another process under a worker's name fences the earlier one, which may `rejoin()`.",
+    area="client errors",
+)
 def test_a_worker_that_joins_again_fences_its_older_self(shared: RemoteOptions) -> None:
     """Two processes under one name: the newer one goes on, the older one learns it, changes nothing and may rejoin."""
     older = Worker(shared, "w0")
@@ -263,6 +291,10 @@ def test_a_worker_that_joins_again_fences_its_older_self(shared: RemoteOptions) 
     assert older.optimizer.version == 4
 
 
+@pytest.mark.promise(
+    "An older version is never shown as the same session: a session that begins anew has another incarnation.",
+    area="reads",
+)
 def test_a_session_that_is_created_anew_is_not_taken_for_the_old_one(shared: RemoteOptions, talk: Conversation) -> None:
     """Another session under the old name is another one: reading it is refused, rejoining it takes its parameters."""
     old = Worker(shared, "w0")

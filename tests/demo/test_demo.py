@@ -37,6 +37,10 @@ def until_the_end(processes: Processes) -> tuple[list[str], Ended]:
         lines.append(event.text)
 
 
+@pytest.mark.promise(
+    "`farstep demo` recognises 97 % of the digits and ends at the parameters of local training.",
+    area="launch",
+)
 def test_the_demo_meets_its_targets():
     """`farstep demo --json` prints one JSON line: both trainings recognise 97 % and end at the same parameters."""
     with started() as processes:

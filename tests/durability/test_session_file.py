@@ -311,6 +311,10 @@ REFUSED: dict[str, tuple[type[Exception], str, bytes]] = {
 }  # fmt: skip
 
 
+@pytest.mark.promise(
+    "A damaged, foreign or newer file is refused, and the culprit is named.",
+    area="sessions and files",
+)
 @pytest.mark.parametrize(("kind", "words", "file"), REFUSED.values(), ids=REFUSED)
 def test_a_file_that_is_not_right_is_refused(kind: type[Exception], words: str, file: bytes) -> None:
     """What is damaged, foreign, newer or hostile is refused with its own error, which names the culprit."""

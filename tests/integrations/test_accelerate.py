@@ -68,6 +68,7 @@ def pair(place: RemoteOptions, name: str = "AdamW") -> tuple[Make, Make]:
     return ours(name, place, lr=0.05), theirs(name, lr=0.05)
 
 
+@pytest.mark.promise("Lightning, Accelerate and `transformers.Trainer` train with torch's bits.", area="bits of torch")
 @pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_a_prepared_training_has_torchs_bits(clip: float | None, accumulate: int, place: RemoteOptions) -> None:

@@ -89,6 +89,10 @@ def test_a_skipped_step_sends_nothing(server: RunningServer) -> None:
 # -- together --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(
+    "A step that `GradScaler` skips on one worker is skipped for all, at once.",
+    area="consistency modes",
+)
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_a_step_that_one_skips_is_skipped_by_both(

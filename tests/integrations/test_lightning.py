@@ -119,6 +119,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.promise("Lightning, Accelerate and `transformers.Trainer` train with torch's bits.", area="bits of torch")
 @pytest.mark.parametrize("options", WAYS.values(), ids=list(WAYS))
 def test_fit_has_torchs_bits(options: dict[str, Any], place: RemoteOptions) -> None:
     """Parameters, state, groups and schedule after two epochs are those of torch's optimizer."""

@@ -52,6 +52,7 @@ def advance(scheduler: Scheduler, number: int) -> None:
         scheduler.step()
 
 
+@pytest.mark.promise("Every `torch.optim.lr_scheduler` works, with torch's bits.", area="bits of torch")
 def test_the_table_names_every_scheduler_of_torch() -> None:
     """A scheduler that a newer torch adds is not in the table, and this fails until it is."""
     found = {
@@ -75,6 +76,7 @@ def steps(twins: Twins, schedulers: list[Scheduler], first: int, last: int, *, e
         twins.check(exact=exact)
 
 
+@pytest.mark.promise("Every `torch.optim.lr_scheduler` works, with torch's bits.", area="bits of torch")
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("name", TABLE)
 def test_a_schedule_has_torchs_bits(name: str, optimizer: str, place: RemoteOptions) -> None:

@@ -114,6 +114,7 @@ def check(here: Trainer, there: Trainer) -> None:
     check_states(optimizer_of(here).state_dict(), optimizer_of(there).state_dict())
 
 
+@pytest.mark.promise("Lightning, Accelerate and `transformers.Trainer` train with torch's bits.", area="bits of torch")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_an_optimizer_that_is_given(accumulate: int, place: RemoteOptions, tmp_path: Path) -> None:
     """`optimizers=(optimizer, schedule)` trains as with torch's, with accumulated gradients too."""

@@ -49,6 +49,10 @@ def script(tmp_path: Path) -> Path:
 # -- training --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.promise(
+    "`farstep launch` starts a failed worker again, and training ends as if nothing had happened.",
+    area="launch",
+)
 def test_a_worker_that_is_killed_is_started_again_and_training_ends_as_if_nothing_had_happened(script: Path):
     """On a server of the launch's own a run in which a worker was killed ends with the bits of torch in one place."""
     script.write_text(TRAINING)
@@ -284,6 +288,7 @@ def test_a_worker_that_does_not_listen_is_killed(script: Path, again: bool):
         assert process.wait(LIMIT_S) == 130
 
 
+@pytest.mark.promise("No process of a launch outlives it, also if it is killed.", area="launch")
 @pytest.mark.parametrize("how", ["worker ends", "launch is killed"])
 def test_nobody_is_left(script: Path, how: str):
     """Neither what a worker has started, nor a worker whose launcher was killed with SIGKILL, stays behind."""
@@ -307,6 +312,7 @@ def test_nobody_is_left(script: Path, how: str):
         assert worker_gone()
 
 
+@pytest.mark.promise("No process of a launch outlives it, also if it is killed.", area="launch")
 def test_a_killed_launch_leaves_no_directory(script: Path) -> None:
     """With a server of its own, SIGKILL of the launcher ends the server and removes the directory of its socket."""
     script.write_text(

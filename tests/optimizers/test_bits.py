@@ -14,6 +14,10 @@ CASES = [(name, options) for name, every in OPTIONS.items() for options in every
 IDS = [f"{name}-{','.join(map(str, options)) or 'defaults'}" for name, options in CASES]
 
 
+@pytest.mark.promise(
+    "Reference kernels give the bits of `torch.optim` in float32 and float64, embedded and on a server.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 def test_all_steps_are_bit_identical(name: str, options: dict[str, Any], dtype: torch.dtype):

@@ -17,6 +17,10 @@ CASES = [
 ]
 
 
+@pytest.mark.promise(
+    "Fused kernels are within torch's own tolerance, and no further from the float64 result than torch is.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize(("name", "dtype", "options"), CASES, ids=lambda each: str(each).replace(" ", ""))
 def test_fused_kernels_are_not_further_from_float64_than_torch(
     fused: Kernels, name: str, dtype: torch.dtype, options: dict[str, float]

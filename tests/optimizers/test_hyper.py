@@ -106,6 +106,7 @@ def test_options_that_exclude_each_other(name: str, options: dict[str, Any], fie
     assert ours.value.field == field
 
 
+@pytest.mark.promise("An unknown optimizer option is refused by name, never ignored.", area="bad input")
 @pytest.mark.parametrize("name", NAMES)
 def test_an_unknown_option_is_named(name: str):
     """An option nobody knows is an error that names it and those that exist."""

@@ -85,6 +85,7 @@ def test_an_unknown_mode_is_refused():
         Kernels("fast")  # type: ignore[arg-type]
 
 
+@pytest.mark.promise("Only the server's own user may use its unix socket and its kernels.", area="security")
 def test_a_package_that_others_could_have_written_is_not_loaded(tmp_path: Path):
     """A file or directory that others may write, or a link, is refused: a package is code."""
     package = Package("Adagrad", "float32", "cpu")

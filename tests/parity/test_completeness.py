@@ -23,12 +23,20 @@ from tests.parity.options import SKIPPED, TOGETHER
 CURRENT = is_current(torch.__version__)
 
 
+@pytest.mark.promise(
+    "farstep has every optimizer and every option of torch, with torch's defaults, or a reason why not.",
+    area="bits of torch",
+)
 def test_every_optimizer_of_torch_is_here_or_absent_for_a_reason():
     """Torch's optimizers are farstep's, but for those that `ABSENT` names, none of which farstep has."""
     assert missing_optimizers(optimizers_of(torch.optim), farstep.optim.__all__, ABSENT) == []
     assert all(ABSENT.values())
 
 
+@pytest.mark.promise(
+    "farstep has every optimizer and every option of torch, with torch's defaults, or a reason why not.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_option_of_torch_is_here(name: str):
     """Names, kinds, defaults and order of the arguments are torch's."""

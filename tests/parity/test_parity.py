@@ -38,6 +38,10 @@ def check(case: Case, dtype: torch.dtype, places: Places) -> None:
         assert found.tensors > 0 or found.refusal
 
 
+@pytest.mark.promise(
+    "Reference kernels give the bits of `torch.optim` in float32 and float64, embedded and on a server.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize("case", cases(), ids=lambda case: f"{case.name}-{case.label}")
 def test_parameters_state_and_refusals_are_torchs(case: Case, places: Places):
     """Parameters, state and groups are torch's in every case, and so is what is refused."""

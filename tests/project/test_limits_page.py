@@ -5,6 +5,8 @@ from __future__ import annotations
 from math import inf
 from pathlib import Path
 
+import pytest
+
 from farstep_service.limits import CONNECTION, DOCUMENTS, UNBOUNDED, Limit
 from farstep_service.settings import Settings
 
@@ -37,6 +39,10 @@ def table(*heads: str) -> list[str]:
     return rows[: rows.index("")]
 
 
+@pytest.mark.promise(
+    "A connection lives no longer, and costs no more, than docs/limits.md says for its state.",
+    area="limits",
+)
 def test_the_page_shows_every_state_with_its_limits() -> None:
     """The table of connection states is that of the code, row by row."""
     assert table("state", "without a token") == [row(each) for each in CONNECTION.rows().values()]

@@ -14,6 +14,7 @@ README = (ROOT / "README.md").read_text()
 NUMBER = re.compile(r"\d+\.\d+|\d+")
 
 
+@pytest.mark.promise("The first example of the README prints what the README shows.", area="launch")
 def test_the_first_example_prints_what_the_readme_shows() -> None:
     """The embedded example, run as it stands, gives the printed lines; losses may differ in the last digits."""
     found = re.search(r"```python\n(import torch\nimport farstep\n.*?)```\n\n```\n(.*?)```", README, flags=re.S)

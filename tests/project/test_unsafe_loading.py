@@ -48,6 +48,7 @@ def unsafe(source: str) -> list[str]:
     ]
 
 
+@pytest.mark.promise("Nothing in client or server unpickles.", area="security")
 @pytest.mark.parametrize("room", ["client", "service"])
 def test_nothing_unpickles(root: Path, room: str):
     """No module imports a pickle-like library or calls `torch.load` or one of its relatives."""

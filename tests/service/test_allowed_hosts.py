@@ -100,6 +100,7 @@ def test_over_a_unix_socket_any_name_passes() -> None:
         check(LOOPBACK, "whatever", origins=("http://evil.example",), unix=True)
 
 
+@pytest.mark.promise("No web page can have a browser change sessions.", area="security")
 @pytest.mark.parametrize(
     ("allowed", "host", "passing", "refused"),
     [
@@ -143,6 +144,7 @@ def ask(
         return read_answer(sock)
 
 
+@pytest.mark.promise("No web page can have a browser change sessions.", area="security")
 @pytest.mark.parametrize("target", ["/healthz", "/v1/info", "/v1/sessions", "/docs", "/openapi.json", "/nowhere"])
 def test_a_rebound_name_reaches_no_route(server: RunningServer, target: str) -> None:
     """Every path of a server without a token, health included, is refused under a foreign name, with the remedy."""

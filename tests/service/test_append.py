@@ -102,6 +102,7 @@ def test_a_group_that_is_not_next_is_refused(
     assert worker.push(gradient(1, EVERYTHING)).status == 200
 
 
+@pytest.mark.promise("A param group is added once, whatever the network does.", area="exactly once")
 def test_many_retries_at_once_are_one_group(workers: list[RawWorker], raw: RawClient) -> None:
     """The same message on eight connections at once: one version more, one receipt for all."""
     worker = workers[0]

@@ -141,6 +141,7 @@ def spellings(path: str) -> list[str]:
     ]
 
 
+@pytest.mark.promise("No route answers without a token, but for `/healthz`.", area="security")
 def test_every_route_is_known_to_these_tests(app: Edge) -> None:
     """The list of paths is the router's own, documentation and data routes included."""
     assert set(paths_of(app)) >= {
@@ -158,6 +159,7 @@ def test_every_route_is_known_to_these_tests(app: Edge) -> None:
     }
 
 
+@pytest.mark.promise("No route answers without a token, but for `/healthz`.", area="security")
 def test_no_route_answers_without_a_token(app: Edge) -> None:
     """Every path in every spelling, with every method: 401, without a byte of the body; only /healthz is public."""
     public = set()
@@ -283,6 +285,10 @@ def test_health_is_public(guarded: RunningServer) -> None:
         assert (head.status, head.body) == (200, b"")
 
 
+@pytest.mark.promise(
+    "A token stands in no log, no error and no document, and is compared in constant time.",
+    area="security",
+)
 def test_the_token_is_never_written_down(guarded: RunningServer) -> None:
     """After good, bad and broken requests the token stands in no log, no error, no document."""
     said: list[bytes] = []
@@ -344,6 +350,10 @@ def test_what_a_request_shows_is_masked_without_tokens_too(server: RunningServer
 # -- how it is done
 
 
+@pytest.mark.promise(
+    "A token stands in no log, no error and no document, and is compared in constant time.",
+    area="security",
+)
 def test_secrets_are_compared_in_constant_time() -> None:
     """The module that knows tokens compares digests with hmac.compare_digest, all of them, and nothing with `==`."""
     source = inspect.getsource(farstep_service.auth)

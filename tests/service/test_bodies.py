@@ -89,6 +89,7 @@ def test_a_client_that_is_gone_creates_no_session(gone: bool) -> None:
     assert (status, len(sessions)) == ((0, 0) if gone else (200, 1))
 
 
+@pytest.mark.promise("A body that stalls or trickles is given up, and nothing has changed.", area="limits")
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_a_body_that_stalls_is_given_up(share: float) -> None:
     """After some seconds without a byte, the request is refused as truncated; nothing has changed."""
@@ -185,6 +186,7 @@ def stamp(payload: bytes) -> float:
     return float(struct.unpack("<f", first)[0])
 
 
+@pytest.mark.promise("Parameters that are read are all of one version, the one that the answer names.", area="reads")
 def test_every_answer_is_of_one_version(server: RunningServer, stamped: RawWorker) -> None:
     """While steps go on, readers that take their time get parameters that are all of the version they name."""
     steps, readers = 12, 4

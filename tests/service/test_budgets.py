@@ -45,6 +45,10 @@ def registry(**limits: Any) -> Registry:
     return Registry(Settings(**limits), ThreadPoolExecutor(1))
 
 
+@pytest.mark.promise(
+    "Documents, sessions and parameters have stated limits, and a refusal names the one that was passed.",
+    area="limits",
+)
 def test_a_session_larger_than_one_may_be_is_refused() -> None:
     """The largest session is a setting; the refusal names it."""
 
@@ -182,6 +186,7 @@ def test_what_could_never_fit_is_refused_for_good() -> None:
             raw.begun("s", parameters=[torch.zeros(100)])
 
 
+@pytest.mark.promise("A server without memory for a request says so, changes nothing, and goes on.", area="memory")
 def test_a_server_that_is_full_says_when_to_come_again() -> None:
     """A body for which there is no room while others are on their way is answered 503, and is taken later."""
     parameters = (torch.zeros(1 << 20),)

@@ -74,6 +74,10 @@ def test_every_data_route_takes_chunks(serving) -> None:
         assert raw.request("GET", "/v1/sessions/copy/contents").payload == expected[-1]
 
 
+@pytest.mark.promise(
+    "A length beyond what its session can use is refused before a byte of the body is read.",
+    area="bad input",
+)
 @pytest.mark.parametrize("serving", [ours, plain_server])
 def test_a_body_in_chunks_is_held_to_what_its_session_can_use(serving) -> None:
     """What cannot be is refused before memory is taken, though no length gives it away, and changes nothing."""

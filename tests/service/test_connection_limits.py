@@ -249,6 +249,10 @@ WALKS = {
 }
 
 
+@pytest.mark.promise(
+    "A connection lives no longer, and costs no more, than docs/limits.md says for its state.",
+    area="limits",
+)
 @pytest.mark.parametrize("state", list(CONNECTION.rows()))
 def test_a_state_ends_where_the_table_says(state: str):
     """A connection that is in a state beyond its time, or its budget, is ended; within them it goes on."""

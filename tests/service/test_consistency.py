@@ -17,6 +17,10 @@ def waits(raw: RawClient, worker: RawWorker) -> None:
         pass
 
 
+@pytest.mark.promise(
+    "A running session switches its mode, and every worker learns of it with its next step.",
+    area="consistency modes",
+)
 def test_a_mode_is_switched_in_the_middle_of_a_barrier(raw: RawClient) -> None:
     """Who waits is answered as the new mode decides, and every later answer names the mode."""
     w0, w1 = raw.begun("switched", "w0", "w1", consistency={"mode": "sync", "workers": 2})
@@ -86,6 +90,10 @@ def test_who_joins_has_to_name_the_present_mode(raw: RawClient) -> None:
     assert raw.json("POST", "/v1/sessions", {**document, "consistency": mode}).status == 200
 
 
+@pytest.mark.promise(
+    "A worker that comes late with a quorum is told so, gets the present parameters, and goes on.",
+    area="consistency modes",
+)
 def test_a_late_push_is_answered_with_the_parameters(raw: RawClient) -> None:
     """Its receipt says that it was not applied, and why; its sequence is consumed, and a retry is told the same."""
     mode = {"mode": "sync", "workers": 3, "quorum": 1}
@@ -153,6 +161,10 @@ def test_the_command_line_switches_modes(raw: RawClient, server: RunningServer) 
     assert raw.request("GET", w0.path).document["consistency"]["workers"] == 3
 
 
+@pytest.mark.promise(
+    "A server that ends tells the workers that wait at a barrier, and applies nothing of theirs.",
+    area="start and shutdown",
+)
 def test_who_waits_is_answered_when_the_server_ends() -> None:
     """SIGTERM in the middle of a barrier: the push is refused as unavailable at once, and the server ends well."""
     with running_server() as server, RawClient(server.url) as raw, ThreadPoolExecutor(1) as pool:

@@ -139,6 +139,7 @@ def test_a_reader_that_does_not_read_is_cut_off():
             read_answer(sock)
 
 
+@pytest.mark.promise("A body that stalls or trickles is given up, and nothing has changed.", area="limits")
 @pytest.mark.parametrize(
     ("received", "elapsed_s", "refused"), [(0, 29.0, False), (10_000, 31.0, True), (2**30, 60.0, False)]
 )

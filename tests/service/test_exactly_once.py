@@ -53,6 +53,10 @@ def torch_steps(*gradients: list[torch.Tensor]) -> list[torch.Tensor]:
     return parameters
 
 
+@pytest.mark.promise(
+    "The answer to a push holds the parameters after it, so a worker reads its own writes.",
+    area="reads",
+)
 def test_a_push_is_answered_with_the_step_it_made(worker: RawWorker) -> None:
     """The answer to a push is the receipt, the incarnation, and the parameters of torch after the same step."""
     steps = [gradient(seed, PARAMETERS) for seed in range(5)]
@@ -73,6 +77,10 @@ def test_a_push_is_answered_with_the_step_it_made(worker: RawWorker) -> None:
         assert all(map(torch.equal, tensors_of(answer.payload, PARAMETERS), expected))
 
 
+@pytest.mark.promise(
+    "A repeated push gets the first receipt and changes nothing, also after later steps.",
+    area="exactly once",
+)
 def test_a_retry_gets_the_original_receipt_and_the_parameters_of_now(worker: RawWorker) -> None:
     """Repeated after later steps, a push is a duplicate; its answer carries what is current."""
     first = worker.push(gradient(1, PARAMETERS)).header
@@ -85,6 +93,10 @@ def test_a_retry_gets_the_original_receipt_and_the_parameters_of_now(worker: Raw
     assert worker.version == 2
 
 
+@pytest.mark.promise(
+    "A gap in the sequence, other content under a used name, and a push of an older epoch are refused.",
+    area="exactly once",
+)
 @pytest.mark.parametrize(
     ("changes", "status", "code"),
     [
@@ -111,6 +123,10 @@ def test_a_push_that_is_not_next_is_refused(
     assert all(map(torch.equal, worker.pull()[1], torch_steps(gradient(1, PARAMETERS), gradient(2, PARAMETERS))))
 
 
+@pytest.mark.promise(
+    "A gap in the sequence, other content under a used name, and a push of an older epoch are refused.",
+    area="exactly once",
+)
 def test_an_older_epoch_is_fenced(raw: RawClient, worker: RawWorker) -> None:
     """When a worker has joined again, what its former life sends is refused before the body is read."""
     raw.join(worker.session, parameters=PARAMETERS)
@@ -119,6 +135,7 @@ def test_an_older_epoch_is_fenced(raw: RawClient, worker: RawWorker) -> None:
     assert worker.version == 0
 
 
+@pytest.mark.promise("A push that is repeated while the first one still waits shares its outcome.", area="exactly once")
 def test_a_retry_while_the_push_waits_joins_its_result(raw: RawClient) -> None:
     """A push repeated while the first still waits at the barrier waits with it: one step, one receipt for all."""
     name = "joining"
@@ -141,6 +158,10 @@ def test_a_retry_while_the_push_waits_joins_its_result(raw: RawClient) -> None:
         assert all(map(torch.equal, tensors_of(answer.payload, PARAMETERS), expected))
 
 
+@pytest.mark.promise(
+    "When the deadline of a sync step passes, every waiting worker gets `BarrierTimeout`, and nothing is applied.",
+    area="consistency modes",
+)
 def test_all_who_wait_learn_that_the_deadline_passed(raw: RawClient) -> None:
     """When a sync step times out, everyone who waits gets 409 naming who was missing, and may push the same again."""
     mode = {"mode": "sync", "workers": 3, "deadline_s": 0.2}
@@ -207,6 +228,10 @@ def test_an_answer_that_is_not_read_changes_nothing(url: str, worker: RawWorker)
     assert worker.version == 1
 
 
+@pytest.mark.promise(
+    "A worker that joins starts from the session's newest parameters; of several that race, one brings the first.",
+    area="reads",
+)
 def test_a_race_to_create_has_one_winner(url: str) -> None:
     """Of 20 clients that create a session at the same moment, one is told that it did, and one sends parameters."""
     count, start = 20, Barrier(20)
@@ -274,6 +299,10 @@ def test_a_creator_whose_lease_ran_out_is_not_waited_for(raw: RawClient) -> None
     assert raw.join("orphan", "w2", consistency={"mode": "async", "lease_s": 1e-9}).joined["initialised"] is True
 
 
+@pytest.mark.promise(
+    "After a server was killed its sessions are lost and said to be: a name is never silently another session.",
+    area="start and shutdown",
+)
 def test_a_server_that_was_killed_has_forgotten_and_says_so() -> None:
     """After kill -9 in the middle of a push the name is unknown, and once created anew it is another session."""
     with running_server() as server:

@@ -76,6 +76,7 @@ def judge(took: list[float]) -> None:
     assert worst_ms < 1e3 * WITHIN_S, said
 
 
+@pytest.mark.promise("`/healthz` is answered within 100 ms during a push of 200 MB.", area="limits")
 def test_health_is_answered_during_a_large_push(server: RunningServer, worker: RawWorker) -> None:
     """While 200 MB of gradients are received, applied and answered with 200 MB, /healthz takes less than 100 ms."""
 

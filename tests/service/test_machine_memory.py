@@ -117,6 +117,7 @@ def test_other_errors_are_not_taken_for_it(exc: Exception) -> None:
     assert out_of_memory(exc, "The request") is None
 
 
+@pytest.mark.promise("A server without memory for a request says so, changes nothing, and goes on.", area="memory")
 def test_a_server_that_gets_no_memory_says_so_and_goes_on() -> None:
     """Contents and pushes for which the system gives none are 503 `out_of_memory`; the sessions stay as they were."""
     large = [torch.zeros(64 * MIB // 4)]

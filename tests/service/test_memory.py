@@ -55,6 +55,10 @@ def step(server: RunningServer, worker: RawWorker, reply: str = "all", tensors: 
     return status
 
 
+@pytest.mark.promise(
+    "A session takes its parameters and their state once; a second version only while somebody reads it.",
+    area="memory",
+)
 def test_a_session_takes_its_parameters_and_their_state(process: Process, worker: RawWorker) -> None:
     """After steps of one worker: the parameters and one field of Adagrad's state, each once, and nothing else."""
     assert abs(process.settle(2 * SIZE + SLACK) - 2 * SIZE) <= SLACK
@@ -62,6 +66,10 @@ def test_a_session_takes_its_parameters_and_their_state(process: Process, worker
     assert page["bytes"] == {"parameters": SIZE, "versions": 0, "state": SIZE, "waiting": 0}
 
 
+@pytest.mark.promise(
+    "A session takes its parameters and their state once; a second version only while somebody reads it.",
+    area="memory",
+)
 def test_a_version_that_is_held_is_the_second_one(server: RunningServer, process: Process, worker: RawWorker) -> None:
     """A reader that takes his time costs the parameters once more, whatever the number of steps, and then no more."""
     with ExitStack() as stack:
@@ -98,6 +106,7 @@ def test_a_push_in_flight_takes_what_has_arrived(
     assert step(server, worker) == 200
 
 
+@pytest.mark.promise("What is announced takes no memory; what has arrived does.", area="memory")
 def test_a_header_alone_takes_nothing(server: RunningServer, process: Process, worker: RawWorker) -> None:
     """200 pushes that announce 64 MiB each and send their headers only take no memory for it."""
     pieces = encode(worker.head(), payload_of(ONES))
@@ -172,6 +181,7 @@ def test_a_session_that_is_removed_leaves_nothing(process: Process, worker: RawW
     assert process.settle(SLACK) <= SLACK
 
 
+@pytest.mark.promise("What is announced takes no memory; what has arrived does.", area="memory")
 def test_a_thousand_claims_take_nothing(server: RunningServer, process: Process, raw: RawClient) -> None:
     """1,000 connections that claim a body of 1 GB for a session of 16 bytes cost what connections cost, once."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -98,6 +98,7 @@ def test_every_code_is_documented() -> None:
     assert documented == {code: (each.__name__, each.status) for code, each in BY_CODE.items()}
 
 
+@pytest.mark.promise("Every error has a documented code and class, and says what to do.", area="client errors")
 @pytest.mark.parametrize("kind", list(BY_CODE.values()))
 def test_every_error_is_a_problem_document(kind: type[FarstepError]) -> None:
     """Whatever the error, its document has the members the description promises, and is of bounded length."""

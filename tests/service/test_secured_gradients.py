@@ -138,6 +138,10 @@ def played(place: Place, scene: Callable[[], object]) -> None:
     asyncio.run(play())
 
 
+@pytest.mark.promise(
+    "Gradients in shared memory are the ones that were checked, whatever a worker writes meanwhile.",
+    area="security",
+)
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf, 5.0])
 def test_a_step_takes_the_gradients_that_were_looked_at(spoilt: float) -> None:
     """What their worker writes between the look and the kernel is in no parameter, in this push and in the next."""
@@ -238,6 +242,10 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield running.unix
 
 
+@pytest.mark.promise(
+    "A gradient with NaN or Inf is refused, naming tensor and worker, and nothing is applied.",
+    area="NaN, clipping and averages",
+)
 def test_no_parameter_is_ever_nan_while_a_worker_keeps_writing(url: str) -> None:
     """Over a real socket, with a thread that writes NaN and 0 in turn: each push is refused, or its step is finite."""
     parameter = torch.nn.Parameter(torch.zeros(2_000_000))

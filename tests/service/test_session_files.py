@@ -139,6 +139,7 @@ def test_a_token_is_needed() -> None:
 # -- the file
 
 
+@pytest.mark.promise("The safetensors library reads and writes session files.", area="sessions and files")
 def test_anybody_can_read_it(exported: Path) -> None:
     """The safetensors library finds the tensors by their names, and says what the session was."""
     with safe_open(exported, "pt") as opened:
@@ -148,6 +149,7 @@ def test_anybody_can_read_it(exported: Path) -> None:
         assert json.loads(opened.metadata()["farstep_session"])["optimizer"] == "Adagrad"
 
 
+@pytest.mark.promise("The safetensors library reads and writes session files.", area="sessions and files")
 def test_anybody_can_write_it(server: RunningServer, raw: RawClient, exported: Path) -> None:
     """A file that went through the library, edited and in its own order, is imported as well."""
     with safe_open(exported, "pt") as opened:
@@ -206,6 +208,7 @@ def network(server: RunningServer) -> Iterator[Network]:
         yield between
 
 
+@pytest.mark.promise("An export is whole or not at all, also if it is killed.", area="sessions and files")
 @pytest.mark.parametrize("after", [0, 300, 100_000])
 def test_an_export_that_is_cut_off_leaves_no_file(network: Network, worker: RawWorker, file: Path, after: int) -> None:
     """Wherever the connection breaks there is no file, or the one that was there before."""
@@ -217,6 +220,7 @@ def test_an_export_that_is_cut_off_leaves_no_file(network: Network, worker: RawW
         file.write_text("old")
 
 
+@pytest.mark.promise("An export is whole or not at all, also if it is killed.", area="sessions and files")
 def test_an_export_that_is_killed_leaves_the_old_file(exported: Path, file: Path) -> None:
     """SIGKILL in the middle of an export: under the name stands what stood there before."""
     whole = exported.read_bytes()
@@ -241,6 +245,10 @@ def test_an_export_that_is_killed_leaves_the_old_file(exported: Path, file: Path
     assert file.read_text() == "old"
 
 
+@pytest.mark.promise(
+    "An import is whole or not at all; before its last byte nobody can join the session.",
+    area="sessions and files",
+)
 def test_an_import_that_is_cut_off_leaves_nothing(network: Network, raw: RawClient, exported: Path) -> None:
     """A connection that breaks in the head or in the tensors leaves no session, and the name stays free."""
     for after in (100, 600, 1_000_000):
@@ -251,6 +259,10 @@ def test_an_import_that_is_cut_off_leaves_nothing(network: Network, raw: RawClie
     assert farstep.import_session(exported, name="half", server=network.url) == "half"
 
 
+@pytest.mark.promise(
+    "An import is whole or not at all; before its last byte nobody can join the session.",
+    area="sessions and files",
+)
 def test_an_import_is_not_there_before_it_is_complete(server: RunningServer, raw: RawClient, exported: Path) -> None:
     """While the tensors are on their way nobody can join what would be an empty session; whoever takes the name then
     keeps it, and the import is refused."""
@@ -323,6 +335,7 @@ def test_a_session_that_is_too_large_is_refused_by_its_head(exported: Path) -> N
 # -- while a worker pushes
 
 
+@pytest.mark.promise("Parameters that are read are all of one version, the one that the answer names.", area="reads")
 def test_one_version_while_a_worker_pushes(server: RunningServer, tmp_path: Path) -> None:
     """Every file that is exported while a worker trains holds one version: parameters, state, numbers and options
     agree; and the worker is not stopped."""

@@ -68,6 +68,10 @@ def readers(worker: RawWorker) -> dict[str, int]:
     return found
 
 
+@pytest.mark.promise(
+    "A step never waits for slow readers; a reader that is cut off is never given part of a version for the whole.",
+    area="reads",
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_steps_go_on_and_the_slowest_are_cut(server: RunningServer, raw: RawClient, kind: str) -> None:
     """Whatever it is that readers do not read, no step waits for them, and another reader gets what it asks for."""

@@ -49,6 +49,7 @@ def get(server: RunningServer, path: str, token: str | None = None) -> int:
 # -- addresses and tokens
 
 
+@pytest.mark.promise("On another address than loopback a server refuses to start without a token.", area="security")
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.7", "some-name", ""])
 def test_another_address_than_loopback_needs_a_token(host: str) -> None:
     """Without a token and without --insecure-no-auth, only loopback is listened on."""
@@ -178,6 +179,7 @@ def taken() -> Iterator[int]:
         yield sock.getsockname()[1]
 
 
+@pytest.mark.promise("A second server does not take the port or the socket of the first.", area="start and shutdown")
 def test_a_port_that_is_taken_is_refused(taken: int) -> None:
     """The error names the port and suggests another."""
     assert_refused(farstep("serve", "--port", str(taken)), f"port {taken}", "--port")
@@ -327,6 +329,10 @@ def test_the_server_runs_with_the_threads_chosen(server: RunningServer) -> None:
 # -- leaving
 
 
+@pytest.mark.promise(
+    "SIGTERM and Ctrl-C end a server in order; a closed terminal does not end it.",
+    area="start and shutdown",
+)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_server_in_good_order(number: signal.Signals) -> None:
     """SIGTERM and SIGINT end it with status 0 and without complaint, although a client keeps a connection open."""
@@ -354,6 +360,10 @@ def test_a_signal_ends_a_server_that_is_still_loading() -> None:
     assert (process.returncode, errors) == (0, "")
 
 
+@pytest.mark.promise(
+    "A server that was killed comes back at its port and its socket at once.",
+    area="start and shutdown",
+)
 def test_a_killed_server_comes_back_on_its_port() -> None:
     """After SIGKILL the port is free at once, and the same command serves there again."""
     with running_server() as server:
@@ -401,6 +411,10 @@ main()
 """
 
 
+@pytest.mark.promise(
+    "SIGTERM and Ctrl-C end a server in order; a closed terminal does not end it.",
+    area="start and shutdown",
+)
 def test_a_closed_terminal_ends_no_server() -> None:
     """After SIGHUP the server answers as before, and has said so; SIGTERM still ends it."""
     with running_server() as server:

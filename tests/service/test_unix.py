@@ -50,6 +50,7 @@ def refusal(path: str) -> InvalidOption:
 # -- a server process
 
 
+@pytest.mark.promise("Only the server's own user may use its unix socket and its kernels.", area="security")
 def test_a_server_listens_at_a_path_beside_its_port(path: str) -> None:
     """The same server answers at both; only its user may use the socket, which is gone when it has left."""
     with running_server("--unix", path) as server:
@@ -88,6 +89,10 @@ def test_a_token_is_asked_for_at_a_path_too(path: str) -> None:
         assert farstep("healthcheck", "--server", server.unix).returncode == 0
 
 
+@pytest.mark.promise(
+    "A server that was killed comes back at its port and its socket at once.",
+    area="start and shutdown",
+)
 def test_a_killed_server_comes_back_at_its_path(path: str) -> None:
     """After SIGKILL the file is left behind, nobody answers, and the same command serves there again."""
     with running_server("--unix", path) as server:
@@ -99,6 +104,7 @@ def test_a_killed_server_comes_back_at_its_path(path: str) -> None:
         assert farstep("healthcheck", "--server", server.unix).returncode == 0
 
 
+@pytest.mark.promise("A second server does not take the port or the socket of the first.", area="start and shutdown")
 def test_a_second_server_does_not_take_the_path_of_the_first(path: str) -> None:
     """The second is refused with a remedy, and the first goes on serving at its path."""
     with running_server("--unix", path) as server:

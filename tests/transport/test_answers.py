@@ -91,6 +91,10 @@ def test_endless_interim_answers_are_an_error(stage: Staging, client: httpx.Clie
         client.post(stage(forever).url)
 
 
+@pytest.mark.promise(
+    "A step never waits for slow readers; a reader that is cut off is never given part of a version for the whole.",
+    area="reads",
+)
 @pytest.mark.parametrize(
     ("answer", "message"),
     [

@@ -125,6 +125,7 @@ def test_more_than_4_gib_is_cut_into_frames():
     assert all(each.obj is block.obj for each in buffers if isinstance(each, memoryview))
 
 
+@pytest.mark.promise("Tensors of every dtype arrive bit for bit, also beyond 4 GiB.", area="wire")
 def test_more_than_4_gib_lands_where_it_belongs():
     """Of a payload of 4.5 GiB every byte has its place: stamps at both ends of each 16 MiB arrive at their offset."""
     total = 4608 * MIB + 24

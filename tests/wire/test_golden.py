@@ -31,6 +31,7 @@ def same_bits(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return [bytes(tensor_memory(each)) for each in a] == [bytes(tensor_memory(each)) for each in b]
 
 
+@pytest.mark.promise("The documented bytes are what both sides write and read.", area="wire")
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_bytes_are_written(name):
     """The message is written with the golden bytes."""
@@ -39,6 +40,7 @@ def test_golden_bytes_are_written(name):
     assert body.hex() == "".join(message["body"])
 
 
+@pytest.mark.promise("The documented bytes are what both sides write and read.", area="wire")
 @pytest.mark.parametrize("way", ["feed", "buffer"])
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_bytes_are_read(name, way):

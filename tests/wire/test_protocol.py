@@ -62,6 +62,7 @@ def test_there_are_examples():
     assert len(REFUSED) >= 14
 
 
+@pytest.mark.promise("The documented bytes are what both sides write and read.", area="wire")
 @pytest.mark.parametrize("title", [title for title, each in EXAMPLES.items() if "body" in each])
 def test_examples_are_written(title):
     """What farstep writes is exactly the bytes of the example."""
@@ -196,6 +197,10 @@ def test_receipts_are_what_the_client_reads():
     assert [key.strip("`*") for key in listed] == list(everything)
 
 
+@pytest.mark.promise(
+    "What a later server adds to an answer is passed over; another protocol version is refused.",
+    area="wire",
+)
 def test_receipts_may_say_more_than_the_client_knows():
     """A key that a later server adds is ignored, as the document says of replies."""
     header, _ = parts(EXAMPLES["The reply to a push"])

@@ -3,6 +3,7 @@
 import math
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,6 +61,7 @@ def tensors(draw):
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).reshape(shape)
 
 
+@pytest.mark.promise("Tensors of every dtype arrive bit for bit, also beyond 4 GiB.", area="wire")
 @settings(max_examples=300)
 @given(st.lists(tensors(), max_size=12), frames, pieces, ways)
 def test_tensors_come_back_bit_for_bit(sent, frame_bytes, pieces, ways):
@@ -117,6 +119,10 @@ def refusal_of(body: bytes, **how) -> InvalidRequest | None:
     return None
 
 
+@pytest.mark.promise(
+    "Any bytes at all are read or refused with a documented error, and refusing bombs costs little time and memory.",
+    area="bad input",
+)
 @settings(max_examples=500)
 @given(st.binary(max_size=200), pieces, ways)
 def test_any_bytes_are_read_or_refused(body, pieces, ways):

@@ -168,6 +168,10 @@ def test_a_length_that_cannot_be_is_refused(first: bytes, file_bytes: int) -> No
 WHOLE = write_head([Entry("w", "float32", (2,))], {"a": "b"}) + bytes(8)
 
 
+@pytest.mark.promise(
+    "A damaged, foreign or newer file is refused, and the culprit is named.",
+    area="sessions and files",
+)
 @given(st.integers(0, len(WHOLE) - 1), st.binary(min_size=0, max_size=3), st.integers(0, 3))
 def test_damage_is_refused_or_harmless(place: int, other: bytes, skipped: int) -> None:
     """A file changed anywhere is refused, or says something of its own that fits its length; nothing else happens."""

@@ -42,6 +42,10 @@ def test_a_body_that_is_no_document_is_refused(raw: RawClient, method: str, path
     refused_as(lambda: raw.request(method, path, body, JSON), "invalid_request")
 
 
+@pytest.mark.promise(
+    "Documents, sessions and parameters have stated limits, and a refusal names the one that was passed.",
+    area="limits",
+)
 def test_a_document_that_is_too_large_is_refused(server: RunningServer, raw: RawClient) -> None:
     """A document has 32 MiB at most: one that announces more is refused unread, one that does not announce it too."""
     with half_sent(server.url, "POST", "/v1/sessions", {**JSON, "Content-Length": str(2**40)}) as sock:

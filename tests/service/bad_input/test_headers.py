@@ -19,6 +19,14 @@ def wrong(key: str, values: tuple[object, ...], code: str = "invalid_request", s
     return [pytest.param(key, value, status, code, id=f"{key}={value!r:.20}") for value in values]
 
 
+@pytest.mark.promise(
+    "What a later server adds to an answer is passed over; another protocol version is refused.",
+    area="wire",
+)
+@pytest.mark.promise(
+    "Every key of a request header is checked; a wrong, missing or unknown one is refused by name.",
+    area="bad input",
+)
 @pytest.mark.parametrize(
     ("key", "value", "status", "code"),
     [

@@ -98,6 +98,10 @@ def test_sparse_rows_are_refused_with_weight_decay(raw: RawClient) -> None:
     assert worker.push([torch.ones(3, 4)]).receipt["version"] == 1
 
 
+@pytest.mark.promise(
+    "A gradient with NaN or Inf is refused, naming tensor and worker, and nothing is applied.",
+    area="NaN, clipping and averages",
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("which", range(len(PARAMETERS)))
 @pytest.mark.parametrize("where", [0, -1])

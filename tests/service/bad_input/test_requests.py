@@ -43,6 +43,10 @@ def test_a_body_without_a_length_is_refused(server: RunningServer, worker: RawWo
         refused(lambda: read_answer(sock), 400, "invalid_request", "content-length")
 
 
+@pytest.mark.promise(
+    "A length beyond what its session can use is refused before a byte of the body is read.",
+    area="bad input",
+)
 @pytest.mark.parametrize("claimed", [2**31, 2**40, 2**62])
 def test_a_length_beyond_the_session_is_refused_before_a_byte_is_read(
     server: RunningServer, worker: RawWorker, claimed: int
@@ -170,6 +174,10 @@ def test_a_session_that_is_not_there_is_not_found(worker: RawWorker, name: str, 
     assert answer.code in ("unknown_session", "no_such_route")
 
 
+@pytest.mark.promise(
+    "An older version is never shown as the same session: a session that begins anew has another incarnation.",
+    area="reads",
+)
 def test_a_write_for_another_life_of_the_session_is_gone(worker: RawWorker) -> None:
     """A push and a put of another incarnation are told that the session is lost."""
     for ask in (
@@ -186,6 +194,10 @@ def test_a_method_that_the_path_does_not_have_is_refused(worker: RawWorker, meth
     assert answer.document["remedy"]
 
 
+@pytest.mark.promise(
+    "What is refused leaves nothing behind: no session, no waiting push, no memory in flight.",
+    area="bad input",
+)
 def test_what_is_refused_is_forgotten(worker: RawWorker, server: RunningServer) -> None:
     """After all of these, the server still has one session of this name, with nothing waiting and nothing in flight."""
     page = worker.raw.request("GET", worker.path).document

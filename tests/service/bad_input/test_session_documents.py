@@ -34,6 +34,10 @@ def test_a_document_without_a_field_is_refused(raw: RawClient, key: str) -> None
     assert answer.document["field"] == key
 
 
+@pytest.mark.promise(
+    "What is refused leaves nothing behind: no session, no waiting push, no memory in flight.",
+    area="bad input",
+)
 @pytest.mark.parametrize(
     ("document", "code"),
     [
@@ -164,6 +168,10 @@ def test_a_parameter_that_cannot_be_is_refused(
     refused_as(lambda: create(raw, segments=segments), *codes)
 
 
+@pytest.mark.promise(
+    "Documents, sessions and parameters have stated limits, and a refusal names the one that was passed.",
+    area="limits",
+)
 def test_more_parameters_than_a_session_may_have_are_refused(raw: RawClient) -> None:
     """100,000 is the most; the refusal names the limit."""
     segments = [{"name": str(index), "shape": [], "dtype": "float32"} for index in range(100_001)]
