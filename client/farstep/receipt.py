@@ -18,6 +18,8 @@ accumulated    its gradients wait, and count in a step to come
 nonfinite      the gradients hold NaN or Inf, by themselves or once summed, and the session skips such steps
 """
 
+Ran = Literal["reference", "fused", "mixed"]
+"""Which kernel ran a step; `mixed` is one whose fused kernel failed midway and that the reference kernel finished."""
 
 _NOBODY = Names()
 

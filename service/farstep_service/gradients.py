@@ -9,6 +9,7 @@ then takes have to be the same bytes, so `secure_` copies them first, and only t
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Sequence
@@ -101,6 +102,16 @@ class Contribution:
         self.copy: Buffers | None = None
         self.copied: Copied | None = None
         self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def cloned(self) -> Contribution:
+        """Return the same gradients in memory of their own."""
+        twin = copy.copy(self)
+        twin.watch = twin.copy = twin.copied = twin._own = None
+        twin.borrowed = twin.reused = False
+        if self.buffers is not None:
+            twin.buffers = FlatBuffers(self.buffers.layout, self.buffers.device, zero=False).copy_(self.buffers)
+        twin.sparse = {index: (rows.clone(), values.clone()) for index, (rows, values) in self.sparse.items()}
+        return twin
 
     def _size(self, index: int) -> int:
         announced = self._announced.get(index)

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from farstep.receipt import Ran
 from farstep_service.rule import AnyRule, Form, KernelName, StateTensors
 
 
@@ -41,6 +42,13 @@ class Call(NamedTuple):
     scalars: tuple[float, ...]
     copy: Tensor | None = None
     pairs: bool = False
+
+
+def cut(call: Call, start: int, stop: int) -> Call:
+    """Return the call on the elements from `start` to before `stop`."""
+    state = {name: field[start:stop] for name, field in call.state.items()}
+    copy = None if call.copy is None else call.copy[start:stop]
+    return Call(call.p[start:stop], call.g[start:stop], state, call.out[start:stop], call.scalars, copy, call.pairs)
 
 
 class Write(NamedTuple):
@@ -69,6 +77,18 @@ class At(NamedTuple):
     element: int = 0
     writes: tuple[Write, ...] = ()
     then: tuple[int, int] = (0, 0)
+
+
+class Rerun(NamedTuple):
+    """How a step is to run once more, so that it gives the same bits.
+
+    Attributes:
+        kernel: what ran it.
+        switched: of a mixed one, the call and the element where the reference kernel went on.
+    """
+
+    kernel: Ran
+    switched: tuple[int, int] = (0, 0)
 
 
 @dataclass(slots=True)

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 import farstep
+from farstep_service.kernel import Rerun
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
@@ -111,7 +112,7 @@ def replay(size: Size, ran: Sequence[str], directory: Path) -> list[torch.Tensor
     gradients = Gradients(BorrowedBuffers(layout, [each.grad for each in parameters]))
     for kernel in ran:
         wanted: Literal["fused", "reference"] = "fused" if kernel == "fused" else "reference"
-        store.apply(hypers, gradients, kernel=wanted)
+        store.apply(hypers, gradients, rerun=Rerun(wanted))
     with store.hold() as held:
         return [held.buffers.segment(index).clone() for index in range(size.tensors)]
 

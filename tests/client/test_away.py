@@ -12,7 +12,7 @@ import pytest
 from farstep import Async
 from farstep.errors import Fenced
 from farstep.settings import RemoteOptions
-from farstep_service.coordinator.members import FORGOTTEN_AFTER_S, LAPSED_KEPT
+from farstep_service.coordinator.roster import FORGOTTEN_AFTER_S, LAPSED_KEPT
 from tests.client.carrying import Carrying
 from tests.client.twins import check_parameters, drawn
 from tests.client.workers import Reference, Worker

@@ -135,11 +135,12 @@ class Reference:
             return "fenced"
         if push.sequence > len(w.done) + 1:
             return "sequence_gap"
+        earlier = w.done[push.sequence - 1][0] if push.sequence <= len(w.done) else w.waiting
+        if earlier is not None and earlier.content != push.content:
+            return "idempotency_mismatch"
         self.hear(w)
-        if push.sequence <= len(w.done):
-            return "duplicate" if w.done[push.sequence - 1][0].content == push.content else "idempotency_mismatch"
-        if w.waiting:
-            return "joins" if w.waiting.content == push.content else "idempotency_mismatch"
+        if earlier is not None:
+            return "joins" if earlier is w.waiting else "duplicate"
         if isinstance(self.mode, Sync) and self.mode.partial and self.mode.late == "refuse" and self.is_late(push):
             return {push: self.commit(push, (), 1, "late")}
         if not any(each.waiting for each in self.workers.values()):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farstep.consistency import Bounded
-from farstep_service.coordinator import Abort, Refuse, Step
+from farstep_service.coordinator.modes.decisions import Abort, Refuse, Step
 from tests.coordinator.table import NAMES, Table
 
 
@@ -27,10 +27,9 @@ def test_the_slowest_is_not_waited_for_any_more_when_it_goes(how: str) -> None:
     table = Table(Bounded(staleness=0, lease_s=10), ("w0", "w1"))
     table.push("w0", 1.0)
     table.push("w0", 2.0)
-    assert table.rounds.deadline == 10.0
-    if how == "leaves":
-        table.leave("w1")
-    assert table.tick(10.0) == [Step(("w0",))]
+    assert table.deadline == 10.0
+    decided = table.leave("w1") if how == "leaves" else table.tick(10.0)
+    assert decided == [Step(("w0",))]
 
 
 def test_a_push_that_waits_too_long_is_given_up_and_told_for_whom_it_waited() -> None:
@@ -111,7 +110,7 @@ def test_no_gradient_misses_more_steps_than_the_bound_says(staleness: int, worke
     bases = dict.fromkeys(names, 0)
     for which in order:
         worker = names[which % len(names)]
-        if worker in table.rounds:
+        if table.coordinator.waits(worker):
             continue
         before = table.version
         for number, decision in enumerate(table.push(worker, base=bases[worker])):

@@ -12,7 +12,8 @@ from farstep.consistency import Async, Bounded, Consistency, Sync, from_options,
 from farstep.errors import InvalidOption
 from farstep.messages import WriteName
 from farstep.receipt import Receipt
-from farstep_service.coordinator import Abort, Refuse, Skip, Step
+from farstep_service.coordinator import Heartbeat
+from farstep_service.coordinator.modes.decisions import Abort, Refuse, Skip, Step
 from tests.coordinator.table import NAMES, Table
 
 # -- async -----------------------------------------------------------------------------------------------------------
@@ -26,7 +27,7 @@ def test_async_makes_every_push_a_step() -> None:
         assert step == Step((worker,))
         assert isinstance(step, Step)
         assert step.divisor == 1
-    assert table.rounds.deadline is None
+    assert table.deadline is None
     assert table.tick(1e9) == []
 
 
@@ -49,7 +50,7 @@ def test_sync_reduces_in_the_order_of_names_whatever_the_order_of_arrival(
     table = Table(mode)
     decisions = [table.push(worker, float(i)) for i, worker in enumerate(order)]
     assert decisions == [[], [], [Step(NAMES)]]
-    assert table.rounds.deadline is None
+    assert table.deadline is None
 
 
 def test_the_deadline_counts_from_the_first_push_and_aborts_for_all() -> None:
@@ -57,11 +58,11 @@ def test_the_deadline_counts_from_the_first_push_and_aborts_for_all() -> None:
     table = Table(Sync(workers=3, deadline_s=10, lease_s=1000))
     table.push("w2", 100.0)
     table.push("w0", 105.0)
-    assert table.rounds.deadline == 110.0
+    assert table.deadline == 110.0
     assert table.tick(109.9) == []
-    assert table.tick(110.0) == [Abort(("w0", "w2"), 3, ("w1",), ("w1",))]
-    assert table.rounds.deadline is None
-    assert not table.rounds.members.is_live("w1")
+    assert table.tick(110.0) == [Abort(("w0", "w2"), 3, ("w1",))]
+    assert table.deadline is None
+    assert not table.roster.is_live("w1")
     assert table.tick(500.0) == []
 
 
@@ -79,7 +80,7 @@ def test_a_skip_that_was_withdrawn_or_given_up_is_forgotten() -> None:
     """Neither a worker that left nor a deadline that passed makes a later step a skipped one."""
     table = Table(Sync(workers=2, deadline_s=10), NAMES[:2])
     table.push("w0", skip=True)
-    table.rounds.withdraw("w0", 0.0)
+    table.join("w0")
     table.push("w1")
     assert table.push("w0") == [Step(("w0", "w1"))]
     table.push("w0", skip=True)
@@ -92,8 +93,8 @@ def test_a_withdrawn_push_is_not_counted() -> None:
     """A worker whose push was taken out has to come again."""
     table = Table(Sync(workers=2), NAMES[:2])
     table.push("w0")
-    table.rounds.withdraw("w0", 0.0)
-    assert table.rounds.deadline is None
+    table.join("w0")
+    assert table.deadline is None
     assert table.push("w1", 1.0) == []
     assert table.push("w0", 1.0) == [Step(("w0", "w1"))]
 
@@ -118,7 +119,7 @@ def test_who_comes_after_the_quorum_is_late() -> None:
     assert table.receipts == {
         WriteName("w2", 1, 1): Receipt(1, 0, staleness=1, applied=False, divisor=1, reason="late")
     }
-    assert table.rounds.deadline is None
+    assert table.deadline is None
     assert table.push("w2", base=1) == []
     assert table.push("w0", base=1) == [Step(("w0", "w2"))]
 
@@ -150,7 +151,7 @@ def test_a_quorum_that_is_not_reached_is_given_up_for_all() -> None:
     """Fewer than K at the deadline: one outcome, nothing applied."""
     table = Table(Sync(workers=3, quorum=2, deadline_s=5))
     table.push("w1", 1.0)
-    assert table.tick(6.0) == [Abort(("w1",), 2, ("w0", "w2"), ("w0", "w2"))]
+    assert table.tick(6.0) == [Abort(("w1",), 2, ("w0", "w2"))]
 
 
 def test_live_goes_on_without_a_worker_whose_lease_ran_out() -> None:
@@ -158,7 +159,7 @@ def test_live_goes_on_without_a_worker_whose_lease_ran_out() -> None:
     table = Table(Sync(workers="live", deadline_s=100, lease_s=10))
     table.push("w0", 8.0)
     table.push("w2", 9.0)
-    assert table.rounds.deadline == 10.0
+    assert table.deadline == 10.0
     assert table.tick(9.5) == []
     assert table.tick(10.0) == [Step(("w0", "w2"))]
     table.push("w0", 11.0)
@@ -169,7 +170,7 @@ def test_a_worker_that_waits_is_live_for_as_long() -> None:
     """A lease shorter than the deadline does not run out under a worker that is waiting for others."""
     table = Table(Sync(workers="live", deadline_s=100, lease_s=10), ("w0", "w1"))
     table.push("w0", 5.0)
-    table.rounds.heard("w1", 9.0)
+    table.happen(Heartbeat("w1"), 9.0)
     assert table.push("w1", 18.0) == [Step(("w0", "w1"))]
 
 
@@ -191,8 +192,7 @@ def test_live_goes_on_when_the_last_one_awaited_leaves() -> None:
     """Leaving completes a step, and a worker alone waits for nobody."""
     table = Table(Sync(workers="live"), ("w0", "w1"))
     table.push("w0")
-    table.leave("w1")
-    assert table.tick(0.0) == [Step(("w0",))]
+    assert table.leave("w1") == [Step(("w0",))]
     assert table.push("w0") == [Step(("w0",))]
 
 

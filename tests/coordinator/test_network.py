@@ -15,12 +15,26 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from farstep.consistency import Async, Bounded, Consistency, Sync
-from farstep.errors import FarstepError
-from farstep.messages import WriteName
+from farstep.errors import BarrierTimeout, FarstepError
+from farstep.messages import PushHead, WriteName
 from farstep.receipt import Receipt
-from farstep_service.coordinator import Abort, Ledger, Pushed, Rounds
-from farstep_service.session.membership import Membership
+from farstep_service.coordinator import (
+    Answer,
+    ChangeMode,
+    Coordinator,
+    Event,
+    Heartbeat,
+    Instruction,
+    Join,
+    Leave,
+    Result,
+    TakeStep,
+    Tick,
+)
+from farstep_service.coordinator import Push as Pushed
+from farstep_service.coordinator.written import read_back, write_down
 from tests.coordinator.reference import GivenUp, Outcomes, Push, Reference, Told
+from tests.coordinator.table import Table, result_of
 
 NAMES = ("w0", "w1", "w2", "w3")
 MODES: Sequence[Consistency] = (
@@ -38,76 +52,94 @@ MODES: Sequence[Consistency] = (
 
 
 class Subject:
-    """The machines of the service, put together as a session does, with a count in the place of tensors."""
+    """The coordinator of a session, with a count in the place of tensors."""
 
     def __init__(self, mode: Consistency) -> None:
-        self.mode, self.version = mode, 0
-        self.ledger = Ledger()
-        self.rounds = Rounds(mode, self.ledger)
-        self.membership = Membership("s", self.rounds, self.ledger)
+        self.coordinator = Table(mode, ()).coordinator
+        self.roster = self.coordinator.roster
         self.applied: list[WriteName] = []
 
     def join(self, name: str, now: float) -> Outcomes:
-        withdrawn = self.withdraw(name, now)
-        self.membership.join(name, now)
-        return withdrawn | self.tick(now)
+        self.coordinator.check_join(name, now)
+        return self.happen(Join(name), now)
 
     def leave(self, name: str, now: float) -> Outcomes:
-        withdrawn = self.withdraw(name, now)
-        self.membership.leave(name)
-        return withdrawn | self.tick(now)
-
-    def withdraw(self, name: str, now: float) -> Outcomes:
-        pushed = self.rounds.withdraw(name, now)
-        return {} if pushed is None else {push_of(pushed): "fenced"}
+        return self.happen(Leave(name), now)
 
     def switch(self, mode: Consistency, now: float) -> Outcomes:
-        if mode == self.mode:
-            return {}
-        self.membership.make_fit(mode, now)
-        self.mode = mode
-        self.rounds.switch(mode, now)
-        return self.tick(now)
+        self.coordinator.check_mode(mode, now)
+        return self.happen(ChangeMode(mode), now)
 
     def push(self, push: Push, now: float) -> Outcomes | str:
-        name = WriteName(push.worker, push.epoch, push.sequence)
-        self.ledger.judge(name, None)
-        self.rounds.heard(push.worker, now)
-        if self.ledger.judge(name, str(push.content)) is not None:
+        name, content = WriteName(push.worker, push.epoch, push.sequence), str(push.content)
+        self.coordinator.check_write(name, "here")
+        if self.coordinator.seen(name, "here", content) is not None:
+            self.happen(Heartbeat(name.worker), now)
             return "duplicate"
-        if self.rounds.holds(name, str(push.content)):
+        if self.coordinator.holds(name, content):
             return "joins"
-        self.rounds.offer(Pushed(name, str(push.content), push.base, push.skip), now)
-        return self.tick(now)
+        head = PushHead(name, "here", push.base, segments=[] if push.skip else None, skip=push.skip)
+        return self.happen(Pushed(head, content), now)
 
     def tick(self, now: float) -> Outcomes:
+        return self.happen(Tick(), now)
+
+    def happen(self, event: Event, now: float) -> Outcomes:
+        """Let an event happen, written down and read back, and everything that follows from it."""
+        event = read_back(write_down(event))
+        sent = {each.head.name: each for each in self.coordinator.state.waiting.values()}
+        if isinstance(event, Pushed):
+            sent[event.head.name] = event
         outcomes: Outcomes = {}
-        while (decided := self.rounds.decide(self.version, now)) is not None:
-            decision, pushes = decided
-            if isinstance(decision, Abort):
-                outcomes |= {push_of(push): GivenUp(decision.missing) for push in pushes}
-                continue
-            applied = type(decision).__name__ == "Step"
-            self.version += applied
-            self.applied += [push.name for push in pushes if applied]
-            receipts = self.rounds.commit(decision, pushes, decision.told(self.version))
-            outcomes |= {push_of(push): told(receipts[push.name]) for push in pushes}
+        following: Event | Result | None = event
+        while following is not None:
+            instructions, following = self.coordinator.apply(following, now), None
+            for each in instructions:
+                if isinstance(each, Answer):
+                    outcomes[push_of(sent[each.name])] = told(each.result)
+                elif isinstance(each, TakeStep):
+                    self.applied += each.pushes
+                assert_equal(read_back(write_down(each)), each)
+                following = following or read_back(write_down(result_of(each, self.coordinator.version)))
         return outcomes
+
+    def restart(self) -> None:
+        """Go on with a coordinator that was written down and read back."""
+        written = write_down(self.coordinator.state)
+        self.coordinator = Coordinator(read_back(written))
+        assert write_down(self.coordinator.state) == written
+        self.roster = self.coordinator.roster
+
+
+def assert_equal(one: Instruction, other: Instruction) -> None:
+    """Compare two instructions, whose errors are equal if they say the same."""
+    if isinstance(one, Answer) and isinstance(other, Answer) and isinstance(one.result, FarstepError):
+        assert isinstance(other.result, FarstepError)
+        assert (one.name, one.result.to_problem()) == (other.name, other.result.to_problem())
+    else:
+        assert one == other
 
 
 def push_of(pushed: Pushed) -> Push:
-    name = pushed.name
-    return Push(name.worker, name.epoch, name.sequence, int(pushed.fingerprint), pushed.base, pushed.skip)
+    name, base, skip = pushed.head.name, pushed.head.base, pushed.head.skip
+    return Push(name.worker, name.epoch, name.sequence, int(pushed.fingerprint), base, skip)
 
 
-def told(receipt: Receipt) -> Told:
+def told(result: Receipt | FarstepError) -> Told | GivenUp | str:
+    """Return what a worker learns, in the words of the reference."""
+    if isinstance(result, BarrierTimeout):
+        missing = result.extra["missing"]
+        assert isinstance(missing, list)
+        return GivenUp(tuple(missing))
+    if isinstance(result, FarstepError):
+        return result.code
     return Told(
-        receipt.version,
-        receipt.staleness,
-        receipt.applied,
-        receipt.contributors,
-        receipt.divisor,
-        receipt.reason,
+        result.version,
+        result.staleness,
+        result.applied,
+        result.contributors,
+        result.divisor,
+        result.reason,
     )
 
 
@@ -189,11 +221,16 @@ class Network(RuleBasedStateMachine):
         expected = self.reference.switch(mode)
         assert answer_of(lambda: self.subject.switch(mode, self.now)) == expected
 
+    @rule()
+    def restart(self) -> None:
+        """The process ends, and another one goes on with what was written down."""
+        self.subject.restart()
+
     @rule(seconds=st.sampled_from([0.5, 1.0, 2.0, 9.0, 20.0, 5000.0]))
     def time_passes(self, seconds: float) -> None:
         """The alarm rings when the machines asked for it, and never too late."""
         target = self.now + seconds
-        while (alarm := self.subject.rounds.deadline) is not None and alarm <= target:
+        while (alarm := self.subject.coordinator.deadline) is not None and alarm <= target:
             self.at(max(alarm, self.now))
         expected = self.at(target)
         assert expected == {}
@@ -207,14 +244,14 @@ class Network(RuleBasedStateMachine):
     @invariant()
     def both_stand_at_the_same_place(self) -> None:
         reference, subject = self.reference, self.subject
-        assert subject.version == reference.version
-        assert subject.rounds.members.names() == sorted(reference.workers)
-        assert len(subject.ledger) == len(reference.workers)
+        assert subject.coordinator.version == reference.version
+        assert subject.roster.names() == sorted(reference.workers)
+        assert len(subject.roster) == len(reference.workers)
         for name, worker in reference.workers.items():
-            assert subject.ledger.epoch(name) == worker.epoch
-            assert subject.ledger.last(name) == len(worker.done)
-            assert subject.rounds.members.is_live(name) == reference.live(worker)
-            assert (name in subject.rounds) == (worker.waiting is not None)
+            assert subject.roster.epoch(name) == worker.epoch
+            assert subject.roster.sequence(name) == len(worker.done)
+            assert subject.roster.is_live(name) == reference.live(worker)
+            assert subject.coordinator.waits(name) == (worker.waiting is not None)
 
     @invariant()
     def nothing_is_applied_twice(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from farstep_service.kernel import Call, Progress
+from farstep_service.kernel import Call, Progress, Rerun
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.optimizers.build import Report
@@ -59,7 +59,7 @@ def test_the_kernel_that_ran_is_named(fused: Kernels):
     store = Store(layout, RULES["Adagrad"], hypers, kernels=fused)
     gradients = Gradients(FlatBuffers(layout))
     assert store.apply(hypers, gradients).kernel == "fused"
-    assert store.apply(hypers, gradients, kernel="reference").kernel == "reference"
+    assert store.apply(hypers, gradients, rerun=Rerun("reference")).kernel == "reference"
 
 
 def test_a_changed_option_builds_nothing(fused: Kernels, tmp_path: Path):

@@ -12,7 +12,7 @@ from farstep.settings import resolve
 from farstep.tensors.departures import LARGE_BYTES
 from farstep.wire.tensor_file import MAX_HEAD_BYTES, MAX_TENSORS
 from farstep_service.cli.warmup import Dtype
-from farstep_service.coordinator.members import FORGOTTEN_AFTER_S, LAPSED_KEPT
+from farstep_service.coordinator.roster import FORGOTTEN_AFTER_S, LAPSED_KEPT
 from farstep_service.launch import Plan
 from farstep_service.optimizers import RULES, possible, usual
 from farstep_service.settings import Settings

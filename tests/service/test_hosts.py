@@ -14,7 +14,7 @@ import pytest
 
 from farstep.errors import BarrierTimeout, NonFinite, SessionLost, StepInterrupted, Unavailable
 from farstep.messages import PushHead, PutHead, WriteName
-from farstep_service.hosts.initialising import INITIALISE_WITHIN_S
+from farstep_service.coordinator.coordinator import INITIALISE_WITHIN_S
 from tests.service.hosting import ASYNC, LARGE, SMALL, Place, run, sync
 
 

@@ -23,7 +23,7 @@ from farstep.errors import (
 )
 from farstep.receipt import Receipt
 from farstep.wire import Names
-from farstep_service.coordinator.ledger import RECEIPTS_KEPT
+from farstep_service.coordinator.roster import RECEIPTS_KEPT
 from farstep_service.session import Outcome
 from tests.session.writers import Twin, Writer, begun, equal, error, new_session, parameters, receipt, sync, values
 

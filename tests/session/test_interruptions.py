@@ -170,7 +170,7 @@ def test_a_step_that_cannot_begin_is_told_to_everyone(failure: Exception, monkey
         raise failure
 
     with monkeypatch.context() as broken:
-        broken.setattr("farstep_service.session.pushes.reduce_", fail)
+        broken.setattr("farstep_service.tensors.tensors.reduce_", fail)
         w0.push(values(session, 1))
         outcomes = w1.push(values(session, 2))
     assert outcomes.keys() == set(names)

@@ -22,7 +22,7 @@ from farstep.errors import (
     SessionLost,
     TensorMismatch,
 )
-from farstep_service.coordinator.ledger import RECEIPTS_KEPT
+from farstep_service.coordinator.roster import RECEIPTS_KEPT
 from farstep_service.session import Session
 from tests.session.writers import Writer, begun, error, new_session, receipt, values
 

@@ -22,7 +22,7 @@ from farstep_service.kernel import KernelSource
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
-from farstep_service.session import Outcome, Outcomes, Session
+from farstep_service.session import Outcome, Outcomes, Session, SessionRecord
 
 SHAPES: dict[str, tuple[int, ...]] = {"w": (3, 4), "b": (5,), "scale": (), "z": (2,)}
 DTYPES: dict[str, str] = {"w": "float32", "b": "float32", "scale": "float64", "z": "complex64"}
@@ -43,6 +43,7 @@ def new_session(
     group_of: Mapping[str, int] | None = None,
     nonfinite: str = "refuse",
     kernels: KernelSource | None = None,
+    record: SessionRecord | None = None,
     **policy: object,
 ) -> Session:
     plan = Plan.build(
@@ -55,7 +56,7 @@ def new_session(
         kernel="reference",
         policy=policy,
     )
-    return Session(plan, incarnation="here", kernels=kernels or Kernels("reference"), device="cpu")
+    return Session(plan, incarnation="here", kernels=kernels or Kernels("reference"), device="cpu", record=record)
 
 
 def values(session: Session, seed: int) -> list[Tensor]:

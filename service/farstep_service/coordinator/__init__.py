@@ -1,30 +1,77 @@
-"""Pure decisions about pushes: which are new, who takes part, and when they become a step."""
+"""Pure decisions about one session: who takes part, which writes are new, and when pushes become a step."""
 
-from farstep_service.coordinator.groups import KnownGroups
-from farstep_service.coordinator.ledger import Entry, Ledger, mismatch
-from farstep_service.coordinator.members import Members
-from farstep_service.coordinator.modes.decisions import Abort, Decision, Pushed, Refuse, Skip, Step
-from farstep_service.coordinator.modes.mode import Aggregation
+from farstep_service.coordinator.checks import CoordinatorState
+from farstep_service.coordinator.coordinator import Coordinator
+from farstep_service.coordinator.events import (
+    Append,
+    ChangeMode,
+    ChangeOptions,
+    DropBase,
+    Event,
+    Failed,
+    Heartbeat,
+    Interrupt,
+    Join,
+    Leave,
+    NoStep,
+    Push,
+    Put,
+    Receive,
+    Result,
+    StepTaken,
+    Tick,
+    Written,
+)
+from farstep_service.coordinator.instructions import (
+    Answer,
+    AtOnce,
+    Awaited,
+    DropBases,
+    Grow,
+    Instruction,
+    KeepBase,
+    LeaveOut,
+    SetMode,
+    SetOptions,
+    TakeStep,
+    Write,
+)
 from farstep_service.coordinator.options import Agreed, Said, agreed
-from farstep_service.coordinator.rounds import Rounds, aggregation_for, places_of
 
 __all__ = [
-    "Abort",
-    "Aggregation",
     "Agreed",
-    "Decision",
-    "Entry",
-    "KnownGroups",
-    "Ledger",
-    "Members",
-    "Pushed",
-    "Refuse",
-    "Rounds",
+    "Answer",
+    "Append",
+    "AtOnce",
+    "Awaited",
+    "ChangeMode",
+    "ChangeOptions",
+    "Coordinator",
+    "CoordinatorState",
+    "DropBase",
+    "DropBases",
+    "Event",
+    "Failed",
+    "Grow",
+    "Heartbeat",
+    "Instruction",
+    "Interrupt",
+    "Join",
+    "KeepBase",
+    "Leave",
+    "LeaveOut",
+    "NoStep",
+    "Push",
+    "Put",
+    "Receive",
+    "Result",
     "Said",
-    "Skip",
-    "Step",
-    "aggregation_for",
+    "SetMode",
+    "SetOptions",
+    "StepTaken",
+    "TakeStep",
+    "Tick",
+    "Write",
+    "Written",
     "agreed",
-    "mismatch",
-    "places_of",
 ]

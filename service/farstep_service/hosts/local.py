@@ -26,7 +26,6 @@ from farstep_service.durability import Snapshot
 from farstep_service.hosts.alarm import Alarm
 from farstep_service.hosts.areas import Areas
 from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Renewed, Summary, View, WorkerPage
-from farstep_service.hosts.initialising import Initialising
 from farstep_service.hosts.narrowed import NarrowedView
 from farstep_service.hosts.readers import Kind, Outgoing, Readers, Seat
 from farstep_service.hosts.reading import Views, chosen_of, cost_of
@@ -72,10 +71,8 @@ class LocalHost(Host):
         self._turn = asyncio.Lock()
         self._waiting = Waiting()
         self._alarm = Alarm(clock)
-        self._initialising = Initialising(clock)
         self._closed = False
         self._leaving = False
-        self._switched = False
         self._areas = Areas()
         self._views = Views(executor)
         self._versions = versions
@@ -92,7 +89,7 @@ class LocalHost(Host):
 
     @property
     def switched(self) -> bool:
-        return self._switched
+        return self._session.switched
 
     @property
     def parameter_bytes(self) -> int:
@@ -116,9 +113,7 @@ class LocalHost(Host):
             epoch, outcomes = self._session.join(worker, self._clock(), named=named)
             self._unshare()
             self._resolve(outcomes)
-            initialised = self._session.initialised
-            initialise = not initialised and self._initialising.chooses(worker, self._session.lease_s)
-            return Joined(epoch, initialised, initialise, self._session.version)
+            return Joined(epoch, self._session.initialised, self._session.initialises(worker), self._session.version)
 
     async def leave(self, worker: str, epoch: int) -> None:
         async with self._turn:
@@ -182,7 +177,6 @@ class LocalHost(Host):
                 self._resolve,
                 inline=self._small,
             )
-            self._switched = True
             self._resolve(outcomes)
 
     def _options(self, first: int, most: int) -> list[dict[str, Any]]:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from farstep.wire.memory import TORCH_DTYPES
-from farstep_service.kernel import At, Call, Kernel, Progress
+from farstep_service.kernel import At, Call, Kernel, Progress, cut
 from farstep_service.optimizers.native import LONG_FROM, Program
 from farstep_service.optimizers.program import LEAST
-from farstep_service.optimizers.reference import ReferenceKernel, cut
+from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.rule import AnyRule, Fields, Form
 
 MANY_THREADS_FROM = 2**20

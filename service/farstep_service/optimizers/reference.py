@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farstep_service.kernel import Call, Kernel, Progress, Write
+from farstep_service.kernel import Call, Kernel, Progress, Write, cut
 from farstep_service.rule import AnyRule, ElementwiseRule, Form
 
 BLOCK = 2**17
@@ -73,13 +73,6 @@ class ReferenceKernel(Kernel):
             p, state = self._rule.update(p, g, state, call.scalars)
         writes = [Write(call.out, p), *(Write(call.state[name], values) for name, values in state.items())]
         return writes if call.copy is None else [*writes, Write(call.copy, p)]
-
-
-def cut(call: Call, start: int, stop: int) -> Call:
-    """Return the call on the elements from `start` to before `stop`."""
-    state = {name: field[start:stop] for name, field in call.state.items()}
-    copy = None if call.copy is None else call.copy[start:stop]
-    return Call(call.p[start:stop], call.g[start:stop], state, call.out[start:stop], call.scalars, copy, call.pairs)
 
 
 def _numbers(pairs: Tensor) -> Tensor:

@@ -36,6 +36,15 @@ class Accumulated:
         self._present: set[int] = set()
         self._sparse: dict[int, tuple[Tensor, Tensor]] = {}
 
+    def cloned(self) -> Accumulated:
+        """Return the same in memory of its own."""
+        copied = Accumulated()
+        copied.count, copied.workers, copied._present = self.count, self.workers, set(self._present)
+        if self._total is not None:
+            copied._total = FlatBuffers(self._total.layout, self._total.device, zero=False).copy_(self._total)
+        copied._sparse = {index: (rows.clone(), values.clone()) for index, (rows, values) in self._sparse.items()}
+        return copied
+
     @property
     def nbytes(self) -> int:
         """Return the memory of the sum."""

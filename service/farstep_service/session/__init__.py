@@ -1,6 +1,6 @@
 """The single writer: orders writes, applies each exactly once, owns the version."""
 
-from farstep_service.session.outcomes import Outcome, Outcomes
 from farstep_service.session.session import Session
+from farstep_service.session.state_machine import Journal, Outcome, Outcomes, SessionRecord
 
-__all__ = ["Outcome", "Outcomes", "Session"]
+__all__ = ["Journal", "Outcome", "Outcomes", "Session", "SessionRecord"]

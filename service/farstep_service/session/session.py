@@ -1,13 +1,13 @@
-"""The single writer of one session: it orders writes, applies each exactly once, and owns the version.
+"""The single writer of one session: what a coordinator decides and tensors carry out, put together.
 
-    a write ──► ledger: new? ──► validation ──► aggregation: a step yet? ──► store: one atomic update ──► receipts
-                   │ seen before                    │ not yet: it waits
-                   ▼                                ▼
-             the old receipt                  a later write, or the deadline, decides
+    a request ──► checks: refused, seen before, waits already?  ──► an event ──► coordinator ──► instructions
+                                                                       ▲                              │
+                                                                       └── result ◄── tensors ◄───────┤
+                                                                                                      ▼
+                                                                                          an answer to each write
 
 A session is plain and synchronous: its host calls one method at a time. Nothing here knows HTTP, threads or clocks; the
-time comes in with the call. Writes that are refused leave no trace: their sequence is not consumed, and the lease of
-their worker is not renewed. One that is taken in, and waits for others or finishes a step, does renew it.
+time comes in with the call. A request that is refused leaves no trace: no sequence is consumed, and no lease renewed.
 """
 
 from __future__ import annotations
@@ -20,25 +20,39 @@ from typing import final
 import torch
 
 from farstep.consistency import Consistency
-from farstep.errors import StepInterrupted, Unavailable
+from farstep.errors import StepInterrupted
 from farstep.growth import AppendHead
 from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep_service.contents import Contents
-from farstep_service.coordinator import Ledger, Rounds, mismatch
+from farstep_service.coordinator import (
+    Append,
+    ChangeMode,
+    ChangeOptions,
+    Coordinator,
+    CoordinatorState,
+    DropBase,
+    Event,
+    Heartbeat,
+    Interrupt,
+    Join,
+    Leave,
+    Push,
+    Put,
+    Receive,
+    Result,
+    Tick,
+)
+from farstep_service.coordinator.written import read_back
 from farstep_service.durability import Snapshot
-from farstep_service.gradients import Contribution
+from farstep_service.gradients import Contribution, check_finite, nonfinite_in
 from farstep_service.kernel import KernelSource
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
-from farstep_service.session.admission import Admission
-from farstep_service.session.attendance import Attendance
-from farstep_service.session.growth import Growth, room_for
-from farstep_service.session.membership import Membership
-from farstep_service.session.outcomes import Outcome, Outcomes
-from farstep_service.session.pushes import Pushes
+from farstep_service.session.growth import grown, room_for
+from farstep_service.session.state_machine import Journal, Outcome, Outcomes, SessionRecord, StateMachine
 from farstep_service.store import Held
-from farstep_service.tensors.beginning import state_of
+from farstep_service.tensors import Tensors, check_dense, state_of
 from farstep_service.tensors.state import GroupChanges
 
 
@@ -51,19 +65,41 @@ class Session:
         incarnation: a name for this life of the session, random hex.
         kernels: runs the update rules.
         device: where parameters and state live.
+        journal: told of each event before it is applied, and of each result.
+        record: what another session was, which this one goes on with.
     """
 
-    def __init__(self, plan: Plan, *, incarnation: str, kernels: KernelSource, device: str) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        incarnation: str,
+        kernels: KernelSource,
+        device: str,
+        journal: Journal | None = None,
+        record: SessionRecord | None = None,
+    ) -> None:
         self.incarnation = incarnation
-        self._state = state_of(plan, kernels=kernels, device=torch.device(device))
-        self._ledger = Ledger()
-        self._rounds = Rounds(plan.consistency, self._ledger)
-        self._members = self._rounds.members
-        self._membership = Membership(plan.name, self._rounds, self._ledger)
-        self._pushes = Pushes(self._state, self._rounds)
-        self._attendance = Attendance(self._membership, self._pushes)
-        self._growth = Growth(self._state, self._membership)
-        self._admission = Admission(incarnation, self._state, self._ledger, self._membership)
+        if record is None:
+            tensors = Tensors(state_of(plan, kernels=kernels, device=torch.device(device)))
+            coordinator = Coordinator(CoordinatorState(plan.name, incarnation, plan.consistency))
+        else:
+            tensors = Tensors.of(record.tensors, kernels=kernels, device=torch.device(device))
+            coordinator = Coordinator(read_back(record.written))
+        self._machine = StateMachine(coordinator, tensors, journal)
+        self._tensors, self._state = tensors, tensors.state
+
+    @property
+    def _coordinator(self) -> Coordinator:
+        return self._machine.coordinator
+
+    def record(self) -> SessionRecord:
+        """Return all that the session is; see `StateMachine.record`."""
+        return self._machine.record()
+
+    def replay(self, event: Event | Result, now: float, results: Sequence[Result]) -> Outcomes:
+        """Let an event of a journal happen again; see `StateMachine.replay`."""
+        return self._machine.replay(event, now, results)
 
     # -- what is there ----------------------------------------------------------------------------------------------
 
@@ -74,7 +110,7 @@ class Session:
 
     @property
     def initialised(self) -> bool:
-        """Say whether the first parameters have arrived."""
+        """Return whether the first parameters have arrived."""
         return self._state.initialised
 
     @property
@@ -88,78 +124,93 @@ class Session:
         return self._state.groups
 
     @property
+    def switched(self) -> bool:
+        """Return whether the session was told to go over to another mode."""
+        return self._coordinator.switched
+
+    @property
     def workers(self) -> list[str]:
         """Return the workers that joined, in the order of their names."""
-        return self._members.names()
+        return self._coordinator.roster.names()
 
     @property
     def worker_count(self) -> int:
         """Return how many workers there are."""
-        return len(self._members)
+        return len(self._coordinator.roster)
 
     def workers_after(self, worker: str, most: int) -> list[str]:
         """Return the first `most` of the workers whose names come after one."""
-        return self._members.names_after(worker, most)
+        return self._coordinator.roster.names_after(worker, most)
 
     @property
     def deadline(self) -> float | None:
         """Return the time at which `tick` may have something to decide."""
-        return self._pushes.deadline
+        return self._coordinator.deadline
 
     def position(self, worker: str) -> tuple[int, int, bool]:
         """Return a worker's epoch (0: none), its last committed sequence, and whether a push of it waits."""
-        self._pushes.finish()
-        epoch = self._members.epoch(worker)
-        return epoch, self._ledger.last(worker) if epoch else 0, worker in self._rounds
+        self._machine.finish()
+        roster = self._coordinator.roster
+        return roster.epoch(worker), roster.sequence(worker), self._coordinator.waits(worker)
 
     def nbytes(self) -> dict[str, int]:
         """Return the memory the session takes, in bytes by kind."""
-        return {**self._state.nbytes(), "waiting": self._pushes.nbytes}
+        return {**self._state.nbytes(), "waiting": self._tensors.waiting_bytes}
 
     @property
     def held_bytes(self) -> int:
         """Return the memory that the session holds, but for gradients that wait, whose requests are in flight."""
-        return sum(self._state.nbytes().values()) + self._pushes.kept_bytes
+        return sum(self._state.nbytes().values()) + self._tensors.kept_bytes
 
     def coming_bytes(self, growing: int = 0) -> int:
         """Return the bytes that the next write may take beside that; see `SessionState.coming_bytes`."""
         return self._state.coming_bytes(growing)
 
     def forget_base(self) -> bool:
-        """Let go of what it can do without; see `Pushes.forget_base`."""
-        return self._pushes.forget_base()
+        """Let the oldest of the versions go that workers have; return whether there was one.
+
+        A push that was computed on it is refused as stale, and answered with parameters to go on from.
+        """
+        if not self._coordinator.roster.bases():
+            return False
+        self._machine.happen(DropBase(), self._machine.now)
+        return True
 
     # -- membership -------------------------------------------------------------------------------------------------
 
     def lease_s(self, worker: str, now: float) -> float:
         """Return how long a worker's lease still runs: all of it while a push of it waits, 0 for one not live."""
-        return self._members.left_s(worker, now)
+        return self._coordinator.roster.left_s(worker, now)
 
     def join(self, worker: str, now: float, *, named: bool = True) -> tuple[int, Outcomes]:
         """Open a new epoch of a worker that knows all groups, fencing its older one; return it, and what that decided.
 
         Args:
-            named: its name was chosen; see `Members.join`.
+            named: its name was chosen; see `Member`.
 
         Raises:
             SessionFull: the mode's places are taken by workers that are live.
         """
-        outcomes = self._pushes.finish()
-        epoch, decided = self._attendance.join(worker, now, named=named)
-        return epoch, outcomes | decided
+        outcomes = self._machine.finish()
+        self._coordinator.check_join(worker, now)
+        outcomes |= self._machine.happen(Join(worker, named), now)
+        return self._coordinator.roster.epoch(worker), outcomes
+
+    def initialises(self, worker: str) -> bool:
+        """Return whether a worker that joined is asked for the first contents."""
+        return not self.initialised and self._coordinator.initialises(worker)
 
     def leave(self, worker: str, epoch: int, now: float) -> Outcomes:
         """Give a worker's place up; an epoch that is not current has nothing to give up."""
-        outcomes = self._pushes.finish()
-        if self._members.epoch(worker) != epoch:
+        outcomes = self._machine.finish()
+        if not epoch or self._coordinator.roster.epoch(worker) != epoch:
             return outcomes
-        return outcomes | self._attendance.leave(worker, now)
+        return outcomes | self._machine.happen(Leave(worker), now)
 
     def received(self, worker: str, epoch: int, now: float) -> None:
         """Note that a worker is being sent the present version, if that is its epoch."""
-        if epoch and self._members.epoch(worker) == epoch:
-            self._rounds.heard(worker, now)
-            self._pushes.received(worker)
+        if epoch and self._coordinator.roster.epoch(worker) == epoch:
+            self._machine.happen(Receive(worker), now)
 
     def renew(self, worker: str, epoch: int, incarnation: str, now: float) -> tuple[bool, int]:
         """Renew a worker's lease without a write; return whether it had run out, and how many workers are live.
@@ -167,10 +218,11 @@ class Session:
         Raises:
             SessionLost, Fenced: the worker joined another life of the session, or its epoch is over.
         """
-        self._admission.check_worker(worker, epoch, incarnation)
-        lapsed = not self._members.is_live_at(worker, now)
-        self._rounds.heard(worker, now)
-        return lapsed, self._members.live
+        self._coordinator.check_worker(worker, epoch, incarnation)
+        roster = self._coordinator.roster
+        lapsed = not roster.is_live_at(worker, now)
+        self._machine.happen(Heartbeat(worker), now)
+        return lapsed, roster.live
 
     def set_consistency(self, mode: Consistency, now: float) -> Outcomes:
         """Go on in another mode, which is offered the pushes that wait in the order of their workers' names.
@@ -179,37 +231,33 @@ class Session:
             SessionFull: there are more live workers than the mode has places for.
             InvalidOption: the optimizer does not go with the mode. Nothing has changed then, whatever the error.
         """
-        outcomes = self._pushes.finish()
-        plan = replace(self.plan, consistency=mode)
-        plan.check_consistency()
-        if mode == self.plan.consistency:
-            return outcomes
-        self._membership.make_fit(mode, now)
-        self._state.plan = plan
-        return outcomes | self._pushes.switch(now)
+        outcomes = self._machine.finish()
+        replace(self.plan, consistency=mode).check_consistency()
+        self._coordinator.check_mode(mode, now)
+        return outcomes | self._machine.happen(ChangeMode(mode), now)
 
     def interrupt(self, now: float) -> Outcomes:
         """Take back every push that waits, because the server is about to end."""
-        error = Unavailable(
-            f"The server of session {self.plan.name!r} is shutting down; this push, which waited, was not applied.",
-            remedy="Push again when the server is back.",
-        )
-        return self._pushes.interrupt(error, now)
+        return self._machine.happen(Interrupt(), now)
 
     def layout_at(self, name: WriteName) -> Layout:
         """Return the layout that a worker knew when it made a write: the session's, or what it was before it grew."""
-        return self._membership.layout_at(name, self.plan.layout)
+        return self._layout(self._coordinator.roster.groups_at(name))
 
     def layout_of(self, worker: str) -> Layout:
         """Return the layout that a worker knows."""
-        known = self._membership.groups(worker, len(self.plan.groups))
-        return self.plan.layout if known == len(self.plan.groups) else self.plan.layout.first(known)
+        lag = self._coordinator.roster.lag(worker)
+        return self._layout(None if lag is None else lag[0])
+
+    def _layout(self, groups: int | None) -> Layout:
+        layout = self.plan.layout
+        return layout if groups is None or groups == len(self.plan.groups) else layout.first(groups)
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
     def check(self, name: WriteName, incarnation: str) -> None:
-        """Refuse what can be refused before the body is read; see `Admission.check`."""
-        self._admission.check(name, incarnation)
+        """Refuse what can be refused before the body is read; see `Coordinator.check_write`."""
+        self._coordinator.check_write(name, incarnation)
 
     def contribution(self, head: PushHead) -> Contribution:
         """Return memory for a push's gradients; see `Contribution` and `SessionState` for what they refuse."""
@@ -228,31 +276,55 @@ class Session:
             FarstepError: the push is refused; nothing has changed and its sequence is free.
             StepInterrupted: a kernel failed midway; the step is finished before anything else happens.
         """
-        outcomes = self._pushes.finish()
-        self._admission.check(head.name, head.incarnation)
-        if (repeated := self._repeated(head.name, fingerprint, now)) is not None:
+        outcomes = self._machine.finish()
+        self._coordinator.check_write(head.name, head.incarnation)
+        if (repeated := self._repeated(head.name, head.incarnation, fingerprint, now)) is not None:
             return outcomes | repeated
-        if self._rounds.holds(head.name, fingerprint):
+        if self._coordinator.holds(head.name, fingerprint):
             return outcomes
-        nonfinite = self._admission.check_push(head, contribution)
-        self._pushes.check(contribution, head.name.worker)
-        self._rounds.heard(head.name.worker, now)
-        return outcomes | self._pushes.offer(head, contribution, fingerprint, now, nonfinite=nonfinite)
+        nonfinite = self._check_push(head, contribution)
+        self._tensors.receive_push(head, contribution)
+        return outcomes | self._machine.happen(Push(head, fingerprint, nonfinite), now)
 
-    def _repeated(self, name: WriteName, fingerprint: str, now: float) -> Outcomes | None:
+    def _check_push(self, head: PushHead, contribution: Contribution) -> str:
+        """Refuse a push that no step can take; return what in it holds NaN or Inf where that skips the step, or "".
+
+        Raises:
+            NotInitialised, InvalidRequest, InvalidOption, TensorMismatch, NonFinite: as `SessionState`, `Contribution`
+                and `check_finite` say.
+        """
+        state, plan, nonfinite = self._state, self.plan, ""
+        state.check_initialised()
+        state.check_base(head.base, head.evaluation)
+        options = state.whole if head.options == "push" else state.changed
+        options(head.groups)  # refuses what is wrong with them
+        contribution.check_indices()
+        if plan.looks_at_gradients:
+            contribution.secure_()
+        if plan.nonfinite == "refuse":
+            check_finite(contribution, head.name.worker, head.evaluation)
+        elif plan.nonfinite == "skip" and (found := nonfinite_in(contribution, head.name.worker)[1]):
+            nonfinite = f"{found}."
+        if self._coordinator.keeps_bases:
+            check_dense(contribution, head.name.worker)
+        return nonfinite
+
+    def _repeated(self, name: WriteName, incarnation: str, fingerprint: str, now: float) -> Outcomes | None:
         """Return the outcome of a write that was committed before, whose worker is alive; None for one that is next."""
-        receipt = self._ledger.judge(name, fingerprint)
+        receipt = self._coordinator.seen(name, incarnation, fingerprint)
         if receipt is None:
             return None
-        self._rounds.heard(name.worker, now)
+        self._machine.happen(Heartbeat(name.worker), now)
         return {name: Outcome(receipt, duplicate=True)}
 
     def tick(self, now: float) -> Outcomes:
         """Let time decide: leases run out, and whoever waits longer than its mode's deadline is answered."""
         outcomes: Outcomes = {}
         with suppress(StepInterrupted):  # it stays unfinished until somebody asks again
-            outcomes = self._pushes.finish()
-        return outcomes | self._pushes.tick(now)
+            outcomes = self._machine.finish()
+        if self._coordinator.unfinished:
+            return outcomes
+        return outcomes | self._machine.happen(Tick(), now)
 
     def intake(self, head: PutHead) -> Contents:
         """Return memory for new contents; see `SessionState.intake` for what it refuses."""
@@ -260,16 +332,13 @@ class Session:
 
     def put(self, head: PutHead, contents: Contents, fingerprint: str, now: float) -> Outcomes:
         """Replace contents of the session in one step; their memory belongs to the session from now on."""
-        outcomes = self._pushes.finish()
-        self._admission.check(head.name, head.incarnation)
-        if (repeated := self._repeated(head.name, fingerprint, now)) is not None:
+        outcomes = self._machine.finish()
+        self._coordinator.check_write(head.name, head.incarnation)
+        if (repeated := self._repeated(head.name, head.incarnation, fingerprint, now)) is not None:
             return outcomes | repeated
-        if head.name.worker in self._rounds:
-            raise mismatch(head.name)
-        receipt = self._state.put(head, contents)
-        self._ledger.commit(head.name, fingerprint, receipt)
-        self.received(head.name.worker, head.name.epoch, now)
-        return outcomes | {head.name: Outcome(receipt)}
+        self._coordinator.check_nothing_waits(head.name)
+        self._tensors.receive_contents(head, contents)
+        return outcomes | self._machine.happen(Put(head, fingerprint), now, raising=head.name)
 
     # -- growing ----------------------------------------------------------------------------------------------------
 
@@ -277,16 +346,16 @@ class Session:
         """Return memory for the parameters of a new group.
 
         Raises:
-            SessionLost, Fenced, SequenceGap, NotInitialised: see `check`.
-            InvalidOption, TensorMismatch, LimitExceeded, OptionsDiffer: see `Growth.append`.
+            SessionLost, Fenced, SequenceGap: see `check`.
+            NotInitialised, InvalidOption, TensorMismatch, LimitExceeded, OptionsDiffer: see `append`.
         """
-        if self._admission.is_new(head.name, head.incarnation):
-            self._growth.check(self.plan, head)
+        if self._coordinator.is_new(head.name, head.incarnation):
+            self._plan_with(head)
         return room_for(self.plan, head)
 
     def grows(self, head: AppendHead) -> bool:
-        """Say whether a group is new, so that it needs room: neither seen before nor there already."""
-        return self._admission.is_new(head.name, head.incarnation) and head.group == len(self.plan.groups)
+        """Return whether a group is new, so that it needs room: neither seen before nor there already."""
+        return self._coordinator.is_new(head.name, head.incarnation) and head.group == len(self.plan.groups)
 
     def append(self, head: AppendHead, arrived: Contents, fingerprint: str, now: float) -> Outcomes:
         """Grow by a param group as one new version, or note that a worker knows a group that is there.
@@ -294,21 +363,27 @@ class Session:
         Every other worker is shut out until it adds the same group, and its push that waits is taken back.
 
         Raises:
-            FarstepError: see `Growth.append`; nothing has changed then.
+            NotInitialised: there is nothing yet that could grow.
+            OptionsDiffer: there is such a group, with other options or parameters.
+            InvalidOption, TensorMismatch, LimitExceeded: groups before it are missing, or it cannot be stored.
+            Unavailable: there is no memory. Nothing has changed then, whatever the error.
         """
-        outcomes = self._pushes.finish()
-        self._admission.is_new(head.name, head.incarnation)
-        if (repeated := self._repeated(head.name, fingerprint, now)) is not None:
+        outcomes = self._machine.finish()
+        if (repeated := self._repeated(head.name, head.incarnation, fingerprint, now)) is not None:
             return outcomes | repeated
-        if head.name.worker in self._rounds:
-            raise mismatch(head.name)
-        groups = len(self.plan.groups)
-        receipt = self._growth.append(self.plan, head, arrived)
-        if len(self.plan.groups) > groups:
-            outcomes |= self._attendance.added(head, self.workers, now)
-        self._ledger.commit(head.name, fingerprint, receipt)
-        self.received(head.name.worker, head.name.epoch, now)
-        return outcomes | {head.name: Outcome(receipt)}
+        self._coordinator.check_nothing_waits(head.name)
+        plan = self._plan_with(head)
+        there = plan is self.plan
+        if not there:
+            self._tensors.receive_group(head.name, arrived, plan)
+        return outcomes | self._machine.happen(Append(head, fingerprint, there), now, raising=head.name)
+
+    def _plan_with(self, head: AppendHead) -> Plan:
+        """Return the plan with a new group, or the present one if it has that group."""
+        self._state.check_initialised()
+        lag = self._coordinator.roster.lag(head.name.worker)
+        known = len(self.plan.groups) if lag is None else lag[0]
+        return grown(self.plan, head, known=known, in_force=self.groups)
 
     # -- options ----------------------------------------------------------------------------------------------------
 
@@ -319,25 +394,25 @@ class Session:
             InvalidOption: an unknown group or option, or a value of a wrong type, out of range, or with which no step
                 could be taken; nothing has changed then.
         """
-        outcomes = self._pushes.finish()
-        self._state.set_groups(self._state.given(changes))
-        return outcomes
+        outcomes = self._machine.finish()
+        self._state.check_step(self._state.given(changes))
+        return outcomes | self._machine.happen(ChangeOptions(changes), self._machine.now)
 
     # -- reads ------------------------------------------------------------------------------------------------------
 
     def hold(self) -> tuple[Held, Outcomes]:
         """Hold the current version, which nobody changes until it is released."""
-        outcomes = self._pushes.finish()
+        outcomes = self._machine.finish()
         return self._state.hold(), outcomes
 
     def copy(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> tuple[Contents, Outcomes]:
         """Copy fields of the current version, of some segments or of all."""
-        outcomes = self._pushes.finish()
+        outcomes = self._machine.finish()
         return self._state.copy(fields, indices), outcomes
 
     def snapshot(self) -> tuple[Snapshot, Outcomes]:
         """Copy all of the current version; what waits at a barrier is not part of it."""
-        outcomes = self._pushes.finish()
+        outcomes = self._machine.finish()
         return self._state.snapshot(), outcomes
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -347,3 +422,5 @@ class Session:
             TensorMismatch: a state that no session can have.
         """
         self._state.restore(snapshot)
+        before = self._coordinator.state
+        self._machine.coordinator = Coordinator(replace(before, initialised=True, version=self._state.version))

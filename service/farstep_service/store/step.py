@@ -13,20 +13,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, final
+from typing import final
 
 from torch import Tensor
 
-from farstep_service.kernel import Call, Kernel, Progress, Write
+from farstep.receipt import Ran
+from farstep_service.kernel import At, Call, Kernel, Progress, Write, cut
 from farstep_service.rule import Counts
 from farstep_service.store.buffers import Buffers, FlatBuffers, shaped
 from farstep_service.store.calls import RowCall
 from farstep_service.store.gradients import Gradients
 from farstep_service.store.state import State
 from farstep_service.store.versions import Memory
-
-Ran = Literal["reference", "fused", "mixed"]
-"""Which kernel ran a step; `mixed` is one whose fused kernel failed midway and that the reference kernel finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +37,7 @@ class Applied:
         runs: kernel calls it took.
         again: it is part of a larger step, which goes on with another evaluation of the objective.
         copied: the segments that are in `Gradients.copy`, too.
+        switched: of a mixed step, where the reference kernel went on; see `Rerun`.
     """
 
     version: int
@@ -46,6 +45,7 @@ class Applied:
     runs: int
     again: bool = False
     copied: frozenset[int] = frozenset()
+    switched: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +105,21 @@ class Step:
     row_progress: Progress = field(default_factory=Progress)
     copied: bool = False
     kernels: list[str] = field(default_factory=list)
+    switched: tuple[int, int] = (0, 0)
+
+    def begin(self, kernel: Kernel, switched: tuple[int, int]) -> None:
+        """Run a kernel up to where another one went on when the step was taken before."""
+        call, element = switched
+        self._copy_unchanged()
+        kernel.execute([*self.calls[:call], *([cut(self.calls[call], 0, element)] if element else [])], Progress())
+        self.progress.at, self.switched = At(call, element), switched
+        self.kernels.append(kernel.name)
+
+    def _copy_unchanged(self) -> None:
+        if not self.copied:
+            if self.stale and isinstance(self.target.buffers, FlatBuffers):
+                self.target.buffers.copy_(self.source, self.stale)
+            self.copied = True
 
     def carry_out(self, kernel: Kernel) -> Applied:
         """Do what is left of the step.
@@ -112,24 +127,31 @@ class Step:
         Raises:
             Exception: whatever the kernel raised; the step can be continued.
         """
-        if not self.copied:
-            if self.stale and isinstance(self.target.buffers, FlatBuffers):
-                self.target.buffers.copy_(self.source, self.stale)
-            self.copied = True
+        self._copy_unchanged()
         before = self.progress.at
         try:
             kernel.execute(self.calls, self.progress)
         finally:
             if self.progress.at is not before:
+                at = self.progress.at
                 self.kernels.append(kernel.name)
+                if kernel.name == "fused":
+                    self.switched = at.then if at.writes else (at.call, at.element)
         self.row_progress.resume()
         while (number := self.row_progress.at.call) < len(self.rows):
             self.row_progress.commit(self._writes(number), call=number + 1)
         self.target.buffers.end(self.touched)
         ran: Ran = "reference"
         if "fused" in self.kernels:
-            ran = "fused" if len(set(self.kernels)) == 1 else "mixed"
-        return Applied(self.after.version, ran, len(self.calls) + len(self.rows), copied=self.doubled)
+            alone = len(set(self.kernels)) == 1 or self.switched == (len(self.calls), 0)
+            ran = "fused" if alone else "mixed"
+        return Applied(
+            self.after.version,
+            ran,
+            len(self.calls) + len(self.rows),
+            copied=self.doubled,
+            switched=self.switched if ran == "mixed" else (0, 0),
+        )
 
     def _writes(self, number: int) -> list[Write]:
         """Compute the new rows of one sparse gradient."""

@@ -22,7 +22,7 @@ import torch
 
 from farstep.errors import StepInterrupted, TensorMismatch
 from farstep.hyper import Hyper
-from farstep_service.kernel import Kernel, KernelSource
+from farstep_service.kernel import Kernel, KernelSource, Rerun
 from farstep_service.layout import Layout
 from farstep_service.rule import AnyRule, Counts, Fields, KernelName
 from farstep_service.store.buffers import Buffers, FlatBuffers
@@ -175,13 +175,13 @@ class Store:
 
     # -- steps --------------------------------------------------------------------------------------------------------
 
-    def apply(self, groups: Sequence[Hyper], gradients: Gradients, *, kernel: KernelName | None = None) -> Applied:
+    def apply(self, groups: Sequence[Hyper], gradients: Gradients, *, rerun: Rerun | None = None) -> Applied:
         """Take one step.
 
         Args:
             groups: options of each param group.
             gradients: what to step along. They must stay as they are until the step is complete.
-            kernel: the kernel to run, for a replay; the best one that is ready if None.
+            rerun: how it ran before, for a replay; with the best kernel that is ready if None.
 
         Raises:
             FarstepError: the step is refused; nothing has changed.
@@ -189,8 +189,14 @@ class Store:
         """
         with self._lock, torch.no_grad():
             self.finish()
-            step, chosen = self._decider.decide(groups, gradients, self._versions, self._state, self._now, kernel)
+            wanted: KernelName | None = None
+            if rerun is not None:
+                wanted = "fused" if rerun.kernel == "mixed" else rerun.kernel
+            step, chosen = self._decider.decide(groups, gradients, self._versions, self._state, self._now, wanted)
             self._pending = step
+            if rerun is not None and rerun.kernel == "mixed":
+                step.begin(chosen, rerun.switched)
+                chosen = self._kernels.reference(self.rule)
             return self._carry_out(step, chosen)
 
     def finish(self) -> Applied | None:

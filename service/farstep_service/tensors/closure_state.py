@@ -22,6 +22,7 @@ from farstep.messages import Evaluation, PutHead
 from farstep.presence import PRESENT, mask_of
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import on_device
+from farstep_service.kernel import Rerun
 from farstep_service.layout import Layout
 from farstep_service.optimizers.lbfgs import LBFGSHyper, most_pairs
 from farstep_service.optimizers.lbfgs_state import check_shapes, fields_of, memory_of
@@ -71,6 +72,14 @@ class ClosureState(SessionState):
     def begin(self, contents: Contents, version: int) -> None:
         self.adopt(on_device(contents.elements[PARAM], self.device), contents, version)
 
+    @property
+    def asked(self) -> object:
+        return self._waiting
+
+    def ask_again(self, asked: object) -> None:
+        assert asked is None or isinstance(asked, Waiting)
+        self._waiting = asked
+
     def append(self, plan: Plan, parameters: Buffers) -> None:
         self.plan.rule.check_layout(plan.layout)  # which has a second group, and is refused
         raise InternalError(f"{self.plan.rule.name} has no layout of several groups.")
@@ -102,6 +111,7 @@ class ClosureState(SessionState):
         lr_factor: float = 1.0,
         *,
         passing: Mapping[int, Hyper] = NO_GROUPS,
+        rerun: Rerun | None = None,
     ) -> Applied:
         self.check_evaluation(evaluation)
         assert evaluation is not None

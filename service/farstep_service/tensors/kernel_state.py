@@ -15,7 +15,7 @@ from farstep.policy import EMA
 from farstep.presence import PRESENT, mask_of
 from farstep_service.contents import PARAM, Contents
 from farstep_service.gradients import on_device
-from farstep_service.kernel import KernelSource
+from farstep_service.kernel import KernelSource, Rerun
 from farstep_service.plan import Plan
 from farstep_service.policies import Average
 from farstep_service.rule import AnyRule
@@ -139,6 +139,7 @@ class KernelState(SessionState):
         lr_factor: float = 1.0,
         *,
         passing: Mapping[int, Hyper] = NO_GROUPS,
+        rerun: Rerun | None = None,
     ) -> Applied:
         """Take one step with changed groups, which stay in force if it is taken; for errors see `Store.apply`."""
         before, of_step = self.groups, self._with(changed, passing)
@@ -148,7 +149,7 @@ class KernelState(SessionState):
             if self._average is not None:
                 self._average.prepare(store.buffers(PARAM))
             groups = of_step if lr_factor == 1.0 else [with_lr_times(group, lr_factor) for group in of_step]
-            return store.apply(groups, gradients)
+            return store.apply(groups, gradients, rerun=rerun)
         except BaseException:
             if not self.pending:
                 self.groups = before

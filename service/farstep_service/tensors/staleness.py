@@ -10,6 +10,9 @@ imaginary parts of a complex gradient are numbers of their own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import final
 
 import torch
@@ -17,7 +20,7 @@ import torch
 from farstep.errors import TensorMismatch
 from farstep_service.finite import BLOCK
 from farstep_service.gradients import Contribution
-from farstep_service.store import Buffers, Held
+from farstep_service.store import Buffers, FlatBuffers, Held
 
 
 def weigh_(contribution: Contribution, weight: float) -> None:
@@ -62,11 +65,23 @@ def check_dense(contribution: Contribution, worker: str) -> None:
 
 
 @final
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One version of the parameters in memory of its own, as `Held` is one in the memory of a store."""
+
+    version: int
+    buffers: FlatBuffers
+
+    def release(self) -> None:
+        """Nothing is held: the memory goes with this object."""
+
+
+@final
 class Bases:
     """The version of the parameters that each worker last received, kept for as long as it may push from there."""
 
-    def __init__(self) -> None:
-        self._held: dict[str, Held] = {}
+    def __init__(self, kept: Mapping[str, Kept] = MappingProxyType({})) -> None:
+        self._held: dict[str, Held | Kept] = {**kept}
 
     def keep(self, worker: str, held: Held) -> None:
         """Keep a version as what a worker has now, in the place of the one before."""
@@ -81,19 +96,14 @@ class Bases:
         if held is not None:
             held.release()
 
-    def forget_oldest(self) -> bool:
-        """Let the oldest version go that a worker has; return whether there was one."""
-        oldest = min(self._held, key=lambda worker: self._held[worker].version, default=None)
-        if oldest is not None:
-            self.forget(oldest)
-        return oldest is not None
-
-    def keep_only(self, workers: frozenset[str]) -> None:
-        """Let what all others have go."""
-        for worker in self._held.keys() - workers:
-            self.forget(worker)
-
-    def of(self, worker: str, version: int) -> Held | None:
-        """Return what a worker has if it is that version, None if nobody knows."""
+    def of(self, worker: str, version: int) -> Held | Kept | None:
+        """Return what a worker has if it is that version, None if that is not kept."""
         held = self._held.get(worker)
         return held if held is not None and held.version == version else None
+
+    def cloned(self) -> dict[str, Kept]:
+        """Return copies of all versions that are kept, by worker."""
+        return {
+            worker: Kept(held.version, FlatBuffers(held.buffers.layout, held.buffers.device).copy_(held.buffers))
+            for worker, held in self._held.items()
+        }

@@ -24,6 +24,7 @@ from farstep.presence import PRESENT
 from farstep.receipt import Receipt
 from farstep_service.contents import PARAM, Contents
 from farstep_service.durability import Snapshot
+from farstep_service.kernel import Rerun
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.store import Applied, Buffers, FlatBuffers, Gradients, Held
@@ -99,6 +100,16 @@ class SessionState(ABC):
         """
         self.begin(snapshot.contents, snapshot.version)
         self.set_groups(dict(enumerate(snapshot.groups)))
+
+    @property
+    def asked(self) -> object:
+        """Return the step that waits for an evaluation of its objective, None for none."""
+        return None
+
+    def ask_again(self, asked: object) -> None:
+        """Go on with a step that waited for an evaluation when it was recorded."""
+        if asked is not None:
+            raise TypeError(f"{self.plan.rule.name} has no step that waits.")
 
     # -- growing ----------------------------------------------------------------------------------------------------
 
@@ -225,6 +236,7 @@ class SessionState(ABC):
         lr_factor: float = 1.0,
         *,
         passing: Mapping[int, Hyper] = NO_GROUPS,
+        rerun: Rerun | None = None,
     ) -> Applied:
         """Take one step with changed groups, which stay in force if it is taken.
 
@@ -234,6 +246,7 @@ class SessionState(ABC):
             evaluation: what the closure returned.
             lr_factor: what each group's learning rate is multiplied by for this step alone.
             passing: groups that have other options in this step alone, whatever is in force.
+            rerun: how it ran before, for a replay; None for the first time.
 
         Raises:
             FarstepError: the step is refused; nothing has changed.

@@ -22,6 +22,7 @@ from farstep.errors import NonFinite
 from farstep.hyper import Hyper
 from farstep.messages import Evaluation
 from farstep.receipt import Reason
+from farstep_service.kernel import Rerun
 from farstep_service.plan import Plan
 from farstep_service.policies import (
     Accumulated,
@@ -71,9 +72,9 @@ class _Round:
 class Steps:
     """Turn rounds into steps of a state, whose plan says how."""
 
-    def __init__(self, state: SessionState) -> None:
+    def __init__(self, state: SessionState, accumulated: Accumulated | None = None) -> None:
         self._state = state
-        self._accumulated = Accumulated()
+        self._accumulated = accumulated or Accumulated()
         self._workspace = Workspace()
         self._unfinished: _Round | None = None
 
@@ -81,6 +82,11 @@ class Steps:
     def plan(self) -> Plan:
         """Return the state's plan."""
         return self._state.plan
+
+    @property
+    def accumulated(self) -> Accumulated:
+        """Return the rounds that wait for others."""
+        return self._accumulated
 
     @property
     def narrow(self) -> bool:
@@ -102,6 +108,7 @@ class Steps:
         *,
         passing: Mapping[int, Hyper] = NO_GROUPS,
         checked: bool,
+        rerun: Rerun | None = None,
     ) -> Taken | Left:
         """Take a round in, and the step that it makes; for the other arguments see `SessionState.step`.
 
@@ -133,7 +140,7 @@ class Steps:
             gradients, norm = clipped
         before = state.version
         try:
-            applied = state.step(gradients, changed, evaluation, lr_factor, passing=passing)
+            applied = state.step(gradients, changed, evaluation, lr_factor, passing=passing, rerun=rerun)
         finally:
             if state.pending:
                 self._unfinished = _Round(made_by, norm)

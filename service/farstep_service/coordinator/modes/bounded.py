@@ -13,114 +13,134 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import final
 
 from farstep.consistency import Bounded
-from farstep_service.coordinator.members import Members
 from farstep_service.coordinator.modes.decisions import Abort, Decision, Pushed, Refuse, Skip, Step
-from farstep_service.coordinator.modes.mode import Aggregation
+from farstep_service.coordinator.modes.mode import Mode
+from farstep_service.coordinator.roster import Roster
+
+
+@dataclass(slots=True)
+class BoundedState:
+    """What a bounded mode knows.
+
+    Attributes:
+        least: the least count of steps of a live worker.
+        clocks: by worker, how many steps it has completed.
+        waiting: by worker, its push and the deadline of that, first to pass first.
+        ready: the workers whose pushes wait for nothing any more.
+        returned: the workers that had lapsed and have not pushed since.
+    """
+
+    least: int = 0
+    clocks: dict[str, int] = field(default_factory=dict)
+    waiting: dict[str, tuple[Pushed, float]] = field(default_factory=dict)
+    ready: dict[str, None] = field(default_factory=dict)
+    returned: dict[str, None] = field(default_factory=dict)
 
 
 @final
-class Window(Aggregation):
+class BoundedMode(Mode):
     """Hold back the pushes of workers that are too far ahead.
 
     Args:
         mode: says how far that is.
-        members: who takes part; those who are there begin together.
+        roster: who takes part; those who are there begin together.
+        state: what another one knew.
     """
 
-    def __init__(self, mode: Bounded, members: Members) -> None:
-        super().__init__(members)
+    def __init__(self, mode: Bounded, roster: Roster, state: BoundedState | None = None) -> None:
+        super().__init__(roster)
         self._mode = mode
-        self._least = 0
-        self._clocks = dict.fromkeys(members.names(), 0)
-        self._live = Counter({0: members.live})  # how many live workers have completed so many steps
-        self._waiting: dict[str, tuple[Pushed, float]] = {}  # with its deadline, first to pass first
-        self._ready: dict[str, None] = {}
-        self._returned: set[str] = set()
+        self.state: BoundedState = state or BoundedState(clocks=dict.fromkeys(roster.names(), 0))
+        # How many live workers have completed so many steps.
+        self._live = Counter(clock for worker, clock in self.state.clocks.items() if roster.is_live(worker))
 
     def offer(self, push: Pushed, now: float) -> None:
-        self._waiting[push.worker] = push, now + self._mode.deadline_s
+        self.state.waiting[push.worker] = push, now + self._mode.deadline_s
         self._look_at(push.worker)
 
     def withdraw(self, worker: str) -> None:
-        self._waiting.pop(worker, None)
-        self._ready.pop(worker, None)
+        self.state.waiting.pop(worker, None)
+        self.state.ready.pop(worker, None)
 
     def decide(self, version: int, now: float) -> Decision | None:
-        if self._ready:
-            return self._next(next(worker for worker in self._waiting if worker in self._ready), version)
-        for worker, (_, until) in self._waiting.items():
+        if self.state.ready:
+            return self._next(next(worker for worker in self.state.waiting if worker in self.state.ready), version)
+        for worker, (_, until) in self.state.waiting.items():
             if now < until:
                 return None
             self.withdraw(worker)
-            slow = [name for name, c in self._clocks.items() if c < self._clocks[worker] - self._mode.staleness]
-            missing = tuple(sorted(name for name in slow if self._members.is_live(name)))
+            slow = [
+                name for name, c in self.state.clocks.items() if c < self.state.clocks[worker] - self._mode.staleness
+            ]
+            missing = tuple(sorted(name for name in slow if self._roster.is_live(name)))
             return Abort((worker,), 1 + len(missing), missing)
         return None
 
     def _next(self, worker: str, version: int) -> Decision:
-        push, _ = self._waiting[worker]
+        push, _ = self.state.waiting[worker]
         self.withdraw(worker)
-        returned = worker in self._returned
-        self._returned.discard(worker)
-        if returned and version - push.base > self._mode.bound(self._members.live):
+        returned = worker in self.state.returned
+        self.state.returned.pop(worker, None)
+        if returned and version - push.base > self._mode.bound(self._roster.live):
             return Refuse(worker, "stale")
         return Skip((worker,)) if push.skip else Step((worker,))
 
     @property
     def deadline(self) -> float | None:
-        if not self._waiting:
+        if not self.state.waiting:
             return None
-        if self._ready:
+        if self.state.ready:
             return 0.0
-        _, until = next(iter(self._waiting.values()))
-        lapse = self._members.next_lapse
+        _, until = next(iter(self.state.waiting.values()))
+        lapse = self._roster.next_lapse
         return until if lapse is None else min(until, lapse)
 
     def completed(self, decision: Step | Skip, version: int) -> None:
         for worker in decision.workers:
-            if worker in self._clocks:
-                live = self._members.is_live(worker)
-                self._live[self._clocks[worker]] -= live
-                self._clocks[worker] += 1
-                self._live[self._clocks[worker]] += live
+            if worker in self.state.clocks:
+                live = self._roster.is_live(worker)
+                self._live[self.state.clocks[worker]] -= live
+                self.state.clocks[worker] += 1
+                self._live[self.state.clocks[worker]] += live
         self._advance()
 
     def joined(self, worker: str) -> None:
-        self._clocks[worker] = self._least
-        self._live[self._least] += 1
+        self.state.clocks[worker] = self.state.least
+        self._live[self.state.least] += 1
 
     def left(self, worker: str) -> None:
-        if self._members.is_live(worker):
-            self._live[self._clocks[worker]] -= 1
-        del self._clocks[worker]
-        self._returned.discard(worker)
+        if self._roster.is_live(worker):
+            self._live[self.state.clocks[worker]] -= 1
+        del self.state.clocks[worker]
+        self.state.returned.pop(worker, None)
         self._advance()
 
     def lapsed(self, workers: Sequence[str]) -> None:
         for worker in workers:
-            self._live[self._clocks[worker]] -= 1
+            self._live[self.state.clocks[worker]] -= 1
         self._advance()
 
     def returned(self, worker: str) -> None:
-        self._clocks[worker] = max(self._clocks[worker], self._least)
-        self._live[self._clocks[worker]] += 1
-        self._returned.add(worker)
+        self.state.clocks[worker] = max(self.state.clocks[worker], self.state.least)
+        self._live[self.state.clocks[worker]] += 1
+        self.state.returned[worker] = None
         self._advance()  # nobody else may be live
 
     def _advance(self) -> None:
         """Let the least clock follow the slowest live worker, and look at who waits for it."""
-        before = self._least
+        before = self.state.least
         if +self._live:
-            while not self._live[self._least]:
-                del self._live[self._least]
-                self._least += 1
-        if self._least != before:
-            for worker in self._waiting:
+            while not self._live[self.state.least]:
+                del self._live[self.state.least]
+                self.state.least += 1
+        if self.state.least != before:
+            for worker in self.state.waiting:
                 self._look_at(worker)
 
     def _look_at(self, worker: str) -> None:
-        if self._clocks[worker] <= self._least + self._mode.staleness:
-            self._ready[worker] = None
+        if self.state.clocks[worker] <= self.state.least + self._mode.staleness:
+            self.state.ready[worker] = None

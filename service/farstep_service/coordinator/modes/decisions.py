@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, final
 
 from farstep.messages import WriteName
-from farstep.receipt import Reason, Receipt
-from farstep.wire import Names
+from farstep.receipt import Reason
 
 
 class Pushed(NamedTuple):
@@ -53,19 +52,11 @@ class Round:
 class Step(Round):
     """Reduce the pushes of these workers, in this order, divide by their number, and apply."""
 
-    def told(self, version: int) -> Receipt:
-        """Return what its workers are told alike; the step led to that version."""
-        return Receipt(version, 0, contributors=Names(self.workers), divisor=self.divisor)
-
 
 @final
 @dataclass(frozen=True, slots=True)
 class Skip(Round):
     """Apply nothing: one of these workers skips the step, so all of them do, with one outcome."""
-
-    def told(self, version: int) -> Receipt:
-        """Return what its workers are told alike, at that version."""
-        return Receipt(version, 0, applied=False, divisor=self.divisor, reason="skipped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +74,6 @@ class Refuse:
     def workers(self) -> tuple[str, ...]:
         """Return whom it is about."""
         return (self.worker,)
-
-    def told(self, version: int) -> Receipt:
-        """Return what its worker is told, at that version."""
-        return Receipt(version, 0, applied=False, reason=self.reason)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,32 +1,37 @@
 """When pushes become a step: one small state machine for each consistency mode.
 
-    Aggregation
-    ├── Immediate    Async: each push is a step
-    ├── Barrier      Sync: one push of each of N, of K of N, or of every live worker          barrier.py
-    └── Window       Bounded: each push is a step, once its worker is not too far ahead       window.py
+    Mode
+    ├── AsyncMode      each push is a step
+    ├── SyncMode       one push of each of N, of K of N, or of every live worker          sync.py
+    └── BoundedMode    each push is a step, once its worker is not too far ahead          bounded.py
 
-Events and the time go in, decisions come out, one at a time; the session acts on each before it asks for the next.
-Pure: no clock, no lock, no I/O.
+Events and the time go in, decisions come out, one at a time; the coordinator acts on each before it asks for the next.
+All that a mode knows is one record, `state`, which can be written down.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, final
 
-from farstep_service.coordinator.members import Members
 from farstep_service.coordinator.modes.decisions import Decision, Pushed, Skip, Step
+from farstep_service.coordinator.roster import Roster
 
 
-class Aggregation(ABC):
+class Mode(ABC):
     """Decide what becomes of the pushes that wait. A worker has at most one.
 
     Args:
-        members: who takes part; it is looked at, not changed.
+        roster: who takes part; it is looked at, not changed.
     """
 
-    def __init__(self, members: Members) -> None:
-        self._members = members
+    state: Any
+    """All that it knows, a dataclass."""
+
+    def __init__(self, roster: Roster) -> None:
+        self._roster = roster
 
     @abstractmethod
     def offer(self, push: Pushed, now: float) -> None:
@@ -57,7 +62,7 @@ class Aggregation(ABC):
         """Note that a worker joined."""
 
     def left(self, worker: str) -> None:  # noqa: B027
-        """Note that a worker is not a member any more."""
+        """Note that a worker is not a member any more, just before it leaves the roster."""
 
     def lapsed(self, workers: Sequence[str]) -> None:  # noqa: B027
         """Note that workers are not live any more."""
@@ -66,23 +71,32 @@ class Aggregation(ABC):
         """Note that a worker that had lapsed is live again."""
 
 
-class Immediate(Aggregation):
+@dataclass(slots=True)
+class AsyncState:
+    """The pushes that are about to be steps, by worker, in the order in which they came."""
+
+    ready: dict[str, Pushed] = field(default_factory=dict)
+
+
+@final
+class AsyncMode(Mode):
     """Async: each push is a step."""
 
-    def __init__(self, members: Members) -> None:
-        super().__init__(members)
-        self._ready: dict[str, Pushed] = {}
+    def __init__(self, roster: Roster, state: AsyncState | None = None) -> None:
+        super().__init__(roster)
+        self.state: AsyncState = state or AsyncState()
 
     def offer(self, push: Pushed, now: float) -> None:
-        self._ready[push.worker] = push
+        self.state.ready[push.worker] = push
 
     def withdraw(self, worker: str) -> None:
-        self._ready.pop(worker, None)
+        self.state.ready.pop(worker, None)
 
     def decide(self, version: int, now: float) -> Decision | None:
-        if not self._ready:
+        ready = self.state.ready
+        if not ready:
             return None
-        push = self._ready.pop(next(iter(self._ready)))
+        push = ready.pop(next(iter(ready)))
         return Skip((push.worker,)) if push.skip else Step((push.worker,))
 
     @property

@@ -1,28 +1,13 @@
-"""What becomes of a write: a receipt, or an error in words that its worker can act on."""
+"""An instruction that failed before it changed anything, in words that a worker can act on."""
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 
 from farstep.errors import FarstepError, InternalError, InvalidOption
-from farstep.messages import WriteName
-from farstep.receipt import Receipt
 from farstep_service.memory import out_of_memory
 
 log = logging.getLogger("farstep.session")
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of a write: a receipt or an error, and the seconds its kernel took."""
-
-    result: Receipt | FarstepError
-    duplicate: bool = False
-    kernel_s: float = 0.0
-
-
-Outcomes = dict[WriteName, Outcome]
 
 
 def told(exc: Exception, what: str) -> FarstepError:

@@ -1,0 +1,184 @@
+"""A session as a state machine: what a coordinator decides and tensors carry out, put together.
+
+    an event ──► coordinator ──► instructions ──► tensors
+                      ▲                              │
+                      └─────────── result ◄──────────┘        and an outcome for each write that was decided about
+
+With a journal of its events and results, and a record of what it was at one moment, it is there again: `replay`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+from farstep.errors import FarstepError, InternalError
+from farstep.messages import WriteName
+from farstep.receipt import Receipt
+from farstep_service.coordinator import (
+    Answer,
+    Coordinator,
+    Event,
+    Failed,
+    Grow,
+    LeaveOut,
+    NoStep,
+    Result,
+    StepTaken,
+    TakeStep,
+    Write,
+)
+from farstep_service.coordinator.written import write_down
+from farstep_service.kernel import Rerun
+from farstep_service.tensors import Tensors, TensorsRecord
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a write: a receipt or an error, and the seconds its kernel took."""
+
+    result: Receipt | FarstepError
+    duplicate: bool = False
+    kernel_s: float = 0.0
+
+
+Outcomes = dict[WriteName, Outcome]
+Journal = Callable[[Event | Result, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """All that a session is at one moment: what its coordinator knows, written down, and its tensors."""
+
+    written: bytes
+    tensors: TensorsRecord
+
+
+@final
+class StateMachine:
+    """Let events happen to one session, one after the other.
+
+    Args:
+        coordinator: decides.
+        tensors: carry out.
+        journal: told of each event before it is applied, and of each result; None for no journal.
+
+    Attributes:
+        now: the time of the last event.
+    """
+
+    def __init__(self, coordinator: Coordinator, tensors: Tensors, journal: Journal | None = None) -> None:
+        self.coordinator = coordinator
+        self.tensors = tensors
+        self.now = 0.0
+        self._journal = journal
+
+    def happen(
+        self,
+        event: Event | Result,
+        now: float,
+        *,
+        raising: WriteName | None = None,
+        again: list[Result] | None = None,
+    ) -> Outcomes:
+        """Let an event happen, and everything that follows from it.
+
+        Args:
+            raising: the write whose error is raised instead of returned.
+            again: the results that are to come of it, for a replay.
+        """
+        coordinator, tensors, journal = self.coordinator, self.tensors, self._journal
+        outcomes: Outcomes = {}
+        self.now, kernel_s = now, 0.0
+        happening: Event | Result | None = event
+        while happening is not None:
+            if journal is not None:
+                journal(happening, now)
+            following, happening = coordinator.apply(happening, now), None
+            for instruction in following:
+                if isinstance(instruction, Answer):
+                    tensors.release(instruction.name)
+                    is_receipt = isinstance(instruction.result, Receipt)
+                    outcomes[instruction.name] = Outcome(instruction.result, kernel_s=kernel_s if is_receipt else 0.0)
+                elif isinstance(instruction, TakeStep | LeaveOut | Write | Grow):
+                    happening = self._carried_out(instruction, now, again)
+                    kernel_s = tensors.kernel_s
+                else:
+                    tensors.do(instruction)
+        if raising is not None and isinstance(error := outcomes[raising].result, FarstepError):
+            raise error
+        return outcomes
+
+    def _carried_out(
+        self, instruction: TakeStep | LeaveOut | Write | Grow, now: float, again: list[Result] | None
+    ) -> Result:
+        """Carry out an instruction; one that is cut short by an exception has changed nothing, or is unfinished."""
+        if again is not None:
+            return self._replayed(instruction, again.pop(0))
+        try:
+            return self.tensors.carry_out(instruction)
+        except BaseException:
+            error = InternalError("This write was cut short; it was not applied.", remedy="Send it again.")
+            failed = Failed(error, unfinished=self.tensors.pending)
+            if self._journal is not None:
+                self._journal(failed, now)
+            self.coordinator.apply(failed, now)
+            raise
+
+    def _replayed(self, instruction: TakeStep | LeaveOut | Write | Grow, before: Result) -> Result:
+        if isinstance(before, Failed):
+            if before.unfinished and isinstance(instruction, TakeStep):
+                self.tensors.postpone(instruction)
+            return before
+        return _same(self.tensors.carry_out(instruction, rerun=_how(before)), before)
+
+    def finish(self) -> Outcomes:
+        """Finish a step whose kernel failed midway, if there is one, before anything else happens.
+
+        Raises:
+            StepInterrupted: it failed again.
+        """
+        if not self.coordinator.unfinished:
+            return {}
+        return self.happen(self.tensors.finish(), self.now)
+
+    # -- written down, and again ------------------------------------------------------------------------------------
+
+    def record(self) -> SessionRecord:
+        """Return all that the session is, in memory of its own.
+
+        Raises:
+            StepInterrupted: a kernel failed midway, and again.
+        """
+        self.finish()
+        return SessionRecord(write_down(self.coordinator.state), self.tensors.record())
+
+    def replay(self, event: Event | Result, now: float, results: Sequence[Result]) -> Outcomes:
+        """Let an event of a journal happen again, with the kernels that ran then; what arrived has been received.
+
+        Args:
+            event, now: what happened, and when; a result is that of an instruction that was unfinished.
+            results: what came of it then, in order.
+
+        Raises:
+            InternalError: something else came of it now.
+        """
+        if isinstance(event, StepTaken | NoStep):
+            event = _same(self.tensors.finish(rerun=_how(event)), event)
+        return self.happen(event, now, again=[*results])
+
+
+def _how(before: Result) -> Rerun | None:
+    return Rerun(before.kernel, before.switched) if isinstance(before, StepTaken) else None
+
+
+def _same(result: Result, before: Result) -> Result:
+    """Return the result of a replay, which is that of the first time.
+
+    Raises:
+        InternalError: it is another one.
+    """
+    if result != before:
+        raise InternalError(f"A replay led to {result}, and the first time to {before}.")
+    return result
