@@ -15,7 +15,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(or $(VERSION),without-python)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test promises model attack parity lint format bench clean
+.PHONY: help install demo test fast promises model attack parity lint format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -27,6 +27,9 @@ demo: $(INSTALLED) ## train on real digits with the optimizer in a server proces
 
 test: lint ## check style, types and floors, then run the tests, two at a time (ARGS="-k wire" chooses, ARGS="-n 0" for one process)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+fast: $(INSTALLED) ## run the tests of pure rooms only, which start no process and open no connection (half a minute)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --fast $(ARGS)
 
 promises: $(INSTALLED) ## write docs/promises.md: what is promised to users, and the tests that show it
 	$(BIN)/python -m tests.promises --write

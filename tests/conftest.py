@@ -7,6 +7,9 @@
     examples of hypothesis                files named by their contents
     times and memory with narrow limits   `alone`: no other test runs meanwhile, in any process of the run
 
+The tests of pure rooms (`tests/support/in_process.py`) start no process and open no connection, or they fail; `--fast`
+runs them alone.
+
 A test is `alone` if its limit is a promise to users and nearer to what the code needs than a busy neighbour can take. A
 limit of a second within which processes have to be run counts what the machine gave to others (`tests/limits.py`).
 """
@@ -20,6 +23,8 @@ from pathlib import Path
 import pytest
 import xdist
 from hypothesis import settings
+
+from tests.support.in_process import Guard, is_fast, leads_to_fast
 
 # Two OpenMP threads on two busy cores spin while they wait. This must be set before the first import of torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -58,10 +63,43 @@ class Room:
 
 
 ROOM = pytest.StashKey[Room]()
+GUARD = Guard()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Take `--fast`."""
+    parser.addoption("--fast", action="store_true", help="run the tests of pure rooms only, which start no process")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Pass over files that are not asked for, before they are imported."""
+    if not config.getoption("--fast"):
+        return None
+    return None if (leads_to_fast if collection_path.is_dir() else is_fast)(collection_path) else True
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """Begin to watch a test of a pure room, its fixtures included."""
+    if is_fast(item.path) and item.get_closest_marker("process") is None:
+        GUARD.arm()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """End that, and fail a test that has caught what it was refused."""
+    try:
+        return (yield)
+    finally:
+        if tried := GUARD.disarm():
+            pytest.fail(f"a test of a pure room tried {tried[0]}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Put the files with tests that are alone at the end, so that few others wait for them."""
+    if config.getoption("--fast"):
+        items[:] = [item for item in items if item.get_closest_marker("process") is None]
     files = {item.path for item in items if item.get_closest_marker("alone")}
     items.sort(key=lambda item: item.path in files)
 

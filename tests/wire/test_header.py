@@ -221,6 +221,7 @@ assert seconds < 0.5, seconds
 )
 @pytest.mark.skipif(sys.platform != "linux", reason="measures its address space in /proc")
 @pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.process
 def test_bombs_do_not_go_off(name):
     """1 MiB made to be expensive costs under half a second, does not miss memory in 64 MiB of it, and is refused."""
     assert len(BOMBS[name]) <= 1 << 20
@@ -229,6 +230,7 @@ def test_bombs_do_not_go_off(name):
     assert done.stdout.strip() in (b"limit_exceeded", b"truncated", b"invalid_request")
 
 
+@pytest.mark.process
 def test_the_wire_needs_no_torch():
     """Importing the wire, as the command line does, does not import torch."""
     check = "import sys, farstep.wire; assert 'torch' not in sys.modules"
@@ -245,6 +247,7 @@ def test_rereading_is_bounded():
 
 
 @pytest.mark.skipif(not COMPILED, reason="this is the run without the C extension")
+@pytest.mark.process
 def test_the_same_without_the_c_extension():
     """Where msgpack has no C extension the same headers are read and the same ones refused."""
     chosen = "every_limit or no_place_for or every_width or garbage or at_their_limit or rereading"
