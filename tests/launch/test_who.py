@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from pathlib import Path
 from tests.launch.launching import LIMIT_S, NOBODY, said
 from tests.service.servers import farstep
 
-PAGE = Path(__file__).parents[2] / "docs" / "launch.md"
 WHO = """
 import json
 import farstep
@@ -49,21 +47,6 @@ def printed(*command: str, **environment: str) -> list[str]:
         command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=LIMIT_S, check=True
     )
     return done.stdout.splitlines()
-
-
-def test_the_script_of_the_page_trains_as_two_workers_and_as_one(tmp_path: Path):
-    """`docs/launch.md` shows a script that runs as it stands, launched or alone, and ends at a low loss."""
-    found = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert found
-    script = tmp_path / "train.py"
-    script.write_text(found[1])
-    launched = farstep("launch", "-n", "2", str(script))
-    assert launched.returncode == 0, launched.stderr
-    for (line,), count in ((said(launched.stdout, "w0"), 2), (printed(sys.executable, str(script)), 1)):
-        told = re.fullmatch(r"\S+ of (\d), after 0 restarts: loss (0\.\d\d)", line)
-        assert told, line
-        assert int(told[1]) == count
-        assert float(told[2]) < 0.6
 
 
 def test_a_worker_that_is_told_nonsense_ends_with_a_line_that_says_what():
