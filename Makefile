@@ -13,9 +13,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null)
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(or $(VERSION),without-python)
+WITH_DOCS := $(VENV)/.docs-$(or $(VERSION),without-python)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast promises model attack parity lint format bench clean
+.PHONY: help install demo test fast promises model attack parity lint format bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -56,6 +57,10 @@ format: $(INSTALLED) ## let ruff sort imports, repair what it can and lay out th
 bench: $(INSTALLED) ## measure every target and print one table (ARGS=--quick, ARGS="--markdown docs/benchmarks.md")
 	$(BIN)/python tests/benchmarks/bench_all.py $(ARGS)
 
+docs: $(WITH_DOCS) ## build the documentation site into build/site; without a network, once it has been built
+	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --fresh-env --conf-dir docs . build/site
+	@echo "build/site/index.html"
+
 clean: ## remove everything make made, the virtual environment included
 	@if [ -f "$(VENV)/pyvenv.cfg" ]; then rm -rf "$(VENV)"; fi
 	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
@@ -74,4 +79,9 @@ $(INSTALLED): pyproject.toml deploy/constraints.txt
 	@found=$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
 	if [ "$$found" != "$(VERSION)" ]; then $(PYTHON) -m venv --clear $(VENV); fi
 	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[service,demo,dev,integrations]'
+	@touch $@
+
+# The site's tool is for this target alone, so nothing else waits for it.
+$(WITH_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[docs]'
 	@touch $@

@@ -32,11 +32,21 @@ def pins(root: Path) -> dict[str, Version]:
 
 NOT_INSTALLED = "ray"
 """The extra that make does not install: a peer that the benchmarks measure where it is there."""
+FOR_THE_SITE = "docs"
+"""The extra that only `make docs` installs: pinned like the others, and not there while tests run."""
 
 
 def declared(pyproject: dict[str, Any]) -> dict[str, list[Requirement]]:
     groups = {"": pyproject["project"]["dependencies"], **pyproject["project"]["optional-dependencies"]}
     return {group: [Requirement(line) for line in lines] for group, lines in groups.items() if group != NOT_INSTALLED}
+
+
+def is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def test_what_make_does_not_install_is_an_extra_apart(root: Path, pyproject: dict[str, Any]):
@@ -56,9 +66,14 @@ def test_every_direct_dependency_is_pinned_inside_its_range(pyproject: dict[str,
 
 
 def test_everything_they_bring_along_is_pinned_too(pyproject: dict[str, Any], pins: dict[str, Version]):
-    """No package that the extras install, at whatever remove, is left to the day of the installation."""
+    """No package that the extras install, at whatever remove, is left to the day of the installation.
+
+    The tool of the site is looked at where somebody has built it; what it brings along cannot be known elsewhere.
+    """
     seen, missing = set[tuple[str, str]](), set[str]()
-    ahead = [requirement for group in declared(pyproject).values() for requirement in group]
+    groups = declared(pyproject)
+    site = [each for each in groups.pop(FOR_THE_SITE) if is_installed(each.name)]
+    ahead = [requirement for group in (*groups.values(), site) for requirement in group]
     while ahead:
         requirement = ahead.pop()
         name = canonicalize_name(requirement.name)
@@ -83,7 +98,7 @@ def test_the_client_imports_only_what_it_needs(root: Path, pyproject: dict[str, 
 def test_the_service_imports_only_what_it_declares(root: Path, pyproject: dict[str, Any]):
     """What the service imports is declared by the project or an extra for users, not only by those for developers."""
     groups = declared(pyproject)
-    del groups["dev"], groups["integrations"]
+    del groups["dev"], groups["integrations"], groups[FOR_THE_SITE]
     allowed = {canonicalize_name(each.name) for group in groups.values() for each in group}
     assert undeclared(root / "service", allowed) == {}
 

@@ -26,10 +26,3 @@ def test_the_first_example_prints_what_the_readme_shows() -> None:
     assert NUMBER.sub("#", printed) == NUMBER.sub("#", shown)
     numbers = [[float(each) for each in NUMBER.findall(text)] for text in (printed, shown)]
     assert numbers[0] == pytest.approx(numbers[1], rel=0.05, abs=5e-4)
-
-
-def test_every_link_to_a_file_leads_somewhere() -> None:
-    """Relative links in the documents for users point at files that exist."""
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "deploy" / "README.md"):
-        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text()):
-            assert (document.parent / target).exists(), f"{document.name} links to {target}"
