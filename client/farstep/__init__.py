@@ -11,10 +11,10 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
+from farstep.codecs import Wire
 from farstep.consistency import Async, Bounded, Sync
 from farstep.errors import FarstepError
 from farstep.identity import Worker, worker
-from farstep.narrow import Wire
 
 if TYPE_CHECKING:
     from farstep import optim

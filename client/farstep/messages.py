@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from farstep.codecs import check_codec
 from farstep.errors import InvalidRequest
 from farstep.fields import Shapes, shapes_from_header, shapes_to_header
 from farstep.header import VERSION, Header
-from farstep.narrow import check_half
 
 FURTHEST_BEGINNING = 2**52
 """The highest version a session may begin at: room for the steps of a lifetime, and numbers that JSON can hold."""
@@ -91,8 +91,8 @@ class PushHead:
         have: the version of the parameters this worker holds, for `wanted="changed"`.
         evaluation: what the closure returned, for an optimizer that asks for it.
         skip: this worker's gradients overflowed; the step is not taken, by it or by those it steps with.
-        wire_gradients: the 16-bit dtype that float32 gradients come in; None for their own.
-        wire_parameters: the 16-bit dtype in which the answer shall carry float32 parameters; None for their own.
+        wire_gradients: the codec of float32 gradients; None for as they are.
+        wire_parameters: the codec in which the answer shall carry float32 parameters; None for as they are.
         fill: where the gradients are, if not in the body.
         order: the segments in the order in which their gradients follow; None for ascending.
     """
@@ -170,8 +170,8 @@ class PushHead:
             groups=_groups(header.mapping("groups")),
             evaluation=_evaluation(header.number("loss"), header.flag("continues")),
             skip=header.flag("skip"),
-            wire_gradients=_half(header, "wire_gradients"),
-            wire_parameters=_half(header, "wire_parameters"),
+            wire_gradients=_codec(header, "wire_gradients"),
+            wire_parameters=_codec(header, "wire_parameters"),
             fill=_fill(header),
             order=_order(header.listing("order")),
             options=_options(header),
@@ -245,8 +245,8 @@ def _evaluation(loss: float | None, continues: bool) -> Evaluation | None:
     return None
 
 
-def _half(header: Header, key: str) -> str | None:
-    return check_half(key, header.text(key)) if key in header else None
+def _codec(header: Header, key: str) -> str | None:
+    return check_codec(key, header.text(key)) if key in header else None
 
 
 def _options(header: Header) -> OptionsMode:

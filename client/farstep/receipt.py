@@ -58,6 +58,11 @@ class Receipt:
     grad_norm: float | None = None
     disagreement: str = ""
 
+    @property
+    def counts(self) -> bool:
+        """Return whether what was written is in the parameters, or will be."""
+        return self.applied or self.reason == "accumulated"
+
     def to_header(self) -> dict[str, Any]:
         header: dict[str, Any] = {
             "version": self.version,

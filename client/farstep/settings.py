@@ -22,12 +22,12 @@ from urllib.parse import urlsplit
 
 import httpx
 
+from farstep.codecs import Wire
 from farstep.consistency import Async, Consistency, Sync, checked, for_one
 from farstep.errors import InvalidOption
 from farstep.failures import check_address, without_secrets
 from farstep.identity import Worker, check_name, fresh_name
 from farstep.messages import OptionsMode
-from farstep.narrow import Half, Wire
 from farstep.plain import pythons_own
 from farstep.policy import NOTHING, Policy
 from farstep.unix import check_path, path_of_url
@@ -82,7 +82,7 @@ class RemoteOptions(TypedDict, total=False):
     accumulate: int
     ema: float | None
     kernel: KernelChoice
-    wire: Wire | Half | None
+    wire: Wire | str | None
     overlap: bool
     options: OptionsMode | None
     timeout_s: float
@@ -159,7 +159,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         )
     said = options.get("wire")
     if said is None and server is not None:
-        said = cast("Half | None", environment.get("FARSTEP_WIRE") or None)
+        said = environment.get("FARSTEP_WIRE") or None
     wire = Wire.of(said)
     if wire and server is None:
         raise InvalidOption(

@@ -3,6 +3,8 @@
 Memory is taken when the header has been checked and the body's length fits, never because a header claims something.
 Dense gradients lie in flat buffers like the parameters; sparse ones are indices and values by segment.
 
+What came as bytes of a codec is decoded when it is first looked at, which a push that is a repetition never is.
+
 Gradients in shared memory are borrowed: their worker can write to them at any time. What is looked at and what a step
 then takes have to be the same bytes, so `secure_` copies them first, and only the copy is looked at.
 """
@@ -18,15 +20,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from farstep.codecs import FULL, codec_named
 from farstep.errors import InvalidRequest, NonFinite, TensorMismatch
 from farstep.hyper import Hyper
 from farstep.messages import Evaluation, Sparse
 from farstep.wire import DTYPES, from_ranges
-from farstep.wire.memory import tensor_memory
+from farstep.wire.dtypes import BYTES
+from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 from farstep_service.finite import Watch, all_finite, copy_finite_
 from farstep_service.layout import Layout, Segment
 from farstep_service.rule import AnyMethod
-from farstep_service.store import Buffers, FlatBuffers, NarrowBuffers
+from farstep_service.store import Buffers, FlatBuffers, NarrowBuffers, decode_
 
 WATCH_FROM_BYTES = 1 << 20
 """Bytes of gradients from which it pays to look at them while they arrive."""
@@ -48,10 +52,12 @@ class Contribution:
         ranges: which segments have a gradient; None for all.
         sparse: which of them are sparse.
         rule, groups: say where a sparse gradient is accepted.
-        half: the 16-bit dtype in which gradients of float32 segments come; None for their own.
+        codec: the name of the codec in which they come; None for as they are.
         order: the segments in the order in which they come; None for ascending.
 
     Attributes:
+        codec: as above.
+        on_wire: the layout of `buffers`: in 16 bits, if they came so.
         check_s: the seconds that looking for NaN and Inf in it took, when all of it was there.
         watch: looks for them while it arrives; None if nobody does.
         borrowed: the memory is the worker's, which may write to it at any time; it is only read here.
@@ -72,13 +78,14 @@ class Contribution:
         sparse: Sequence[Sparse],
         rule: AnyMethod,
         groups: Sequence[Hyper],
-        half: str | None = None,
+        codec: str | None = None,
         order: Sequence[int] | None = None,
     ) -> None:
         count = len(layout.segments)
         self.layout = layout
-        self.on_wire = layout.on_wire(half)
-        self.half = half
+        self.codec = codec_named(codec)
+        self._travelling = layout.on_wire(self.codec)
+        self.on_wire = layout if self.codec.element is None else self._travelling
         self.indices: Sequence[int] = range(count) if ranges is None else from_ranges(ranges, count)
         if order is not None and sorted(order) != list(self.indices):
             raise InvalidRequest("Header key 'order' must name each segment with a gradient once.", field="order")
@@ -91,17 +98,55 @@ class Contribution:
         rule.check_gradients(layout, groups, self.dense, self._announced)
         for each in sparse:
             _check_shape(layout.segments[each.segment], each)
-        self.nbytes = self.on_wire.nbytes if self.is_whole else sum(self._size(index) for index in self.indices)
+        self.nbytes = self._travelling.nbytes if self.is_whole else sum(self._size(index) for index in self.indices)
         self.check_s = 0.0
         self.watch: Watch | None = None
-        self.buffers: FlatBuffers | None = None
+        self._buffers: FlatBuffers | None = None
+        self._encoded: FlatBuffers | None = None
         self.borrowed = False
         self.reused = False
         self._own: FlatBuffers | None = None
         self._finite = False
         self.copy: Buffers | None = None
         self.copied: Copied | None = None
-        self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
+        self._sparse: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def buffers(self) -> FlatBuffers | None:
+        """Return the memory of the dense gradients, None before there is any; `on_wire` is its layout."""
+        if self._encoded is not None:
+            self._decode_()
+        return self._buffers
+
+    @buffers.setter
+    def buffers(self, buffers: FlatBuffers | None) -> None:
+        self._buffers, self._encoded = buffers, None
+
+    @property
+    def sparse(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return indices and values of the sparse gradients, by segment."""
+        if self._encoded is not None:
+            self._decode_()
+        return self._sparse
+
+    @sparse.setter
+    def sparse(self, sparse: dict[int, tuple[Tensor, Tensor]]) -> None:
+        self._sparse = sparse
+
+    def _decode_(self) -> None:
+        """Decode what has arrived as bytes, and let go of them."""
+        encoded = self._encoded
+        assert encoded is not None
+        buffers = FlatBuffers(self.layout, zero=False)
+        decode_(buffers, encoded, self.codec, self.dense)
+        for index, (indices, values) in self._sparse.items():
+            segment = self.layout.segments[index]
+            if self.codec.applies_to(segment.dtype):
+                shape = (indices.shape[1], *segment.shape[indices.shape[0] :])
+                decoded = torch.empty(math.prod(shape), dtype=TORCH_DTYPES[segment.buffer], device="cpu")
+                self.codec.decode_(values, decoded)
+                self._sparse[index] = indices, decoded.view(shape)
+        self._buffers, self._encoded = buffers, None
 
     def cloned(self) -> Contribution:
         """Return the same gradients in memory of their own."""
@@ -115,12 +160,17 @@ class Contribution:
 
     def _size(self, index: int) -> int:
         announced = self._announced.get(index)
-        segment = self.on_wire.segments[index]
-        return (
-            segment.nbytes
-            if announced is None
-            else 8 * announced.dims * announced.nnz + announced.nnz * _row_bytes(segment, announced)
-        )
+        if announced is None:
+            return self._travelling.segments[index].nbytes
+        return 8 * announced.dims * announced.nnz + self._values_bytes(index, announced)
+
+    def _values_bytes(self, index: int, announced: Sparse) -> int:
+        """Return how many bytes the values of a sparse gradient take as they travel."""
+        segment = self.layout.segments[index]
+        count = announced.nnz * math.prod(segment.shape[announced.dims :])
+        if self.codec.applies_to(segment.dtype):
+            return self.codec.encoded_bytes(count)
+        return count * DTYPES[segment.dtype].itemsize
 
     @property
     def is_whole(self) -> bool:
@@ -165,9 +215,9 @@ class Contribution:
 
     def narrow(self) -> NarrowBuffers | None:
         """Return the dense gradients as they came in 16 bits; None if they came in their own dtypes."""
-        if self.buffers is None or self.half is None or self.on_wire is self.layout:
+        if self.on_wire is self.layout or self.buffers is None:
             return None
-        return NarrowBuffers(self.layout, self.half, self.buffers)
+        return NarrowBuffers(self.layout, self.codec, self.buffers)
 
     def copied_since(self, version: int) -> frozenset[int]:
         """Return the segments of a version that its step has written to `copy`."""
@@ -175,40 +225,47 @@ class Contribution:
 
     def allocate(self) -> list[memoryview]:
         """Take the memory and return it in the order of the wire."""
-        self.buffers = FlatBuffers(self.on_wire, zero=False)
+        travelling = self._travelling
+        memory = FlatBuffers(travelling, zero=False)
+        if self.on_wire is travelling:
+            self.buffers = memory
+        else:
+            self._encoded = memory
         if not self._announced:
-            return memory_of(self.buffers, self.on_wire, self._order)
+            return memory_of(memory, travelling, self._order)
         views: list[memoryview] = []
         dense: list[int] = []
         for index in self.indices:
             if index not in self._announced:
                 dense.append(index)
                 continue
-            views += memory_of(self.buffers, self.on_wire, dense)
+            views += memory_of(memory, travelling, dense)
             dense = []
             views += self._allocate_sparse(index)
-        return views + memory_of(self.buffers, self.on_wire, dense)
+        return views + memory_of(memory, travelling, dense)
 
     def look_while_arriving(self) -> None:
-        """Look for NaN and Inf in what `allocate` made room for while it arrives, if it is much."""
-        buffers = self.buffers
+        """Look for NaN and Inf in what `allocate` made room for while it arrives, if it is much, and numbers."""
+        buffers = self._buffers
         if buffers is not None and not self._announced and self.nbytes >= WATCH_FROM_BYTES:
             spans = [buffers.span(first, last) for first, last in self.on_wire.spans(self.indices)]
             self.watch = Watch([span for span in spans if span is not None])
 
     def _allocate_sparse(self, index: int) -> list[memoryview]:
-        announced, segment = self._announced[index], self.on_wire.segments[index]
+        announced, segment = self._announced[index], self._travelling.segments[index]
         indices = torch.empty(announced.dims, announced.nnz, dtype=torch.int64, device="cpu")
-        values = torch.empty(
-            announced.nnz, *segment.shape[announced.dims :], dtype=getattr(torch, segment.dtype), device="cpu"
-        )
-        self.sparse[index] = (indices, values)
+        dtype = TORCH_DTYPES[segment.dtype]
+        if segment.dtype == BYTES.name:
+            values = torch.empty(self._values_bytes(index, announced), dtype=dtype, device="cpu")
+        else:
+            values = torch.empty(announced.nnz, *segment.shape[announced.dims :], dtype=dtype, device="cpu")
+        self._sparse[index] = (indices, values)
         return [tensor_memory(indices), tensor_memory(values)]
 
     def widened(self, index: int) -> tuple[Tensor, Tensor]:
         """Return a sparse gradient in its segment's dtype."""
         indices, values = self.sparse[index]
-        return indices, values.to(getattr(torch, self.layout.segments[index].dtype))
+        return indices, values.to(TORCH_DTYPES[self.layout.segments[index].dtype])
 
     def own_(self) -> FlatBuffers:
         """Return the dense gradients in their own dtypes, in memory that may be changed."""
@@ -228,7 +285,7 @@ class Contribution:
         Raises:
             TensorMismatch: naming the tensor.
         """
-        for index, (indices, _) in self.sparse.items():
+        for index, (indices, _) in self._sparse.items():
             segment = self.layout.segments[index]
             bounds = torch.tensor(
                 segment.shape[: indices.shape[0]], dtype=torch.int64, device=indices.device
@@ -257,7 +314,7 @@ def on_device(buffers: Buffers, device: torch.device) -> Buffers:
         return buffers
     if isinstance(buffers, NarrowBuffers):
         moved = FlatBuffers(buffers.memory.layout, device, zero=False).copy_(buffers.memory)
-        return NarrowBuffers(buffers.layout, buffers.half, moved)
+        return NarrowBuffers(buffers.layout, buffers.codec, moved)
     return FlatBuffers(buffers.layout, device, zero=False).copy_(buffers)
 
 
@@ -267,10 +324,6 @@ def _check_shape(segment: Segment, announced: Sparse) -> None:
             f"The sparse gradient of {segment.name!r} has {announced.dims} sparse dimensions of {len(segment.shape)}.",
             field=segment.name,
         )
-
-
-def _row_bytes(segment: Segment, announced: Sparse) -> int:
-    return math.prod(segment.shape[announced.dims :]) * DTYPES[segment.dtype].itemsize
 
 
 def first_nonfinite(contribution: Contribution) -> int | None:
@@ -328,5 +381,5 @@ def nonfinite_in(contribution: Contribution, worker: str) -> tuple[str, str]:
     if index is None:
         return "", ""
     name = contribution.layout.segments[index].name
-    came = "" if contribution.half is None else f", as it came in {contribution.half}"
+    came = "" if contribution.codec is FULL else f", as it came in {contribution.codec.name}"
     return name, f"The gradient of {name!r} from worker {worker!r} holds NaN or Inf{came}"

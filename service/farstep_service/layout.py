@@ -20,10 +20,10 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Self
 
+from farstep.codecs import Codec
 from farstep.errors import LimitExceeded, TensorMismatch
 from farstep.fields import FieldKind, shape_of
-from farstep.narrow import WIDE
-from farstep.wire.dtypes import segment_dtype
+from farstep.wire.dtypes import BYTES, DTYPES, Dtype, segment_dtype
 from farstep.wire.ranges import from_ranges
 
 MAX_SEGMENTS = 100_000
@@ -118,19 +118,14 @@ class Layout:
             name, shape, group = _checked(spec, names)
             names.add(name)
             dtype = segment_dtype(spec.dtype, field=name)
-            elements = math.prod(shape)
-            length, size = elements * dtype.parts, elements * dtype.itemsize
-            nbytes += size
+            nbytes += math.prod(shape) * dtype.itemsize
             if nbytes > MAX_TOTAL_BYTES:
                 raise LimitExceeded(
                     f"Tensor {name!r} of shape {shape} makes the session larger than {MAX_TOTAL_BYTES} bytes.",
                     field=name,
                     limit=MAX_TOTAL_BYTES,
                 )
-            offset = sizes.get(dtype.real, 0)
-            offset += offset % (1 if dtype.name == dtype.real else 2)  # pairs of reals are complex only at even places
-            sizes[dtype.real] = offset + length
-            segments.append(Segment(name, shape, dtype.name, group, dtype.real, offset, length, size))
+            segments.append(_placed(sizes, name, shape, dtype, group))
         return type(self)(tuple(segments), MappingProxyType(sizes), nbytes)
 
     def first(self, groups: int) -> Self:
@@ -165,26 +160,36 @@ class Layout:
             )
         return self._derived[kind]
 
-    def on_wire(self, half: str | None) -> Layout:
-        """Return the layout in which parameters or gradients travel: float32 segments in a 16-bit dtype, if it is said.
+    def on_wire(self, codec: Codec) -> Layout:
+        """Return the layout in which parameters or gradients travel in a codec; this one if it applies to none of them.
 
-        Its segments are those of this one; they may lie in other buffers, and next to others.
+        Its segments are those of this one: of the dtype of encoded elements, or flat bytes. They may lie in other
+        buffers, and next to others.
         """
-        if half is None or all(each.dtype != WIDE for each in self.segments):
+        if not any(codec.applies_to(each.dtype) for each in self.segments):
             return self
-        if half not in self._on_wire:
-            self._on_wire[half] = Layout.empty().append(
-                SegmentSpec(each.name, each.shape, half if each.dtype == WIDE else each.dtype, each.group)
-                for each in self.segments
-            )
-        return self._on_wire[half]
+        found = self._on_wire.get(codec)
+        if found is None:
+            sizes: dict[str, int] = {}
+            segments = []
+            for each in self.segments:
+                shape, dtype = each.shape, DTYPES[each.dtype]
+                if codec.applies_to(each.dtype):
+                    if codec.element is None:
+                        shape, dtype = (codec.encoded_bytes(math.prod(shape)),), BYTES
+                    else:
+                        dtype = DTYPES[codec.element]
+                segments.append(_placed(sizes, each.name, shape, dtype, each.group))
+            nbytes = sum(each.nbytes for each in segments)
+            found = self._on_wire[codec] = Layout(tuple(segments), MappingProxyType(sizes), nbytes)
+        return found
 
-    def apart_on_wire(self, half: str | None) -> frozenset[int]:
+    def apart_on_wire(self, codec: Codec) -> frozenset[int]:
         """Return the segments that follow on the one before them here, but not in the layout in which they travel."""
-        wire = self.on_wire(half)
+        wire = self.on_wire(codec)
         if wire is self:
             return frozenset()
-        found = self._apart_on_wire.get(half)
+        found = self._apart_on_wire.get(codec)
         if found is None:
             before: dict[str, Segment] = {}
             apart = set()
@@ -193,15 +198,15 @@ class Layout:
                 if last is not None and (last.buffer != there.buffer or last.stop != there.offset):
                     apart.add(index)
                 before[here.buffer] = there
-            found = self._apart_on_wire[half] = frozenset(apart)
+            found = self._apart_on_wire[codec] = frozenset(apart)
         return found
 
     @cached_property
-    def _apart_on_wire(self) -> dict[str | None, frozenset[int]]:
+    def _apart_on_wire(self) -> dict[Codec, frozenset[int]]:
         return {}
 
     @cached_property
-    def _on_wire(self) -> dict[str, Layout]:
+    def _on_wire(self) -> dict[Codec, Layout]:
         return {}
 
     @cached_property
@@ -262,6 +267,16 @@ class Layout:
         """Say whether a segment begins where the one before it ends."""
         before, segment = self.segments[index - 1], self.segments[index]
         return before.buffer == segment.buffer and before.stop == segment.offset
+
+
+def _placed(sizes: dict[str, int], name: str, shape: tuple[int, ...], dtype: Dtype, group: int) -> Segment:
+    """Return a segment behind those that have taken these sizes, which grow by it."""
+    elements = math.prod(shape)
+    offset = sizes.get(dtype.real, 0)
+    offset += offset % (1 if dtype.name == dtype.real else 2)  # pairs of reals are complex only at even places
+    length = elements * dtype.parts
+    sizes[dtype.real] = offset + length
+    return Segment(name, shape, dtype.name, group, dtype.real, offset, length, elements * dtype.itemsize)
 
 
 def _checked(spec: SegmentSpec, names: set[str]) -> tuple[str, tuple[int, ...], int]:

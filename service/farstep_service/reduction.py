@@ -97,7 +97,7 @@ class ByContent:
 def _shape_of(contribution: Contribution) -> tuple[str, list[int], list[tuple[int, tuple[int, ...]]]]:
     """Return what two contributions have in common whose bytes can be compared one by one."""
     sparse = [(index, (*indices.shape, *values.shape)) for index, (indices, values) in contribution.sparse.items()]
-    return contribution.half or "", list(contribution.indices), sparse
+    return contribution.codec.name, list(contribution.indices), sparse
 
 
 def _pieces(contribution: Contribution) -> Iterator[bytes]:

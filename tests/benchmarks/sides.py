@@ -21,7 +21,6 @@ from tempfile import TemporaryDirectory
 import torch
 
 import farstep
-from farstep.narrow import Half
 from tests.benchmarks.peers import raw_sockets, ray_actor, torch_rpc
 from tests.benchmarks.peers.torch_rpc import Size, Way
 from tests.service.servers import RunningServer, running_server
@@ -95,7 +94,7 @@ def _ours_and_the_limit(found: Found, server: RunningServer, work: Work) -> None
     found.add("embedded", work, remote_steps(None, work)[0])
 
 
-def remote_steps(url: str | None, work: Work, wire: Half | None = None) -> tuple[list[float], farstep.StepReport]:
+def remote_steps(url: str | None, work: Work, wire: str | None = None) -> tuple[list[float], farstep.StepReport]:
     """Return the seconds of timed steps against a server, and the report of the last one."""
     optimizer = farstep.optim.Adagrad(parameters_of(work.size), server=url, kernel="fused", wire=wire)
     try:

@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 import farstep
-from farstep.narrow import HALVES, Half, Wire
+from farstep.codecs import Wire
 from farstep.settings import RemoteOptions
-from farstep.wire.memory import TORCH_DTYPES
 from tests.client.twins import check_parameters, parameters
 from tests.service.servers import RunningServer
 
 SHAPES: list[tuple[int, ...]] = [(7, 5), (5,), (), (0, 3), (2, 3, 4), (131,)]
 WIRES = [Wire(gradients="bf16", parameters="bf16"), Wire(gradients="fp16", parameters="fp16")]
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ONE_WAY = [Wire(gradients="bf16"), Wire(parameters="bf16"), Wire(gradients="fp16", parameters="bf16")]
 
 
-def rounded(tensor: Tensor, half: Half | None) -> Tensor:
+def rounded(tensor: Tensor, half: str | None) -> Tensor:
     """Return a tensor as it is after the wire: float32 through 16 bits, others as they are."""
     if half is None or tensor.dtype is not torch.float32:
         return tensor
-    return tensor.to(TORCH_DTYPES[HALVES[half]]).to(tensor.dtype)
+    return tensor.to(HALVES[half]).to(tensor.dtype)
 
 
 class Rounded:

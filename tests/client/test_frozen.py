@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep.narrow import Half
 from farstep.settings import RemoteOptions
 from tests.client.options import NAMES
 from tests.client.twins import Twins, drawn
@@ -35,7 +34,7 @@ def test_what_has_no_gradient_does_not_come_back(name: str, server: RunningServe
 
 
 @pytest.mark.parametrize("wire", [None, "bf16"])
-def test_edits_of_frozen_parameters_count(wire: Half | None, server: RunningServer) -> None:
+def test_edits_of_frozen_parameters_count(wire: str | None, server: RunningServer) -> None:
     """A frozen parameter that is written here between steps is the session's from then on, and unfreezes there."""
     place: RemoteOptions = {"server": server.url, "kernel": "reference", "wire": wire}
     twins = Twins("Adamax", {}, place, start=drawn(0, SHAPES))

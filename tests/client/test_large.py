@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from farstep.codecs import codec_named
 from farstep.errors import NonFinite, Unavailable
-from farstep.narrow import HALVES, Half
 from farstep.optim import Adagrad
 from farstep.payload import batches_of
 from farstep.settings import RemoteOptions
-from farstep.tensors import Departures, Narrowing, outgoing
+from farstep.tensors import Departures, Encoder, outgoing
 from farstep.tensors.departures import LARGE_BYTES
 from farstep.transport import Supply
-from farstep.wire.memory import TORCH_DTYPES
 from tests.client.carrying import Carrying
+from tests.client.rounding import HALVES
 from tests.client.twins import Twins, check_parameters, drawn, parameters
 from tests.faults import Network
 from tests.service.servers import RunningServer
@@ -140,7 +140,7 @@ def test_missing_gradients(server: RunningServer) -> None:
 
 @pytest.mark.parametrize("wire", [None, "bf16"])
 @pytest.mark.parametrize("index", [0, 1, 3, 4, 6])
-def test_an_edit_is_found_while_gradients_are_sent(index: int, wire: Half | None, server: RunningServer) -> None:
+def test_an_edit_is_found_while_gradients_are_sent(index: int, wire: str | None, server: RunningServer) -> None:
     """The session has an edit before the step that follows it, wherever it is, and the step is taken once."""
     transport = Noting()
     twins = twins_at(server.url, transport=transport, wire=wire)
@@ -157,11 +157,11 @@ def test_an_edit_is_found_while_gradients_are_sent(index: int, wire: Half | None
     twins.ours.close()
 
 
-def rounded(tensor: Tensor, wire: Half | None) -> Tensor:
-    return tensor if wire is None else tensor.to(TORCH_DTYPES[HALVES[wire]]).to(tensor.dtype)
+def rounded(tensor: Tensor, wire: str | None) -> Tensor:
+    return tensor if wire is None else tensor.to(HALVES[wire]).to(tensor.dtype)
 
 
-def step(twins: Twins, seed: int, wire: Half | None) -> None:
+def step(twins: Twins, seed: int, wire: str | None) -> None:
     twins.step([rounded(g, wire) for g in drawn(seed, SHAPES)])
 
 
@@ -202,7 +202,7 @@ def test_an_edit_is_not_forgotten_when_a_step_was_given_up(network: Network) -> 
 @pytest.mark.promise("Parameters change only by an answer that is complete.", area="client errors")
 @pytest.mark.parametrize("wire", [None, "bf16"])
 @pytest.mark.parametrize("after", [500, 1_300_000, 2_000_000])
-def test_an_answer_that_is_cut_off_leaves_the_model_as_it_was(after: int, wire: Half | None, network: Network) -> None:
+def test_an_answer_that_is_cut_off_leaves_the_model_as_it_was(after: int, wire: str | None, network: Network) -> None:
     """Nothing of it is left in the parameters, and no edit is seen; the step tried again is the same push."""
     twins = twins_at(network.url, timeout_s=SHORT_S, wire=wire)
     step(twins, 1, wire)
@@ -287,10 +287,10 @@ def test_a_large_payload_is_the_gradients_one_after_the_other(half: str | None) 
     dtypes = [torch.float64 if place == 5 else torch.float32 for place in range(len(shapes))]
     gradients = [g.to(dtype) for g, dtype in zip(drawn(1, shapes), dtypes, strict=True)]
     gradients[1] = gradients[1].t().contiguous().t()
-    narrowing = None if half is None else Narrowing(half, gradients)
-    departures = Departures(gradients, narrowing)
+    encoder = Encoder(gradients, codec_named(half))
+    departures = Departures(gradients, encoder)
     assert departures.nbytes >= LARGE_BYTES
-    travelling = [g if narrowing is None else narrowing.values(place, g) for place, g in enumerate(gradients)]
+    travelling = [encoder.encoded(place, g) for place, g in enumerate(gradients)]
     expected = b"".join(map(bytes, map(outgoing, travelling)))
     for _ in range(2):
         assert body(departures, gradients) == expected

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
-from farstep.narrow import Half
 from farstep.settings import RemoteOptions
 from tests.client.options import NAMES
 from tests.client.twins import Twins, check_parameters, drawn, gradients_of
@@ -77,7 +76,7 @@ def test_the_others_step_on(name: str, away: Callable[[Tensor], None], place: Re
 
 
 @pytest.mark.parametrize("wire", [None, "bf16"])
-def test_what_comes_back_with_other_values_counts(wire: Half | None, server: RunningServer) -> None:
+def test_what_comes_back_with_other_values_counts(wire: str | None, server: RunningServer) -> None:
     """Values that it is brought back with are the session's from then on, as any edit."""
     twins = Twins("SGD", {"lr": 0.5}, {"server": server.url, "wire": wire}, start=drawn(0, SHAPES))
     for name in (0, 1):

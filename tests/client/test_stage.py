@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from farstep.codecs import codec_named
 from farstep.overlap import plain
 from farstep.overlap.stage import UNIT_BYTES, Stage
+from farstep.tensors import Encoder
 from tests.client.twins import drawn
 
 SHAPES = [(300, 700), (5,), (0, 3), (), (131, 2)]
@@ -15,7 +17,7 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.com
 
 
 def filled(gradients: list[Tensor], half: str | None = None) -> Stage:
-    stage = Stage(gradients, half)
+    stage = Stage(gradients, Encoder(gradients, codec_named(half)))
     for unit in stage.units(range(len(gradients))):
         stage.fill_(unit, plain(gradients[unit.index]))
     return stage

@@ -9,9 +9,9 @@ from itertools import count
 import pytest
 import torch
 
+from farstep.codecs import Wire, codec_named
 from farstep.consistency import Sync
 from farstep.errors import InvalidOption, NonFinite, Unavailable
-from farstep.narrow import HALVES, Half, Wire
 from farstep.optim import SGD, Adagrad, Adam
 from farstep.settings import NonFinitePolicy, RemoteOptions, resolve
 from farstep.tensors import NarrowArrivals
@@ -63,7 +63,7 @@ def test_only_float32_is_narrowed(place: RemoteOptions, server: RunningServer) -
 def test_half_as_many_bytes_travel(server: RunningServer) -> None:
     """Each direction that is narrowed carries half of what it did, the other one all."""
     full, sent = 4 * 1000, {}
-    wires: list[Wire | Half | None] = [None, "bf16", Wire(gradients="fp16"), Wire(parameters="bf16")]
+    wires: list[Wire | str | None] = [None, "bf16", Wire(gradients="fp16"), Wire(parameters="bf16")]
     for wire in wires:
         (p,) = parameters([torch.zeros(1000)])
         optimizer = SGD([p], lr=0.1, server=server.url, wire=wire)
@@ -276,7 +276,8 @@ def test_what_is_not_finite_is_the_sessions_matter(wire: Wire, server: RunningSe
         optimizer = SGD([p], lr=1.0, **options)
         p.grad = torch.tensor([1.0, float("nan"), float("-inf")])
         if policy == "refuse":
-            with pytest.raises(NonFinite, match=f"'w7' holds NaN or Inf, as it came in {HALVES[wire.gradients]}"):  # type: ignore[index]
+            came = wire.codecs[0].name
+            with pytest.raises(NonFinite, match=f"'w7' holds NaN or Inf, as it came in {came}"):
                 optimizer.step()
         else:
             optimizer.step()
@@ -348,7 +349,7 @@ def test_widened_bits_are_compared() -> None:
 def test_a_half_that_arrived_takes_half_the_memory() -> None:
     """What is known in full is kept while it is; afterwards 16 bits are."""
     (p,) = parameters([torch.ones(10)])
-    arrivals = NarrowArrivals([p], "bfloat16")
+    arrivals = NarrowArrivals([p], codec_named("bfloat16"))
     arrivals.keep_()
     (view,) = arrivals.targets(None)
     assert view.nbytes == 20

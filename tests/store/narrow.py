@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from farstep.codecs import codec_named
 from farstep_service.layout import Layout
 from farstep_service.store import FlatBuffers, Gradients, NarrowBuffers
 from tests.store.conftest import noise
@@ -10,9 +11,9 @@ from tests.store.conftest import noise
 
 def narrowed(layout: Layout, half: str, seed: int) -> tuple[NarrowBuffers, FlatBuffers]:
     """Return noise as it travels in 16 bits, and that same noise in the parameters' dtypes."""
-    every = range(len(layout.segments))
-    memory = FlatBuffers(layout.on_wire(half)).copy_(noise(layout, seed), every)
-    return NarrowBuffers(layout, half, memory), FlatBuffers(layout).copy_(memory, every)
+    every, codec = range(len(layout.segments)), codec_named(half)
+    memory = FlatBuffers(layout.on_wire(codec)).copy_(noise(layout, seed), every)
+    return NarrowBuffers(layout, codec, memory), FlatBuffers(layout).copy_(memory, every)
 
 
 def both(layout: Layout, half: str, seed: int, present: Sequence[bool] | None = None) -> tuple[Gradients, Gradients]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from farstep.codecs import FULL, codec_named
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES
 from farstep_service.rule import ElementwiseRule
@@ -75,9 +76,9 @@ def test_neighbours_that_are_apart_on_the_wire_are_apart_in_a_step(make: MakeSto
     layout = Layout.build(
         SegmentSpec(name, (8,), dtype) for name, dtype in [("a", "float32"), ("h", "bfloat16"), ("b", "float32")]
     )
-    assert layout.apart_on_wire("bfloat16") == {2}
-    assert layout.apart_on_wire("float16") == frozenset()
-    assert layout.apart_on_wire(None) == frozenset()
+    assert layout.apart_on_wire(codec_named("bfloat16")) == {2}
+    assert layout.apart_on_wire(codec_named("float16")) == frozenset()
+    assert layout.apart_on_wire(FULL) == frozenset()
     for half, runs in (("bfloat16", 3), ("float16", 2)):
         store, hypers = make("Adagrad", layout)
         narrow, _ = narrowed(layout, half, 1)

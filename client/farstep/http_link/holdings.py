@@ -11,10 +11,10 @@ from typing import final
 
 from torch import Tensor
 
+from farstep.codecs import FULL, Codec, Wire
 from farstep.http_link.sharing import Sharing
 from farstep.messages import Fill
-from farstep.narrow import Wire
-from farstep.tensors import Arrivals, Departures, Form, NarrowArrivals, Narrowing
+from farstep.tensors import Arrivals, DecodedArrivals, Departures, Encoder, Form, NarrowArrivals
 from farstep.wire.memory import TORCH_DTYPES
 
 
@@ -24,35 +24,31 @@ class Holdings:
 
     Args:
         parameters: what is trained, in the session's order.
-        wire: the dtypes in which tensors travel.
+        wire: the codecs in which tensors travel.
         sharing: memory that the server may share.
 
     Attributes:
         parameters: as above; updated in place.
         forms: their shapes, dtypes and devices, as the session has them.
-        wire_gradients, wire_parameters: 16-bit dtypes in which float32 tensors travel; None for their own.
+        wire_gradients, wire_parameters: the codecs' names in headers; None where tensors travel as they are.
         arrivals: where parameters arrive.
         departures: what gradients are sent from.
-        narrowing: casts gradients; None if none are cast.
+        encoder: what gradients are encoded by.
         sharing: as above.
     """
 
     def __init__(self, parameters: Sequence[Tensor], wire: Wire, sharing: Sharing) -> None:
         self.parameters = list(parameters)
-        self.wire_gradients, self.wire_parameters = wire.dtypes
+        gradients, incoming = wire.codecs
+        self.wire_gradients, self.wire_parameters = _name(gradients), _name(incoming)
         self.sharing = sharing
-        self.arrivals = (
-            Arrivals(self.parameters)
-            if self.wire_parameters is None
-            else NarrowArrivals(self.parameters, self.wire_parameters)
-        )
+        self.arrivals = _arrivals(self.parameters, incoming)
+        self.encoder = Encoder(self.parameters, gradients)
         self._set_out()
 
     def _set_out(self) -> None:
         self.forms = list(map(Form.of, self.parameters))
-        half = self.wire_gradients
-        self.narrowing = None if half is None else Narrowing(half, self.parameters)
-        self.departures = Departures(self.parameters, self.narrowing)
+        self.departures = Departures(self.parameters, self.encoder)
 
     @property
     def addresses(self) -> list[int]:
@@ -73,7 +69,12 @@ class Holdings:
     def grow_(self, parameters: Sequence[Tensor], arrivals: Arrivals) -> None:
         """Hold more parameters behind these, which arrive in memory that was made with `Arrivals.grown`."""
         self.parameters, self.arrivals = [*self.parameters, *parameters], arrivals
+        self.encoder = self.encoder.grown(self.parameters)
         self._set_out()
+
+    def settle(self, push: object) -> bool:
+        """Take note that a push in doubt was applied; see `Encoder.settle`."""
+        return self.encoder.settle(push)  # which is another one after the group that was added
 
     # -- shared memory ----------------------------------------------------------------------------------------------
 
@@ -101,3 +102,14 @@ class Holdings:
         """Leave shared memory to the process that this one was forked from."""
         if self.sharing.foreign:
             self.share_no_more_()
+
+
+def _name(codec: Codec) -> str | None:
+    return None if codec is FULL else codec.name
+
+
+def _arrivals(parameters: Sequence[Tensor], codec: Codec) -> Arrivals:
+    """Return memory for parameters that arrive in a codec."""
+    if codec is FULL:
+        return Arrivals(parameters)
+    return DecodedArrivals(parameters, codec) if codec.element is None else NarrowArrivals(parameters, codec)

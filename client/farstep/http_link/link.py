@@ -81,6 +81,7 @@ class HttpLink(Link):
         own_socket = path_of_url(address) is not None and place.transport is None
         sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
         self._holdings = Holdings(parameters, place.wire, sharing)
+        self._writer.settle = self._holdings.settle
         self._overlapping = Overlapping()
         self._joined_options: list[Options] | None = None
         self._asked = False  # to join, whatever the answer was
@@ -113,6 +114,7 @@ class HttpLink(Link):
     def _join(self, start: Start) -> bool:
         """Create or join the session; return whether this worker gave it its first contents."""
         self._holdings.share_no_more_()
+        self._holdings.encoder.forget()
         self._overlapping.end(OTHERS)
         document = {**self._standing.spec.to_document(), "worker": self._place.worker}
         if not self._place.named:

@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, final
 
 from torch import Tensor
 
 from farstep.answers import Reply, wrong
+from farstep.errors import ReceiptExpired
 from farstep.http_link.holdings import Holdings
 from farstep.http_link.putting import Putting
 from farstep.http_link.standing import Standing
@@ -32,6 +33,23 @@ from farstep.report import StepReport
 from farstep.tensors import Edited, Looking, outgoing_gradients
 from farstep.transport import Supply
 from farstep.wire import to_ranges
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """Gradients as they travel.
+
+    Attributes:
+        payload: all of them.
+        present: whose they are.
+        sparse: those among them that are sparse.
+        order: in which they follow; None for that of `present`.
+    """
+
+    payload: Payload
+    present: Sequence[int]
+    sparse: Sequence[Sparse] = ()
+    order: Sequence[int] | None = None
 
 
 @final
@@ -59,8 +77,7 @@ class Pushing:
         self._writer = writer
         self._overlapping = overlapping
         self._putting = putting
-        # float16 gradients are looked at before anything is sent.
-        self._streams = holdings.wire_gradients != "float16" and holdings.on_cpu
+        self._streams = holdings.encoder.streams and holdings.on_cpu
         self._unlooked: list[int] | None = None  # addresses of parameters that the next push has to look at
         self._edited_last = False  # whether the last look found an edit: then the next one comes before the push
 
@@ -128,26 +145,33 @@ class Pushing:
             Edited: there is an edit; nothing was done.
         """
         holdings, names = self._holdings, self._writer.names
-        present: Sequence[int] = range(len(holdings.parameters))
-        sparse: Sequence[Sparse] = ()
+        if holdings.encoder.codec.residual:  # what was left out of an earlier push may be known only after these
+            self._send_edits(unlooked)
+            unlooked = None
         before = names.unanswered
-        order = None if before is None else before.header.get("order")
-        payload: Payload | None = None
-        if order is None:
-            looking = None if unlooked is None else Looking(partial(holdings.arrivals.checks, unlooked))
-            payload = holdings.departures.payload(gradients, looking, at_once=holdings.sharing.possible)
-        if payload is None:
-            present, sparse, payload = outgoing_gradients(gradients, holdings.parameters, holdings.narrowing)
-            if order is not None and not sparse and sorted(order) == present:
-                views = dict(zip(present, payload, strict=True))  # it may be that push again
-                payload = [views[index] for index in order]
-            else:
-                order = None
+
+        def encode() -> _Encoded:
+            holdings.encoder.begin()
+            order = None if before is None else before.header.get("order")
+            if order is None:
+                looking = None if unlooked is None else Looking(partial(holdings.arrivals.checks, unlooked))
+                payload = holdings.departures.payload(gradients, looking, at_once=holdings.sharing.possible)
+                if payload is not None:
+                    return _Encoded(payload, range(len(holdings.parameters)))
+            present, sparse, views = outgoing_gradients(gradients, holdings.parameters, holdings.encoder)
+            if order is None or sparse or sorted(order) != present:
+                return _Encoded(views, present, sparse)
+            placed = dict(zip(present, views, strict=True))  # it may be that push again
+            return _Encoded([placed[index] for index in order], present, order=order)
+
+        encoded = encode()
+        payload, present = encoded.payload, encoded.present
         if not isinstance(payload, Supply):
             self._send_edits(unlooked)
-        fill = None if sparse or evaluation or names.unsure else holdings.fill_(names.epoch, present, gradients)
-        head = self._head(present, groups, evaluation=evaluation, order=order, sparse=sparse, fill=fill)
-        return self._push(head, present, payload, began, shared=fill is not None)
+        bodies = encoded.sparse or evaluation or names.unsure
+        fill = None if bodies else holdings.fill_(names.epoch, present, gradients)
+        head = self._head(present, groups, evaluation=evaluation, order=encoded.order, sparse=encoded.sparse, fill=fill)
+        return self._push(head, present, payload, began, shared=fill is not None, again=lambda: encode().payload)
 
     def _head(
         self,
@@ -200,14 +224,14 @@ class Pushing:
             return None
         header = self._head(sorted(order), groups, order=order)(names.next(), self._writer.incarnation).to_header()
         send = partial(self._writer.send_push, header)
-        return self._overlapping.begin(header, order, self._holdings.parameters, self._holdings.wire_gradients, send)
+        return self._overlapping.begin(header, order, self._holdings.parameters, self._holdings.encoder, send)
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
         """Take no step with this worker's gradients; see `Link.skip`."""
         self._overlapping.end(OTHERS)
         unlooked, self._unlooked = self._unlooked, None
         self._send_edits(unlooked)
-        half = self._holdings.wire_parameters
+        codec = self._holdings.wire_parameters
 
         def head(name: WriteName, incarnation: str) -> PushHead:
             have, options = self._standing.version, self._standing.options
@@ -220,7 +244,7 @@ class Pushing:
                 segments=[],
                 groups=groups,
                 skip=True,
-                wire_parameters=half,
+                wire_parameters=codec,
                 options=options,
             )
 
@@ -235,9 +259,14 @@ class Pushing:
         *,
         shared: bool = False,
         begun: Overlapped | None = None,
+        again: Callable[[], Payload] | None = None,
     ) -> StepReport:
-        """Send a push with the gradients of the parameters `present`, and take in what comes back."""
-        holdings = self._holdings
+        """Send a push with the gradients of the parameters `present`, and take in what comes back.
+
+        Args:
+            again: encodes them again, where what an earlier push left out has to be added to them after all.
+        """
+        holdings, before = self._holdings, self._writer.names.unanswered
         whole = self._wants_all and len(present) == len(holdings.parameters)
         arrived: list[int] | None = None
         reply: Reply | None = None
@@ -259,8 +288,15 @@ class Pushing:
 
         try:
             with self._standing.there():
-                received = self._writer.push(head, payload, place, self._advance, begun)
-        except BaseException:
+                received = self._writer.push(head, payload, place, self._advance, begun, again)
+        except BaseException as exc:
+            unanswered = self._writer.names.unanswered
+            if isinstance(exc, ReceiptExpired):
+                holdings.encoder.commit(counts=True)
+            elif unanswered is not None and unanswered is not before:
+                holdings.encoder.doubt(unanswered)
+            else:
+                holdings.encoder.rollback()
             holdings.arrivals.undo_()
             if self._writer.names.unsure or self._writer.attempts > 1:
                 holdings.share_no_more_()
@@ -273,6 +309,7 @@ class Pushing:
         holdings.arrivals.settle_(arrived)
         copy_s = time.perf_counter() - copying
         assert reply is not None
+        holdings.encoder.commit(counts=reply.receipt.counts)
         self._standing.version = reply.version
         if reply.consistency is not None:
             self._standing.follow_(reply.consistency)

@@ -46,21 +46,21 @@ class Reader:
         self._path = f"/v1/sessions/{quote(session)}/contents"
 
     def parameters(
-        self, arrivals: Arrivals, check: Check, half: str | None = None, *, worker: tuple[str, int]
+        self, arrivals: Arrivals, check: Check, codec: str | None = None, *, worker: tuple[str, int]
     ) -> Received:
-        """Bring all parameters, float32 ones as a 16-bit dtype if there is one; they are in `arrivals` then.
+        """Bring all parameters, in a codec if one is named; they are in `arrivals` then.
 
         Args:
             arrivals: where they go.
             check: see `Check`.
-            half: the 16-bit dtype.
+            codec: its name.
             worker: who asks: its name and epoch.
         """
         name, epoch = worker
         path = f"{self._path}?worker={quote(name)}&epoch={epoch}"
-        path += "" if half is None else f"&wire_parameters={half}"
+        path += "" if codec is None else f"&wire_parameters={quote(codec)}"
         return self._get(
-            "Pulling", path, ["param"], None, lambda header: arrivals.targets(None, whole=half is None), check
+            "Pulling", path, ["param"], None, lambda header: arrivals.targets(None, whole=codec is None), check
         )
 
     def stateful(self, parameters: Sequence[Form], check: Check) -> tuple[int, list[bool]]:

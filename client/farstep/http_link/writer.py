@@ -18,7 +18,7 @@ from farstep.http_link.patience import Patience
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.overlap import BROKEN, Overlapped
 from farstep.payload import Payload
-from farstep.sequence import Names
+from farstep.sequence import Names, Unanswered
 from farstep.transport import Answer
 
 MakeHead = Callable[[WriteName, str], PushHead | PutHead | AppendHead]
@@ -38,6 +38,8 @@ class Writer:
     Attributes:
         names: what has been written.
         incarnation: the life of the session that was joined.
+        settle: told of an unanswered write that turns out to have been applied; returns whether the payload of the next
+            one has to be made again.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Writer:
     ) -> None:
         self.names = Names(worker)
         self.incarnation = ""
+        self.settle: Callable[[Unanswered], bool] = lambda _: False
         self._server = server
         self._session = session
         self._patience = patience
@@ -86,9 +89,10 @@ class Writer:
         place: Place,
         arrived: Arrived | None = None,
         begun: Overlapped | None = None,
+        again: Callable[[], Payload] | None = None,
     ) -> Received:
         """Send gradients; see `_write`."""
-        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place, arrived, begun)
+        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place, arrived, begun, again)
 
     def send_push(self, header: Mapping[str, Any], payload: Payload) -> Answer:
         """Send gradients once, and return when the head of an answer is there."""
@@ -121,6 +125,7 @@ class Writer:
         place: Place,
         arrived: Arrived | None = None,
         begun: Overlapped | None = None,
+        again: Callable[[], Payload] | None = None,
     ) -> Received:
         """Repeat a named write until it is answered. Its sequence is consumed when, and only when, it is committed.
 
@@ -131,6 +136,7 @@ class Writer:
             place: says where the answer's payload goes.
             arrived: called while it comes.
             begun: the first try, which is on its way already.
+            again: makes the payload again; see `settle`.
 
         Raises:
             Fenced: this process was forked from the worker's.
@@ -138,10 +144,12 @@ class Writer:
         """
         self._check_mine()
         while True:
-            header = self._named(head, payload)
+            header, settled = self._named(head, payload)
+            if settled and again is not None:
+                payload = again()
             self._check_known(header)
 
-            def attempt(header: Mapping[str, Any] = header) -> Received:
+            def attempt(header: Mapping[str, Any] = header, payload: Payload = payload) -> Received:
                 nonlocal begun
                 if begun is not None:
                     first, begun = begun, None
@@ -186,11 +194,14 @@ class Writer:
             group = int(before.header["group"])
             raise outgrown(self._session, self.names.worker, group, by=self.names.worker, side="client")
 
-    def _named(self, head: MakeHead, payload: Payload) -> Mapping[str, Any]:
-        """Return a write's header, under a new name or as it was sent before; ask the server if that is not clear."""
+    def _named(self, head: MakeHead, payload: Payload) -> tuple[Mapping[str, Any], bool]:
+        """Return a write's header, under a new name or as it was sent before; ask the server if that is not clear.
+
+        And whether its payload has to be made again, now that an earlier write turns out to have been applied.
+        """
         header = head(self.names.next(), self.incarnation).to_header()
         if not self.names.unsure:
-            return header
+            return header, False
         before = self.names.unanswered
         repeated = before is not None and before.has_content_of(header, payload)
 
@@ -203,8 +214,9 @@ class Writer:
         what = f"Asking session {self._session!r} for the last write of worker {self.names.worker!r}"
         page = self._patience.call(what, self._server.server, attempt)
         if page.incarnation != self.incarnation or page.epoch != self.names.epoch:
-            return header  # which the server will refuse, in the right words
+            return header, False  # which the server will refuse, in the right words
         if before is not None and repeated:
-            return before.header
+            return before.header, False
         self.names.learn(page.sequence)
-        return head(self.names.next(), self.incarnation).to_header()
+        settled = before is not None and self.names.earlier == "applied" and self.settle(before)
+        return head(self.names.next(), self.incarnation).to_header(), settled

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from farstep.overlap.push import OTHERS, UNUSED, Overlapped, Send
 from farstep.overlap.stage import Stage
+from farstep.tensors import Encoder
 
 
 @final
@@ -25,7 +26,7 @@ class Overlapping:
         header: Mapping[str, Any],
         order: Sequence[int],
         parameters: Sequence[Tensor],
-        half: str | None,
+        encoder: Encoder,
         send: Send,
     ) -> Overlapped | None:
         """Begin a push, unless the thread of the one before is still at work.
@@ -33,14 +34,14 @@ class Overlapping:
         Args:
             header, order: see `Overlapped`.
             parameters: all of them.
-            half: see `Stage`.
+            encoder: see `Stage`.
             send: sends it.
         """
         self.end(UNUSED)
         if self._last is not None and not self._last.over:
             return None
         if self._stage is None:
-            self._stage = Stage(parameters, half)
+            self._stage = Stage(parameters, encoder)
         self._current = self._last = Overlapped(header, order, self._stage)
         self._current.start(send)
         return self._current

@@ -15,8 +15,8 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from farstep.tensors import is_plain, is_wide, memcmp, same_bits
-from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from farstep.tensors import Encoder, is_plain, memcmp, same_bits
+from farstep.wire.memory import tensor_memory
 
 UNIT_BYTES: Final = 512 * 1024
 """Bytes that are copied at once: they are sent next, while a core's cache still has them."""
@@ -37,24 +37,22 @@ class Stage:
 
     Args:
         parameters: whose gradients they are; on the CPU.
-        half: the wire's name of the 16-bit dtype that float32 gradients travel in, None for their own.
+        encoder: encodes them, and can do so piece by piece (`Encoder.streams`).
     """
 
-    def __init__(self, parameters: Sequence[Tensor], half: str | None) -> None:
-        narrow = None if half is None else TORCH_DTYPES[half]
+    def __init__(self, parameters: Sequence[Tensor], encoder: Encoder) -> None:
+        self._encoder = encoder
         self._dtypes = [p.dtype for p in parameters]
-        dtypes = [narrow if narrow is not None and is_wide(p) else p.dtype for p in parameters]
+        self._counts = [p.numel() for p in parameters]
         self._memory = [
-            torch.empty(p.numel(), dtype=dtype, device="cpu") for p, dtype in zip(parameters, dtypes, strict=True)
+            torch.empty(encoder.length(index), dtype=dtype, device="cpu") for index, dtype in enumerate(encoder.dtypes)
         ]
 
     def units(self, order: Sequence[int]) -> list[Unit]:
         """Cut gradients into units, in this order."""
         units = []
         for index in order:
-            memory = self._memory[index]
-            size = UNIT_BYTES // memory.element_size()
-            count = memory.numel()
+            size, count = self._piece(index), self._counts[index]
             units += [Unit(index, first, min(first + size, count)) for first in range(0, count, size)]
         return units
 
@@ -68,27 +66,47 @@ class Stage:
 
     def memory(self, unit: Unit) -> memoryview:
         """Return the memory of a unit."""
-        return tensor_memory(self._memory[unit.index][unit.first : unit.last])
+        return tensor_memory(self._encoded(unit.index, unit.first, unit.last))
+
+    def _piece(self, index: int) -> int:
+        """Return how many elements of a gradient are copied at once."""
+        return self._encoder.cut(index, UNIT_BYTES // self._memory[index].element_size())
+
+    def _encoded(self, index: int, first: int, last: int) -> Tensor:
+        """Return the memory of some elements of a gradient."""
+        length = self._encoder.length
+        return self._memory[index][length(index, first) : length(index, last)]
 
     def takes(self, index: int, gradient: Tensor) -> bool:
         """Say whether a gradient is one that can be here: dense, and of its parameter's dtype and size."""
         dense = gradient.layout is torch.strided and gradient.dtype is self._dtypes[index]
-        return dense and gradient.numel() == self._memory[index].numel()
+        return dense and gradient.numel() == self._counts[index]
 
     def fill_(self, unit: Unit, gradient: Tensor) -> None:
         """Copy a unit of a plain gradient."""
-        self._memory[unit.index][unit.first : unit.last].copy_(gradient.view(-1)[unit.first : unit.last])
+        source = gradient.view(-1)[unit.first : unit.last]
+        self._encoder.encode_(unit.index, source, self._encoded(unit.index, unit.first, unit.last), unit.first)
 
     def holds(self, index: int, count: int, gradient: Tensor) -> bool:
-        """Say whether the first elements of a plain gradient are, in every bit, those that are here."""
+        """Return whether the first elements of a plain gradient are, in every bit, those that are here.
+
+        Args:
+            count: how many; units end there.
+        """
         staged = self._memory[index]
-        if staged.dtype is gradient.dtype:
+        if not self._encoder.applies(index):
             nbytes = count * staged.element_size()
             here, there = ctypes.c_void_p(gradient.data_ptr()), ctypes.c_void_p(staged.data_ptr())
             return not memcmp(here, there, ctypes.c_size_t(nbytes))
-        size = UNIT_BYTES // staged.element_size()
-        pairs = zip(torch.split(gradient.view(-1)[:count], size), torch.split(staged[:count], size), strict=True)
-        return all(same_bits(wide.to(narrow.dtype), narrow) for wide, narrow in pairs)
+        flat, size = gradient.view(-1), self._piece(index)
+        for first in range(0, count, size):
+            last = min(first + size, count)
+            staged = self._encoded(index, first, last)
+            again = torch.empty_like(staged)
+            self._encoder.encode_(index, flat[first:last], again, first)
+            if not same_bits(again, staged):
+                return False
+        return True
 
 
 def plain(gradient: Tensor) -> Tensor:

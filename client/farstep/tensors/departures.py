@@ -4,8 +4,8 @@ A view of a tensor's memory takes as long as a copy of some ten thousand of its 
 costs again on its way to the socket. So a step of many small gradients is one copy, and one buffer.
 
     up to LARGE_BYTES in all    the payload is there before it is sent
-    above                       it is made piece by piece while it is sent; what has to be cast takes the memory of
-                                one piece
+    above                       it is made piece by piece while it is sent; what has to be encoded takes the memory
+                                of one piece
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from farstep.payload import Payload
+from farstep.tensors.encoder import Encoder
 from farstep.tensors.looking import Looking
-from farstep.tensors.narrowing import Narrowing
 from farstep.tensors.staging import outgoing
 from farstep.transport import Batch, Supply
 from farstep.wire.memory import tensor_memory
@@ -29,8 +29,8 @@ SMALL_BYTES: Final = 32 * 1024
 """Up to here a gradient is copied."""
 PIECE_BYTES: Final = 4 << 20
 """What is sent at once of a gradient that lies in memory; with pieces of 256 KiB sending takes a third longer."""
-CAST_BYTES: Final = 1 << 20
-"""What is cast at once, and sent while a cache still has it."""
+ENCODED_BYTES: Final = 1 << 20
+"""What is encoded at once, and sent while a cache still has it."""
 JOINED_BYTES: Final = 1 << 20
 """What is joined at once, at most."""
 LARGE_BYTES: Final = 4 << 20
@@ -39,23 +39,28 @@ LARGE_BYTES: Final = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Joined:
-    """Neighbours that are copied, and cast where that is asked for, into one buffer."""
+    """Neighbours that are copied, and encoded where they travel so, into one buffer."""
 
     first: int
     staged: list[Tensor]
     memory: memoryview
-    narrowing: Narrowing | None
+    encoder: Encoder
 
     @property
     def nbytes(self) -> int:
         return len(self.memory)
 
     def made(self, gradients: list[Tensor]) -> Iterator[memoryview]:
+        encoder = self.encoder
         chosen = gradients[self.first : self.first + len(self.staged)]
-        torch._foreach_copy_(self.staged, chosen)
-        if self.narrowing is not None:
-            for index, (narrow, wide) in enumerate(zip(self.staged, chosen, strict=True), self.first):
-                self.narrowing.check(index, narrow, wide)
+        if encoder.elementwise or not encoder.applies(self.first):
+            torch._foreach_copy_(self.staged, chosen)
+            if encoder.codec.limit is not None:
+                for index, (encoded, gradient) in enumerate(zip(self.staged, chosen, strict=True), self.first):
+                    encoder.check(index, encoded, gradient)
+        else:
+            for index, (into, gradient) in enumerate(zip(self.staged, chosen, strict=True), self.first):
+                encoder.encode_(index, gradient, into)
         yield self.memory
 
 
@@ -73,26 +78,23 @@ class _Lying:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cast:
-    """One that is cast, piece by piece, into memory that the next piece takes."""
+class _Encoded:
+    """One that is encoded, piece by piece, into memory that the next piece takes."""
 
     index: int
     elements: int
+    piece: int
+    nbytes: int
     scratch: Tensor
-    narrowing: Narrowing
-
-    @property
-    def nbytes(self) -> int:
-        return self.elements * self.scratch.element_size()
+    encoder: Encoder
 
     def made(self, gradients: list[Tensor]) -> Iterator[memoryview]:
         gradient = gradients[self.index].detach().reshape(-1)
-        for start in range(0, self.elements, len(self.scratch)):
-            wide = gradient[start : start + len(self.scratch)]
-            narrow = self.scratch[: len(wide)]
-            narrow.copy_(wide)
-            self.narrowing.check(self.index, narrow, wide)
-            yield tensor_memory(narrow)
+        for start in range(0, self.elements, self.piece):
+            source = gradient[start : start + self.piece]
+            into = self.scratch[: self.encoder.length(self.index, len(source))]
+            self.encoder.encode_(self.index, source, into, start)
+            yield tensor_memory(into)
 
 
 @final
@@ -101,19 +103,18 @@ class Departures:
 
     Args:
         parameters: whose gradients they are, in the session's order.
-        narrowing: casts those that travel in 16 bits; None where none do.
+        encoder: encodes them; None where they travel as they are.
 
     Attributes:
         nbytes: size of the payload of all of them.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], narrowing: Narrowing | None = None) -> None:
+    def __init__(self, parameters: Sequence[Tensor], encoder: Encoder | None = None) -> None:
         self._dtypes = [p.dtype for p in parameters]
-        self._narrowing = narrowing
-        self._travel = self._dtypes if narrowing is None else narrowing.dtypes
+        self._encoder = Encoder(parameters) if encoder is None else encoder
         self._scratch: Tensor | None = None
-        self.nbytes = sum(p.numel() * dtype.itemsize for p, dtype in zip(parameters, self._travel, strict=True))
-        self._runs: list[_Joined | _Lying | _Cast] = []
+        self.nbytes = sum(self._encoder.nbytes(index) for index in range(len(parameters)))
+        self._runs: list[_Joined | _Lying | _Encoded] = []
         first = size = 0
         for last, p in enumerate(parameters):
             size += p.nbytes
@@ -138,10 +139,10 @@ class Departures:
         Args:
             gradients: they stay as they are until the payload was sent.
             looking: edits that are looked for while a large payload is sent: all of them before it is whole.
-            at_once: the payload has to be there, however large; only without 16-bit ones.
+            at_once: the payload has to be there, however large; only where all travel as they are.
 
         Raises:
-            NonFinite: see `Narrowing`; a large payload raises it, and `Edited`, when it is made.
+            NonFinite: see `Encoder.check`; a large payload raises it, and `Edited`, when it is made.
         """
         there = [each for each in gradients if each is not None and each.layout is torch.strided]
         if [each.dtype for each in there] != self._dtypes:
@@ -167,20 +168,23 @@ class Departures:
             if looking is not None:
                 looking.stop()
 
-    def _run(self, parameters: Sequence[Tensor], first: int, last: int) -> _Joined | _Lying | _Cast:
-        members, dtype = parameters[first:last], self._travel[first]
-        narrowing = self._narrowing if dtype != self._dtypes[first] else None
-        elements = sum(p.numel() for p in members)
-        if last - first == 1 and narrowing is None:
-            return _Lying(first, members[0].nbytes)
-        if narrowing is not None and self.large and last - first == 1:
+    def _run(self, parameters: Sequence[Tensor], first: int, last: int) -> _Joined | _Lying | _Encoded:
+        encoder, members = self._encoder, range(first, last)
+        encoded, dtype = encoder.applies(first), encoder.dtypes[first]
+        if len(members) == 1 and not encoded:
+            return _Lying(first, parameters[first].nbytes)
+        elements = parameters[first].numel()
+        piece = encoder.cut(first, ENCODED_BYTES // dtype.itemsize)
+        if len(members) == 1 and self.large and encoder.codec.block is not None:
             if self._scratch is None:
-                self._scratch = torch.empty(CAST_BYTES // dtype.itemsize, dtype=dtype, device="cpu")
-            return _Cast(first, elements, self._scratch, narrowing)
-        flat = torch.empty(elements, dtype=dtype, device="cpu")
-        pieces = torch.split(flat, [p.numel() for p in members])
-        staged = [piece.view(p.shape) for piece, p in zip(pieces, members, strict=True)]
-        return _Joined(first, staged, tensor_memory(flat), narrowing)
+                self._scratch = torch.empty(encoder.length(first, piece), dtype=dtype, device="cpu")
+            return _Encoded(first, elements, piece, encoder.nbytes(first), self._scratch, encoder)
+        sizes = [encoder.length(index) for index in members]
+        flat = torch.empty(sum(sizes), dtype=dtype, device="cpu")
+        pieces = list(torch.split(flat, sizes))
+        if encoder.elementwise or not encoded:
+            pieces = [piece.view(parameters[index].shape) for piece, index in zip(pieces, members, strict=True)]
+        return _Joined(first, pieces, tensor_memory(flat), encoder)
 
 
 def _joined(before: Tensor, here: Tensor) -> bool:

@@ -1,4 +1,5 @@
-"""Parameters that arrive in 16 bits: widened in the copy into the model, and compared with it just as exactly.
+"""Parameters that arrive in 16 bits (codecs with an element): widened in the copy into the model, and compared with it
+just as exactly.
 
 arrived in 16 bits   the session has other bits, but this worker was told these: an unedited parameter is them, widened
 sent by this worker  the session has its float32 values, which are kept until the parameter arrives again
@@ -15,10 +16,11 @@ from typing import final
 import torch
 from torch import Tensor
 
+from farstep.codecs import Codec
 from farstep.tensors.arrivals import Arrivals, copy_all
 from farstep.tensors.bits import same_bits
 from farstep.tensors.edits import Check, Comparer, Edits, is_plain, memcmp
-from farstep.tensors.narrowing import is_wide
+from farstep.tensors.encoder import applies
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 
 BLOCK = 2**19
@@ -31,14 +33,15 @@ class NarrowArrivals(Arrivals):
 
     Args:
         parameters: the tensors that arrive, in the session's order.
-        half: the wire's name of the 16-bit dtype.
+        codec: encodes them; one with an element.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], half: str) -> None:
-        self._half = half
-        self._narrow = {index for index, p in enumerate(parameters) if is_wide(p)}
+    def __init__(self, parameters: Sequence[Tensor], codec: Codec) -> None:
+        assert codec.element is not None
+        self._codec, narrow = codec, TORCH_DTYPES[codec.element]
+        self._narrow = {index for index, p in enumerate(parameters) if applies(codec, p)}
         self._whole: dict[int, Tensor] = {}
-        super().__init__(parameters, [TORCH_DTYPES[half] if is_wide(p) else p.dtype for p in parameters])
+        super().__init__(parameters, [narrow if i in self._narrow else p.dtype for i, p in enumerate(parameters)])
 
     def rebind_(self, parameters: Sequence[Tensor]) -> None:
         super().rebind_(parameters)
@@ -46,7 +49,7 @@ class NarrowArrivals(Arrivals):
 
     def grown(self, parameters: Sequence[Tensor]) -> NarrowArrivals:
         count = len(self._parameters)
-        grown = NarrowArrivals([*self._parameters, *parameters], self._half)
+        grown = NarrowArrivals([*self._parameters, *parameters], self._codec)
         copy_all(grown._staged[:count], self._staged, lazy=False)
         grown._whole = dict(self._whole)
         grown._differing = set(self._differing)

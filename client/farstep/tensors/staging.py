@@ -17,7 +17,7 @@ from farstep.fields import EVERYWHERE, NUMBERS, FieldKind, Shapes, check_shape, 
 from farstep.messages import Sparse
 from farstep.presence import PRESENT, mask_of, names_of
 from farstep.states import State
-from farstep.tensors.narrowing import Narrowing
+from farstep.tensors.encoder import Encoder
 from farstep.wire.memory import tensor_memory
 
 MOST_PAIRS: Final = 2**14
@@ -31,13 +31,13 @@ def outgoing(tensor: Tensor) -> memoryview:
 
 
 def outgoing_gradients(
-    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], narrowing: Narrowing | None = None
+    gradients: Sequence[Tensor | None], parameters: Sequence[Tensor], encoder: Encoder
 ) -> tuple[list[int], list[Sparse], list[memoryview]]:
     """Return which parameters have a gradient, which of them are sparse, and the payload.
 
     Raises:
         TensorMismatch: a gradient of another dtype than its parameter.
-        NonFinite: see `Narrowing`.
+        NonFinite: see `Encoder.check`.
     """
     present: list[int] = []
     sparse: list[Sparse] = []
@@ -54,13 +54,10 @@ def outgoing_gradients(
         if gradient.is_sparse:
             coalesced = gradient.detach().coalesce()
             sparse.append(Sparse(index, coalesced.sparse_dim(), coalesced._nnz()))
-            values = coalesced.values()
-            payload += [
-                outgoing(coalesced.indices()),
-                outgoing(narrowing.values(index, values) if narrowing is not None else values),
-            ]
+            values = encoder.encoded(index, coalesced.values(), sparse=True)
+            payload += [outgoing(coalesced.indices()), outgoing(values)]
         else:
-            payload.append(outgoing(narrowing.values(index, gradient) if narrowing is not None else gradient))
+            payload.append(outgoing(encoder.encoded(index, gradient)))
     return present, sparse, payload
 
 

@@ -43,6 +43,9 @@ DTYPES: Mapping[str, Dtype] = {
 }
 """Every type that occurs in a payload."""
 
+BYTES = Dtype("uint8", 1, "uint8")
+"""The type of encoded memory that is no numbers; never a segment's own."""
+
 INDEX = DTYPES["int64"]
 """The type of a sparse gradient's indices; never a segment's own."""
 

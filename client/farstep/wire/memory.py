@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from farstep.wire.dtypes import DTYPES, Dtype
+from farstep.wire.dtypes import BYTES, DTYPES, Dtype
 
 if sys.byteorder != "little":
     raise ImportError("farstep's wire is little-endian; this machine is not.")
@@ -27,10 +27,11 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "complex64": torch.complex64,
     "complex128": torch.complex128,
     "int64": torch.int64,
+    BYTES.name: torch.uint8,
 }
-"""torch's dtype under each name of the wire."""
+"""torch's dtype under each name of the wire, and of bytes."""
 
-_BY_TORCH = {dtype: DTYPES[name] for name, dtype in TORCH_DTYPES.items()}
+_BY_TORCH = {TORCH_DTYPES[name]: each for name, each in DTYPES.items()}
 
 
 def wire_dtype(dtype: torch.dtype) -> Dtype | None:

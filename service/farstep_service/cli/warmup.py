@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from farstep.codecs import codecs
 from farstep.errors import InvalidOption
 from farstep_service.cli.output import FAILED, JsonOutput, print_json, reporting
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from farstep_service.optimizers import PackageStatus
 
 LOOK_AGAIN_S = 0.5
-HALVES = ("bfloat16", "float16")
+HALVES = tuple(codec.element for codec in codecs() if codec.element is not None)
 
 
 class Dtype(StrEnum):

@@ -301,7 +301,7 @@ class Host(ABC):
 
         Args:
             write: leave those of groups out that its worker did not know when it made this write.
-            half: the 16-bit dtype to give float32 ones in; None for as they are.
+            half: the name of the codec to give them in; None for as they are.
             spent: a push's, which has been answered for: its memory may be written over.
             reader: who reads them, where that is not the worker of a write; its lease is renewed.
             outgoing: the answer that they go into, where it is known; a slow one is cut while others wait for it.

@@ -1,4 +1,4 @@
-"""Parameters on their way out in 16 bits, or from a device: one conversion for all who ask for a version while one
+"""Parameters on their way out in a codec, or from a device: one conversion for all who ask for a version while one
 still reads it.
 
 A step whose gradients came in the same 16 bits has mostly written them already, over those gradients, in its own pass.
@@ -14,18 +14,19 @@ from concurrent.futures import Executor
 from typing import final
 from weakref import WeakValueDictionary
 
+from farstep.codecs import Codec
 from farstep_service.gradients import Contribution, memory_of
 from farstep_service.hosts.host import View
 from farstep_service.hosts.views import missing
-from farstep_service.layout import Layout
-from farstep_service.store import FlatBuffers, Held
+from farstep_service.store import FlatBuffers, Held, encode_
 
 
 @final
 class Narrowed:
-    """A copy of one version in memory of the CPU; float32 segments in a 16-bit dtype, if that is wanted."""
+    """A copy of one version in memory of the CPU, as it travels in a codec."""
 
-    def __init__(self, held: Held, layout: Layout, indices: Sequence[int], spent: Contribution | None) -> None:
+    def __init__(self, held: Held, codec: Codec, indices: Sequence[int], spent: Contribution | None) -> None:
+        layout = held.buffers.layout.on_wire(codec)
         self.version = held.version
         self.count = len(layout.segments)
         memory = None if spent is None else spent.spent()
@@ -35,7 +36,7 @@ class Narrowed:
         else:
             memory = FlatBuffers(layout, zero=False)
         self.buffers = memory
-        self.buffers.copy_(held.buffers, missing(indices, there))
+        encode_(memory, held.buffers, codec, missing(indices, there))
 
 
 @final
@@ -49,7 +50,7 @@ class Narrowings:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._turn = asyncio.Lock()
-        self._made: WeakValueDictionary[tuple[int, int, str | None], Narrowed] = WeakValueDictionary()
+        self._made: WeakValueDictionary[tuple[int, int, Codec], Narrowed] = WeakValueDictionary()
 
     @property
     def nbytes(self) -> int:
@@ -57,33 +58,33 @@ class Narrowings:
         return sum(each.buffers.nbytes for each in self._made.values())
 
     async def of(
-        self, held: Held, half: str | None, indices: Sequence[int], spent: Contribution | None, *, inline: bool
+        self, held: Held, codec: Codec, indices: Sequence[int], spent: Contribution | None, *, inline: bool
     ) -> Narrowed:
-        """Return some segments of a held version, which is given back, in a 16-bit dtype, or as they are.
+        """Return some segments of a held version, which is given back, as they travel in a codec.
 
         Only a conversion of all segments is shared: others are of one worker's own.
 
         Args:
             spent: gradients whose memory may be written over, or was by the step that this answers.
         """
-        layout = held.buffers.layout.on_wire(half)
-        if len(indices) < len(layout.segments):
-            return await self._make(held, layout, indices, spent, inline=inline)
-        key = (held.version, len(layout.segments), half)
+        count = len(held.buffers.layout.segments)
+        if len(indices) < count:
+            return await self._make(held, codec, indices, spent, inline=inline)
+        key = (held.version, count, codec)
         async with self._turn:
             found = self._made.get(key)
             if found is None:
-                found = self._made[key] = await self._make(held, layout, indices, spent, inline=inline)
+                found = self._made[key] = await self._make(held, codec, indices, spent, inline=inline)
             else:
                 held.release()
             return found
 
     async def _make(
-        self, held: Held, layout: Layout, indices: Sequence[int], spent: Contribution | None, *, inline: bool
+        self, held: Held, codec: Codec, indices: Sequence[int], spent: Contribution | None, *, inline: bool
     ) -> Narrowed:
         def make() -> Narrowed:
             with held:
-                return Narrowed(held, layout, indices, spent)
+                return Narrowed(held, codec, indices, spent)
 
         if inline:
             return make()

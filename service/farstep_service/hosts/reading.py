@@ -1,7 +1,7 @@
 """Views of the versions of one session. A step never waits for them: `farstep_service.hosts.readers` says how many
 there may be.
 
-A view of a version keeps it until the view is released. A copy, in 16 bits or from a device, does not: it gives the
+A view of a version keeps it until the view is released. A copy, in a codec or from a device, does not: it gives the
 version back when it has been made, and is shared by all who read that version.
 """
 
@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from typing import Final, final
 
+from farstep.codecs import codec_named
 from farstep.wire import to_ranges
 from farstep_service.hosts.host import Intake, View
 from farstep_service.hosts.narrowed import NarrowedView, Narrowings
@@ -49,7 +50,7 @@ class Views:
         """Return the view of some segments.
 
         Args:
-            held, half, chosen: the version, the 16-bit dtype if that is wanted, and the segments.
+            held, half, chosen: the version, the name of a codec if one is wanted, and the segments.
             spent: see `Host.parameters`.
             released: called when the view is.
         """
@@ -60,7 +61,7 @@ class Views:
             return HeldView(held, None if whole else chosen, ranges, released)
         gradients = spent.contribution if isinstance(spent, PushIntake) and half is not None else None
         inline = layout.nbytes <= NARROW_INLINE_BYTES
-        narrowed = await self._narrowings.of(held, half, chosen, gradients, inline=inline)
+        narrowed = await self._narrowings.of(held, codec_named(half), chosen, gradients, inline=inline)
         return NarrowedView(narrowed, chosen, ranges, released)
 
 
@@ -75,8 +76,8 @@ def cost_of(held: Held, half: str | None, chosen: Sequence[int], spent: Intake |
     if isinstance(spent, PushIntake) and spent.contribution.spent() is not None:
         return object(), 0
     if len(chosen) < len(layout.segments):
-        return object(), layout.on_wire(half).bytes_of(chosen)
-    return (held.version, half), layout.on_wire(half).nbytes
+        return object(), layout.on_wire(codec_named(half)).bytes_of(chosen)
+    return (held.version, half), layout.on_wire(codec_named(half)).nbytes
 
 
 def chosen_of(held: Held, layout: Layout, since: int | None) -> Sequence[int]:

@@ -2,7 +2,7 @@
 
     POST /v1/sessions/{name}/push                 gradients in; receipt and parameters out
     GET  /v1/sessions/{name}/contents[?fields=&segments=]   parameters (the default) or state fields out
-         /v1/sessions/{name}/contents?wire_parameters=      parameters out, in 16 bits
+         /v1/sessions/{name}/contents?wire_parameters=      parameters out, encoded
          /v1/sessions/{name}/contents?worker=&epoch=        parameters out, to a worker that says who it is
     PUT  /v1/sessions/{name}/contents             parameters and state in
     POST /v1/sessions/{name}/groups               a param group and its parameters in
@@ -24,13 +24,13 @@ import xxhash
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from farstep.codecs import FULL, check_codec, codec_named
 from farstep.consistency import Async, Bounded, to_options
 from farstep.errors import InvalidRequest
 from farstep.fields import NUMBERS, shapes_to_header
 from farstep.growth import AppendHead
 from farstep.header import VERSION
 from farstep.messages import Fill, PushHead, PutHead
-from farstep.narrow import check_half
 from farstep.presence import PRESENT
 from farstep.wire import from_ranges
 from farstep_service.hosts import OVERHEAD_BYTES, Answer, AtMost, Host, Intake, Reader, View
@@ -114,8 +114,9 @@ class Push(Endpoint):
         if head.fill is not None:
             fingerprint = fingerprint_of(head, head.fill)
         answer = await host.push(head, intake, fingerprint)
-        narrow = head.wire_gradients is not None and head.wire_gradients == head.wire_parameters
-        spent = intake if narrow or head.fill is not None else None
+        codec = codec_named(head.wire_gradients)
+        in_place = codec is not FULL and codec.element is not None and head.wire_gradients == head.wire_parameters
+        spent = intake if in_place or head.fill is not None else None
         del intake  # the gradients' memory is free while the answer is sent, if that is not in it
         header = _header(host, answer, {"receive": received_s})
         if head.wanted == "none":
@@ -152,17 +153,17 @@ class Contents(Endpoint):
         layout = host.plan.layout
         indices = _indices(query["segments"], len(layout.segments)) if "segments" in query else None
         whole = fields == ["param"] and indices is None
-        half = check_half("wire_parameters", ",".join(query["wire_parameters"])) if "wire_parameters" in query else None
-        if half is not None and not whole:
-            raise InvalidRequest(
-                "Only all parameters, and nothing else, are given in 16 bits.", field="wire_parameters"
-            )
+        codec = (
+            check_codec("wire_parameters", ",".join(query["wire_parameters"])) if "wire_parameters" in query else None
+        )
+        if codec is not None and not whole:
+            raise InvalidRequest("Only all parameters, and nothing else, are given encoded.", field="wire_parameters")
         reader = _reader(query)
         reserve(size := await _size(host, fields, indices))
         outgoing = outgoing_of(scope)
         header = {"v": VERSION, "incarnation": host.incarnation}
         if whole:
-            view = await host.parameters(half=half, reader=reader, outgoing=outgoing)
+            view = await host.parameters(half=codec, reader=reader, outgoing=outgoing)
             await answer_view(send, {**header, "fields": list(view.fields)}, view)
             return
         async with host.copying(size, outgoing):
@@ -245,14 +246,16 @@ async def _size(host: Host, fields: Sequence[str], indices: Sequence[int] | None
 def _converted_bytes(host: Host, head: PushHead) -> int:
     """Return the bytes that a push takes beside its body.
 
-    Gradients in 16 bits are widened before they are clipped, corrected, added to others, or go to what is no rule;
-    parameters in the same 16 bits take the gradients' place, in others their own.
+    Gradients that came as bytes of a codec are decoded first. Those in 16 bits are widened before they are clipped,
+    corrected, added to others, or go to what is no rule. Parameters in the same 16 bits take the gradients' place, in
+    another codec their own.
     """
     plan, mode = host.plan, host.plan.consistency
     alone = isinstance(mode, Async | Bounded) and not mode.delay_compensation and isinstance(plan.rule, Rule)
-    widened = head.wire_gradients is not None and not (alone and plan.policy.as_they_come)
-    narrowed = head.wire_parameters is not None and head.wire_parameters != head.wire_gradients
-    return (plan.layout.nbytes if widened else 0) + (plan.layout.nbytes // 2 if narrowed else 0)
+    gradients, parameters = codec_named(head.wire_gradients), codec_named(head.wire_parameters)
+    decoded = gradients is not FULL and (gradients.element is None or not (alone and plan.policy.as_they_come))
+    encoded = parameters is not FULL and (parameters is not gradients or parameters.element is None)
+    return (plan.layout.nbytes if decoded else 0) + (plan.layout.on_wire(parameters).nbytes if encoded else 0)
 
 
 def _indices(query: Sequence[str], count: int) -> list[int]:

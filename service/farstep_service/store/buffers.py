@@ -15,6 +15,7 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
+from farstep.codecs import Codec
 from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.layout import Layout, Segment
 
@@ -135,15 +136,15 @@ class NarrowBuffers(Buffers):
 
     Args:
         layout: the parameters'.
-        half: the 16-bit dtype.
+        codec: the one that they came in, which has an element.
         memory: in the layout in which they travel.
     """
 
-    def __init__(self, layout: Layout, half: str, memory: FlatBuffers) -> None:
+    def __init__(self, layout: Layout, codec: Codec, memory: FlatBuffers) -> None:
         self.layout = layout
         self.device = memory.device
-        self.borders = layout.apart_on_wire(half)
-        self.half = half
+        self.borders = layout.apart_on_wire(codec)
+        self.codec = codec
         self.memory = memory
 
     @property
@@ -163,6 +164,36 @@ class NarrowBuffers(Buffers):
         """Return a segment as its parameter looks; a copy, where it was narrow."""
         segment = self.layout.segments[index]
         return shaped(self.stretch(index, segment.length).to(TORCH_DTYPES[segment.buffer]), segment)
+
+
+def encode_(into: FlatBuffers, source: Buffers, codec: Codec, segments: Sequence[int]) -> None:
+    """Write segments as they travel in a codec.
+
+    Args:
+        into: in the layout of the codec, on the CPU.
+        source: in the session's layout.
+    """
+    if codec.element is not None:
+        into.copy_(source, segments)
+        return
+    for index in segments:
+        segment = source.layout.segments[index]
+        if codec.applies_to(segment.dtype):
+            encoded = into.layout.segments[index]
+            its = source.stretch(index, segment.length).to("cpu")
+            codec.encode_(its, into.stretch(index, encoded.length))
+        else:
+            into.segment(index).copy_(source.segment(index))
+
+
+def decode_(into: FlatBuffers, source: FlatBuffers, codec: Codec, segments: Sequence[int]) -> None:
+    """Write segments in the session's layout that came as bytes of a codec, which is what `encode_` does backwards."""
+    for index in segments:
+        segment, encoded = into.layout.segments[index], source.layout.segments[index]
+        if codec.applies_to(segment.dtype):
+            codec.decode_(source.stretch(index, encoded.length), into.stretch(index, segment.length))
+        else:
+            into.segment(index).copy_(source.segment(index))
 
 
 def shaped(flat: Tensor, segment: Segment) -> Tensor:
