@@ -26,7 +26,7 @@ from farstep.hyper import Hyper
 from farstep.messages import Evaluation, Sparse
 from farstep.wire import DTYPES, from_ranges
 from farstep.wire.dtypes import BYTES
-from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from farstep.wire.memory import MEMORY_DTYPES, TORCH_DTYPES, tensor_memory
 from farstep_service.finite import Watch, all_finite, copy_finite_
 from farstep_service.layout import Layout, Segment
 from farstep_service.rule import AnyMethod
@@ -254,7 +254,7 @@ class Contribution:
     def _allocate_sparse(self, index: int) -> list[memoryview]:
         announced, segment = self._announced[index], self._travelling.segments[index]
         indices = torch.empty(announced.dims, announced.nnz, dtype=torch.int64, device="cpu")
-        dtype = TORCH_DTYPES[segment.dtype]
+        dtype = MEMORY_DTYPES[segment.dtype]
         if segment.dtype == BYTES.name:
             values = torch.empty(self._values_bytes(index, announced), dtype=dtype, device="cpu")
         else:

@@ -66,7 +66,8 @@ class Codec(ABC):
 
         Args:
             source: float32; flat and on the CPU unless the codec has an `element`.
-            into: of the element's dtype and the source's shape; without an element, flat uint8 of `encoded_bytes`.
+            into: of the element's dtype and the source's shape; without an element, flat uint8 of
+                `encoded_bytes`, which may begin at any address.
         """
 
     @abstractmethod

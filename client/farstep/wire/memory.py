@@ -27,11 +27,13 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "complex64": torch.complex64,
     "complex128": torch.complex128,
     "int64": torch.int64,
-    BYTES.name: torch.uint8,
 }
-"""torch's dtype under each name of the wire, and of bytes."""
+"""torch's dtype under each name of the wire."""
 
-_BY_TORCH = {TORCH_DTYPES[name]: each for name, each in DTYPES.items()}
+MEMORY_DTYPES: Mapping[str, torch.dtype] = {**TORCH_DTYPES, BYTES.name: torch.uint8}
+"""The same, and that of memory which holds encoded bytes."""
+
+_BY_TORCH = {dtype: DTYPES[name] for name, dtype in TORCH_DTYPES.items()}
 
 
 def wire_dtype(dtype: torch.dtype) -> Dtype | None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from farstep.codecs import Codec
-from farstep.wire.memory import TORCH_DTYPES
+from farstep.wire.memory import MEMORY_DTYPES, TORCH_DTYPES
 from farstep_service.layout import Layout, Segment
 
 
@@ -88,7 +88,7 @@ class FlatBuffers(Buffers):
         self.device = torch.device(device)
         make = torch.zeros if zero else torch.empty
         self._flat: Mapping[str, Tensor] = flat or {
-            buffer: make(size, dtype=TORCH_DTYPES[buffer], device=self.device) for buffer, size in layout.sizes.items()
+            buffer: make(size, dtype=MEMORY_DTYPES[buffer], device=self.device) for buffer, size in layout.sizes.items()
         }
         self._views: dict[tuple[int, int], Tensor] = {}
 
