@@ -21,10 +21,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from farstep_service.auth import AllowedHosts, Tokens
-from farstep_service.hosts import in_task
-from farstep_service.registry import Registry
+from farstep_service.eager import in_task
 from farstep_service.routes import Edge, control_router, data_routes, error_of, page_of, session_file_routes
 from farstep_service.routes.problems import PROBLEM, problem_of
+from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 
 DESCRIPTION = """An optimizer as a service.

@@ -24,9 +24,9 @@ from farstep_service.durability import file_of
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.plan import Plan
-from farstep_service.registry import Registry
 from farstep_service.rule import PRECISION
 from farstep_service.session import Session
+from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 from tests.client.twins import some_rows
 from tests.durability.files import described, joined, parts, read, restored, written

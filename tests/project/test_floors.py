@@ -51,7 +51,7 @@ def test_rooms_may_import_from_floors_below(sketch: Path):
     """The contracts allow what they are meant to allow, so that the refusals below mean something."""
     service = sketch / "service" / "farstep_service"
     (service / "cli.py").write_text("from farstep_service import app\nimport httpx\n")
-    (service / "app.py").write_text("from farstep_service import registry, routes\nimport farstep.transport, fastapi\n")
+    (service / "app.py").write_text("from farstep_service import routes, sessions\nimport farstep.transport, fastapi\n")
     (service / "session.py").write_text("from farstep_service import layout, store\nimport farstep.wire, torch\n")
     client = sketch / "client" / "farstep"
     (client / "transport.py").write_text("import httpx\n")
@@ -64,7 +64,7 @@ def test_rooms_may_import_from_floors_below(sketch: Path):
     ("module", "statement", "complaint"),
     [
         ("service/farstep_service/layout", "from farstep_service import store", "layout -> farstep_service.store"),
-        ("service/farstep_service/session", "import farstep_service.hosts", "session -> farstep_service.hosts"),
+        ("service/farstep_service/session", "import farstep_service.sessions", "session -> farstep_service.sessions"),
         (
             "service/farstep_service/durability",
             "import farstep_service.coordinator",
@@ -82,7 +82,7 @@ def test_rooms_may_import_from_floors_below(sketch: Path):
     ],
 )
 def test_a_wrong_import_is_refused(sketch: Path, module: str, statement: str, complaint: str):
-    """An import upwards, sideways, from client to service, or of HTTP below the registry is found, and named."""
+    """An import upwards, sideways, from client to service, or of HTTP below the routes is found, and named."""
     (sketch / "client" / "farstep" / "transport.py").write_text("import httpx\n")
     (sketch / module).with_suffix(".py").write_text(statement)
     done = lint_imports(sketch, sketch)

@@ -12,14 +12,14 @@ import torch
 
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire.memory import tensor_memory
-from farstep_service.hosts import Answer, Host, LocalHost
-from farstep_service.hosts.work import INLINE_BYTES
 from farstep_service.kernel import Call, Kernel, KernelSource, Progress
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
 from farstep_service.rule import AnyRule, Form, KernelName
 from farstep_service.session import Session
+from farstep_service.sessions import Answer, Host, LocalHost
+from farstep_service.sessions.turns import INLINE_BYTES
 
 SMALL, LARGE = 8, INLINE_BYTES // 2
 """Elements of parameters whose steps run on the event loop, and in a thread."""

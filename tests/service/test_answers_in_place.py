@@ -13,13 +13,13 @@ from torch import Tensor
 
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire.memory import tensor_memory
-from farstep_service.hosts import Intake
-from farstep_service.hosts.local import LocalHost
-from farstep_service.hosts.views import PushIntake
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Session
+from farstep_service.sessions import Intake
+from farstep_service.sessions.actor import LocalHost
+from farstep_service.sessions.views import PushIntake
 
 LENGTHS = {"a": 5, "wide": 3, "b": 7, "c": 4}
 DTYPES = {"wide": "float64"}

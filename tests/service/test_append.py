@@ -14,10 +14,10 @@ from farstep.errors import Busy, LimitExceeded, OptionsDiffer
 from farstep.growth import AppendHead, NewParameter
 from farstep.messages import PutHead, WriteName
 from farstep.wire import encode
-from farstep_service.hosts import Host
 from farstep_service.layout import SegmentSpec
 from farstep_service.plan import Plan
-from farstep_service.registry import Registry
+from farstep_service.sessions import Host
+from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 from tests.service.answers import MSGPACK, half_sent
 from tests.service.raw import RawClient, RawWorker, gradient, specs, tensors_of

@@ -17,10 +17,10 @@ import farstep
 from farstep.errors import Busy, LimitExceeded, UnknownSession
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import encode
-from farstep_service.hosts import Host
 from farstep_service.layout import SegmentSpec
 from farstep_service.plan import Plan
-from farstep_service.registry import Registry
+from farstep_service.sessions import Host
+from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 from tests.service.answers import MSGPACK, half_sent
 from tests.service.raw import RawClient, session_document

@@ -13,12 +13,12 @@ import torch
 from farstep.area import Made, make
 from farstep.messages import Fill, PushHead, PutHead, WriteName
 from farstep.wire.memory import tensor_memory
-from farstep_service.hosts.local import LocalHost
-from farstep_service.hosts.shared import Offer
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Session
+from farstep_service.sessions.actor import LocalHost
+from farstep_service.sessions.shared import Offer
 
 LENGTHS = (5, 7, 4)
 

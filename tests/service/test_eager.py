@@ -10,7 +10,7 @@ from weakref import ref
 
 import pytest
 
-from farstep_service.hosts import begin, in_task
+from farstep_service.eager import begin, in_task
 
 
 def run(talk: Callable[[asyncio.AbstractEventLoop], Coroutine[None, None, None] | None]) -> None:

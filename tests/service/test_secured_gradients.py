@@ -19,13 +19,13 @@ from farstep.area import Made, make
 from farstep.errors import NonFinite
 from farstep.messages import Fill, PushHead, PutHead, WriteName
 from farstep.optim import SGD
-from farstep_service.hosts import Answer, LocalHost, Offer
 from farstep_service.kernel import Call, Kernel, KernelSource, Progress
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
 from farstep_service.rule import AnyRule, Form, KernelName
 from farstep_service.session import Session
+from farstep_service.sessions import Answer, LocalHost, Offer
 from tests.service.servers import running_server
 
 LENGTHS = (500, 7)

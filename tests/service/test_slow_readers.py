@@ -13,7 +13,7 @@ import torch
 
 from farstep.errors import SessionLost
 from farstep.wire import encode
-from farstep_service.hosts.readers import FAIR_BYTES_PER_S, GRACE_S, Kind, Readers, Seat
+from farstep_service.sessions.readers import FAIR_BYTES_PER_S, GRACE_S, Kind, Readers, Seat
 from tests.service.answers import MSGPACK, opened, read_answer, read_head
 from tests.service.hosting import run
 from tests.service.raw import RawClient, RawWorker, payload_of

@@ -18,8 +18,9 @@ from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest, LimitExceeded, Truncated, UnsupportedMedia
 from farstep.wire import CONTENT_TYPE, Decoder, encode
-from farstep_service.hosts import AtMost, Outgoing, in_task
+from farstep_service.eager import in_task
 from farstep_service.limits import CONNECTION
+from farstep_service.sessions import AtMost, Outgoing
 
 MSGPACK = CONTENT_TYPE.encode()
 TAIL_BYTES = 128 * 1024

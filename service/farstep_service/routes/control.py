@@ -23,11 +23,9 @@ from farstep.consistency import from_options, to_options
 from farstep.errors import InvalidOption
 from farstep.fields import FieldKind
 from farstep.header import VERSION
-from farstep_service.hosts import Host, Offer, WorkerPage
 from farstep_service.memory import available_bytes
 from farstep_service.optimizers import METHODS
 from farstep_service.plan import Plan
-from farstep_service.registry import Registry
 from farstep_service.routes.documents import (
     ConsistencyDocument,
     Digits,
@@ -42,6 +40,8 @@ from farstep_service.routes.documents import (
 )
 from farstep_service.routes.problems import PROBLEM, Problem, over_unix
 from farstep_service.routes.reading import DocumentRoute
+from farstep_service.sessions import Host, Offer, WorkerPage
+from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 
 SESSIONS_PAGE: Final = 100

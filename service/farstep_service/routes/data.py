@@ -33,10 +33,10 @@ from farstep.header import VERSION
 from farstep.messages import Fill, PushHead, PutHead
 from farstep.presence import PRESENT
 from farstep.wire import from_ranges
-from farstep_service.hosts import OVERHEAD_BYTES, Answer, AtMost, Host, Intake, Reader, View
-from farstep_service.registry import Registry
 from farstep_service.routes.bodies import Pace, answer_message, outgoing_of, read_body
 from farstep_service.rule import Rule
+from farstep_service.sessions import OVERHEAD_BYTES, Answer, AtMost, Host, Intake, Reader, View
+from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 
 Head = TypeVar("Head", PushHead, PutHead, AppendHead)

@@ -21,10 +21,10 @@ from farstep.errors import InvalidRequest, Truncated
 from farstep.identity import NAME
 from farstep.wire.tensor_file import LENGTH_BYTES, head_length, read_head
 from farstep_service.durability import file_of, places_of
-from farstep_service.hosts import Host
-from farstep_service.registry import Registry
 from farstep_service.routes.bodies import Pace, answer_pieces, chunks, declared, outgoing_of
 from farstep_service.routes.documents import snapshot_of
+from farstep_service.sessions import Host
+from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 
 FILE = b"application/octet-stream"

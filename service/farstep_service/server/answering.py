@@ -107,7 +107,7 @@ class Answering:
             self._wrote(sum(map(len, held)))
             self._transport.writelines(held)
 
-    # -- what others see of it (`farstep_service.hosts.Outgoing`) -----------------------------------------------------
+    # -- what others see of it (`farstep_service.sessions.Outgoing`) --------------------------------------------------
 
     def progress(self) -> tuple[float, int] | None:
         """Return the seconds since the first of the body was there to be taken, and the bytes taken; None before."""

@@ -14,12 +14,12 @@ from typing import Final
 
 from farstep.errors import Busy, LimitExceeded, OptionsDiffer, SessionExists, UnknownSession
 from farstep_service.durability import Snapshot
-from farstep_service.hosts import Host, LocalHost, nbytes_beside
-from farstep_service.hosts.room import UNBOUNDED, Room, Share
 from farstep_service.memory import resident_bytes, usable_bytes
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Session
+from farstep_service.sessions import Host, LocalHost, nbytes_beside
+from farstep_service.sessions.room import UNBOUNDED, Room, Share
 from farstep_service.settings import Settings
 
 INLINE_PARTS: Final = 1000

@@ -1,4 +1,4 @@
-"""Views of the versions of one session. A step never waits for them: `farstep_service.hosts.readers` says how many
+"""Views of the versions of one session. A step never waits for them: `farstep_service.sessions.readers` says how many
 there may be.
 
 A view of a version keeps it until the view is released. A copy, in a codec or from a device, does not: it gives the
@@ -13,10 +13,10 @@ from typing import Final, final
 
 from farstep.codecs import codec_named
 from farstep.wire import to_ranges
-from farstep_service.hosts.host import Intake, View
-from farstep_service.hosts.narrowed import NarrowedView, Narrowings
-from farstep_service.hosts.views import HeldView, PushIntake
 from farstep_service.layout import Layout
+from farstep_service.sessions.answers import Intake, View
+from farstep_service.sessions.narrowed import NarrowedView, Narrowings
+from farstep_service.sessions.views import HeldView, PushIntake
 from farstep_service.store import Held
 
 NARROW_INLINE_BYTES: Final = 4 * 1024 * 1024

@@ -16,8 +16,8 @@ from weakref import WeakValueDictionary
 
 from farstep.codecs import Codec
 from farstep_service.gradients import Contribution, memory_of
-from farstep_service.hosts.host import View
-from farstep_service.hosts.views import missing
+from farstep_service.sessions.answers import View
+from farstep_service.sessions.views import missing
 from farstep_service.store import FlatBuffers, Held, encode_
 
 

@@ -8,8 +8,8 @@ from typing import final
 from farstep.errors import InvalidRequest
 from farstep.messages import PushHead
 from farstep_service.gradients import Contribution
-from farstep_service.hosts.shared import Offer, Shared
 from farstep_service.plan import Plan
+from farstep_service.sessions.shared import Offer, Shared
 from farstep_service.store import Buffers
 
 

@@ -19,9 +19,9 @@ from farstep.messages import PushHead, PutHead, Times, WriteName
 from farstep.receipt import Receipt
 from farstep_service.contents import PARAM
 from farstep_service.durability import Snapshot
-from farstep_service.hosts.readers import Outgoing, ReadersPage
-from farstep_service.hosts.shared import Offer
 from farstep_service.plan import Plan
+from farstep_service.sessions.readers import Outgoing, ReadersPage
+from farstep_service.sessions.shared import Offer
 
 
 @dataclass(frozen=True, slots=True)

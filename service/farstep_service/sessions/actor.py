@@ -23,19 +23,19 @@ from farstep.hyper import Hyper
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import to_ranges
 from farstep_service.durability import Snapshot
-from farstep_service.hosts.alarm import Alarm
-from farstep_service.hosts.areas import Areas
-from farstep_service.hosts.host import Answer, Host, Intake, Joined, Reader, Renewed, Summary, View, WorkerPage
-from farstep_service.hosts.narrowed import NarrowedView
-from farstep_service.hosts.readers import Kind, Outgoing, Readers, Seat
-from farstep_service.hosts.reading import Views, chosen_of, cost_of
-from farstep_service.hosts.room import Share
-from farstep_service.hosts.shared import Offer, refused
-from farstep_service.hosts.views import ContentsIntake, CopiedView, HeldView, PushIntake
-from farstep_service.hosts.waiting import Waiting
-from farstep_service.hosts.work import Size, run
 from farstep_service.plan import Plan
 from farstep_service.session import Outcomes, Session
+from farstep_service.sessions.alarm import Alarm
+from farstep_service.sessions.answers import Answer, Host, Intake, Joined, Reader, Renewed, Summary, View, WorkerPage
+from farstep_service.sessions.narrowed import NarrowedView
+from farstep_service.sessions.readers import Kind, Outgoing, Readers, Seat
+from farstep_service.sessions.reads import Views, chosen_of, cost_of
+from farstep_service.sessions.room import Share
+from farstep_service.sessions.shared import Offer, refused
+from farstep_service.sessions.shared_memory import Areas
+from farstep_service.sessions.turns import Size, run
+from farstep_service.sessions.views import ContentsIntake, CopiedView, HeldView, PushIntake
+from farstep_service.sessions.waiting import Waiting
 from farstep_service.settings import HELD_VERSIONS
 from farstep_service.store import Held
 
@@ -51,7 +51,7 @@ class LocalHost(Host):
         executor: runs large work.
         clock: monotonic seconds.
         share: its part of the memory of the server.
-        versions: how many versions readers of one kind may keep; see `farstep_service.hosts.readers`.
+        versions: how many versions readers of one kind may keep; see `farstep_service.sessions.readers`.
     """
 
     def __init__(

@@ -11,8 +11,8 @@ from farstep.errors import TensorMismatch
 from farstep.wire import MAX_HEADER_BYTES, Limits
 from farstep_service.contents import Contents
 from farstep_service.gradients import Contribution, memory_of, on_device
-from farstep_service.hosts.host import AtMost, Intake, View
-from farstep_service.hosts.shared import Shared
+from farstep_service.sessions.answers import AtMost, Intake, View
+from farstep_service.sessions.shared import Shared
 from farstep_service.store import FlatBuffers, Held
 
 CPU = torch.device("cpu")
