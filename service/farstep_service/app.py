@@ -54,7 +54,7 @@ class Service:
 
     async def interrupt(self) -> None:
         """Answer every push that waits for others, so that nobody waits for them until the server is killed."""
-        await asyncio.gather(*(host.interrupt() for host in self._registry.hosts))
+        await asyncio.gather(*(actor.interrupt() for actor in self._registry.actors))
 
 
 def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> Service:
@@ -70,8 +70,8 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotoni
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        for host in registry.hosts:
-            await host.close()
+        for actor in registry.actors:
+            await actor.close()
         executor.shutdown(wait=True)
 
     app = Application(

@@ -18,7 +18,7 @@ from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
 from farstep_service.rule import AnyRule, Form, KernelName
 from farstep_service.session import Session
-from farstep_service.sessions import Answer, Host, LocalHost
+from farstep_service.sessions import Actor, Answer
 from farstep_service.sessions.turns import INLINE_BYTES
 
 SMALL, LARGE = 8, INLINE_BYTES // 2
@@ -88,7 +88,7 @@ class Place:
         self.kernels, self.now = Gates(), 0.0
         self.executor = ThreadPoolExecutor(2, thread_name_prefix="step")
         session = Session(plan, incarnation="here", kernels=self.kernels, device="cpu")
-        self.host: Host = LocalHost(session, self.executor, lambda: self.now)
+        self.host: Actor = Actor(session, self.executor, lambda: self.now)
         self.tensors = tensors
 
     async def begin(self, *workers: str) -> None:

@@ -18,7 +18,7 @@ from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Session
 from farstep_service.sessions import Intake
-from farstep_service.sessions.actor import LocalHost
+from farstep_service.sessions.actor import Actor
 from farstep_service.sessions.views import PushIntake
 
 LENGTHS = {"a": 5, "wide": 3, "b": 7, "c": 4}
@@ -40,7 +40,7 @@ class Place:
             kernel="reference",
         )
         session = Session(plan, incarnation="here", kernels=Kernels("reference"), device="cpu")
-        self.host = LocalHost(session, ThreadPoolExecutor(1))
+        self.host = Actor(session, ThreadPoolExecutor(1))
         self._sequence: dict[str, int] = {}
 
     async def begin(self, *workers: str) -> None:
@@ -172,7 +172,7 @@ def test_a_sum_of_gradients_in_16_bits_is_the_sum_of_widened_ones() -> None:
             kernel="reference",
         )
         session = Session(plan, incarnation="here", kernels=Kernels("reference"), device="cpu")
-        host = LocalHost(session, ThreadPoolExecutor(1))
+        host = Actor(session, ThreadPoolExecutor(1))
         for worker in ("w0", "w1"):
             await host.join(worker, 1)
         head = PutHead(WriteName("w0", 1, 1), "here", ("param",), initial=True)

@@ -16,7 +16,7 @@ from farstep.messages import PutHead, WriteName
 from farstep.wire import encode
 from farstep_service.layout import SegmentSpec
 from farstep_service.plan import Plan
-from farstep_service.sessions import Host
+from farstep_service.sessions import Actor
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 from tests.service.answers import MSGPACK, half_sent
@@ -293,20 +293,20 @@ def plan(name: str, elements: int) -> Plan:
     )
 
 
-async def begun(sessions: Registry, name: str, elements: int) -> Host:
-    host, _ = await sessions.create_or_join(plan(name, elements))
+async def begun(sessions: Registry, name: str, elements: int) -> Actor:
+    host, _ = await sessions.place(plan(name, elements))
     await host.join("w0", 1)
     head = PutHead(WriteName("w0", 1, 1), host.incarnation, ("param",), initial=True)
     await host.put(head, host.begin_put(head, 4 * elements), "first")
     return host
 
 
-def group_of(host: Host, elements: int, *, sequence: int = 2, group: int = 1) -> AppendHead:
+def group_of(host: Actor, elements: int, *, sequence: int = 2, group: int = 1) -> AppendHead:
     name = WriteName("w0", 1, sequence)
     return AppendHead(name, host.incarnation, group, {}, (NewParameter(f"late{group}", (elements,), "float32"),))
 
 
-async def added(host: Host, elements: int, *, sequence: int = 2, group: int = 1) -> bool:
+async def added(host: Actor, elements: int, *, sequence: int = 2, group: int = 1) -> bool:
     """Add a group and say whether it was seen before."""
     head = group_of(host, elements, sequence=sequence, group=group)
     return (await host.append(head, host.begin_append(head, 4 * elements), f"{sequence}")).duplicate

@@ -19,7 +19,7 @@ from farstep.messages import PushHead, PutHead, WriteName
 from farstep.wire import encode
 from farstep_service.layout import SegmentSpec
 from farstep_service.plan import Plan
-from farstep_service.sessions import Host
+from farstep_service.sessions import Actor
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 from tests.service.answers import MSGPACK, half_sent
@@ -54,11 +54,11 @@ def test_a_session_larger_than_one_may_be_is_refused() -> None:
 
     async def talk() -> None:
         sessions = registry(max_session_bytes=400)
-        await sessions.create_or_join(plan("fits", 100))
+        await sessions.place(plan("fits", 100))
         with pytest.raises(LimitExceeded) as raised:
-            await sessions.create_or_join(plan("large", 101))
+            await sessions.place(plan("large", 101))
         assert raised.value.limit == 400
-        assert [host.name for host in sessions.hosts] == ["fits"]
+        assert [actor.name for actor in sessions.actors] == ["fits"]
 
     asyncio.run(talk())
 
@@ -69,21 +69,21 @@ def test_sessions_are_counted() -> None:
     async def talk() -> None:
         sessions = registry(max_sessions=2)
         for name in ("a", "b"):
-            await sessions.create_or_join(plan(name, 1))
+            await sessions.place(plan(name, 1))
         with pytest.raises(Busy):
-            await sessions.create_or_join(plan("c", 1))
-        assert (await sessions.create_or_join(plan("a", 1)))[1] is False
+            await sessions.place(plan("c", 1))
+        assert (await sessions.place(plan("a", 1)))[1] is False
         await sessions.remove("a")
-        assert (await sessions.create_or_join(plan("c", 1)))[1] is True
+        assert (await sessions.place(plan("c", 1)))[1] is True
         with pytest.raises(UnknownSession):
-            sessions.get("a")
+            sessions.find("a")
 
     asyncio.run(talk())
 
 
-async def filled(sessions: Registry, name: str, elements: int) -> Host:
+async def filled(sessions: Registry, name: str, elements: int) -> Actor:
     """Create a session and send its first parameters."""
-    host, _ = await sessions.create_or_join(plan(name, elements))
+    host, _ = await sessions.place(plan(name, elements))
     await host.join("w0", 1)
     head = PutHead(WriteName("w0", 1, 1), host.incarnation, ("param",), initial=True)
     with sessions.in_flight() as reserve:
@@ -98,7 +98,7 @@ def test_what_sessions_hold_is_counted_and_not_what_they_announce() -> None:
     async def talk() -> None:
         sessions = registry(max_bytes=2000)
         for number in range(20):
-            await sessions.create_or_join(plan(f"empty{number}", 200))
+            await sessions.place(plan(f"empty{number}", 200))
         assert sessions.room.held_bytes == 0
         await filled(sessions, "a", 150)
         assert sessions.room.held_bytes == 1200, "the state of Adagrad is as large as the parameters"
@@ -121,7 +121,7 @@ def test_versions_that_workers_have_are_counted_and_given_up() -> None:
     async def talk() -> None:
         sessions = registry(max_bytes=10 * 4000)
         mode = {"mode": "async", "delay_compensation": 0.1}
-        host, _ = await sessions.create_or_join(plan("a", 1000, mode))
+        host, _ = await sessions.place(plan("a", 1000, mode))
         for number in range(40):
             await host.join(f"w{number}", 1)
         head = PutHead(WriteName("w0", 1, 1), host.incarnation, ("param",), initial=True)

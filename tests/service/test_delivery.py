@@ -17,7 +17,7 @@ from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Session
-from farstep_service.sessions.actor import LocalHost
+from farstep_service.sessions.actor import Actor
 from farstep_service.sessions.shared import Offer
 
 LENGTHS = (5, 7, 4)
@@ -33,7 +33,7 @@ def made() -> Iterator[Made]:
     own.close()
 
 
-async def begun(made: Made) -> LocalHost:
+async def begun(made: Made) -> Actor:
     """Return a session of two workers, of which the first shares memory with it."""
     plan = Plan.build(
         name="s",
@@ -45,7 +45,7 @@ async def begun(made: Made) -> LocalHost:
         kernel="reference",
     )
     session = Session(plan, incarnation="here", kernels=Kernels("reference"), device="cpu")
-    host = LocalHost(session, ThreadPoolExecutor(1))
+    host = Actor(session, ThreadPoolExecutor(1))
     for worker in ("w0", "w1"):
         await host.join(worker, 1)
     head = PutHead(WriteName("w0", 1, 1), "here", ("param",), initial=True)
@@ -57,7 +57,7 @@ async def begun(made: Made) -> LocalHost:
     return host
 
 
-async def pull(host: LocalHost) -> torch.Tensor:
+async def pull(host: Actor) -> torch.Tensor:
     """Return a copy of the session's parameters."""
     view = await host.parameters()
     try:

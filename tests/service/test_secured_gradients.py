@@ -25,7 +25,7 @@ from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
 from farstep_service.rule import AnyRule, Form, KernelName
 from farstep_service.session import Session
-from farstep_service.sessions import Answer, LocalHost, Offer
+from farstep_service.sessions import Actor, Answer, Offer
 from tests.service.servers import running_server
 
 LENGTHS = (500, 7)
@@ -79,7 +79,7 @@ class Place:
         )
         self.before: Callable[[], None] = lambda: None
         session = Session(plan, incarnation="here", kernels=Kernels(lambda: self.before()), device="cpu")
-        self.host = LocalHost(session, ThreadPoolExecutor(1))
+        self.host = Actor(session, ThreadPoolExecutor(1))
         self.made: dict[str, Made] = {}
         self._sequences: dict[str, int] = {}
 

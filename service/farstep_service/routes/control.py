@@ -40,7 +40,7 @@ from farstep_service.routes.documents import (
 )
 from farstep_service.routes.problems import PROBLEM, Problem, over_unix
 from farstep_service.routes.reading import DocumentRoute
-from farstep_service.sessions import Host, Offer, WorkerPage
+from farstep_service.sessions import Actor, Offer, WorkerPage
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 
@@ -167,10 +167,10 @@ class Info(BaseModel):
     authentication: bool
 
 
-def worker_document(host: Host, page: WorkerPage) -> WorkerDocument:
+def worker_document(actor: Actor, page: WorkerPage) -> WorkerDocument:
     """Say where a worker of a session stands."""
     return WorkerDocument(
-        incarnation=host.incarnation,
+        incarnation=actor.incarnation,
         epoch=page.epoch,
         sequence=page.sequence,
         waiting=page.waiting,
@@ -179,12 +179,12 @@ def worker_document(host: Host, page: WorkerPage) -> WorkerDocument:
     )
 
 
-async def view_of(host: Host, most: int) -> SessionView:
+async def view_of(actor: Actor, most: int) -> SessionView:
     """Describe a session with the first `most` of its groups and workers."""
-    plan, summary = host.plan, await host.summary(most)
+    plan, summary = actor.plan, await actor.summary(most)
     return SessionView(
-        name=host.name,
-        incarnation=host.incarnation,
+        name=actor.name,
+        incarnation=actor.incarnation,
         version=summary.version,
         initialised=summary.initialised,
         optimizer=plan.rule.name,
@@ -198,7 +198,7 @@ async def view_of(host: Host, most: int) -> SessionView:
         segments=len(plan.layout.segments),
         bytes=summary.bytes,
         readers=asdict(summary.readers),
-        workers={name: worker_document(host, page) for name, page in summary.workers.items()},
+        workers={name: worker_document(actor, page) for name, page in summary.workers.items()},
         worker_count=summary.worker_count,
     )
 
@@ -215,9 +215,9 @@ def page_answer(body: bytes, after: object, limit: int, *, more: bool) -> Respon
     return Response(body, media_type="application/json", headers=headers)
 
 
-def groups_answer(host: Host, document: object, last: int, limit: int) -> Response:
+def groups_answer(actor: Actor, document: object, last: int, limit: int) -> Response:
     """Answer with options of param groups, the last of which has the number `last`."""
-    return page_answer(json.dumps(document).encode(), last, limit, more=last + 1 < len(host.plan.groups))
+    return page_answer(json.dumps(document).encode(), last, limit, more=last + 1 < len(actor.plan.groups))
 
 
 def planned(document: SessionDocument) -> Plan:
@@ -262,11 +262,11 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         plan = planned(document) if few else await asyncio.to_thread(planned, document)
         if await request.is_disconnected():  # a session that nobody heard of would stay for ever
             raise ClientDisconnect
-        host, created = await registry.create_or_join(plan, options=document.options is None)
-        joined = await host.join(document.worker, len(plan.groups), named=document.named)
+        actor, created = await registry.place(plan, options=document.options is None)
+        joined = await actor.join(document.worker, len(plan.groups), named=document.named)
         return JoinedDocument(
-            name=host.name,
-            incarnation=host.incarnation,
+            name=actor.name,
+            incarnation=actor.incarnation,
             created=created,
             initialised=joined.initialised,
             initialise=joined.initialise,
@@ -275,7 +275,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             epoch=joined.epoch,
             fields=plan.rule.kinds,
             eager=plan.rule.eager,
-            groups=[group.to_options() for group in host.options],
+            groups=[group.to_options() for group in actor.options],
             placement=[Shard(url="", segments=[0, len(plan.layout.segments)])],
         )
 
@@ -283,9 +283,9 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
     async def sessions(after: After = "", limit: SessionsLimit = SESSIONS_PAGE) -> Response:
         """List the sessions whose names come after one, in the order of their names."""
         views = []
-        found = registry.hosts_after(after, limit + 1)
-        for host in found[:limit]:
-            views.append((await view_of(host, LISTED)).model_dump_json().encode())
+        found = registry.actors_after(after, limit + 1)
+        for actor in found[:limit]:
+            views.append((await view_of(actor, LISTED)).model_dump_json().encode())
             await asyncio.sleep(0)  # others have their turn between two sessions
         more = len(found) > limit
         return page_answer(b"[%b]" % b",".join(views), found[limit - 1].name if more else "", limit, more=more)
@@ -293,7 +293,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
     @router.get("/v1/sessions/{name}", tags=["sessions"], response_model=SessionView)
     async def session(name: NamePath) -> Response:
         """Describe one session."""
-        view = await view_of(registry.get(name), MEMBERS_PAGE)
+        view = await view_of(registry.find(name), MEMBERS_PAGE)
         return Response(view.model_dump_json(), media_type="application/json")
 
     @router.delete("/v1/sessions/{name}", tags=["sessions"], status_code=204)
@@ -305,46 +305,46 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
     @router.get("/v1/sessions/{name}/groups", tags=["sessions"], response_model=dict[str, list[dict[str, Any]]])
     async def groups(name: NamePath, after: GroupBefore = -1, limit: MembersLimit = MEMBERS_PAGE) -> Response:
         """List the options in force of the param groups that follow one, in the order of their numbers."""
-        host = registry.get(name)
-        found = await host.groups(after + 1, limit)
-        return groups_answer(host, {"groups": found}, after + len(found), limit)
+        actor = registry.find(name)
+        found = await actor.groups(after + 1, limit)
+        return groups_answer(actor, {"groups": found}, after + len(found), limit)
 
     @router.patch("/v1/sessions/{name}/groups", tags=["sessions"], response_model=list[dict[str, Any]])
     async def set_groups(name: NamePath, document: GroupsDocument) -> Response:
         """Change options of param groups, effective from the next step on, and list the first groups."""
-        host = registry.get(name)
-        await host.set_groups({int(group): options for group, options in document.groups.items()})
-        found = await host.groups(0, MEMBERS_PAGE)
-        return groups_answer(host, found, len(found) - 1, MEMBERS_PAGE)
+        actor = registry.find(name)
+        await actor.set_groups({int(group): options for group, options in document.groups.items()})
+        found = await actor.groups(0, MEMBERS_PAGE)
+        return groups_answer(actor, found, len(found) - 1, MEMBERS_PAGE)
 
     @router.put("/v1/sessions/{name}/consistency", tags=["sessions"])
     async def set_consistency(name: NamePath, document: ConsistencyDocument) -> dict[str, Any]:
         """Go on in another consistency mode, and return it. Pushes that wait are offered to it."""
         mode = from_options(document.consistency)
-        await registry.get(name).set_consistency(mode)
+        await registry.find(name).set_consistency(mode)
         return {"consistency": to_options(mode)}
 
     @router.get("/v1/sessions/{name}/workers", tags=["workers"], response_model=dict[str, WorkerDocument])
     async def workers(name: NamePath, after: After = "", limit: MembersLimit = MEMBERS_PAGE) -> Response:
         """List where the workers stand whose names come after one, in the order of their names."""
-        host = registry.get(name)
-        found = await host.workers(after, limit)
-        body = json.dumps({worker: worker_document(host, each).model_dump() for worker, each in found.items()})
+        actor = registry.find(name)
+        found = await actor.workers(after, limit)
+        body = json.dumps({worker: worker_document(actor, each).model_dump() for worker, each in found.items()})
         return page_answer(body.encode(), next(reversed(found), ""), limit, more=len(found) == limit)
 
     @router.get("/v1/sessions/{name}/workers/{worker}", tags=["workers"])
     async def worker_page(name: NamePath, worker: NamePath) -> WorkerDocument:
         """Say where a worker stands; epoch 0 is one that has not joined."""
-        host = registry.get(name)
-        return worker_document(host, await host.worker(worker))
+        actor = registry.find(name)
+        return worker_document(actor, await actor.worker(worker))
 
     @router.put("/v1/sessions/{name}/workers/{worker}/lease", tags=["workers"])
     async def renew(name: NamePath, worker: NamePath, document: LeaseDocument) -> RenewedDocument:
         """Renew the lease of a worker that has nothing to push or pull, and say how things are."""
-        host = registry.get(name)
-        renewed = await host.renew(worker, document.epoch, document.incarnation)
+        actor = registry.find(name)
+        renewed = await actor.renew(worker, document.epoch, document.incarnation)
         return RenewedDocument(
-            incarnation=host.incarnation,
+            incarnation=actor.incarnation,
             worker=worker,
             epoch=document.epoch,
             lapsed=renewed.lapsed,
@@ -359,15 +359,15 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         """Map memory of a worker on this machine, which its pushes name from then on; over a unix socket only."""
         if not over_unix(request.scope):
             raise InvalidOption("Memory is shared over a unix socket only.", field="memory")
-        host = registry.get(name)
-        registry.check_room_to_share(host)
-        await host.share(worker, Offer(document.epoch, document.key, document.pid, document.fd))
+        actor = registry.find(name)
+        registry.check_room_to_share(actor)
+        await actor.share(worker, Offer(document.epoch, document.key, document.pid, document.fd))
         return Response(status_code=204)
 
     @router.delete("/v1/sessions/{name}/workers/{worker}", tags=["workers"], status_code=204)
     async def leave(name: NamePath, worker: NamePath, epoch: EpochQuery) -> Response:
         """Give a worker's place up, if the epoch is its current one."""
-        await registry.get(name).leave(worker, epoch)
+        await registry.find(name).leave(worker, epoch)
         return Response(status_code=204)
 
     return router

@@ -35,7 +35,7 @@ from farstep.presence import PRESENT
 from farstep.wire import from_ranges
 from farstep_service.routes.bodies import Pace, answer_message, outgoing_of, read_body
 from farstep_service.rule import Rule
-from farstep_service.sessions import OVERHEAD_BYTES, Answer, AtMost, Host, Intake, Reader, View
+from farstep_service.sessions import OVERHEAD_BYTES, Actor, Answer, AtMost, Intake, Reader, View
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 
@@ -54,17 +54,17 @@ class Endpoint(ABC):
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        host = self._registry.get(scope["path_params"]["name"])
+        actor = self._registry.find(scope["path_params"]["name"])
         with self._registry.in_flight() as reserve:
-            await self.serve(host, reserve, scope, receive, send)
+            await self.serve(actor, reserve, scope, receive, send)
 
     @abstractmethod
-    async def serve(self, host: Host, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request to `host`."""
+    async def serve(self, actor: Actor, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request to `actor`."""
 
     async def take(
         self,
-        host: Host,
+        actor: Actor,
         reserve: Reserve,
         scope: Scope,
         receive: Receive,
@@ -100,31 +100,31 @@ class Endpoint(ABC):
 class Push(Endpoint):
     """Take gradients in, answer with the receipt and the parameters asked for."""
 
-    async def serve(self, host: Host, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(self, actor: Actor, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
 
         def begin(head: PushHead, body_bytes: int) -> Intake:
-            reserve(_converted_bytes(host, head))
-            return host.begin_push(head, body_bytes)
+            reserve(_converted_bytes(actor, head))
+            return actor.begin_push(head, body_bytes)
 
         head, intake, fingerprint = await self.take(
-            host, reserve, scope, receive, PushHead.from_header, begin, largest=_largest(host)
+            actor, reserve, scope, receive, PushHead.from_header, begin, largest=_largest(actor)
         )
         received_s = time.perf_counter() - began
         if head.fill is not None:
             fingerprint = fingerprint_of(head, head.fill)
-        answer = await host.push(head, intake, fingerprint)
+        answer = await actor.push(head, intake, fingerprint)
         codec = codec_named(head.wire_gradients)
         in_place = codec is not FULL and codec.element is not None and head.wire_gradients == head.wire_parameters
         spent = intake if in_place or head.fill is not None else None
         del intake  # the gradients' memory is free while the answer is sent, if that is not in it
-        header = _header(host, answer, {"receive": received_s})
+        header = _header(actor, answer, {"receive": received_s})
         if head.wanted == "none":
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
             return
         since = head.have if head.wanted == "changed" else None
-        view = await host.parameters(since, head.name, head.wire_parameters, spent, outgoing=outgoing_of(scope))
-        delivered = await _delivered(host, head, view, spent)
+        view = await actor.parameters(since, head.name, head.wire_parameters, spent, outgoing=outgoing_of(scope))
+        delivered = await _delivered(actor, head, view, spent)
         del spent
         await answer_view(send, header, view, delivered=delivered)
 
@@ -132,25 +132,25 @@ class Push(Endpoint):
 class Contents(Endpoint):
     """Give and take parameters and optimizer state."""
 
-    async def serve(self, host: Host, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(self, actor: Actor, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "PUT":
-            await self._give(host, reserve, scope, send)
+            await self._give(actor, reserve, scope, send)
             return
         head, intake, fingerprint = await self.take(
-            host, reserve, scope, receive, PutHead.from_header, host.begin_put, largest=_largest(host)
+            actor, reserve, scope, receive, PutHead.from_header, actor.begin_put, largest=_largest(actor)
         )
-        answer = await host.put(head, intake, fingerprint)
-        header = {**_header(host, answer, {}), "version": answer.receipt.version, "segments": []}
+        answer = await actor.put(head, intake, fingerprint)
+        header = {**_header(actor, answer, {}), "version": answer.receipt.version, "segments": []}
         await answer_message(send, header, ())
 
-    async def _give(self, host: Host, reserve: Reserve, scope: Scope, send: Send) -> None:
+    async def _give(self, actor: Actor, reserve: Reserve, scope: Scope, send: Send) -> None:
         query = parse_qs(scope["query_string"].decode("latin-1"), keep_blank_values=True)
         if unknown := sorted(set(query) - QUERY):
             raise InvalidRequest(f"Unknown query parameter {unknown[0]!r:.80}.", field="query")
         fields = ",".join(query.get("fields", ["param"])).split(",")
         if len(set(fields)) != len(fields):
             raise InvalidRequest("A field is named twice.", field="fields")
-        layout = host.plan.layout
+        layout = actor.plan.layout
         indices = _indices(query["segments"], len(layout.segments)) if "segments" in query else None
         whole = fields == ["param"] and indices is None
         codec = (
@@ -159,43 +159,43 @@ class Contents(Endpoint):
         if codec is not None and not whole:
             raise InvalidRequest("Only all parameters, and nothing else, are given encoded.", field="wire_parameters")
         reader = _reader(query)
-        reserve(size := await _size(host, fields, indices))
+        reserve(size := await _size(actor, fields, indices))
         outgoing = outgoing_of(scope)
-        header = {"v": VERSION, "incarnation": host.incarnation}
+        header = {"v": VERSION, "incarnation": actor.incarnation}
         if whole:
-            view = await host.parameters(half=codec, reader=reader, outgoing=outgoing)
+            view = await actor.parameters(half=codec, reader=reader, outgoing=outgoing)
             await answer_view(send, {**header, "fields": list(view.fields)}, view)
             return
-        async with host.copying(size, outgoing):
-            view = await host.contents(fields, indices)
+        async with actor.copying(size, outgoing):
+            view = await actor.contents(fields, indices)
             await answer_view(send, {**header, "fields": list(view.fields)}, view)
 
 
 class Groups(Endpoint):
     """Take a param group in; answer with the receipt, and to a worker that had to learn the group with parameters."""
 
-    async def serve(self, host: Host, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
+    async def serve(self, actor: Actor, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
         head, intake, fingerprint = await self.take(
-            host,
+            actor,
             reserve,
             scope,
             receive,
             AppendHead.from_header,
-            host.begin_append,
+            actor.begin_append,
             largest=self._settings.max_session_bytes + OVERHEAD_BYTES,
         )
-        answer = await host.append(head, intake, fingerprint)
+        answer = await actor.append(head, intake, fingerprint)
         del intake
-        header = _header(host, answer, {})
+        header = _header(actor, answer, {})
         if answer.receipt.applied:
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
         else:
-            await answer_view(send, header, await host.parameters(write=head.name, outgoing=outgoing_of(scope)))
+            await answer_view(send, header, await actor.parameters(write=head.name, outgoing=outgoing_of(scope)))
 
 
-async def _delivered(host: Host, head: PushHead, view: View, spent: Intake | None) -> bool:
+async def _delivered(actor: Actor, head: PushHead, view: View, spent: Intake | None) -> bool:
     try:
-        return await host.deliver(head, view, spent)
+        return await actor.deliver(head, view, spent)
     except BaseException:
         view.release()
         raise
@@ -229,9 +229,9 @@ async def answer_view(send: Send, header: dict[str, Any], view: View, *, deliver
         view.release()
 
 
-async def _size(host: Host, fields: Sequence[str], indices: Sequence[int] | None) -> int:
+async def _size(actor: Actor, fields: Sequence[str], indices: Sequence[int] | None) -> int:
     """Return the bytes that fields take, about; more where they are of the parameters' shapes."""
-    layout, kinds = host.plan.layout, host.plan.rule.kinds
+    layout, kinds = actor.plan.layout, actor.plan.rule.kinds
     free = [name for name in fields if kinds.get(name) == "free"]
     one = layout.nbytes if indices is None else layout.bytes_of(indices)
     numbers = [name for name in fields if name == PRESENT or kinds.get(name) in NUMBERS]
@@ -239,18 +239,18 @@ async def _size(host: Host, fields: Sequence[str], indices: Sequence[int] | None
     return (
         one * (len(fields) - len(free) - len(numbers))
         + one_number * len(numbers)
-        + ((await host.summary()).bytes["state"] if free else 0)
+        + ((await actor.summary()).bytes["state"] if free else 0)
     )
 
 
-def _converted_bytes(host: Host, head: PushHead) -> int:
+def _converted_bytes(actor: Actor, head: PushHead) -> int:
     """Return the bytes that a push takes beside its body.
 
     Gradients that came as bytes of a codec are decoded first. Those in 16 bits are widened before they are clipped,
     corrected, added to others, or go to what is no rule. Parameters in the same 16 bits take the gradients' place, in
     another codec their own.
     """
-    plan, mode = host.plan, host.plan.consistency
+    plan, mode = actor.plan, actor.plan.consistency
     alone = isinstance(mode, Async | Bounded) and not mode.delay_compensation and isinstance(plan.rule, Rule)
     gradients, parameters = codec_named(head.wire_gradients), codec_named(head.wire_parameters)
     decoded = gradients is not FULL and (gradients.element is None or not (alone and plan.policy.as_they_come))
@@ -279,19 +279,19 @@ def _reader(query: Mapping[str, Sequence[str]]) -> Reader | None:
     return Reader(worker, int(epoch))
 
 
-def _largest(host: Host) -> int:
+def _largest(actor: Actor) -> int:
     """Return the bytes the largest sensible body can have: parameters, every state field, indices and the framing."""
-    plan = host.plan
+    plan = actor.plan
     one = plan.layout.nbytes + 8 * len(plan.layout.segments)
     return 10 * one + plan.rule.state_bytes(plan.layout, plan.groups) + OVERHEAD_BYTES
 
 
-def _header(host: Host, answer: Answer, times: dict[str, float]) -> dict[str, Any]:
-    switched = {"consistency": to_options(host.plan.consistency)} if host.switched else {}
+def _header(actor: Actor, answer: Answer, times: dict[str, float]) -> dict[str, Any]:
+    switched = {"consistency": to_options(actor.plan.consistency)} if actor.switched else {}
     return {
         **switched,
         "v": VERSION,
-        "incarnation": host.incarnation,
+        "incarnation": actor.incarnation,
         "receipt": answer.receipt.to_header(),
         "duplicate": answer.duplicate,
         "times": {**answer.times, **times},

@@ -23,7 +23,7 @@ from farstep.wire.tensor_file import LENGTH_BYTES, head_length, read_head
 from farstep_service.durability import file_of, places_of
 from farstep_service.routes.bodies import Pace, answer_pieces, chunks, declared, outgoing_of
 from farstep_service.routes.documents import snapshot_of
-from farstep_service.sessions import Host
+from farstep_service.sessions import Actor
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 
@@ -43,24 +43,24 @@ class SessionFile:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         name = scope["path_params"]["name"]
         if scope["method"] != "PUT":
-            await self._give(self._registry.get(name), scope, send)
+            await self._give(self._registry.find(name), scope, send)
             return
-        host, version = await self._take(name, scope, receive)
-        answer = json.dumps({"name": host.name, "incarnation": host.incarnation, "version": version})
+        actor, version = await self._take(name, scope, receive)
+        answer = json.dumps({"name": actor.name, "incarnation": actor.incarnation, "version": version})
         await answer_pieces(send, b"application/json", [answer.encode()], status=201)
 
-    async def _give(self, host: Host, scope: Scope, send: Send) -> None:
-        plan = host.plan
+    async def _give(self, actor: Actor, scope: Scope, send: Send) -> None:
+        plan = actor.plan
         with self._registry.in_flight() as reserve:
             size = plan.layout.nbytes * (1 + len(plan.rule.tensor_fields))
             reserve(size)
-            async with host.copying(size, outgoing_of(scope)):
-                snapshot = await host.snapshot()
+            async with actor.copying(size, outgoing_of(scope)):
+                snapshot = await actor.snapshot()
                 pieces = await asyncio.to_thread(file_of, snapshot)
-                disposition = f'attachment; filename="{host.name}.safetensors"'.encode()
+                disposition = f'attachment; filename="{actor.name}.safetensors"'.encode()
                 await answer_pieces(send, FILE, pieces, headers=[(b"content-disposition", disposition)])
 
-    async def _take(self, name: str, scope: Scope, receive: Receive) -> tuple[Host, int]:
+    async def _take(self, name: str, scope: Scope, receive: Receive) -> tuple[Actor, int]:
         if not NAME.fullmatch(name):
             raise InvalidRequest(f"No session can be called {name!r:.80}.", field="name")
         size = declared(scope, FILE, LARGEST)
@@ -81,8 +81,8 @@ class SessionFile:
             reserve(snapshot.contents.nbytes)
             await incoming.fill(await asyncio.to_thread(places_of, head, snapshot.contents))
             await incoming.end()
-            host = await self._registry.restore(snapshot)
-            return host, snapshot.version
+            actor = await self._registry.restore(snapshot)
+            return actor, snapshot.version
 
 
 @final

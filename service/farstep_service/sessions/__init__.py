@@ -1,10 +1,9 @@
 """The sessions of one server: found by name, each with its one actor."""
 
-from farstep_service.sessions.actor import LocalHost
+from farstep_service.sessions.actor import Actor
 from farstep_service.sessions.answers import (
     Answer,
     AtMost,
-    Host,
     Intake,
     Joined,
     Reader,
@@ -19,12 +18,11 @@ from farstep_service.sessions.views import OVERHEAD_BYTES
 
 __all__ = [
     "OVERHEAD_BYTES",
+    "Actor",
     "Answer",
     "AtMost",
-    "Host",
     "Intake",
     "Joined",
-    "LocalHost",
     "Offer",
     "Outgoing",
     "Reader",

@@ -1,4 +1,4 @@
-"""A session in this process: one turn at a time, kernels off the event loop.
+"""The actor of one session: one turn at a time, kernels off the event loop.
 
 Work on a small session runs where it is, other work in a thread: a thread hop costs more than a small step, and a large
 step would keep the event loop from answering anybody. The session's size decides, not the message's: the gradient of
@@ -14,7 +14,7 @@ from concurrent.futures import Executor
 from contextlib import asynccontextmanager, suppress
 from copy import copy
 from itertools import islice
-from typing import Any, Final, cast
+from typing import Any, Final, cast, final
 
 from farstep.consistency import Consistency
 from farstep.errors import FarstepError, Fenced, OptionsDiffer, SessionLost, StepInterrupted
@@ -26,7 +26,7 @@ from farstep_service.durability import Snapshot
 from farstep_service.plan import Plan
 from farstep_service.session import Outcomes, Session
 from farstep_service.sessions.alarm import Alarm
-from farstep_service.sessions.answers import Answer, Host, Intake, Joined, Reader, Renewed, Summary, View, WorkerPage
+from farstep_service.sessions.answers import Answer, Intake, Joined, Reader, Renewed, Summary, View, WorkerPage
 from farstep_service.sessions.narrowed import NarrowedView
 from farstep_service.sessions.readers import Kind, Outgoing, Readers, Seat
 from farstep_service.sessions.reads import Views, chosen_of, cost_of
@@ -43,8 +43,9 @@ INLINE_GROUPS: Final = 100
 """Param groups whose options are changed on the event loop; more take more than a millisecond."""
 
 
-class LocalHost(Host):
-    """Keep a session in this process.
+@final
+class Actor:
+    """Let one write at a time happen to a session, and acknowledge it; this is the only place that does.
 
     Args:
         session: the session; nobody else may call it.
@@ -81,18 +82,22 @@ class LocalHost(Host):
 
     @property
     def plan(self) -> Plan:
+        """What the session is now; it grows by param groups."""
         return self._session.plan
 
     @property
     def options(self) -> Sequence[Hyper]:
+        """The options of each param group that are in force."""
         return self._session.groups
 
     @property
     def switched(self) -> bool:
+        """Whether its consistency mode is another than its workers joined with."""
         return self._session.switched
 
     @property
     def parameter_bytes(self) -> int:
+        """The bytes of its parameters, those of a group that is being added included."""
         return self.plan.layout.nbytes + self._share.growing
 
     @property
@@ -102,6 +107,14 @@ class LocalHost(Host):
     # -- membership and options -------------------------------------------------------------------------------------
 
     async def join(self, worker: str, groups: int, *, named: bool = True) -> Joined:
+        """Open a new epoch of a worker that knows so many param groups.
+
+        Args:
+            named: its name was chosen, so that the order of names is the same in every run.
+
+        Raises:
+            OptionsDiffer: the session has grown since the worker's plan was compared with its own.
+        """
         async with self._turn:
             self._check_open()
             if (now := len(self.plan.groups)) != groups:
@@ -116,11 +129,17 @@ class LocalHost(Host):
             return Joined(epoch, self._session.initialised, self._session.initialises(worker), self._session.version)
 
     async def leave(self, worker: str, epoch: int) -> None:
+        """Give a worker's place up."""
         async with self._turn:
             self._resolve(self._session.leave(worker, epoch, self._clock()))
             self._unshare()
 
     async def renew(self, worker: str, epoch: int, incarnation: str) -> Renewed:
+        """Renew a worker's lease without a write.
+
+        Raises:
+            SessionLost, Fenced: the worker joined another life of the session, or its epoch is over.
+        """
         async with self._turn:
             self._check_open()
             session, now = self._session, self._clock()
@@ -128,18 +147,22 @@ class LocalHost(Host):
             return Renewed(lapsed, session.lease_s(worker, now), live, session.version, session.plan.consistency)
 
     async def worker(self, worker: str) -> WorkerPage:
+        """Say where a worker stands."""
         async with self._turn:
             return self._page(worker)
 
     async def workers(self, after: str, most: int) -> dict[str, WorkerPage]:
+        """Say where the first `most` workers stand whose names come after one."""
         async with self._turn:
             return self._pages(after, most)
 
     async def groups(self, first: int, most: int) -> list[dict[str, Any]]:
+        """Return the options of `most` param groups from one on."""
         async with self._turn:
             return self._options(first, most)
 
     async def summary(self, most: int = 0) -> Summary:
+        """Describe the session as it is now, with the first `most` of its groups and workers."""
         async with self._turn:
             session = self._session
             groups, workers = self._options(0, most), self._pages("", most)
@@ -157,6 +180,7 @@ class LocalHost(Host):
             )
 
     async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> None:
+        """Change options of param groups."""
         async with self._turn:
             self._check_open()
             outcomes = await run(
@@ -168,6 +192,12 @@ class LocalHost(Host):
             self._resolve(outcomes)
 
     async def set_consistency(self, mode: Consistency) -> None:
+        """Go on in another mode, from the next push on and for those that wait.
+
+        Raises:
+            SessionFull: there are more live workers than the mode has places for.
+            InvalidOption: the optimizer does not go with the mode.
+        """
         async with self._turn:
             self._check_open()
             now = self._clock()
@@ -194,9 +224,16 @@ class LocalHost(Host):
 
     @property
     def shared_bytes(self) -> int:
+        """The bytes of the memory that workers share with the session."""
         return self._areas.nbytes
 
     async def share(self, worker: str, offer: Offer) -> None:
+        """Map memory of a worker, in the place of what it shared before, for as long as its epoch lasts.
+
+        Raises:
+            Fenced: the worker has another epoch.
+            InvalidOption: it is not memory that can be shared.
+        """
         async with self._turn:
             self._check_open()
             if self._session.position(worker)[0] != offer.epoch or not offer.epoch:
@@ -207,6 +244,11 @@ class LocalHost(Host):
             self._share.note(self._held_bytes())
 
     async def deliver(self, head: PushHead, view: View, spent: Intake | None) -> bool:
+        """Put parameters where a push wants them; return whether they are there, and need no body.
+
+        Args:
+            spent: the push's, whose step has put most of them there already.
+        """
         shared = self._areas.delivering(head)
         if shared is None or view.count != len(shared.layout.segments):
             return False
@@ -227,6 +269,7 @@ class LocalHost(Host):
     # -- writes -----------------------------------------------------------------------------------------------------
 
     def begin_push(self, head: PushHead, body_bytes: int) -> Intake:
+        """Check a push's header and return memory for its payload."""
         self._check_open()
         self._session.check(head.name, head.incarnation)
         contribution = self._session.contribution(head)
@@ -234,6 +277,7 @@ class LocalHost(Host):
         return PushIntake(contribution, body_bytes, self._areas.gradients_in(head, contribution), watch=watch)
 
     async def push(self, head: PushHead, intake: Intake, fingerprint: str) -> Answer:
+        """Take a complete push in and wait for what becomes of it."""
         contribution = cast(PushIntake, intake).contribution
         contribution.copy = self._areas.copy_of(head, contribution)
         answer = await self._write(
@@ -244,11 +288,13 @@ class LocalHost(Host):
         return answer
 
     def begin_put(self, head: PutHead, body_bytes: int) -> Intake:
+        """Check the header of new contents and return memory for their payload."""
         self._check_open()
         self._session.check(head.name, head.incarnation)
         return ContentsIntake(self._session.intake(head), body_bytes)
 
     async def put(self, head: PutHead, intake: Intake, fingerprint: str) -> Answer:
+        """Replace contents."""
         contents = cast(ContentsIntake, intake).contents
         # Never inline: the first contents may wait for a kernel to be built.
         return await self._write(
@@ -256,6 +302,7 @@ class LocalHost(Host):
         )
 
     def begin_append(self, head: AppendHead, body_bytes: int) -> Intake:
+        """Check the header of a param group and return memory for its parameters."""
         self._check_open()
         addition = self._session.addition(head)
         if self._session.grows(head):
@@ -263,6 +310,7 @@ class LocalHost(Host):
         return ContentsIntake(addition, body_bytes)
 
     async def append(self, head: AppendHead, intake: Intake, fingerprint: str) -> Answer:
+        """Grow by a param group, or note that a worker knows it."""
         contents = cast(ContentsIntake, intake).contents
 
         def coming() -> int:
@@ -315,6 +363,18 @@ class LocalHost(Host):
         reader: Reader | None = None,
         outgoing: Outgoing | None = None,
     ) -> View:
+        """Hold the parameters of the current version: all, or those that changed after version `since`.
+
+        Args:
+            write: leave those of groups out that its worker did not know when it made this write.
+            half: the name of the codec to give them in; None for as they are.
+            spent: a push's, which has been answered for: its memory may be written over.
+            reader: who reads them, where that is not the worker of a write; its lease is renewed.
+            outgoing: the answer that they go into, where it is known; a slow one is cut while others wait for it.
+
+        Raises:
+            Busy: others read for too long.
+        """
         kind: Kind = "pull" if write is None else "answer"
 
         def take() -> tuple[Held, Sequence[int], Seat] | None:
@@ -349,6 +409,12 @@ class LocalHost(Host):
 
     @asynccontextmanager
     async def copying(self, nbytes: int, outgoing: Outgoing | None) -> AsyncIterator[None]:
+        """Wait until so many bytes of the session may be copied, and count them while the copy is being sent.
+
+        Raises:
+            Busy: others read for too long.
+        """
+
         def take() -> Seat | None:
             self._check_open()
             return self._readers.enter("copy", object(), nbytes, outgoing)
@@ -372,6 +438,7 @@ class LocalHost(Host):
             self._readers.admit(kind)
 
     async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
+        """Copy fields of the current version, of some segments or of all."""
         async with self._turn:
             self._check_open()
             contents, outcomes = await run(
@@ -385,6 +452,7 @@ class LocalHost(Host):
             return CopiedView(contents, self._session.version, count, None if indices is None else to_ranges(indices))
 
     async def snapshot(self) -> Snapshot:
+        """Copy all of the current version, with the options in force at it."""
         async with self._turn:
             self._check_open()
             snapshot, outcomes = await run(
@@ -415,12 +483,14 @@ class LocalHost(Host):
         return SessionLost(f"Session {self.name!r} was removed.", remedy="Join again to create a new one.")
 
     async def interrupt(self) -> None:
+        """Answer every push that waits, and every one that would from now on, because the server is about to end."""
         async with self._turn:
             self._leaving = True
             if not self._closed:
                 self._resolve(self._session.interrupt(self._clock()))
 
     async def close(self) -> None:
+        """End the session; whoever waits is told so."""
         async with self._turn:
             self._closed = True
             self._alarm.cancel()

@@ -51,7 +51,7 @@ class Views:
 
         Args:
             held, half, chosen: the version, the name of a codec if one is wanted, and the segments.
-            spent: see `Host.parameters`.
+            spent: see `Actor.parameters`.
             released: called when the view is.
         """
         layout = held.buffers.layout

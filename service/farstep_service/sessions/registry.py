@@ -1,4 +1,11 @@
-"""The sessions of one server: create or join by name, list, remove, within budgets that protect the rest."""
+"""The sessions of one server, within budgets that protect each from the rest.
+
+    find      the actor of a session, by its name
+    place     the same, created if there is none
+    remove    end a session
+
+By these verbs the routes get at a session, wherever its actor lives; today all of them live in this process.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +25,7 @@ from farstep_service.memory import resident_bytes, usable_bytes
 from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Session
-from farstep_service.sessions import Host, LocalHost, nbytes_beside
+from farstep_service.sessions import Actor, nbytes_beside
 from farstep_service.sessions.room import UNBOUNDED, Room, Share
 from farstep_service.settings import Settings
 
@@ -52,45 +59,45 @@ class Registry:
         self._settings = settings
         self._executor = executor
         self._clock = clock
-        self._hosts: dict[str, Host] = {}
+        self._actors: dict[str, Actor] = {}
         self._names: list[str] = []  # of all, ascending
         self.room = Room(settings.max_bytes or default_bytes(settings.device))
         self._turn = asyncio.Lock()
         self._kernels: dict[str, Kernels] = {}
 
     def __len__(self) -> int:
-        return len(self._hosts)
+        return len(self._actors)
 
     @property
-    def hosts(self) -> list[Host]:
-        """Return every session's host, in the order of their creation."""
-        return list(self._hosts.values())
+    def actors(self) -> list[Actor]:
+        """Return every session's actor, in the order of their creation."""
+        return list(self._actors.values())
 
-    def hosts_after(self, name: str, most: int) -> list[Host]:
+    def actors_after(self, name: str, most: int) -> list[Actor]:
         """Return the first `most` of the sessions whose names come after one, in the order of their names."""
         first = bisect_right(self._names, name)
-        return [self._hosts[each] for each in self._names[first : first + most]]
+        return [self._actors[each] for each in self._names[first : first + most]]
 
     @property
     def parameter_bytes(self) -> int:
         """Return the bytes of the parameters of all sessions."""
-        return sum(host.parameter_bytes for host in self._hosts.values())
+        return sum(actor.parameter_bytes for actor in self._actors.values())
 
-    def get(self, name: str) -> Host:
-        """Return the host of a session.
+    def find(self, name: str) -> Actor:
+        """Return the actor of a session.
 
         Raises:
             UnknownSession: there is none of that name.
         """
-        host = self._hosts.get(name)
-        if host is None:
+        actor = self._actors.get(name)
+        if actor is None:
             raise UnknownSession(
                 f"There is no session {name!r:.80} here.",
                 remedy="Join it first; a server that restarted has forgotten its sessions.",
             )
-        return host
+        return actor
 
-    async def create_or_join(self, plan: Plan, *, options: bool = True) -> tuple[Host, bool]:
+    async def place(self, plan: Plan, *, options: bool = True) -> tuple[Actor, bool]:
         """Return the session of the plan's name, created if there is none, and whether it was.
 
         Args:
@@ -102,9 +109,9 @@ class Registry:
             LimitExceeded, Busy: the session is too large, or the server has no room for it.
         """
         async with self._turn:
-            host = self._hosts.get(plan.name)
-            if host is not None:
-                compare = partial(host.plan.difference, plan, options=options, in_force=host.options)
+            actor = self._actors.get(plan.name)
+            if actor is not None:
+                compare = partial(actor.plan.difference, plan, options=options, in_force=actor.options)
                 quick = len(plan.layout.segments) + len(plan.groups) <= INLINE_PARTS
                 if difference := (compare() if quick else await asyncio.to_thread(compare)):
                     raise OptionsDiffer(
@@ -113,7 +120,7 @@ class Registry:
                         "force), choose another session name, or remove the session.",
                         field="name",
                     )
-                return host, False
+                return actor, False
             self._check_room(plan)
             return self._add(self._new_session(plan)), True
 
@@ -124,7 +131,7 @@ class Registry:
             SessionExists: its name is taken.
             LimitExceeded, Busy: it is too large, or the server has no room for it.
         """
-        if plan.name in self._hosts:
+        if plan.name in self._actors:
             raise SessionExists(
                 f"There is a session {plan.name!r} here.",
                 remedy="Give the new one another name, or remove the one that is here.",
@@ -132,7 +139,7 @@ class Registry:
             )
         self._check_room(plan)
 
-    async def restore(self, snapshot: Snapshot) -> Host:
+    async def restore(self, snapshot: Snapshot) -> Actor:
         """Add a session that begins with a snapshot; it can be joined when it is complete, and not before.
 
         Raises:
@@ -148,16 +155,16 @@ class Registry:
             self.check_free(plan)  # another one may have come first
             return self._add(session)
 
-    def _add(self, session: Session) -> Host:
-        host = self._hosts[session.plan.name] = self._new_host(session)
-        insort(self._names, host.name)
-        return host
+    def _add(self, session: Session) -> Actor:
+        actor = self._actors[session.plan.name] = self._new_actor(session)
+        insort(self._names, actor.name)
+        return actor
 
-    def _new_host(self, session: Session) -> LocalHost:
+    def _new_actor(self, session: Session) -> Actor:
         versions = self._settings.held_versions
         share = Share(self.room, self._check_growth)
         share.note(session.held_bytes)
-        return LocalHost(session, self._executor, self._clock, share=share, versions=versions)
+        return Actor(session, self._executor, self._clock, share=share, versions=versions)
 
     def _new_session(self, plan: Plan) -> Session:
         kernels = self._kernels.get(plan.kernel)
@@ -169,8 +176,8 @@ class Registry:
         """Refuse a session that is too large, or that there is no room for."""
         self._check_size(plan.layout.nbytes)
         limit = self._settings.max_sessions
-        if len(self._hosts) >= limit:
-            raise Busy(f"The server has {len(self._hosts)} sessions.", remedy="Remove one that is done.", limit=limit)
+        if len(self._actors) >= limit:
+            raise Busy(f"The server has {len(self._actors)} sessions.", remedy="Remove one that is done.", limit=limit)
         self.room.check(plan.layout.nbytes)  # nothing is taken, or counted, before the contents arrive
 
     def _check_growth(self, plan: Plan, nbytes: int) -> None:
@@ -186,13 +193,13 @@ class Registry:
                 limit=limit,
             )
 
-    def check_room_to_share(self, host: Host) -> None:
+    def check_room_to_share(self, actor: Actor) -> None:
         """Refuse memory that a worker would share with a session, if there is no room for it.
 
         Raises:
             Busy: see `Room.check`.
         """
-        self.room.check(2 * host.plan.layout.nbytes + nbytes_beside(host.plan))
+        self.room.check(2 * actor.plan.layout.nbytes + nbytes_beside(actor.plan))
 
     async def remove(self, name: str) -> None:
         """End a session.
@@ -201,8 +208,8 @@ class Registry:
             UnknownSession: there is none of that name.
         """
         async with self._turn:
-            removed = [self.get(name)]
-            del self._hosts[name]
+            removed = [self.find(name)]
+            del self._actors[name]
             del self._names[bisect_left(self._names, name)]
         await removed[0].close()
         # What held the session is let go of in a thread: it may be gigabytes, and 100,000 objects.
