@@ -1,0 +1,92 @@
+"""What the recipes of CONTRIBUTING.md end with is done for everything that there is, and the files they name exist."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import farstep
+from farstep.consistency import MODES, Async, checked
+from farstep.errors import InvalidOption
+from farstep.optim import RemoteOptimizer
+from farstep.policy import Policy
+from farstep.settings import RemoteOptions, carried, resolve
+from farstep_service.optimizers import METHODS
+from tests.service.servers import farstep as command
+
+ROOT = Path(__file__).parents[2]
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+MADE_UP = {
+    f"{room}/{name}.py"
+    for room, name in (
+        ("client/farstep/optim", "newopt"),
+        ("service/farstep_service/optimizers", "newopt"),
+        ("service/farstep_service/coordinator/modes", "turns"),
+        ("service/farstep_service/policies", "signing"),
+    )
+}
+"""The files that a reader of the recipes makes."""
+OPTIMIZERS = sorted(set(farstep.optim.__all__) - {RemoteOptimizer.__name__})
+KINDS = sorted(kind.__name__ for kind in MODES.values())
+POLICIES = [each.name for each in fields(Policy)]
+
+
+def rows(page: str) -> list[str]:
+    """Return the rows of a page's tables."""
+    return [line for line in (ROOT / page).read_text().splitlines() if line.startswith("| ")]
+
+
+def test_the_files_that_recipes_name_exist() -> None:
+    """Each path below client, service, tests or docs is there, but for those that a reader makes."""
+    named = set(re.findall(r"\b((?:client|service|tests|docs)/[\w/.-]*\w/?)(?=[`\s)#:])", CONTRIBUTING))
+    assert len(named) > 30
+    assert named >= MADE_UP
+    assert [path for path in sorted(named - MADE_UP) if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize("name", re.findall(r"`(\w+)` of\s+`(\S+\.py)`", CONTRIBUTING), ids=lambda found: found[0])
+def test_the_names_that_recipes_use_are_in_their_files(name: tuple[str, str]) -> None:
+    """What a recipe says to look for in a file is defined there."""
+    wanted, path = name
+    assert re.search(rf"^\s*(?:def |class )?{wanted}\b", (ROOT / path).read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_is_on_both_sides_and_in_the_tables(name: str) -> None:
+    """The server has a rule of that name, and README.md and docs/optimizers.md have a row for it."""
+    assert name in METHODS
+    for page in ("README.md", "docs/optimizers.md"):
+        assert any(f"`{name}`" in row.split("|")[1] for row in rows(page)), page
+
+
+def test_every_rule_has_an_optimizer() -> None:
+    """What a server can do, a client can ask for."""
+    assert sorted(METHODS) == OPTIMIZERS
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_mode_is_public_and_in_the_tables(name: str) -> None:
+    """Users find a mode in the package, README.md, docs/workers.md, and what they are told when they give none."""
+    assert name in farstep.__all__
+    assert any(row.startswith(f"| `farstep.{name}(") for row in rows("README.md"))
+    assert any(row.startswith(f"| `{name}(") for row in rows("docs/workers.md"))
+    with pytest.raises(InvalidOption, match=rf"farstep\.{name}\("):
+        checked("a word")
+
+
+def test_the_command_line_names_every_mode() -> None:
+    """`farstep sessions mode --help` says which modes there are."""
+    shown = command("sessions", "mode", "--help", env={"COLUMNS": "200", "NO_COLOR": "1"}).stdout
+    assert [mode for mode in MODES if not re.search(rf"\b{mode}\b", shown)] == []
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_is_an_argument_and_in_the_table(name: str) -> None:
+    """Users give it to an optimizer, copies of that have it, and docs/policies.md says what it does."""
+    assert name in RemoteOptions.__annotations__
+    assert f"\n    {name}: " in (RemoteOptions.__doc__ or "")
+    assert name in carried(resolve({"consistency": Async()}, {}))
+    assert re.search(rf"`{name}=", (ROOT / "docs" / "policies.md").read_text())
