@@ -98,7 +98,7 @@ ENTRYPOINT ["farstep"]
 # Listening beyond loopback needs a token: FARSTEP_TOKEN.
 CMD ["serve", "--host", "0.0.0.0"]
 
-ARG VERSION=0.1.0
+ARG VERSION=0.2.0.dev0
 ARG REVISION=""
 ARG CREATED=""
 ARG SOURCE=""
