@@ -85,7 +85,12 @@ def test_a_session_that_is_removed_tells_those_who_wait(elements: int) -> None:
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert all(isinstance(result, SessionLost) for result in results)
         assert results[0] is not results[1]
-        for ask in (place.push("w1"), place.host.parameters(), place.host.contents(["sum"]), place.host.join("w9", 1)):
+        for ask in (
+            place.push("w1"),
+            place.host.reads.parameters(),
+            place.host.reads.contents(["sum"]),
+            place.host.join("w9", 1),
+        ):
             with pytest.raises(SessionLost):
                 await ask
 
@@ -216,7 +221,7 @@ def test_a_session_whose_step_cannot_be_finished_can_be_seen_and_removed() -> No
         place = Place(SMALL)
         await place.begin()
         place.kernels.gate.failure = place.kernels.finishing = RuntimeError("the device is on fire")
-        for ask in (place.push, place.push, place.host.parameters, lambda: place.host.join("w1", 1)):
+        for ask in (place.push, place.push, place.host.reads.parameters, lambda: place.host.join("w1", 1)):
             with pytest.raises(StepInterrupted):
                 await ask()
         assert (await place.host.summary()).version == 0

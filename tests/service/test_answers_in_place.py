@@ -72,7 +72,7 @@ class Place:
 
     async def answer(self, spent: Intake | None) -> list[bytes]:
         """Return the payload of an answer in bfloat16."""
-        view = await self.host.parameters(half="bfloat16", spent=spent)
+        view = await self.host.reads.parameters(half="bfloat16", spent=spent)
         try:
             return [bytes(each) for each in view.views]
         finally:
@@ -189,7 +189,7 @@ def test_a_sum_of_gradients_in_16_bits_is_the_sum_of_widened_ones() -> None:
             await host.push(head, intake, worker)
 
         await asyncio.gather(push("w0", 2, 1.0), push("w1", 1, 0.375))
-        view = await host.parameters()
+        view = await host.reads.parameters()
         try:
             return torch.frombuffer(bytearray(view.views[0]), dtype=torch.float32)
         finally:

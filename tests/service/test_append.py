@@ -375,12 +375,12 @@ def test_a_view_stays_while_its_session_grows() -> None:
     async def talk() -> None:
         sessions = Registry(Settings(), ThreadPoolExecutor(1))
         host = await begun(sessions, "a", 4)
-        view = await host.parameters()
+        view = await host.reads.parameters()
         before = [bytes(each) for each in view.views]
         await added(host, 4)
         assert (view.version, view.count, [bytes(each) for each in view.views]) == (0, 1, before)
         view.release()
-        later = await host.parameters(since=0)
+        later = await host.reads.parameters(since=0)
         assert (later.version, later.count, later.segments) == (1, 2, [1, 2])
         later.release()
 

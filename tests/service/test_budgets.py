@@ -134,7 +134,7 @@ def test_versions_that_workers_have_are_counted_and_given_up() -> None:
             for view in intake.views:
                 view[:] = bytes(len(view))
             applied += (await host.push(push, intake, f"{number}")).receipt.applied
-            (await host.parameters(write=push.name)).release()
+            (await host.reads.parameters(write=push.name)).release()
             assert sum((await host.summary()).bytes.values()) <= 10 * 4000
         assert applied == 40
 

@@ -59,7 +59,7 @@ async def begun(made: Made) -> Actor:
 
 async def pull(host: Actor) -> torch.Tensor:
     """Return a copy of the session's parameters."""
-    view = await host.parameters()
+    view = await host.reads.parameters()
     try:
         return torch.frombuffer(bytearray(b"".join(view.views)), dtype=torch.float32)
     finally:
@@ -89,7 +89,7 @@ def test_what_is_delivered_is_the_version_of_the_answer(
             sent.views[0][:] = tensor_memory(torch.full((sum(LENGTHS),), -9.0))
             await host.push(other, sent, "b")
             assert torch.equal(written[stepped], first[stepped])
-        view = await host.parameters(None, head.name)
+        view = await host.reads.parameters(None, head.name)
         assert await host.deliver(head, view, intake)
         view.release()
         assert torch.equal(written, await pull(host))

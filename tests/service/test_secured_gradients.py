@@ -114,7 +114,7 @@ class Place:
 
     async def parameters(self) -> Tensor:
         """Return a copy of the session's parameters."""
-        view = await self.host.parameters()
+        view = await self.host.reads.parameters()
         try:
             return torch.frombuffer(bytearray(b"".join(view.views)), dtype=torch.float32)
         finally:

@@ -123,7 +123,7 @@ class Push(Endpoint):
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
             return
         since = head.have if head.wanted == "changed" else None
-        view = await actor.parameters(since, head.name, head.wire_parameters, spent, outgoing=outgoing_of(scope))
+        view = await actor.reads.parameters(since, head.name, head.wire_parameters, spent, outgoing=outgoing_of(scope))
         delivered = await _delivered(actor, head, view, spent)
         del spent
         await answer_view(send, header, view, delivered=delivered)
@@ -163,11 +163,11 @@ class Contents(Endpoint):
         outgoing = outgoing_of(scope)
         header = {"v": VERSION, "incarnation": actor.incarnation}
         if whole:
-            view = await actor.parameters(half=codec, reader=reader, outgoing=outgoing)
+            view = await actor.reads.parameters(half=codec, reader=reader, outgoing=outgoing)
             await answer_view(send, {**header, "fields": list(view.fields)}, view)
             return
-        async with actor.copying(size, outgoing):
-            view = await actor.contents(fields, indices)
+        async with actor.reads.copying(size, outgoing):
+            view = await actor.reads.contents(fields, indices)
             await answer_view(send, {**header, "fields": list(view.fields)}, view)
 
 
@@ -190,7 +190,7 @@ class Groups(Endpoint):
         if answer.receipt.applied:
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
         else:
-            await answer_view(send, header, await actor.parameters(write=head.name, outgoing=outgoing_of(scope)))
+            await answer_view(send, header, await actor.reads.parameters(write=head.name, outgoing=outgoing_of(scope)))
 
 
 async def _delivered(actor: Actor, head: PushHead, view: View, spent: Intake | None) -> bool:

@@ -54,8 +54,8 @@ class SessionFile:
         with self._registry.in_flight() as reserve:
             size = plan.layout.nbytes * (1 + len(plan.rule.tensor_fields))
             reserve(size)
-            async with actor.copying(size, outgoing_of(scope)):
-                snapshot = await actor.snapshot()
+            async with actor.reads.copying(size, outgoing_of(scope)):
+                snapshot = await actor.reads.snapshot()
                 pieces = await asyncio.to_thread(file_of, snapshot)
                 disposition = f'attachment; filename="{actor.name}.safetensors"'.encode()
                 await answer_pieces(send, FILE, pieces, headers=[(b"content-disposition", disposition)])

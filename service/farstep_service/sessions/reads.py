@@ -7,16 +7,22 @@ version back when it has been made, and is shared by all who read that version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from typing import Final, final
 
 from farstep.codecs import codec_named
+from farstep.messages import WriteName
 from farstep.wire import to_ranges
+from farstep_service.durability import Snapshot
 from farstep_service.layout import Layout
-from farstep_service.sessions.answers import Intake, View
+from farstep_service.session import Session
+from farstep_service.sessions.answers import Intake, Reader, View
 from farstep_service.sessions.narrowed import NarrowedView, Narrowings
-from farstep_service.sessions.views import HeldView, PushIntake
+from farstep_service.sessions.readers import Kind, Outgoing, Readers, ReadersPage, Seat
+from farstep_service.sessions.turns import Turns
+from farstep_service.sessions.views import CopiedView, HeldView, PushIntake
 from farstep_service.store import Held
 
 NARROW_INLINE_BYTES: Final = 4 * 1024 * 1024
@@ -89,3 +95,142 @@ def chosen_of(held: Held, layout: Layout, since: int | None) -> Sequence[int]:
     if known < len(held.buffers.layout.segments):
         return [index for index in changed if index < known]
     return changed
+
+
+@final
+class Reads:
+    """Let readers have versions of one session, within a budget of memory that they keep.
+
+    Args:
+        session: the session.
+        turns: who may call it.
+        executor: converts large versions.
+        versions: how many versions readers of one kind may keep; see `farstep_service.sessions.readers`.
+    """
+
+    def __init__(self, session: Session, turns: Turns, executor: Executor, versions: int) -> None:
+        self._session = session
+        self._turns = turns
+        self._views = Views(executor)
+        self._versions = versions
+        self._readers = Readers(self._read_bytes, self._make_room)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the memory of versions that were converted for readers."""
+        return self._views.nbytes
+
+    @property
+    def page(self) -> ReadersPage:
+        """Return who reads at the moment."""
+        return self._readers.page
+
+    def close(self) -> None:
+        """End all waiting; the session was removed."""
+        self._readers.close(self._turns.gone)
+
+    async def parameters(
+        self,
+        since: int | None = None,
+        write: WriteName | None = None,
+        half: str | None = None,
+        spent: Intake | None = None,
+        reader: Reader | None = None,
+        outgoing: Outgoing | None = None,
+    ) -> View:
+        """Hold the parameters of the current version: all, or those that changed after version `since`.
+
+        Args:
+            write: leave those of groups out that its worker did not know when it made this write.
+            half: the name of the codec to give them in; None for as they are.
+            spent: a push's, which has been answered for: its memory may be written over.
+            reader: who reads them, where that is not the worker of a write; its lease is renewed.
+            outgoing: the answer that they go into, where it is known; a slow one is cut while others wait for it.
+
+        Raises:
+            Busy: others read for too long.
+        """
+        kind: Kind = "pull" if write is None else "answer"
+
+        def take() -> tuple[Held, Sequence[int], Seat] | None:
+            self._turns.check_open()
+            held, outcomes = self._session.hold()
+            if outcomes:
+                self._turns.resolve(outcomes)
+            layout = self._session.plan.layout if write is None else self._session.layout_at(write)
+            chosen = chosen_of(held, layout, since)
+            seat = self._readers.enter(kind, *cost_of(held, half, chosen, spent), outgoing)
+            if seat is None:
+                held.release()
+                return None
+            if (who := reader or write) is not None:
+                self._session.received(who.worker, who.epoch, self._turns.clock())
+            return held, chosen, seat
+
+        def give_back(taken: tuple[Held, Sequence[int], Seat]) -> None:
+            taken[0].release()
+            taken[2].release()
+
+        async with self._turns.lock:
+            taken = take()
+        if taken is None:
+            taken = await self._readers.wait(kind, take, give_back)
+        held, chosen, seat = taken
+        try:
+            return await self._views.of(held, half, chosen, spent, seat.release)
+        except BaseException:
+            seat.release()
+            raise
+
+    @asynccontextmanager
+    async def copying(self, nbytes: int, outgoing: Outgoing | None) -> AsyncIterator[None]:
+        """Wait until so many bytes of the session may be copied, and count them while the copy is being sent.
+
+        Raises:
+            Busy: others read for too long.
+        """
+
+        def take() -> Seat | None:
+            self._turns.check_open()
+            return self._readers.enter("copy", object(), nbytes, outgoing)
+
+        seat = take()
+        if seat is None:
+            seat = await self._readers.wait("copy", take, Seat.release)
+        try:
+            yield
+        finally:
+            seat.release()
+
+    def _read_bytes(self, kind: Kind) -> int:
+        """Return the bytes that readers of a kind may keep."""
+        fields = 1 + len(self._session.plan.rule.tensor_fields) if kind == "copy" else 1
+        return self._versions * self._session.plan.layout.nbytes * fields
+
+    async def _make_room(self, kind: Kind) -> None:
+        """Let readers in who wait for those who have just left."""
+        async with self._turns.lock:
+            self._readers.admit(kind)
+
+    async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
+        """Copy fields of the current version, of some segments or of all."""
+        async with self._turns.lock:
+            self._turns.check_open()
+            contents, outcomes = await self._turns.run(
+                lambda: self._session.copy(fields, indices),
+                lambda unasked: self._turns.resolve(unasked[1]),
+                inline=self._turns.small,
+            )
+            self._turns.resolve(outcomes)
+            count = len(self._session.plan.layout.segments)
+            return CopiedView(contents, self._session.version, count, None if indices is None else to_ranges(indices))
+
+    async def snapshot(self) -> Snapshot:
+        """Copy all of the current version, with the options in force at it."""
+        async with self._turns.lock:
+            self._turns.check_open()
+            snapshot, outcomes = await self._turns.run(
+                self._session.snapshot, lambda unasked: self._turns.resolve(unasked[1]), inline=self._turns.small
+            )
+            self._turns.resolve(outcomes)
+            return snapshot

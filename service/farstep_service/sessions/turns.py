@@ -1,15 +1,23 @@
-"""Work on a session, where it belongs: on the event loop if it is small, else in a thread."""
+"""One turn at a time: work on a session where it belongs, and answers for those who wait.
+
+Work on a small session runs on the event loop, other work in a thread: a thread hop costs more than a small step, and a
+large step would keep the event loop from answering anybody. The session's size decides, not the message's: the gradient
+of one segment can make a step copy all the others.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import suppress
-from typing import Final, TypeVar, final
+from itertools import chain
+from typing import Any, Final, TypeVar, final
 
-from farstep.errors import FarstepError
+from farstep.errors import FarstepError, SessionLost
+from farstep.messages import WriteName
 from farstep_service.plan import Plan
+from farstep_service.session import Outcome, Outcomes, Session
 
 INLINE_BYTES: Final = 1280 * 1024
 """Work on a session of fewer bytes than this is done on the event loop itself: it takes up to a millisecond with the
@@ -59,3 +67,146 @@ async def run(
         raise
     finally:
         del running  # an error in it and this frame would keep each other, and the gradients with them
+
+
+@final
+class Waiting:
+    """The writes of one session that have no answer yet: one that is sent again waits for the same outcome."""
+
+    def __init__(self) -> None:
+        self._futures: dict[WriteName, list[asyncio.Future[Outcome]]] = {}
+
+    def of(self, name: WriteName) -> asyncio.Future[Outcome]:
+        """Return where the outcome of a write is going to be, for one who waits: who gives up, does so alone."""
+        future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+        self._futures.setdefault(name, []).append(future)
+        return future
+
+    def resolve(self, outcomes: Outcomes) -> None:
+        """Tell those whose writes have been decided about."""
+        for name, outcome in outcomes.items():
+            for future in self._futures.pop(name, ()):
+                if not future.done():
+                    future.set_result(outcome)
+
+    def end(self, error: Callable[[], FarstepError]) -> None:
+        """Tell everybody that nothing will be decided any more; each of them gets an error of its own."""
+        for future in chain.from_iterable(self._futures.values()):
+            if not future.done():
+                future.set_result(Outcome(error()))
+        self._futures.clear()
+
+
+Ring = Callable[[], Coroutine[Any, Any, None]]
+
+
+@final
+class DeadlineTimer:
+    """The event loop's timer, set to the time at which a session may have something to decide.
+
+    Args:
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def set(self, deadline: float | None, ring: Ring) -> None:
+        """Call `ring` at this time of the clock, and not at the one set before; None for not at all."""
+        self.cancel()
+        if deadline is not None:
+            delay_s = max(0.0, deadline - self._clock())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._begin, ring)
+
+    def cancel(self) -> None:
+        """Forget the time that was set."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _begin(self, ring: Ring) -> None:
+        task = asyncio.get_running_loop().create_task(ring())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+@final
+class Turns:
+    """Let one thing at a time happen to a session, and tell those who wait what became of their writes.
+
+    Args:
+        session: the session; it is called by who has the turn.
+        executor: runs large work.
+        clock: monotonic seconds.
+
+    Attributes:
+        lock: held by who has the turn.
+        closed: the session was removed.
+        leaving: the server is about to end, and no write waits for others any more.
+    """
+
+    def __init__(self, session: Session, executor: Executor, clock: Callable[[], float]) -> None:
+        self.lock = asyncio.Lock()
+        self.closed = False
+        self.leaving = False
+        self.clock = clock
+        self._session = session
+        self._executor = executor
+        self._waiting = Waiting()
+        self._timer = DeadlineTimer(clock)
+        self._size = Size()
+
+    @property
+    def small(self) -> bool:
+        """Return whether work on the session is done on the event loop."""
+        return self._size.is_small(self._session.plan)
+
+    def check_open(self) -> None:
+        """Refuse what comes after the session was removed.
+
+        Raises:
+            SessionLost: it was.
+        """
+        if self.closed:
+            raise self.gone()
+
+    def gone(self) -> SessionLost:
+        """Return the error for a session that was removed."""
+        name = self._session.plan.name
+        return SessionLost(f"Session {name!r} was removed.", remedy="Join again to create a new one.")
+
+    async def run(self, work: Callable[[], Result], abandoned: Callable[[Result], None], *, inline: bool) -> Result:
+        """Do work on the session, which the caller has the turn for; see `run`."""
+        return await run(self._executor, work, abandoned, inline=inline)
+
+    def outcome_of(self, name: WriteName) -> asyncio.Future[Outcome]:
+        """Return where the outcome of a write is going to be that waits for others."""
+        return self._waiting.of(name)
+
+    def resolve(self, outcomes: Outcomes) -> None:
+        """Tell those who wait what became of their writes, and set the timer to what is to be decided next."""
+        self._waiting.resolve(outcomes)
+        if self.leaving:
+            self._waiting.resolve(self._session.interrupt(self.clock()))
+        self._timer.set(self._session.deadline, self._tick)
+
+    async def _tick(self) -> None:
+        async with self.lock:
+            if not self.closed:
+                now = self.clock()
+                self.resolve(await self.run(lambda: self._session.tick(now), self.resolve, inline=self.small))
+
+    async def interrupt(self) -> None:
+        """Answer every write that waits, and every one that would from now on."""
+        async with self.lock:
+            self.leaving = True
+            if not self.closed:
+                self.resolve({})
+
+    def close(self) -> None:
+        """End the session, which the caller has the turn for; those who wait are told so."""
+        self.closed = True
+        self._timer.cancel()
+        self._waiting.end(self.gone)
