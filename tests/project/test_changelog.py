@@ -32,7 +32,7 @@ def test_the_next_version_is_open_and_the_others_are_in_order() -> None:
 
 
 def test_the_projects_version_is_the_open_one_or_the_latest(pyproject: dict[str, Any]) -> None:
-    """The project is a development version of the next release, which the changelog names, or has just been released."""
+    """The project is a development version of the next release, which the changelog names, or is just released."""
     version = Version(pyproject["project"]["version"])
     latest, _ = released()[0]
     if version == latest:
