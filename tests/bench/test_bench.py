@@ -28,7 +28,7 @@ SMALL = ("--parameters", "100k", "--tensors", "4", "--steps", "5", "--wait", "0"
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
     """Run a server that has room for sessions of 8 MB and asks for a token."""
-    with running_server("--max-session-gib", "0.008", token=TOKEN) as running:
+    with running_server("--max-session-gib", "0.008", token=TOKEN, loaded=True) as running:
         yield running
 
 
@@ -47,7 +47,7 @@ def bench(server: RunningServer, talk: Conversation) -> Callable[..., subprocess
     """Run the verb against the server."""
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        return farstep("bench", *arguments, env={"FARSTEP_SERVER": server.url, "FARSTEP_TOKEN": TOKEN})
+        return farstep("bench", *arguments, env={"FARSTEP_SERVER": server.url, "FARSTEP_TOKEN": TOKEN}, loaded=True)
 
     return run
 
@@ -112,10 +112,10 @@ def test_shapes_and_halves_are_measured(bench: Bench, tmp_path: Path) -> None:
 def test_without_a_server_a_step_is_embedded() -> None:
     """No server: no link and no bytes, and a step is its update and the bookkeeping around it."""
     env = {"FARSTEP_SERVER": "", "FARSTEP_SESSION": "somebody-elses"}
-    found = json.loads(farstep("bench", *SMALL, "--json", env=env).stdout)
+    found = json.loads(farstep("bench", *SMALL, "--json", env=env, loaded=True).stdout)
     assert (found["server"], found["link"], found["bytes"]) == (None, None, {"sent": 0, "received": 0})
     assert found["where_s"]["total"] == pytest.approx(found["where_s"]["update"] + found["where_s"]["client"])
-    told = farstep("bench", *SMALL, env=env).stdout
+    told = farstep("bench", *SMALL, env=env, loaded=True).stdout
     assert "embedded in this process" in told
     assert PARTS_TOLD["down"] not in told
 
@@ -167,7 +167,7 @@ def test_a_session_whose_creation_was_interrupted_is_removed(talk: Conversation)
 
 def test_a_server_that_is_away() -> None:
     """Nobody listens: two lines and status 1, before anything is measured."""
-    done = farstep("bench", "--server", "http://127.0.0.1:9")
+    done = farstep("bench", "--server", "http://127.0.0.1:9", loaded=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == "error unavailable: http://127.0.0.1:9 does not answer: Connection refused."
 
@@ -182,7 +182,7 @@ def test_a_session_that_the_server_does_not_allow(bench: Bench) -> None:
 
 def test_a_token_is_asked_for(server: RunningServer) -> None:
     """Without the token there is status 2 and the server's word."""
-    done = farstep("bench", *SMALL, "--server", server.url, env={"FARSTEP_TOKEN": ""})
+    done = farstep("bench", *SMALL, "--server", server.url, env={"FARSTEP_TOKEN": ""}, loaded=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error unauthorized: ")
 

@@ -15,7 +15,10 @@ from tests.service.servers import running_server
 @pytest.mark.parametrize("sync", [False, True])
 def test_a_crowd_takes_all_its_steps(sync: bool) -> None:
     """Two workers take their steps in one session, at the same time: the server counts each of them."""
-    with running_server() as server, crowd(Task(server.url, "shared", 2, sync, 1_000, 3, 5, "reference")) as ready:
+    with (
+        running_server(loaded=True) as server,
+        crowd(Task(server.url, "shared", 2, sync, 1_000, 3, 5, "reference")) as ready,
+    ):
         talk = Conversation(server.url, None)
         before_s, warm = cpu_s(server.pid), int(talk.control("GET", "/v1/sessions/shared")["version"])
         done = ready.go()

@@ -22,7 +22,7 @@ from tests.service.servers import RunningServer, running_server, sessions_at
 @pytest.fixture(scope="session")
 def server() -> Iterator[RunningServer]:
     """Run a server on loopback, without a token; tests keep apart by their sessions' names."""
-    with running_server() as running:
+    with running_server(loaded=True) as running:
         yield running
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch._dynamo  # which torch imports with the first optimizer, and takes a second for
 from torch import Tensor
 
 import farstep

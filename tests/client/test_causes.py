@@ -152,7 +152,7 @@ def test_a_path_that_is_wrong(server: RunningServer) -> None:
     error = joining(f"{server.url}/training")
     assert type(error) is NoSuchRoute
     assert "path of the URL" in error.remedy
-    done = command("sessions", "ls", env={"FARSTEP_SERVER": f"{server.url}/training"})
+    done = command("sessions", "ls", env={"FARSTEP_SERVER": f"{server.url}/training"}, loaded=True)
     assert (done.returncode, "error no_such_route" in done.stderr) == (1, True)
 
 
@@ -300,7 +300,7 @@ def test_credentials_in_a_url_are_refused(url: str, monkeypatch: pytest.MonkeyPa
 def test_no_verb_shows_the_credentials_of_a_url(verb: list[str]) -> None:
     """They are refused, and are in nothing that is printed."""
     for url in ("http://jane:s3cr3t@127.0.0.1:9", "http://jane:s3cr3t@[::1"):
-        done = command(*verb, env={"FARSTEP_SERVER": url})
+        done = command(*verb, env={"FARSTEP_SERVER": url}, loaded=True)
         assert done.returncode in (1, 2)
         assert not any(secret in done.stdout + done.stderr for secret in SECRETS)
 

@@ -128,7 +128,7 @@ def test_the_session_of_a_copy_goes_with_the_copy(server: RunningServer, talk: C
 
 def test_a_token_is_not_pickled(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is read from FARSTEP_TOKEN where the pickle is loaded; a deepcopy in the same process has it."""
-    with running_server(token=TOKEN) as running:
+    with running_server(token=TOKEN, loaded=True) as running:
         monkeypatch.delenv("FARSTEP_TOKEN", raising=False)
         optimizer: RemoteOptimizer = Adagrad(parameters(drawn(0)), server=running.url, token=TOKEN)
         step(copy.deepcopy(optimizer), 1)

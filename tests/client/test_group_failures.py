@@ -82,7 +82,7 @@ def test_going_on_without_a_group_that_did_arrive(network: Network) -> None:
 
 def test_a_session_that_grew_is_created_anew_whole() -> None:
     """After a server was killed, rejoin() brings all groups, the late one included, to the new session."""
-    with running_server() as server:
+    with running_server(loaded=True) as server:
         twins = Twins("Adam", {"lr": 0.1}, {**named(server), "worker": "w0"})
         twins.train(1)
         add(twins, drawn(5), **LATE)

@@ -155,7 +155,7 @@ def test_a_session_that_is_gone_is_told(shared: RemoteOptions, talk: Conversatio
 
 def test_a_server_that_is_away_is_told_after_the_time_that_was_given(server: RunningServer) -> None:
     """`Unavailable` says what was tried; a thread that keeps the lease goes on, and the end of its block is prompt."""
-    with running_server() as away:
+    with running_server(loaded=True) as away:
         w0 = SGD(parameters(drawn(0)), lr=0.1, server=away.url, session="s", worker="w0", timeout_s=0.5)
         with w0.keep_alive():
             away.kill()

@@ -183,7 +183,7 @@ def test_gradients_that_are_not_finite(server: RunningServer) -> None:
 
 def test_a_server_that_is_killed_in_the_middle() -> None:
     """The step says that there is no answer; nothing has changed here, and a forgotten session is told."""
-    with running_server() as mortal:
+    with running_server(loaded=True) as mortal:
         both = Both(mortal.url, timeout_s=0.5)
         both.train(2)
         before = [p.detach().clone() for p in both.here.parameters()]

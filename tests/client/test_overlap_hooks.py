@@ -170,7 +170,7 @@ def test_an_optimizer_that_is_moved(server: RunningServer) -> None:
 
 def test_shared_memory_goes_first(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Over a unix socket gradients are put into shared memory in step(), and nothing is streamed."""
-    with running_server("--unix", str(tmp_path_factory.mktemp("o") / "s")) as local:
+    with running_server("--unix", str(tmp_path_factory.mktemp("o") / "s"), loaded=True) as local:
         both = Both(local.unix)
         assert both.train(3) == ["", "", ""]
         assert both.ours.last_step is not None

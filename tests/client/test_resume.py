@@ -178,7 +178,7 @@ def test_from_a_session_to_torch(name: str, remote: RemoteOptions) -> None:
 def test_a_server_that_is_killed_and_restored_from_files(tmp_path: Path) -> None:
     """Sessions are exported, their server goes on and is killed, and the next one imports them: the worker rejoins, a
     new one joins a second import, and both end where a training ends that was never interrupted."""
-    with running_server() as server:
+    with running_server(loaded=True) as server:
         place: RemoteOptions = {"server": server.url, "kernel": "reference"}
         trainings: dict[str, Training] = {}
         versions: dict[str, int] = {}

@@ -25,7 +25,7 @@ SHORT_S = 1.0
 @pytest.fixture
 def mortal() -> Iterator[RunningServer]:
     """Run a server that a test may kill."""
-    with running_server() as running:
+    with running_server(loaded=True) as running:
         yield running
 
 

@@ -33,7 +33,7 @@ SHARED = "shared memory"
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """Run a server that listens at a path, and on a port."""
-    with running_server("--unix", str(tmp_path_factory.mktemp("m") / "s")) as running:
+    with running_server("--unix", str(tmp_path_factory.mktemp("m") / "s"), loaded=True) as running:
         yield running
 
 
@@ -215,7 +215,7 @@ def test_a_refused_push_leaves_the_memory_in_use(local: RunningServer) -> None:
 
 def test_a_server_that_was_killed_takes_nothing_with_it(tmp_path: Path) -> None:
     """After SIGKILL the parameters are as they were; a rejoined session shares memory with the new server."""
-    with running_server("--unix", str(tmp_path / "s")) as server:
+    with running_server("--unix", str(tmp_path / "s"), loaded=True) as server:
         twins = twins_at(server.unix, timeout_s=1.0)
         twins.step(drawn(1, SHAPES))
         before = [p.detach().clone() for p in twins.here]
@@ -247,7 +247,7 @@ for step in range(3):
 print(optimizer.last_step.path, flush=True)
 os.kill(os.getpid(), signal.SIGKILL)
 """
-    with running_server("--unix", str(tmp_path / "s")) as server:
+    with running_server("--unix", str(tmp_path / "s"), loaded=True) as server:
         done = subprocess.run(
             [sys.executable, "-c", script, server.unix], capture_output=True, text=True, check=False, timeout=60
         )
@@ -296,7 +296,7 @@ def test_over_tcp_tensors_move_in_bodies(local: RunningServer) -> None:
 
 def test_a_server_without_room_is_used_without_memory(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Its refusal is logged once, and every step works."""
-    with running_server("--unix", str(tmp_path / "s"), "--max-gib", "0.00125") as server:
+    with running_server("--unix", str(tmp_path / "s"), "--max-gib", "0.00125", loaded=True) as server:
         twins = twins_at(server.unix)
         with caplog.at_level(logging.INFO, "farstep.sharing"):
             for seed in range(1, 4):

@@ -129,7 +129,7 @@ class Process:
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
     """Run a server of our own: its sessions are full of dead workers."""
-    with running_server() as running:
+    with running_server(loaded=True) as running:
         yield running
 
 
@@ -175,7 +175,7 @@ def version_without(name: str, server: RunningServer, session: str, others: Sequ
 LIVE = Sync(workers="live", deadline_s=30.0, lease_s=1.0)
 AT_DEADLINE = Sync(workers="live", deadline_s=1.0, lease_s=60.0)
 QUORUM = Sync(workers=3, quorum=2, deadline_s=30.0, lease_s=60.0)
-FOLDED = Sync(workers=3, quorum=2, deadline_s=30.0, lease_s=1.0, late="fold")
+FOLDED = Sync(workers=3, quorum=2, deadline_s=3.0, lease_s=1.0, late="fold")  # at the end the last one waits alone
 BOUNDED = Bounded(staleness=1, deadline_s=30.0, lease_s=1.0)
 
 

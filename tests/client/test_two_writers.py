@@ -17,6 +17,7 @@ import farstep
 from farstep.errors import FarstepError
 from farstep.optim.writers import writing
 from farstep.settings import RemoteOptions
+from tests.client import hogwild
 from tests.client.hogwild import LR, gradient, train
 from tests.client.twins import check_equal
 from tests.service.servers import RunningServer
@@ -116,6 +117,10 @@ def test_other_parameters_need_no_turn() -> None:
 # -- processes
 
 
+# A process of a fork server shares as little with this one as one that is spawned, and has torch already.
+processes.get_context("forkserver").set_forkserver_preload([hogwild.__name__])
+
+
 class Process:
     """A process that steps when it is told to."""
 
@@ -149,7 +154,7 @@ def running(how: str, kind: str, ps: list[Tensor], *options: dict[str, Any]) -> 
             each.kill()
 
 
-@pytest.mark.parametrize("how", ["spawn", "fork"])
+@pytest.mark.parametrize("how", ["forkserver", "fork"])
 def test_embedded_processes_on_one_model_are_torchs_hogwild(how: str) -> None:
     """An embedded optimizer steps in the shared memory itself: processes that take turns give torch's bits."""
     here, there = shared_model(), shared_model()
@@ -166,7 +171,7 @@ def test_embedded_processes_on_one_model_are_torchs_hogwild(how: str) -> None:
     area="client errors",
 )
 @pytest.mark.parametrize("named", [True, False], ids=["one session", "private sessions"])
-@pytest.mark.parametrize("how", ["spawn", "fork"])
+@pytest.mark.parametrize("how", ["forkserver", "fork"])
 def test_a_second_process_on_one_model_is_refused(how: str, named: bool, server: RunningServer) -> None:
     """The first process to step through a server goes on with torch's bits; the second one is told what to do."""
     here, there = shared_model(), model()
@@ -189,7 +194,7 @@ def test_a_process_that_died_holds_nothing(server: RunningServer) -> None:
     """A worker that was killed and one that takes its place: the system gives the memory back."""
     here = shared_model()
     place = {"server": server.url, "kernel": "reference"}
-    with running("spawn", "farstep", here, place, place) as (first, second):
+    with running("forkserver", "farstep", here, place, place) as (first, second):
         assert first.step(1) == ""
         first.kill()
         assert second.step(2) == ""

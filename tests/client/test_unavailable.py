@@ -98,7 +98,7 @@ def test_a_server_that_hangs(server: RunningServer) -> None:
 @pytest.fixture(scope="module")
 def mortal() -> Iterator[RunningServer]:
     """Run a server that asks for a token, and that tests may kill."""
-    with running_server(token=TOKEN) as running:
+    with running_server(token=TOKEN, loaded=True) as running:
         yield running
 
 

@@ -24,7 +24,7 @@ SHAPES = [(3, 4), (5,)]
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """Run a server that listens at a path alone."""
     path = tmp_path_factory.mktemp("u") / "s"
-    with running_server("--unix", str(path), "--no-tcp", port=None) as running:
+    with running_server("--unix", str(path), "--no-tcp", port=None, loaded=True) as running:
         yield running
 
 
@@ -93,7 +93,7 @@ def test_a_step_over_a_socket_is_applied_once_wherever_it_is_cut(local: RunningS
 
 def test_a_server_that_is_gone_is_told_as_over_tcp(tmp_path: Path) -> None:
     """Without a server a step is refused in time and changes nothing; one that restarted has lost the session."""
-    with running_server("--unix", str(tmp_path / "s")) as server:
+    with running_server("--unix", str(tmp_path / "s"), loaded=True) as server:
         twins = Twins(
             "Adagrad", {}, {"kernel": "reference", "server": server.unix, "timeout_s": 1.0}, start=drawn(0, SHAPES)
         )

@@ -145,7 +145,7 @@ def test_a_session_on_a_named_server_stays(script: Path):
         "for _ in range(3): optimizer.step()\n"
         "optimizer.close()\n"
     )
-    with running_server() as server:
+    with running_server(loaded=True) as server:
         for began in ("from 0 [0.0, 0.0, 0.0]", "from 3 [-3.0, -3.0, -3.0]"):
             done = farstep("launch", "--server", server.url, "--session", "stays", str(script))
             assert done.returncode == 0, done.stderr

@@ -27,7 +27,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def places() -> Iterator[Places]:
     """Return both places an optimizer can be in."""
-    with running_server() as server:
+    with running_server(loaded=True) as server:
         yield {"embedded": {"kernel": "reference"}, "server": {"kernel": "reference", "server": server.url}}
 
 

@@ -13,7 +13,7 @@ from tests.service.servers import RunningServer, running_server
 @pytest.fixture(scope="module")
 def server() -> Iterator[RunningServer]:
     """Run a server on loopback, without a token."""
-    with running_server() as running:
+    with running_server(loaded=True) as running:
         yield running
 
 

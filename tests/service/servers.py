@@ -5,6 +5,10 @@
         server.kill()            # SIGKILL: what a power cut would leave
         server.restart()         # the same options on the same port
 
+With `loaded=True` the process does not begin with an interpreter that imports torch, but is forked from one that has
+(`tests/support/loaded.py`): a tenth of a second in place of several. Tests of how a server starts, of its memory or its
+environment, and benchmarks, do without.
+
 Nothing here sleeps. A server says on its standard output when it answers, and a process that ends wakes who waits.
 """
 
@@ -22,6 +26,8 @@ from contextlib import contextmanager
 from typing import IO, Any
 
 import httpx
+
+from tests.support.loaded import LOADED, Forked
 
 READY_WITHIN_S = 90.0
 GONE_WITHIN_S = 30.0
@@ -49,14 +55,22 @@ class RunningServer:
         port: the port to ask for; None leaves it to the environment and the default.
         environment: the whole environment of the process.
         log: takes its standard error.
+        loaded: whether it is forked from a process that has its modules.
 
     Attributes:
         said: the line of JSON with which it announced itself.
     """
 
     def __init__(
-        self, arguments: tuple[str, ...], port: int | None, environment: Mapping[str, str], log: IO[bytes]
+        self,
+        arguments: tuple[str, ...],
+        port: int | None,
+        environment: Mapping[str, str],
+        log: IO[bytes],
+        *,
+        loaded: bool = False,
     ) -> None:
+        self._loaded = loaded
         self._arguments = arguments
         self._port = port
         self._environment = dict(environment)
@@ -98,7 +112,7 @@ class RunningServer:
         except subprocess.TimeoutExpired:
             self.kill()
         self._close()
-        return self.process.returncode
+        return self.process.wait()
 
     def kill(self) -> None:
         """End it without a chance to do anything more."""
@@ -114,18 +128,23 @@ class RunningServer:
 
     def _start(self) -> None:
         port = [] if self._port is None else ["--port", str(self._port)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "farstep_service", "serve", "--json", *port, *self._arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            env=self._environment,
-        )
+        self.process = self._begun("serve", "--json", *port, *self._arguments)
         try:
             self.said: dict[str, Any] = json.loads(self._first_line())
         except BaseException:
             self.kill()
             raise
+
+    def _begun(self, *arguments: str) -> subprocess.Popen[bytes] | Forked:
+        if self._loaded:
+            return forked(arguments, self._environment, self._log)
+        return subprocess.Popen(
+            [sys.executable, "-m", "farstep_service", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            env=self._environment,
+        )
 
     def _first_line(self) -> bytes:
         assert self.process.stdout is not None
@@ -144,9 +163,32 @@ class RunningServer:
             self.process.stdout.close()
 
 
+def forked(arguments: tuple[str, ...], environment: Mapping[str, str], log: IO[bytes]) -> Forked:
+    """Fork a process of the command line whose standard output can be read."""
+    output, theirs = os.pipe()
+    try:
+        with open(os.devnull, "rb") as nothing:
+            process = LOADED.start(
+                "farstep_service",
+                arguments,
+                environment,
+                stdin=nothing.fileno(),
+                stdout=theirs,
+                stderr=log.fileno(),
+            )
+    finally:
+        os.close(theirs)
+    process.stdout = os.fdopen(output, "rb", buffering=0)
+    return process
+
+
 @contextmanager
 def running_server(
-    *arguments: str, token: str | None = None, port: int | None = 0, env: Mapping[str, str] | None = None
+    *arguments: str,
+    token: str | None = None,
+    port: int | None = 0,
+    env: Mapping[str, str] | None = None,
+    loaded: bool = False,
 ) -> Iterator[RunningServer]:
     """Run a server until the end of the block.
 
@@ -155,10 +197,11 @@ def running_server(
         token: the token it accepts; none leaves it open, on loopback.
         port: 0 for any free one.
         env: further variables of its environment.
+        loaded: whether it is forked from a process that has its modules.
     """
     environment = {**os.environ, **({"FARSTEP_TOKEN": token} if token else {}), **(env or {})}
     with tempfile.TemporaryFile() as log:
-        server = RunningServer(arguments, port, environment, log)
+        server = RunningServer(arguments, port, environment, log, loaded=loaded)
         try:
             yield server
         finally:
@@ -166,7 +209,11 @@ def running_server(
 
 
 def farstep(
-    *arguments: str, env: Mapping[str, str] | None = None, answer: str = "", python: tuple[str, ...] = ()
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    answer: str = "",
+    python: tuple[str, ...] = (),
+    loaded: bool = False,
 ) -> subprocess.CompletedProcess[str]:
     """Run the command line to its end and return what it printed.
 
@@ -175,13 +222,41 @@ def farstep(
         env: further variables of its environment.
         answer: what it reads on its standard input.
         python: options of the interpreter.
+        loaded: whether its process is forked from one that has its modules.
     """
+    environment = {**os.environ, **(env or {})}
+    if loaded:
+        return _answered(arguments, environment, answer)
     return subprocess.run(
         [sys.executable, *python, "-m", "farstep_service", *arguments],
-        env={**os.environ, **(env or {})},
+        env=environment,
         input=answer,
         capture_output=True,
         text=True,
         check=False,
         timeout=READY_WITHIN_S,
     )
+
+
+def _answered(
+    arguments: tuple[str, ...], environment: Mapping[str, str], answer: str
+) -> subprocess.CompletedProcess[str]:
+    with tempfile.TemporaryFile("w+") as given, tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
+        given.write(answer)
+        given.seek(0)
+        process = LOADED.start(
+            "farstep_service",
+            arguments,
+            environment,
+            stdin=given.fileno(),
+            stdout=output.fileno(),
+            stderr=errors.fileno(),
+        )
+        try:
+            code = process.wait(READY_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        for stream in (output, errors):
+            stream.seek(0)
+        return subprocess.CompletedProcess(arguments, code, output.read().decode(), errors.read().decode())

@@ -214,8 +214,8 @@ def test_with_a_token_any_name_will_do() -> None:
 def test_a_socket_is_asked_by_any_name() -> None:
     """curl, httpx and farstep's own verbs ask a unix socket by whatever name their URL has."""
     with tempfile.TemporaryDirectory() as directory, running_server("--unix", f"{directory}/s", "--no-tcp") as server:
-        assert farstep("status", "--json", "--server", server.unix).returncode == 0
-        assert farstep("healthcheck", "--server", server.unix).returncode == 0
+        assert farstep("status", "--json", "--server", server.unix, loaded=True).returncode == 0
+        assert farstep("healthcheck", "--server", server.unix, loaded=True).returncode == 0
         if os.access("/usr/bin/curl", os.X_OK):
             asked = ("curl", "-sS", "--unix-socket", f"{directory}/s", "http://anything/healthz")
             assert subprocess.run(asked, capture_output=True, check=True).stdout == b'{"status":"ok"}'
@@ -224,7 +224,7 @@ def test_a_socket_is_asked_by_any_name() -> None:
 def test_a_name_that_is_not_allowed_is_an_error_of_its_own(server: RunningServer) -> None:
     """A client that meets it does not try again, and the command line exits with 2 and the remedy."""
     url = f"http://0.0.0.0:{server.port}"
-    done = farstep("status", "--server", url)
+    done = farstep("status", "--server", url, loaded=True)
     assert done.returncode == 2
     assert "error host_not_allowed: This server does not answer to the name '0.0.0.0'." in done.stderr
     assert "--allowed-hosts 0.0.0.0" in done.stderr

@@ -236,7 +236,7 @@ def test_another_protocol_than_http_is_not_let_in(app: Edge) -> None:
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[RunningServer]:
-    with running_server("--log-level", "debug", token=TOKEN) as running:
+    with running_server("--log-level", "debug", token=TOKEN, loaded=True) as running:
         yield running
 
 

@@ -176,7 +176,7 @@ def test_a_request_beyond_the_limit_is_refused_alone_too() -> None:
 
 def test_what_could_never_fit_is_refused_for_good() -> None:
     """More than a server may use in all is no matter of waiting: the client raises at once and names the limit."""
-    with running_server("--max-gib", str(1000 / 2**30)) as small:
+    with running_server("--max-gib", str(1000 / 2**30), loaded=True) as small:
         with pytest.raises(LimitExceeded, match="max-gib") as raised:
             farstep.optim.SGD([torch.zeros(251, requires_grad=True)], lr=0.1, server=small.url, timeout_s=60)
         assert raised.value.limit == 1000
@@ -190,7 +190,7 @@ def test_what_could_never_fit_is_refused_for_good() -> None:
 def test_a_server_that_is_full_says_when_to_come_again() -> None:
     """A body for which there is no room while others are on their way is answered 503, and is taken later."""
     parameters = (torch.zeros(1 << 20),)
-    with running_server("--max-gib", str(14 * 2**20 / 2**30)) as server, RawClient(server.url) as raw:
+    with running_server("--max-gib", str(14 * 2**20 / 2**30), loaded=True) as server, RawClient(server.url) as raw:
         (worker,) = raw.begun("s", parameters=parameters)
         pieces = encode(*worker.message([torch.ones(1 << 20)]))
         headers = {"Content-Type": MSGPACK, "Content-Length": str(sum(memoryview(each).nbytes for each in pieces))}
@@ -212,6 +212,6 @@ def test_a_server_that_is_full_says_when_to_come_again() -> None:
 
 def test_a_server_says_how_much_memory_it_could_still_give() -> None:
     """Whoever is about to bring a large model can ask before: it is less than the machine has."""
-    with running_server() as server, RawClient(server.url) as raw:
+    with running_server(loaded=True) as server, RawClient(server.url) as raw:
         free = raw.request("GET", "/v1/info").document["available_bytes"]
     assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

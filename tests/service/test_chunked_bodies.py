@@ -41,7 +41,7 @@ class Streaming(RawClient):
 
 @contextmanager
 def ours() -> Iterator[str]:
-    with running_server() as server:
+    with running_server(loaded=True) as server:
         yield server.url
 
 

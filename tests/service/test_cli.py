@@ -26,7 +26,7 @@ def ask(server: RunningServer) -> Run:
     """Run a verb against the server of this file."""
 
     def run(*arguments: str, **how: Any) -> subprocess.CompletedProcess[str]:
-        return farstep(*arguments, "--server", server.url, **how)
+        return farstep(*arguments, "--server", server.url, loaded="python" not in how, **how)
 
     return run
 
@@ -189,7 +189,7 @@ def test_a_name_that_no_session_can_have_is_refused(ask: Run, name: str) -> None
 @pytest.mark.parametrize("verb", [["status"], ["sessions", "ls"], ["sessions", "rm", "x", "--yes"]])
 def test_a_server_that_is_not_there(verb: list[str]) -> None:
     """Nobody listens: two lines that say where and what to do, and status 1."""
-    done = farstep(*verb, env={"FARSTEP_SERVER": "http://127.0.0.1:9"})
+    done = farstep(*verb, env={"FARSTEP_SERVER": "http://127.0.0.1:9"}, loaded=True)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "error unavailable: http://127.0.0.1:9 does not answer: Connection refused.",
@@ -200,7 +200,7 @@ def test_a_server_that_is_not_there(verb: list[str]) -> None:
 @pytest.mark.parametrize("url", ["127.0.0.1:7171", "ftp://127.0.0.1", "http://", "http://[::1", "http://h:99999999"])
 def test_a_url_that_is_none_is_refused(url: str) -> None:
     """What is no URL of a server is refused in one or two lines."""
-    done = farstep("status", "--server", url)
+    done = farstep("status", "--server", url, loaded=True)
     assert done.returncode in (1, 2)
     assert done.stderr.startswith("error ")
     assert len(done.stderr.splitlines()) <= 2
@@ -212,7 +212,7 @@ def test_a_url_that_is_none_is_refused(url: str) -> None:
 )
 def test_something_else_answers(impostor: Callable[..., str], body: str, kind: str) -> None:
     """A web server that is not ours is recognised, whatever it answers."""
-    done = farstep("status", "--server", impostor(body, kind=kind))
+    done = farstep("status", "--server", impostor(body, kind=kind), loaded=True)
     assert done.returncode == 1
     assert "does not answer as a farstep server" in done.stderr
     assert "Traceback" not in done.stderr
@@ -221,7 +221,9 @@ def test_something_else_answers(impostor: Callable[..., str], body: str, kind: s
 def test_what_a_server_says_cannot_steer_the_terminal(impostor: Callable[..., str]) -> None:
     """Control characters of an answer are not printed."""
     problem = {"code": "busy", "detail": "\x1b[2Jgone\x07\r", "remedy": "[red]wait[/nonsense]"}
-    done = farstep("status", "--server", impostor(json.dumps(problem), status=503, kind="application/problem+json"))
+    done = farstep(
+        "status", "--server", impostor(json.dumps(problem), status=503, kind="application/problem+json"), loaded=True
+    )
     assert done.returncode == 1
     assert done.stderr == "error busy: [2Jgone\n  [red]wait[/nonsense]\n"
     assert printable("a\x9bb\x7f") == "ab"
@@ -229,15 +231,15 @@ def test_what_a_server_says_cannot_steer_the_terminal(impostor: Callable[..., st
 
 def test_a_token_is_shown_where_it_is_asked_for() -> None:
     """Without the token or with another one status exits with 2; FARSTEP_TOKEN opens, as --token does."""
-    with running_server(token=TOKEN) as server:
+    with running_server(token=TOKEN, loaded=True) as server:
         env = {"FARSTEP_SERVER": server.url}
         for token in ("", "another-token-of-32-characters!!"):
-            done = farstep("status", env={**env, "FARSTEP_TOKEN": token})
+            done = farstep("status", env={**env, "FARSTEP_TOKEN": token}, loaded=True)
             assert done.returncode == 2
             assert done.stderr.startswith("error unauthorized: ")
-        assert "a token is asked for" in farstep("status", env={**env, "FARSTEP_TOKEN": TOKEN}).stdout
-        assert farstep("sessions", "ls", "--token", TOKEN, env=env).returncode == 0
-        assert farstep("healthcheck", env=env).returncode == 0
+        assert "a token is asked for" in farstep("status", env={**env, "FARSTEP_TOKEN": TOKEN}, loaded=True).stdout
+        assert farstep("sessions", "ls", "--token", TOKEN, env=env, loaded=True).returncode == 0
+        assert farstep("healthcheck", env=env, loaded=True).returncode == 0
 
 
 # -- healthcheck
@@ -247,23 +249,23 @@ def test_a_healthy_server_is_silent(ask: Run, server: RunningServer) -> None:
     """A healthcheck exits 0 without a word; without --server it asks the port that `serve` has in this environment."""
     done = ask("healthcheck")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    assert farstep("healthcheck", env={"FARSTEP_SERVE_PORT": str(server.port)}).returncode == 0
+    assert farstep("healthcheck", env={"FARSTEP_SERVE_PORT": str(server.port)}, loaded=True).returncode == 0
     assert json.loads(ask("healthcheck", "--json").stdout)["healthy"] is True
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:9", "nonsense", "http://h:port", "https://127.0.0.1:9"])
 def test_a_server_that_is_not_healthy(url: str) -> None:
     """A healthcheck exits 1 with one line that says why."""
-    done = farstep("healthcheck", "--server", url)
+    done = farstep("healthcheck", "--server", url, loaded=True)
     assert done.returncode == 1
     assert len(done.stderr.splitlines()) == 1
-    assert json.loads(farstep("healthcheck", "--server", url, "--json").stdout)["healthy"] is False
+    assert json.loads(farstep("healthcheck", "--server", url, "--json", loaded=True).stdout)["healthy"] is False
 
 
 @pytest.mark.parametrize(("body", "status"), [("<html>", 200), ('{"status": "ok"}', 503), ("", 204)])
 def test_another_server_is_not_healthy(impostor: Callable[..., str], body: str, status: int) -> None:
     """Whatever else listens on the port is not taken for a farstep server."""
-    assert farstep("healthcheck", "--server", impostor(body, status=status)).returncode == 1
+    assert farstep("healthcheck", "--server", impostor(body, status=status), loaded=True).returncode == 1
 
 
 # -- what is loaded, and how it looks
@@ -365,7 +367,7 @@ def test_warmup_of_everything(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["--optimizers=Adam2", "--dtypes=int8", "--wire=float32", "--device=tpu"])
 def test_warmup_for_what_there_is_not(option: str) -> None:
     """Optimizers, dtypes and devices that do not exist are refused, naming those that do."""
-    done = farstep("warmup", option)
+    done = farstep("warmup", option, loaded=True)
     assert done.returncode == 2
     assert done.stderr.startswith("error invalid_option: ")
     assert "There are" in done.stderr

@@ -100,7 +100,7 @@ def waiting(connect: Connect) -> None:
 def crowd(connect: Connect) -> None:
     get, waits = b"GET /v1/sessions HTTP/1.1\r\n" + SHOWN, b"expect: 100-continue\r\ncontent-length: 100\r\n"
     with ExitStack() as stack:
-        server = stack.enter_context(running_server(token=TOKEN))
+        server = stack.enter_context(running_server(token=TOKEN, loaded=True))
         most = max(int(each) for each in os.listdir(f"/proc/{server.pid}/fd")) + 80
         resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (most, most))
         host = f"host: localhost:{server.port}\r\n".encode()

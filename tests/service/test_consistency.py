@@ -147,15 +147,24 @@ def test_the_command_line_switches_modes(raw: RawClient, server: RunningServer) 
     """Options are NAME=VALUE; what is none, or is there twice, is refused with the command's own words."""
     (w0,) = raw.begun("verbal")
     done = farstep(
-        "sessions", "mode", "verbal", "sync", "workers=3", "quorum=2", "deadline_s=2.5", "--server", server.url
+        "sessions",
+        "mode",
+        "verbal",
+        "sync",
+        "workers=3",
+        "quorum=2",
+        "deadline_s=2.5",
+        "--server",
+        server.url,
+        loaded=True,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "Session verbal goes on as mode sync, workers 3, quorum 2, deadline_s 2.5.\n"
     assert raw.request("GET", w0.path).document["consistency"]["quorum"] == 2
-    done = farstep("sessions", "mode", "verbal", "sync", "workers", "--server", server.url)
+    done = farstep("sessions", "mode", "verbal", "sync", "workers", "--server", server.url, loaded=True)
     assert done.returncode != 0
     assert "OPTION=VALUE" in done.stderr
-    done = farstep("sessions", "mode", "verbal", "sync", "workers=2", "workers=3", "--server", server.url)
+    done = farstep("sessions", "mode", "verbal", "sync", "workers=2", "workers=3", "--server", server.url, loaded=True)
     assert done.returncode != 0
     assert "'workers' is there twice." in done.stderr
     assert raw.request("GET", w0.path).document["consistency"]["workers"] == 3
@@ -167,7 +176,7 @@ def test_the_command_line_switches_modes(raw: RawClient, server: RunningServer) 
 )
 def test_who_waits_is_answered_when_the_server_ends() -> None:
     """SIGTERM in the middle of a barrier: the push is refused as unavailable at once, and the server ends well."""
-    with running_server() as server, RawClient(server.url) as raw, ThreadPoolExecutor(1) as pool:
+    with running_server(loaded=True) as server, RawClient(server.url) as raw, ThreadPoolExecutor(1) as pool:
         w0, _ = raw.begun("ending", "w0", "w1", consistency={"mode": "sync", "workers": 2})
         waiting = pool.submit(w0.push, gradient(1, w0.parameters))
         waits(raw, w0)

@@ -305,7 +305,7 @@ def test_a_creator_whose_lease_ran_out_is_not_waited_for(raw: RawClient) -> None
 )
 def test_a_server_that_was_killed_has_forgotten_and_says_so() -> None:
     """After kill -9 in the middle of a push the name is unknown, and once created anew it is another session."""
-    with running_server() as server:
+    with running_server(loaded=True) as server:
         with RawClient(server.url) as raw:
             (worker,) = raw.begun("killed", parameters=PARAMETERS)
             body = b"".join(encode(*worker.message(gradient(1, PARAMETERS))))

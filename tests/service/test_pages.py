@@ -145,12 +145,12 @@ def test_the_command_line_walks_all_pages(server: RunningServer) -> None:
         assert raw.json("POST", "/v1/sessions", session_document("wide", "w0", groups=groups)).status == 200
         for number in range(501):
             assert raw.json("POST", "/v1/sessions", session_document("crowd", f"w{number}")).status == 200
-        listed = json.loads(farstep("sessions", "ls", "--json", "--server", server.url).stdout)
+        listed = json.loads(farstep("sessions", "ls", "--json", "--server", server.url, loaded=True).stdout)
         assert [each["name"] for each in listed] == ["crowd", *names, "wide"]
-        assert f"and {len(names) + 2 - 15} more" in farstep("status", "--server", server.url).stdout
-        shown = json.loads(farstep("sessions", "show", "crowd", "--json", "--server", server.url).stdout)
+        assert f"and {len(names) + 2 - 15} more" in farstep("status", "--server", server.url, loaded=True).stdout
+        shown = json.loads(farstep("sessions", "show", "crowd", "--json", "--server", server.url, loaded=True).stdout)
         assert sorted(shown["workers"]) == sorted(f"w{number}" for number in range(501))
-        shown = json.loads(farstep("sessions", "show", "wide", "--json", "--server", server.url).stdout)
+        shown = json.loads(farstep("sessions", "show", "wide", "--json", "--server", server.url, loaded=True).stdout)
         assert [group["lr"] for group in shown["groups"]] == [group["lr"] for group in groups]
         for name in (*names, "crowd", "wide"):
             raw.request("DELETE", f"/v1/sessions/{name}")

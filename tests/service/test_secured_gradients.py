@@ -238,7 +238,7 @@ def test_memory_for_the_copy_is_counted(nonfinite: str, copies: int) -> None:
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Run a server that listens at a path."""
-    with running_server("--unix", str(Path(tmp_path_factory.mktemp("m")) / "s")) as running:
+    with running_server("--unix", str(Path(tmp_path_factory.mktemp("m")) / "s"), loaded=True) as running:
         yield running.unix
 
 

@@ -131,7 +131,7 @@ def test_neither_verb_loads_torch(server: RunningServer, worker: RawWorker, file
 
 def test_a_token_is_needed() -> None:
     """Whoever has no token gets no session out of a server, and none in."""
-    with running_server(token=TOKEN) as guarded, RawClient(guarded.url) as stranger:
+    with running_server(token=TOKEN, loaded=True) as guarded, RawClient(guarded.url) as stranger:
         for method in ("GET", "PUT"):
             assert isinstance(stranger.request(method, "/v1/sessions/s/file", b"").error, Unauthorized)
 
@@ -321,10 +321,10 @@ def test_a_name_that_cannot_be(raw: RawClient, exported: Path) -> None:
 
 def test_a_session_that_is_too_large_is_refused_by_its_head(exported: Path) -> None:
     """The limits of a server hold for what is imported, and count before its tensors are received."""
-    with running_server("--max-session-gib", str(2**-20)) as small:
+    with running_server("--max-session-gib", str(2**-20), loaded=True) as small:
         with pytest.raises(LimitExceeded):
             farstep.import_session(exported, server=small.url)
-        with running_server("--max-sessions", "1") as full:
+        with running_server("--max-sessions", "1", loaded=True) as full:
             farstep.import_session(exported, server=full.url)
             with pytest.raises(SessionExists):
                 farstep.import_session(exported, server=full.url)

@@ -27,7 +27,7 @@ SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """Run a server that listens at a path, and on a port."""
-    with running_server("--unix", str(tmp_path_factory.mktemp("m") / "s")) as running:
+    with running_server("--unix", str(tmp_path_factory.mktemp("m") / "s"), loaded=True) as running:
         yield running
 
 
