@@ -33,7 +33,7 @@ def check(allowed: AllowedHosts, *hosts: str, origins: tuple[str, ...] = (), ver
     )
 
 
-LOOPBACK_NAMES = """localhost Actor localhost. localhost:7171 localhost: 127.0.0.1 127.0.0.1:80 127.8.8.8
+LOOPBACK_NAMES = """localhost LocalHost localhost. localhost:7171 localhost: 127.0.0.1 127.0.0.1:80 127.8.8.8
 [::1] [::1]:7171 [0:0::0:1] [::ffff:127.0.0.1]:7171"""
 NO_NAMES = "", " ", "a b", "u@a", "a:x", "a:999999", "[::1", "::1", "[localhost]", "[]", "a/", "a,b", "\xfcber"
 
