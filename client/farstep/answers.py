@@ -25,6 +25,19 @@ MOST_TIMES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
+class Shard:
+    """Where some of a session's parameters live.
+
+    Attributes:
+        url: of the server that has them; "" for the one that was asked.
+        segments: the first of them, and the one behind the last.
+    """
+
+    url: str
+    segments: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
 class Joined:
     """What the server answers when a worker has joined.
 
@@ -37,6 +50,7 @@ class Joined:
         fields: the optimizer's state fields.
         eager: a parameter has state before its first step.
         groups: the options in force, None where an earlier server does not say.
+        placement: where its parameters live.
     """
 
     incarnation: str
@@ -47,6 +61,7 @@ class Joined:
     fields: Mapping[str, FieldKind]
     eager: bool
     groups: list[Mapping[str, Any]] | None
+    placement: tuple[Shard, ...]
 
     @classmethod
     def of(cls, document: object) -> Self:
@@ -68,7 +83,15 @@ class Joined:
             cast("dict[str, FieldKind]", fields),
             said.flag("eager"),
             said.mappings("groups") if "groups" in said else None,
+            tuple(_shard(each) for each in said.mappings("placement")),
         )
+
+
+def _shard(document: Mapping[str, Any]) -> Shard:
+    said, segments = Said(document, "A shard of the placement"), document.get("segments")
+    if type(segments) is not list or len(segments) != 2 or not all(type(each) is int for each in segments):
+        raise wrong(f"A shard of the placement has the segments {segments!r:.80}.", "placement")
+    return Shard(said.text("url"), (segments[0], segments[1]))
 
 
 @dataclass(frozen=True, slots=True)

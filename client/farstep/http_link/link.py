@@ -21,7 +21,7 @@ from urllib.parse import quote
 import httpx
 from torch import Tensor
 
-from farstep.answers import Joined, Reply
+from farstep.answers import Joined, Reply, Shard, wrong
 from farstep.consistency import Consistency, longest_wait_s, to_options
 from farstep.conversation import READ_TIMEOUT_S, Conversation
 from farstep.errors import FarstepError, Unavailable
@@ -60,13 +60,7 @@ class HttpLink(Link):
         address = cast(str, place.server)
         self._place = place
         self._path = f"/v1/sessions/{quote(spec.name)}"
-        self._server = Conversation(
-            address,
-            place.token,
-            transport=place.transport,
-            # A connection that has gone silent is given up in time for another try.
-            read_timeout_s=min(READ_TIMEOUT_S, place.timeout_s / 2),
-        )
+        self._server = self._shard = self._conversation(address)
         self._patience = Patience(place.timeout_s)
         barrier_s = longest_wait_s(place.consistency)
         self._writer = Writer(
@@ -92,6 +86,15 @@ class HttpLink(Link):
         except BaseException:
             self.close()
             raise
+
+    def _conversation(self, address: str) -> Conversation:
+        return Conversation(
+            address,
+            self._place.token,
+            transport=self._place.transport,
+            # A connection that has gone silent is given up in time for another try.
+            read_timeout_s=min(READ_TIMEOUT_S, self._place.timeout_s / 2),
+        )
 
     @property
     def version(self) -> int:
@@ -125,6 +128,7 @@ class HttpLink(Link):
         def attempt() -> bool:
             self._asked = True
             joined = Joined.of(self._server.control("POST", "/v1/sessions", document))
+            self._go_to(joined.placement)
             self._standing.join_(joined)
             self._joined_options = None if joined.created else joined.groups
             if not joined.initialise and not joined.initialised:
@@ -138,6 +142,31 @@ class HttpLink(Link):
                 return True
         self.pull()
         return False
+
+    def _go_to(self, placement: tuple[Shard, ...]) -> None:
+        """Speak with the server that has the session's tensors, which may be another one than was asked.
+
+        Raises:
+            InvalidAnswer: there is more than one, or it has not all of them.
+        """
+        count = len(self._holdings.parameters)
+        if len(placement) != 1 or placement[0].segments != (0, count):
+            raise wrong(
+                f"The placement has {len(placement)} shards, of which the first holds {placement[0].segments}; this "
+                f"client takes one with all {count} parameters."
+                if placement
+                else "The placement has no shard.",
+                "placement",
+            )
+        (shard,), before = placement, self._shard
+        self._shard = self._server
+        if shard.url and shard.url != self._server.server:
+            self._shard = before if before.server == shard.url else self._conversation(shard.url)
+        if before is not self._server and before is not self._shard:
+            before.close()
+        self._writer.shard = self._reader.shard = self._shard
+        if self._shard is not self._server:
+            self._holdings.sharing.possible = False
 
     @in_ordinary_memory
     def rejoin(self, start: Start) -> bool:
@@ -325,4 +354,6 @@ class HttpLink(Link):
                     self._server.control("DELETE", path, within_s=CLOSE_TIMEOUT_S)
         finally:
             self._server.close()
+            if self._shard is not self._server:
+                self._shard.close()
             self._overlapping.close(CLOSE_TIMEOUT_S)

@@ -37,10 +37,13 @@ class Reader:
         server: the conversation with its server.
         session: its name.
         patience: how long a read is repeated.
+
+    Attributes:
+        shard: the conversation with the server that has the session's tensors.
     """
 
     def __init__(self, server: Conversation, session: str, *, patience: Patience) -> None:
-        self._server = server
+        self.shard = server
         self._session = session
         self._patience = patience
         self._path = f"/v1/sessions/{quote(session)}/contents"
@@ -115,6 +118,6 @@ class Reader:
             return targets(header)
 
         def attempt() -> Received:
-            return self._server.data("GET", path, None, (), place)
+            return self.shard.data("GET", path, None, (), place)
 
-        return self._patience.call(f"{doing} session {self._session!r}", self._server.server, attempt)
+        return self._patience.call(f"{doing} session {self._session!r}", self.shard.server, attempt)

@@ -38,6 +38,7 @@ class Writer:
     Attributes:
         names: what has been written.
         incarnation: the life of the session that was joined.
+        shard: the conversation with the server that has the session's tensors.
         settle: told of an unanswered write that turns out to have been applied; returns whether the payload of the next
             one has to be made again.
     """
@@ -48,7 +49,7 @@ class Writer:
         self.names = Names(worker)
         self.incarnation = ""
         self.settle: Callable[[Unanswered], bool] = lambda _: False
-        self._server = server
+        self._server = self.shard = server
         self._session = session
         self._patience = patience
         self._barrier_s = barrier_s
@@ -96,7 +97,7 @@ class Writer:
 
     def send_push(self, header: Mapping[str, Any], payload: Payload) -> Answer:
         """Send gradients once, and return when the head of an answer is there."""
-        return self._server.send("POST", f"{self._path}/push", header, payload, wait_s=self._barrier_s)
+        return self.shard.send("POST", f"{self._path}/push", header, payload, wait_s=self._barrier_s)
 
     def put(self, head: MakeHead, payload: Payload) -> Reply:
         """Send contents; see `_write`."""
@@ -154,13 +155,13 @@ class Writer:
                 if begun is not None:
                     first, begun = begun, None
                     try:
-                        return self._server.receive(first.finish(), place, path, arrived=arrived)
+                        return self.shard.receive(first.finish(), place, path, arrived=arrived)
                     except Truncated:  # it came too slowly, so nothing has happened
                         first.outcome = BROKEN
                 if self._patience.attempts > 1:  # an answer to the first try may still come where it was told to
                     header = {key: value for key, value in header.items() if key != "deliver"}
                 body: Payload = () if "area" in header else payload
-                return self._server.data(method, path, header, body, place, arrived=arrived, wait_s=self._barrier_s)
+                return self.shard.data(method, path, header, body, place, arrived=arrived, wait_s=self._barrier_s)
 
             try:
                 received = self._patience.call(f"{doing} session {self._session!r}", self._server.server, attempt)
