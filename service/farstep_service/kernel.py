@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from farstep.receipt import Ran
-from farstep_service.rule import AnyRule, Form, KernelName, StateTensors
+from farstep_service.rule import AnyRule, KernelName, KernelSignature, StateTensors
 
 
 class Call(NamedTuple):
@@ -115,7 +115,7 @@ class Kernel(ABC):
 
     name: KernelName
 
-    def takes(self, form: Form) -> bool:
+    def takes(self, form: KernelSignature) -> bool:
         """Say whether it runs this form in one pass over memory; only then may a call ask for a copy."""
         return False
 
@@ -132,11 +132,13 @@ class KernelSource(ABC):
     """Where the kernel of a step comes from."""
 
     @abstractmethod
-    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
+    def prepare(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> None:
         """Begin to make ready what a session will need, without waiting for it."""
 
     @abstractmethod
-    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
+    def choose(
+        self, rule: AnyRule, forms: frozenset[KernelSignature], device: torch.device, wanted: KernelName | None
+    ) -> Kernel:
         """Return the kernel for a step over memory of these forms.
 
         Args:
@@ -147,7 +149,7 @@ class KernelSource(ABC):
         """
 
     def improve(  # noqa: B027  # a source without such kernels has nothing to do
-        self, rule: AnyRule, forms: Iterable[Form], device: torch.device
+        self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device
     ) -> None:
         """Begin to make ready what steps can do without, but would be faster with; never wait for it."""
 

@@ -6,8 +6,8 @@
     │   └── TensorRule        to one whole tensor at a time                           optimizers/muon.py, ...
     └── LBFGS     asks for the objective several times in a step                      optimizers/lbfgs.py
     RowRule   what a rule of either kind does to the rows that a sparse gradient names
-    Counts    what one segment has lived through: its steps, ASGD's eta and mu, and which state it has
-    Form      what a rule is compiled for: element types, and the optional state in use
+    SegmentCounters    what one segment has lived through: its steps, ASGD's eta and mu, and which state it has
+    KernelSignature      what a rule is compiled for: element types, and the optional state in use
 
 A step computes, for each segment that has a gradient, `scalars(counts, hyper)` and the next counts; neighbours with
 equal scalars become one call of an elementwise rule; `farstep_service.kernel` has the calls and what runs them. Both
@@ -49,7 +49,7 @@ H = TypeVar("H", bound=Hyper)
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class SegmentCounters:
     """What one segment has lived through. Rules with more numbers per segment derive from it.
 
     Attributes:
@@ -61,7 +61,7 @@ class Counts:
     fields: Fields = field(default=(), kw_only=True)
 
 
-class Form(NamedTuple):
+class KernelSignature(NamedTuple):
     """What a compiled rule is made for.
 
     Attributes:
@@ -170,7 +170,7 @@ class Rule(Method[H]):
     Rules derive from one of the two classes below.
     """
 
-    counts: ClassVar[type[Counts]] = Counts
+    counts: ClassVar[type[SegmentCounters]] = SegmentCounters
     """The record of its numbers per segment, whose attributes are `number_fields`."""
 
     def optional(self, hyper: H) -> Fields:
@@ -197,21 +197,21 @@ class Rule(Method[H]):
         """Return the number a tensor field is filled with before it is used."""
         return 0.0
 
-    def first(self, hyper: H) -> Counts:
+    def first(self, hyper: H) -> SegmentCounters:
         """Return the counts of a segment whose first step is about to be taken with these options."""
         return self.counts()
 
     @abstractmethod
-    def scalars(self, counts: Counts, hyper: H) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: H) -> tuple[float, ...]:
         """Return the numbers of the step that follows `counts`, in the order `update` takes them.
 
         Raises:
             InvalidOption: options with which torch fails in a step.
         """
 
-    def advance(self, counts: Counts, hyper: H) -> Counts:
+    def advance(self, counts: SegmentCounters, hyper: H) -> SegmentCounters:
         """Return the counts after the step that follows `counts`."""
-        return Counts(counts.step + 1, fields=counts.fields)
+        return SegmentCounters(counts.step + 1, fields=counts.fields)
 
     @abstractmethod
     def update(

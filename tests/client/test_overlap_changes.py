@@ -200,10 +200,10 @@ def test_it_is_tried_again(both: Both) -> None:
         both.step(clipped)
     overlap = both.ours._membership.overlap
     assert overlap is not None
-    overlap._foresight._pause = 2  # of PAUSE_STEPS, which would take long
+    overlap._backward_order._pause = 2  # of PAUSE_STEPS, which would take long
     assert PAUSE_STEPS > 2
     assert both.train(3, clipped) == ["", "", CHANGED]
-    overlap._foresight._pause = 1
+    overlap._backward_order._pause = 1
     assert both.train(4) == ["", STREAMED, STREAMED, STREAMED]
     both.check()
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from farstep.errors import NonFinite, Unavailable
-from farstep.http_link.patience import LONGEST_WAIT_S, Patience
+from farstep.http_link.retry import LONGEST_WAIT_S, RetryPolicy
 
 
 class Clock:
@@ -24,9 +24,9 @@ class Clock:
         self.now += seconds
 
 
-def patience(timeout_s: float) -> tuple[Patience, Clock]:
+def patience(timeout_s: float) -> tuple[RetryPolicy, Clock]:
     clock = Clock()
-    return Patience(timeout_s, clock=clock, wait=clock.wait), clock
+    return RetryPolicy(timeout_s, clock=clock, wait=clock.wait), clock
 
 
 def test_a_call_is_repeated_until_it_answers() -> None:

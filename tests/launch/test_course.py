@@ -5,14 +5,14 @@ import signal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farstep_service.launch.course import Course, Start, Stop, exit_code, in_words
+from farstep_service.launch.restart_policy import RestartPolicy, Start, Stop, exit_code, in_words
 
 TERM = Stop(signal.SIGTERM)
 
 
 def test_all_that_finish_make_a_run_that_went_well():
     """Nothing follows on the end of a worker that finished, and the run is over after the last one."""
-    course = Course(["w0", "w1"], 3)
+    course = RestartPolicy(["w0", "w1"], 3)
     assert course.ended("w1", 0) is None
     assert not course.over
     assert course.ended("w0", 0) is None
@@ -21,7 +21,7 @@ def test_all_that_finish_make_a_run_that_went_well():
 
 def test_the_dead_are_started_again_up_to_the_limit():
     """Each worker has its own count; the first to reach the limit ends the run, with its exit code."""
-    course = Course(["w0", "w1", "w2"], 2)
+    course = RestartPolicy(["w0", "w1", "w2"], 2)
     assert course.ended("w0", -signal.SIGKILL) == Start("w0", 1)
     assert course.ended("w1", 5) == Start("w1", 1)
     assert course.ended("w0", 1) == Start("w0", 2)
@@ -34,7 +34,7 @@ def test_the_dead_are_started_again_up_to_the_limit():
 
 def test_without_restarts_the_first_failure_ends_the_run():
     """With a limit of 0 nobody is started again."""
-    course = Course(["w0", "w1"], 0)
+    course = RestartPolicy(["w0", "w1"], 0)
     assert course.ended("w0", 3) == TERM
     assert course.ended("w1", -signal.SIGTERM) is None
     assert course.failure == 3
@@ -42,7 +42,7 @@ def test_without_restarts_the_first_failure_ends_the_run():
 
 def test_a_signal_is_handed_on_and_the_next_one_kills():
     """After a signal nobody is started again, and the run's exit code is the signal's, however the workers end."""
-    course = Course(["w0", "w1"], 3)
+    course = RestartPolicy(["w0", "w1"], 3)
     assert course.signalled(signal.SIGINT) == Stop(signal.SIGINT)
     assert course.ended("w0", 1) is None
     assert course.signalled(signal.SIGINT) == Stop(signal.SIGKILL)
@@ -52,7 +52,7 @@ def test_a_signal_is_handed_on_and_the_next_one_kills():
 
 def test_without_its_server_a_run_ends():
     """The end of the server ends the workers, unless they are being ended already."""
-    course = Course(["w0"], 3)
+    course = RestartPolicy(["w0"], 3)
     assert course.server_ended() == TERM
     assert course.ended("w0", 1) is None
     assert course.failure == 1
@@ -70,7 +70,7 @@ def test_exit_codes_are_those_of_shells():
 @given(st.integers(0, 3), st.lists(st.tuples(st.integers(0, 2), st.sampled_from([0, 1, 7, -9, -15])), max_size=40))
 def test_every_run_ends_with_the_code_of_the_first_failure_for_good(limit: int, ends: list[tuple[int, int]]):
     """Whatever ends when: no worker is started more often than the limit, and the first that fails for good counts."""
-    course, names = Course(["w0", "w1", "w2"], limit), ["w0", "w1", "w2"]
+    course, names = RestartPolicy(["w0", "w1", "w2"], limit), ["w0", "w1", "w2"]
     first = 0
     for index, code in ends:
         if names[index] not in course.running:

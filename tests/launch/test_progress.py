@@ -1,12 +1,12 @@
 """The line of progress, in words."""
 
-from farstep_service.launch.course import Course
 from farstep_service.launch.progress import line
+from farstep_service.launch.restart_policy import RestartPolicy
 
 
 def test_the_line_says_where_session_and_workers_are():
     """Version, speed, and where each worker is: in the session, at the barrier, outside, done, failed, silent."""
-    course = Course(["w0", "w1", "w2", "w3", "w4", "w5"], 1)
+    course = RestartPolicy(["w0", "w1", "w2", "w3", "w4", "w5"], 1)
     course.ended("w2", -9)
     course.ended("w3", 0)
     course.ended("w4", 2)
@@ -25,4 +25,4 @@ def test_the_line_says_where_session_and_workers_are():
 
 def test_before_the_session_is_there():
     """Until somebody has created the session there is no version."""
-    assert line("digits", None, 0.0, Course(["w0"], 0)) == "digits  not there yet  |  w0 outside"
+    assert line("digits", None, 0.0, RestartPolicy(["w0"], 0)) == "digits  not there yet  |  w0 outside"

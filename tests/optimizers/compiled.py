@@ -16,7 +16,7 @@ import torch
 
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.optimizers.build import build_on_all_cores
-from farstep_service.rule import Form
+from farstep_service.rule import KernelSignature
 
 SOON = ("Adagrad", "SGD", "Adam")
 """Optimizers of sessions that tests open in processes: until their kernels are there, each of these begins to build
@@ -29,13 +29,18 @@ EVERY = [
     for count in range(len(rule.optional_fields) + 1)
     for optional in combinations(rule.optional_fields, count)
 ]
-COMPILED = [(name, Form("float32", optional)) for name, optional in EVERY]
-COMPILED += [("Adadelta", Form("float64")), ("Adam", Form("float64"))]
-COMPILED += [(name, Form("bfloat16")) for name, optional in EVERY if not optional]
-COMPILED += [(name, Form("float16")) for name in ("Adagrad", "RMSprop")]
-NARROW = [(name, Form("float32", optional, "bfloat16", "bfloat16")) for name, optional in EVERY if not optional]
-NARROW += [("Adagrad", Form("float32", (), "float16")), ("Adagrad", Form("float32", (), "float16", "float16"))]
-NARROW += [("Adagrad", Form("float32", (), "", "float32"))]
+COMPILED = [(name, KernelSignature("float32", optional)) for name, optional in EVERY]
+COMPILED += [("Adadelta", KernelSignature("float64")), ("Adam", KernelSignature("float64"))]
+COMPILED += [(name, KernelSignature("bfloat16")) for name, optional in EVERY if not optional]
+COMPILED += [(name, KernelSignature("float16")) for name in ("Adagrad", "RMSprop")]
+NARROW = [
+    (name, KernelSignature("float32", optional, "bfloat16", "bfloat16")) for name, optional in EVERY if not optional
+]
+NARROW += [
+    ("Adagrad", KernelSignature("float32", (), "float16")),
+    ("Adagrad", KernelSignature("float32", (), "float16", "float16")),
+]
+NARROW += [("Adagrad", KernelSignature("float32", (), "", "float32"))]
 COMPILED += NARROW
 """The compiled kernels that tests use; building all of them takes a minute, once per machine."""
 

@@ -14,11 +14,11 @@ from farstep_service.kernel import Call, Progress, Rerun
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.optimizers.build import Report
+from farstep_service.optimizers.compiled_kernels import CompiledKernel
 from farstep_service.optimizers.fused import FusedKernel
 from farstep_service.optimizers.native import Bound
-from farstep_service.optimizers.packages import Package
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import Form
+from farstep_service.rule import KernelSignature
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
 from tests.optimizers.twins import OPTIONS, SHAPES, Twins
 
@@ -64,9 +64,9 @@ def test_the_kernel_that_ran_is_named(fused: Kernels):
 
 def test_a_changed_option_builds_nothing(fused: Kernels, tmp_path: Path):
     """Learning rate, weight decay and sign are numbers of one program; changing them neither builds nor loads."""
-    built: list[Package] = []
+    built: list[CompiledKernel] = []
 
-    def never(packages: Sequence[Package], directory: Path, report: Report) -> None:
+    def never(packages: Sequence[CompiledKernel], directory: Path, report: Report) -> None:
         built.extend(packages)
 
     kernels = Kernels("fused", build=never)
@@ -126,7 +126,7 @@ def test_one_element_and_none(fused: Kernels):
 def test_a_long_step_lets_other_threads_go_on(fused: Kernels):
     """While a long program runs, whoever waits for the interpreter gets it: the event loop, another session's step."""
     rule = RULES["ASGD"]
-    kernel = fused.choose(rule, frozenset({Form("float32")}), torch.device("cpu"), None)
+    kernel = fused.choose(rule, frozenset({KernelSignature("float32")}), torch.device("cpu"), None)
     length = 2**23
     p, g, ax = torch.ones(length), torch.zeros(length), torch.zeros(length)
     call = Call(p, g, {"ax": ax}, p, (1.0, 0.0, 1.0, -0.5, 1.0))
@@ -173,7 +173,7 @@ def test_a_program_that_fails_leaves_a_place_to_go_on_from(after: int):
         return partial(run, inputs)
 
     kernel = FusedKernel(rule, torch.device("cpu"))
-    kernel.add(Form("float32"), program)
+    kernel.add(KernelSignature("float32"), program)
     lengths = (5, 1, 2**21 + 7, 3)
     calls = []
     for length in lengths:
@@ -192,7 +192,7 @@ def test_a_program_that_fails_leaves_a_place_to_go_on_from(after: int):
 def test_memory_that_does_not_fit_is_refused(fused: Kernels):
     """Tensors of different lengths, dtypes or strides never reach a compiled program, which would write beyond them."""
     rule = RULES["Adagrad"]
-    kernel = fused.choose(rule, frozenset({Form("float32")}), torch.device("cpu"), None)
+    kernel = fused.choose(rule, frozenset({KernelSignature("float32")}), torch.device("cpu"), None)
     p = torch.zeros(10)
     for wrong in (torch.zeros(9), torch.zeros(10, dtype=torch.float64), torch.zeros(20)[::2]):
         with pytest.raises(ValueError, match="differ"):

@@ -17,13 +17,13 @@ import torch
 from farstep.errors import InvalidOption, Unavailable
 from farstep_service.optimizers import RULES, Kernels, possible, usual
 from farstep_service.optimizers.build import SCRATCH, Report, build_in_subprocess, build_on_all_cores
-from farstep_service.optimizers.packages import Package, Threads, default_directory, file_name, find
-from farstep_service.rule import Form
+from farstep_service.optimizers.compiled_kernels import CompiledKernel, Threads, default_directory, file_name, find
+from farstep_service.rule import KernelSignature
 
 CPU = torch.device("cpu")
 THREADS: tuple[Threads, ...] = ("one", "many")
 ADAGRAD = RULES["Adagrad"]
-FLOAT32 = frozenset({Form("float32")})
+FLOAT32 = frozenset({KernelSignature("float32")})
 
 
 class Workshop:
@@ -31,9 +31,9 @@ class Workshop:
 
     def __init__(self, error: str | None) -> None:
         self.error = error
-        self.asked: list[Package] = []
+        self.asked: list[CompiledKernel] = []
 
-    def __call__(self, packages: Sequence[Package], directory: Path, report: Report) -> None:
+    def __call__(self, packages: Sequence[CompiledKernel], directory: Path, report: Report) -> None:
         self.asked += packages
         for package in packages:
             report(package, self.error)
@@ -43,7 +43,7 @@ def test_without_a_compiler_the_reference_kernel_goes_on(tmp_path: Path, caplog:
     """A kernel that cannot be built is said once in the log, kept in the status, and replaced by the reference."""
     caplog.set_level(logging.INFO)
     kernels = Kernels("auto", directory=tmp_path / "kernels", build=Workshop("InvalidCxxCompiler: no g++"))
-    kernels.prepare(ADAGRAD, [Form("float32"), Form("float64")], CPU)
+    kernels.prepare(ADAGRAD, [KernelSignature("float32"), KernelSignature("float64")], CPU)
     assert kernels.wait(10)
     assert kernels.choose(ADAGRAD, FLOAT32, CPU, None).name == "reference"
     assert {status.state for status in kernels.status()} == {"failed"}
@@ -56,23 +56,23 @@ def test_a_package_is_asked_for_once(tmp_path: Path):
     workshop = Workshop("no")
     kernels = Kernels("auto", directory=tmp_path / "kernels", build=workshop)
     for _ in range(3):
-        kernels.prepare(ADAGRAD, [Form("float32")], CPU)
+        kernels.prepare(ADAGRAD, [KernelSignature("float32")], CPU)
     kernels.wait(10)
-    assert workshop.asked == [Package("Adagrad", "float32", "cpu")]
+    assert workshop.asked == [CompiledKernel("Adagrad", "float32", "cpu")]
 
 
 def test_the_mode_fused_fails_without_a_kernel(tmp_path: Path):
     """Who asks for fused kernels only is told why there is none, and what to do."""
     kernels = Kernels("fused", directory=tmp_path / "kernels", build=Workshop("no compiler"))
     with pytest.raises(Unavailable, match="no compiler"):
-        kernels.prepare(ADAGRAD, [Form("float32")], CPU)
+        kernels.prepare(ADAGRAD, [KernelSignature("float32")], CPU)
 
 
 def test_the_mode_reference_compiles_nothing(tmp_path: Path):
     """In the mode `reference` nothing is built, and a replay of a fused step is refused."""
     workshop = Workshop(None)
     kernels = Kernels("reference", directory=tmp_path / "kernels", build=workshop)
-    kernels.prepare(ADAGRAD, [Form("float32")], CPU)
+    kernels.prepare(ADAGRAD, [KernelSignature("float32")], CPU)
     assert kernels.choose(ADAGRAD, FLOAT32, CPU, None).name == "reference"
     with pytest.raises(Unavailable, match="reference kernels only"):
         kernels.choose(ADAGRAD, FLOAT32, CPU, "fused")
@@ -88,7 +88,7 @@ def test_an_unknown_mode_is_refused():
 @pytest.mark.promise("Only the server's own user may use its unix socket and its kernels.", area="security")
 def test_a_package_that_others_could_have_written_is_not_loaded(tmp_path: Path):
     """A file or directory that others may write, or a link, is refused: a package is code."""
-    package = Package("Adagrad", "float32", "cpu")
+    package = CompiledKernel("Adagrad", "float32", "cpu")
     directory = tmp_path / "kernels"
     directory.mkdir(mode=0o700)
     assert find(directory, package, ADAGRAD) is None
@@ -114,9 +114,9 @@ def test_a_broken_package_is_not_the_end(tmp_path: Path):
     """A damaged file costs the fused kernel, not the session."""
     directory = tmp_path / "kernels"
     directory.mkdir(mode=0o700)
-    (directory / file_name(Package("Adagrad", "float32", "cpu"), ADAGRAD)).write_bytes(b"no zip")
+    (directory / file_name(CompiledKernel("Adagrad", "float32", "cpu"), ADAGRAD)).write_bytes(b"no zip")
     kernels = Kernels("auto", directory=directory, build=Workshop(None))
-    kernels.prepare(ADAGRAD, [Form("float32")], CPU)
+    kernels.prepare(ADAGRAD, [KernelSignature("float32")], CPU)
     assert kernels.status()[0].state == "failed"
     assert kernels.choose(ADAGRAD, FLOAT32, CPU, None).name == "reference"
 
@@ -125,7 +125,7 @@ def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path):
     """Where no directory can be made, the reason is in the status."""
     (tmp_path / "file").write_text("")
     kernels = Kernels("auto", directory=tmp_path / "file" / "kernels", build=Workshop(None))
-    kernels.prepare(ADAGRAD, [Form("float32")], CPU)
+    kernels.prepare(ADAGRAD, [KernelSignature("float32")], CPU)
     assert kernels.wait(10)
     assert "cannot be made" in kernels.status()[0].reason
 
@@ -142,7 +142,9 @@ def test_the_directory_is_the_users(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 def test_names_differ_where_contents_do():
     """Another rule, dtype, thread count, choice of state, or dtype of gradients or a copy, is another file."""
     names = {
-        file_name(replace(Package.of(rule, form._replace(gradient=gradient, copy=copy), "cpu"), threads=threads), rule)
+        file_name(
+            replace(CompiledKernel.of(rule, form._replace(gradient=gradient, copy=copy), "cpu"), threads=threads), rule
+        )
         for rule, form in usual(RULES.values(), ["float32", "float64"])
         for threads in THREADS
         for gradient in ("", "bfloat16", "float16")
@@ -158,21 +160,21 @@ def test_what_is_possible_begins_with_what_is_usual():
     first = usual([adam, rmsprop], ["float32", "float64"])
     assert found[: len(first)] == first
     assert len(found) == len(set(found)) == 2 * 2 + 2 * 4
-    assert (adam, Form("float64", ("max_exp_avg_sq",))) in found
+    assert (adam, KernelSignature("float64", ("max_exp_avg_sq",))) in found
 
 
 def test_waiting_ends_when_the_builder_has_ended(tmp_path: Path):
     """A builder may still tidy up when its last kernel is there, and nobody who waited goes away before that."""
     reported, ended = threading.Event(), threading.Event()
 
-    def build(packages: Sequence[Package], directory: Path, report: Report) -> None:
+    def build(packages: Sequence[CompiledKernel], directory: Path, report: Report) -> None:
         for package in packages:
             report(package, "no compiler")
         reported.set()
         ended.wait(60)
 
     kernels = Kernels("auto", directory=tmp_path / "kernels", build=build)
-    kernels.begin([(ADAGRAD, Form("float32"))], CPU)
+    kernels.begin([(ADAGRAD, KernelSignature("float32"))], CPU)
     assert reported.wait(60)
     assert {status.state for status in kernels.status()} == {"failed"}
     assert not kernels.wait(0)
@@ -182,8 +184,8 @@ def test_waiting_ends_when_the_builder_has_ended(tmp_path: Path):
 
 def test_all_cores_build_every_package(tmp_path: Path):
     """Packages that are shared out among processes are each reported once, whatever becomes of them."""
-    told: list[tuple[Package, bool]] = []
-    lost = [Package(f"NoSuchRule{number}", "float32", "cpu") for number in range(3)]
+    told: list[tuple[CompiledKernel, bool]] = []
+    lost = [CompiledKernel(f"NoSuchRule{number}", "float32", "cpu") for number in range(3)]
     build_on_all_cores(lost, tmp_path / "kernels", lambda package, error: told.append((package, bool(error))))
     assert sorted(told, key=str) == [(package, True) for package in lost]
 
@@ -197,7 +199,7 @@ def test_what_builders_need_meanwhile_is_removed(tmp_path: Path):
     holder = os.open(directory / f"{SCRATCH}going-on", os.O_RDONLY)
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        build_in_subprocess([Package("NoSuchRule", "float32", "cpu")], directory, lambda package, error: None)
+        build_in_subprocess([CompiledKernel("NoSuchRule", "float32", "cpu")], directory, lambda package, error: None)
     finally:
         os.close(holder)
     assert [path.name for path in directory.glob(f"{SCRATCH}*")] == [f"{SCRATCH}going-on"]
@@ -205,8 +207,8 @@ def test_what_builders_need_meanwhile_is_removed(tmp_path: Path):
 
 def test_a_builder_that_dies_is_noticed(tmp_path: Path):
     """A package whose builder ends without a word is reported as failed."""
-    told: dict[Package, str | None] = {}
-    lost = Package("NoSuchRule", "float32", "cpu")
+    told: dict[CompiledKernel, str | None] = {}
+    lost = CompiledKernel("NoSuchRule", "float32", "cpu")
     build_in_subprocess([lost], tmp_path / "kernels", lambda package, error: told.update({package: error}))
     assert "NoSuchRule" in (told[lost] or "")
 

@@ -13,11 +13,11 @@ from farstep_service.kernel import Call, Progress
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
 from farstep_service.optimizers.build import Report
+from farstep_service.optimizers.compiled_kernels import CompiledKernel
 from farstep_service.optimizers.fused import WIDEN, FusedKernel
 from farstep_service.optimizers.native import Bound
-from farstep_service.optimizers.packages import Package
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import Form
+from farstep_service.rule import KernelSignature
 from farstep_service.store import FlatBuffers, Gradients, NarrowBuffers, Store
 from tests.optimizers.compiled import NARROW
 from tests.store.conftest import all_bytes, noise
@@ -36,7 +36,7 @@ def store_of(rule: str, kernels: Kernels, options: dict[str, Any] | None = None)
     return Store(LAYOUT, RULES[rule], hypers, kernels=kernels, parameters=noise(LAYOUT, 0)), hypers
 
 
-def never(packages: Sequence[Package], directory: Path, report: Report) -> None:
+def never(packages: Sequence[CompiledKernel], directory: Path, report: Report) -> None:
     """Build nothing."""
     for package in packages:
         report(package, "nobody is here")
@@ -88,7 +88,7 @@ def test_so_has_one_that_writes_a_copy_as_it_is(fused: Kernels) -> None:
 def test_until_there_is_one_blocks_are_widened_for_the_usual_one(fused: Kernels) -> None:
     """The step is fused and has the same bits; only the answer has to be copied by itself."""
     kernels = Kernels("auto", build=never)
-    form = Form("float32")
+    form = KernelSignature("float32")
     usual = fused.choose(RULES["Adam"], frozenset({form}), torch.device("cpu"), None)
     assert isinstance(usual, FusedKernel)
     here, hypers = store_of("Adam", kernels, {"weight_decay": 0.1})
@@ -119,7 +119,7 @@ def test_a_block_that_fails_leaves_a_place_to_go_on_from() -> None:
         return partial(run, inputs)
 
     kernel = FusedKernel(rule, torch.device("cpu"))
-    kernel.add(Form("float32"), program)
+    kernel.add(KernelSignature("float32"), program)
     length = 3 * WIDEN + 1
     p, g = torch.ones(length), torch.full((length,), 2.0, dtype=torch.bfloat16)
     call = Call(p, g, {"ax": torch.zeros(length)}, p, (1.0, 0.0, 1.0, -0.5, 1.0))
@@ -134,7 +134,7 @@ def test_a_block_that_fails_leaves_a_place_to_go_on_from() -> None:
 
 def test_a_gradient_of_another_kind_is_refused(fused: Kernels) -> None:
     """Only 16 bits are widened on the way; anything else never reaches a program that trusts its inputs."""
-    kernel = fused.choose(RULES["Adagrad"], frozenset({Form("float32")}), torch.device("cpu"), None)
+    kernel = fused.choose(RULES["Adagrad"], frozenset({KernelSignature("float32")}), torch.device("cpu"), None)
     p = torch.zeros(10)
     for wrong in (torch.zeros(10, dtype=torch.float64), torch.zeros(9, dtype=torch.bfloat16)):
         with pytest.raises(ValueError, match="differ"):

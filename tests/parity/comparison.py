@@ -53,7 +53,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Counts and distances of one case, or of several added up.
+    """SegmentCounters and distances of one case, or of several added up.
 
     Attributes:
         tensors: how many were compared, numbers of the state among them.

@@ -1,4 +1,4 @@
-"""Package `__init__` files list names, and the list is true."""
+"""CompiledKernel `__init__` files list names, and the list is true."""
 
 import ast
 import importlib

@@ -16,7 +16,7 @@ from farstep_service.kernel import Call, Kernel, KernelSource, Progress
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
-from farstep_service.rule import AnyRule, Form, KernelName
+from farstep_service.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.session import Session
 from farstep_service.sessions import Actor, Answer
 from farstep_service.sessions.turns import INLINE_BYTES
@@ -57,11 +57,13 @@ class Gates(KernelSource):
         self.refusal: Exception | None = None
         self.finishing: Exception | None = None
 
-    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
+    def prepare(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> None:
         self.preparing.set()
         assert self.prepared.wait(30)
 
-    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
+    def choose(
+        self, rule: AnyRule, forms: frozenset[KernelSignature], device: torch.device, wanted: KernelName | None
+    ) -> Kernel:
         if self.refusal is not None:
             raise self.refusal
         self.gate.kernel = ReferenceKernel(rule)

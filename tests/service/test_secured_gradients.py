@@ -23,7 +23,7 @@ from farstep_service.kernel import Call, Kernel, KernelSource, Progress
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.plan import Plan
-from farstep_service.rule import AnyRule, Form, KernelName
+from farstep_service.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.session import Session
 from farstep_service.sessions import Actor, Answer, Offer
 from tests.service.servers import running_server
@@ -53,10 +53,12 @@ class Kernels(KernelSource):
 
     before: Callable[[], None]
 
-    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
+    def prepare(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> None:
         """Nothing has to be made ready."""
 
-    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
+    def choose(
+        self, rule: AnyRule, forms: frozenset[KernelSignature], device: torch.device, wanted: KernelName | None
+    ) -> Kernel:
         return Writing(rule, self.before)
 
     def reference(self, rule: AnyRule) -> Kernel:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from farstep_service.kernel import Kernel, KernelSource
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import AnyRule, ElementwiseRule, Form, KernelName, Scalar, StateTensors
+from farstep_service.rule import AnyRule, ElementwiseRule, KernelName, KernelSignature, Scalar, StateTensors
 
 
 class Fault:
@@ -53,10 +53,12 @@ class FailingKernels(KernelSource):
         self.fault = Fault()
         self.finish_fails = finish_fails
 
-    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
+    def prepare(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> None:
         """Nothing has to be built."""
 
-    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
+    def choose(
+        self, rule: AnyRule, forms: frozenset[KernelSignature], device: torch.device, wanted: KernelName | None
+    ) -> Kernel:
         return ReferenceKernel(_Failing(rule, self.fault), block=4)
 
     def reference(self, rule: AnyRule) -> Kernel:

@@ -24,7 +24,7 @@ from farstep.errors import (
 from farstep.receipt import Receipt
 from farstep_service.layout import MAX_SEGMENTS
 from farstep_service.plan import MAX_GROUPS
-from farstep_service.rule import AnyRule, Form
+from farstep_service.rule import AnyRule, KernelSignature
 from farstep_service.session import Outcome, Session
 from tests.session.failing import FailingKernels
 from tests.session.writers import Twin, Writer, begun, equal, error, new_session, parameters, receipt, sync, values
@@ -220,7 +220,7 @@ class Exhausted(FailingKernels):
 
     failure: Exception | None = None
 
-    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
+    def prepare(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> None:
         if self.failure is not None:
             raise self.failure
 

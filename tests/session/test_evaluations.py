@@ -313,7 +313,7 @@ N = 17
 def test_shapes_that_no_state_has_are_refused_before_memory_is_taken(
     shapes: dict[str, Any], kind: type[FarstepError]
 ) -> None:
-    """Counts and lengths are checked against the session and each other by the header alone."""
+    """SegmentCounters and lengths are checked against the session and each other by the header alone."""
     session = lbfgs()
     (writer,) = begun(session)
     contents: dict[str, Any] = {name: [] for name in shapes}

@@ -9,7 +9,7 @@ import torch
 from farstep_service.kernel import Call, Kernel, KernelSource, Progress
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES, Kernels
-from farstep_service.rule import AnyRule, Form, KernelName
+from farstep_service.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.store import FlatBuffers, Gradients, Store
 
 SHAPES = ((5, 7), (11,), (), (0, 4), (64, 3), (9,))
@@ -106,7 +106,7 @@ class BrokenKernel(Kernel):
         self.name = name
         self._error = error
 
-    def takes(self, form: Form) -> bool:
+    def takes(self, form: KernelSignature) -> bool:
         return self._whole.takes(form)
 
     def execute(self, calls: Sequence[Call], progress: Progress) -> None:
@@ -165,10 +165,12 @@ class BrokenKernels(KernelSource):
         self._error = error or RuntimeError("out of luck")
         self.given: BrokenKernel | None = None
 
-    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
+    def prepare(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> None:
         """Nothing has to be prepared."""
 
-    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
+    def choose(
+        self, rule: AnyRule, forms: frozenset[KernelSignature], device: torch.device, wanted: KernelName | None
+    ) -> Kernel:
         """Return the broken kernel the first time."""
         if self.given is None:
             self.given = BrokenKernel(self.reference(rule), self._after, self._name, self._error)

@@ -9,7 +9,7 @@ import torch
 from farstep.errors import StepInterrupted
 from farstep_service.kernel import Call, Kernel, Progress, Rerun
 from farstep_service.optimizers import RULES
-from farstep_service.rule import AnyRule, Form, KernelName
+from farstep_service.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.store import BorrowedBuffers, Gradients, Store
 from tests.store.conftest import (
     SHAPES,
@@ -107,7 +107,9 @@ class Skewed(Kernel):
 class SkewedKernels(BrokenKernels):
     """Gives out skewed kernels as the fused ones, of which the first fails once."""
 
-    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
+    def choose(
+        self, rule: AnyRule, forms: frozenset[KernelSignature], device: torch.device, wanted: KernelName | None
+    ) -> Kernel:
         whole = Skewed(self.reference(rule))
         if self.given is None:
             self.given = BrokenKernel(whole, self._after, "fused", self._error)

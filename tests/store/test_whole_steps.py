@@ -12,7 +12,7 @@ from farstep.errors import InvalidOption, StepInterrupted, TensorMismatch
 from farstep.presence import PRESENT, mask_of
 from farstep_service.contents import Contents
 from farstep_service.optimizers import RULES, Kernels
-from farstep_service.rule import Counts, ElementwiseRule, RowRule, Scalar, StateTensors
+from farstep_service.rule import ElementwiseRule, RowRule, Scalar, SegmentCounters, StateTensors
 from farstep_service.store import BorrowedBuffers, Gradients, Store
 from tests.store.conftest import (
     FITTING,
@@ -112,7 +112,7 @@ class FragileRows(ElementwiseRule[Any], RowRule[Any]):
     def check_sparse(self, hyper: Any) -> None:
         pass
 
-    def scalars(self, counts: Counts, hyper: Any) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: Any) -> tuple[float, ...]:
         return self._rule.scalars(counts, hyper)
 
     def update(

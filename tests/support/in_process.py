@@ -27,7 +27,7 @@ FILES = (
     "benchmarks/test_rows.py",
     "client/test_departures.py",
     "client/test_errors.py",
-    "client/test_foresight.py",
+    "client/test_backward_order.py",
     "client/test_landing.py",
     "client/test_looking.py",
     "client/test_patience.py",

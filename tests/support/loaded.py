@@ -37,7 +37,7 @@ MODULES = (
     "farstep_service.app",
     "farstep_service.bench",
     "farstep_service.cli.program",
-    "farstep_service.optimizers.packages",
+    "farstep_service.optimizers.compiled_kernels",
     "farstep_service.server",
     "farstep_service.server.protocol",
     "httpx",

@@ -29,10 +29,10 @@ from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter
 from farstep.heartbeat import WITHIN_S, Heartbeat
 from farstep.http_link.holdings import Holdings
-from farstep.http_link.patience import Patience
 from farstep.http_link.pushing import Pushing
 from farstep.http_link.putting import Putting
 from farstep.http_link.reader import Reader
+from farstep.http_link.retry import RetryPolicy
 from farstep.http_link.sharing import Sharing
 from farstep.http_link.standing import Standing
 from farstep.http_link.writer import Writer
@@ -61,16 +61,16 @@ class HttpLink(Link):
         self._place = place
         self._path = f"/v1/sessions/{quote(spec.name)}"
         self._server = self._shard = self._conversation(address)
-        self._patience = Patience(place.timeout_s)
+        self._retry = RetryPolicy(place.timeout_s)
         barrier_s = longest_wait_s(place.consistency)
         self._writer = Writer(
             self._server,
             spec.name,
             place.worker,
-            patience=Patience(place.timeout_s + barrier_s),
+            retry=RetryPolicy(place.timeout_s + barrier_s),
             barrier_s=barrier_s,
         )
-        self._reader = Reader(self._server, spec.name, patience=self._patience)
+        self._reader = Reader(self._server, spec.name, retry=self._retry)
         self._standing = Standing(spec, place, self._writer)
         own_socket = path_of_url(address) is not None and place.transport is None
         sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
@@ -135,7 +135,7 @@ class HttpLink(Link):
                 raise Unavailable("another worker is sending the session's first parameters")
             return joined.initialise
 
-        chosen = self._patience.call(f"Joining session {self._standing.spec.name!r}", self._server.server, attempt)
+        chosen = self._retry.call(f"Joining session {self._standing.spec.name!r}", self._server.server, attempt)
         if chosen:
             state = None if start.state is None else dict(enumerate(start.state(self._standing.fields)))
             if self._putting.begin(state, start.version).applied:
@@ -258,7 +258,7 @@ class HttpLink(Link):
     def heartbeat(self, *, once: bool = False) -> Heartbeat:
         document = {"epoch": self._writer.names.epoch, "incarnation": self._writer.incarnation}
         path = f"{self._writer.worker_path}/lease"
-        patience = Patience(0.0 if once else self._place.timeout_s)
+        retry = RetryPolicy(0.0 if once else self._place.timeout_s)
 
         def attempt() -> Heartbeat:
             answer = self._server.control("PUT", path, document, within_s=WITHIN_S if once else None)
@@ -266,7 +266,7 @@ class HttpLink(Link):
 
         with self._standing.there():
             what = f"Renewing the lease of worker {self._place.worker!r} in session {self._standing.spec.name!r}"
-            return patience.call(what, self._server.server, attempt)
+            return retry.call(what, self._server.server, attempt)
 
     # -- the mode ---------------------------------------------------------------------------------------------------
 
@@ -280,7 +280,7 @@ class HttpLink(Link):
 
         with self._standing.there():
             what = f"Setting the consistency mode of session {self._standing.spec.name!r}"
-            self._patience.call(what, self._server.server, attempt)
+            self._retry.call(what, self._server.server, attempt)
         self._standing.follow_(mode)
 
     def options_in_force(self) -> list[Options]:
@@ -294,7 +294,7 @@ class HttpLink(Link):
 
         with self._standing.there():
             while True:
-                page = self._patience.call(what, self._server.server, attempt)
+                page = self._retry.call(what, self._server.server, attempt)
                 found += page
                 if len(page) < GROUPS_PAGE:
                     return found

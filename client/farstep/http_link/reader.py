@@ -15,7 +15,7 @@ from torch import Tensor
 from farstep.answers import check_contents
 from farstep.conversation import Conversation, Place, Received
 from farstep.fields import FieldKind, shapes_from_header
-from farstep.http_link.patience import Patience
+from farstep.http_link.retry import RetryPolicy
 from farstep.presence import PRESENT
 from farstep.replies import Said
 from farstep.states import State
@@ -36,16 +36,16 @@ class Reader:
     Args:
         server: the conversation with its server.
         session: its name.
-        patience: how long a read is repeated.
+        retry: how long a read is repeated.
 
     Attributes:
         shard: the conversation with the server that has the session's tensors.
     """
 
-    def __init__(self, server: Conversation, session: str, *, patience: Patience) -> None:
+    def __init__(self, server: Conversation, session: str, *, retry: RetryPolicy) -> None:
         self.shard = server
         self._session = session
-        self._patience = patience
+        self._retry = retry
         self._path = f"/v1/sessions/{quote(session)}/contents"
 
     def parameters(
@@ -120,4 +120,4 @@ class Reader:
         def attempt() -> Received:
             return self.shard.data("GET", path, None, (), place)
 
-        return self._patience.call(f"{doing} session {self._session!r}", self.shard.server, attempt)
+        return self._retry.call(f"{doing} session {self._session!r}", self.shard.server, attempt)

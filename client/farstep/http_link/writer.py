@@ -14,7 +14,7 @@ from farstep.answers import Page, Reply
 from farstep.conversation import Arrived, Conversation, Place, Received
 from farstep.errors import Fenced, IdempotencyMismatch, Truncated, Unavailable
 from farstep.growth import AppendHead, outgrown
-from farstep.http_link.patience import Patience
+from farstep.http_link.retry import RetryPolicy
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep.overlap import BROKEN, Overlapped
 from farstep.payload import Payload
@@ -32,7 +32,7 @@ class Writer:
         server: the conversation with its server.
         session: its name.
         worker: the worker's name.
-        patience: how long a write is repeated.
+        retry: how long a write is repeated.
         barrier_s: seconds a push may wait for those of other workers.
 
     Attributes:
@@ -44,14 +44,14 @@ class Writer:
     """
 
     def __init__(
-        self, server: Conversation, session: str, worker: str, *, patience: Patience, barrier_s: float
+        self, server: Conversation, session: str, worker: str, *, retry: RetryPolicy, barrier_s: float
     ) -> None:
         self.names = Names(worker)
         self.incarnation = ""
         self.settle: Callable[[Unanswered], bool] = lambda _: False
         self._server = self.shard = server
         self._session = session
-        self._patience = patience
+        self._retry = retry
         self._barrier_s = barrier_s
         self._process = os.getpid()
         self._path = f"/v1/sessions/{quote(session)}"
@@ -60,7 +60,7 @@ class Writer:
     def wait_for(self, barrier_s: float, timeout_s: float) -> None:
         """Take other times from now on: how long a push may wait for others, and how long a write is repeated."""
         self._barrier_s = barrier_s
-        self._patience.timeout_s = timeout_s
+        self._retry.timeout_s = timeout_s
 
     @property
     def forked(self) -> bool:
@@ -75,7 +75,7 @@ class Writer:
     @property
     def attempts(self) -> int:
         """Return how often the last write was sent."""
-        return self._patience.attempts
+        return self._retry.attempts
 
     def join(self, epoch: int, incarnation: str) -> None:
         """Begin a new epoch of the worker in a session's life, from this process."""
@@ -158,13 +158,13 @@ class Writer:
                         return self.shard.receive(first.finish(), place, path, arrived=arrived)
                     except Truncated:  # it came too slowly, so nothing has happened
                         first.outcome = BROKEN
-                if self._patience.attempts > 1:  # an answer to the first try may still come where it was told to
+                if self._retry.attempts > 1:  # an answer to the first try may still come where it was told to
                     header = {key: value for key, value in header.items() if key != "deliver"}
                 body: Payload = () if "area" in header else payload
                 return self.shard.data(method, path, header, body, place, arrived=arrived, wait_s=self._barrier_s)
 
             try:
-                received = self._patience.call(f"{doing} session {self._session!r}", self._server.server, attempt)
+                received = self._retry.call(f"{doing} session {self._session!r}", self._server.server, attempt)
             except IdempotencyMismatch:
                 if not self.names.mismatched(header["seq"]):
                     raise
@@ -213,7 +213,7 @@ class Writer:
             return page
 
         what = f"Asking session {self._session!r} for the last write of worker {self.names.worker!r}"
-        page = self._patience.call(what, self._server.server, attempt)
+        page = self._retry.call(what, self._server.server, attempt)
         if page.incarnation != self.incarnation or page.epoch != self.names.epoch:
             return header, False  # which the server will refuse, in the right words
         if before is not None and repeated:

@@ -27,7 +27,7 @@ from farstep.overlap import (
     PAUSE_STEPS,
     UNUSED,
     WRONG_IN_A_ROW,
-    Foresight,
+    BackwardOrder,
     Overlapped,
     plain,
 )
@@ -62,7 +62,7 @@ class Overlap:
 
     def __init__(self, parameters: Sequence[Tensor], begin: Begin) -> None:
         self._begin = begin
-        self._foresight = Foresight()
+        self._backward_order = BackwardOrder()
         self._current: Overlapped | None = None
         self._tried = self._held = self._told = False
         self._turn = threading.Lock()  # several devices have a thread each in a backward pass
@@ -103,7 +103,7 @@ class Overlap:
         with self._turn:
             if self._held:
                 return
-            report = self._foresight.reported(index)
+            report = self._backward_order.reported(index)
             if report == "late" and self._current is not None:
                 self._current.end(AGAIN)
             gradient = parameter.grad
@@ -111,7 +111,7 @@ class Overlap:
                 return
             if not self._tried:
                 self._tried = True
-                self._current = self._begin(self._foresight.order)
+                self._current = self._begin(self._backward_order.order)
             if self._current is not None:
                 self._current.ready(index, plain(gradient))
 
@@ -121,7 +121,7 @@ class Overlap:
         present = {index for index, each in enumerate(gradients) if each is not None} if dense else set()
         with self._turn:
             self._current, self._tried = None, False
-            wrong = self._foresight.stepped(present, report.overlap)
+            wrong = self._backward_order.stepped(present, report.overlap)
         if len(self._handles) < len(self._parameters):
             self._watch_more()
         if wrong and not self._told:

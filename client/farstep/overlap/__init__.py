@@ -1,6 +1,6 @@
 """Pushes that are sent while the backward pass still computes their gradients."""
 
-from farstep.overlap.foresight import PAUSE_STEPS, STREAMED, WRONG_IN_A_ROW, Foresight
+from farstep.overlap.backward_order import PAUSE_STEPS, STREAMED, WRONG_IN_A_ROW, BackwardOrder
 from farstep.overlap.push import AGAIN, BROKEN, CHANGED, LEAST_BYTES, OTHERS, UNUSED, Overlapped
 from farstep.overlap.pushes import Overlapping
 from farstep.overlap.stage import plain
@@ -15,7 +15,7 @@ __all__ = [
     "STREAMED",
     "UNUSED",
     "WRONG_IN_A_ROW",
-    "Foresight",
+    "BackwardOrder",
     "Overlapped",
     "Overlapping",
     "plain",

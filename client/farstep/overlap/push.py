@@ -21,7 +21,7 @@ from typing import Any, Final, final
 import httpx
 from torch import Tensor
 
-from farstep.overlap.foresight import STREAMED
+from farstep.overlap.backward_order import STREAMED
 from farstep.overlap.stage import Stage, Unit, plain
 from farstep.transport import Answer, Batch, Supply
 

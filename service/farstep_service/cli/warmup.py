@@ -13,7 +13,7 @@ from farstep.errors import InvalidOption
 from farstep_service.cli.output import FAILED, JsonOutput, print_json, reporting
 
 if TYPE_CHECKING:
-    from farstep_service.optimizers import PackageStatus
+    from farstep_service.optimizers import KernelStatus
 
 LOOK_AGAIN_S = 0.5
 HALVES = tuple(codec.element for codec in codecs() if codec.element is not None)
@@ -100,7 +100,7 @@ def chosen_of(text: str, known: list[str], field: str) -> list[str]:
     return [str(name) for name in names or known]
 
 
-def line_of(status: PackageStatus) -> str:
+def line_of(status: KernelStatus) -> str:
     """Return a line that says where one kernel stands."""
     package = status.package
     threads = "one thread" if package.threads == "one" else "many threads"
@@ -111,7 +111,7 @@ def line_of(status: PackageStatus) -> str:
     return f"{what}: {status.state}" + (f", {status.reason.splitlines()[0]}" if status.reason else "")
 
 
-def document_of(status: PackageStatus) -> dict[str, Any]:
+def document_of(status: KernelStatus) -> dict[str, Any]:
     """Return one kernel's standing as JSON."""
     package = status.package
     return {

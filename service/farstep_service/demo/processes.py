@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from farstep.errors import FarstepError
-from farstep_service.leash import Watcher, leashed, watched
+from farstep_service.die_with_parent import Watcher, dying_with_parent, watched
 from farstep_service.signals import answered
 
 STOP_S = 2.0
@@ -98,7 +98,7 @@ class Processes:
         """
         with open(self._errors(name), "w") as errors:
             process = subprocess.Popen(
-                leashed([sys.executable, "-P", *arguments]),
+                dying_with_parent([sys.executable, "-P", *arguments]),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,

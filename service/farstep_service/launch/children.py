@@ -18,8 +18,8 @@ from types import FrameType
 from typing import IO, Literal, cast
 
 from farstep.errors import InvalidOption
+from farstep_service.die_with_parent import Watcher, dying_with_parent, watched
 from farstep_service.launch.lines import Lines
-from farstep_service.leash import Watcher, leashed, watched
 
 Stream = Literal["stdout", "stderr"]
 STREAMS: tuple[Stream, ...] = ("stdout", "stderr")
@@ -86,7 +86,7 @@ class Children:
         """
         try:
             process = subprocess.Popen(
-                leashed(command),
+                dying_with_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,

@@ -14,7 +14,7 @@ import httpx
 
 from farstep.conversation import Conversation
 from farstep.errors import FarstepError
-from farstep_service.launch.course import Course
+from farstep_service.launch.restart_policy import RestartPolicy
 
 EVERY_S = 1.0
 """How often the session is asked, and how long its answer may take."""
@@ -36,7 +36,7 @@ class Asking(threading.Thread):
         self._stopped.set()
         self.join()
 
-    def text(self, course: Course) -> str:
+    def text(self, course: RestartPolicy) -> str:
         """Return the line of progress as of the last answer."""
         page = self._page
         if page is None:
@@ -64,7 +64,7 @@ class Asking(threading.Thread):
             speaking.close()
 
 
-def line(session: str, page: Mapping[str, Any] | None, per_s: float, course: Course) -> str:
+def line(session: str, page: Mapping[str, Any] | None, per_s: float, course: RestartPolicy) -> str:
     """Return the line of progress.
 
     Args:
@@ -79,7 +79,7 @@ def line(session: str, page: Mapping[str, Any] | None, per_s: float, course: Cou
     return f"{session}  {version}  |  {states}"
 
 
-def _state(name: str, workers: Mapping[str, Any], course: Course) -> str:
+def _state(name: str, workers: Mapping[str, Any], course: RestartPolicy) -> str:
     restarts = course.restarts[name]
     if name not in course.running:
         code = course.codes[name]

@@ -1,4 +1,4 @@
-"""One run: start a server, if none is named, and the workers; hand on what they say; do what `Course` decides."""
+"""One run: start a server, if none is named, and the workers; hand on what they say; obey the `RestartPolicy`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from farstep.errors import InvalidOption
 from farstep.settings import resolve
 from farstep_service.launch import own_server
 from farstep_service.launch.children import Children, Ended, Event, Said, Signalled, children
-from farstep_service.launch.course import Course, Start, Stop, in_words
 from farstep_service.launch.own_server import SERVER
 from farstep_service.launch.plan import Plan
 from farstep_service.launch.progress import EVERY_S, Asking
+from farstep_service.launch.restart_policy import RestartPolicy, Start, Stop, in_words
 from farstep_service.launch.terminal import Terminal
 
 LAUNCH = "launch"
@@ -85,7 +85,7 @@ class _Run:
         self._place = (server, session)
         self._environment = environment
         self._locals = {plan.name(local): local for local in range(plan.workers)}
-        self._course = Course(list(self._locals), plan.max_restarts)
+        self._course = RestartPolicy(list(self._locals), plan.max_restarts)
         self._terminal = Terminal([*self._locals, LAUNCH, SERVER])
         self._kill_at = float("inf")
 

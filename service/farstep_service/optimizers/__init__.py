@@ -7,7 +7,7 @@ from farstep_service.optimizers.adam import Adam, AdamHyper
 from farstep_service.optimizers.adamax import Adamax, AdamaxHyper
 from farstep_service.optimizers.adamw import AdamW, AdamWHyper
 from farstep_service.optimizers.asgd import ASGD, ASGDCounts, ASGDHyper
-from farstep_service.optimizers.kernels import MODES, Kernels, Mode, PackageStatus, possible, usual
+from farstep_service.optimizers.kernels import MODES, Kernels, KernelStatus, Mode, possible, usual
 from farstep_service.optimizers.lbfgs import LBFGS, LBFGSHyper
 from farstep_service.optimizers.muon import Muon, MuonHyper
 from farstep_service.optimizers.nadam import NAdam, NAdamCounts, NAdamHyper
@@ -40,6 +40,7 @@ __all__ = [
     "AdamWHyper",
     "Adamax",
     "AdamaxHyper",
+    "KernelStatus",
     "Kernels",
     "LBFGSHyper",
     "Mode",
@@ -48,7 +49,6 @@ __all__ = [
     "NAdam",
     "NAdamCounts",
     "NAdamHyper",
-    "PackageStatus",
     "RAdam",
     "RAdamHyper",
     "RMSprop",

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add, addcmul_, decayed, sign_of, signed
-from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
+from farstep_service.rule import ElementwiseRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Adadelta(ElementwiseRule[AdadeltaHyper]):
     tensor_fields = ("square_avg", "acc_delta")
     hyper = AdadeltaHyper
 
-    def scalars(self, counts: Counts, hyper: AdadeltaHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: AdadeltaHyper) -> tuple[float, ...]:
         """Return the sign, weight decay, ρ, 1 − ρ, epsilon and the negative learning rate."""
         return (sign_of(hyper.maximize), hyper.weight_decay, hyper.rho, 1 - hyper.rho, hyper.eps, -hyper.lr)
 

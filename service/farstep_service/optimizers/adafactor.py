@@ -29,7 +29,7 @@ from torch import Tensor
 
 from farstep.hyper import Hyper, in_range
 from farstep_service.optimizers.arithmetic import sign_of, signed
-from farstep_service.rule import Counts, Scalar, StateTensors, TensorRule
+from farstep_service.rule import Scalar, SegmentCounters, StateTensors, TensorRule
 
 ROWS, COLUMNS, VECTOR = "row_var", "col_var", "variance"
 
@@ -70,7 +70,7 @@ class Adafactor(TensorRule[AdafactorHyper]):
     special = MappingProxyType({ROWS: "rows", COLUMNS: "columns", VECTOR: "vector"})
     hyper = AdafactorHyper
 
-    def scalars(self, counts: Counts, hyper: AdafactorHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: AdafactorHyper) -> tuple[float, ...]:
         """Return the sign, β, ρ, what weight decay leaves of p, whether ε₁ is given, ε₁ and ε₁² or 0, ε₂ and d."""
         in_range("Clipping threshold d is 0, by which a step divides", hyper.d != 0, field="d")
         step = float(counts.step + 1)

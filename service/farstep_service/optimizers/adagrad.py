@@ -23,7 +23,7 @@ from torch import Tensor
 from farstep.errors import TensorMismatch
 from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import addcdiv, decayed, sign_of, signed
-from farstep_service.rule import Counts, ElementwiseRule, RowRule, Scalar, StateTensors
+from farstep_service.rule import ElementwiseRule, RowRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class Adagrad(ElementwiseRule[AdagradHyper], RowRule[AdagradHyper]):
         """Return `initial_accumulator_value`."""
         return hyper.initial_accumulator_value
 
-    def scalars(self, counts: Counts, hyper: AdagradHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: AdagradHyper) -> tuple[float, ...]:
         """Return the sign, weight decay, epsilon and the negative learning rate of this step."""
         rate = hyper.lr / (1 + counts.step * hyper.lr_decay)
         return (sign_of(hyper.maximize), hyper.weight_decay, hyper.eps, -rate)

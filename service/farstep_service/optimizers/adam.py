@@ -37,7 +37,7 @@ from farstep_service.optimizers.arithmetic import (
     sign_of,
     signed,
 )
-from farstep_service.rule import Counts, ElementwiseRule, Fields, Scalar, StateTensors
+from farstep_service.rule import ElementwiseRule, Fields, Scalar, SegmentCounters, StateTensors
 
 LARGEST = "max_exp_avg_sq"
 
@@ -82,7 +82,7 @@ class Adam(ElementwiseRule[AdamHyper]):
         """Return the largest average of squares with amsgrad."""
         return (LARGEST,) if hyper.amsgrad else ()
 
-    def scalars(self, counts: Counts, hyper: AdamHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: AdamHyper) -> tuple[float, ...]:
         """Return the sign, both weight decays, 1 − β₁, β₂, 1 − β₂, √(1 − β₂ᵗ), epsilon and −lr over 1 − β₁ᵗ."""
         beta1, beta2 = hyper.betas
         step = counts.step + 1

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import addcdiv, decayed, lerp, sign_of, signed
-from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
+from farstep_service.rule import ElementwiseRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Adamax(ElementwiseRule[AdamaxHyper]):
     tensor_fields = ("exp_avg", "exp_inf")
     hyper = AdamaxHyper
 
-    def scalars(self, counts: Counts, hyper: AdamaxHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: AdamaxHyper) -> tuple[float, ...]:
         """Return the sign, weight decay, 1 − β₁, β₂, epsilon and the negative learning rate over 1 − β₁ᵗ."""
         beta1, beta2 = hyper.betas
         rate = hyper.lr / (1 - beta1 ** (counts.step + 1))

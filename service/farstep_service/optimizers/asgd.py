@@ -27,7 +27,7 @@ from torch import Tensor
 from farstep.fields import SINGLE
 from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add_, decayed, float32, rounded, sign_of, signed
-from farstep_service.rule import PRECISION, Counts, ElementwiseRule, Scalar, StateTensors
+from farstep_service.rule import PRECISION, ElementwiseRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class ASGDHyper(CommonHyper):
 
 
 @dataclass(frozen=True, slots=True)
-class ASGDCounts(Counts):
+class ASGDCounts(SegmentCounters):
     """Numbers of one segment.
 
     Attributes:
@@ -79,16 +79,16 @@ class ASGD(ElementwiseRule[ASGDHyper]):
     hyper = ASGDHyper
     counts = ASGDCounts
 
-    def first(self, hyper: ASGDHyper) -> Counts:
+    def first(self, hyper: ASGDHyper) -> SegmentCounters:
         """Return eta at the learning rate of now."""
         return ASGDCounts(0, hyper.lr)
 
-    def scalars(self, counts: Counts, hyper: ASGDHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: ASGDHyper) -> tuple[float, ...]:
         """Return the sign, weight decay, 1 − lambd·eta, −eta and mu."""
         now = cast(ASGDCounts, counts)
         return (sign_of(hyper.maximize), hyper.weight_decay, 1 - hyper.lambd * now.eta, -now.eta, now.mu)
 
-    def advance(self, counts: Counts, hyper: ASGDHyper) -> Counts:
+    def advance(self, counts: SegmentCounters, hyper: ASGDHyper) -> SegmentCounters:
         """Return the next step's eta and mu."""
         step = counts.step + 1
         eta = float32(hyper.lr / ((1 + hyper.lambd * hyper.lr * step) ** hyper.alpha))

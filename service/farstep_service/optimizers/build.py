@@ -25,12 +25,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from farstep_service.cpus import usable_cpus
-from farstep_service.optimizers.packages import Package, open_directory
+from farstep_service.optimizers.compiled_kernels import CompiledKernel, open_directory
 
-Report = Callable[[Package, str | None], None]
+Report = Callable[[CompiledKernel, str | None], None]
 """Called with each package as soon as it is ready (None), or with why it could not be built."""
 
-Builder = Callable[[Sequence[Package], Path, Report], None]
+Builder = Callable[[Sequence[CompiledKernel], Path, Report], None]
 """Builds packages in a directory and reports each of them, in order."""
 
 
@@ -38,7 +38,7 @@ SCRATCH = ".scratch-"
 """How the names of directories begin that are there while packages are built."""
 
 
-def build_in_subprocess(packages: Sequence[Package], directory: Path, report: Report) -> None:
+def build_in_subprocess(packages: Sequence[CompiledKernel], directory: Path, report: Report) -> None:
     """Build packages in another process, which gives way to steps, and report each of them.
 
     No pool of threads: the interpreter would wait for it at its end, and so for the compiler.
@@ -48,7 +48,7 @@ def build_in_subprocess(packages: Sequence[Package], directory: Path, report: Re
         _build_lane(packages, directory, scratch, report, lane=0, nice=10)
 
 
-def build_on_all_cores(packages: Sequence[Package], directory: Path, report: Report) -> None:
+def build_on_all_cores(packages: Sequence[CompiledKernel], directory: Path, report: Report) -> None:
     """Build packages in as many processes as there are CPUs to use, and report each of them, from several threads."""
     lanes = min(usable_cpus(), len(packages))
     open_directory(directory)
@@ -62,7 +62,7 @@ def build_on_all_cores(packages: Sequence[Package], directory: Path, report: Rep
 
 
 def _build_lane(
-    packages: Sequence[Package], directory: Path, scratch: Path, report: Report, *, lane: int, nice: int
+    packages: Sequence[CompiledKernel], directory: Path, scratch: Path, report: Report, *, lane: int, nice: int
 ) -> None:
     roots = {str(Path(sys.modules[name].__path__[0]).parent) for name in ("farstep", "farstep_service")}
     paths = [*sorted(roots), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -103,12 +103,12 @@ def main(arguments: Sequence[str]) -> None:
         print(json.dumps({"package": name, "error": error}), flush=True)
 
 
-def _build(package: Package, directory: Path, lane: str) -> None:
+def _build(package: CompiledKernel, directory: Path, lane: str) -> None:
     import torch
 
     from farstep_service.optimizers import RULES
-    from farstep_service.optimizers.packages import file_name as name_of
-    from farstep_service.optimizers.packages import find
+    from farstep_service.optimizers.compiled_kernels import file_name as name_of
+    from farstep_service.optimizers.compiled_kernels import find
     from farstep_service.optimizers.program import compile_rule
 
     open_directory(directory)
@@ -172,14 +172,14 @@ def _end_with_parent() -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _text(package: Package) -> str:
+def _text(package: CompiledKernel) -> str:
     types = (package.dtype, package.gradient, package.copy)
     return "|".join((package.rule, *types, package.device, package.threads, *package.optional))
 
 
-def _package(text: str) -> Package:
+def _package(text: str) -> CompiledKernel:
     rule, dtype, gradient, copy, device, threads, *optional = text.split("|")
-    return Package(rule, dtype, device, "many" if threads == "many" else "one", tuple(optional), gradient, copy)
+    return CompiledKernel(rule, dtype, device, "many" if threads == "many" else "one", tuple(optional), gradient, copy)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from farstep_service.kernel import At, Call, Kernel, Progress, cut
 from farstep_service.optimizers.native import LONG_FROM, Program
 from farstep_service.optimizers.program import LEAST
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import AnyRule, Fields, Form
+from farstep_service.rule import AnyRule, Fields, KernelSignature
 
 MANY_THREADS_FROM = 2**20
 """Elements from which it pays to wake other threads."""
@@ -71,19 +71,19 @@ class FusedKernel(Kernel):
         self._reference = ReferenceKernel(rule)
         self._numbers: dict[tuple[float, ...], Tensor] = {}
 
-    def add(self, form: Form, program: Program, *, many_threads: bool = False) -> None:
+    def add(self, form: KernelSignature, program: Program, *, many_threads: bool = False) -> None:
         """Take in a program; one for many threads is used for long stretches only."""
         (self._many if many_threads else self._one)[self._key(form)] = program
 
-    def ready(self, forms: Iterable[Form]) -> bool:
+    def ready(self, forms: Iterable[KernelSignature]) -> bool:
         """Say whether there is a program for each of these forms."""
         return all(map(self.takes, forms))
 
-    def takes(self, form: Form) -> bool:
+    def takes(self, form: KernelSignature) -> bool:
         """Say whether there is a program for this form."""
         return self._key(form) in self._one
 
-    def _key(self, form: Form) -> _Key:
+    def _key(self, form: KernelSignature) -> _Key:
         copy = TORCH_DTYPES[form.copy] if form.copy else None
         gradient = TORCH_DTYPES[form.gradient or form.dtype]
         return _Key(TORCH_DTYPES[form.dtype], self._rule.fields(form.optional), gradient, copy)

@@ -27,11 +27,11 @@ import torch
 from farstep.errors import InvalidOption, Unavailable
 from farstep_service.kernel import Kernel, KernelSource
 from farstep_service.optimizers.build import Builder, build_in_subprocess
+from farstep_service.optimizers.compiled_kernels import CompiledKernel, default_directory, find, open_directory
 from farstep_service.optimizers.fused import FusedKernel
 from farstep_service.optimizers.native import load
-from farstep_service.optimizers.packages import Package, default_directory, find, open_directory
 from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import AnyMethod, AnyRule, ElementwiseRule, Form, KernelName
+from farstep_service.rule import AnyMethod, AnyRule, ElementwiseRule, KernelName, KernelSignature
 
 Mode = Literal["auto", "reference", "fused"]
 MODES: tuple[Mode, ...] = ("auto", "reference", "fused")
@@ -40,10 +40,10 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class PackageStatus:
+class KernelStatus:
     """Where one compiled kernel stands, and why if it failed."""
 
-    package: Package
+    package: CompiledKernel
     state: Literal["building", "ready", "failed"]
     reason: str = ""
 
@@ -69,13 +69,13 @@ class Kernels(KernelSource):
         self._build = build
         self._changed = threading.Condition()
         self._builders = 0
-        self._status: dict[Package, PackageStatus] = {}
+        self._status: dict[CompiledKernel, KernelStatus] = {}
         self._rules: dict[str, AnyRule] = {}
         self._fused: dict[tuple[str, torch.device], FusedKernel] = {}
         self._references: dict[str, ReferenceKernel] = {}
         self._warned = False
 
-    def prepare(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
+    def prepare(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> None:
         """Load what has been built and begin to build the rest; wait for it only in the mode `fused`.
 
         Raises:
@@ -86,17 +86,17 @@ class Kernels(KernelSource):
             if self.mode == "fused":
                 self._require(needed)
 
-    def begin(self, wanted: Iterable[tuple[AnyRule, Form]], device: torch.device) -> list[Package]:
+    def begin(self, wanted: Iterable[tuple[AnyRule, KernelSignature]], device: torch.device) -> list[CompiledKernel]:
         """Load what has been built and begin to build the rest in one process; return what a step cannot do without.
 
         Args:
             wanted: rules and the forms they are to run in.
             device: where.
         """
-        needed: list[Package] = []
+        needed: list[CompiledKernel] = []
         for rule, form in wanted:
             self._rules[rule.name] = rule
-            needed.append(Package.of(rule, form, str(device)))
+            needed.append(CompiledKernel.of(rule, form, str(device)))
         spare = [replace(package, threads="many") for package in needed]
         every = needed + (spare if device.type == "cpu" and torch.get_num_threads() > 1 else [])
         with self._changed:
@@ -106,18 +106,20 @@ class Kernels(KernelSource):
             threading.Thread(target=self._build_all, args=(missing,), name="farstep-kernel-build", daemon=True).start()
         return needed
 
-    def improve(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> None:
+    def improve(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> None:
         """Load these or begin to build them, if any kernel is to be compiled here."""
         forms = list(forms)
         if self.mode != "reference" and "fused" in rule.kernels and not self.ready(rule, forms, device):
             self.begin([(rule, form) for form in forms], device)
 
-    def ready(self, rule: AnyRule, forms: Iterable[Form], device: torch.device) -> bool:
+    def ready(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> bool:
         """Say whether the fused kernel could run a step over memory of these forms now."""
         fused = self._fused.get((rule.name, device))
         return fused is not None and fused.ready(forms)
 
-    def choose(self, rule: AnyRule, forms: frozenset[Form], device: torch.device, wanted: KernelName | None) -> Kernel:
+    def choose(
+        self, rule: AnyRule, forms: frozenset[KernelSignature], device: torch.device, wanted: KernelName | None
+    ) -> Kernel:
         """Return the kernel for a step; see `KernelSource`."""
         alone = wanted is None and (self.mode == "reference" or "fused" not in rule.kernels)
         if not forms or wanted == "reference" or alone:
@@ -140,7 +142,7 @@ class Kernels(KernelSource):
         """Return the kernel that is always there."""
         return self._references.setdefault(rule.name, ReferenceKernel(rule))
 
-    def status(self) -> list[PackageStatus]:
+    def status(self) -> list[KernelStatus]:
         """Return where each compiled kernel that was asked for stands."""
         with self._changed:
             return list(self._status.values())
@@ -150,7 +152,7 @@ class Kernels(KernelSource):
         with self._changed:
             return self._changed.wait_for(lambda: self._builders == 0, timeout_s)
 
-    def _require(self, packages: Sequence[Package]) -> None:
+    def _require(self, packages: Sequence[CompiledKernel]) -> None:
         with self._changed:
             self._changed.wait_for(lambda: all(self._status[package].state != "building" for package in packages))
             failed = [status for package in packages if (status := self._status[package]).state == "failed"]
@@ -160,13 +162,13 @@ class Kernels(KernelSource):
                 remedy="Install a C++ compiler, build kernels ahead with `farstep warmup`, or use the mode auto.",
             )
 
-    def _load(self, package: Package) -> bool:
+    def _load(self, package: CompiledKernel) -> bool:
         """Load a package that has been built; return False, and count it as being built, if it has not."""
         rule, device = self._rules[package.rule], torch.device(package.device)
         try:
             path = find(self._directory, package, rule)
             if path is None:
-                self._status[package] = PackageStatus(package, "building")
+                self._status[package] = KernelStatus(package, "building")
                 return False
             program = load(path, device)
         except Exception as exc:
@@ -174,11 +176,11 @@ class Kernels(KernelSource):
         else:
             fused = self._fused.setdefault((package.rule, device), FusedKernel(rule, device))
             fused.add(package.form, program, many_threads=package.threads == "many")
-            self._status[package] = PackageStatus(package, "ready")
+            self._status[package] = KernelStatus(package, "ready")
         return True
 
-    def _build_all(self, packages: Sequence[Package]) -> None:
-        def report(package: Package, error: str | None) -> None:
+    def _build_all(self, packages: Sequence[CompiledKernel]) -> None:
+        def report(package: CompiledKernel, error: str | None) -> None:
             with self._changed:
                 if error is not None:
                     self._fail(package, error)
@@ -199,8 +201,8 @@ class Kernels(KernelSource):
                 self._builders -= 1
                 self._changed.notify_all()
 
-    def _fail(self, package: Package, reason: str) -> None:
-        self._status[package] = PackageStatus(package, "failed", reason)
+    def _fail(self, package: CompiledKernel, reason: str) -> None:
+        self._status[package] = KernelStatus(package, "failed", reason)
         if package.gradient or package.copy:
             log.debug("%s: no kernel that widens or copies on the way (%s)", package.rule, reason.partition("\n")[0])
             return
@@ -209,18 +211,23 @@ class Kernels(KernelSource):
         log.log(level, "%s runs on reference kernels: no fused one (%s)", package.rule, reason.partition("\n")[0])
 
 
-def usual(rules: Iterable[AnyMethod], dtypes: Sequence[str]) -> list[tuple[AnyRule, Form]]:
+def usual(rules: Iterable[AnyMethod], dtypes: Sequence[str]) -> list[tuple[AnyRule, KernelSignature]]:
     """Return what is worth building ahead: each rule that can be fused, with the state that most options ask for."""
-    return [(rule, Form(dtype, optional)) for rule in _fusible(rules) for dtype in dtypes for optional in rule.usual]
+    return [
+        (rule, KernelSignature(dtype, optional))
+        for rule in _fusible(rules)
+        for dtype in dtypes
+        for optional in rule.usual
+    ]
 
 
-def possible(rules: Iterable[AnyMethod], dtypes: Sequence[str]) -> list[tuple[AnyRule, Form]]:
+def possible(rules: Iterable[AnyMethod], dtypes: Sequence[str]) -> list[tuple[AnyRule, KernelSignature]]:
     """Return each rule that can be fused with every choice of optional state: the usual ones first, then the others."""
     found = dict.fromkeys(usual(rules, dtypes))
     for rule in _fusible(rules):
         for count in range(len(rule.optional_fields) + 1):
             for optional in combinations(rule.optional_fields, count):
-                found |= dict.fromkeys((rule, Form(dtype, optional)) for dtype in dtypes)
+                found |= dict.fromkeys((rule, KernelSignature(dtype, optional)) for dtype in dtypes)
     return list(found)
 
 

@@ -30,7 +30,7 @@ from torch import Tensor
 from farstep.errors import TensorMismatch
 from farstep.hyper import Hyper, in_range
 from farstep_service.layout import Layout
-from farstep_service.rule import Counts, Scalar, StateTensors, TensorRule
+from farstep_service.rule import Scalar, SegmentCounters, StateTensors, TensorRule
 
 BUFFER = "momentum_buffer"
 MOST_STEPS = 100
@@ -75,7 +75,7 @@ class Muon(TensorRule[MuonHyper]):
     segment_fields = ()
     hyper = MuonHyper
 
-    def scalars(self, counts: Counts, hyper: MuonHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: MuonHyper) -> tuple[float, ...]:
         """Return μ, Nesterov or not, ε, how many iterations, lr, what weight decay leaves of p, how lr is adjusted
         (0: original, 1: like AdamW, 2: not at all) and the three coefficients.
         """
@@ -105,7 +105,7 @@ class Muon(TensorRule[MuonHyper]):
             *hyper.ns_coefficients,
         )
 
-    def advance(self, counts: Counts, hyper: MuonHyper) -> Counts:
+    def advance(self, counts: SegmentCounters, hyper: MuonHyper) -> SegmentCounters:
         """Return the counts as they are: nothing is counted."""
         return counts
 

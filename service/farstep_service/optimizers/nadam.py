@@ -38,7 +38,7 @@ from farstep_service.optimizers.arithmetic import (
     sign_of,
     signed,
 )
-from farstep_service.rule import PRECISION, Counts, ElementwiseRule, Scalar, StateTensors
+from farstep_service.rule import PRECISION, ElementwiseRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class NAdamHyper(CommonHyper):
 
 
 @dataclass(frozen=True, slots=True)
-class NAdamCounts(Counts):
+class NAdamCounts(SegmentCounters):
     """Numbers of one segment.
 
     Attributes:
@@ -94,7 +94,7 @@ class NAdam(ElementwiseRule[NAdamHyper]):
     hyper = NAdamHyper
     counts = NAdamCounts
 
-    def scalars(self, counts: Counts, hyper: NAdamHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: NAdamHyper) -> tuple[float, ...]:
         """Return the sign, both weight decays, 1 − β₁, β₂, 1 − β₂, 1 − β₂ᵗ, epsilon and the rates of g and exp_avg."""
         beta1, beta2 = hyper.betas
         step = counts.step + 1
@@ -112,7 +112,7 @@ class NAdam(ElementwiseRule[NAdamHyper]):
             (-hyper.lr * following) / (1.0 - product * following),
         )
 
-    def advance(self, counts: Counts, hyper: NAdamHyper) -> Counts:
+    def advance(self, counts: SegmentCounters, hyper: NAdamHyper) -> SegmentCounters:
         """Return the next step's mu_product."""
         now, weight = cast(NAdamCounts, counts), _mu(counts.step + 1, hyper)
         double = now.precision > SINGLE

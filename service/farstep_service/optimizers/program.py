@@ -20,7 +20,7 @@ from torch.export import Dim
 
 from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.optimizers.library import compile_library
-from farstep_service.rule import AnyRule, Fields, Form
+from farstep_service.rule import AnyRule, Fields, KernelSignature
 
 LEAST = 2
 """Fewest elements a program takes: torch specialises lengths 0 and 1."""
@@ -52,7 +52,7 @@ class Program(torch.nn.Module):
 HALVES = frozenset({"bfloat16", "float16"})
 
 
-def _vectors(form: Form, device: torch.device) -> dict[str, int]:
+def _vectors(form: KernelSignature, device: torch.device) -> dict[str, int]:
     """Return the length of vectors to compile for, where torch's own choice is a bad one.
 
     Beside float32, numbers of 16 bits fill half of a vector. In vectors of 512 bits torch masks their loads and stores,
@@ -65,7 +65,7 @@ def _vectors(form: Form, device: torch.device) -> dict[str, int]:
     return {"cpp.simdlen": 256} if pick_vec_isa().bit_width() > 256 else {}
 
 
-def compile_rule(rule: AnyRule, form: Form, device: torch.device, *, one_thread: bool, to: Path) -> None:
+def compile_rule(rule: AnyRule, form: KernelSignature, device: torch.device, *, one_thread: bool, to: Path) -> None:
     """Compile a rule in one form into the file `to`.
 
     Args:

@@ -35,7 +35,7 @@ from farstep_service.optimizers.arithmetic import (
     sign_of,
     signed,
 )
-from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
+from farstep_service.rule import ElementwiseRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +68,7 @@ class RAdam(ElementwiseRule[RAdamHyper]):
     tensor_fields = ("exp_avg", "exp_avg_sq")
     hyper = RAdamHyper
 
-    def scalars(self, counts: Counts, hyper: RAdamHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: RAdamHyper) -> tuple[float, ...]:
         """Return the sign, both weight decays, 1 − β₁, β₂, 1 − β₂, 1 − β₁ᵗ, lr, epsilon, √(1 − β₂ᵗ), r or 0, ρₜ > 5."""
         beta1, beta2 = hyper.betas
         step = counts.step + 1

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from farstep_service.kernel import Call, Kernel, Progress, Write, cut
-from farstep_service.rule import AnyRule, ElementwiseRule, Form
+from farstep_service.rule import AnyRule, ElementwiseRule, KernelSignature
 
 BLOCK = 2**17
 """Elements of a block, an even number of them, for pairs. 64k to 256k are equally fast; smaller ones cost more calls,
@@ -43,7 +43,7 @@ class ReferenceKernel(Kernel):
         self._block = block
         self._gpu_block = gpu_block
 
-    def takes(self, form: Form) -> bool:
+    def takes(self, form: KernelSignature) -> bool:
         """Say so of every form: a block is in the cache while it is widened and copied."""
         return True
 

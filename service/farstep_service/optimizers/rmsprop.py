@@ -24,7 +24,7 @@ from torch import Tensor
 
 from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add, addcdiv, addcmul, addcmul_, decayed, lerp, sign_of, signed
-from farstep_service.rule import Counts, ElementwiseRule, Fields, Scalar, StateTensors
+from farstep_service.rule import ElementwiseRule, Fields, Scalar, SegmentCounters, StateTensors
 
 BUFFER = "momentum_buffer"
 MEAN = "grad_avg"
@@ -66,7 +66,7 @@ class RMSprop(ElementwiseRule[RMSpropHyper]):
         """Return the buffer if there is momentum, and the mean of gradients if squares are centered."""
         return ((BUFFER,) if hyper.momentum > 0 else ()) + ((MEAN,) if hyper.centered else ())
 
-    def scalars(self, counts: Counts, hyper: RMSpropHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: RMSpropHyper) -> tuple[float, ...]:
         """Return the sign, weight decay, α, 1 − α, epsilon, μ and −lr."""
         return (
             sign_of(hyper.maximize),

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import addcmul, sign_of, signed
-from farstep_service.rule import Counts, ElementwiseRule, Scalar, StateTensors
+from farstep_service.rule import ElementwiseRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +53,7 @@ class Rprop(ElementwiseRule[RpropHyper]):
     tensor_fields = ("prev", "step_size")
     hyper = RpropHyper
 
-    def scalars(self, counts: Counts, hyper: RpropHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: RpropHyper) -> tuple[float, ...]:
         """Return the sign, both etas, both step sizes, first step or not, and the step size of the first."""
         return (sign_of(hyper.maximize), *hyper.etas, *hyper.step_sizes, float(not counts.fields), hyper.lr)
 

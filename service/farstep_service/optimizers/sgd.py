@@ -27,7 +27,7 @@ from torch import Tensor
 from farstep.errors import TensorMismatch
 from farstep.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add, add_, decayed, sign_of, signed
-from farstep_service.rule import Counts, ElementwiseRule, Fields, RowRule, Scalar, StateTensors
+from farstep_service.rule import ElementwiseRule, Fields, RowRule, Scalar, SegmentCounters, StateTensors
 
 BUFFER = "momentum_buffer"
 
@@ -72,7 +72,7 @@ class SGD(ElementwiseRule[SGDHyper], RowRule[SGDHyper]):
         """Return the buffer if there is momentum."""
         return (BUFFER,) if hyper.momentum != 0 else ()
 
-    def scalars(self, counts: Counts, hyper: SGDHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: SGDHyper) -> tuple[float, ...]:
         """Return the sign, weight decay, Nesterov or not, μ, the weights of the old buffer and of g in it, and −lr."""
         first = BUFFER not in counts.fields
         return (
@@ -85,7 +85,7 @@ class SGD(ElementwiseRule[SGDHyper], RowRule[SGDHyper]):
             -hyper.lr,
         )
 
-    def advance(self, counts: Counts, hyper: SGDHyper) -> Counts:
+    def advance(self, counts: SegmentCounters, hyper: SGDHyper) -> SegmentCounters:
         """Return the counts as they are: nothing is counted."""
         return counts
 

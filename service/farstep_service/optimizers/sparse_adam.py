@@ -23,7 +23,7 @@ from farstep.errors import TensorMismatch
 from farstep.hyper import Hyper, in_range
 from farstep_service.layout import Layout
 from farstep_service.optimizers.arithmetic import add, add_, sign_of, signed
-from farstep_service.rule import Counts, ElementwiseRule, RowRule, Scalar, StateTensors
+from farstep_service.rule import ElementwiseRule, RowRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class SparseAdam(ElementwiseRule[SparseAdamHyper], RowRule[SparseAdamHyper]):
     kernels = ("reference",)
     hyper = SparseAdamHyper
 
-    def scalars(self, counts: Counts, hyper: SparseAdamHyper) -> tuple[float, ...]:
+    def scalars(self, counts: SegmentCounters, hyper: SparseAdamHyper) -> tuple[float, ...]:
         """Return the sign, the weights of g in both averages, epsilon and the negative learning rate of this step."""
         step = counts.step + 1
         beta1, beta2 = hyper.betas

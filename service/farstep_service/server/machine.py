@@ -122,12 +122,12 @@ def check_device(name: str) -> None:
 def kernels_at_hand(device: str) -> str:
     """Say which kernels the first steps on a device will run; nothing is built or loaded for the answer."""
     from farstep_service.optimizers import RULES, usual
-    from farstep_service.optimizers.packages import Package, default_directory, find
+    from farstep_service.optimizers.compiled_kernels import CompiledKernel, default_directory, find
 
     directory = default_directory()
     try:
         complete = all(
-            find(directory, Package(rule.name, form.dtype, device, optional=form.optional), rule)
+            find(directory, CompiledKernel(rule.name, form.dtype, device, optional=form.optional), rule)
             for rule, form in usual(RULES.values(), ["float32"])
         )
     except Unavailable as exc:

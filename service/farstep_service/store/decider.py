@@ -20,7 +20,7 @@ from farstep.hyper import Hyper
 from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.kernel import Kernel, KernelSource
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Counts, Form, KernelName, RowRule
+from farstep_service.rule import AnyRule, KernelName, KernelSignature, RowRule, SegmentCounters
 from farstep_service.store.calls import Caller, RowCall, check_numbers
 from farstep_service.store.gradients import Gradients, Rows, coalesce
 from farstep_service.store.runs import Decision, Numbers, Planner, next_step
@@ -57,7 +57,7 @@ class Decider:
     def prepare(self, groups: Sequence[Hyper]) -> None:
         """Have kernels made ready for what the layout holds."""
         kinds = {(segment.buffer, segment.group) for segment in self._layout.segments}
-        forms = {Form(dtype, self._rule.optional(groups[group])) for dtype, group in kinds}
+        forms = {KernelSignature(dtype, self._rule.optional(groups[group])) for dtype, group in kinds}
         self._kernels.prepare(self._rule, sorted(forms), self._device)
 
     def check_groups(self, groups: Sequence[Hyper]) -> None:
@@ -67,7 +67,9 @@ class Decider:
                 f"{self._rule.name} needs its options for each of {self._layout.groups} groups.", field="groups"
             )
 
-    def check_step(self, groups: Sequence[Hyper], changed: Container[int], counts: Sequence[Counts | None]) -> None:
+    def check_step(
+        self, groups: Sequence[Hyper], changed: Container[int], counts: Sequence[SegmentCounters | None]
+    ) -> None:
         """Refuse options of changed groups with which their next step could not be taken.
 
         Raises:
@@ -111,7 +113,9 @@ class Decider:
         runs = [(run.members[0], run.length, its) for run, its in zip(decision.cut.runs, decision.runs, strict=True)]
         segments = self._layout.segments
         runs += [(its.segment, segments[its.segment].length, numbers) for its, numbers in spread]
-        forms = frozenset(Form(segments[first].buffer, its.optional) for first, length, its in runs if length)
+        forms = frozenset(
+            KernelSignature(segments[first].buffer, its.optional) for first, length, its in runs if length
+        )
         chosen = self._kernels.choose(self._rule, forms, self._device, wanted)
         state.take_memory(name for numbers in (*decision.runs, *decision.rows) for name in numbers.optional)
         gradients.buffers.begin(decision.cut.dense)
@@ -150,11 +154,11 @@ class Decider:
         if into is not None and not into.borders <= source.borders:
             into = None
         copies: list[Tensor | None] = []
-        wanted: set[Form] = set()
+        wanted: set[KernelSignature] = set()
         for run, its in zip(decision.cut.runs, decision.runs, strict=True):
             first, dtype = run.members[0], segments[run.members[0]].buffer
             narrow = source.element(first) if source.element(first) != dtype else ""
-            form = Form(dtype, its.optional, narrow, "" if into is None else into.element(first))
+            form = KernelSignature(dtype, its.optional, narrow, "" if into is None else into.element(first))
             if (form.gradient or form.copy) and run.length >= WORTH_A_KERNEL:
                 wanted.add(form)
             copied = into is not None and form.copy and run.length and kernel.takes(form)
@@ -195,5 +199,5 @@ def check_first_step(layout: Layout, rule: AnyRule, groups: Sequence[Hyper], beg
             _check_one(rule, buffer, None, groups[group])
 
 
-def _check_one(rule: AnyRule, buffer: str, counts: Counts | None, hyper: Hyper) -> None:
+def _check_one(rule: AnyRule, buffer: str, counts: SegmentCounters | None, hyper: Hyper) -> None:
     check_numbers([(TORCH_DTYPES[buffer], next_step(rule, counts, hyper)[0])])

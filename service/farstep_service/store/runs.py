@@ -19,7 +19,7 @@ from typing import NamedTuple, final
 from farstep.errors import InvalidOption
 from farstep.hyper import Hyper
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Counts, ElementwiseRule, Fields
+from farstep_service.rule import AnyRule, ElementwiseRule, Fields, SegmentCounters
 from farstep_service.store.gradients import Gradients
 
 
@@ -77,7 +77,7 @@ class Decision:
     cut: Cut
     runs: list[Numbers]
     rows: list[Numbers]
-    after: list[Counts | None]
+    after: list[SegmentCounters | None]
 
 
 @final
@@ -107,7 +107,7 @@ class Planner:
         self,
         groups: Sequence[Hyper],
         gradients: Gradients,
-        counts: Sequence[Counts | None],
+        counts: Sequence[SegmentCounters | None],
         borders: frozenset[int],
     ) -> Decision:
         """Decide a step.
@@ -125,12 +125,12 @@ class Planner:
         pattern = [classes.setdefault(hyper, number) for number, hyper in enumerate(groups)]
         present = None if gradients.present is None else tuple(gradients.present)
         key = (pattern, present, tuple(gradients.sparse), gradients.buffers.borders, borders)
-        known: dict[tuple[int, int, tuple[int, ...]], tuple[Numbers, Counts | None]] = {}
+        known: dict[tuple[int, int, tuple[int, ...]], tuple[Numbers, SegmentCounters | None]] = {}
         after = list(counts)
 
         def advance(segment: int) -> Numbers:
             group = self._layout.segments[segment].group
-            # Counts that are equal are mostly one object; comparing them by identity is several times faster.
+            # SegmentCounters that are equal are mostly one object; comparing them by identity is several times faster.
             where = (pattern[group], id(counts[segment]), self._shapes[segment])
             found = known.get(where)
             if found is None:
@@ -157,7 +157,9 @@ class Planner:
                 self._key, self._cut = key, cut
         return Decision(cut, numbers, [advance(segment) for segment in gradients.sparse], after)
 
-    def _numbers(self, counts: Counts | None, hyper: Hyper, shape: tuple[int, ...]) -> tuple[Numbers, Counts | None]:
+    def _numbers(
+        self, counts: SegmentCounters | None, hyper: Hyper, shape: tuple[int, ...]
+    ) -> tuple[Numbers, SegmentCounters | None]:
         rule = self._rule
         scalars, after = next_step(rule, counts, hyper)
         optional = rule.optional(hyper)
@@ -166,7 +168,7 @@ class Planner:
             return Numbers(scalars, optional), None
         return Numbers(scalars, optional), after if after.fields == fields else replace(after, fields=fields)
 
-    def _is_steady(self, run: Run, pattern: Sequence[int], after: Sequence[Counts | None]) -> bool:
+    def _is_steady(self, run: Run, pattern: Sequence[int], after: Sequence[SegmentCounters | None]) -> bool:
         """Say whether the members of a run will have equal numbers in the next step, too."""
         first, *others = run.members
         group = pattern[self._layout.segments[first].group]
@@ -175,7 +177,7 @@ class Planner:
         )
 
 
-def next_step(rule: AnyRule, counts: Counts | None, hyper: Hyper) -> tuple[tuple[float, ...], Counts]:
+def next_step(rule: AnyRule, counts: SegmentCounters | None, hyper: Hyper) -> tuple[tuple[float, ...], SegmentCounters]:
     """Return the numbers of the step that follows `counts`, None for the first one, and the counts after it.
 
     Raises:

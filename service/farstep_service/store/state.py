@@ -14,7 +14,7 @@ from farstep.errors import TensorMismatch
 from farstep.fields import PRECISIONS, SINGLE
 from farstep.hyper import Hyper
 from farstep_service.layout import Layout
-from farstep_service.rule import PRECISION, AnyRule, Counts, Fields
+from farstep_service.rule import PRECISION, AnyRule, Fields, SegmentCounters
 from farstep_service.store.buffers import Buffers, FlatBuffers
 
 PARAMETERS = "param"
@@ -87,7 +87,7 @@ class State:
         shape = self._layout.segments[segment].shape
         return {name: self.fields[name].segment(segment) for name in self._rule.fields(optional, shape)}
 
-    def newborn(self, segment: int) -> Counts | None:
+    def newborn(self, segment: int) -> SegmentCounters | None:
         """Return the counts of a segment that has not stepped; None if its state begins with its first step."""
         return self._having(segment, None, ()) if self._rule.eager else None
 
@@ -98,7 +98,7 @@ class State:
                 value = self._rule.initial(name, self._options(segment))
                 buffers.stretch(segment, buffers.layout.segments[segment].length).fill_(value)
 
-    def clear_absent(self, segments: Sequence[int], counts: Sequence[Counts | None]) -> None:
+    def clear_absent(self, segments: Sequence[int], counts: Sequence[SegmentCounters | None]) -> None:
         """Clear the optional fields that segments with state do not have, so that they begin anew when used."""
         for name in self._rule.optional_fields:
             if name in self.fields:
@@ -118,11 +118,11 @@ class State:
 
     def counts_with(
         self,
-        counts: Sequence[Counts | None],
+        counts: Sequence[SegmentCounters | None],
         segments: Sequence[int],
         contents: Mapping[str, FieldValues],
         has: Sequence[Fields | None] | None,
-    ) -> list[Counts | None]:
+    ) -> list[SegmentCounters | None]:
         """Check other contents for some segments and return the counts they lead to; nothing is written.
 
         Args:
@@ -162,7 +162,7 @@ class State:
                 after[segment] = None if names is None else self._having(segment, bare, names)
         return after
 
-    def _having(self, segment: int, counts: Counts | None, more: Iterable[str]) -> Counts:
+    def _having(self, segment: int, counts: SegmentCounters | None, more: Iterable[str]) -> SegmentCounters:
         """Return counts, or those of a segment without state, with these tensor fields beside what it has."""
         counts = counts or self._rule.first(self._options(segment))
         shape = self._layout.segments[segment].shape
@@ -172,7 +172,7 @@ class State:
         return self._groups[self._layout.segments[segment].group]
 
 
-def _with(counts: Counts, field: str, value: Number) -> Counts:
+def _with(counts: SegmentCounters, field: str, value: Number) -> SegmentCounters:
     number = float(value) if type(value) in (int, float) else math.nan
     if not math.isfinite(number) or (field == "step" and (number < 0 or number != int(number))):
         raise TensorMismatch(f"{field}={value!r:.80} is not what a segment can have.", field=field)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from farstep.receipt import Ran
 from farstep_service.kernel import At, Call, Kernel, Progress, Write, cut
-from farstep_service.rule import Counts
+from farstep_service.rule import SegmentCounters
 from farstep_service.store.buffers import Buffers, FlatBuffers, shaped
 from farstep_service.store.calls import RowCall
 from farstep_service.store.gradients import Gradients
@@ -59,7 +59,7 @@ class Contents:
     """
 
     version: int
-    counts: Sequence[Counts | None]
+    counts: Sequence[SegmentCounters | None]
     changed: Sequence[int]
 
     def marked(self, segments: Sequence[int], version: int) -> list[int]:

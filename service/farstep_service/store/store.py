@@ -24,7 +24,7 @@ from farstep.errors import StepInterrupted, TensorMismatch
 from farstep.hyper import Hyper
 from farstep_service.kernel import Kernel, KernelSource, Rerun
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Counts, Fields, KernelName
+from farstep_service.rule import AnyRule, Fields, KernelName, SegmentCounters
 from farstep_service.store.buffers import Buffers, FlatBuffers
 from farstep_service.store.decider import Decider
 from farstep_service.store.gradients import Gradients
@@ -152,13 +152,13 @@ class Store:
             self._state.check_field(field, self.rule.tensor_fields)
             return self._state.memory(field)
 
-    def counts(self, segment: int) -> Counts | None:
+    def counts(self, segment: int) -> SegmentCounters | None:
         """Return what a segment has lived through, None if it has no state."""
         with self._lock:
             self.finish()
             return self._now.counts[segment]
 
-    def all_counts(self) -> Sequence[Counts | None]:
+    def all_counts(self) -> Sequence[SegmentCounters | None]:
         """Return what each segment has lived through, None for one without state."""
         with self._lock:
             self.finish()

@@ -1,15 +1,15 @@
-"""What sees to it that nothing outlives a launcher, even one that was ended by SIGKILL.
+"""Nothing outlives a launcher, even one that was ended by SIGKILL.
 
-    leash.py run PARENT COMMAND ...     becomes the command; Linux ends it when its parent ends
-    leash.py watch DIRECTORY            outlives the launcher for a moment: ends the groups of processes that it had
-                                        started, with all that they had started, and removes its directory
+    run PARENT COMMAND ...   becomes the command; Linux ends it when its parent ends
+    watch DIRECTORY          outlives the launcher for a moment: ends the groups of processes that it had started, with
+                             all that they had started, and removes its directory
 
 The watcher reads `+GROUP` and `-GROUP` from its standard input, line by line. Only the launcher has the other end: that
-it closes is the launcher's end, whatever the reason. Run by its path and with nothing but the standard
-library, so that it takes no time.
+it closes is the launcher's end, whatever the reason. Run by its path and with nothing but the standard library, so that
+it takes no time.
 
-`farstep launch` and `farstep demo` are the launchers: `leashed` is the command of each process that they start, and
-`watched` yields the watcher, which is told of each.
+`farstep launch` and `farstep demo` are the launchers: `dying_with_parent` is the command of each process that they
+start, and `watched` yields the watcher, which is told of each.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
 PR_SET_PDEATHSIG = 1
-LEASH = (sys.executable, "-I", "-S", os.path.abspath(__file__))
+DIE_WITH_PARENT = (sys.executable, "-I", "-S", os.path.abspath(__file__))
 
 
-def leashed(command: Sequence[str]) -> list[str]:
+def dying_with_parent(command: Sequence[str]) -> list[str]:
     """Return the command of a process that ends when this one does; as it was where there is no Linux.
 
     The thread that starts it must not end before this process, since Linux watches the thread.
     """
-    return [*LEASH, "run", str(os.getpid()), *command] if sys.platform == "linux" else [*command]
+    return [*DIE_WITH_PARENT, "run", str(os.getpid()), *command] if sys.platform == "linux" else [*command]
 
 
 class Watcher:
@@ -61,7 +61,7 @@ def watched(directory: str = "") -> Iterator[Watcher]:
     import subprocess
 
     with subprocess.Popen(
-        [*LEASH, "watch", directory],
+        [*DIE_WITH_PARENT, "watch", directory],
         bufsize=0,
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -33,7 +33,7 @@ class Stop:
 
 
 @final
-class Course:
+class RestartPolicy:
     """Decide what follows on what happens.
 
     Args:

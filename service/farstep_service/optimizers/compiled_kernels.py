@@ -24,14 +24,14 @@ import torch
 
 from farstep.errors import Unavailable
 from farstep_service.optimizers import arithmetic, library, program
-from farstep_service.rule import AnyRule, Fields, Form, Rule
+from farstep_service.rule import AnyRule, Fields, KernelSignature, Rule
 
 Threads = Literal["one", "many"]
 """Whether a package uses one thread or all that torch has. Waking a second one costs more than a small span."""
 
 
 @dataclass(frozen=True, slots=True)
-class Package:
+class CompiledKernel:
     """Name one compiled kernel.
 
     Attributes:
@@ -40,7 +40,7 @@ class Package:
         device: the torch device it runs on.
         threads: what it was compiled for; always `one` on a GPU.
         optional: the optional state fields in use.
-        gradient, copy: the element types of the gradients and of a copy, as `Form` has them.
+        gradient, copy: the element types of the gradients and of a copy, as `KernelSignature` has them.
     """
 
     rule: str
@@ -52,14 +52,14 @@ class Package:
     copy: str = ""
 
     @classmethod
-    def of(cls, rule: AnyRule, form: Form, device: str) -> Package:
+    def of(cls, rule: AnyRule, form: KernelSignature, device: str) -> CompiledKernel:
         """Return the package of a rule in a form, for one thread."""
         return cls(rule.name, form.dtype, device, "one", form.optional, form.gradient, form.copy)
 
     @property
-    def form(self) -> Form:
+    def form(self) -> KernelSignature:
         """Return what the rule is compiled for."""
-        return Form(self.dtype, self.optional, self.gradient, self.copy)
+        return KernelSignature(self.dtype, self.optional, self.gradient, self.copy)
 
 
 ARCHIVE = ".pt2"
@@ -74,7 +74,7 @@ def default_directory() -> Path:
     return (Path(cache_home) if cache_home else Path.home() / ".cache") / "farstep" / "kernels"
 
 
-def file_name(package: Package, rule: AnyRule) -> str:
+def file_name(package: CompiledKernel, rule: AnyRule) -> str:
     """Return the name under which the package for this machine and these sources is kept."""
     facts = [torch.__version__, _sources(type(rule)), *package.form, package.threads, machine(package.device)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
@@ -143,7 +143,7 @@ def open_directory(directory: Path) -> None:
     _check_owner(directory)
 
 
-def find(directory: Path, package: Package, rule: AnyRule) -> Path | None:
+def find(directory: Path, package: CompiledKernel, rule: AnyRule) -> Path | None:
     """Return the package's file, None if it has not been built.
 
     Raises:

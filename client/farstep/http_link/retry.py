@@ -30,7 +30,7 @@ SPREAD = (1.0, 1.1)
 
 
 @dataclass(slots=True)
-class Patience:
+class RetryPolicy:
     """Repeat a call until it answers, or until `timeout_s` has passed.
 
     Attributes:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from farstep.overlap import PAUSE_STEPS, STREAMED, Foresight
-from farstep.overlap.foresight import Report
+from farstep.overlap import PAUSE_STEPS, STREAMED, BackwardOrder
+from farstep.overlap.backward_order import Report
 
 
-def reports(foresight: Foresight, indices: Sequence[int]) -> list[Report]:
+def reports(foresight: BackwardOrder, indices: Sequence[int]) -> list[Report]:
     return [foresight.reported(index) for index in indices]
 
 
-def learnt(*indices: int) -> Foresight:
+def learnt(*indices: int) -> BackwardOrder:
     """Return what has seen one step."""
-    foresight = Foresight()
+    foresight = BackwardOrder()
     assert reports(foresight, indices) == ["early"] * len(indices)
     foresight.stepped(set(indices), "")
     return foresight
@@ -43,7 +43,7 @@ def test_unexpected_gradients_are_never_final() -> None:
 
 def test_gradients_that_were_set_by_hand_are_not_foreseen() -> None:
     """After a step with gradients that nobody reported nothing is expected."""
-    foresight = Foresight()
+    foresight = BackwardOrder()
     foresight.reported(0)
     foresight.stepped({0, 1}, "")
     assert foresight.order == ()
@@ -52,7 +52,7 @@ def test_gradients_that_were_set_by_hand_are_not_foreseen() -> None:
 
 def test_reported_gradients_that_were_not_pushed_are_not_expected() -> None:
     """Expected is what was pushed."""
-    foresight = Foresight()
+    foresight = BackwardOrder()
     reports(foresight, [0, 1, 2])
     foresight.stepped({0, 2}, "")
     assert foresight.order == (0, 2)

@@ -27,7 +27,7 @@ STREAMED: Final = "streamed"
 
 
 @final
-class Foresight:
+class BackwardOrder:
     """Learn from each step of one optimizer what the next one will be."""
 
     def __init__(self) -> None:
