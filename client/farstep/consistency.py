@@ -140,7 +140,7 @@ class Sync(Mode):
 
     @property
     def partial(self) -> bool:
-        """Say whether a step can be made without a worker."""
+        """Return whether a step can be made without a worker."""
         return self.workers == "live" or self.quorum is not None
 
     @property
@@ -239,7 +239,7 @@ def from_options(options: Mapping[str, object]) -> Consistency:
 
 
 def waits_for_others(consistency: Consistency) -> bool:
-    """Say whether a worker that says nothing keeps others waiting."""
+    """Return whether a worker that says nothing keeps others waiting."""
     return isinstance(consistency, Bounded) or (isinstance(consistency, Sync) and consistency.workers != 1)
 
 

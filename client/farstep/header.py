@@ -32,7 +32,7 @@ class Header:
 
     @property
     def is_empty(self) -> bool:
-        """Say whether all has been taken."""
+        """Return whether all has been taken."""
         return not self._values
 
     def integer(self, key: str, *, least: int = 0, most: int = 2**63 - 1, default: int | None = None) -> int:

@@ -25,5 +25,5 @@ def batches_of(payload: Payload) -> Generator[Batch]:
 
 
 def never_sent(payload: Payload) -> bool:
-    """Say whether a server cannot have had all of it, because it was never all there."""
+    """Return whether a server cannot have had all of it, because it was never all there."""
     return isinstance(payload, Supply) and not payload.whole

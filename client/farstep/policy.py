@@ -65,7 +65,7 @@ class Policy:
 
     @property
     def as_they_come(self) -> bool:
-        """Say whether a step takes the gradients of its round as they are."""
+        """Return whether a step takes the gradients of its round as they are."""
         return self.accumulate == 1 and self.clip_norm is None and self.clip_value is None
 
     @property
@@ -108,7 +108,7 @@ def _wrong(what: str, field: str) -> InvalidOption:
 
 
 def _is_number(value: Any) -> bool:
-    """Say whether a value is a number that a float can hold, or infinity."""
+    """Return whether a value is a number that a float can hold, or infinity."""
     return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
 
 

@@ -49,7 +49,7 @@ class Unanswered:
         return int(self.header["seq"])
 
     def has_content_of(self, header: Mapping[str, Any], payload: Payload) -> bool:
-        """Say whether another write is this one again."""
+        """Return whether another write is this one again."""
         return _content(self.header) == _content(header) and self.digest == digest_of(payload)
 
 
@@ -77,7 +77,7 @@ class Names:
 
     @property
     def outgrown(self) -> bool:
-        """Say whether a param group was added by a write that got no answer, so that its caller does not know it."""
+        """Return whether a param group was added by a write that got no answer, so that its caller does not know it."""
         before = self.unanswered
         return before is not None and "group" in before.header and before.sequence <= self._committed
 
@@ -131,5 +131,5 @@ def _content(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Say whether the server has decided that the write did not happen."""
+    """Return whether the server has decided that the write did not happen."""
     return isinstance(error, FarstepError) and error.side == "server" and error.status < 500

@@ -43,7 +43,7 @@ class Tokens:
 
     @property
     def required(self) -> bool:
-        """Say whether a token has to be shown at all."""
+        """Return whether a token has to be shown at all."""
         return bool(self._digests)
 
     def check(self, method: str, path: str, authorization: Iterable[bytes]) -> None:

@@ -22,7 +22,7 @@ other threads, which would be in the way of the event loop."""
 
 
 def all_finite(span: Tensor) -> bool:
-    """Say whether a flat tensor holds neither NaN nor Inf."""
+    """Return whether a flat tensor holds neither NaN nor Inf."""
     if span.dtype is torch.float16:
         return not span.numel() or all(math.isfinite(extreme.item()) for extreme in span.aminmax())
     if math.isfinite(span.sum().item()):
@@ -66,7 +66,7 @@ class Watch:
 
     @property
     def over(self) -> bool:
-        """Say whether everything was looked at, and found to be finite."""
+        """Return whether everything was looked at, and found to be finite."""
         return self.finite and not self._left
 
     def arrived(self, received: int) -> None:

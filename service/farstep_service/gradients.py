@@ -174,7 +174,7 @@ class Contribution:
 
     @property
     def is_whole(self) -> bool:
-        """Say whether every segment has a dense gradient."""
+        """Return whether every segment has a dense gradient."""
         return not self._announced and len(self.indices) == len(self.layout.segments)
 
     @property

@@ -116,7 +116,7 @@ class Kernel(ABC):
     name: KernelName
 
     def takes(self, form: KernelSignature) -> bool:
-        """Say whether it runs this form in one pass over memory; only then may a call ask for a copy."""
+        """Return whether it runs this form in one pass over memory; only then may a call ask for a copy."""
         return False
 
     @abstractmethod

@@ -73,7 +73,7 @@ class Segment:
 
     @property
     def is_complex(self) -> bool:
-        """Say whether the parameter is complex, stored as pairs of reals."""
+        """Return whether the parameter is complex, stored as pairs of reals."""
         return self.dtype != self.buffer
 
 
@@ -264,7 +264,7 @@ class Layout:
         return {}
 
     def _follows(self, index: int) -> bool:
-        """Say whether a segment begins where the one before it ends."""
+        """Return whether a segment begins where the one before it ends."""
         before, segment = self.segments[index - 1], self.segments[index]
         return before.buffer == segment.buffer and before.stop == segment.offset
 

@@ -273,7 +273,7 @@ class RowRule(Rule[H]):
     """A rule that knows what to do with the rows that a sparse gradient names."""
 
     def by_rows(self, hyper: H) -> bool:
-        """Say whether a sparse gradient changes the rows it names and no other; if not, it is made dense."""
+        """Return whether a sparse gradient changes the rows it names and no other; if not, it is made dense."""
         return True
 
     @abstractmethod

@@ -68,7 +68,7 @@ def parts_of(text: str) -> list[str]:
 
 
 def ended_well(rows: Iterable[Row]) -> bool:
-    """Say whether all parts were measured; a missed target is a result, not a failure."""
+    """Return whether all parts were measured; a missed target is a result, not a failure."""
     return not any(row.work.startswith(FAILED) for row in rows)
 
 

@@ -188,7 +188,7 @@ def sides_of(
 
 
 def _runs(step: Step) -> bool:
-    """Say whether torch has this for the device; it says so at the first step."""
+    """Return whether torch has this for the device; it says so at the first step."""
     try:
         step()
     except NotImplementedError:

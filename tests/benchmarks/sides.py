@@ -60,7 +60,7 @@ class Found:
         self.seconds.setdefault((side, work), []).extend(seconds)
 
     def has(self, side: str, work: Work) -> bool:
-        """Say whether there is anything of a side."""
+        """Return whether there is anything of a side."""
         return (side, work) in self.seconds
 
     def ms(self, side: str, work: Work) -> float:

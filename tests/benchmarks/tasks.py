@@ -55,7 +55,7 @@ class Task:
     measure: Callable[[nn.Module], float]
 
     def reached(self, measured: float) -> bool:
-        """Say whether that is good enough."""
+        """Return whether that is good enough."""
         return measured >= self.mark if self.rising else measured <= self.mark
 
 

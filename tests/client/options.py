@@ -17,7 +17,7 @@ REAL = ("Adafactor", "Muon", "SparseAdam")
 
 
 def has(name: str, option: str) -> bool:
-    """Say whether torch's class takes an option."""
+    """Return whether torch's class takes an option."""
     return option in inspect.signature(theirs(name)).parameters
 
 

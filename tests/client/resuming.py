@@ -193,7 +193,7 @@ def begin(which: Parameters) -> list[Tensor]:
 
 
 def same_bits(here: Any, there: Any) -> bool:
-    """Say whether two results are equal, bit for bit, NaN included."""
+    """Return whether two results are equal, bit for bit, NaN included."""
     if isinstance(there, dict):
         return here.keys() == there.keys() and all(same_bits(here[key], value) for key, value in there.items())
     if isinstance(there, list):

@@ -21,7 +21,7 @@ class Gone:
         self._fd = os.pidfd_open(pid)
 
     def __call__(self) -> bool:
-        """Say whether it has ended, after waiting for that."""
+        """Return whether it has ended, after waiting for that."""
         ready, _, _ = select.select([self._fd], [], [], LIMIT_S)
         os.close(self._fd)
         return bool(ready)

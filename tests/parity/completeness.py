@@ -23,7 +23,7 @@ ABSENT: dict[str, str] = {}
 
 
 def is_current(version: str) -> bool:
-    """Say whether a torch is at least as new as the one that farstep follows."""
+    """Return whether a torch is at least as new as the one that farstep follows."""
     major, minor = version.split(".")[:2]
     return (int(major), int(minor)) >= FOLLOWED
 

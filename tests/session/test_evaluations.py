@@ -77,7 +77,7 @@ def state(session: Session) -> dict[str, Any]:
 
 
 def same(here: dict[str, Any], there: dict[str, Any]) -> bool:
-    """Say whether two states are equal bit for bit; NaN stands for what there never was."""
+    """Return whether two states are equal bit for bit; NaN stands for what there never was."""
     return here["shapes"] == there["shapes"] and all(
         torch.equal(value.nan_to_num(12345.0), there[name].nan_to_num(12345.0))
         for name, value in here.items()

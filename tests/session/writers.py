@@ -113,7 +113,7 @@ def mean_of(*contributions: Sequence[Gradient]) -> list[Gradient]:
 
 
 def equal(ones: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
-    """Say whether tensors are equal bit for bit."""
+    """Return whether tensors are equal bit for bit."""
     return all(map(torch.equal, ones, others)) and len(ones) == len(others)
 
 

@@ -131,7 +131,7 @@ class BrokenKernel(Kernel):
 
     @property
     def failed(self) -> bool:
-        """Say whether it has failed."""
+        """Return whether it has failed."""
         return self._after < 0
 
 

@@ -57,7 +57,7 @@ class Holdings:
 
     @property
     def on_cpu(self) -> bool:
-        """Say whether every parameter is in this machine's memory."""
+        """Return whether every parameter is in this machine's memory."""
         return all(p.device.type == "cpu" for p in self.parameters)
 
     def rebind_(self, parameters: Sequence[Tensor]) -> None:

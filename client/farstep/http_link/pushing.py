@@ -112,7 +112,7 @@ class Pushing:
         gradients: Sequence[Tensor | None],
         unlooked: list[int] | None,
     ) -> bool:
-        """Say whether a push that was begun is what the step sends, which no edit of a parameter has to precede.
+        """Return whether a push that was begun is what the step sends, which no edit of a parameter has to precede.
 
         Two comparisons of memory, side by side: all cores are the step's now.
         """

@@ -61,7 +61,7 @@ class Sharing:
 
     @property
     def foreign(self) -> bool:
-        """Say whether the memory in use is that of the process this one was forked from."""
+        """Return whether the memory in use is that of the process this one was forked from."""
         return self._made is not None and self._process != os.getpid()
 
     def offer(self, epoch: int, parameters: Sequence[Tensor]) -> bool:

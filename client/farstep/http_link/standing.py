@@ -54,7 +54,7 @@ class Standing:
 
     @property
     def forked(self) -> bool:
-        """Say whether this process is a fork of the worker, whose session and streams are its parent's."""
+        """Return whether this process is a fork of the worker, whose session and streams are its parent's."""
         return self._writer.forked
 
     def join_(self, joined: Joined) -> None:

@@ -64,7 +64,7 @@ class Writer:
 
     @property
     def forked(self) -> bool:
-        """Say whether this process is a fork of the one that joined, whose worker, session and streams these are."""
+        """Return whether this process is a fork of the one that joined, whose worker, session and streams these are."""
         return self._process != os.getpid()
 
     @property

@@ -45,7 +45,7 @@ class Beginning:
         return {name: copy.detach().clone() for name, copy in zip(self._parameters, self.tensors, strict=True)}
 
     def has(self, values: Mapping[str, Tensor]) -> bool:
-        """Say whether the copies hold these values."""
+        """Return whether the copies hold these values."""
         return all(
             torch.equal(copy, _copied(values[name])) for name, copy in zip(self._parameters, self.tensors, strict=True)
         )

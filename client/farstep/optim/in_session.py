@@ -219,7 +219,7 @@ class InSession(torch.optim.Optimizer):
         self._asked_for_scaling = False
 
     def _overlaps(self, place: Place) -> bool:
-        """Say whether gradients are sent while others are being computed."""
+        """Return whether gradients are sent while others are being computed."""
         return place.overlap and place.server is not None
 
     def _take_in_force(self) -> None:

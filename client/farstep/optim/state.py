@@ -227,7 +227,7 @@ class RemoteState(Fetched):
         return seen.keys() == state.keys() and all(seen[key].is_still(value) for key, value in state.items())
 
     def _is_equal(self, p: Tensor, index: int, state: State) -> bool:
-        """Say whether the session is known to have this state, bit by bit."""
+        """Return whether the session is known to have this state, bit by bit."""
         own = dict.get(self, p)
         mine = {} if isinstance(own, _Unread) else self._fields_of(own)
         if not mine or not self._is_as_read(index, mine):

@@ -109,7 +109,7 @@ class Overlapped:
 
     @property
     def over(self) -> bool:
-        """Say whether its thread has ended, so that the stage may be used again."""
+        """Return whether its thread has ended, so that the stage may be used again."""
         return self._process == os.getpid() and self._over
 
     def join(self, timeout_s: float) -> None:
@@ -118,7 +118,7 @@ class Overlapped:
             self._thread.join(timeout_s)
 
     def carries(self, header: Mapping[str, Any], gradients: Sequence[Tensor | None]) -> bool:
-        """Say whether the push is, in every bit, what a step sends now; end it if not.
+        """Return whether the push is, in every bit, what a step sends now; end it if not.
 
         What has not been sent yet is from here on taken from these gradients.
 

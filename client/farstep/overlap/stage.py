@@ -78,7 +78,7 @@ class Stage:
         return self._memory[index][length(index, first) : length(index, last)]
 
     def takes(self, index: int, gradient: Tensor) -> bool:
-        """Say whether a gradient is one that can be here: dense, and of its parameter's dtype and size."""
+        """Return whether a gradient is one that can be here: dense, and of its parameter's dtype and size."""
         dense = gradient.layout is torch.strided and gradient.dtype is self._dtypes[index]
         return dense and gradient.numel() == self._counts[index]
 

@@ -30,7 +30,7 @@ class Seen(NamedTuple):
 
 
 def same_bits(here: Tensor | float, there: Tensor | float) -> bool:
-    """Say whether two numbers are equal, or two tensors in every bit, their shape, dtype and device."""
+    """Return whether two numbers are equal, or two tensors in every bit, their shape, dtype and device."""
     if not isinstance(here, Tensor) or not isinstance(there, Tensor):
         return not isinstance(here, Tensor) and not isinstance(there, Tensor) and here == there
     if here is there:

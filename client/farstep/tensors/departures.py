@@ -126,7 +126,7 @@ class Departures:
 
     @property
     def large(self) -> bool:
-        """Say whether the payload is made while it is sent."""
+        """Return whether the payload is made while it is sent."""
         return self.nbytes >= LARGE_BYTES
 
     def payload(

@@ -154,12 +154,12 @@ def _bytes_at(address: int, nbytes: int) -> memoryview:
 
 
 def _is_odd(tensor: Tensor, copy: Tensor) -> bool:
-    """Say whether a tensor's memory does not simply hold its elements in order, as the copy's does."""
+    """Return whether a tensor's memory does not simply hold its elements in order, as the copy's does."""
     alike = tensor.shape == copy.shape and tensor.dtype == copy.dtype and tensor.device == copy.device
     return not (alike and is_plain(tensor))
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Say whether a tensor's memory, on the CPU, holds its elements in order and as they are."""
+    """Return whether a tensor's memory, on the CPU, holds its elements in order and as they are."""
     dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
     return dense and not tensor.is_conj() and not tensor.is_neg()

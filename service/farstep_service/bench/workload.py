@@ -115,7 +115,7 @@ class Workload:
 
     @property
     def fuses(self) -> bool:
-        """Say whether there is a fused kernel for the optimizer."""
+        """Return whether there is a fused kernel for the optimizer."""
         return "fused" in RULES[self.optimizer].kernels
 
     def document(self) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Say whether every target was met."""
+        """Return whether every target was met."""
         return not self.missed
 
     def to_json(self) -> str:

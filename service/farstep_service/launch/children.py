@@ -170,7 +170,7 @@ class Children:
 
 
 def _has_ended(pid: int) -> bool:
-    """Say whether a child has ended; it keeps its number until it is waited for."""
+    """Return whether a child has ended; it keeps its number until it is waited for."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 

@@ -57,7 +57,7 @@ class RestartPolicy:
 
     @property
     def over(self) -> bool:
-        """Say whether nobody runs any more."""
+        """Return whether nobody runs any more."""
         return not self.running
 
     def ended(self, worker: str, code: int) -> Start | Stop | None:

@@ -76,11 +76,11 @@ class FusedKernel(Kernel):
         (self._many if many_threads else self._one)[self._key(form)] = program
 
     def ready(self, forms: Iterable[KernelSignature]) -> bool:
-        """Say whether there is a program for each of these forms."""
+        """Return whether there is a program for each of these forms."""
         return all(map(self.takes, forms))
 
     def takes(self, form: KernelSignature) -> bool:
-        """Say whether there is a program for this form."""
+        """Return whether there is a program for this form."""
         return self._key(form) in self._one
 
     def _key(self, form: KernelSignature) -> _Key:

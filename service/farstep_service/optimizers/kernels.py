@@ -113,7 +113,7 @@ class Kernels(KernelSource):
             self.begin([(rule, form) for form in forms], device)
 
     def ready(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> bool:
-        """Say whether the fused kernel could run a step over memory of these forms now."""
+        """Return whether the fused kernel could run a step over memory of these forms now."""
         fused = self._fused.get((rule.name, device))
         return fused is not None and fused.ready(forms)
 

@@ -136,7 +136,7 @@ class Answering:
         self._transport.close()
 
     def is_closing(self) -> bool:
-        """Say whether the connection is being closed."""
+        """Return whether the connection is being closed."""
         return self._transport.is_closing()
 
 

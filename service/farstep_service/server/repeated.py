@@ -55,7 +55,7 @@ class Head:
         return head if head.begins(data) else None
 
     def begins(self, data: bytes) -> bool:
-        """Say whether `data` is this head with its body, and nothing else."""
+        """Return whether `data` is this head with its body, and nothing else."""
         return len(data) == len(self.raw) + self.body_bytes and data.startswith(self.raw)
 
     def scope(self) -> dict[str, Any]:

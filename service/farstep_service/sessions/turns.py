@@ -37,7 +37,7 @@ class Size:
         self._fits = False
 
     def is_small(self, plan: Plan) -> bool:
-        """Say whether work on a session with this plan is done on the event loop."""
+        """Return whether work on a session with this plan is done on the event loop."""
         if self._plan is not plan:
             step_bytes = plan.rule.step_bytes(plan.layout, plan.groups)
             self._fits = step_bytes + SEGMENT_COST_BYTES * len(plan.layout.segments) <= INLINE_BYTES

@@ -187,7 +187,7 @@ class BorrowedBuffers(Buffers):
         return found
 
     def _is_plain(self, tensor: Tensor) -> bool:
-        """Say whether the tensor's memory holds its elements one after the other, as they are, where kernels run."""
+        """Return whether the tensor's memory holds its elements one after the other, as they are, where kernels run."""
         return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and tensor.device == self.device
 
     def _lent(self, index: int) -> Tensor:

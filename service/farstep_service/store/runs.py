@@ -169,7 +169,7 @@ class Planner:
         return Numbers(scalars, optional), after if after.fields == fields else replace(after, fields=fields)
 
     def _is_steady(self, run: Run, pattern: Sequence[int], after: Sequence[SegmentCounters | None]) -> bool:
-        """Say whether the members of a run will have equal numbers in the next step, too."""
+        """Return whether the members of a run will have equal numbers in the next step, too."""
         first, *others = run.members
         group = pattern[self._layout.segments[first].group]
         return all(

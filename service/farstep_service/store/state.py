@@ -108,7 +108,7 @@ class State:
                         self.fields[name].stretch(segment, self._layout.segments[segment].length).zero_()
 
     def _begins_filled(self, segment: int) -> bool:
-        """Say whether state begins with anything but zeros, which is what fresh memory holds without being touched."""
+        """Return whether state begins with anything but zeros, which fresh memory holds without being touched."""
         return any(self._rule.initial(name, self._options(segment)) != 0 for name in self.fields)
 
     def check_field(self, field: str, known: Sequence[str]) -> None:

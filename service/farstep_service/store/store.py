@@ -107,7 +107,7 @@ class Store:
 
     @property
     def pending(self) -> bool:
-        """Say whether a step failed midway and has to be finished; its gradients must be kept until then."""
+        """Return whether a step failed midway and has to be finished; its gradients must be kept until then."""
         return self._pending is not None
 
     @property

@@ -45,7 +45,7 @@ class KernelState(SessionState):
 
     @property
     def initialised(self) -> bool:
-        """Say whether the first parameters have arrived."""
+        """Return whether the first parameters have arrived."""
         return self._store is not None
 
     @property
@@ -55,7 +55,7 @@ class KernelState(SessionState):
 
     @property
     def pending(self) -> bool:
-        """Say whether a step failed midway and has to be finished."""
+        """Return whether a step failed midway and has to be finished."""
         return self._store is not None and self._store.pending
 
     @property

@@ -54,7 +54,7 @@ class SessionState(ABC):
     @property
     @abstractmethod
     def initialised(self) -> bool:
-        """Say whether the first parameters have arrived."""
+        """Return whether the first parameters have arrived."""
 
     @property
     @abstractmethod
@@ -64,7 +64,7 @@ class SessionState(ABC):
     @property
     @abstractmethod
     def pending(self) -> bool:
-        """Say whether a step failed midway and has to be finished."""
+        """Return whether a step failed midway and has to be finished."""
 
     def check_initialised(self) -> None:
         """Refuse what needs parameters.

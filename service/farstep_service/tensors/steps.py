@@ -90,7 +90,7 @@ class Steps:
 
     @property
     def narrow(self) -> bool:
-        """Say whether gradients in 16 bits may stay so: the state takes them, and the policy does nothing to them."""
+        """Return whether gradients in 16 bits may stay so: the state takes them, and no policy changes them."""
         return self._state.narrow and self.plan.policy.as_they_come
 
     @property

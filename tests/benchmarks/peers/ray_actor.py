@@ -36,7 +36,7 @@ STORE_BYTES = 2 * 10**9
 
 
 def installed() -> bool:
-    """Say whether this environment has Ray."""
+    """Return whether this environment has Ray."""
     return importlib.util.find_spec("ray") is not None
 
 
