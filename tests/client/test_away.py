@@ -101,6 +101,10 @@ def around() -> Iterator[Surroundings]:
         surroundings.w0.optimizer.close()
 
 
+@pytest.mark.promise(
+    "A repeated push gets the first receipt and changes nothing, also after later steps.",
+    area="exactly once",
+)
 def test_for_an_hour_a_retry_gets_the_first_receipt(around: Surroundings) -> None:
     """A worker that was away for its lease and nearly an hour learns what became of its push, which counts once."""
 
@@ -116,6 +120,10 @@ def test_for_an_hour_a_retry_gets_the_first_receipt(around: Surroundings) -> Non
     check_parameters(around.w0.parameters, reference.parameters)
 
 
+@pytest.mark.promise(
+    "A push whose receipt is no longer kept is not applied again, and no receipt is made up.",
+    area="exactly once",
+)
 def test_after_an_hour_it_is_fenced_until_it_joins_again(around: Surroundings) -> None:
     """Its push was applied once, its receipt is gone, and `rejoin()` goes on from the session's parameters."""
 

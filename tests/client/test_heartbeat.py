@@ -9,10 +9,7 @@ import itertools
 import json
 import math
 import os
-import select
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -30,6 +27,7 @@ from farstep.optim import SGD, Adagrad
 from farstep.settings import RemoteOptions
 from tests.client.twins import drawn, parameters
 from tests.service.servers import RunningServer, running_server
+from tests.support.loaded import Script, running_script
 
 FRESH = itertools.count()
 WITHIN_S = 60.0
@@ -227,37 +225,18 @@ optimizer.close()
 
 
 @contextmanager
-def evaluating(shared: RemoteOptions, name: str) -> Iterator[subprocess.Popen[str]]:
+def evaluating(shared: RemoteOptions, name: str) -> Iterator[Script]:
     """Run a worker that has joined and does something that needs no session."""
     told = {"FARSTEP_SERVER": str(shared["server"]), "FARSTEP_SESSION": str(shared["session"]), "FARSTEP_WORKER": name}
-    with subprocess.Popen(
-        [sys.executable, "-c", EVALUATING],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, **told, "OMP_NUM_THREADS": "1"},
-    ) as process:
-        try:
-            assert said(process) == "evaluates"
-            yield process
-        finally:
-            process.kill()
+    with running_script(EVALUATING, {**os.environ, **told}) as script:
+        assert script.line(WITHIN_S) == "evaluates"
+        yield script
 
 
-def said(process: subprocess.Popen[str]) -> str:
-    """Return the next line of a worker."""
-    assert process.stdout is not None
-    ready, _, _ = select.select([process.stdout], [], [], WITHIN_S)
-    assert ready
-    return process.stdout.readline().strip()
-
-
-def done(process: subprocess.Popen[str]) -> str:
+def done(script: Script) -> str:
     """Let a worker be done with what it does, and return what becomes of it."""
-    assert process.stdin is not None
-    process.stdin.write("done\n")
-    process.stdin.flush()
-    return said(process)
+    script.tell("done")
+    return script.line(WITHIN_S)
 
 
 @pytest.mark.promise(
@@ -272,18 +251,18 @@ def test_a_process_that_evaluates_keeps_its_place_and_one_that_is_stopped_does_n
     shared = {"server": shared["server"], "session": shared["session"]}
     newly: RemoteOptions = {**shared, "worker": "w1", "consistency": mode}
     path = f"/v1/sessions/{shared['session']}/workers/w0"
-    with evaluating(shared, "w0") as process:
+    with evaluating(shared, "w0") as script:
         until = time.monotonic() + 5.0
         while time.monotonic() < until:
             assert talk.control("GET", path)["live"]
         with pytest.raises(SessionFull, match="w0"):
             SGD(parameters(drawn(0, [(4,)])), lr=0.1, **newly)
-        process.send_signal(signal.SIGSTOP)
+        script.process.send_signal(signal.SIGSTOP)
         while talk.control("GET", path)["live"]:
             pass
         newcomer = SGD(parameters(drawn(0, [(4,)])), lr=0.1, **newly)
-        process.send_signal(signal.SIGCONT)
-        assert done(process) == "fenced"
+        script.process.send_signal(signal.SIGCONT)
+        assert done(script) == "fenced"
     newcomer.close()
 
 
@@ -296,8 +275,8 @@ def test_of_two_processes_with_one_name_the_later_one_is_the_worker(shared: Remo
     shared = {"server": shared["server"], "session": shared["session"]}
     with evaluating(shared, "w0") as first, evaluating(shared, "w0") as second:
         assert done(first) == "fenced"
-        assert first.wait(WITHIN_S) == 0
+        assert first.process.wait(WITHIN_S) == 0
         assert list(talk.control("GET", f"/v1/sessions/{shared['session']}")["workers"]) == ["w0"]
         assert done(second) == "2"
-        assert second.wait(WITHIN_S) == 0
+        assert second.process.wait(WITHIN_S) == 0
     assert json.dumps(talk.control("GET", f"/v1/sessions/{shared['session']}")["workers"]) == "{}"

@@ -78,58 +78,40 @@ def test_a_killed_process_ends_the_demo(victim: str):
     assert [name for name, pid in pids.items() if alive(pid)] == []
 
 
-def test_the_workers_survive_a_restart_of_the_server():
-    """When the server is killed and started again in the middle, the workers finish as if nothing had happened."""
-    training = Training(epochs=6)
+def test_the_training_survives_a_killed_worker_and_a_killed_server():
+    """A worker that is killed and replaced, and then a server that is, leave the training to end as it would have."""
+    training = Training(epochs=5)
     notes: list[str] = []
     with started() as processes:
         server = start_server(processes)
         url = server_url(processes)
+        workers = start_workers(processes, training, url)
 
-        def restart(report: Report, pace: Pace) -> None:
+        def disturb(report: Report, pace: Pace) -> None:
             nonlocal server
             if report.note:
                 notes.append(report.note)
-            if server and report.epoch == 2:
+            if workers and report.epoch == 1:
+                os.kill(workers["worker-01"], signal.SIGKILL)
+                processes.stop("worker-01")
+                start_workers(processes, training, url, only=["worker-01"])
+                workers.clear()
+            if server and report.epoch == 3:
                 os.kill(server, signal.SIGKILL)
                 processes.stop(SERVER)
                 start_server(processes, port=urlsplit(url).port or 0)
                 server = 0
                 assert server_url(processes) == url
 
-        start_workers(processes, training, url)
-        last = follow(processes, training, restart)
+        last = follow(processes, training, disturb)
         trained = fetch(training, url)
+    assert (workers, server) == ({}, 0)
     assert [report.version for report in last.values()] == [training.steps] * 2
     assert sorted(notes) == [
-        *["joined the session"] * 2,
+        *["joined the session"] * 3,
         "the session was gone; created it anew",
         "the session was gone; joined it again",
     ]
-    assert largest_difference(trained, train_locally(training)) <= TOLERANCE
-
-
-def test_a_worker_that_is_killed_and_replaced_goes_on():
-    """A new process under the name of a killed worker takes its place, and the training ends as it would have."""
-    training = Training(epochs=4)
-    with started() as processes:
-        start_server(processes)
-        url = server_url(processes)
-        pids = start_workers(processes, training, url)
-        killed = False
-
-        def replace(report: Report, pace: Pace) -> None:
-            nonlocal killed
-            if not killed and report.epoch == 1:
-                killed = True
-                os.kill(pids["worker-01"], signal.SIGKILL)
-                processes.stop("worker-01")
-                start_workers(processes, training, url, only=["worker-01"])
-
-        last = follow(processes, training, replace)
-        trained = fetch(training, url)
-    assert killed
-    assert [report.version for report in last.values()] == [training.steps] * 2
     assert largest_difference(trained, train_locally(training)) <= TOLERANCE
 
 

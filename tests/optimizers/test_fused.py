@@ -28,6 +28,10 @@ CASES = [(name, options) for name, every in OPTIONS.items() for options in every
 IDS = [f"{name}-{','.join(map(str, options)) or 'defaults'}" for name, options in CASES]
 
 
+@pytest.mark.promise(
+    "Fused kernels are within torch's own tolerance, and no further from the float64 result than torch is.",
+    area="bits of torch",
+)
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
 def test_fused_float32_is_within_tolerance(fused: Kernels, name: str, options: dict[str, Any]):
     """After 50 steps, every option of every rule is within `assert_close`'s tolerance of torch.optim."""

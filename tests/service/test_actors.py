@@ -18,6 +18,7 @@ from farstep_service.coordinator.coordinator import INITIALISE_WITHIN_S
 from tests.service.hosting import ASYNC, LARGE, SMALL, Place, run, sync
 
 
+@pytest.mark.promise("A push that is repeated while the first one still waits shares its outcome.", area="exactly once")
 @pytest.mark.parametrize("elements", [SMALL, LARGE])
 def test_a_push_repeated_while_it_waits_shares_one_outcome(elements: int) -> None:
     """Three requests with one push, and the one that completes the step: one version, one receipt."""

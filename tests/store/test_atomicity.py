@@ -35,6 +35,10 @@ def expected(make: MakeStore, name: str, steps: int) -> list[bytes]:
     return all_bytes(store)
 
 
+@pytest.mark.promise(
+    "A step that fails in the middle is finished before anything else: no version is ever half a step.",
+    area="memory",
+)
 @pytest.mark.parametrize("held", [False, True], ids=["in place", "held"])
 @pytest.mark.parametrize("name", [name for name in RULES if name != "SparseAdam"])  # which runs no kernel
 def test_a_kernel_that_fails_anywhere_leaves_the_old_version_or_the_new_one(make: MakeStore, name: str, held: bool):
@@ -62,6 +66,10 @@ def test_a_kernel_that_fails_anywhere_leaves_the_old_version_or_the_new_one(make
     assert failures >= 10
 
 
+@pytest.mark.promise(
+    "A step that fails in the middle is finished before anything else: no version is ever half a step.",
+    area="memory",
+)
 def test_reading_finishes_the_step_first(make: MakeStore):
     """Whoever holds, reads or writes after a failure sees the whole step, counted once."""
     looks: list[Callable[[Store], object]] = [

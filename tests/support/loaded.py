@@ -24,7 +24,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -54,7 +56,7 @@ class Forked:
         status: where its number and then its exit code arrive.
 
     Attributes:
-        stdout: what reads its standard output, for who made a pipe of it.
+        stdout: what reads its standard output, for a caller that made a pipe of it.
         pid: its number.
         returncode: its exit code, None while it runs.
     """
@@ -159,6 +161,51 @@ class Loaded:
             self._socket.close()
             self._process.wait(30)
             self._socket = None
+
+
+class Script:
+    """A script in a process of its own, and lines to and from it."""
+
+    def __init__(self, process: Forked, given: int, said: int) -> None:
+        self.process = process
+        self._given, self._said = os.fdopen(given, "w"), os.fdopen(said)
+
+    def tell(self, line: str) -> None:
+        """Write a line to its standard input."""
+        self._given.write(f"{line}\n")
+        self._given.flush()
+
+    def line(self, within_s: float) -> str:
+        """Return the next line of its standard output, for which it has so many seconds."""
+        ready, _, _ = select.select([self._said], [], [], within_s)
+        assert ready, f"it said nothing for {within_s:g} s"
+        return self._said.readline().strip()
+
+    def end(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.wait()
+        self._given.close()
+        self._said.close()
+
+
+@contextmanager
+def running_script(source: str, environment: Mapping[str, str]) -> Iterator[Script]:
+    """Run a script in a loaded process until the end of the block; what it complains of is written where we write."""
+    with tempfile.TemporaryDirectory(prefix="script_") as place:
+        name = os.path.basename(place)
+        (Path(place) / f"{name}.py").write_text(source)
+        (given, to_it), (from_it, said) = os.pipe(), os.pipe()
+        try:
+            process = LOADED.start(name, (), environment, path=place, stdin=given, stdout=said, stderr=2)
+        finally:
+            os.close(given)
+            os.close(said)
+        script = Script(process, to_it, from_it)
+        try:
+            yield script
+        finally:
+            script.end()
 
 
 LOADED = Loaded()
