@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.launch.launching import said
 from tests.launch.several import SCRIPTS, by_torch
-from tests.service.servers import farstep
+from tests.service.servers import RunningServer, farstep, running_server
 
 SCRIPT = str(Path(__file__).with_name("several.py"))
 SESSIONS = {
@@ -18,13 +19,20 @@ SESSIONS = {
 }
 
 
+@pytest.fixture(scope="module")
+def server() -> Iterator[RunningServer]:
+    """Run one server for all runs of this file; each has sessions of its own."""
+    with running_server(loaded=True) as running:
+        yield running
+
+
 @pytest.mark.parametrize(("count", "named"), [("1", True), ("2", False)])
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_several_optimizers_train_as_torchs_do(name: str, named: bool, count: str):
+def test_several_optimizers_train_as_torchs_do(name: str, named: bool, count: str, server: RunningServer):
     """A GAN, an actor-critic and SAC come to torch's bits, with sessions that are numbered, or named within the run."""
-    session = ("--session", "run") if not named else ()
+    session = [] if named else ["--session", name]
     arguments = [name, "--named"] if named else [name]
-    done = farstep("launch", "-n", count, *session, SCRIPT, *arguments)
+    done = farstep("launch", "-n", count, "--server", server.url, *session, SCRIPT, *arguments, loaded=True)
     assert done.returncode == 0, done.stderr
     lines = [said(done.stdout, f"w{rank}") for rank in range(int(count))]
     assert all(line == lines[0] for line in lines)
@@ -35,7 +43,7 @@ def test_several_optimizers_train_as_torchs_do(name: str, named: bool, count: st
         assert sessions == [f"{run}.{each}" for each in SESSIONS[name]]
         assert run.startswith("launch-")
     else:
-        assert sessions == ["run", *(f"run.{number}" for number in range(2, len(sessions) + 1))]
+        assert sessions == [name, *(f"{name}.{number}" for number in range(2, len(sessions) + 1))]
 
 
 RESTARTED = """
@@ -55,10 +63,10 @@ if farstep.worker().restart == 0:
 """
 
 
-def test_a_worker_that_is_started_again_finds_each_of_its_sessions(tmp_path: Path):
+def test_a_worker_that_is_started_again_finds_each_of_its_sessions(tmp_path: Path, server: RunningServer):
     """After a kill each optimizer is in its own session again, with the values and the version that it had there."""
     script = tmp_path / "train.py"
     script.write_text(RESTARTED)
-    done = farstep("launch", "--session", "run", str(script))
+    done = farstep("launch", "--server", server.url, "--session", "run", str(script), loaded=True)
     assert done.returncode == 0, done.stderr
     assert said(done.stdout, "w0") == ["run 0 0.0, run.2 0 0.0", "run 1 -1.0, run.2 1 -2.0"]
