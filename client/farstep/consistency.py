@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self, get_args
 
 from farstep.errors import InvalidOption, found_by
 from farstep.plain import take_pythons_own_
@@ -51,6 +51,9 @@ class Mode:
     lease_s: float = 60.0
 
     mode: ClassVar[str] = ""
+    """The name that travels."""
+    shown: ClassVar[str] = ""
+    """How it is written, for those who are told which modes there are."""
 
     def __post_init__(self) -> None:
         take_pythons_own_(self)
@@ -75,6 +78,20 @@ class Mode:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in chosen(self).items())})"
 
+    @property
+    def waits_for_others(self) -> bool:
+        """Return whether a worker that says nothing keeps others waiting."""
+        return False
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Return how long a push may wait for those of others."""
+        return 0.0
+
+    def for_one(self) -> Self:
+        """Return the mode as it is for a worker that is alone."""
+        return self
+
     def factor(self, staleness: int) -> float:
         """Return what a gradient of that staleness counts."""
         if self.staleness_scaling == "none" or staleness <= 0:
@@ -87,6 +104,7 @@ class Async(Mode):
     """Apply every push by itself, as it arrives; for its options see `Mode`."""
 
     mode: ClassVar[str] = "async"
+    shown: ClassVar[str] = "farstep.Async()"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -122,6 +140,7 @@ class Sync(Mode):
     late: Literal["refuse", "fold"] = "refuse"
 
     mode: ClassVar[str] = "sync"
+    shown: ClassVar[str] = "farstep.Sync(workers=...)"
 
     def __post_init__(self) -> None:
         super(Sync, self).__post_init__()  # slots make another class of this one, which super() alone does not know
@@ -137,6 +156,20 @@ class Sync(Mode):
         _check_seconds("deadline_s", self.deadline_s)
         if self.late not in ("refuse", "fold"):
             raise _wrong(f"Invalid late: {self.late!r:.80}. There are refuse and fold.", "late")
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Return whether a step takes more than one worker, or may."""
+        return self.workers != 1
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Return the deadline."""
+        return self.deadline_s
+
+    def for_one(self) -> Sync:
+        """Return a mode of one worker with the same times."""
+        return Sync(workers=1, deadline_s=self.deadline_s, lease_s=self.lease_s)
 
     @property
     def partial(self) -> bool:
@@ -174,6 +207,7 @@ class Bounded(Mode):
     deadline_s: float = 60.0
 
     mode: ClassVar[str] = "bounded"
+    shown: ClassVar[str] = "farstep.Bounded(staleness=...)"
 
     def __post_init__(self) -> None:
         super(Bounded, self).__post_init__()
@@ -181,13 +215,24 @@ class Bounded(Mode):
             raise _wrong(f"Invalid staleness: {self.staleness!r:.80}. Must be an int from 0 to 2**53.", "staleness")
         _check_seconds("deadline_s", self.deadline_s)
 
+    @property
+    def waits_for_others(self) -> bool:
+        """Return True: those who are ahead wait for the slowest."""
+        return True
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Return the deadline."""
+        return self.deadline_s
+
     def bound(self, workers: int) -> int:
         """Return how many steps a gradient may miss among so many live workers."""
         return 2 * (self.staleness + 1) * (workers - 1)
 
 
 Consistency = Async | Sync | Bounded
-MODES: Mapping[str, type[Async] | type[Sync] | type[Bounded]] = {each.mode: each for each in (Async, Sync, Bounded)}
+MODES: Mapping[str, type[Consistency]] = {each.mode: each for each in get_args(Consistency)}
+"""Every mode, by the name that travels."""
 
 
 def checked(given: object) -> Consistency:
@@ -197,9 +242,10 @@ def checked(given: object) -> Consistency:
         InvalidOption: it is anything else, such as the name of one.
     """
     if not isinstance(given, Consistency):
+        *first, last = (each.shown for each in MODES.values())
         raise InvalidOption(
             f"Invalid consistency: {given!r:.80}.",
-            remedy="Give farstep.Async(), farstep.Sync(workers=...) or farstep.Bounded(staleness=...).",
+            remedy=f"Give {', '.join(first)} or {last}.",
             field="consistency",
             side="client",
         )
@@ -236,23 +282,6 @@ def from_options(options: Mapping[str, object]) -> Consistency:
             return kind(**rest)  # type: ignore[arg-type]  # the record checks its own values
     except TypeError as exc:
         raise InvalidOption(f"Consistency mode {mode!r} needs all of its options.", field="consistency") from exc
-
-
-def waits_for_others(consistency: Consistency) -> bool:
-    """Return whether a worker that says nothing keeps others waiting."""
-    return isinstance(consistency, Bounded) or (isinstance(consistency, Sync) and consistency.workers != 1)
-
-
-def longest_wait_s(consistency: Consistency) -> float:
-    """Return how long a push may wait for those of others."""
-    return 0.0 if isinstance(consistency, Async) else consistency.deadline_s
-
-
-def for_one(consistency: Consistency) -> Consistency:
-    """Return a mode as it is for a worker that is alone."""
-    if isinstance(consistency, Sync):
-        return Sync(workers=1, deadline_s=consistency.deadline_s, lease_s=consistency.lease_s)
-    return consistency
 
 
 def _is_live(workers: object) -> bool:

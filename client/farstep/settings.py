@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from farstep.codecs import Wire
-from farstep.consistency import Async, Consistency, Sync, checked, for_one
+from farstep.consistency import Async, Consistency, Sync, checked
 from farstep.errors import InvalidOption
 from farstep.failures import check_address, without_secrets
 from farstep.identity import Worker, check_name, fresh_name
@@ -219,7 +219,7 @@ def carried(place: Place) -> RemoteOptions:
     """
     return {
         "server": place.server,
-        "consistency": for_one(place.consistency),
+        "consistency": place.consistency.for_one(),
         "nonfinite": place.nonfinite,
         "kernel": place.kernel,
         "wire": place.wire,

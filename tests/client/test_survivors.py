@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from farstep.consistency import Bounded, Consistency, Sync, longest_wait_s
+from farstep.consistency import Bounded, Consistency, Sync
 from farstep.conversation import Conversation
 from farstep.optim import SGD
 from tests.client import training_process
@@ -280,7 +280,7 @@ def test_a_barrier_that_nobody_completes_ends_for_all_and_the_place_is_taken(ser
     with training(server, "barrier", mode, ("w0", "w1", "w2")) as (w0, w1, w2):
         w2.kill()
         for survivor in (w0, w1):
-            said = survivor.until(lambda said: "error" in said, longest_wait_s(mode) + SLACK_S)
+            said = survivor.until(lambda said: "error" in said, mode.longest_wait_s + SLACK_S)
             assert said == {"error": "barrier_timeout"}
         fourth = Process(server, "barrier", "w3", mode, [server.pid, w0.pid, w1.pid])
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import farstep
-from farstep.consistency import MODES, Async, checked
+from farstep.consistency import MODES, Async, Consistency, checked
 from farstep.errors import InvalidOption
 from farstep.optim import RemoteOptimizer
 from farstep.policy import Policy
@@ -30,7 +30,7 @@ MADE_UP = {
 }
 """The files that a reader of the recipes makes."""
 OPTIMIZERS = sorted(set(farstep.optim.__all__) - {RemoteOptimizer.__name__})
-KINDS = sorted(kind.__name__ for kind in MODES.values())
+KINDS = [kind.__name__ for kind in MODES.values()]
 POLICIES = [each.name for each in fields(Policy)]
 
 
@@ -75,6 +75,13 @@ def test_a_mode_is_public_and_in_the_tables(name: str) -> None:
     assert any(row.startswith(f"| `{name}(") for row in rows("docs/workers.md"))
     with pytest.raises(InvalidOption, match=rf"farstep\.{name}\("):
         checked("a word")
+
+
+@pytest.mark.parametrize("kind", MODES.values(), ids=KINDS)
+def test_a_mode_with_a_deadline_says_that_workers_wait(kind: type[Consistency]) -> None:
+    """Retries, locks and loss scales ask a mode whether a push can wait for others, and for how long."""
+    has_deadline = "deadline_s" in {each.name for each in fields(kind)}
+    assert ("longest_wait_s" in vars(kind), "waits_for_others" in vars(kind)) == (has_deadline, has_deadline)
 
 
 def test_the_command_line_names_every_mode() -> None:

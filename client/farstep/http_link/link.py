@@ -22,7 +22,7 @@ import httpx
 from torch import Tensor
 
 from farstep.answers import Joined, Reply, Shard, wrong
-from farstep.consistency import Consistency, longest_wait_s, to_options
+from farstep.consistency import Consistency, to_options
 from farstep.conversation import READ_TIMEOUT_S, Conversation
 from farstep.errors import FarstepError, Unavailable
 from farstep.fields import FieldKind
@@ -62,7 +62,7 @@ class HttpLink(Link):
         self._path = f"/v1/sessions/{quote(spec.name)}"
         self._server = self._shard = self._conversation(address)
         self._retry = RetryPolicy(place.timeout_s)
-        barrier_s = longest_wait_s(place.consistency)
+        barrier_s = place.consistency.longest_wait_s
         self._writer = Writer(
             self._server,
             spec.name,

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any, final
 
 from farstep.answers import Joined, wrong
-from farstep.consistency import Consistency, longest_wait_s
+from farstep.consistency import Consistency
 from farstep.errors import SessionLost, UnknownSession
 from farstep.fields import FieldKind
 from farstep.growth import outgrown
@@ -72,7 +72,7 @@ class Standing:
         """Go on with the mode that the session is in."""
         if mode != self.spec.consistency:
             self.spec = replace(self.spec, consistency=mode)
-            barrier_s = longest_wait_s(mode)
+            barrier_s = mode.longest_wait_s
             self._writer.wait_for(barrier_s, self._place.timeout_s + barrier_s)
 
     # -- answers ----------------------------------------------------------------------------------------------------

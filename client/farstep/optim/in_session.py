@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from farstep.consistency import Consistency, checked, waits_for_others
+from farstep.consistency import Consistency, checked
 from farstep.heartbeat import Heartbeat, beating
 from farstep.hosts import open_link
 from farstep.link import SessionSpec
@@ -173,7 +173,7 @@ class InSession(torch.optim.Optimizer):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Tell GradScaler to call `step()` always, where others wait for it; see `farstep.optim.scaling`."""
-        return self._asked_for_scaling or waits_for_others(self.consistency)
+        return self._asked_for_scaling or self.consistency.waits_for_others
 
     @_step_supports_amp_scaling.setter
     def _step_supports_amp_scaling(self, asked: bool) -> None:

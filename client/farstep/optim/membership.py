@@ -22,7 +22,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from farstep.consistency import waits_for_others
 from farstep.errors import FarstepError, TensorMismatch
 from farstep.fields import FieldKind
 from farstep.link import Link, SessionSpec, Start
@@ -251,7 +250,7 @@ class Membership:
             if remote:
                 self._claim.take(self.parameters)
             self._writes_to = self._addresses, frozenset(filter(None, self._addresses))
-        with writing(self._writes_to[1], waits=remote and waits_for_others(self.link.consistency)):
+        with writing(self._writes_to[1], waits=remote and self.link.consistency.waits_for_others):
             yield
 
     # -- steps ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from farstep.consistency import MODES
 from farstep.errors import InvalidOption
 from farstep_service.cli.output import JsonOutput, print_facts, print_json, print_table, reporting, size
 from farstep_service.cli.remote import Server, Token, conversation, document_of, session_of, sessions_of
@@ -94,7 +95,7 @@ def remove_session(
 @sessions.command("mode")
 def set_mode(
     name: Name,
-    mode: Annotated[str, typer.Argument(metavar="MODE", help="sync, async or bounded.")],
+    mode: Annotated[str, typer.Argument(metavar="MODE", help=f"One of {', '.join(MODES)}.")],
     server: Server,
     options: Annotated[
         list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="Such as workers=4 quorum=3.")
