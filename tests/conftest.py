@@ -10,8 +10,9 @@
 The tests of pure rooms (`tests/support/in_process.py`) start no process and open no connection, or they fail; `--fast`
 runs them alone.
 
-A test is `alone` if its limit is a promise to users and nearer to what the code needs than a busy neighbour can take. A
-limit of a second within which processes have to be run counts what the machine gave to others (`tests/limits.py`).
+A test is `alone` if its limit is a promise to users and nearer to what the code needs than a busy neighbour can take.
+A limit of a second within which processes have to be run counts what the machine gave to others
+(`tests/support/limits.py`).
 """
 
 import fcntl

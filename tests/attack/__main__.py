@@ -17,9 +17,9 @@ import torch
 from tests.attack import bodies, company, ledger
 from tests.attack.company import p99_ms
 from tests.benchmarks.hardware import hardware
-from tests.service.measured import MIB, Process
-from tests.service.raw import RawClient, gradient
-from tests.service.servers import TOKEN, running_server
+from tests.support.service.measured import MIB, Process
+from tests.support.service.raw import RawClient, gradient
+from tests.support.service.servers import TOKEN, running_server
 
 PAGE = Path(__file__).parents[2] / "docs" / "attack.md"
 PARTS = ("bodies", "connections", "ledger")

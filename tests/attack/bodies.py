@@ -20,9 +20,9 @@ import torch
 
 from farstep.errors import BY_CODE
 from farstep.wire import encode
-from tests.service.answers import MSGPACK, PROBLEM
-from tests.service.raw import RawClient, RawWorker, gradient, session_document
-from tests.service.servers import RunningServer
+from tests.support.service.answers import MSGPACK, PROBLEM
+from tests.support.service.raw import RawClient, RawWorker, gradient, session_document
+from tests.support.service.servers import RunningServer
 
 PARAMETERS = (torch.linspace(-1, 1, 12).view(3, 4), torch.ones(5, dtype=torch.float64), torch.ones(3))
 JSON = "application/json"

@@ -22,8 +22,8 @@ import torch
 
 from farstep.optim import Adagrad
 from tests.attack.connections import Held, hold
-from tests.service.measured import Process
-from tests.service.servers import TOKEN, RunningServer
+from tests.support.service.measured import Process
+from tests.support.service.servers import TOKEN, RunningServer
 
 PARAMETERS = 2_500
 PROCESSES = multiprocessing.get_context("spawn")

@@ -18,11 +18,11 @@ from multiprocessing.context import ForkServerProcess
 import torch
 
 from farstep.consistency import Async
-from tests.client import training_process
-from tests.client.training_process import SLOTS, WORKERS
-from tests.faults import Network, faulty
-from tests.service.raw import RawClient, tensors_of
-from tests.service.servers import RunningServer
+from tests.support.client import training_process
+from tests.support.client.training_process import SLOTS, WORKERS
+from tests.support.faults import Network, faulty
+from tests.support.service.raw import RawClient, tensors_of
+from tests.support.service.servers import RunningServer
 
 PROCESSES = get_context("forkserver")
 PROCESSES.set_forkserver_preload([training_process.__name__])

@@ -5,7 +5,7 @@ import pytest
 from tests.attack.__main__ import MOST_GROWTH_BYTES, main
 from tests.attack.company import attack
 from tests.attack.connections import WAYS
-from tests.service.servers import TOKEN, running_server
+from tests.support.service.servers import TOKEN, running_server
 
 
 @pytest.mark.promise(

@@ -19,8 +19,8 @@ from farstep_service.bench import PARTS, Workload
 from farstep_service.bench.steps import opened
 from farstep_service.cli.bench import PARTS_TOLD
 from farstep_service.cli.program import program
-from tests.client.carrying import Carrying
-from tests.service.servers import TOKEN, RunningServer, farstep, running_server
+from tests.support.client.carrying import Carrying
+from tests.support.service.servers import TOKEN, RunningServer, farstep, running_server
 
 SMALL = ("--parameters", "100k", "--tensors", "4", "--steps", "5", "--wait", "0")
 

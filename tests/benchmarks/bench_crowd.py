@@ -35,8 +35,8 @@ import torch
 from farstep.wire import encode
 from tests.benchmarks.crowd import cpu_s
 from tests.benchmarks.hardware import hardware
-from tests.service.raw import payload_of, session_document
-from tests.service.servers import RunningServer, running_server
+from tests.support.service.raw import payload_of, session_document
+from tests.support.service.servers import RunningServer, running_server
 
 COUNTS = (10, 100, 1_000)
 PUSHES = 6_000

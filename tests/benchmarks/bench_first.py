@@ -39,7 +39,7 @@ from tests.benchmarks.hardware import hardware
 from tests.benchmarks.peers.torch_rpc import Size
 from tests.benchmarks.rows import Row, fact, plain, shown, within
 from tests.benchmarks.sides import parameters_of
-from tests.service.servers import running_server
+from tests.support.service.servers import running_server
 
 SIZE, SMALLER = Size(25_000_000, 56), Size(2_500_000, 56)
 AFTER = 3

@@ -34,7 +34,7 @@ from tests.benchmarks.hardware import hardware
 from tests.benchmarks.peers.torch_rpc import Size
 from tests.benchmarks.rows import Row, absent, faster, gained, plain, within
 from tests.benchmarks.sides import Work, remote_steps
-from tests.service.servers import running_server
+from tests.support.service.servers import running_server
 
 DEVICE = "cuda:0"
 OF_COPY = 0.85

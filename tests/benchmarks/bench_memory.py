@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks.crowd import Task, crowd
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, within
-from tests.service.servers import running_server
+from tests.support.service.servers import running_server
 
 PARAMETERS, TENSORS = 25_000_000, 56
 STEPS = 10

@@ -39,7 +39,7 @@ from farstep.errors import InvalidOption
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.tasks import TASKS, Task
 from tests.benchmarks.trainers import Outcome, Surroundings, Way, train, warm_up
-from tests.service.servers import RunningServer, running_server
+from tests.support.service.servers import RunningServer, running_server
 
 WITHIN_S = 120.0
 EVERY = 8

@@ -38,7 +38,7 @@ import farstep
 from farstep.overlap import STREAMED
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, gained
-from tests.service.servers import running_server
+from tests.support.service.servers import running_server
 
 WIDTH = 1024
 SIZES = ((3, 256), (5, 256), (10, 256))

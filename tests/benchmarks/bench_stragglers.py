@@ -41,7 +41,7 @@ from farstep.report import StepReport
 from farstep_service.demo.data import Digits, load_digits, shard
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, faster
-from tests.service.servers import RunningServer, running_server
+from tests.support.service.servers import RunningServer, running_server
 
 WORKERS, SLOWER = 4, 5
 BATCH, LR, ACCURACY = 32, 0.1, 0.93

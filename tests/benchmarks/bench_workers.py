@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks.crowd import Task, cpu_s, crowd
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, gained, within
-from tests.service.servers import RunningServer, running_server
+from tests.support.service.servers import RunningServer, running_server
 
 WORKERS = (1, 2, 4, 8)
 PARAMETERS, TENSORS = 2_500_000, 56

@@ -23,7 +23,7 @@ import torch
 import farstep
 from tests.benchmarks.peers import raw_sockets, ray_actor, torch_rpc
 from tests.benchmarks.peers.torch_rpc import Size, Way
-from tests.service.servers import RunningServer, running_server
+from tests.support.service.servers import RunningServer, running_server
 
 RPC: dict[str, Way] = {"RPC": "basic", "default": "default", "uv": "uv"}
 OURS = ("farstep", "bf16", "shared", "embedded")

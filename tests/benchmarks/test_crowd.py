@@ -9,7 +9,7 @@ import pytest
 from farstep.conversation import Conversation
 from tests.benchmarks.bench_memory import memory_of
 from tests.benchmarks.crowd import Task, cpu_s, crowd
-from tests.service.servers import running_server
+from tests.support.service.servers import running_server
 
 
 @pytest.mark.parametrize("sync", [False, True])

@@ -13,7 +13,7 @@ from tests.benchmarks.bench_crowd import KINDS, Kind, measure
 from tests.benchmarks.bench_modes import BY_NAME, Bench, rates_table, table
 from tests.benchmarks.tasks import TASKS, digits
 from tests.benchmarks.trainers import Outcome, Surroundings, Way
-from tests.service.servers import running_server
+from tests.support.service.servers import running_server
 
 HERE = Path(__file__).parent
 

@@ -29,7 +29,7 @@ from farstep.errors import BarrierTimeout, FarstepError, SessionLost
 from farstep.settings import RemoteOptions
 from tests.benchmarks.crowd import cpu_s
 from tests.benchmarks.tasks import Task
-from tests.service.servers import RunningServer
+from tests.support.service.servers import RunningServer
 
 FORK = multiprocessing.get_context("fork")
 LOOK_EVERY_S = 0.05

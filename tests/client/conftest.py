@@ -11,12 +11,12 @@ import torch
 
 from farstep.conversation import Conversation
 from farstep.settings import RemoteOptions
-from tests.client.carrying import UNEQUAL, Counting
-from tests.client.overlapping import Both
-from tests.client.twins import Twins, drawn
-from tests.faults import Network, faulty
-from tests.service.plain import plain_server
-from tests.service.servers import RunningServer, running_server, sessions_at
+from tests.support.client.carrying import UNEQUAL, Counting
+from tests.support.client.overlapping import Both
+from tests.support.client.twins import Twins, drawn
+from tests.support.faults import Network, faulty
+from tests.support.service.plain import plain_server
+from tests.support.service.servers import RunningServer, running_server, sessions_at
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from farstep.errors import TensorMismatch
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES
-from tests.client.twins import Twins, check_equal, check_parameters, drawn, gradients_of, parameters
+from tests.support.client.options import NAMES
+from tests.support.client.twins import Twins, check_equal, check_parameters, drawn, gradients_of, parameters
 
 SHAPES = ((4, 3), (6, 2), (5, 5))
 SEEDS = st.integers(1, 10_000)

@@ -13,11 +13,11 @@ from farstep import Async
 from farstep.errors import Fenced
 from farstep.settings import RemoteOptions
 from farstep_service.coordinator.roster import FORGOTTEN_AFTER_S, LAPSED_KEPT
-from tests.client.carrying import Carrying
-from tests.client.twins import check_parameters, drawn
-from tests.client.workers import Reference, Worker
-from tests.service.plain import plain_server
-from tests.service.raw import RawClient
+from tests.support.client.carrying import Carrying
+from tests.support.client.twins import check_parameters, drawn
+from tests.support.client.workers import Reference, Worker
+from tests.support.service.plain import plain_server
+from tests.support.service.raw import RawClient
 
 LEASE_S = 60.0
 

@@ -17,8 +17,8 @@ from farstep.conversation import Conversation
 from farstep.errors import FarstepError, InvalidOption, TensorMismatch
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES, has
-from tests.client.twins import Twins, check_equal, drawn, ours, parameters, theirs
+from tests.support.client.options import NAMES, has
+from tests.support.client.twins import Twins, check_equal, drawn, ours, parameters, theirs
 
 NAN = float("nan")
 VALUES: dict[str, list[Any]] = {

@@ -31,12 +31,12 @@ from farstep.failures import cause_of, without_secrets
 from farstep.optim import Adagrad
 from farstep.replies import retry_after_s
 from farstep.transport import SocketTransport
-from tests.client.failing import SHORT_S, twins_at
-from tests.client.hostile import Liar, hostile, http
-from tests.client.twins import drawn, parameters
-from tests.service.servers import RunningServer
-from tests.service.servers import farstep as command
-from tests.transport.wellbehaved import running
+from tests.support.client.failing import SHORT_S, twins_at
+from tests.support.client.hostile import Liar, hostile, http
+from tests.support.client.twins import drawn, parameters
+from tests.support.service.servers import RunningServer
+from tests.support.service.servers import farstep as command
+from tests.support.transport.wellbehaved import running
 
 FOREVER_S = 3600.0
 """How long these calls would go on, if they tried again."""

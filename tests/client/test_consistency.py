@@ -16,7 +16,7 @@ from farstep.conversation import Conversation
 from farstep.errors import InvalidOption, OptionsDiffer, Unavailable
 from farstep.optim import SGD
 from farstep.settings import RemoteOptions
-from tests.service.servers import RunningServer
+from tests.support.service.servers import RunningServer
 
 FRESH = itertools.count()
 

@@ -15,10 +15,10 @@ from farstep.conversation import Conversation
 from farstep.errors import FarstepError, Unauthorized, UnknownSession
 from farstep.optim import Adagrad, RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.copies import WAYS, Copy, pickled
-from tests.client.options import NAMES, three_groups
-from tests.client.twins import Twins, check_parameters, check_states, drawn, gradients_of, parameters
-from tests.service.servers import TOKEN, RunningServer, running_server
+from tests.support.client.copies import WAYS, Copy, pickled
+from tests.support.client.options import NAMES, three_groups
+from tests.support.client.twins import Twins, check_parameters, check_states, drawn, gradients_of, parameters
+from tests.support.service.servers import TOKEN, RunningServer, running_server
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

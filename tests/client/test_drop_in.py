@@ -17,8 +17,8 @@ from farstep.conversation import Conversation
 from farstep.errors import InvalidOption
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES, has, three_groups
-from tests.client.twins import Twins, check_parameters, check_states, drawn, ours, parameters, theirs
+from tests.support.client.options import NAMES, has, three_groups
+from tests.support.client.twins import Twins, check_parameters, check_states, drawn, ours, parameters, theirs
 
 # -- the class -------------------------------------------------------------------------------------------------------
 

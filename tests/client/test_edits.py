@@ -12,11 +12,11 @@ from farstep.errors import Unavailable
 from farstep.optim import SGD, Adagrad
 from farstep.settings import RemoteOptions
 from farstep.tensors.edits import Edits
-from tests.client.carrying import Counting
-from tests.client.options import NAMES
-from tests.client.twins import Twins, check_parameters, drawn, parameters
-from tests.faults import Network
-from tests.service.servers import RunningServer
+from tests.support.client.carrying import Counting
+from tests.support.client.options import NAMES
+from tests.support.client.twins import Twins, check_parameters, drawn, parameters
+from tests.support.faults import Network
+from tests.support.service.servers import RunningServer
 
 Model = nn.Module
 

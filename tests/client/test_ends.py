@@ -12,9 +12,9 @@ from farstep.conversation import Conversation
 from farstep.errors import FarstepError, Fenced, UnknownSession
 from farstep.optim import SGD, Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.twins import Twins, check_parameters, drawn, parameters
-from tests.forks import in_a_fork
-from tests.service.servers import RunningServer, sessions_at
+from tests.support.client.twins import Twins, check_parameters, drawn, parameters
+from tests.support.forks import in_a_fork
+from tests.support.service.servers import RunningServer, sessions_at
 
 
 def test_a_closed_optimizer_says_so(place: RemoteOptions) -> None:

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from farstep.errors import Unavailable
-from tests.client.carrying import Carrying
-from tests.client.failing import SHAPES, SHORT_S, fail, step, twins_at
-from tests.client.twins import Twins, check_parameters, drawn
-from tests.faults import Network, Way
-from tests.service.servers import RunningServer
+from tests.support.client.carrying import Carrying
+from tests.support.client.failing import SHAPES, SHORT_S, fail, step, twins_at
+from tests.support.client.twins import Twins, check_parameters, drawn
+from tests.support.faults import Network, Way
+from tests.support.service.servers import RunningServer
 
 # -- cuts ------------------------------------------------------------------------------------------------------------
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES
-from tests.client.twins import Twins, drawn
-from tests.client.workers import Worker
-from tests.service.servers import RunningServer
+from tests.support.client.options import NAMES
+from tests.support.client.twins import Twins, drawn
+from tests.support.client.workers import Worker
+from tests.support.service.servers import RunningServer
 
 SHAPES = ((250, 1000), (8, 4), (5, 4), (3, 30))
 FROZEN = (0, 2)

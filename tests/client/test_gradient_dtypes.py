@@ -10,8 +10,8 @@ from torch import Tensor
 
 from farstep.errors import TensorMismatch
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES
-from tests.client.twins import Twins, check_equal, check_parameters, drawn, gradients_of
+from tests.support.client.options import NAMES
+from tests.support.client.twins import Twins, check_equal, check_parameters, drawn, gradients_of
 
 SHAPES = ((6, 4), (5, 3), (4, 2))
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -8,10 +8,10 @@ import torch
 import farstep
 from farstep.errors import Fenced, OptionsDiffer, SessionLost, Unavailable
 from farstep.settings import RemoteOptions
-from tests.client.growing import LATE, add, named
-from tests.client.twins import Twins, check_parameters, drawn, parameters
-from tests.faults import Network
-from tests.service.servers import RunningServer, running_server
+from tests.support.client.growing import LATE, add, named
+from tests.support.client.twins import Twins, check_parameters, drawn, parameters
+from tests.support.faults import Network
+from tests.support.service.servers import RunningServer, running_server
 
 SHORT_S = 1.0
 """Long enough for a busy machine to answer, short enough to wait for."""

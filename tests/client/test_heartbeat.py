@@ -25,9 +25,9 @@ from farstep.errors import FarstepError, Fenced, SessionFull, SessionLost, Unava
 from farstep.heartbeat import beating
 from farstep.optim import SGD, Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.twins import drawn, parameters
-from tests.service.servers import RunningServer, running_server
+from tests.support.client.twins import drawn, parameters
 from tests.support.loaded import Script, running_script
+from tests.support.service.servers import RunningServer, running_server
 
 FRESH = itertools.count()
 WITHIN_S = 60.0

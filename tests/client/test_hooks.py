@@ -13,8 +13,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 import farstep
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES
-from tests.client.twins import Twins, check_parameters, check_states, drawn, parameters
+from tests.support.client.options import NAMES
+from tests.support.client.twins import Twins, check_parameters, check_states, drawn, parameters
 
 Optimizer = torch.optim.Optimizer
 Event = tuple[Any, ...]

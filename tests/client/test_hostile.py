@@ -29,8 +29,8 @@ from farstep.errors import (
 )
 from farstep.optim import Adagrad
 from farstep_service.cli.remote import conversation, sessions_of
-from tests.client.failing import SHAPES, SHORT_S
-from tests.client.hostile import (
+from tests.support.client.failing import SHAPES, SHORT_S
+from tests.support.client.hostile import (
     PICKLED,
     Liar,
     Write,
@@ -43,8 +43,8 @@ from tests.client.hostile import (
     silent,
     trickling,
 )
-from tests.client.twins import Twins, check_parameters, drawn, parameters
-from tests.service.servers import TOKEN, RunningServer
+from tests.support.client.twins import Twins, check_parameters, drawn, parameters
+from tests.support.service.servers import TOKEN, RunningServer
 
 JSON, MSGPACK, FILE = "application/json", "application/msgpack", "application/octet-stream"
 PROBLEM = "application/problem+json"

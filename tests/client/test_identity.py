@@ -18,7 +18,7 @@ from farstep.errors import InvalidOption
 from farstep.identity import NAME
 from farstep.settings import RemoteOptions, resolve
 from farstep_service.launch import Plan
-from tests.client.twins import drawn, parameters
+from tests.support.client.twins import drawn, parameters
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "12", "TORCHELASTIC_RESTART_COUNT": "2"}
 SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "12", "SLURM_RESTART_COUNT": "2"}

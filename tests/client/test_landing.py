@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from farstep.tensors.landing import Landing
-from tests.client.twins import check_equal, drawn
+from tests.support.client.twins import check_equal, drawn
 
 SHAPES = [(3,), (0, 2), (), (5, 4), (7,)]
 

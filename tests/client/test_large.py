@@ -17,11 +17,11 @@ from farstep.settings import RemoteOptions
 from farstep.tensors import Departures, Encoder, outgoing
 from farstep.tensors.departures import LARGE_BYTES
 from farstep.transport import Supply
-from tests.client.carrying import Carrying
-from tests.client.rounding import HALVES
-from tests.client.twins import Twins, check_parameters, drawn, parameters
-from tests.faults import Network
-from tests.service.servers import RunningServer
+from tests.support.client.carrying import Carrying
+from tests.support.client.rounding import HALVES
+from tests.support.client.twins import Twins, check_parameters, drawn, parameters
+from tests.support.faults import Network
+from tests.support.service.servers import RunningServer
 
 SHAPES = [(3, 5), (1200, 1000), (0, 3), (), (900, 1000), (123, 321), (4,)]
 """A bit over 8 MB: large ones, and small, empty and scalar ones before and between them."""

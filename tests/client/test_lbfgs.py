@@ -13,9 +13,9 @@ from torch import Tensor
 import farstep
 from farstep.errors import InvalidOption, TensorMismatch
 from farstep.settings import RemoteOptions
-from tests.client.lbfgs import OPTIONS, STEPS, WOLFE, Make, check, check_state, ours, theirs
-from tests.client.twins import check_equal
-from tests.optimizers.objectives import (
+from tests.support.client.lbfgs import OPTIONS, STEPS, WOLFE, Make, check, check_state, ours, theirs
+from tests.support.client.twins import check_equal
+from tests.support.optimizers.objectives import (
     Objective,
     cliff,
     network,

@@ -15,16 +15,16 @@ import farstep
 from farstep.conversation import Conversation
 from farstep.errors import SessionLost, StepDiscarded, Unavailable
 from farstep.settings import RemoteOptions
-from tests.client.lbfgs import WOLFE, check, check_state, ours, theirs
-from tests.client.twins import check_equal
-from tests.faults import Network, faulty
-from tests.optimizers.objectives import (
+from tests.support.client.lbfgs import WOLFE, check, check_state, ours, theirs
+from tests.support.client.twins import check_equal
+from tests.support.faults import Network, faulty
+from tests.support.optimizers.objectives import (
     Objective,
     cliff,
     network,
     rosenbrock,
 )
-from tests.service.servers import RunningServer
+from tests.support.service.servers import RunningServer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

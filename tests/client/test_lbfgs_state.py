@@ -13,9 +13,9 @@ import torch
 import farstep
 from farstep.errors import TensorMismatch
 from farstep.settings import RemoteOptions
-from tests.client.lbfgs import WOLFE, check, check_state, copied, ours, theirs
-from tests.client.twins import check_equal
-from tests.optimizers.objectives import (
+from tests.support.client.lbfgs import WOLFE, check, check_state, copied, ours, theirs
+from tests.support.client.twins import check_equal
+from tests.support.optimizers.objectives import (
     Objective,
     network,
     rosenbrock,

@@ -17,9 +17,9 @@ from torch.optim.lr_scheduler import StepLR
 import farstep
 from farstep.errors import InvalidOption
 from farstep.settings import RemoteOptions
-from tests.client.rounds import EVERY, Open, Simulation, Worker, diloco, local_sgd, model_of, parameters_of
-from tests.client.twins import check_equal, check_parameters, drawn
-from tests.client.workers import synced
+from tests.support.client.rounds import EVERY, Open, Simulation, Worker, diloco, local_sgd, model_of, parameters_of
+from tests.support.client.twins import check_equal, check_parameters, drawn
+from tests.support.client.workers import synced
 
 Crew = Callable[[list[Worker], int], None]
 BOTH = pytest.mark.parametrize("make", [local_sgd, diloco])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES, has
-from tests.client.twins import ours, theirs
+from tests.support.client.options import NAMES, has
+from tests.support.client.twins import ours, theirs
 
 OTHER: dict[str, Any] = {
     "lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.2, "amsgrad": True, "maximize": True, "rho": 0.7,

@@ -14,8 +14,8 @@ import farstep
 from farstep.conversation import Conversation
 from farstep.errors import FarstepError, InvalidOption
 from farstep.settings import RemoteOptions
-from tests.client.options import BY_OPTIONS, NAMES, REAL, three_groups
-from tests.client.twins import (
+from tests.support.client.options import BY_OPTIONS, NAMES, REAL, three_groups
+from tests.support.client.twins import (
     Twins,
     check_parameters,
     check_states,
@@ -26,7 +26,7 @@ from tests.client.twins import (
     start_of,
     theirs,
 )
-from tests.service.servers import RunningServer
+from tests.support.service.servers import RunningServer
 
 
 class Movers:

@@ -13,8 +13,8 @@ import farstep
 from farstep.errors import Fenced, InvalidOption, OptionsDiffer, Unavailable
 from farstep.optim import SGD, Adam
 from farstep.settings import resolve
-from tests.client.twins import drawn, parameters
-from tests.service.servers import RunningServer
+from tests.support.client.twins import drawn, parameters
+from tests.support.service.servers import RunningServer
 
 FRESH = itertools.count()
 

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from farstep.errors import TensorMismatch
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES
-from tests.client.twins import Twins, check_parameters, drawn, gradients_of
-from tests.client.workers import Worker
-from tests.service.servers import RunningServer
+from tests.support.client.options import NAMES
+from tests.support.client.twins import Twins, check_parameters, drawn, gradients_of
+from tests.support.client.workers import Worker
+from tests.support.service.servers import RunningServer
 
 SHAPES = ((6, 4), (5, 3), (4, 2))
 

@@ -20,7 +20,7 @@ from farstep.errors import InvalidOption
 from farstep.identity import Worker
 from farstep.policy import Policy
 from farstep.settings import RemoteOptions, resolve
-from tests.client.twins import Twins, check_parameters, drawn, one_group, ours, parameters, plain, theirs
+from tests.support.client.twins import Twins, check_parameters, drawn, one_group, ours, parameters, plain, theirs
 
 
 class Float(float):

@@ -10,7 +10,7 @@ from farstep.errors import Unavailable
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
 from farstep.transport import SocketTransport
-from tests.service.servers import RunningServer, sessions_at
+from tests.support.service.servers import RunningServer, sessions_at
 
 
 class Lost(httpx.BaseTransport):

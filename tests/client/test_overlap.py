@@ -12,9 +12,9 @@ import farstep
 from farstep.consistency import Sync
 from farstep.optim import SGD, RemoteOptimizer
 from farstep.overlap import AGAIN, STREAMED
-from tests.client.overlapping import Both, Net, backward, hooks_of, loss_of, plain
-from tests.client.twins import check_parameters
-from tests.service.servers import RunningServer
+from tests.support.client.overlapping import Both, Net, backward, hooks_of, loss_of, plain
+from tests.support.client.twins import check_parameters
+from tests.support.service.servers import RunningServer
 
 # -- what is streamed ------------------------------------------------------------------------------------------------
 

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 
 from farstep.optim import RemoteOptimizer
 from farstep.overlap import CHANGED, OTHERS, PAUSE_STEPS, STREAMED
-from tests.client.overlapping import Both, Net, backward, loss_of, wait_until_sent
-from tests.client.twins import check_parameters, check_states
-from tests.service.servers import RunningServer
+from tests.support.client.overlapping import Both, Net, backward, loss_of, wait_until_sent
+from tests.support.client.twins import check_parameters, check_states
+from tests.support.service.servers import RunningServer
 
 # -- what was sent is not what has to be pushed -----------------------------------------------------------------------
 

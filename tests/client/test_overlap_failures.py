@@ -15,11 +15,11 @@ from farstep.conversation import Conversation
 from farstep.errors import NonFinite, Truncated, Unavailable
 from farstep.overlap import BROKEN, OTHERS, STREAMED
 from farstep.transport import Supply
-from tests.client.carrying import Carrying
-from tests.client.overlapping import Both, Net, backward, loss_of, plain, wait_until_sent
-from tests.faults import Network, Way
-from tests.forks import in_a_fork
-from tests.service.servers import RunningServer, running_server
+from tests.support.client.carrying import Carrying
+from tests.support.client.overlapping import Both, Net, backward, loss_of, plain, wait_until_sent
+from tests.support.faults import Network, Way
+from tests.support.forks import in_a_fork
+from tests.support.service.servers import RunningServer, running_server
 
 Optimizer = torch.optim.Optimizer
 

@@ -16,9 +16,9 @@ from farstep.errors import InvalidOption
 from farstep.optim import LBFGS, SGD, Adagrad, RemoteOptimizer
 from farstep.overlap import OTHERS, STREAMED
 from farstep.settings import resolve
-from tests.client.overlapping import WIDTH, Both, Net, backward, hooks_of, loss_of, plain, senders
-from tests.client.twins import check_parameters
-from tests.service.servers import RunningServer, running_server
+from tests.support.client.overlapping import WIDTH, Both, Net, backward, hooks_of, loss_of, plain, senders
+from tests.support.client.twins import check_parameters
+from tests.support.service.servers import RunningServer, running_server
 
 # -- where there is nothing to stream --------------------------------------------------------------------------------
 

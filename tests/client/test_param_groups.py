@@ -14,10 +14,10 @@ from farstep.errors import FarstepError, InvalidOption
 from farstep.link import Parameter
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.growing import LATE, add, named
-from tests.client.options import NAMES
-from tests.client.twins import Twins, check_equal, check_parameters, drawn, parameters, start_of
-from tests.service.servers import RunningServer
+from tests.support.client.growing import LATE, add, named
+from tests.support.client.options import NAMES
+from tests.support.client.twins import Twins, check_equal, check_parameters, drawn, parameters, start_of
+from tests.support.service.servers import RunningServer
 
 
 @pytest.fixture(params=["embedded", "private", "named"])

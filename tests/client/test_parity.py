@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES, three_groups
-from tests.client.twins import (
+from tests.support.client.options import NAMES, three_groups
+from tests.support.client.twins import (
     SHAPES,
     Group,
     Twins,

@@ -14,8 +14,8 @@ import torch
 
 import farstep
 from farstep.errors import InvalidAnswer
-from tests.client.twins import Twins, drawn
-from tests.service.servers import RunningServer
+from tests.support.client.twins import Twins, drawn
+from tests.support.service.servers import RunningServer
 
 SHAPES = ((4, 3), (5,))
 

@@ -21,10 +21,10 @@ from farstep.conversation import Conversation
 from farstep.errors import InvalidOption, NonFinite, OptionsDiffer
 from farstep.optim import LBFGS, SGD, Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.carrying import Counting
-from tests.client.twins import Twins, check_equal, check_parameters, check_states, drawn, parameters
-from tests.client.workers import Reference, Worker, synced, together
-from tests.service.servers import RunningServer
+from tests.support.client.carrying import Counting
+from tests.support.client.twins import Twins, check_equal, check_parameters, check_states, drawn, parameters
+from tests.support.client.workers import Reference, Worker, synced, together
+from tests.support.service.servers import RunningServer
 
 NAMES = ["Adagrad", "SGD", "Adam", "Muon"]
 

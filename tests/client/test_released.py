@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES
-from tests.client.twins import gradients_of, ours, parameters, start_of
+from tests.support.client.options import NAMES
+from tests.support.client.twins import gradients_of, ours, parameters, start_of
 
 POLICIES: tuple[RemoteOptions, ...] = ({}, {"clip_norm": 1e-3}, {"accumulate": 2}, {"ema": 0.9})
 SHAPES = ((300, 300), (4, 4))

@@ -15,9 +15,9 @@ from farstep.conversation import Conversation
 from farstep.errors import FarstepError, UnknownSession
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES, three_groups
-from tests.client.twins import FITTING, Twins, check_equal, check_parameters, check_states, drawn, parameters
-from tests.service.servers import RunningServer
+from tests.support.client.options import NAMES, three_groups
+from tests.support.client.twins import FITTING, Twins, check_equal, check_parameters, check_states, drawn, parameters
+from tests.support.service.servers import RunningServer
 
 COUNT = itertools.count()
 SHAPES = [(7, 5), (5,), (5,), (2, 3)]

@@ -22,7 +22,7 @@ from farstep.conversation import Conversation
 from farstep.errors import SessionLost
 from farstep.optim import RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.resuming import (
+from tests.support.client.resuming import (
     CASES,
     CASES_AND_PLAIN,
     CUT,
@@ -34,9 +34,9 @@ from tests.client.resuming import (
     begin,
     same_bits,
 )
-from tests.client.twins import HALVES
-from tests.service.servers import RunningServer, running_server
-from tests.service.servers import farstep as command
+from tests.support.client.twins import HALVES
+from tests.support.service.servers import RunningServer, running_server
+from tests.support.service.servers import farstep as command
 
 ROWS = list(CASES_AND_PLAIN)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from farstep.errors import TensorMismatch
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES
-from tests.client.twins import Twins, check_parameters, check_states, drawn
-from tests.service.servers import RunningServer
+from tests.support.client.options import NAMES
+from tests.support.client.twins import Twins, check_parameters, check_states, drawn
+from tests.support.service.servers import RunningServer
 
 SHAPES = ((6, 4), (5, 3), (4, 2))
 STATEFUL = [name for name in NAMES if name not in ("SGD", "LBFGS")]

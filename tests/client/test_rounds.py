@@ -13,8 +13,8 @@ import farstep
 from farstep.conversation import Conversation
 from farstep.errors import FarstepError
 from farstep.settings import RemoteOptions
-from tests.client.rounds import EVERY, Simulation, Worker, diloco, model_of
-from tests.client.twins import check_equal, check_parameters
+from tests.support.client.rounds import EVERY, Simulation, Worker, diloco, model_of
+from tests.support.client.twins import check_equal, check_parameters
 
 
 def test_steps_are_counted_inside_only(shared: RemoteOptions) -> None:

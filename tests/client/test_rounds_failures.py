@@ -13,11 +13,11 @@ import farstep
 from farstep.errors import BarrierTimeout, FarstepError, Fenced, NonFinite, SessionLost, Unavailable
 from farstep.local_sgd.rounds import Rounds
 from farstep.settings import RemoteOptions
-from tests.client.rounds import EVERY, Simulation, Worker, diloco, local_sgd
-from tests.client.twins import check_equal, check_parameters
-from tests.client.workers import synced
-from tests.faults import Network
-from tests.service.servers import RunningServer, running_server
+from tests.support.client.rounds import EVERY, Simulation, Worker, diloco, local_sgd
+from tests.support.client.twins import check_equal, check_parameters
+from tests.support.client.workers import synced
+from tests.support.faults import Network
+from tests.support.service.servers import RunningServer, running_server
 
 SHORT_S = 1.0
 

@@ -14,8 +14,8 @@ import farstep
 from farstep.errors import InvalidOption
 from farstep.optim.names import named_parameters, plain_names
 from farstep.settings import RemoteOptions
-from tests.client.rounds import Open, Simulation, Worker, diloco, local_sgd, model_of, parameters_of
-from tests.client.twins import check_parameters, drawn, ours
+from tests.support.client.rounds import Open, Simulation, Worker, diloco, local_sgd, model_of, parameters_of
+from tests.support.client.twins import check_parameters, drawn, ours
 
 # -- what counts as a step -------------------------------------------------------------------------------------------
 

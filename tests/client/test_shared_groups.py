@@ -13,9 +13,9 @@ from farstep.conversation import Conversation
 from farstep.errors import Fenced, OptionsDiffer
 from farstep.optim import Adagrad, RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.growing import LATE, named
-from tests.client.twins import check_equal, check_parameters, drawn, parameters
-from tests.service.servers import RunningServer
+from tests.support.client.growing import LATE, named
+from tests.support.client.twins import check_equal, check_parameters, drawn, parameters
+from tests.support.service.servers import RunningServer
 
 
 class Member:

@@ -19,11 +19,11 @@ from farstep.errors import NonFinite, SessionLost, Unavailable
 from farstep.optim import Adagrad, RemoteOptimizer
 from farstep.settings import RemoteOptions
 from farstep.unix import path_of_url
-from tests.client.twins import Twins, check_parameters, drawn
-from tests.faults import faulty
-from tests.forks import in_a_fork
 from tests.parity.cases import STEPPED
-from tests.service.servers import RunningServer, running_server
+from tests.support.client.twins import Twins, check_parameters, drawn
+from tests.support.faults import faulty
+from tests.support.forks import in_a_fork
+from tests.support.service.servers import RunningServer, running_server
 
 SHAPES = [(300, 250), (131, 2), (41, 1)]
 """Enough for memory to be shared."""

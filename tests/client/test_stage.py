@@ -10,7 +10,7 @@ from farstep.codecs import codec_named
 from farstep.overlap import plain
 from farstep.overlap.stage import UNIT_BYTES, Stage
 from farstep.tensors import Encoder
-from tests.client.twins import drawn
+from tests.support.client.twins import drawn
 
 SHAPES = [(300, 700), (5,), (0, 3), (), (131, 2)]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from farstep.settings import RemoteOptions
-from tests.client.carrying import LARGE_BYTES, Counting
-from tests.client.options import NAMES
-from tests.client.twins import Twins, check_states, check_value, drawn, parameters
-from tests.service.servers import RunningServer
+from tests.support.client.carrying import LARGE_BYTES, Counting
+from tests.support.client.options import NAMES
+from tests.support.client.twins import Twins, check_states, check_value, drawn, parameters
+from tests.support.service.servers import RunningServer
 
 # -- reading ---------------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from farstep.settings import RemoteOptions
-from tests.client.options import BY_OPTIONS, NAMES, three_groups
-from tests.client.twins import Twins, check_parameters, check_states, drawn, parameters, theirs
+from tests.support.client.options import BY_OPTIONS, NAMES, three_groups
+from tests.support.client.twins import Twins, check_parameters, check_states, drawn, parameters, theirs
 
 
 @pytest.mark.promise(

@@ -14,8 +14,8 @@ from torch import Tensor
 from farstep.errors import FarstepError
 from farstep.optim import RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.carrying import Counting
-from tests.client.twins import Twins, check_equal, drawn
+from tests.support.client.carrying import Counting
+from tests.support.client.twins import Twins, check_equal, drawn
 
 
 def both(twins: Twins) -> tuple[RemoteOptimizer, torch.optim.Optimizer]:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from farstep.errors import InvalidOption
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES, has
-from tests.client.twins import Twins, drawn, ours, theirs
+from tests.support.client.options import NAMES, has
+from tests.support.client.twins import Twins, drawn, ours, theirs
 
 MORE: dict[str, dict[str, Any]] = {
     "Adam": {"amsgrad": True},

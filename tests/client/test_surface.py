@@ -14,9 +14,9 @@ import farstep
 from farstep.errors import InvalidOption
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.copies import WAYS, Copy
-from tests.client.options import NAMES
-from tests.client.twins import (
+from tests.support.client.copies import WAYS, Copy
+from tests.support.client.options import NAMES
+from tests.support.client.twins import (
     Twins,
     check_equal,
     check_parameters,
@@ -28,7 +28,7 @@ from tests.client.twins import (
     start_of,
     theirs,
 )
-from tests.service.servers import RunningServer
+from tests.support.service.servers import RunningServer
 
 
 @pytest.mark.promise(

@@ -13,9 +13,18 @@ from torch import Tensor
 import farstep
 from farstep.errors import InvalidOption
 from farstep.settings import RemoteOptions
-from tests.client.options import NAMES
-from tests.client.twins import check_parameters, check_states, gradients_of, ours, parameters, plain, start_of, theirs
-from tests.service.servers import RunningServer
+from tests.support.client.options import NAMES
+from tests.support.client.twins import (
+    check_parameters,
+    check_states,
+    gradients_of,
+    ours,
+    parameters,
+    plain,
+    start_of,
+    theirs,
+)
+from tests.support.service.servers import RunningServer
 
 Within = Callable[[], AbstractContextManager[Any]]
 

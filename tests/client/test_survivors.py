@@ -20,10 +20,10 @@ import torch
 from farstep.consistency import Bounded, Consistency, Sync
 from farstep.conversation import Conversation
 from farstep.optim import SGD
-from tests.client import training_process
-from tests.client.training_process import SLOTS, WORKERS
-from tests.limits import Limit
-from tests.service.servers import RunningServer, running_server
+from tests.support.client import training_process
+from tests.support.client.training_process import SLOTS, WORKERS
+from tests.support.limits import Limit
+from tests.support.service.servers import RunningServer, running_server
 
 pytestmark = pytest.mark.alone
 

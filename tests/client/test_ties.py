@@ -12,9 +12,9 @@ from torch import Tensor
 from farstep.errors import TensorMismatch
 from farstep.settings import RemoteOptions
 from farstep.tensors import overlapping, shares_with_itself
-from tests.client.options import NAMES
-from tests.client.twins import Twins, drawn, ours, parameters
-from tests.service.servers import RunningServer
+from tests.support.client.options import NAMES
+from tests.support.client.twins import Twins, drawn, ours, parameters
+from tests.support.service.servers import RunningServer
 
 SHAPES = ((4, 4), (4, 4), (5, 3))
 Tie = Callable[[Tensor, Tensor], None]

@@ -17,10 +17,10 @@ import farstep
 from farstep.errors import FarstepError
 from farstep.optim.writers import writing
 from farstep.settings import RemoteOptions
-from tests.client import hogwild
-from tests.client.hogwild import LR, gradient, train
-from tests.client.twins import check_equal
-from tests.service.servers import RunningServer
+from tests.support.client import hogwild
+from tests.support.client.hogwild import LR, gradient, train
+from tests.support.client.twins import check_equal
+from tests.support.service.servers import RunningServer
 
 
 def model() -> list[Tensor]:

@@ -16,9 +16,9 @@ import torch
 from farstep.conversation import Conversation
 from farstep.errors import FarstepError, InvalidRequest, NonFinite, SessionLost, Unauthorized, Unavailable
 from farstep.optim import Adagrad
-from tests.client.failing import SHAPES, SHORT_S, fail, step, twins_at
-from tests.client.twins import Twins, check_parameters, drawn, parameters
-from tests.service.servers import TOKEN, RunningServer, running_server
+from tests.support.client.failing import SHAPES, SHORT_S, fail, step, twins_at
+from tests.support.client.twins import Twins, check_parameters, drawn, parameters
+from tests.support.service.servers import TOKEN, RunningServer, running_server
 
 # -- servers that are not there --------------------------------------------------------------------------------------
 

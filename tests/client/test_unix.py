@@ -12,10 +12,10 @@ import farstep
 from farstep.errors import SessionLost, Unavailable
 from farstep.settings import RemoteOptions
 from farstep.unix import path_of_url
-from tests.client.twins import Twins, check_parameters, drawn, start_of
-from tests.faults import faulty
 from tests.parity.cases import STEPPED
-from tests.service.servers import RunningServer, running_server
+from tests.support.client.twins import Twins, check_parameters, drawn, start_of
+from tests.support.faults import faulty
+from tests.support.service.servers import RunningServer, running_server
 
 SHAPES = [(3, 4), (5,)]
 

@@ -8,7 +8,7 @@ import pytest
 
 from farstep.settings import resolve
 from farstep.variables import KNOWN, unknown
-from tests.service.servers import farstep
+from tests.support.service.servers import farstep
 
 KUBERNETES = {
     "FARSTEP_PORT": "tcp://10.0.0.1:7171",

@@ -14,10 +14,10 @@ import farstep
 from farstep.errors import FarstepError, InvalidOption, TensorMismatch
 from farstep.optim import SGD, Adam, RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.twins import Twins, check_equal, check_parameters, drawn, parameters
-from tests.client.workers import Worker
-from tests.service.servers import RunningServer
 from tests.session.averaged import DECAY, averaged
+from tests.support.client.twins import Twins, check_equal, check_parameters, drawn, parameters
+from tests.support.client.workers import Worker
+from tests.support.service.servers import RunningServer
 
 
 class Averages:

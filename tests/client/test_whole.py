@@ -11,7 +11,7 @@ from torch import Tensor
 import farstep
 from farstep.errors import FarstepError, InvalidOption
 from farstep.settings import RemoteOptions
-from tests.client.twins import Twins, check_parameters, check_states, drawn, ours, parameters, some_rows, theirs
+from tests.support.client.twins import Twins, check_parameters, check_states, drawn, ours, parameters, some_rows, theirs
 
 
 def refused(call: Any) -> Exception:

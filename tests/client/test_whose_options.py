@@ -14,9 +14,9 @@ import farstep
 from farstep.conversation import Conversation
 from farstep.errors import InvalidOption, OptionsDiffer, Unavailable
 from farstep.settings import RemoteOptions, resolve
-from tests.client.twins import check_equal, drawn, parameters
-from tests.faults import Network
-from tests.service.servers import RunningServer
+from tests.support.client.twins import check_equal, drawn, parameters
+from tests.support.faults import Network
+from tests.support.service.servers import RunningServer
 
 LR = 0.1
 

@@ -16,10 +16,10 @@ from farstep.optim import SGD, Adagrad, Adam
 from farstep.settings import NonFinitePolicy, RemoteOptions, resolve
 from farstep.tensors import NarrowArrivals
 from farstep.tensors.narrow_arrivals import BLOCK, WideEdits
-from tests.client.rounding import ONE_WAY, SHAPES, WIRES, Rounded, at, like, rounded
-from tests.client.twins import check_parameters, drawn, parameters, some_rows
-from tests.faults import Network
-from tests.service.servers import RunningServer
+from tests.support.client.rounding import ONE_WAY, SHAPES, WIRES, Rounded, at, like, rounded
+from tests.support.client.twins import check_parameters, drawn, parameters, some_rows
+from tests.support.faults import Network
+from tests.support.service.servers import RunningServer
 
 FRESH = count()
 

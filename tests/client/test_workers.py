@@ -19,10 +19,10 @@ from farstep.conversation import Conversation
 from farstep.errors import BarrierTimeout, Fenced, OptionsDiffer, SessionFull, SessionLost
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.carrying import Carrying
-from tests.client.twins import SHAPES, check_equal, check_parameters, check_states, drawn, ours, parameters
-from tests.client.workers import LR, Reference, Worker, synced, together, waits
-from tests.service.servers import RunningServer
+from tests.support.client.carrying import Carrying
+from tests.support.client.twins import SHAPES, check_equal, check_parameters, check_states, drawn, ours, parameters
+from tests.support.client.workers import LR, Reference, Worker, synced, together, waits
+from tests.support.service.servers import RunningServer
 
 # -- sync ------------------------------------------------------------------------------------------------------------
 

@@ -17,12 +17,12 @@ from farstep.errors import InvalidRequest, NonFinite, Unavailable
 from farstep.http_link import HttpLink
 from farstep.overlap import STREAMED
 from farstep.settings import RemoteOptions
-from tests.client.overlapping import Both
-from tests.client.rounding import at, like
-from tests.client.twins import check_parameters, drawn, parameters, some_rows
 from tests.codecs.table import ROWS, TOYS, Row, names, toys
-from tests.faults import Network, faulty
-from tests.service.plain import plain_server
+from tests.support.client.overlapping import Both
+from tests.support.client.rounding import at, like
+from tests.support.client.twins import check_parameters, drawn, parameters, some_rows
+from tests.support.faults import Network, faulty
+from tests.support.service.plain import plain_server
 
 SHAPES: list[tuple[int, ...]] = [(70, 9), (5,), (), (0, 3), (2, 3, 4), (131,)]
 LARGE: list[tuple[int, ...]] = [(1200, 900), (33,), (1100, 1001), (5, 7)]

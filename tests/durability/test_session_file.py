@@ -28,10 +28,10 @@ from farstep_service.rule import PRECISION
 from farstep_service.session import Session
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
-from tests.client.twins import some_rows
-from tests.durability.files import described, joined, parts, read, restored, written
 from tests.session.failing import FailingKernels
 from tests.session.writers import Writer, begun, new_session, parameters, sync, values
+from tests.support.client.twins import some_rows
+from tests.support.durability.files import described, joined, parts, read, restored, written
 
 # -- what is in it
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.launch.launching import said
-from tests.service.servers import RunningServer, farstep, running_server
+from tests.support.launch.launching import said
+from tests.support.service.servers import RunningServer, farstep, running_server
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"

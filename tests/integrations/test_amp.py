@@ -19,13 +19,13 @@ from farstep.conversation import Conversation
 from farstep.errors import InvalidOption
 from farstep.optim import Adagrad, RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.carrying import Counting
-from tests.client.twins import check_parameters, check_states, drawn, parameters
-from tests.client.workers import Reference, Worker, synced, together
-from tests.faults import faulty
-from tests.integrations.scaled import BAD, SCALE, Scaled, overflowing, scaler_
-from tests.integrations.training import Make, batches, loss_of, model, ours, same, theirs
-from tests.service.servers import RunningServer
+from tests.support.client.carrying import Counting
+from tests.support.client.twins import check_parameters, check_states, drawn, parameters
+from tests.support.client.workers import Reference, Worker, synced, together
+from tests.support.faults import faulty
+from tests.support.integrations.scaled import BAD, SCALE, Scaled, overflowing, scaler_
+from tests.support.integrations.training import Make, batches, loss_of, model, ours, same, theirs
+from tests.support.service.servers import RunningServer
 
 # -- alone -----------------------------------------------------------------------------------------------------------
 

@@ -14,9 +14,9 @@ from farstep.conversation import Conversation
 from farstep.errors import NonFinite
 from farstep.optim import Adagrad
 from farstep.settings import RemoteOptions
-from tests.client.twins import check_parameters, drawn, parameters
-from tests.client.workers import Reference, synced, together
-from tests.integrations.scaled import SCALE, Scaled, overflowing, scaler_
+from tests.support.client.twins import check_parameters, drawn, parameters
+from tests.support.client.workers import Reference, synced, together
+from tests.support.integrations.scaled import SCALE, Scaled, overflowing, scaler_
 
 
 class Alone:

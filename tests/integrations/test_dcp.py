@@ -26,10 +26,10 @@ from torch.optim import Optimizer
 
 from farstep.optim import RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.carrying import Counting
-from tests.client.twins import check_states
-from tests.integrations.training import Make, batches, loss_of, model, ours, same, theirs
-from tests.service.servers import RunningServer
+from tests.support.client.carrying import Counting
+from tests.support.client.twins import check_states
+from tests.support.integrations.training import Make, batches, loss_of, model, ours, same, theirs
+from tests.support.service.servers import RunningServer
 
 NAMES = ["Adagrad", "AdamW", "SGD", "NAdam"]
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"lr": 0.05, "momentum": 0.9}}

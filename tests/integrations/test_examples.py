@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.integrations import test_dcp
-from tests.service.servers import RunningServer
+from tests.support.service.servers import RunningServer
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "integrations.md").read_text()
 FOUND = list(re.finditer(r"^```python\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL))

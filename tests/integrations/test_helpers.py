@@ -21,8 +21,8 @@ from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, up
 
 from farstep.errors import TensorMismatch
 from farstep.settings import RemoteOptions
-from tests.client.twins import check_states
-from tests.integrations.training import Make, batches, loss_of, model, ours, same, theirs
+from tests.support.client.twins import check_states
+from tests.support.integrations.training import Make, batches, loss_of, model, ours, same, theirs
 
 Change = Callable[[nn.Module], object]
 

@@ -19,10 +19,10 @@ from torch.optim.lr_scheduler import StepLR
 
 from farstep.optim import RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.carrying import Counting
-from tests.client.twins import check_states
-from tests.integrations.training import Make, batches, loss_of, model, ours, same, theirs
-from tests.service.servers import RunningServer
+from tests.support.client.carrying import Counting
+from tests.support.client.twins import check_states
+from tests.support.integrations.training import Make, batches, loss_of, model, ours, same, theirs
+from tests.support.service.servers import RunningServer
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what lightning and torchmetrics say about their own imports

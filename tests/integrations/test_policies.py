@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.service.servers import RunningServer
+from tests.support.service.servers import RunningServer
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
 FIRST, SCALED = re.findall(r"^```python\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)

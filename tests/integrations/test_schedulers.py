@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim import lr_scheduler as ls
 
 from farstep.settings import RemoteOptions
-from tests.client.twins import Twins, drawn
+from tests.support.client.twins import Twins, drawn
 
 Scheduler = ls.LRScheduler
 STEPS = 12

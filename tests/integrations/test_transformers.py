@@ -19,8 +19,8 @@ from torch.utils.data import Dataset
 import farstep
 from farstep.optim import RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.twins import check_states
-from tests.integrations.training import Make, ours, same, theirs
+from tests.support.client.twins import check_states
+from tests.support.integrations.training import Make, ours, same, theirs
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # what the packages that transformers finds say about their own imports

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch.launching import LIMIT_S, NOBODY, Gone, heard, launching, said, watcher_of
-from tests.service.servers import TOKEN, farstep, running_server
+from tests.support.launch.launching import LIMIT_S, NOBODY, Gone, heard, launching, said, watcher_of
+from tests.support.service.servers import TOKEN, farstep, running_server
 
 PAUSE = "import signal; signal.pause()"
 

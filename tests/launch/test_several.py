@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import said
-from tests.launch.several import SCRIPTS, by_torch
-from tests.service.servers import RunningServer, farstep, running_server
+from tests.support.launch import several
+from tests.support.launch.launching import said
+from tests.support.launch.several import SCRIPTS, by_torch
+from tests.support.service.servers import RunningServer, farstep, running_server
 
-SCRIPT = str(Path(__file__).with_name("several.py"))
+SCRIPT = str(several.__file__)
 SESSIONS = {
     "gan": ("generator", "discriminator"),
     "actor_critic": ("actor", "critic"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch.launching import LIMIT_S, NOBODY, Gone
+from tests.support.launch.launching import LIMIT_S, NOBODY, Gone
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.launch.launching import LIMIT_S, NOBODY, said
-from tests.service.servers import farstep
+from tests.support.launch.launching import LIMIT_S, NOBODY, said
+from tests.support.service.servers import farstep
 
 WHO = """
 import json

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from farstep_service.optimizers import Kernels
-from tests.optimizers.compiled import build_beside, compiled
+from tests.support.optimizers.compiled import build_beside, compiled
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from farstep_service.optimizers import RULES
-from tests.optimizers.twins import OPTIONS, Twins
+from tests.support.optimizers.twins import OPTIONS, Twins
 
 STEPS = 200
 

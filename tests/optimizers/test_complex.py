@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from farstep_service.store import Gradients
-from tests.optimizers.twins import Twins
 from tests.parity.cases import usual_options
+from tests.support.optimizers.twins import Twins
 
 
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128], ids=str)

@@ -20,7 +20,7 @@ from farstep_service.optimizers.native import Bound
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.rule import KernelSignature
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
-from tests.optimizers.twins import OPTIONS, SHAPES, Twins
+from tests.support.optimizers.twins import OPTIONS, SHAPES, Twins
 
 pytestmark = pytest.mark.timeout(600)  # the first run on a machine compiles
 

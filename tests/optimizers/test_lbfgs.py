@@ -12,7 +12,7 @@ from torch import Tensor
 from farstep.errors import InvalidOption, NonFinite
 from farstep_service.optimizers.lbfgs import LBFGSHyper
 from farstep_service.optimizers.lbfgs_steps import Memory, Turn, begin, resume
-from tests.optimizers.objectives import OBJECTIVES, Objective, network, quadratic, rosenbrock, slope
+from tests.support.optimizers.objectives import OBJECTIVES, Objective, network, quadratic, rosenbrock, slope
 
 STEPS = 20
 DTYPES = [torch.float32, torch.float64]

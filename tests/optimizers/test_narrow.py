@@ -19,9 +19,9 @@ from farstep_service.optimizers.native import Bound
 from farstep_service.optimizers.reference import ReferenceKernel
 from farstep_service.rule import KernelSignature
 from farstep_service.store import FlatBuffers, Gradients, NarrowBuffers, Store
-from tests.optimizers.compiled import NARROW
 from tests.store.conftest import all_bytes, noise
-from tests.store.narrow import both
+from tests.support.optimizers.compiled import NARROW
+from tests.support.store.narrow import both
 
 pytestmark = pytest.mark.timeout(600)  # the first run on a machine compiles
 

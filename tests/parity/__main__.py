@@ -27,7 +27,7 @@ from tests.parity.distances import render as render_distances
 from tests.parity.running import Result, run_all
 from tests.parity.table import render
 from tests.parity.ways import Closure
-from tests.service.servers import running_server
+from tests.support.service.servers import running_server
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "parity.md"
 FUSED_DTYPES = (torch.float32, torch.float64)

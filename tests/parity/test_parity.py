@@ -9,7 +9,7 @@ import torch
 
 from tests.parity.cases import NAMES, Case, cases, trained, usual_options
 from tests.parity.running import Places, run
-from tests.service.servers import running_server
+from tests.support.service.servers import running_server
 
 STEPS = 7
 """As many as it takes until every way to train has done all it does."""

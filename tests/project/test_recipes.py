@@ -15,7 +15,7 @@ from farstep.optim import RemoteOptimizer
 from farstep.policy import Policy
 from farstep.settings import RemoteOptions, carried, resolve
 from farstep_service.optimizers import METHODS
-from tests.service.servers import farstep as command
+from tests.support.service.servers import farstep as command
 
 ROOT = Path(__file__).parents[2]
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()

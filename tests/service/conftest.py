@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.service.raw import RawClient
-from tests.service.servers import RunningServer, running_server
+from tests.support.service.raw import RawClient
+from tests.support.service.servers import RunningServer, running_server
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ import pytest
 from farstep.errors import BarrierTimeout, NonFinite, SessionLost, StepInterrupted, Unavailable
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep_service.coordinator.coordinator import INITIALISE_WITHIN_S
-from tests.service.hosting import ASYNC, LARGE, SMALL, Place, run, sync
+from tests.support.service.hosting import ASYNC, LARGE, SMALL, Place, run, sync
 
 
 @pytest.mark.promise("A push that is repeated while the first one still waits shares its outcome.", area="exactly once")

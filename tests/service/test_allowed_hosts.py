@@ -12,9 +12,9 @@ import pytest
 from farstep.errors import HostNotAllowed, InvalidOption, InvalidRequest, OriginNotAllowed
 from farstep_service.auth import AllowedHosts
 from farstep_service.settings import Settings
-from tests.service.answers import Answer, opened, read_answer
-from tests.service.raw import RawClient
-from tests.service.servers import TOKEN, RunningServer, farstep, running_server
+from tests.support.service.answers import Answer, opened, read_answer
+from tests.support.service.raw import RawClient
+from tests.support.service.servers import TOKEN, RunningServer, farstep, running_server
 
 LOOPBACK = AllowedHosts("127.0.0.1")
 EVERYWHERE = AllowedHosts("0.0.0.0")

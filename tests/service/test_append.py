@@ -19,9 +19,9 @@ from farstep_service.plan import Plan
 from farstep_service.sessions import Actor
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
-from tests.service.answers import MSGPACK, half_sent
-from tests.service.raw import RawClient, RawWorker, gradient, specs, tensors_of
-from tests.service.servers import RunningServer
+from tests.support.service.answers import MSGPACK, half_sent
+from tests.support.service.raw import RawClient, RawWorker, gradient, specs, tensors_of
+from tests.support.service.servers import RunningServer
 
 PARAMETERS = (torch.linspace(-1, 1, 12).view(3, 4), torch.ones(5, dtype=torch.float64))
 LATE = {"late.w": torch.linspace(-1, 1, 6).view(2, 3), "late.z": torch.tensor([1 + 2j, -1j])}

@@ -21,9 +21,9 @@ from farstep_service.app import create_app
 from farstep_service.auth import PUBLIC, Tokens
 from farstep_service.routes import Edge
 from farstep_service.settings import Settings
-from tests.service.answers import MSGPACK, half_sent, opened, read_answer
-from tests.service.raw import RawClient, session_document
-from tests.service.servers import TOKEN, RunningServer, running_server
+from tests.support.service.answers import MSGPACK, half_sent, opened, read_answer
+from tests.support.service.raw import RawClient, session_document
+from tests.support.service.servers import TOKEN, RunningServer, running_server
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT", "PROPFIND", "FARSTEP")
 SECOND = "fedcba9876543210fedcba9876543210"

@@ -16,9 +16,9 @@ from farstep.wire import encode
 from farstep_service.app import create_app
 from farstep_service.routes.bodies import TAIL_BYTES, answer_message
 from farstep_service.settings import Settings
-from tests.service.answers import MSGPACK, half_sent, opened, read_answer
-from tests.service.raw import RawClient, RawWorker, session_document
-from tests.service.servers import RunningServer
+from tests.support.service.answers import MSGPACK, half_sent, opened, read_answer
+from tests.support.service.raw import RawClient, RawWorker, session_document
+from tests.support.service.servers import RunningServer
 
 ELEMENTS = 1 << 22
 """Elements of the parameters: 16 MiB, more than the buffers between a server and a slow reader take in."""

@@ -22,9 +22,9 @@ from farstep_service.plan import Plan
 from farstep_service.sessions import Actor
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
-from tests.service.answers import MSGPACK, half_sent
-from tests.service.raw import RawClient, session_document
-from tests.service.servers import running_server
+from tests.support.service.answers import MSGPACK, half_sent
+from tests.support.service.raw import RawClient, session_document
+from tests.support.service.servers import running_server
 
 ASYNC: Mapping[str, object] = {"mode": "async"}
 

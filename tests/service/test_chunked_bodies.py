@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from farstep.wire import encode
-from tests.service.answers import MSGPACK, Answer
-from tests.service.plain import plain_server
-from tests.service.raw import RawClient, RawWorker, gradient
-from tests.service.servers import running_server
+from tests.support.service.answers import MSGPACK, Answer
+from tests.support.service.plain import plain_server
+from tests.support.service.raw import RawClient, RawWorker, gradient
+from tests.support.service.servers import running_server
 
 PARAMETERS = (torch.linspace(-1, 1, 70_000), torch.zeros(3, 5))
 

@@ -16,7 +16,7 @@ import pytest
 from farstep.conversation import Conversation
 from farstep.errors import UnknownSession
 from farstep_service.cli.output import printable, size
-from tests.service.servers import TOKEN, RunningServer, farstep, running_server
+from tests.support.service.servers import TOKEN, RunningServer, farstep, running_server
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 

@@ -15,10 +15,10 @@ from starlette.types import Receive, Scope, Send
 from farstep.errors import UnsupportedMedia
 from farstep_service.limits import CONNECTION, ConnectionLimits
 from farstep_service.server.protocol import Protocol
-from tests.service.answers import MSGPACK, PROBLEM, TIMEOUT_S, read_answer
-from tests.service.echoing import Echo, echo, read_one, request, serving
-from tests.service.raw import RawClient
-from tests.service.servers import TOKEN, running_server
+from tests.support.service.answers import MSGPACK, PROBLEM, TIMEOUT_S, read_answer
+from tests.support.service.echoing import Echo, echo, read_one, request, serving
+from tests.support.service.raw import RawClient
+from tests.support.service.servers import TOKEN, running_server
 
 SOON_S = 0.1
 GET = b"GET / HTTP/1.1\r\nhost: x\r\n\r\n"

@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from tests.service.raw import RawClient, RawWorker, gradient
-from tests.service.servers import RunningServer, farstep, running_server
+from tests.support.service.raw import RawClient, RawWorker, gradient
+from tests.support.service.servers import RunningServer, farstep, running_server
 
 
 def waits(raw: RawClient, worker: RawWorker) -> None:

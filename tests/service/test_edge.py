@@ -13,8 +13,8 @@ import pytest
 from farstep_service.limits import CONNECTION, ConnectionLimits
 from farstep_service.routes import Pace
 from farstep_service.server.protocol import Protocol
-from tests.service.answers import MSGPACK, TIMEOUT_S, read_answer
-from tests.service.echoing import Echo, echo, read_one, request, serving
+from tests.support.service.answers import MSGPACK, TIMEOUT_S, read_answer
+from tests.support.service.echoing import Echo, echo, read_one, request, serving
 
 PAYLOAD = bytes(range(256)) * 4096
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from farstep.wire import encode
-from tests.service.answers import MSGPACK, half_sent, opened
-from tests.service.plain import plain_server
-from tests.service.raw import RawClient, RawWorker, gradient, session_document, tensors_of
-from tests.service.servers import RunningServer, running_server
+from tests.support.service.answers import MSGPACK, half_sent, opened
+from tests.support.service.plain import plain_server
+from tests.support.service.raw import RawClient, RawWorker, gradient, session_document, tensors_of
+from tests.support.service.servers import RunningServer, running_server
 
 PARAMETERS = (torch.linspace(-1, 1, 12).view(3, 4), torch.ones(5, dtype=torch.float64))
 

@@ -14,8 +14,8 @@ from safetensors.torch import load, save_file
 
 from farstep.conversation import FILE
 from farstep.session_file import DESCRIPTION
-from tests.service.answers import Answer
-from tests.service.raw import RawClient, RawWorker, session_document
+from tests.support.service.answers import Answer
+from tests.support.service.raw import RawClient, RawWorker, session_document
 
 IMPOSSIBLE: list[tuple[str, dict[str, Any]]] = [
     ("Adam", {"betas": [2, 3]}),

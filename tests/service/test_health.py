@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from farstep.wire import encode
-from tests.service.answers import MSGPACK, half_sent, read_head
-from tests.service.raw import RawClient, RawWorker, payload_of
-from tests.service.servers import RunningServer
+from tests.support.service.answers import MSGPACK, half_sent, read_head
+from tests.support.service.raw import RawClient, RawWorker, payload_of
+from tests.support.service.servers import RunningServer
 
 pytestmark = pytest.mark.alone
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.service.raw import RawClient, RawWorker
-from tests.service.servers import RunningServer
-from tests.wire.page import blocks
+from tests.support.service.raw import RawClient, RawWorker
+from tests.support.service.servers import RunningServer
+from tests.support.wire.page import blocks
 
 SYNC = {"mode": "sync", "workers": 2}
 EXAMPLE = {block.info[1]: json.loads(block.text) for block in blocks() if block.title == "A heartbeat"}

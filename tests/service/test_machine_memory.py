@@ -10,8 +10,8 @@ import torch
 
 from farstep.errors import OutOfMemory
 from farstep_service.memory import available_bytes, out_of_memory, usable_bytes
-from tests.service.raw import RawClient
-from tests.service.servers import RunningServer, running_server
+from tests.support.service.raw import RawClient
+from tests.support.service.servers import RunningServer, running_server
 
 MIB = 2**20
 GIB = 2**30

@@ -12,10 +12,10 @@ import torch
 import farstep
 from farstep.conversation import FILE
 from farstep.wire import encode
-from tests.service.answers import MSGPACK, half_sent, opened, read_answer, read_head
-from tests.service.measured import MIB, SLACK, Process, sent
-from tests.service.raw import RawClient, RawWorker, payload_of
-from tests.service.servers import RunningServer
+from tests.support.service.answers import MSGPACK, half_sent, opened, read_answer, read_head
+from tests.support.service.measured import MIB, SLACK, Process, sent
+from tests.support.service.raw import RawClient, RawWorker, payload_of
+from tests.support.service.servers import RunningServer
 
 pytestmark = pytest.mark.alone  # how many threads take memory at once depends on who else runs
 

@@ -13,7 +13,7 @@ import pytest
 import farstep.errors
 from farstep.errors import BY_CODE, FarstepError
 from farstep_service.routes.problems import Problem, problem_of
-from tests.service.servers import RunningServer
+from tests.support.service.servers import RunningServer
 
 CONTROL = {
     ("get", "/healthz"),

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from farstep.wire import encode
-from tests.service.answers import MSGPACK, half_sent
-from tests.service.raw import RawClient, RawWorker, gradient
-from tests.service.servers import RunningServer
+from tests.support.service.answers import MSGPACK, half_sent
+from tests.support.service.raw import RawClient, RawWorker, gradient
+from tests.support.service.servers import RunningServer
 
 PARAMETERS = (torch.zeros(3, 4), torch.zeros(5, dtype=torch.float64), torch.zeros(6), torch.zeros(()))
 

@@ -24,8 +24,8 @@ from farstep_service.routes import documents, reading
 from farstep_service.routes.pieces import PIECE_CHARS, Reader
 from farstep_service.server.machine import loaded_for_good
 from farstep_service.settings import Settings
-from tests.service.raw import RawClient, session_document
-from tests.service.servers import RunningServer, farstep
+from tests.support.service.raw import RawClient, session_document
+from tests.support.service.servers import RunningServer, farstep
 
 SESSIONS, WORKERS, GROUPS, SEGMENTS = 220, 2_100, 1_100, 20_000
 LOOP_S = 0.020

@@ -14,10 +14,10 @@ import torch
 
 from farstep.wire import encode
 from farstep_service.server.parsing import Parser, authority_of
-from tests.service.answers import MSGPACK, opened, read_answer
-from tests.service.echoing import Echo, echo, serving
-from tests.service.raw import RawClient, session_document
-from tests.service.servers import RunningServer
+from tests.support.service.answers import MSGPACK, opened, read_answer
+from tests.support.service.echoing import Echo, echo, serving
+from tests.support.service.raw import RawClient, session_document
+from tests.support.service.servers import RunningServer
 
 ASKING = {
     "h2c": "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n",

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from farstep_service.server.repeated import Head
-from tests.service.answers import read_answer
-from tests.service.echoing import Echo, echo, read_one, serving
+from tests.support.service.answers import read_answer
+from tests.support.service.echoing import Echo, echo, read_one, serving
 
 RAW = b"POST /push HTTP/1.1\r\nhost: x\r\ncontent-length: 4\r\n\r\n"
 

@@ -26,7 +26,7 @@ from farstep_service.plan import Plan
 from farstep_service.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.session import Session
 from farstep_service.sessions import Actor, Answer, Offer
-from tests.service.servers import running_server
+from tests.support.service.servers import running_server
 
 LENGTHS = (500, 7)
 ASYNC: dict[str, object] = {"mode": "async"}

@@ -30,11 +30,11 @@ from farstep.errors import (
     UnknownSession,
 )
 from farstep.session_file import look_at
-from tests.faults import Network, faulty
-from tests.service.answers import half_sent, read_answer
-from tests.service.raw import RawClient, RawWorker
-from tests.service.servers import TOKEN, RunningServer, running_server
-from tests.service.servers import farstep as command
+from tests.support.faults import Network, faulty
+from tests.support.service.answers import half_sent, read_answer
+from tests.support.service.raw import RawClient, RawWorker
+from tests.support.service.servers import TOKEN, RunningServer, running_server
+from tests.support.service.servers import farstep as command
 
 LARGE = (torch.zeros(400_000), torch.zeros(7))
 

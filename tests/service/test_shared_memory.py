@@ -15,7 +15,7 @@ import pytest
 from farstep.area import nbytes_of
 from farstep.conversation import Conversation
 from farstep.errors import Fenced, InvalidOption, InvalidRequest
-from tests.service.servers import RunningServer, running_server
+from tests.support.service.servers import RunningServer, running_server
 
 ELEMENTS = 100_000
 NBYTES = nbytes_of({"float32": ELEMENTS})

@@ -14,10 +14,10 @@ import torch
 from farstep.errors import SessionLost
 from farstep.wire import encode
 from farstep_service.sessions.readers import FAIR_BYTES_PER_S, GRACE_S, Kind, Readers, Seat
-from tests.service.answers import MSGPACK, opened, read_answer, read_head
-from tests.service.hosting import run
-from tests.service.raw import RawClient, RawWorker, payload_of
-from tests.service.servers import RunningServer
+from tests.support.service.answers import MSGPACK, opened, read_answer, read_head
+from tests.support.service.hosting import run
+from tests.support.service.raw import RawClient, RawWorker, payload_of
+from tests.support.service.servers import RunningServer
 
 MIB = 2**20
 SIZE = 16 * MIB  # more than sockets on their way take

@@ -24,7 +24,7 @@ from farstep_service.server import Listening
 from farstep_service.server.address import bind, url_of
 from farstep_service.server.machine import tune_
 from farstep_service.settings import Settings
-from tests.service.servers import GONE_WITHIN_S, READY_WITHIN_S, TOKEN, RunningServer, farstep, running_server
+from tests.support.service.servers import GONE_WITHIN_S, READY_WITHIN_S, TOKEN, RunningServer, farstep, running_server
 
 OTHER_TOKEN = "fedcba9876543210fedcba9876543210"
 OWN = os.geteuid()

@@ -10,7 +10,7 @@ import threading
 from starlette.types import Receive, Scope, Send
 
 from farstep_service.server.turns import TURN_S, Turns
-from tests.service.echoing import serving
+from tests.support.service.echoing import serving
 
 GET = b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n"
 

@@ -22,7 +22,7 @@ from farstep_service.cli.serve import banner
 from farstep_service.server import Listening
 from farstep_service.server.socket_file import listening
 from farstep_service.settings import Settings
-from tests.service.servers import TOKEN, farstep, running_server
+from tests.support.service.servers import TOKEN, farstep, running_server
 
 NOBODY = 65534
 

@@ -8,10 +8,10 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from tests.service.answers import opened
-from tests.service.measured import SLACK, Process, sent
-from tests.service.raw import RawClient, RawWorker, gradient, payload_of, tensors_of
-from tests.service.servers import RunningServer
+from tests.support.service.answers import opened
+from tests.support.service.measured import SLACK, Process, sent
+from tests.support.service.raw import RawClient, RawWorker, gradient, payload_of, tensors_of
+from tests.support.service.servers import RunningServer
 
 PARAMETERS = (torch.linspace(-1, 1, 12).view(3, 4), torch.ones(5, dtype=torch.float64), torch.ones(6))
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from farstep.errors import InvalidOption, NonFinite
-from tests.durability.files import restored, written
 from tests.session.failing import FailingKernels
 from tests.session.writers import (
     Gradient,
@@ -26,6 +25,7 @@ from tests.session.writers import (
     sync,
     values,
 )
+from tests.support.durability.files import restored, written
 
 NAMES = ("w0", "w1")
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from farstep.errors import InvalidOption
 from farstep.presence import PRESENT
-from tests.durability.files import restored, written
 from tests.session.averaged import DECAY, Averaged, averages
 from tests.session.failing import FailingKernels
 from tests.session.writers import begun, equal, error, new_session, parameters, receipt, values
+from tests.support.durability.files import restored, written
 
 
 @pytest.mark.parametrize("optimizer", ["Adagrad", "Adam", "RMSprop", "ASGD"])

@@ -9,7 +9,7 @@ from farstep_service.optimizers import RULES
 from farstep_service.rule import ElementwiseRule
 from farstep_service.store import Gradients, NarrowBuffers
 from tests.store.conftest import BrokenKernels, MakeStore, all_bytes, layout_for
-from tests.store.narrow import both, narrowed
+from tests.support.store.narrow import both, narrowed
 
 HALVES = ["bfloat16", "float16"]
 MIXED = ("float32", "bfloat16", "float32", "complex64", "float64", "float32")

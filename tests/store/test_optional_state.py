@@ -8,8 +8,8 @@ import torch
 from farstep.errors import TensorMismatch
 from farstep_service.rule import Fields
 from farstep_service.store import FlatBuffers, Gradients
-from tests.optimizers.twins import Twins
 from tests.store.conftest import MakeStore, all_bytes, layout_of, noise
+from tests.support.optimizers.twins import Twins
 
 OPTIONAL: list[tuple[str, dict[str, Any], Fields]] = [
     ("SGD", {"momentum": 0.9}, ("momentum_buffer",)),

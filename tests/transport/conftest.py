@@ -10,8 +10,8 @@ import pytest
 import trustme
 
 from farstep.transport import SocketTransport
-from tests.transport.scripted import PATIENCE_S, Script, Stage
-from tests.transport.wellbehaved import running
+from tests.support.transport.scripted import PATIENCE_S, Script, Stage
+from tests.support.transport.wellbehaved import running
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 
 from farstep.transport import Batch, SocketTransport, Supply, dial_tcp
 from farstep.transport.pool import Origin
-from tests.transport.scripted import PATIENCE_S, Peer, Stage
-from tests.transport.scripts import LARGE, push, refuse, refuse_and_read_on, refuse_and_reset, refuse_and_wait
+from tests.support.transport.scripted import PATIENCE_S, Peer, Stage
+from tests.support.transport.scripts import LARGE, push, refuse, refuse_and_read_on, refuse_and_reset, refuse_and_wait
 
 Staging = Callable[..., Stage]
 

@@ -9,7 +9,7 @@ import torch
 
 from farstep.transport import Batch, Pieces, ResponseBody, SocketTransport, Supply, body_of
 from farstep.wire.memory import tensor_memory
-from tests.transport.bodies import PIECE_LISTS, noise, received
+from tests.support.transport.bodies import PIECE_LISTS, noise, received
 
 
 @pytest.mark.parametrize("path", ["/echo", "/chunks"])

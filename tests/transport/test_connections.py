@@ -11,9 +11,9 @@ import pytest
 
 from farstep.transport import Pieces, SocketTransport, body_of, dial_tcp
 from farstep.transport.pool import Origin
-from tests.forks import in_a_fork
-from tests.transport.scripted import PATIENCE_S, Peer, Stage
-from tests.transport.scripts import answer_all, answer_once, answer_then_hang_up, answer_then_reset
+from tests.support.forks import in_a_fork
+from tests.support.transport.scripted import PATIENCE_S, Peer, Stage
+from tests.support.transport.scripts import answer_all, answer_once, answer_then_hang_up, answer_then_reset
 
 Staging = Callable[..., Stage]
 

@@ -10,8 +10,8 @@ import httpx
 import pytest
 
 from farstep.transport import DEADLINE_S, NAMED, Batch, Pieces, Route, SocketTransport, Supply
-from tests.transport.scripted import PATIENCE_S, Peer, Stage
-from tests.transport.scripts import answer_once, answer_then_hang_up
+from tests.support.transport.scripted import PATIENCE_S, Peer, Stage
+from tests.support.transport.scripts import answer_once, answer_then_hang_up
 
 Staging = Callable[..., Stage]
 

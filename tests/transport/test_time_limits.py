@@ -10,7 +10,7 @@ import pytest
 
 from farstep.transport import Pieces, SocketTransport, body_of, dial_tcp
 from farstep.transport.pool import Origin
-from tests.transport.scripted import PATIENCE_S, Peer, Stage
+from tests.support.transport.scripted import PATIENCE_S, Peer, Stage
 
 Staging = Callable[..., Stage]
 SHORT_S = 0.15

@@ -8,10 +8,10 @@ import pytest
 import trustme
 
 from farstep.transport import Pieces, SocketTransport, body_of
-from tests.transport.bodies import PIECE_LISTS, noise, received
-from tests.transport.scripted import PATIENCE_S, Peer, Stage
-from tests.transport.scripts import push, refuse, refuse_and_read_on
-from tests.transport.wellbehaved import running
+from tests.support.transport.bodies import PIECE_LISTS, noise, received
+from tests.support.transport.scripted import PATIENCE_S, Peer, Stage
+from tests.support.transport.scripts import push, refuse, refuse_and_read_on
+from tests.support.transport.wellbehaved import running
 
 Staging = Callable[..., Stage]
 

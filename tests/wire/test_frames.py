@@ -10,7 +10,7 @@ import pytest
 
 from farstep.errors import InvalidRequest, LimitExceeded
 from farstep.wire import MAX_FRAME_BYTES, Decoder, Frames, Limits, encode, encoded_size
-from tests.wire.driving import read
+from tests.support.wire.driving import read
 
 MIB = 1 << 20
 

@@ -8,7 +8,7 @@ import torch
 
 from farstep.wire import Decoder, encode
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
-from tests.wire.driving import drive
+from tests.support.wire.driving import drive
 
 GOLDEN = {
     f"{path.stem}: {message['name']}": message

@@ -14,7 +14,7 @@ from farstep.errors import FarstepError, InvalidRequest, LimitExceeded, Truncate
 from farstep.wire import Limits, encode
 from farstep.wire.header import parse_header
 from farstep.wire.packing import pack_header
-from tests.wire.driving import read
+from tests.support.wire.driving import read
 
 COMPILED = msgpack.Unpacker.__module__ != "msgpack.fallback"
 NEST = b"\x81\xa1a" + b"\x91" * 7 + b"\xc0"  # depth 8

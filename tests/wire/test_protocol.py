@@ -14,8 +14,8 @@ from farstep.growth import AppendHead
 from farstep.messages import PushHead, PutHead
 from farstep.receipt import Reason, Receipt
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
-from tests.wire.driving import read
-from tests.wire.page import DOCUMENT, Block, blocks
+from tests.support.wire.driving import read
+from tests.support.wire.page import DOCUMENT, Block, blocks
 
 
 def from_hex(text: str) -> bytes:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from farstep.errors import InvalidRequest
 from farstep.wire import SEGMENT_DTYPES, Decoder, Limits, encode, encoded_size, from_ranges, to_ranges
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
-from tests.wire.driving import drive, read
+from tests.support.wire.driving import drive, read
 
 dtypes = st.sampled_from([*SEGMENT_DTYPES, "int64"])
 shapes: st.SearchStrategy[list[int]] = st.one_of(

@@ -19,7 +19,7 @@ from farstep_service.routes.control import JoinedDocument
 from farstep_service.routes.data import QUERY
 from farstep_service.routes.documents import SegmentDocument, SessionDocument, plan_of
 from farstep_service.settings import Settings
-from tests.wire.page import DOCUMENT, blocks
+from tests.support.wire.page import DOCUMENT, blocks
 
 
 def rows(heading: str) -> list[list[str]]:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.service.bad_input.refusing import INTERNAL, PARAMETERS
-from tests.service.raw import RawClient, RawWorker, gradient
-from tests.service.servers import RunningServer
+from tests.support.service.bad_input.refusing import INTERNAL, PARAMETERS
+from tests.support.service.raw import RawClient, RawWorker, gradient
+from tests.support.service.servers import RunningServer
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ import json
 
 import pytest
 
-from tests.service.answers import half_sent, read_answer
-from tests.service.bad_input.refusing import JSON, refused_as
-from tests.service.raw import RawClient, session_document
-from tests.service.servers import RunningServer
+from tests.support.service.answers import half_sent, read_answer
+from tests.support.service.bad_input.refusing import JSON, refused_as
+from tests.support.service.raw import RawClient, session_document
+from tests.support.service.servers import RunningServer
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.service.bad_input.refusing import PARAMETERS, refused
-from tests.service.raw import RawWorker, gradient, payload_of
+from tests.support.service.bad_input.refusing import PARAMETERS, refused
+from tests.support.service.raw import RawWorker, gradient, payload_of
 
 WRONG_INTS: tuple[object, ...] = (None, "1", 1.0, True, -1, b"1", [1], {}, ...)
 WRONG_NAMES: tuple[object, ...] = (None, 1, "", "x" * 129, "a\x00b", "a\nb", b"w0", ["w0"], ...)

@@ -8,8 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from tests.service.bad_input.refusing import PARAMETERS, refused
-from tests.service.raw import RawClient, RawWorker, gradient, payload_of, zeros
+from tests.support.service.bad_input.refusing import PARAMETERS, refused
+from tests.support.service.raw import RawClient, RawWorker, gradient, payload_of, zeros
 
 
 @pytest.mark.parametrize("change", [-1, +1, -4, +4, -(2**10), +(2**10), +(2**22)])

@@ -7,10 +7,10 @@ import pytest
 
 from farstep.wire import DTYPES
 from farstep.wire.limits import DEFAULT_LIMITS
-from tests.service.answers import MSGPACK, half_sent, read_answer
-from tests.service.bad_input.refusing import PARAMETERS, good, refused
-from tests.service.raw import RawClient, RawWorker, gradient
-from tests.service.servers import RunningServer
+from tests.support.service.answers import MSGPACK, half_sent, read_answer
+from tests.support.service.bad_input.refusing import PARAMETERS, good, refused
+from tests.support.service.raw import RawClient, RawWorker, gradient
+from tests.support.service.servers import RunningServer
 
 # -- the request
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.service.bad_input.refusing import BAD_NAMES, create, refused_as
-from tests.service.raw import RawClient, session_document
+from tests.support.service.bad_input.refusing import BAD_NAMES, create, refused_as
+from tests.support.service.raw import RawClient, session_document
 
 pytestmark = pytest.mark.usefixtures("unchanged")
 

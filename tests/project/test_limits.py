@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 
-from tests.limits import Limit, held_up_s
+from tests.support.limits import Limit, held_up_s
 
 
 def test_time_passes() -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import farstep
-from tests.client.twins import check_equal
-from tests.optimizers.objectives import (
+from tests.support.client.twins import check_equal
+from tests.support.optimizers.objectives import (
     Objective,
 )
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import farstep
 from farstep.local_sgd.rounds import Rounds
 from farstep.settings import RemoteOptions
-from tests.client.twins import drawn
+from tests.support.client.twins import drawn
 
 SHAPES = ((4, 3), (3,), ())
 EVERY = 3

@@ -14,7 +14,7 @@ from farstep.http_link import HttpLink
 from farstep.optim import RemoteOptimizer
 from farstep.report import StepReport
 from farstep.settings import RemoteOptions
-from tests.client.twins import check_parameters, check_states
+from tests.support.client.twins import check_parameters, check_states
 
 WIDTH = 160
 """A matrix of this width is more than the least that a push is begun early for."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from farstep.wire import encode
-from tests.service.answers import Answer
-from tests.service.raw import RawClient, RawWorker, gradient, session_document
+from tests.support.service.answers import Answer
+from tests.support.service.raw import RawClient, RawWorker, gradient, session_document
 
 PARAMETERS = (
     torch.linspace(-1, 1, 12).view(3, 4),

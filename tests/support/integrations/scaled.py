@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.amp import GradScaler
 
 from farstep.settings import RemoteOptions
-from tests.client.twins import drawn
-from tests.client.workers import Worker
+from tests.support.client.twins import drawn
+from tests.support.client.workers import Worker
 
 SCALE = 2.0**10
 BAD = 3

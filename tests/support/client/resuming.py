@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from farstep.settings import RemoteOptions
-from tests.client.twins import Group, drawn, ours, parameters, plain, some_rows, theirs
+from tests.support.client.twins import Group, drawn, ours, parameters, plain, some_rows, theirs
 
 CUT, END = 5, 10
 """Steps before the training is interrupted, and in all."""

@@ -11,8 +11,8 @@ from torch import Tensor
 import farstep
 from farstep.codecs import Wire
 from farstep.settings import RemoteOptions
-from tests.client.twins import check_parameters, parameters
-from tests.service.servers import RunningServer
+from tests.support.client.twins import check_parameters, parameters
+from tests.support.service.servers import RunningServer
 
 SHAPES: list[tuple[int, ...]] = [(7, 5), (5,), (), (0, 3), (2, 3, 4), (131,)]
 WIRES = [Wire(gradients="bf16", parameters="bf16"), Wire(gradients="fp16", parameters="fp16")]

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
-from tests.transport.scripted import PATIENCE_S
+from tests.support.transport.scripted import PATIENCE_S
 
 
 async def echo(request: Request) -> Response:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from farstep.settings import RemoteOptions
-from tests.client.twins import Twins, parameters
-from tests.service.servers import RunningServer
+from tests.support.client.twins import Twins, parameters
+from tests.support.service.servers import RunningServer
 
 LATE: dict[str, Any] = {"lr": 0.3, "weight_decay": 0.1}
 FRESH = itertools.count()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from farstep.wire import encode, to_ranges
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
-from tests.service.answers import MSGPACK, TIMEOUT_S, Answer
+from tests.support.service.answers import MSGPACK, TIMEOUT_S, Answer
 
 
 def specs(*parameters: Tensor, names: Sequence[str] = (), group: int = 0) -> list[dict[str, Any]]:

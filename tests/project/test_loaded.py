@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.service.servers import farstep, running_server
 from tests.support.loaded import LOADED, Forked
+from tests.support.service.servers import farstep, running_server
 
 PROGRAM = """
 import json, os, signal, sys

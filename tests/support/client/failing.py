@@ -6,7 +6,7 @@ import pytest
 
 from farstep.errors import Unavailable
 from farstep.settings import RemoteOptions
-from tests.client.twins import Twins, check_parameters, drawn
+from tests.support.client.twins import Twins, check_parameters, drawn
 
 SHAPES = [(3, 4), (5,)]
 SHORT_S = 1.0

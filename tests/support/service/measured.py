@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from farstep.wire import encode
-from tests.service.answers import MSGPACK, half_sent, read_head
-from tests.service.raw import RawClient, payload_of
-from tests.service.servers import RunningServer
+from tests.support.service.answers import MSGPACK, half_sent, read_head
+from tests.support.service.raw import RawClient, payload_of
+from tests.support.service.servers import RunningServer
 
 MIB = 1 << 20
 SLACK = 12 * MIB

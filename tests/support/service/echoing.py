@@ -18,7 +18,7 @@ from farstep_service.auth import AllowedHosts, Tokens
 from farstep_service.routes import Edge, Pace
 from farstep_service.routes.bodies import answer_message, read_body
 from farstep_service.server.protocol import Protocol
-from tests.service.answers import MSGPACK, TIMEOUT_S
+from tests.support.service.answers import MSGPACK, TIMEOUT_S
 
 LARGE = 1 << 24
 

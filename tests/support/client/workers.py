@@ -11,7 +11,7 @@ from farstep import Sync
 from farstep.conversation import Conversation
 from farstep.optim import RemoteOptimizer
 from farstep.settings import RemoteOptions
-from tests.client.twins import drawn, ours, parameters, theirs
+from tests.support.client.twins import drawn, ours, parameters, theirs
 
 LR = 0.1
 

@@ -7,8 +7,8 @@ import inspect
 import pytest
 from torch import Tensor
 
-from tests.client.twins import Group, theirs
 from tests.parity.cases import STEPPED, usual_options
+from tests.support.client.twins import Group, theirs
 
 NAMES = list(STEPPED)
 """The optimizers there are."""

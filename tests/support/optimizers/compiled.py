@@ -1,6 +1,6 @@
 """The compiled kernels that tests use, and a process that builds them while other tests run.
 
-python -m tests.optimizers.compiled        # builds what is missing, and ends early when its standard input closes
+python -m tests.support.optimizers.compiled    # builds what is missing, and ends early when its standard input closes
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import farstep
 from farstep.settings import RemoteOptions
-from tests.client.twins import check_equal
+from tests.support.client.twins import check_equal
 
 Make = Callable[..., torch.optim.Optimizer]
 """Given parameters and torch's options, return an optimizer."""

@@ -3,7 +3,7 @@
 import httpx
 
 from farstep.transport import Pieces
-from tests.transport.scripted import PATIENCE_S, Peer
+from tests.support.transport.scripted import PATIENCE_S, Peer
 
 LARGE = memoryview(bytearray(50_000_000))
 
