@@ -42,3 +42,24 @@ def test_no_test_module_is_anothers_helper():
         if node.module.startswith("tests.") and node.module.rpartition(".")[2].startswith("test_")
     ]
     assert borrowing == []
+
+
+SUPPORT = "support"
+"""Where helpers are, in the folders of those that they help."""
+TOOLS = {"attack", "benchmarks", "parity", "promises"}
+"""Programs that `make` runs, each with its tests beside it."""
+MODELS = {"codecs", "coordinator", "session"}
+"""Folders whose tests compare with a model or a table that stands beside them."""
+
+
+def test_helpers_are_in_one_place():
+    """A folder of tests holds tests: what they share is a fixture of the folder, or in tests/support."""
+    tests = ROOT / "tests"
+    elsewhere = [
+        str(path.relative_to(ROOT))
+        for path in sorted(tests.rglob("*.py"))
+        if not path.name.startswith("test_") and path.name != "conftest.py"
+        if path.relative_to(tests).parts[0] not in {SUPPORT, *TOOLS, *MODELS}
+    ]
+    assert elsewhere == []
+    assert list((tests / SUPPORT).rglob("test_*.py")) == []
