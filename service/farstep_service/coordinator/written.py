@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, Final, cast
+from typing import Any, Final, cast, get_args
 
 import msgpack
 
@@ -24,21 +24,18 @@ from farstep_service.coordinator import events, instructions
 from farstep_service.coordinator.checks import CoordinatorState, Running
 from farstep_service.coordinator.member import Entry, Member, RosterState
 from farstep_service.coordinator.modes import decisions
-from farstep_service.coordinator.modes.bounded import BoundedState
-from farstep_service.coordinator.modes.mode import AsyncState
-from farstep_service.coordinator.modes.sync import SyncState
+from farstep_service.coordinator.modes.choice import MODES
 
 KIND: Final = "kind"
 RECORDS: Final[dict[str, type[Any]]] = {
     kind.__name__: kind
     for kind in (
-        *(events.Join, events.Leave, events.Heartbeat, events.Receive, events.Push, events.Put, events.Append),
-        *(events.ChangeOptions, events.ChangeMode, events.DropBase, events.Interrupt, events.Tick),
-        *(events.StepTaken, events.NoStep, events.Written, events.Failed),
-        *(instructions.TakeStep, instructions.LeaveOut, instructions.Write, instructions.Grow),
-        *(instructions.KeepBase, instructions.DropBases, instructions.SetOptions, instructions.SetMode),
-        *(instructions.Answer, WriteName, Entry, Member, RosterState, AsyncState, SyncState, BoundedState),
-        *(decisions.Step, decisions.Skip, decisions.Refuse, Running, CoordinatorState),
+        *get_args(events.Event),
+        *get_args(events.Result),
+        *get_args(instructions.Instruction),
+        *(each.record for each in MODES.values()),
+        *(decisions.Step, decisions.Skip, decisions.Refuse),
+        *(WriteName, Entry, Member, RosterState, Running, CoordinatorState),
     )
 }
 OF_THE_WIRE: Final[dict[str, tuple[type, Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], object]]]] = {
@@ -47,7 +44,7 @@ OF_THE_WIRE: Final[dict[str, tuple[type, Callable[[Any], dict[str, Any]], Callab
     "AppendHead": (AppendHead, AppendHead.to_header, AppendHead.from_header),
     "Receipt": (Receipt, Receipt.to_header, Receipt.from_header),
     "Mode": (
-        (consistency.Async, consistency.Sync, consistency.Bounded),  # type: ignore[dict-item]  # as isinstance takes it
+        consistency.Mode,
         consistency.to_options,
         consistency.from_options,
     ),

@@ -51,6 +51,8 @@ class BoundedMode(Mode):
         state: what another one knew.
     """
 
+    record = BoundedState
+
     def __init__(self, mode: Bounded, roster: Roster, state: BoundedState | None = None) -> None:
         super().__init__(roster)
         self._mode = mode

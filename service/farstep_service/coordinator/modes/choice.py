@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any, assert_never
+from collections.abc import Callable
+from typing import Any, Final
 
 from farstep.consistency import Async, Bounded, Consistency, Sync
 from farstep_service.coordinator.modes.bounded import BoundedMode
 from farstep_service.coordinator.modes.mode import AsyncMode, Mode
 from farstep_service.coordinator.modes.sync import SyncMode
 from farstep_service.coordinator.roster import Roster
+
+MODES: Final[dict[type[Consistency], type[Any]]] = {
+    Async: AsyncMode,
+    Sync: SyncMode,
+    Bounded: BoundedMode,
+}
 
 
 def places_of(mode: Consistency) -> int | None:
@@ -18,12 +25,5 @@ def places_of(mode: Consistency) -> int | None:
 
 def mode_for(mode: Consistency, roster: Roster, state: Any = None) -> Mode:
     """Return the state machine of a consistency mode: one that begins, or goes on with a state."""
-    match mode:
-        case Async():
-            return AsyncMode(roster, state)
-        case Sync():
-            return SyncMode(mode, roster, state)
-        case Bounded():
-            return BoundedMode(mode, roster, state)
-        case _:
-            assert_never(mode)
+    made: Callable[[Any, Roster, Any], Mode] = MODES[type(mode)]
+    return made(mode, roster, state)

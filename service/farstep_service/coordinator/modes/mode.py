@@ -14,8 +14,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import Any, ClassVar, final
 
+from farstep.consistency import Async
 from farstep_service.coordinator.modes.decisions import Decision, Pushed, Skip, Step
 from farstep_service.coordinator.roster import Roster
 
@@ -27,8 +28,10 @@ class Mode(ABC):
         roster: who takes part; it is looked at, not changed.
     """
 
+    record: ClassVar[type]
+    """The dataclass of all that it knows."""
     state: Any
-    """All that it knows, a dataclass."""
+    """All that it knows."""
 
     def __init__(self, roster: Roster) -> None:
         self._roster = roster
@@ -82,7 +85,9 @@ class AsyncState:
 class AsyncMode(Mode):
     """Async: each push is a step."""
 
-    def __init__(self, roster: Roster, state: AsyncState | None = None) -> None:
+    record = AsyncState
+
+    def __init__(self, mode: Async, roster: Roster, state: AsyncState | None = None) -> None:
         super().__init__(roster)
         self.state: AsyncState = state or AsyncState()
 

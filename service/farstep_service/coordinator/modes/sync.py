@@ -52,6 +52,8 @@ class SyncMode(Mode):
         state: what another one knew.
     """
 
+    record = SyncState
+
     def __init__(self, mode: Sync, roster: Roster, state: SyncState | None = None) -> None:
         super().__init__(roster)
         self._mode = mode
