@@ -3,7 +3,8 @@
 Memory is taken when the header has been checked and the body's length fits, never because a header claims something.
 Dense gradients lie in flat buffers like the parameters; sparse ones are indices and values by segment.
 
-What came as bytes of a codec is decoded when it is first looked at, which a push that is a repetition never is.
+What came as bytes of a codec is decoded when all of it is there and the push is known to be no repetition; what came in
+16 bits stays so, since kernels take it.
 
 Gradients in shared memory are borrowed: their worker can write to them at any time. What is looked at and what a step
 then takes have to be the same bytes, so `secure_` copies them first, and only the copy is looked at.
@@ -57,7 +58,9 @@ class Contribution:
 
     Attributes:
         codec: as above.
+        buffers: memory of the dense gradients; None before there is any, and while they are bytes (`decode_`).
         on_wire: the layout of `buffers`: in 16 bits, if they came so.
+        sparse: indices and values of the sparse gradients, by segment.
         check_s: the seconds that looking for NaN and Inf in it took, when all of it was there.
         watch: looks for them while it arrives; None if nobody does.
         borrowed: the memory is the worker's, which may write to it at any time; it is only read here.
@@ -101,7 +104,7 @@ class Contribution:
         self.nbytes = self._travelling.nbytes if self.is_whole else sum(self._size(index) for index in self.indices)
         self.check_s = 0.0
         self.watch: Watch | None = None
-        self._buffers: FlatBuffers | None = None
+        self.buffers: FlatBuffers | None = None
         self._encoded: FlatBuffers | None = None
         self.borrowed = False
         self.reused = False
@@ -109,44 +112,23 @@ class Contribution:
         self._finite = False
         self.copy: Buffers | None = None
         self.copied: Copied | None = None
-        self._sparse: dict[int, tuple[Tensor, Tensor]] = {}
+        self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
 
-    @property
-    def buffers(self) -> FlatBuffers | None:
-        """Return the memory of the dense gradients, None before there is any; `on_wire` is its layout."""
-        if self._encoded is not None:
-            self._decode_()
-        return self._buffers
-
-    @buffers.setter
-    def buffers(self, buffers: FlatBuffers | None) -> None:
-        self._buffers, self._encoded = buffers, None
-
-    @property
-    def sparse(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Return indices and values of the sparse gradients, by segment."""
-        if self._encoded is not None:
-            self._decode_()
-        return self._sparse
-
-    @sparse.setter
-    def sparse(self, sparse: dict[int, tuple[Tensor, Tensor]]) -> None:
-        self._sparse = sparse
-
-    def _decode_(self) -> None:
-        """Decode what has arrived as bytes, and let go of them."""
+    def decode_(self) -> None:
+        """Decode what came as bytes of a codec, and let go of them; what came as numbers is ready as it is."""
         encoded = self._encoded
-        assert encoded is not None
+        if encoded is None:
+            return
         buffers = FlatBuffers(self.layout, zero=False)
         decode_(buffers, encoded, self.codec, self.dense)
-        for index, (indices, values) in self._sparse.items():
+        for index, (indices, values) in self.sparse.items():
             segment = self.layout.segments[index]
             if self.codec.applies_to(segment.dtype):
                 shape = (indices.shape[1], *segment.shape[indices.shape[0] :])
                 decoded = torch.empty(math.prod(shape), dtype=TORCH_DTYPES[segment.buffer], device="cpu")
                 self.codec.decode_(values, decoded)
-                self._sparse[index] = indices, decoded.view(shape)
-        self._buffers, self._encoded = buffers, None
+                self.sparse[index] = indices, decoded.view(shape)
+        self.buffers, self._encoded = buffers, None
 
     def cloned(self) -> Contribution:
         """Return the same gradients in memory of their own."""
@@ -246,7 +228,7 @@ class Contribution:
 
     def look_while_arriving(self) -> None:
         """Look for NaN and Inf in what `allocate` made room for while it arrives, if it is much, and numbers."""
-        buffers = self._buffers
+        buffers = self.buffers
         if buffers is not None and not self._announced and self.nbytes >= WATCH_FROM_BYTES:
             spans = [buffers.span(first, last) for first, last in self.on_wire.spans(self.indices)]
             self.watch = Watch([span for span in spans if span is not None])
@@ -259,7 +241,7 @@ class Contribution:
             values = torch.empty(self._values_bytes(index, announced), dtype=dtype, device="cpu")
         else:
             values = torch.empty(announced.nnz, *segment.shape[announced.dims :], dtype=dtype, device="cpu")
-        self._sparse[index] = (indices, values)
+        self.sparse[index] = (indices, values)
         return [tensor_memory(indices), tensor_memory(values)]
 
     def widened(self, index: int) -> tuple[Tensor, Tensor]:
@@ -285,7 +267,7 @@ class Contribution:
         Raises:
             TensorMismatch: naming the tensor.
         """
-        for index, (indices, _) in self._sparse.items():
+        for index, (indices, _) in self.sparse.items():
             segment = self.layout.segments[index]
             bounds = torch.tensor(
                 segment.shape[: indices.shape[0]], dtype=torch.int64, device=indices.device

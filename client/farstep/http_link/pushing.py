@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
@@ -35,8 +35,7 @@ from farstep.transport import Supply
 from farstep.wire import to_ranges
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoded:
+class _Encoded(NamedTuple):
     """Gradients as they travel.
 
     Attributes:
@@ -78,6 +77,7 @@ class Pushing:
         self._overlapping = overlapping
         self._putting = putting
         self._streams = holdings.encoder.streams and holdings.on_cpu
+        self._residuals = holdings.encoder.codec.residual
         self._unlooked: list[int] | None = None  # addresses of parameters that the next push has to look at
         self._edited_last = False  # whether the last look found an edit: then the next one comes before the push
 
@@ -145,13 +145,13 @@ class Pushing:
             Edited: there is an edit; nothing was done.
         """
         holdings, names = self._holdings, self._writer.names
-        if holdings.encoder.codec.residual:  # what was left out of an earlier push may be known only after these
+        if self._residuals:  # what was left out of an earlier push may be known only after these
             self._send_edits(unlooked)
             unlooked = None
+            holdings.encoder.begin()
         before = names.unanswered
 
         def encode() -> _Encoded:
-            holdings.encoder.begin()
             order = None if before is None else before.header.get("order")
             if order is None:
                 looking = None if unlooked is None else Looking(partial(holdings.arrivals.checks, unlooked))
@@ -171,7 +171,8 @@ class Pushing:
         bodies = encoded.sparse or evaluation or names.unsure
         fill = None if bodies else holdings.fill_(names.epoch, present, gradients)
         head = self._head(present, groups, evaluation=evaluation, order=encoded.order, sparse=encoded.sparse, fill=fill)
-        return self._push(head, present, payload, began, shared=fill is not None, again=lambda: encode().payload)
+        again = (lambda: encode().payload) if self._residuals else None
+        return self._push(head, present, payload, began, shared=fill is not None, again=again)
 
     def _head(
         self,
@@ -309,7 +310,8 @@ class Pushing:
         holdings.arrivals.settle_(arrived)
         copy_s = time.perf_counter() - copying
         assert reply is not None
-        holdings.encoder.commit(counts=reply.receipt.counts)
+        if self._residuals:
+            holdings.encoder.commit(counts=reply.receipt.counts)
         self._standing.version = reply.version
         if reply.consistency is not None:
             self._standing.follow_(reply.consistency)

@@ -298,6 +298,7 @@ class Session:
         state.check_base(head.base, head.evaluation)
         options = state.whole if head.options == "push" else state.changed
         options(head.groups)  # refuses what is wrong with them
+        contribution.decode_()
         contribution.check_indices()
         if plan.looks_at_gradients:
             contribution.secure_()
