@@ -370,3 +370,32 @@ def test_a_server_that_does_not_know_a_codec_refuses_it(url: str) -> None:
         optimizer.step()
     assert optimizer.version == 0
     optimizer.close()
+
+
+def test_a_step_that_is_skipped_leaves_nothing(url: str) -> None:
+    """The session skips a gradient with NaN: its receipt says so, and what was left out of it is forgotten."""
+    both = Trained(url, FEEDBACK, drawn(0, SHAPES), nonfinite="skip")
+    both.step(like(both.here, 1))
+    gradients = like(both.here, 2)
+    gradients[0][4, 3] = float("nan")
+    both.set(gradients)
+    both.ours.step()
+    report = both.ours.last_step
+    assert report is not None
+    assert not report.applied
+    for seed in range(3, 6):
+        both.step(like(both.here, seed))
+    both.check()
+    both.close()
+
+
+def test_a_worker_that_joins_anew_begins_with_nothing_left_out(url: str) -> None:
+    """What it pushes from then on is no continuation of what it had pushed."""
+    both = Trained(url, FEEDBACK, drawn(0, SHAPES))
+    both.step(like(both.here, 1))
+    assert any(left.count_nonzero() for left in both.left)
+    both.ours.rejoin()
+    both.left = [torch.zeros_like(left) for left in both.left]
+    both.step(like(both.here, 2))
+    both.check()
+    both.close()
