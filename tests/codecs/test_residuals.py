@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from farstep.tensors import Encoder
-from tests.client.twins import drawn
 from tests.codecs.table import TOYS, in_blocks
+from tests.support.client.twins import drawn
 
 FEEDBACK = next(row.codec for row in TOYS if row.codec.residual)
 GRADIENTS = [gradient for seed in range(6) for gradient in drawn(seed, [(130,)])]

@@ -23,6 +23,7 @@ MADE_UP = {
     f"{room}/{name}.py"
     for room, name in (
         ("client/farstep/optim", "newopt"),
+        ("client/farstep/codecs", "int8"),
         ("service/farstep_service/optimizers", "newopt"),
         ("service/farstep_service/coordinator/modes", "turns"),
         ("service/farstep_service/policies", "signing"),

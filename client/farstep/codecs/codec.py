@@ -32,7 +32,8 @@ APPLIES_TO = "float32"
 class Codec(ABC):
     """Encode and decode float32 tensors. An instance has no state: what encoding left out is kept by its caller.
 
-    `import farstep` imports every codec, and must not import torch: a codec calls methods of the tensors it is given.
+    `import farstep` imports every codec, and must not import torch: a codec that needs more than the methods of the
+    tensors that it is given imports torch inside its own.
 
     Attributes:
         name: its name in headers.
