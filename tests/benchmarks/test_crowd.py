@@ -9,6 +9,7 @@ import pytest
 from farstep.conversation import Conversation
 from tests.benchmarks.bench_memory import memory_of
 from tests.benchmarks.crowd import Task, cpu_s, crowd
+from tests.support.loaded import running_module
 from tests.support.service.servers import running_server
 
 
@@ -17,7 +18,7 @@ def test_a_crowd_takes_all_its_steps(sync: bool) -> None:
     """Two workers take their steps in one session, at the same time: the server counts each of them."""
     with (
         running_server(loaded=True) as server,
-        crowd(Task(server.url, "shared", 2, sync, 1_000, 3, 5, "reference")) as ready,
+        crowd(Task(server.url, "shared", 2, sync, 1_000, 3, 5, "reference"), start=running_module) as ready,
     ):
         talk = Conversation(server.url, None)
         before_s, warm = cpu_s(server.pid), int(talk.control("GET", "/v1/sessions/shared")["version"])

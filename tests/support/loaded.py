@@ -47,6 +47,7 @@ MODULES = (
     "uvicorn.loops.auto",
 )
 MOST_BYTES = 1 << 20
+READY_S = 60.0
 
 
 class Forked:
@@ -175,7 +176,7 @@ class Script:
         self._given.write(f"{line}\n")
         self._given.flush()
 
-    def line(self, within_s: float) -> str:
+    def line(self, within_s: float = READY_S) -> str:
         """Return the next line of its standard output, for which it has so many seconds."""
         ready, _, _ = select.select([self._said], [], [], within_s)
         assert ready, f"it said nothing for {within_s:g} s"
@@ -195,17 +196,26 @@ def running_script(source: str, environment: Mapping[str, str]) -> Iterator[Scri
     with tempfile.TemporaryDirectory(prefix="script_") as place:
         name = os.path.basename(place)
         (Path(place) / f"{name}.py").write_text(source)
-        (given, to_it), (from_it, said) = os.pipe(), os.pipe()
-        try:
-            process = LOADED.start(name, (), environment, path=place, stdin=given, stdout=said, stderr=2)
-        finally:
-            os.close(given)
-            os.close(said)
-        script = Script(process, to_it, from_it)
-        try:
+        with running_module(name, (), environment, path=place) as script:
             yield script
-        finally:
-            script.end()
+
+
+@contextmanager
+def running_module(
+    module: str, arguments: Sequence[str], environment: Mapping[str, str], *, path: str = ""
+) -> Iterator[Script]:
+    """Run a module, as `python -m` does, in a loaded process until the end of the block."""
+    (given, to_it), (from_it, said) = os.pipe(), os.pipe()
+    try:
+        process = LOADED.start(module, arguments, environment, path=path, stdin=given, stdout=said, stderr=2)
+    finally:
+        os.close(given)
+        os.close(said)
+    script = Script(process, to_it, from_it)
+    try:
+        yield script
+    finally:
+        script.end()
 
 
 LOADED = Loaded()
