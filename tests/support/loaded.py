@@ -232,6 +232,7 @@ def _load() -> None:
 
     gc.disable()
     tune_(os.environ, Settings().threads)
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's, which begin when it is imported and would be lost in a fork
     for name in MODULES:
         importlib.import_module(name)
     gc.freeze()
