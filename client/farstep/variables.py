@@ -20,6 +20,19 @@ KNOWN: Final = frozenset(
     for name in ("SERVER", "SESSION", "WORKER", "TOKEN", "WIRE", "OVERLAP", "OPTIONS", "RUN", "RESTART", "KERNEL_CACHE")
 )
 """Variables that are read on either side; those of `farstep serve` follow from its options."""
+ARGUMENTS: Final[Mapping[str, str]] = {
+    OURS + name: argument
+    for name, argument in (
+        ("KERNEL", "kernel"),
+        ("KERNELS", "kernel"),
+        ("TIMEOUT", "timeout_s"),
+        ("TIMEOUT_S", "timeout_s"),
+        ("CONSISTENCY", "consistency"),
+        ("NONFINITE", "nonfinite"),
+        ("URL", "server"),
+    )
+}
+"""Names that one could expect to be read, and the argument that does what they seem to ask for."""
 ALIKE: Final = 0.85
 """How much of two names is equal if one is a misspelling of the other."""
 
@@ -44,5 +57,8 @@ def unknown(environment: Mapping[str, str], prefix: str, known: Collection[str])
 def warn_of_misspelt(environment: Mapping[str, str], known: Collection[str] = KNOWN) -> None:
     """Warn of each variable whose name is nearly a known one; Python shows each warning once."""
     for name, near in unknown(environment, OURS, known):
-        if near and not name.startswith(_OF_SERVE):
+        if name in ARGUMENTS and not near:
+            text = f"The variable {name} is not read; give the argument {ARGUMENTS[name]}= in the script."
+            warnings.warn(text, UserWarning, stacklevel=2)
+        elif near and not name.startswith(_OF_SERVE):
             warnings.warn(f"The variable {name} is not read; did you mean {near}?", UserWarning, stacklevel=2)

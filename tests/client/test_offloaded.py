@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
@@ -150,6 +151,25 @@ def test_state_that_a_load_casts_to_the_dtype_of_the_moment_is_refused(name: str
         twins.ours.step(lambda: 1.0)
     check_parameters(twins.here, before)
     twins.ours.load_state_dict(state)
+    twins.train(2, first=3)
+    twins.check()
+    twins.ours.close()
+
+
+@pytest.mark.parametrize("name", ["Adagrad", "SGD"])
+def test_one_that_is_away_with_a_gradient_is_refused_by_name(name: str, place: RemoteOptions) -> None:
+    """A gradient of before makes the step of an emptied parameter impossible, in torch too; copies say so as well."""
+    twins = Twins(name, {"momentum": 0.9} if name == "SGD" else {}, place, start=drawn(0, SHAPES))
+    twins.train(2)
+    kept = twins.here[0].data, twins.there[0].data
+    twins.give(gradients_of(name, 3, drawn(0, SHAPES)))
+    twins.here[0].data = torch.empty(0)
+    with pytest.raises(TensorMismatch, match=r"Parameter '0.0' is \(0,\) by now"):
+        twins.ours.step(lambda: 1.0)
+    twins.here[0].grad = None
+    with pytest.raises(TensorMismatch, match="another shape by now"):
+        deepcopy(twins.ours)
+    twins.here[0].data = kept[0]
     twins.train(2, first=3)
     twins.check()
     twins.ours.close()

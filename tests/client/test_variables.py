@@ -38,6 +38,15 @@ def test_an_optimizer_warns_of_a_misspelt_variable(name: str, near: str) -> None
         resolve({}, {name: "x"})
 
 
+@pytest.mark.parametrize(
+    ("name", "argument"), [("FARSTEP_KERNEL", "kernel"), ("FARSTEP_TIMEOUT_S", "timeout_s"), ("FARSTEP_URL", "server")]
+)
+def test_an_argument_that_is_no_variable_is_named(name: str, argument: str) -> None:
+    """A variable that would be read if there were one leads to the argument that does what it seems to ask for."""
+    with pytest.warns(UserWarning, match=f"{name} is not read; give the argument {argument}= in the script"):
+        resolve({}, {name: "x"})
+
+
 def test_names_that_are_not_ours_are_left_alone() -> None:
     """Programs have names of their own, Kubernetes and compose files theirs, and what is known is what it is."""
     others = {"FARSTEP_DATA": "x", "FARSTEP_EXPERIMENT_NAME": "x", "FARSTEP_HTTP_PORT": "7171", "OTHER_SESION": "x"}

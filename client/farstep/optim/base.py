@@ -24,7 +24,7 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from farstep.errors import InvalidOption, TensorMismatch
+from farstep.errors import FarstepError, InvalidOption, TensorMismatch
 from farstep.optim.chosen import chosen_of
 from farstep.optim.membership import Membership
 from farstep.optim.namesakes import told_apart, told_why
@@ -230,7 +230,16 @@ class RemoteOptimizer(WithViews):
         super().__setstate__(state)
         if moved is not None:
             options, version = moved
-            self._open(of_copy(options), self.state, version)
+            try:
+                self._open(of_copy(options), self.state, version)
+            except ValueError as exc:
+                if isinstance(exc, FarstepError):
+                    raise
+                raise TensorMismatch(
+                    f"The copy's parameters have another shape by now than their state ({exc}).",
+                    remedy="Copy the optimizer when none of its parameters is away, as offloaded ones are.",
+                    side="client",
+                ) from exc
             self.last_step = state["last_step"]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

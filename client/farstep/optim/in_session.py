@@ -5,6 +5,7 @@ Join and leave, tell which version is held, bring the parameters up to date, and
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from farstep.consistency import Consistency, checked
+from farstep.errors import FarstepError
 from farstep.heartbeat import Heartbeat, beating
 from farstep.hosts import open_link
 from farstep.link import SessionSpec
@@ -145,6 +147,13 @@ class InSession(torch.optim.Optimizer):
         self._take_in_force()
         member.state.replace_({} if self.state is member.state else self.state)
         self.state = member.state
+        if created and state_dict is None and member.link.fields and self.version:
+            warnings.warn(
+                f"Session {self.session!r} was created anew from the parameters here, without optimizer state. "
+                "rejoin(state_dict) goes on with that of a checkpoint; an exported session has to be imported first.",
+                UserWarning,
+                stacklevel=2,
+            )
         return created
 
     @contextmanager
@@ -283,8 +292,10 @@ class InSession(torch.optim.Optimizer):
         before = dict(vars(self))
         try:
             self._open(elsewhere(member.place), self.state.copy(), self.version)
-        except BaseException:
+        except BaseException as exc:
             vars(self).update(before)
+            if isinstance(exc, ValueError) and not isinstance(exc, FarstepError):
+                raise member.unfit(str(exc)) from exc
             raise
         self.last_step = before["last_step"]
         self._membership.scaler = member.scaler

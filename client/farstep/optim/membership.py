@@ -181,6 +181,19 @@ class Membership:
         self._remember(groups, self._chosen, away)
         return True
 
+    def unfit(self, why: str = "") -> TensorMismatch:
+        """Return the error for parameters that have another shape or dtype than the session's, and state of before."""
+        now = zip(self._chosen.described, self._away.own, self._forms, strict=True)
+        changed = [(described.name, p) for described, p, form in now if form_of(p) != form]
+        name, p = changed[0] if changed else ("", None)
+        which = f"Parameter {name!r} is {tuple(p.shape)} by now" if p is not None else "A parameter has changed"
+        return TensorMismatch(
+            f"{which}, and its state is of what it was before{f' ({why})' if why else ''}.",
+            remedy="Give it its values back first. One that is away for a while must have no gradient: p.grad = None.",
+            field=name or None,
+            side="client",
+        )
+
     @property
     def sends_nothing_early(self) -> bool:
         """Return whether there are gradients that a step would refuse, if they come."""
