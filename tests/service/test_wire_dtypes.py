@@ -11,7 +11,7 @@ import torch
 from tests.support.service.answers import opened
 from tests.support.service.measured import SLACK, Process, sent
 from tests.support.service.raw import RawClient, RawWorker, gradient, payload_of, tensors_of
-from tests.support.service.servers import RunningServer
+from tests.support.service.servers import RunningServer, running_server
 
 PARAMETERS = (torch.linspace(-1, 1, 12).view(3, 4), torch.ones(5, dtype=torch.float64), torch.ones(6))
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -126,9 +126,23 @@ def test_a_step_that_is_skipped_is_answered_in_16_bits(worker: RawWorker) -> Non
     assert torch.equal(got, worker.pull()[1][2].bfloat16())
 
 
+@pytest.fixture
+def anew() -> Iterator[RunningServer]:
+    """Run a server whose process is no fork: memory that is let go of goes back to the system as it does for users."""
+    with running_server() as running:
+        yield running
+
+
+@pytest.fixture
+def raw_anew(anew: RunningServer) -> Iterator[RawClient]:
+    with RawClient(anew.url) as client:
+        yield client
+
+
 @pytest.mark.alone
-def test_memory_of_conversions_is_counted_and_does_not_add_up(server: RunningServer, raw: RawClient) -> None:
+def test_memory_of_conversions_is_counted_and_does_not_add_up(anew: RunningServer, raw_anew: RawClient) -> None:
     """Steps leave none behind; slow readers of one version share one, and when they go the next ones take no more."""
+    server, raw = anew, raw_anew
     parameters = tuple(torch.zeros(SIZE // 16) for _ in range(4))
     ones = tuple(torch.ones(SIZE // 16, dtype=torch.bfloat16) for _ in range(4))
     (warm,) = raw.begun("halves-warm", parameters=(torch.zeros(200_000),))
