@@ -32,12 +32,12 @@ from farstep.transport import (
     NAMED,
     Answer,
     Batch,
+    BufferedBody,
     MalformedAnswer,
     OversizedAnswer,
-    Pieces,
     Route,
     SocketTransport,
-    Supply,
+    StreamedBody,
 )
 from farstep.unix import dialer, path_of_url
 from farstep.wire import Decoder, Frames, encode, encoded_size
@@ -140,7 +140,7 @@ class Conversation:
             content = None if document is None else json.dumps(document, allow_nan=False).encode()
         except ValueError as exc:
             raise InvalidOption("An option is NaN or infinite; options are finite numbers.", side="client") from exc
-        request = self._request(method, path, None if content is None else Pieces([content]), 0.0, kind=JSON)
+        request = self._request(method, path, None if content is None else BufferedBody([content]), 0.0, kind=JSON)
         if within_s is not None:
             request.extensions[DEADLINE_S] = within_s
         with self._exchange():
@@ -179,7 +179,7 @@ class Conversation:
         Args:
             method, path: the route.
             header: what to send; None for a request without a body.
-            payload: what follows it; what a `Supply` raises while the request is sent ends the request, which the
+            payload: what follows it; what a `StreamedBody` raises while the request is sent ends the request, which the
                 server then never has, and is raised here.
             place: says where the answer's payload goes.
             arrived: called while it comes, so that something is done with it that is in the cache still.
@@ -215,7 +215,7 @@ class Conversation:
             finally:
                 answer.close()
 
-    def _ask(self, method: str, path: str, body: Pieces | Supply | None, wait_s: float) -> Answer:
+    def _ask(self, method: str, path: str, body: BufferedBody | StreamedBody | None, wait_s: float) -> Answer:
         """Send a request past httpx's client, its cookies and redirects, and past its objects if the transport can."""
         if not isinstance(self._transport, SocketTransport):
             return self._send(self._request(method, path, body, wait_s))
@@ -335,7 +335,7 @@ class Conversation:
         headers = self._client.headers.copy()
         if body is not None:
             headers["content-type"] = kind
-            headers["content-length"] = str(body.nbytes if isinstance(body, Pieces | Supply) else nbytes)
+            headers["content-length"] = str(body.nbytes if isinstance(body, BufferedBody | StreamedBody) else nbytes)
             headers.setdefault("host", url.netloc.decode("ascii"))  # httpx leaves it out beside a stream
         return httpx.Request(method, url, headers=headers, stream=body, extensions=self._extensions(wait_s))
 
@@ -398,11 +398,11 @@ def _received(answer: Answer, place: Place, arrived: Arrived | None) -> Received
     return Received(decoder.header, decoder.payload_bytes, time.perf_counter() - began)
 
 
-def _message(header: Mapping[str, Any], payload: Payload) -> Pieces | Supply:
-    if not isinstance(payload, Supply):
-        return Pieces(encode(header, payload, side="client"))
+def _message(header: Mapping[str, Any], payload: Payload) -> BufferedBody | StreamedBody:
+    if not isinstance(payload, StreamedBody):
+        return BufferedBody(encode(header, payload, side="client"))
     packed = pack_header(header, side="client")
-    return Supply(partial(_framed, packed, payload), encoded_size(len(packed), payload.nbytes))
+    return StreamedBody(partial(_framed, packed, payload), encoded_size(len(packed), payload.nbytes))
 
 
 def _framed(packed: bytes, payload: Payload) -> Generator[Batch]:

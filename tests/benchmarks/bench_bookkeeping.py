@@ -29,7 +29,7 @@ from farstep.optim import Adagrad, Adam, RemoteOptimizer
 from farstep.report import StepReport
 from farstep.settings import Place
 from farstep.states import State
-from farstep.tensors import Arrivals
+from farstep.tensors import ParameterReceiver
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, within
 
@@ -46,7 +46,7 @@ class NoLink(Link):
     """A link that has all answers already."""
 
     def __init__(self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None):
-        self._arrivals = Arrivals(parameters)
+        self._arrivals = ParameterReceiver(parameters)
         self._arrivals.keep_()
         self._parameters = parameters
         self._version = 0

@@ -3,7 +3,7 @@
 A worker is a fork of the benchmark, which has torch and the data already, so that starting one takes no time; how long
 a restart takes is a number of the benchmark's instead. What a backward pass takes is simulated as well: each worker
 sleeps until its step has taken `compute_s`, so that cores are not what is measured, and `Outcome.cores` says whether
-that was so. Looking at how good the model is happens within that time, too.
+that was so. BackgroundCompare at how good the model is happens within that time, too.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from farstep.errors import NonFinite, Unavailable
 from farstep.optim import Adagrad
 from farstep.payload import batches_of
 from farstep.settings import RemoteOptions
-from farstep.tensors import Departures, Encoder, outgoing
-from farstep.tensors.departures import LARGE_BYTES
-from farstep.transport import Supply
+from farstep.tensors import Encoder, GradientSender, outgoing
+from farstep.tensors.gradient_sender import LARGE_BYTES
+from farstep.transport import StreamedBody
 from tests.support.client.carrying import Carrying
 from tests.support.client.rounding import HALVES
 from tests.support.client.twins import Twins, check_parameters, drawn, parameters
@@ -272,11 +272,11 @@ def test_what_float16_cannot_hold_is_found_while_it_is_sent(server: RunningServe
 # -- gradients on their way out --------------------------------------------------------------------------------------
 
 
-def body(departures: Departures, gradients: Sequence[Tensor]) -> bytes:
+def body(sender: GradientSender, gradients: Sequence[Tensor]) -> bytes:
     """Return a payload's bytes, each batch taken when it is made."""
-    payload = departures.payload(gradients)
-    assert isinstance(payload, Supply)
-    assert payload.nbytes == departures.nbytes
+    payload = sender.payload(gradients)
+    assert isinstance(payload, StreamedBody)
+    assert payload.nbytes == sender.nbytes
     return b"".join(bytes(each) for batch in batches_of(payload) for each in batch)
 
 
@@ -288,9 +288,9 @@ def test_a_large_payload_is_the_gradients_one_after_the_other(half: str | None) 
     gradients = [g.to(dtype) for g, dtype in zip(drawn(1, shapes), dtypes, strict=True)]
     gradients[1] = gradients[1].t().contiguous().t()
     encoder = Encoder(gradients, codec_named(half))
-    departures = Departures(gradients, encoder)
-    assert departures.nbytes >= LARGE_BYTES
+    sender = GradientSender(gradients, encoder)
+    assert sender.nbytes >= LARGE_BYTES
     travelling = [encoder.encoded(place, g) for place, g in enumerate(gradients)]
     expected = b"".join(map(bytes, map(outgoing, travelling)))
     for _ in range(2):
-        assert body(departures, gradients) == expected
+        assert body(sender, gradients) == expected

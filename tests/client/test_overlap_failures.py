@@ -14,7 +14,7 @@ from torch import Tensor
 from farstep.conversation import Conversation
 from farstep.errors import NonFinite, Truncated, Unavailable
 from farstep.overlap import BROKEN, OTHERS, STREAMED
-from farstep.transport import Supply
+from farstep.transport import StreamedBody
 from tests.support.client.carrying import Carrying
 from tests.support.client.overlapping import Both, Net, backward, loss_of, plain, wait_until_sent
 from tests.support.faults import Network, Way
@@ -213,7 +213,7 @@ class Impatient(Carrying):
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         stream = request.stream
-        if not isinstance(stream, Supply):
+        if not isinstance(stream, StreamedBody):
             return super().handle_request(request)
         made = stream.batches()
         for count, _ in enumerate(made):

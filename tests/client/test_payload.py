@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from farstep.conversation import Conversation
 from farstep.payload import Payload
-from farstep.transport import Batch, Supply
+from farstep.transport import Batch, StreamedBody
 from farstep.wire import CONTENT_TYPE
 from farstep.wire.packing import pack_header
 
@@ -40,7 +40,7 @@ def test_how_a_payload_is_made_does_not_show(batches: list[list[bytes]]) -> None
         yield from batches
 
     there = [memoryview(each) for batch in batches for each in batch]
-    made = Supply(begin, sum(map(len, there)))
+    made = StreamedBody(begin, sum(map(len, there)))
     assert body_of_push(made) == body_of_push(there)
 
 
@@ -52,4 +52,4 @@ def test_an_error_in_making_a_payload_reaches_the_caller() -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        body_of_push(Supply(begin, 2))
+        body_of_push(StreamedBody(begin, 2))

@@ -10,7 +10,7 @@ from farstep.errors import BarrierTimeout, InvalidRequest, NonFinite, ReceiptExp
 from farstep.growth import AppendHead
 from farstep.messages import PushHead
 from farstep.sequence import Names
-from farstep.transport import Batch, Supply
+from farstep.transport import Batch, StreamedBody
 
 PAYLOAD = [memoryview(b"gradients"), memoryview(b"of two tensors")]
 
@@ -83,7 +83,7 @@ def test_a_payload_that_was_never_whole_frees_the_sequence() -> None:
         yield [b"gradients"]
         yield [b"of two tensors"]
 
-    names, payload = joined(), Supply(begin, 23)
+    names, payload = joined(), StreamedBody(begin, 23)
     batches = payload.batches()
     next(batches)
     names.failed(header(names), payload, KeyboardInterrupt())

@@ -14,8 +14,8 @@ from farstep.consistency import Sync
 from farstep.errors import InvalidOption, NonFinite, Unavailable
 from farstep.optim import SGD, Adagrad, Adam
 from farstep.settings import NonFinitePolicy, RemoteOptions, resolve
-from farstep.tensors import NarrowArrivals
-from farstep.tensors.narrow_arrivals import BLOCK, WideEdits
+from farstep.tensors import HalfPrecisionReceiver
+from farstep.tensors.half_precision_receiver import BLOCK, WideEdits
 from tests.support.client.rounding import ONE_WAY, SHAPES, WIRES, Rounded, at, like, rounded
 from tests.support.client.twins import check_parameters, drawn, parameters, some_rows
 from tests.support.faults import Network
@@ -349,12 +349,12 @@ def test_widened_bits_are_compared() -> None:
 def test_a_half_that_arrived_takes_half_the_memory() -> None:
     """What is known in full is kept while it is; afterwards 16 bits are."""
     (p,) = parameters([torch.ones(10)])
-    arrivals = NarrowArrivals([p], codec_named("bfloat16"))
-    arrivals.keep_()
-    (view,) = arrivals.targets(None)
+    receiver = HalfPrecisionReceiver([p], codec_named("bfloat16"))
+    receiver.keep_()
+    (view,) = receiver.targets(None)
     assert view.nbytes == 20
     view[:] = bytes([0xC0, 0x3F]) * 10  # 1.5
-    arrivals.settle_(None)
+    receiver.settle_(None)
     check_parameters([p], [torch.full((10,), 1.5)])
-    (view,) = arrivals.targets(None, whole=True)
+    (view,) = receiver.targets(None, whole=True)
     assert view.nbytes == 40

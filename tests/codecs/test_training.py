@@ -364,7 +364,7 @@ def test_a_server_that_does_not_know_a_codec_refuses_it(url: str) -> None:
     optimizer = farstep.optim.SGD([p], lr=0.1, server=url, wire=Wire(gradients="blocks8"))
     link = optimizer._membership.link
     assert isinstance(link, HttpLink)
-    link._holdings.wire_gradients = "blocks9"
+    link._buffers.wire_gradients = "blocks9"
     p.grad = torch.ones(70)
     with pytest.raises(InvalidRequest, match=r"'blocks9'; there are bfloat16\b.*\bblocks8\b"):
         optimizer.step()

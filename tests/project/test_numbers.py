@@ -9,7 +9,7 @@ import pytest
 from farstep.consistency import Async, Sync
 from farstep.overlap import LEAST_BYTES, PAUSE_STEPS
 from farstep.settings import resolve
-from farstep.tensors.departures import LARGE_BYTES
+from farstep.tensors.gradient_sender import LARGE_BYTES
 from farstep.wire.tensor_file import MAX_HEAD_BYTES, MAX_TENSORS
 from farstep_service.cli.warmup import Dtype
 from farstep_service.coordinator.roster import FORGOTTEN_AFTER_S, LAPSED_KEPT

@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterator
 import httpx
 import pytest
 
-from farstep.transport import Batch, SocketTransport, Supply, dial_tcp
+from farstep.transport import Batch, SocketTransport, StreamedBody, dial_tcp
 from farstep.transport.pool import Origin
 from tests.support.transport.scripted import PATIENCE_S, Peer, Stage
 from tests.support.transport.scripts import LARGE, push, refuse, refuse_and_read_on, refuse_and_reset, refuse_and_wait
@@ -47,7 +47,7 @@ def test_a_refusal_is_heard_between_batches(stage: Staging, client: httpx.Client
             yield [each]
             assert refused.wait(PATIENCE_S)
 
-    response = client.send(httpx.Request("POST", stage(refuse_at_once).url, stream=Supply(begin, 3)))
+    response = client.send(httpx.Request("POST", stage(refuse_at_once).url, stream=StreamedBody(begin, 3)))
     assert (response.status_code, response.content) == (413, b"too much")
     assert made == [b"a", b"b"]
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 import torch
 
-from farstep.transport import Batch, Pieces, ResponseBody, SocketTransport, Supply, body_of
+from farstep.transport import Batch, BufferedBody, ResponseBody, SocketTransport, StreamedBody, body_of
 from farstep.wire.memory import tensor_memory
 from tests.support.transport.bodies import PIECE_LISTS, noise, received
 
@@ -16,7 +16,7 @@ from tests.support.transport.bodies import PIECE_LISTS, noise, received
 @pytest.mark.parametrize("buffers", PIECE_LISTS.values(), ids=PIECE_LISTS.keys())
 def test_a_body_comes_back_as_it_was_sent(client: httpx.Client, uvicorn_url: str, buffers: list, path: str):
     """Whatever list of buffers a body is, those bytes arrive there and here, with a known length and in chunks."""
-    pieces = Pieces(buffers)
+    pieces = BufferedBody(buffers)
     response = client.send(pieces.request(client, "POST", uvicorn_url + path), stream=True)
     body = body_of(response)
     assert isinstance(body, ResponseBody)
@@ -37,7 +37,7 @@ def test_a_body_can_be_read_in_any_steps(client: httpx.Client, uvicorn_url: str,
 def test_a_large_body_arrives_whole(client: httpx.Client, uvicorn_url: str):
     """64 MB in two tensors are the same 64 MB on the other side."""
     tensors = [torch.randint(-(2**62), 2**62, (4_000_000,)) for _ in range(2)]
-    pieces = Pieces([tensor_memory(each) for each in tensors])
+    pieces = BufferedBody([tensor_memory(each) for each in tensors])
     response = client.send(pieces.request(client, "POST", f"{uvicorn_url}/digest"))
     assert response.text == f"{pieces.nbytes} {hashlib.sha256(b''.join(pieces)).hexdigest()}"
 
@@ -46,7 +46,7 @@ def test_bytes_go_straight_into_a_tensor(client: httpx.Client, uvicorn_url: str)
     """The memory of a tensor can be where a body is received."""
     source, target = torch.randn(500_000), torch.empty(500_000)
     view = tensor_memory(target)
-    request = Pieces([tensor_memory(source)]).request(client, "POST", f"{uvicorn_url}/echo")
+    request = BufferedBody([tensor_memory(source)]).request(client, "POST", f"{uvicorn_url}/echo")
     response = client.send(request, stream=True)
     body = body_of(response)
     while count := body.readinto(view):
@@ -127,7 +127,7 @@ def test_pieces_travel_over_other_transports(uvicorn_url: str):
     ):
         with httpx.Client(transport=transport, timeout=20) as client:
             for path in ("/echo", "/chunks"):
-                request = Pieces(buffers).request(client, "POST", uvicorn_url + path)
+                request = BufferedBody(buffers).request(client, "POST", uvicorn_url + path)
                 response = client.send(request, stream=True)
                 assert received(response, at_once=65_537) == bytes(3_000_000) + b"abc"
                 response.close()
@@ -144,7 +144,7 @@ def test_a_body_is_made_while_it_is_sent(client: httpx.Client, uvicorn_url: str)
             memory[: len(part)] = part
             yield [memoryview(memory)[: len(part)]]
 
-    supply = Supply(begin, sum(map(len, parts)))
+    supply = StreamedBody(begin, sum(map(len, parts)))
     request = httpx.Request("POST", f"{uvicorn_url}/echo", stream=supply)
     for _ in range(2):
         assert client.send(request).content == b"".join(parts)
@@ -156,7 +156,7 @@ def test_a_body_of_nothing_is_made(client: httpx.Client, uvicorn_url: str):
     def begin() -> Generator[Batch]:
         yield from ()
 
-    request = httpx.Request("POST", f"{uvicorn_url}/echo", stream=Supply(begin, 0))
+    request = httpx.Request("POST", f"{uvicorn_url}/echo", stream=StreamedBody(begin, 0))
     assert client.send(request).content == b""
 
 
@@ -168,7 +168,7 @@ def test_an_error_in_making_a_body_ends_the_request(client: httpx.Client, uvicor
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        client.send(httpx.Request("POST", f"{uvicorn_url}/echo", stream=Supply(begin, 100_001)))
+        client.send(httpx.Request("POST", f"{uvicorn_url}/echo", stream=StreamedBody(begin, 100_001)))
     assert client.post(f"{uvicorn_url}/echo", content=b"next").content == b"next"
 
 
@@ -180,8 +180,8 @@ def test_a_mock_that_streams_can_be_read_into(client: httpx.Client):
 
 
 def test_a_request_without_its_length_is_still_framed(uvicorn_url: str, transport: SocketTransport):
-    """A request built by hand around Pieces needs no Content-Length: the transport knows it."""
-    request = httpx.Request("POST", f"{uvicorn_url}/echo", stream=Pieces([b"abc"]))
+    """A request built by hand around BufferedBody needs no Content-Length: the transport knows it."""
+    request = httpx.Request("POST", f"{uvicorn_url}/echo", stream=BufferedBody([b"abc"]))
     response = transport.handle_request(request)
     assert response.read() == b"abc"
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 
-from farstep.transport import Pieces, SocketTransport, body_of, dial_tcp
+from farstep.transport import BufferedBody, SocketTransport, body_of, dial_tcp
 from farstep.transport.pool import Origin
 from tests.support.forks import in_a_fork
 from tests.support.transport.scripted import PATIENCE_S, Peer, Stage
@@ -35,7 +35,7 @@ def test_small_requests_leave_in_one_packet(stage: Staging, client: httpx.Client
         peer.answer()
 
     server = stage(read_once)
-    client.send(Pieces([b"abc", b"def"]).request(client, "POST", server.url))
+    client.send(BufferedBody([b"abc", b"def"]).request(client, "POST", server.url))
     assert seen[0].endswith(b"\r\n\r\nabcdef")
 
 
@@ -51,7 +51,7 @@ def test_a_harmless_request_is_sent_again(stage: Staging, client: httpx.Client, 
     for method, extensions in (("PUT", {}), ("POST", {"farstep_named": True})):
         server = stage(farewell, keep)
         client.post(server.url)
-        request = Pieces([b"all ", b"of it"]).request(client, method, server.url, extensions=extensions)
+        request = BufferedBody([b"all ", b"of it"]).request(client, method, server.url, extensions=extensions)
         assert client.send(request).content == b"second"
     assert bodies == [b"all of it"] * 2
 

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from farstep.transport import DEADLINE_S, NAMED, Batch, Pieces, Route, SocketTransport, Supply
+from farstep.transport import DEADLINE_S, NAMED, Batch, BufferedBody, Route, SocketTransport, StreamedBody
 from tests.support.transport.scripted import PATIENCE_S, Peer, Stage
 from tests.support.transport.scripts import answer_once, answer_then_hang_up
 
@@ -24,18 +24,18 @@ def route_to(url: str, extensions: Mapping[str, Any] = MappingProxyType({})) -> 
     return Route(httpx.Request("POST", f"{url}/push", headers={"x-who": "w0"}, extensions=told))
 
 
-def pieces(*parts: bytes) -> Pieces:
+def pieces(*parts: bytes) -> BufferedBody:
     """Return a body in pieces."""
-    return Pieces(parts)
+    return BufferedBody(parts)
 
 
-def supply(*parts: bytes) -> Supply:
+def supply(*parts: bytes) -> StreamedBody:
     """Return a body that is made while it is sent."""
 
     def begin() -> Generator[Batch]:
         yield from ([part] for part in parts)
 
-    return Supply(begin, sum(map(len, parts)))
+    return StreamedBody(begin, sum(map(len, parts)))
 
 
 def test_requests_over_a_route_have_bodies_of_their_own(stage: Staging, transport: SocketTransport):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import httpx
 import pytest
 
-from farstep.transport import Pieces, SocketTransport, body_of, dial_tcp
+from farstep.transport import BufferedBody, SocketTransport, body_of, dial_tcp
 from farstep.transport.pool import Origin
 from tests.support.transport.scripted import PATIENCE_S, Peer, Stage
 
@@ -81,7 +81,7 @@ def test_silence_is_a_read_timeout(stage: Staging, transport: SocketTransport, s
 def test_a_server_that_does_not_read_is_a_write_timeout(stage: Staging, transport: SocketTransport):
     """A body that nobody takes is given up after the write timeout."""
     with httpx.Client(transport=transport, timeout=httpx.Timeout(PATIENCE_S, write=SHORT_S)) as client:
-        request = Pieces([bytes(50_000_000)]).request(client, "POST", stage(ignore).url)
+        request = BufferedBody([bytes(50_000_000)]).request(client, "POST", stage(ignore).url)
         with pytest.raises(httpx.WriteTimeout):
             client.send(request)
 

@@ -7,7 +7,7 @@ import httpx
 import pytest
 import trustme
 
-from farstep.transport import Pieces, SocketTransport, body_of
+from farstep.transport import BufferedBody, SocketTransport, body_of
 from tests.support.transport.bodies import PIECE_LISTS, noise, received
 from tests.support.transport.scripted import PATIENCE_S, Peer, Stage
 from tests.support.transport.scripts import push, refuse, refuse_and_read_on
@@ -39,7 +39,7 @@ def serving(certificate: trustme.LeafCert) -> ssl.SSLContext:
 def test_a_body_comes_back_over_tls(secure_client: httpx.Client, secure_url: str, buffers: list):
     """Whatever list of buffers a body is, TLS carries those bytes, and the connection is used again."""
     for path in ("/echo", "/chunks"):
-        request = Pieces(buffers).request(secure_client, "POST", secure_url + path)
+        request = BufferedBody(buffers).request(secure_client, "POST", secure_url + path)
         response = secure_client.send(request, stream=True)
         assert received(response) == b"".join(bytes(each) for each in buffers)
         response.close()
@@ -48,7 +48,7 @@ def test_a_body_comes_back_over_tls(secure_client: httpx.Client, secure_url: str
 def test_a_large_body_crosses_tls(secure_client: httpx.Client, secure_url: str):
     """20 MB there and back in odd pieces are the same 20 MB."""
     data = [noise(each, each) for each in (16_383, 16_384, 16_385, 1, 10_000_000, 10_000_001)]
-    response = secure_client.send(Pieces(data).request(secure_client, "POST", f"{secure_url}/echo"))
+    response = secure_client.send(BufferedBody(data).request(secure_client, "POST", f"{secure_url}/echo"))
     assert response.content == b"".join(data)
 
 

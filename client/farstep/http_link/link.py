@@ -1,7 +1,7 @@
 """The link over HTTP: join a session, push and pull its tensors, and survive what networks do.
 
-    Standing    which session it is, and the version that is here
-    Holdings    the parameters, and the memory through which tensors move
+    JoinedSession    which session it is, and the version that is here
+    WorkerBuffers    the parameters, and the memory through which tensors move
     Writer      names writes, and repeats them
     Putting     values and state of this worker's that replace the session's
     Pushing     gradients out, parameters back
@@ -28,13 +28,13 @@ from farstep.errors import FarstepError, Unavailable
 from farstep.fields import FieldKind
 from farstep.growth import AppendHead, NewParameter
 from farstep.heartbeat import WITHIN_S, Heartbeat
-from farstep.http_link.holdings import Holdings
+from farstep.http_link.buffers import WorkerBuffers
+from farstep.http_link.joined import JoinedSession
 from farstep.http_link.pushing import Pushing
 from farstep.http_link.putting import Putting
 from farstep.http_link.reader import Reader
 from farstep.http_link.retry import RetryPolicy
 from farstep.http_link.sharing import Sharing
-from farstep.http_link.standing import Standing
 from farstep.http_link.writer import Writer
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, in_ordinary_memory
 from farstep.messages import Evaluation, WriteName
@@ -71,16 +71,16 @@ class HttpLink(Link):
             barrier_s=barrier_s,
         )
         self._reader = Reader(self._server, spec.name, retry=self._retry)
-        self._standing = Standing(spec, place, self._writer)
+        self._joined = JoinedSession(spec, place, self._writer)
         own_socket = path_of_url(address) is not None and place.transport is None
         sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
-        self._holdings = Holdings(parameters, place.wire, sharing)
-        self._writer.settle = self._holdings.settle
+        self._buffers = WorkerBuffers(parameters, place.wire, sharing)
+        self._writer.settle = self._buffers.settle
         self._overlapping = Overlapping()
         self._joined_options: list[Options] | None = None
         self._asked = False  # to join, whatever the answer was
-        self._putting = Putting(self._standing, self._holdings, self._writer)
-        self._pushing = Pushing(self._standing, self._holdings, self._writer, self._overlapping, self._putting)
+        self._putting = Putting(self._joined, self._buffers, self._writer)
+        self._pushing = Pushing(self._joined, self._buffers, self._writer, self._overlapping, self._putting)
         try:
             self._join(start or Start())
         except BaseException:
@@ -98,15 +98,15 @@ class HttpLink(Link):
 
     @property
     def version(self) -> int:
-        return self._standing.version
+        return self._joined.version
 
     @property
     def fields(self) -> Mapping[str, FieldKind]:
-        return self._standing.fields
+        return self._joined.fields
 
     @property
     def eager(self) -> bool:
-        return self._standing.eager
+        return self._joined.eager
 
     @property
     def joined_options(self) -> list[Options] | None:
@@ -116,10 +116,10 @@ class HttpLink(Link):
 
     def _join(self, start: Start) -> bool:
         """Create or join the session; return whether this worker gave it its first contents."""
-        self._holdings.share_no_more_()
-        self._holdings.encoder.forget()
+        self._buffers.share_no_more_()
+        self._buffers.encoder.forget()
         self._overlapping.end(OTHERS)
-        document = {**self._standing.spec.to_document(), "worker": self._place.worker}
+        document = {**self._joined.spec.to_document(), "worker": self._place.worker}
         if not self._place.named:
             document["named"] = False
         if self._place.options is not None:
@@ -129,15 +129,15 @@ class HttpLink(Link):
             self._asked = True
             joined = Joined.of(self._server.control("POST", "/v1/sessions", document))
             self._go_to(joined.placement)
-            self._standing.join_(joined)
+            self._joined.join_(joined)
             self._joined_options = None if joined.created else joined.groups
             if not joined.initialise and not joined.initialised:
                 raise Unavailable("another worker is sending the session's first parameters")
             return joined.initialise
 
-        chosen = self._retry.call(f"Joining session {self._standing.spec.name!r}", self._server.server, attempt)
+        chosen = self._retry.call(f"Joining session {self._joined.spec.name!r}", self._server.server, attempt)
         if chosen:
-            state = None if start.state is None else dict(enumerate(start.state(self._standing.fields)))
+            state = None if start.state is None else dict(enumerate(start.state(self._joined.fields)))
             if self._putting.begin(state, start.version).applied:
                 return True
         self.pull()
@@ -149,7 +149,7 @@ class HttpLink(Link):
         Raises:
             InvalidAnswer: there is more than one, or it has not all of them.
         """
-        count = len(self._holdings.parameters)
+        count = len(self._buffers.parameters)
         if len(placement) != 1 or placement[0].segments != (0, count):
             raise wrong(
                 f"The placement has {len(placement)} shards, of which the first holds {placement[0].segments}; this "
@@ -166,7 +166,7 @@ class HttpLink(Link):
             before.close()
         self._writer.shard = self._reader.shard = self._shard
         if self._shard is not self._server:
-            self._holdings.sharing.possible = False
+            self._buffers.sharing.possible = False
 
     @in_ordinary_memory
     def rejoin(self, start: Start) -> bool:
@@ -191,7 +191,7 @@ class HttpLink(Link):
         return self._pushing.skip(groups)
 
     def edited(self, addresses: list[int]) -> list[int]:
-        return self._holdings.arrivals.edited(addresses)
+        return self._buffers.receiver.edited(addresses)
 
     @in_ordinary_memory
     def settle_edits(self, addresses: list[int]) -> None:
@@ -199,11 +199,11 @@ class HttpLink(Link):
 
     @in_ordinary_memory
     def stand_in(self, index: int) -> Tensor | None:
-        return self._holdings.arrivals.stand_in(index)
+        return self._buffers.receiver.stand_in(index)
 
     @in_ordinary_memory
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
-        self._holdings.rebind_(parameters)
+        self._buffers.rebind_(parameters)
         return True
 
     # -- other writes -----------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ class HttpLink(Link):
             self._putting.parameters(parameters)
         else:
             self._putting.states(state)
-        return self._standing.version
+        return self._joined.version
 
     @in_ordinary_memory
     def write_view(self, view: str, values: Sequence[Tensor]) -> None:
@@ -222,10 +222,10 @@ class HttpLink(Link):
 
     @in_ordinary_memory
     def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
-        group, count = len(self._standing.spec.groups), len(self._holdings.parameters) + len(tensors)
+        group, count = len(self._joined.spec.groups), len(self._buffers.parameters) + len(tensors)
         described = tuple(NewParameter(each.name, each.shape, each.dtype) for each in parameters)
-        self._holdings.share_no_more_()  # what there is has no room for more
-        arrivals = self._holdings.arrivals.grown(tensors)
+        self._buffers.share_no_more_()  # what there is has no room for more
+        receiver = self._buffers.receiver.grown(tensors)
 
         def head(name: WriteName, incarnation: str) -> AppendHead:
             return AppendHead(name, incarnation, group, options, described)
@@ -236,20 +236,20 @@ class HttpLink(Link):
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
             nonlocal arrived, reply
             reply = Reply.of(header, self._writer.incarnation)
-            arrived = self._standing.arriving(header, count, whole=not reply.receipt.applied)
-            return arrivals.targets(arrived, whole=True)
+            arrived = self._joined.arriving(header, count, whole=not reply.receipt.applied)
+            return receiver.targets(arrived, whole=True)
 
-        with self._standing.there():
+        with self._joined.there():
             self._writer.append(head, [outgoing(each) for each in tensors], place)
         assert reply is not None
         receipt = reply.receipt
         if not receipt.applied:
-            arrivals.settle_(arrived)
-            self._standing.version = reply.version
-        elif receipt.base == self._standing.version:  # else others have stepped: here is still the version before
-            self._standing.version = receipt.version
-        self._standing.grow_(options, parameters)
-        self._holdings.grow_(tensors, arrivals)
+            receiver.settle_(arrived)
+            self._joined.version = reply.version
+        elif receipt.base == self._joined.version:  # else others have stepped: here is still the version before
+            self._joined.version = receipt.version
+        self._joined.grow_(options, parameters)
+        self._buffers.grow_(tensors, receiver)
         self._overlapping.forget_()
         return receipt.applied
 
@@ -264,27 +264,27 @@ class HttpLink(Link):
             answer = self._server.control("PUT", path, document, within_s=WITHIN_S if once else None)
             return Heartbeat.of(answer)
 
-        with self._standing.there():
-            what = f"Renewing the lease of worker {self._place.worker!r} in session {self._standing.spec.name!r}"
+        with self._joined.there():
+            what = f"Renewing the lease of worker {self._place.worker!r} in session {self._joined.spec.name!r}"
             return retry.call(what, self._server.server, attempt)
 
     # -- the mode ---------------------------------------------------------------------------------------------------
 
     @property
     def consistency(self) -> Consistency:
-        return self._standing.spec.consistency
+        return self._joined.spec.consistency
 
     def set_consistency(self, mode: Consistency) -> None:
         def attempt() -> None:
             self._server.control("PUT", f"{self._path}/consistency", {"consistency": to_options(mode)})
 
-        with self._standing.there():
-            what = f"Setting the consistency mode of session {self._standing.spec.name!r}"
+        with self._joined.there():
+            what = f"Setting the consistency mode of session {self._joined.spec.name!r}"
             self._retry.call(what, self._server.server, attempt)
-        self._standing.follow_(mode)
+        self._joined.follow_(mode)
 
     def options_in_force(self) -> list[Options]:
-        what = f"Asking session {self._standing.spec.name!r} for its options"
+        what = f"Asking session {self._joined.spec.name!r} for its options"
         found: list[Options] = []
 
         def attempt() -> list[Options]:
@@ -292,7 +292,7 @@ class HttpLink(Link):
             page = self._server.control("GET", f"{self._path}/groups?limit={GROUPS_PAGE}{after}")
             return cast("list[Options]", page["groups"])
 
-        with self._standing.there():
+        with self._joined.there():
             while True:
                 page = self._retry.call(what, self._server.server, attempt)
                 found += page
@@ -303,45 +303,45 @@ class HttpLink(Link):
 
     @in_ordinary_memory
     def pull(self) -> int:
-        self._holdings.leave_foreign_()
-        edited = self._holdings.arrivals.edited(self._holdings.addresses)
+        self._buffers.leave_foreign_()
+        edited = self._buffers.receiver.edited(self._buffers.addresses)
         try:
-            with self._standing.there():
+            with self._joined.there():
                 received = self._reader.parameters(
-                    self._holdings.arrivals,
+                    self._buffers.receiver,
                     self._check,
-                    self._holdings.wire_parameters,
+                    self._buffers.wire_parameters,
                     worker=(self._place.worker, self._writer.names.epoch),
                 )
         except BaseException:
-            self._holdings.arrivals.keep_(but=edited)
+            self._buffers.receiver.keep_(but=edited)
             raise
-        self._holdings.arrivals.settle_(None)
-        self._standing.version = received.header["version"]
-        return self._standing.version
+        self._buffers.receiver.settle_(None)
+        self._joined.version = received.header["version"]
+        return self._joined.version
 
     @in_ordinary_memory
     def stateful(self) -> tuple[int, list[bool]]:
-        with self._standing.there():
-            return self._reader.stateful(self._holdings.forms, self._check)
+        with self._joined.there():
+            return self._reader.stateful(self._buffers.forms, self._check)
 
     @in_ordinary_memory
     def read_state(self, indices: Sequence[int]) -> list[State | None]:
-        with self._standing.there():
-            return self._reader.states(self._standing.fields, self._holdings.forms, indices, self._check)
+        with self._joined.there():
+            return self._reader.states(self._joined.fields, self._buffers.forms, indices, self._check)
 
     @in_ordinary_memory
     def read_view(self, view: str) -> list[Tensor]:
-        with self._standing.there():
-            return self._reader.view(view, self._holdings.forms, self._check)
+        with self._joined.there():
+            return self._reader.view(view, self._buffers.forms, self._check)
 
     def _check(self, header: Mapping[str, Any]) -> None:
-        self._standing.check_arriving(header, len(self._holdings.parameters))
+        self._joined.check_arriving(header, len(self._buffers.parameters))
 
     # -- leaving ----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        if self._standing.forked:
+        if self._joined.forked:
             return  # a fork of the worker must not end the session of its parent
         self._overlapping.end(UNUSED)
         epoch = self._writer.names.epoch

@@ -21,17 +21,17 @@ from torch import Tensor
 
 from farstep.answers import Reply, wrong
 from farstep.errors import ReceiptExpired
-from farstep.http_link.holdings import Holdings
+from farstep.http_link.buffers import WorkerBuffers
+from farstep.http_link.joined import JoinedSession
 from farstep.http_link.putting import Putting
-from farstep.http_link.standing import Standing
 from farstep.http_link.writer import Writer
 from farstep.link import Options
 from farstep.messages import Evaluation, Fill, PushHead, Sparse, Wanted, WriteName
 from farstep.overlap import LEAST_BYTES, OTHERS, STREAMED, Overlapped, Overlapping
 from farstep.payload import Payload, nbytes_of
 from farstep.report import StepReport
-from farstep.tensors import Edited, Looking, outgoing_gradients
-from farstep.transport import Supply
+from farstep.tensors import BackgroundCompare, Edited, outgoing_gradients
+from farstep.transport import StreamedBody
 from farstep.wire import to_ranges
 
 
@@ -56,8 +56,8 @@ class Pushing:
     """Push gradients, and take in the parameters that come back.
 
     Args:
-        standing: the session, and the version that is here.
-        holdings: the parameters, and the memory for them.
+        joined: the session, and the version that is here.
+        buffers: the parameters, and the memory for them.
         writer: names and sends what is pushed.
         overlapping: the pushes that begin early.
         putting: sends the values of parameters that were edited.
@@ -65,19 +65,19 @@ class Pushing:
 
     def __init__(
         self,
-        standing: Standing,
-        holdings: Holdings,
+        joined: JoinedSession,
+        buffers: WorkerBuffers,
         writer: Writer,
         overlapping: Overlapping,
         putting: Putting,
     ) -> None:
-        self._standing = standing
-        self._holdings = holdings
+        self._joined = joined
+        self._buffers = buffers
         self._writer = writer
         self._overlapping = overlapping
         self._putting = putting
-        self._streams = holdings.encoder.streams and holdings.on_cpu
-        self._residuals = holdings.encoder.codec.residual
+        self._streams = buffers.encoder.streams and buffers.on_cpu
+        self._residuals = buffers.encoder.codec.residual
         self._unlooked: list[int] | None = None  # addresses of parameters that the next push has to look at
         self._edited_last = False  # whether the last look found an edit: then the next one comes before the push
 
@@ -116,7 +116,7 @@ class Pushing:
 
         Two comparisons of memory, side by side: all cores are the step's now.
         """
-        looking = None if unlooked is None else Looking(partial(self._holdings.arrivals.checks, unlooked))
+        looking = None if unlooked is None else BackgroundCompare(partial(self._buffers.receiver.checks, unlooked))
         try:
             if looking is not None:
                 looking.start()
@@ -144,21 +144,21 @@ class Pushing:
         Raises:
             Edited: there is an edit; nothing was done.
         """
-        holdings, names = self._holdings, self._writer.names
+        buffers, names = self._buffers, self._writer.names
         if self._residuals:  # what was left out of an earlier push may be known only after these
             self._send_edits(unlooked)
             unlooked = None
-            holdings.encoder.begin()
+            buffers.encoder.begin()
         before = names.unanswered
 
         def encode() -> _Encoded:
             order = None if before is None else before.header.get("order")
             if order is None:
-                looking = None if unlooked is None else Looking(partial(holdings.arrivals.checks, unlooked))
-                payload = holdings.departures.payload(gradients, looking, at_once=holdings.sharing.possible)
+                looking = None if unlooked is None else BackgroundCompare(partial(buffers.receiver.checks, unlooked))
+                payload = buffers.sender.payload(gradients, looking, at_once=buffers.sharing.possible)
                 if payload is not None:
-                    return _Encoded(payload, range(len(holdings.parameters)))
-            present, sparse, views = outgoing_gradients(gradients, holdings.parameters, holdings.encoder)
+                    return _Encoded(payload, range(len(buffers.parameters)))
+            present, sparse, views = outgoing_gradients(gradients, buffers.parameters, buffers.encoder)
             if order is None or sparse or sorted(order) != present:
                 return _Encoded(views, present, sparse)
             placed = dict(zip(present, views, strict=True))  # it may be that push again
@@ -166,10 +166,10 @@ class Pushing:
 
         encoded = encode()
         payload, present = encoded.payload, encoded.present
-        if not isinstance(payload, Supply):
+        if not isinstance(payload, StreamedBody):
             self._send_edits(unlooked)
         bodies = encoded.sparse or evaluation or names.unsure
-        fill = None if bodies else holdings.fill_(names.epoch, present, gradients)
+        fill = None if bodies else buffers.fill_(names.epoch, present, gradients)
         head = self._head(present, groups, evaluation=evaluation, order=encoded.order, sparse=encoded.sparse, fill=fill)
         again = (lambda: encode().payload) if self._residuals else None
         return self._push(head, present, payload, began, shared=fill is not None, again=again)
@@ -184,7 +184,7 @@ class Pushing:
         sparse: Sequence[Sparse] = (),
         fill: Fill | None = None,
     ) -> Callable[[WriteName, str], PushHead]:
-        everything = len(present) == len(self._holdings.parameters)
+        everything = len(present) == len(self._buffers.parameters)
         segments = None if everything else to_ranges(present)
         wanted: Wanted = "all" if everything and self._wants_all else "changed"
 
@@ -192,18 +192,18 @@ class Pushing:
             return PushHead(
                 name,
                 incarnation,
-                self._standing.version,
+                self._joined.version,
                 wanted,
-                self._standing.version,
+                self._joined.version,
                 segments=segments,
                 sparse=tuple(sparse),
                 groups=groups,
                 evaluation=evaluation,
-                wire_gradients=self._holdings.wire_gradients,
-                wire_parameters=self._holdings.wire_parameters,
+                wire_gradients=self._buffers.wire_gradients,
+                wire_parameters=self._buffers.wire_parameters,
                 fill=fill,
                 order=None if order is None else tuple(order),
-                options=self._standing.options,
+                options=self._joined.options,
             )
 
         return head
@@ -214,28 +214,28 @@ class Pushing:
 
         Without a gradient only another worker changes a parameter.
         """
-        return self._standing.spec.policy.accumulate == 1
+        return self._joined.spec.policy.accumulate == 1
 
     def begin_push(self, order: Sequence[int], groups: Mapping[int, Options]) -> Overlapped | None:
         """Begin to send gradients that are still being computed; see `Link.begin_push`."""
         names = self._writer.names
-        if not self._streams or names.unsure or self._holdings.sharing.possible or self._standing.forked:
+        if not self._streams or names.unsure or self._buffers.sharing.possible or self._joined.forked:
             return None
-        if sum(self._holdings.parameters[index].nbytes for index in order) < LEAST_BYTES:
+        if sum(self._buffers.parameters[index].nbytes for index in order) < LEAST_BYTES:
             return None
         header = self._head(sorted(order), groups, order=order)(names.next(), self._writer.incarnation).to_header()
         send = partial(self._writer.send_push, header)
-        return self._overlapping.begin(header, order, self._holdings.parameters, self._holdings.encoder, send)
+        return self._overlapping.begin(header, order, self._buffers.parameters, self._buffers.encoder, send)
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
         """Take no step with this worker's gradients; see `Link.skip`."""
         self._overlapping.end(OTHERS)
         unlooked, self._unlooked = self._unlooked, None
         self._send_edits(unlooked)
-        codec = self._holdings.wire_parameters
+        codec = self._buffers.wire_parameters
 
         def head(name: WriteName, incarnation: str) -> PushHead:
-            have, options = self._standing.version, self._standing.options
+            have, options = self._joined.version, self._joined.options
             return PushHead(
                 name,
                 incarnation,
@@ -267,54 +267,54 @@ class Pushing:
         Args:
             again: encodes them again, where what an earlier push left out has to be added to them after all.
         """
-        holdings, before = self._holdings, self._writer.names.unanswered
-        whole = self._wants_all and len(present) == len(holdings.parameters)
+        buffers, before = self._buffers, self._writer.names.unanswered
+        whole = self._wants_all and len(present) == len(buffers.parameters)
         arrived: list[int] | None = None
         reply: Reply | None = None
 
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
             nonlocal arrived, reply
-            holdings.arrivals.undo_()  # what an earlier try has brought
+            buffers.receiver.undo_()  # what an earlier try has brought
             reply = Reply.of(header, self._writer.incarnation)
-            arrived = self._standing.arriving(header, len(holdings.parameters), whole=whole)
+            arrived = self._joined.arriving(header, len(buffers.parameters), whole=whole)
             if reply.delivered:
                 if not shared:
                     raise wrong("The reply names shared memory, and the push did not.", "delivered")
                 return []
             if self._writer.attempts > 1:
-                holdings.share_no_more_()
-            if arrived is None and len(present) == len(holdings.parameters):
-                return holdings.arrivals.landing()
-            return holdings.arrivals.targets(arrived)
+                buffers.share_no_more_()
+            if arrived is None and len(present) == len(buffers.parameters):
+                return buffers.receiver.landing()
+            return buffers.receiver.targets(arrived)
 
         try:
-            with self._standing.there():
+            with self._joined.there():
                 received = self._writer.push(head, payload, place, self._advance, begun, again)
         except BaseException as exc:
             unanswered = self._writer.names.unanswered
             if isinstance(exc, ReceiptExpired):
-                holdings.encoder.commit(counts=True)
+                buffers.encoder.commit(counts=True)
             elif unanswered is not None and unanswered is not before:
-                holdings.encoder.doubt(unanswered)
+                buffers.encoder.doubt(unanswered)
             else:
-                holdings.encoder.rollback()
-            holdings.arrivals.undo_()
+                buffers.encoder.rollback()
+            buffers.receiver.undo_()
             if self._writer.names.unsure or self._writer.attempts > 1:
-                holdings.share_no_more_()
-            holdings.arrivals.give_up_(lost=shared)
+                buffers.share_no_more_()
+            buffers.receiver.give_up_(lost=shared)
             raise
-        if arrived is None and len(present) < len(holdings.parameters):
+        if arrived is None and len(present) < len(buffers.parameters):
             # What has no gradient, and is as it was, is not touched.
-            arrived = sorted({*present, *holdings.arrivals.edited(holdings.addresses)})
+            arrived = sorted({*present, *buffers.receiver.edited(buffers.addresses)})
         copying = time.perf_counter()
-        holdings.arrivals.settle_(arrived)
+        buffers.receiver.settle_(arrived)
         copy_s = time.perf_counter() - copying
         assert reply is not None
         if self._residuals:
-            holdings.encoder.commit(counts=reply.receipt.counts)
-        self._standing.version = reply.version
+            buffers.encoder.commit(counts=reply.receipt.counts)
+        self._joined.version = reply.version
         if reply.consistency is not None:
-            self._standing.follow_(reply.consistency)
+            self._joined.follow_(reply.consistency)
         total_s = time.perf_counter() - began
         return StepReport.of(
             reply.receipt,
@@ -328,14 +328,14 @@ class Pushing:
         )
 
     def _advance(self, received_bytes: int) -> None:
-        self._holdings.arrivals.advance_(received_bytes)
+        self._buffers.receiver.advance_(received_bytes)
 
     # -- edits ------------------------------------------------------------------------------------------------------
 
     def settle_edits(self, addresses: list[int]) -> None:
         """Send edited parameters now, or have the next push find them while it is sent; see `Link.settle_edits`."""
-        holdings = self._holdings
-        large = holdings.departures.large and holdings.on_cpu and not holdings.sharing.possible
+        buffers = self._buffers
+        large = buffers.sender.large and buffers.on_cpu and not buffers.sharing.possible
         if large and not self._writer.names.unsure and not self._edited_last:
             self._unlooked = addresses
         else:
@@ -345,7 +345,7 @@ class Pushing:
         """Send what was edited, unless that is done already (None)."""
         if addresses is None:
             return
-        edited = self._holdings.arrivals.edited(addresses)
+        edited = self._buffers.receiver.edited(addresses)
         self._edited_last = bool(edited)
         if edited:
             self._putting.parameters(edited)

@@ -10,8 +10,8 @@ from typing import final
 
 from torch import Tensor
 
-from farstep.http_link.holdings import Holdings
-from farstep.http_link.standing import Standing
+from farstep.http_link.buffers import WorkerBuffers
+from farstep.http_link.joined import JoinedSession
 from farstep.http_link.writer import Writer
 from farstep.messages import PutHead, WriteName
 from farstep.presence import PRESENT
@@ -26,14 +26,14 @@ class Putting:
     """Put contents of this worker's in the place of the session's.
 
     Args:
-        standing: the session, and the version that is here.
-        holdings: the parameters, and the memory for them.
+        joined: the session, and the version that is here.
+        buffers: the parameters, and the memory for them.
         writer: names and sends what is put.
     """
 
-    def __init__(self, standing: Standing, holdings: Holdings, writer: Writer) -> None:
-        self._standing = standing
-        self._holdings = holdings
+    def __init__(self, joined: JoinedSession, buffers: WorkerBuffers, writer: Writer) -> None:
+        self._joined = joined
+        self._buffers = buffers
         self._writer = writer
 
     def begin(self, state: Mapping[int, State | None] | None, version: int) -> Receipt:
@@ -43,7 +43,7 @@ class Putting:
             state: by the parameter's index.
             version: the version it begins at.
         """
-        every = range(len(self._holdings.parameters))
+        every = range(len(self._buffers.parameters))
         return self._put(every, ["param", *self._fields(state)], state, initial=True, version=version)
 
     def parameters(self, indices: Sequence[int]) -> None:
@@ -60,11 +60,11 @@ class Putting:
         def head(name: WriteName, incarnation: str) -> PutHead:
             return PutHead(name, incarnation, (view,))
 
-        with self._standing.there():
+        with self._joined.there():
             self._writer.put(head, [outgoing(each) for each in values])
 
     def _fields(self, state: Mapping[int, State | None] | None) -> list[str]:
-        return [] if state is None else [*worth_sending(self._standing.fields, state.values()), PRESENT]
+        return [] if state is None else [*worth_sending(self._joined.fields, state.values()), PRESENT]
 
     def _put(
         self,
@@ -75,22 +75,22 @@ class Putting:
         initial: bool = False,
         version: int = 0,
     ) -> Receipt:
-        holdings, known = self._holdings, self._standing.fields
-        holdings.leave_foreign_()
-        segments = None if len(indices) == len(holdings.parameters) else to_ranges(indices)
+        buffers, known = self._buffers, self._joined.fields
+        buffers.leave_foreign_()
+        segments = None if len(indices) == len(buffers.parameters) else to_ranges(indices)
         shapes = shapes_of(known, state or {})
-        chosen = [(holdings.parameters[i], state[i] if state else None) for i in indices]
+        chosen = [(buffers.parameters[i], state[i] if state else None) for i in indices]
         payload = outgoing_contents(fields, known, chosen)
 
         def head(name: WriteName, incarnation: str) -> PutHead:
             return PutHead(name, incarnation, tuple(fields), segments, initial, version, shapes)
 
-        with self._standing.there():
+        with self._joined.there():
             reply = self._writer.put(head, payload)
         receipt = reply.receipt
         everything = "param" in fields and segments is None
-        if receipt.base == self._standing.version or everything:  # else what others have changed is not here
-            self._standing.version = receipt.version
+        if receipt.base == self._joined.version or everything:  # else what others have changed is not here
+            self._joined.version = receipt.version
         if "param" in fields:
-            holdings.arrivals.keep_(indices)
+            buffers.receiver.keep_(indices)
         return receipt

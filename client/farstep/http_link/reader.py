@@ -19,7 +19,7 @@ from farstep.http_link.retry import RetryPolicy
 from farstep.presence import PRESENT
 from farstep.replies import Said
 from farstep.states import State
-from farstep.tensors import Arrivals, Form, StateArrivals
+from farstep.tensors import Form, ParameterReceiver, StateArrivals
 from farstep.wire import to_ranges
 from farstep.wire.memory import tensor_memory
 
@@ -49,12 +49,12 @@ class Reader:
         self._path = f"/v1/sessions/{quote(session)}/contents"
 
     def parameters(
-        self, arrivals: Arrivals, check: Check, codec: str | None = None, *, worker: tuple[str, int]
+        self, receiver: ParameterReceiver, check: Check, codec: str | None = None, *, worker: tuple[str, int]
     ) -> Received:
-        """Bring all parameters, in a codec if one is named; they are in `arrivals` then.
+        """Bring all parameters, in a codec if one is named; they are in `receiver` then.
 
         Args:
-            arrivals: where they go.
+            receiver: where they go.
             check: see `Check`.
             codec: its name.
             worker: who asks: its name and epoch.
@@ -63,13 +63,13 @@ class Reader:
         path = f"{self._path}?worker={quote(name)}&epoch={epoch}"
         path += "" if codec is None else f"&wire_parameters={quote(codec)}"
         return self._get(
-            "Pulling", path, ["param"], None, lambda header: arrivals.targets(None, whole=codec is None), check
+            "Pulling", path, ["param"], None, lambda header: receiver.targets(None, whole=codec is None), check
         )
 
     def stateful(self, parameters: Sequence[Form], check: Check) -> tuple[int, list[bool]]:
         """Return the session's version, and for each parameter whether it has state."""
-        received, arrivals = self._state({}, parameters, range(len(parameters)), check)
-        return int(received.header["version"]), arrivals.present()
+        received, receiver = self._state({}, parameters, range(len(parameters)), check)
+        return int(received.header["version"]), receiver.present()
 
     def states(
         self, fields: Mapping[str, FieldKind], parameters: Sequence[Form], indices: Sequence[int], check: Check
@@ -79,8 +79,8 @@ class Reader:
             first, last = indices[0], indices[-1]
             states = self.states(fields, parameters, range(first, last + 1), check)
             return [states[index - first] for index in indices]
-        _, arrivals = self._state(fields, parameters, indices, check)
-        return arrivals.states()
+        _, receiver = self._state(fields, parameters, indices, check)
+        return receiver.states()
 
     def view(self, name: str, parameters: Sequence[Form], check: Check) -> list[Tensor]:
         """Return what the session keeps of all parameters under another name, on their devices."""
@@ -92,7 +92,7 @@ class Reader:
     def _state(
         self, fields: Mapping[str, FieldKind], parameters: Sequence[Form], indices: Sequence[int], check: Check
     ) -> tuple[Received, StateArrivals]:
-        arrivals = StateArrivals(
+        receiver = StateArrivals(
             [parameters[i] for i in indices], fields, sum(form.shape.numel() for form in parameters)
         )
         path = f"{self._path}?fields={','.join((*fields, PRESENT))}"
@@ -102,10 +102,10 @@ class Reader:
 
         def place(header: dict[str, Any]) -> Sequence[memoryview]:
             shapes = Said(header, "The answer").mapping("shapes") if "shapes" in header else {}
-            return arrivals.targets(header["fields"], shapes_from_header(shapes, side="client"))
+            return receiver.targets(header["fields"], shapes_from_header(shapes, side="client"))
 
         received = self._get("Reading the state of", path, [*fields, PRESENT], segments, place, check)
-        return received, arrivals
+        return received, receiver
 
     def _get(
         self, doing: str, path: str, fields: Sequence[str], segments: Sequence[int] | None, targets: Place, check: Check

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from farstep.overlap.backward_order import STREAMED
 from farstep.overlap.stage import Stage, Unit, plain
-from farstep.transport import Answer, Batch, Supply
+from farstep.transport import Answer, Batch, StreamedBody
 
 HELD_BYTES: Final = 4096
 """The end of a payload, which is sent when the push is known to be right."""
@@ -39,7 +39,7 @@ OTHERS: Final = "the step was another one than its stream had said"
 BROKEN: Final = "the stream broke off"
 UNUSED: Final = "no step followed"
 
-Send = Callable[[Supply], Answer]
+Send = Callable[[StreamedBody], Answer]
 """Send a payload behind the head of a push, and return when the head of an answer is there."""
 
 
@@ -184,9 +184,9 @@ class Overlapped:
     # -- the thread that sends ---------------------------------------------------------------------------------------
 
     @property
-    def supply(self) -> Supply:
+    def supply(self) -> StreamedBody:
         """The payload, which is made while it is sent."""
-        return Supply(self._batches, self._nbytes)
+        return StreamedBody(self._batches, self._nbytes)
 
     def payload(self) -> list[memoryview]:
         """Return the payload, which is all there after `finish`, so that it can be sent again."""

@@ -1,6 +1,6 @@
 """Client-side memory: where gradients and state are sent from, and where state arrives.
 
-Contiguous CPU tensors are sent from their own memory. Parameters arrive in `arrivals`.
+Contiguous CPU tensors are sent from their own memory. Parameters arrive in `receiver`.
 """
 
 from __future__ import annotations

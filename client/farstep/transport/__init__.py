@@ -3,7 +3,7 @@
 from .body import Readable, ResponseBody, body_of
 from .extensions import BODY, DEADLINE_S, NAMED
 from .head import MalformedAnswer, OversizedAnswer
-from .pieces import Batch, Pieces, Supply
+from .pieces import Batch, BufferedBody, StreamedBody
 from .route import Answer, Described, Route
 from .sockets import Dial, SocketTransport, dial_tcp
 
@@ -13,16 +13,16 @@ __all__ = [
     "NAMED",
     "Answer",
     "Batch",
+    "BufferedBody",
     "Described",
     "Dial",
     "MalformedAnswer",
     "OversizedAnswer",
-    "Pieces",
     "Readable",
     "ResponseBody",
     "Route",
     "SocketTransport",
-    "Supply",
+    "StreamedBody",
     "body_of",
     "dial_tcp",
 ]

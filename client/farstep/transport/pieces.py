@@ -1,7 +1,7 @@
 """Request bodies that are buffers, and the place reached while sending some.
 
-    Pieces      all buffers are there
-    Supply      they are made while the ones before them are sent, anew each time the body is sent; their size is known
+    BufferedBody      all buffers are there
+    StreamedBody      they are made while the ones before them are sent, anew each time; their size is known
 
 Tensors lie in memory as separate contiguous blocks. Joining them costs a copy of everything, and httpx as it comes
 copies the unsent rest again at every partial send. A body here keeps the blocks where they are; `Cursor` says which of
@@ -25,7 +25,7 @@ Batch = Sequence[bytes | memoryview]
 
 
 @final
-class Pieces(httpx.SyncByteStream):
+class BufferedBody(httpx.SyncByteStream):
     """Hold a request body as buffers that are sent from where they lie.
 
     Iterating yields `bytes` of at most 1 MiB, which is what transports other than `SocketTransport` see. A body can
@@ -86,7 +86,7 @@ class Pieces(httpx.SyncByteStream):
 
 
 @final
-class Supply(httpx.SyncByteStream):
+class StreamedBody(httpx.SyncByteStream):
     """Make a request body while it is being sent: the connection takes what is there, and what follows is made then.
 
     A batch is asked for when the kernel has all of the one before it, so that its memory may be used again. An error
@@ -132,7 +132,7 @@ class Supply(httpx.SyncByteStream):
 
     def __iter__(self) -> Iterator[bytes]:
         for batch in self.batches():
-            yield from Pieces(batch)
+            yield from BufferedBody(batch)
 
 
 @final

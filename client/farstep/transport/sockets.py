@@ -5,8 +5,8 @@
 Users keep httpx's client and everything they configure on it. Beside `httpx.HTTPTransport` (100 MB each way over
 loopback: about five times the time of bare sockets; it copies the unsent rest at every partial send) this one
 
-* sends the buffers of a `Pieces` where they lie, the head in front of them in the same system call, and those of a
-  `Supply` as they are made;
+* sends the buffers of a `BufferedBody` where they lie, the head in front of them in the same system call, and those
+  of a `StreamedBody` as they are made;
 * gives the body of a response to `readinto`, see `body_of`;
 * listens while it sends, so that 401 and 413 arrive instead of a broken pipe;
 * sends `Accept-Encoding: identity` unless told otherwise and decompresses nothing.
@@ -17,7 +17,7 @@ repetitions. Any other request raises. A deadline over the whole exchange is `ex
 httpx's timeouts are per read and write. There is no limit on connections in use, hence never a `PoolTimeout`.
 
 Not here: HTTP proxies (`HTTP_PROXY` is not consulted, because httpx leaves a transport that it was given alone) and
-HTTP/2. For those use `httpx.HTTPTransport`: everything works over it, slower. Looking up a host name has the
+HTTP/2. For those use `httpx.HTTPTransport`: everything works over it, slower. BackgroundCompare up a host name has the
 system's own time limit, which no timeout of ours can shorten.
 """
 
@@ -40,7 +40,7 @@ from .connection import Connection, Limits
 from .extensions import NAMED
 from .head import IDEMPOTENT, ResponseHead, request_head
 from .link import Link, Plain, Secure
-from .pieces import Pieces, Supply
+from .pieces import BufferedBody, StreamedBody
 from .pool import Origin, Pool, origin_of
 from .route import Answer, Described, Route, response_of
 
@@ -131,7 +131,7 @@ class SocketTransport(httpx.BaseTransport):
         asked = _Asked(request, origin_of(request), Limits.of(request.extensions), _repeatable(request))
         return response_of(*self._ask(asked, partial(_message, request)), request)
 
-    def ask(self, route: Route, body: Pieces | Supply | None) -> Answer:
+    def ask(self, route: Route, body: BufferedBody | StreamedBody | None) -> Answer:
         """Send a body over a route and return the answer as soon as its head is there.
 
         Args:
@@ -249,18 +249,18 @@ class _Asked:
 
 def _repeatable(request: httpx.Request) -> bool:
     harmless = request.method in IDEMPOTENT or bool(request.extensions.get(NAMED))
-    return harmless and isinstance(request.stream, Pieces | Supply | httpx.ByteStream)
+    return harmless and isinstance(request.stream, BufferedBody | StreamedBody | httpx.ByteStream)
 
 
-def _with_body(head: memoryview, body: Pieces | Supply | None) -> Generator[Iterable[memoryview]]:
+def _with_body(head: memoryview, body: BufferedBody | StreamedBody | None) -> Generator[Iterable[memoryview]]:
     """Yield a head and the buffers of its body."""
-    if not isinstance(body, Supply):
+    if not isinstance(body, StreamedBody):
         yield [head, *body.views] if body is not None else [head]
         return
     first = [head]
     with closing(body.batches()) as batches:
         for batch in batches:
-            yield [*first, *Pieces(batch).views]
+            yield [*first, *BufferedBody(batch).views]
             first = []
     yield first
 
@@ -271,8 +271,8 @@ def _message(request: httpx.Request) -> Generator[Iterable[memoryview]]:
     if not isinstance(stream, httpx.SyncByteStream):
         raise httpx.LocalProtocolError("An async body was given to a sync client.")
     if isinstance(stream, httpx.ByteStream):
-        stream = Pieces(stream)
-    if isinstance(stream, Pieces | Supply):
+        stream = BufferedBody(stream)
+    if isinstance(stream, BufferedBody | StreamedBody):
         yield from _with_body(memoryview(request_head(request, stream.nbytes)), stream)
         return
     stated = request.headers.get("Content-Length")
@@ -280,7 +280,7 @@ def _message(request: httpx.Request) -> Generator[Iterable[memoryview]]:
     yield [memoryview(request_head(request, declared))]
     sent = 0
     for chunk in stream:
-        piece = Pieces([chunk])
+        piece = BufferedBody([chunk])
         sent += piece.nbytes
         if declared is None and piece.nbytes:
             yield [memoryview(b"%x\r\n" % piece.nbytes), *piece.views, memoryview(b"\r\n")]

@@ -52,13 +52,13 @@ def measure_all(sizes: Sequence[int], rounds: int, *, client: Client = "farstep"
 
 
 def _ask_farstep(url: str, size: int, rounds: int) -> Iterator[float]:
-    from farstep.transport import Pieces, SocketTransport, body_of
+    from farstep.transport import BufferedBody, SocketTransport, body_of
 
     outgoing, incoming = memoryview(bytearray(b"\x5a" * size)), memoryview(bytearray(size))
     with httpx.Client(base_url=url, transport=SocketTransport(), timeout=PATIENCE_S) as client:
         for _ in range(rounds + 2):
             began = time.perf_counter()
-            response = client.send(Pieces([outgoing]).request(client, "POST", "/"), stream=True)
+            response = client.send(BufferedBody([outgoing]).request(client, "POST", "/"), stream=True)
             body, got = body_of(response), 0
             while count := body.readinto(incoming[got:]):
                 got += count

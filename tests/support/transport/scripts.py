@@ -2,14 +2,14 @@
 
 import httpx
 
-from farstep.transport import Pieces
+from farstep.transport import BufferedBody
 from tests.support.transport.scripted import PATIENCE_S, Peer
 
 LARGE = memoryview(bytearray(50_000_000))
 
 
 def push(client: httpx.Client, url: str) -> httpx.Response:
-    return client.send(Pieces([LARGE]).request(client, "POST", url))
+    return client.send(BufferedBody([LARGE]).request(client, "POST", url))
 
 
 def refuse(peer: Peer) -> None:

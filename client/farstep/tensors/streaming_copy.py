@@ -50,7 +50,7 @@ class _Part:
 
 
 @final
-class Landing:
+class StreamingCopy:
     """Take one answer in.
 
     Args:

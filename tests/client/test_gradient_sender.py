@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep.tensors import Departures, outgoing
-from farstep.tensors.departures import SMALL_BYTES
+from farstep.tensors import GradientSender, outgoing
+from farstep.tensors.gradient_sender import SMALL_BYTES
 
 LARGE = SMALL_BYTES // 4 + 1
 
@@ -25,7 +25,7 @@ def test_the_bytes_are_those_of_the_gradients_in_their_order() -> None:
         torch.zeros(7),
     ]
     gradients = [torch.randn(p.shape).to(p.dtype) for p in parameters]
-    payload = Departures(parameters).payload(gradients)
+    payload = GradientSender(parameters).payload(gradients)
     assert isinstance(payload, list)
     assert b"".join(payload) == b"".join(map(outgoing, gradients))
 
@@ -34,7 +34,7 @@ def test_small_neighbours_are_one_buffer_and_large_ones_are_sent_from_where_they
     """However many small gradients there are, the socket is given one buffer; a large one is not copied."""
     parameters = [*(torch.zeros(16) for _ in range(60)), torch.zeros(LARGE)]
     gradients = [torch.randn(p.shape) for p in parameters]
-    payload = Departures(parameters).payload(gradients)
+    payload = GradientSender(parameters).payload(gradients)
     assert isinstance(payload, list)
     assert len(payload) == 2
     gradients[-1].fill_(1.5)
@@ -54,7 +54,7 @@ def test_gradients_that_do_not_lie_in_order_come_out_in_order(odd: Tensor) -> No
     """A view that is transposed, has gaps, or shows the negative of its memory is joined as the values it shows."""
     parameters = [torch.zeros(6, 4), torch.zeros(3)]
     gradients = [odd, torch.randn(3)]
-    payload = Departures(parameters).payload(gradients)
+    payload = GradientSender(parameters).payload(gradients)
     assert isinstance(payload, list)
     assert len(payload) == 1
     assert bytes(payload[0]) == b"".join(map(outgoing, gradients))
@@ -64,7 +64,7 @@ def test_conjugates_come_out_as_the_values_they_show() -> None:
     """A lazily conjugated gradient is not sent as the memory behind it."""
     parameters = [torch.zeros(3, dtype=torch.complex64), torch.zeros(3, dtype=torch.complex64)]
     gradients = [torch.randn(3, dtype=torch.complex64).conj(), torch.randn(3, dtype=torch.complex64)]
-    payload = Departures(parameters).payload(gradients)
+    payload = GradientSender(parameters).payload(gradients)
     assert isinstance(payload, list)
     assert b"".join(payload) == b"".join(map(outgoing, gradients))
 
@@ -76,5 +76,5 @@ def test_conjugates_come_out_as_the_values_they_show() -> None:
 )
 def test_what_is_not_all_there_and_dense_is_left_to_others(second: Tensor | None) -> None:
     """A missing gradient, a sparse one, and one of another dtype than its parameter are described one by one."""
-    departures = Departures([torch.zeros(4), torch.zeros(4), torch.zeros(4)])
-    assert departures.payload([torch.zeros(4), second, torch.zeros(4)]) is None
+    sender = GradientSender([torch.zeros(4), torch.zeros(4), torch.zeros(4)])
+    assert sender.payload([torch.zeros(4), second, torch.zeros(4)]) is None

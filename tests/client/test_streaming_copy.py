@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from farstep.tensors.landing import Landing
+from farstep.tensors.streaming_copy import StreamingCopy
 from tests.support.client.twins import check_equal, drawn
 
 SHAPES = [(3,), (0, 2), (), (5, 4), (7,)]
@@ -28,7 +28,7 @@ def test_any_steps_bring_the_whole(half: bool, steps: list[int]) -> None:
     """However the bytes come, the parameters are what arrived, and autograd knows."""
     parameters, arriving = parameters_and_arrivals(half)
     versions = [p._version for p in parameters]
-    landing, received = Landing(parameters, arriving), 0
+    landing, received = StreamingCopy(parameters, arriving), 0
     total = sum(each.nbytes for each in arriving)
     for each in steps:
         received = min(received + each, total)
@@ -46,7 +46,7 @@ def test_any_part_can_be_undone(half: bool, received: int) -> None:
     parameters, arriving = parameters_and_arrivals(half)
     before = [p.clone() for p in parameters]
     versions = [p._version for p in parameters]
-    landing = Landing(parameters, arriving)
+    landing = StreamingCopy(parameters, arriving)
     landing.advance(min(received, sum(each.nbytes for each in arriving)))
     landing.undo(before)
     check_equal(parameters, before)
@@ -56,7 +56,7 @@ def test_any_part_can_be_undone(half: bool, received: int) -> None:
 def test_what_has_arrived_is_in_the_parameters_at_once() -> None:
     """Copying does not wait for the end: whole elements are there when they have come."""
     (p,), (arriving,) = [torch.zeros(4)], [torch.ones(4)]
-    landing = Landing([p], [arriving])
+    landing = StreamingCopy([p], [arriving])
     landing.advance(7)
     assert p.tolist() == [1, 0, 0, 0]
     landing.advance(12)

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from farstep.payload import Payload
+from farstep.tensors.background_compare import BackgroundCompare
 from farstep.tensors.encoder import Encoder
-from farstep.tensors.looking import Looking
 from farstep.tensors.staging import outgoing
-from farstep.transport import Batch, Supply
+from farstep.transport import Batch, StreamedBody
 from farstep.wire.memory import tensor_memory
 
 SMALL_BYTES: Final = 32 * 1024
@@ -98,7 +98,7 @@ class _Encoded:
 
 
 @final
-class Departures:
+class GradientSender:
     """Send the gradients of one optimizer.
 
     Args:
@@ -130,7 +130,7 @@ class Departures:
         return self.nbytes >= LARGE_BYTES
 
     def payload(
-        self, gradients: Sequence[Tensor | None], looking: Looking | None = None, *, at_once: bool = False
+        self, gradients: Sequence[Tensor | None], looking: BackgroundCompare | None = None, *, at_once: bool = False
     ) -> Payload | None:
         """Return the payload of gradients that are all there and dense, None for others.
 
@@ -149,9 +149,9 @@ class Departures:
             return None
         if at_once or not self.large:
             return [piece for run in self._runs for piece in run.made(there)]
-        return Supply(partial(self._made, there, looking), self.nbytes)
+        return StreamedBody(partial(self._made, there, looking), self.nbytes)
 
-    def _made(self, gradients: list[Tensor], looking: Looking | None) -> Generator[Batch]:
+    def _made(self, gradients: list[Tensor], looking: BackgroundCompare | None) -> Generator[Batch]:
         left = self.nbytes
         if looking is not None:
             looking.start()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from farstep.tensors.edits import Check, Comparer, Edits
-from farstep.tensors.landing import Landing
+from farstep.tensors.streaming_copy import StreamingCopy
 from farstep.wire.memory import tensor_memory
 
 LARGE_BYTES: Final = 4 << 20
@@ -55,7 +55,7 @@ class _Memory:
         self.comparers: list[tuple[Sequence[int], Comparer]] | None = None
 
 
-class Arrivals:
+class ParameterReceiver:
     """Staging memory for the parameters of one optimizer; `keep_` fills it first.
 
     Args:
@@ -73,7 +73,7 @@ class Arrivals:
         self._dtypes = [p.dtype for p in parameters] if dtypes is None else list(dtypes)
         self._memory = _Memory(parameters, self._dtypes, flat)
         self._spare: _Memory | None = None
-        self._landing: Landing | None = None
+        self._landing: StreamingCopy | None = None
         self._lands = flat is None and sum(map(len, self._memory.views)) >= LARGE_BYTES
         self._overwritten = False
         self._differing: set[int] = set()
@@ -91,18 +91,18 @@ class Arrivals:
         self._inference = any(p.is_inference() for p in parameters)
         self._compare_anew_()
 
-    def within(self, flat: Mapping[torch.dtype, Tensor] | None) -> Arrivals:
+    def within(self, flat: Mapping[torch.dtype, Tensor] | None) -> ParameterReceiver:
         """Return the same in other memory: `flat`, or memory of its own."""
-        moved = Arrivals(self._parameters, flat=flat)
+        moved = ParameterReceiver(self._parameters, flat=flat)
         copy_all(moved._staged, self._staged, lazy=False)
         moved._differing = set(self._differing)
         moved._overwritten = self._overwritten
         return moved
 
-    def grown(self, parameters: Sequence[Tensor]) -> Arrivals:
+    def grown(self, parameters: Sequence[Tensor]) -> ParameterReceiver:
         """Return memory for more parameters behind these, taken for what the session has; edits of these stay known."""
         count = len(self._parameters)
-        grown = Arrivals([*self._parameters, *parameters])
+        grown = ParameterReceiver([*self._parameters, *parameters])
         copy_all(grown._staged[:count], self._staged, lazy=False)
         grown._differing = set(self._differing)
         grown.keep_(range(count, count + len(parameters)))
@@ -166,7 +166,7 @@ class Arrivals:
 
         Args:
             indices: which ones; None for all of them.
-            whole: they come as they are, whatever was asked for; see `NarrowArrivals`.
+            whole: they come as they are, whatever was asked for; see `HalfPrecisionReceiver`.
         """
         if indices is None:
             self._overwritten = True
@@ -183,7 +183,7 @@ class Arrivals:
             return self.targets(None)
         if self._spare is None:
             self._spare = _Memory(self._parameters, self._dtypes, None)
-        self._landing = Landing(self._parameters, self._spare.staged)
+        self._landing = StreamingCopy(self._parameters, self._spare.staged)
         return self._spare.views
 
     def advance_(self, received_bytes: int) -> None:

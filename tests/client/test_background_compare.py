@@ -7,7 +7,7 @@ from threading import Event
 
 import pytest
 
-from farstep.tensors import Edited, Looking
+from farstep.tensors import BackgroundCompare, Edited
 
 PATIENCE_S = 20.0
 
@@ -25,7 +25,7 @@ def test_everything_is_compared_once_though_it_is_stopped() -> None:
 
         return compare
 
-    looking = Looking(lambda: [check(place) for place in range(1000)])
+    looking = BackgroundCompare(lambda: [check(place) for place in range(1000)])
     looking.start()
     assert begun.wait(PATIENCE_S)
     looking.stop()
@@ -38,7 +38,7 @@ def test_everything_is_compared_once_though_it_is_stopped() -> None:
 
 def test_what_differs_is_told_at_the_end_and_whenever_it_is_asked_for() -> None:
     """The first difference ends the looking; nothing after it is compared."""
-    looking = Looking(lambda: [lambda: False, lambda: True, lambda: 1 / 0])
+    looking = BackgroundCompare(lambda: [lambda: False, lambda: True, lambda: 1 / 0])
     looking.start()
     for tell in (looking.finish, looking.glance):
         with pytest.raises(Edited):
@@ -48,7 +48,7 @@ def test_what_differs_is_told_at_the_end_and_whenever_it_is_asked_for() -> None:
 
 def test_an_error_in_the_thread_reaches_who_waits() -> None:
     """What goes wrong in comparing is raised where its end is waited for."""
-    looking = Looking(lambda: [lambda: 1 / 0])
+    looking = BackgroundCompare(lambda: [lambda: 1 / 0])
     looking.start()
     with pytest.raises(ZeroDivisionError):
         looking.finish()

@@ -20,7 +20,7 @@ class Edited(Exception):
 
 
 @final
-class Looking:
+class BackgroundCompare:
     """Make comparisons in a thread; they may be stopped and gone on with.
 
     Args:

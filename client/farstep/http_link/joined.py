@@ -24,7 +24,7 @@ from farstep.wire import from_ranges
 
 
 @final
-class Standing:
+class JoinedSession:
     """Know one session as its worker does.
 
     Args:

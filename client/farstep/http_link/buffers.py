@@ -14,12 +14,12 @@ from torch import Tensor
 from farstep.codecs import FULL, Codec, Wire
 from farstep.http_link.sharing import Sharing
 from farstep.messages import Fill
-from farstep.tensors import Arrivals, DecodedArrivals, Departures, Encoder, Form, NarrowArrivals
+from farstep.tensors import DecodingReceiver, Encoder, Form, GradientSender, HalfPrecisionReceiver, ParameterReceiver
 from farstep.wire.memory import TORCH_DTYPES
 
 
 @final
-class Holdings:
+class WorkerBuffers:
     """Keep the memory of one worker in step with its parameters.
 
     Args:
@@ -31,8 +31,8 @@ class Holdings:
         parameters: as above; updated in place.
         forms: their shapes, dtypes and devices, as the session has them.
         wire_gradients, wire_parameters: the codecs' names in headers; None where tensors travel as they are.
-        arrivals: where parameters arrive.
-        departures: what gradients are sent from.
+        receiver: where parameters arrive.
+        sender: what gradients are sent from.
         encoder: what gradients are encoded by.
         sharing: as above.
     """
@@ -42,13 +42,13 @@ class Holdings:
         gradients, incoming = wire.codecs
         self.wire_gradients, self.wire_parameters = _name(gradients), _name(incoming)
         self.sharing = sharing
-        self.arrivals = _arrivals(self.parameters, incoming)
+        self.receiver = _arrivals(self.parameters, incoming)
         self.encoder = Encoder(self.parameters, gradients)
         self._set_out()
 
     def _set_out(self) -> None:
         self.forms = list(map(Form.of, self.parameters))
-        self.departures = Departures(self.parameters, self.encoder)
+        self.sender = GradientSender(self.parameters, self.encoder)
 
     @property
     def addresses(self) -> list[int]:
@@ -64,11 +64,11 @@ class Holdings:
         """Take other tensors of the same shapes and dtypes in the parameters' place."""
         self.parameters = list(parameters)
         self.forms = list(map(Form.of, parameters))
-        self.arrivals.rebind_(parameters)  # the departures go by shapes and dtypes, which are the same
+        self.receiver.rebind_(parameters)  # the sender goes by shapes and dtypes, which are the same
 
-    def grow_(self, parameters: Sequence[Tensor], arrivals: Arrivals) -> None:
-        """Hold more parameters behind these, which arrive in memory that was made with `Arrivals.grown`."""
-        self.parameters, self.arrivals = [*self.parameters, *parameters], arrivals
+    def grow_(self, parameters: Sequence[Tensor], receiver: ParameterReceiver) -> None:
+        """Hold more parameters behind these, which arrive in memory that was made with `ParameterReceiver.grown`."""
+        self.parameters, self.receiver = [*self.parameters, *parameters], receiver
         self.encoder = self.encoder.grown(self.parameters)
         self._set_out()
 
@@ -89,13 +89,13 @@ class Holdings:
         self.leave_foreign_()
         if self.sharing.offer(epoch, self.parameters) and self.sharing.area:
             halves = self.sharing.area.parameters
-            self.arrivals = self.arrivals.within({TORCH_DTYPES[name]: flat for name, flat in halves.items()})
+            self.receiver = self.receiver.within({TORCH_DTYPES[name]: flat for name, flat in halves.items()})
         return self.sharing.fill(present, gradients)
 
     def share_no_more_(self) -> None:
         """Give shared memory up until more is offered."""
         if self.sharing.area is not None:
-            self.arrivals = self.arrivals.within(None)
+            self.receiver = self.receiver.within(None)
             self.sharing.give_up()
 
     def leave_foreign_(self) -> None:
@@ -108,8 +108,8 @@ def _name(codec: Codec) -> str | None:
     return None if codec is FULL else codec.name
 
 
-def _arrivals(parameters: Sequence[Tensor], codec: Codec) -> Arrivals:
+def _arrivals(parameters: Sequence[Tensor], codec: Codec) -> ParameterReceiver:
     """Return memory for parameters that arrive in a codec."""
     if codec is FULL:
-        return Arrivals(parameters)
-    return DecodedArrivals(parameters, codec) if codec.element is None else NarrowArrivals(parameters, codec)
+        return ParameterReceiver(parameters)
+    return DecodingReceiver(parameters, codec) if codec.element is None else HalfPrecisionReceiver(parameters, codec)

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from farstep.codecs import Codec
-from farstep.tensors.arrivals import Arrivals, copy_all
 from farstep.tensors.encoder import applies
+from farstep.tensors.parameter_receiver import ParameterReceiver, copy_all
 from farstep.wire.memory import tensor_memory
 
 
 @final
-class DecodedArrivals(Arrivals):
-    """Staging memory for parameters of which a codec without an element encodes some; see `Arrivals`.
+class DecodingReceiver(ParameterReceiver):
+    """Staging memory for parameters of which a codec without an element encodes some; see `ParameterReceiver`.
 
     Args:
         parameters: the tensors that arrive, in the session's order.
@@ -36,9 +36,9 @@ class DecodedArrivals(Arrivals):
         self._coming: list[int] = []
         super().__init__(parameters)
 
-    def grown(self, parameters: Sequence[Tensor]) -> DecodedArrivals:
+    def grown(self, parameters: Sequence[Tensor]) -> DecodingReceiver:
         count = len(self._parameters)
-        grown = DecodedArrivals([*self._parameters, *parameters], self._codec)
+        grown = DecodingReceiver([*self._parameters, *parameters], self._codec)
         copy_all(grown._staged[:count], self._staged, lazy=False)
         grown._differing = set(self._differing)
         grown.keep_(range(count, count + len(parameters)))

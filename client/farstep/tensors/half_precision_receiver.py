@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from farstep.codecs import Codec
-from farstep.tensors.arrivals import Arrivals, copy_all
 from farstep.tensors.bits import same_bits
 from farstep.tensors.edits import Check, Comparer, Edits, is_plain, memcmp
 from farstep.tensors.encoder import applies
+from farstep.tensors.parameter_receiver import ParameterReceiver, copy_all
 from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 
 BLOCK = 2**19
@@ -28,8 +28,8 @@ BLOCK = 2**19
 
 
 @final
-class NarrowArrivals(Arrivals):
-    """Staging memory for parameters of which the float32 ones arrive in 16 bits; see `Arrivals`.
+class HalfPrecisionReceiver(ParameterReceiver):
+    """Staging memory for parameters of which the float32 ones arrive in 16 bits; see `ParameterReceiver`.
 
     Args:
         parameters: the tensors that arrive, in the session's order.
@@ -47,9 +47,9 @@ class NarrowArrivals(Arrivals):
         super().rebind_(parameters)
         self._lazy = True  # one by one: foreach operations do not convert faster
 
-    def grown(self, parameters: Sequence[Tensor]) -> NarrowArrivals:
+    def grown(self, parameters: Sequence[Tensor]) -> HalfPrecisionReceiver:
         count = len(self._parameters)
-        grown = NarrowArrivals([*self._parameters, *parameters], self._codec)
+        grown = HalfPrecisionReceiver([*self._parameters, *parameters], self._codec)
         copy_all(grown._staged[:count], self._staged, lazy=False)
         grown._whole = dict(self._whole)
         grown._differing = set(self._differing)
