@@ -130,7 +130,7 @@ def test_inside_nothing_takes_the_average_for_the_parameters(what: str, place: R
     calls = {
         "step": lambda: step(ps, optimizer, 5),
         "pull": optimizer.pull,
-        "rejoin": optimizer.rejoin,
+        "rejoin": lambda: optimizer.rejoin(optimizer.state_dict()),
         "add_param_group": lambda: optimizer.add_param_group(late),
         "swap_to": swap,
     }

@@ -256,7 +256,7 @@ def test_no_parameter_is_ever_nan_while_a_worker_keeps_writing(url: str) -> None
     reader = SGD([copy], lr=0.1, server=url, kernel="reference", session="hostile")
     parameter.grad = torch.zeros(2_000_000)
     optimizer.step()
-    shared = optimizer._membership.link._holdings.sharing.area.gradients["float32"]  # type: ignore[attr-defined]
+    shared = optimizer._membership.link._buffers.sharing.area.gradients["float32"]  # type: ignore[attr-defined]
     over, outcomes = threading.Event(), {"refused": 0, "applied": 0}
 
     def write() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import socket
-import threading
 
 from starlette.types import Receive, Scope, Send
 
@@ -94,40 +93,3 @@ def test_what_follows_a_body_is_not_taken_for_it() -> None:
         sock.sendall((sized + chunked + GET % b"get") * 50)
         count_answers(sock, 150)
     assert app.asked == ["/sized", "/chunked", "/get"] * 50
-
-
-class Busy(Noting):
-    """An application that keeps the event loop busy, when it is asked to, until it is told to go on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.begun, self.go_on = threading.Event(), threading.Event()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await super().__call__(scope, receive, send)
-        if scope["path"] == "/busy":
-            self.begun.set()
-            assert self.go_on.wait(30.0)
-
-
-def test_strangers_wait_for_those_who_were_admitted() -> None:
-    """What connections without an admitted request send at the same moment is looked at after what others asked."""
-    app = Busy()
-    with serving(app) as connect, connect() as other, connect() as known:
-        for sock in (other, known):
-            sock.sendall(GET % b"first")
-            count_answers(sock, 1)
-        strangers = [connect() for _ in range(8)]
-        for _ in range(3):  # the strangers are accepted meanwhile
-            known.sendall(GET % b"first")
-            count_answers(known, 1)
-        other.sendall(GET % b"busy")
-        assert app.begun.wait(30.0)
-        for number, sock in enumerate(strangers):
-            sock.sendall(GET % str(number).encode())
-        known.sendall(GET % b"known")
-        app.go_on.set()
-        for sock in strangers:
-            count_answers(sock, 1)
-        count_answers(known, 1)
-    assert app.asked.index("/known") == app.asked.index("/busy") + 1

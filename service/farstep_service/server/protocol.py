@@ -63,24 +63,12 @@ class Protocol(Connection):
         self.parser = Parser(self)  # type: ignore[assignment]
 
     def data_received(self, data: bytes) -> None:
-        if self._known and self._head and not self._rest and self._head.begins(data) and self._is_idle():
+        if self._head is not None and not self._rest and self._head.begins(data) and self._is_idle():
             self._repeat(self._head, data)
             return
         self._rest = self._rest + data if self._rest else data
-        if self._waits:
-            return
-        if self._known:
+        if not self._waits:
             self._go_on()
-        else:
-            self._wait_as_stranger()
-
-    def _wait_as_stranger(self) -> None:
-        """Wait for a turn before anything is looked at: many strangers at once must not delay who was admitted."""
-        self._waits = True
-        turns_of(self.loop).wait(self)
-        if not self._lent and not self._paused:
-            self._paused = True
-            self.transport.pause_reading()
 
     def take_turn(self) -> None:
         """Begin a request that came before the one ahead of it was answered."""

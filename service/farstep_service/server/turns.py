@@ -4,7 +4,6 @@ Thousands of small requests may come in one write. Answered in one go they would
 sent one request and waits for its answer; so what follows the first waits here, and the connection is not read from.
 
     turn        one request of each connection that waits, for `TURN_S` together at most
-    strangers   connections of which no request was admitted yet wait for their turn with each thing that they send
     between     the event loop reads from sockets, answers who has asked for one thing, and fires timers
 """
 
