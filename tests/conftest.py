@@ -16,6 +16,7 @@ A limit of a second within which processes have to be run counts what the machin
 """
 
 import fcntl
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -64,6 +65,7 @@ class Room:
 
 
 ROOM = pytest.StashKey[Room]()
+WAS_PURE = pytest.StashKey[bool]()
 GUARD = Guard()
 
 
@@ -82,7 +84,11 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
     """Begin to watch a test of a pure room, its fixtures included."""
-    if is_fast(item.path) and item.get_closest_marker("process") is None:
+    pure = is_fast(item.path) and item.get_closest_marker("process") is None
+    if pure and not item.config.stash.get(WAS_PURE, False):
+        gc.collect()  # optimizers that a test before left behind leave their sessions, for which they connect
+    item.config.stash[WAS_PURE] = pure
+    if pure:
         GUARD.arm()
     return (yield)
 
