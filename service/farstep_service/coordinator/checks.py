@@ -100,11 +100,6 @@ class Checks:
         return self._state.switched
 
     @property
-    def incarnation(self) -> str:
-        """Return the name of this life of the session."""
-        return self._state.incarnation
-
-    @property
     def unfinished(self) -> bool:
         """Return whether an instruction has to be carried out to its end before anything else happens."""
         return self._state.running is not None and self._state.running.unfinished

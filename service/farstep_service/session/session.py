@@ -45,14 +45,14 @@ from farstep_service.coordinator import (
 )
 from farstep_service.coordinator.written import read_back
 from farstep_service.durability import Snapshot
-from farstep_service.gradients import Contribution, check_finite, nonfinite_in
+from farstep_service.gradients import Contribution
 from farstep_service.kernel import KernelSource
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.session.growth import grown, room_for
 from farstep_service.session.state_machine import Journal, Outcome, Outcomes, SessionRecord, StateMachine
 from farstep_service.store import Held
-from farstep_service.tensors import Tensors, check_dense, state_of
+from farstep_service.tensors import Tensors, state_of
 from farstep_service.tensors.state import GroupChanges
 
 
@@ -282,33 +282,9 @@ class Session:
             return outcomes | repeated
         if self._coordinator.holds(head.name, fingerprint):
             return outcomes
-        nonfinite = self._check_push(head, contribution)
+        nonfinite = self._tensors.check_push(head, contribution)
         self._tensors.receive_push(head, contribution)
         return outcomes | self._machine.happen(Push(head, fingerprint, nonfinite), now)
-
-    def _check_push(self, head: PushHead, contribution: Contribution) -> str:
-        """Refuse a push that no step can take; return what in it holds NaN or Inf where that skips the step, or "".
-
-        Raises:
-            NotInitialised, InvalidRequest, InvalidOption, TensorMismatch, NonFinite: as `SessionState`, `Contribution`
-                and `check_finite` say.
-        """
-        state, plan, nonfinite = self._state, self.plan, ""
-        state.check_initialised()
-        state.check_base(head.base, head.evaluation)
-        options = state.whole if head.options == "push" else state.changed
-        options(head.groups)  # refuses what is wrong with them
-        contribution.decode_()
-        contribution.check_indices()
-        if plan.looks_at_gradients:
-            contribution.secure_()
-        if plan.nonfinite == "refuse":
-            check_finite(contribution, head.name.worker, head.evaluation)
-        elif plan.nonfinite == "skip" and (found := nonfinite_in(contribution, head.name.worker)[1]):
-            nonfinite = f"{found}."
-        if self._coordinator.keeps_bases:
-            check_dense(contribution, head.name.worker)
-        return nonfinite
 
     def _repeated(self, name: WriteName, incarnation: str, fingerprint: str, now: float) -> Outcomes | None:
         """Return the outcome of a write that was committed before, whose worker is alive; None for one that is next."""

@@ -1,10 +1,8 @@
 """What the steps of a session change: parameters, optimizer state and options in force."""
 
-from farstep_service.tensors.beginning import state_of
 from farstep_service.tensors.record import TensorsRecord
-from farstep_service.tensors.staleness import check_dense
 from farstep_service.tensors.state import SessionState
 from farstep_service.tensors.steps import Left, Steps
-from farstep_service.tensors.tensors import Tensors
+from farstep_service.tensors.tensors import Tensors, state_of
 
-__all__ = ["Left", "SessionState", "Steps", "Tensors", "TensorsRecord", "check_dense", "state_of"]
+__all__ = ["Left", "SessionState", "Steps", "Tensors", "TensorsRecord", "state_of"]

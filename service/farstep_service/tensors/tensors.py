@@ -9,6 +9,7 @@ A result names the kernel that ran. Nothing here decides about workers, and noth
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from typing import Final, final
 
 import torch
 
-from farstep.errors import FarstepError, InternalError
+from farstep.errors import FarstepError, InternalError, InvalidOption
 from farstep.messages import PushHead, PutHead, WriteName
 from farstep_service.contents import Contents
 from farstep_service.coordinator import (
@@ -41,17 +42,21 @@ from farstep_service.coordinator import (
     agreed,
 )
 from farstep_service.coordinator.options import Agreed
-from farstep_service.gradients import Contribution, Copied
+from farstep_service.gradients import Contribution, Copied, check_finite, nonfinite_in
 from farstep_service.kernel import KernelSource, Rerun
+from farstep_service.memory import out_of_memory
 from farstep_service.plan import Plan
 from farstep_service.reduction import ByContent, mean_evaluation, reduce_
+from farstep_service.rule import Rule
 from farstep_service.store import Held
-from farstep_service.tensors.beginning import state_of
-from farstep_service.tensors.failures import told
+from farstep_service.tensors.closure_state import ClosureState
+from farstep_service.tensors.kernel_state import KernelState
 from farstep_service.tensors.record import TensorsRecord
-from farstep_service.tensors.staleness import Bases, compensate_, weigh_
+from farstep_service.tensors.staleness import Bases, check_dense, compensate_, weigh_
 from farstep_service.tensors.state import SessionState
 from farstep_service.tensors.steps import Left, Steps, Taken
+
+log = logging.getLogger("farstep.session")
 
 
 @dataclass(slots=True)
@@ -133,6 +138,30 @@ class Tensors:
     def kept_bytes(self) -> int:
         """Return what stays when the requests are over that brought it: rounds that are accumulated, and workspace."""
         return self.steps.nbytes
+
+    def check_push(self, head: PushHead, contribution: Contribution) -> str:
+        """Refuse a push that no step can take; return what in it holds NaN or Inf where that skips the step, or "".
+
+        Raises:
+            NotInitialised, InvalidRequest, InvalidOption, TensorMismatch, NonFinite: as `SessionState`, `Contribution`
+                and `check_finite` say.
+        """
+        state, plan, nonfinite = self.state, self.state.plan, ""
+        state.check_initialised()
+        state.check_base(head.base, head.evaluation)
+        options = state.whole if head.options == "push" else state.changed
+        options(head.groups)  # refuses what is wrong with them
+        contribution.decode_()
+        contribution.check_indices()
+        if plan.looks_at_gradients:
+            contribution.secure_()
+        if plan.nonfinite == "refuse":
+            check_finite(contribution, head.name.worker, head.evaluation)
+        elif plan.nonfinite == "skip" and (found := nonfinite_in(contribution, head.name.worker)[1]):
+            nonfinite = f"{found}."
+        if plan.consistency.delay_compensation:
+            check_dense(contribution, head.name.worker)
+        return nonfinite
 
     # -- what arrives -----------------------------------------------------------------------------------------------
 
@@ -352,3 +381,35 @@ def _agreed(pushes: Sequence[_Push]) -> Agreed:
     if not any(head.groups for head in heads):
         return NOTHING_SAID
     return agreed([Said(head.name.worker, head.groups, head.options == "push") for head in heads])
+
+
+def state_of(plan: Plan, *, kernels: KernelSource, device: torch.device) -> SessionState:
+    """Return the state of a session that is about to begin.
+
+    Args:
+        plan: what the session is.
+        kernels: runs update rules.
+        device: where parameters and state live.
+    """
+    if isinstance(plan.rule, Rule):
+        return KernelState(plan, plan.rule, kernels=kernels, device=device)
+    return ClosureState(plan, device=device)
+
+
+def told(exc: Exception, what: str) -> FarstepError:
+    """Return what the workers of a write that failed before it changed anything are told.
+
+    Args:
+        what: the write, as the beginning of a sentence.
+    """
+    if isinstance(exc, FarstepError):
+        return exc
+    if isinstance(exc, ArithmeticError):
+        return InvalidOption(f"There is no step with these options: {exc}.", remedy="Correct the group options.")
+    log.error("%s could not begin", what.lower(), exc_info=exc)
+    if short := out_of_memory(exc, f"{what} was not begun: it"):
+        return short
+    return InternalError(
+        f"{what} could not begin ({type(exc).__name__}); nothing has changed.",
+        remedy="Report it with the server's log.",
+    )
