@@ -224,7 +224,7 @@ class HttpLink(Link):
     def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
         group, count = len(self._joined.spec.groups), len(self._buffers.parameters) + len(tensors)
         described = tuple(NewParameter(each.name, each.shape, each.dtype) for each in parameters)
-        self._buffers.share_no_more_()  # what there is has no room for more
+        self._buffers.share_no_more_()  # it has no room for more
         receiver = self._buffers.receiver.grown(tensors)
 
         def head(name: WriteName, incarnation: str) -> AppendHead:

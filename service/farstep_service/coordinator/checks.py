@@ -45,7 +45,7 @@ class CoordinatorState:
         switched: it was created with another mode, or has been in one.
         version: the count of committed writes that changed the contents.
         initialised: the first contents have arrived.
-        initialiser: who is asked for them, and until when; None for nobody.
+        initialiser: the worker that is asked for them, and until when; None for none.
         roster: who takes part.
         mode: what the state machine of the mode knows.
         waiting: by worker, its push that waits.

@@ -139,7 +139,7 @@ class Roster:
         self._bases.pop(worker, None)
 
     def make_room(self, worker: str, now: float) -> list[str]:
-        """Return whom `worker` displaces so that it finds a place: nobody, or the first by name who has lapsed.
+        """Return the workers that `worker` displaces: none, or the first by name that has lapsed.
 
         Raises:
             SessionFull: every place is taken by a live worker.
@@ -336,7 +336,7 @@ class Roster:
         return member
 
     def commit(self, name: WriteName, fingerprint: str, receipt: Receipt) -> None:
-        """Record a write that `judge` called new, with what its worker is told."""
+        """Record a write that `judge` called new, with its receipt."""
         member = self._members[name.worker]
         member.sequence = name.sequence
         member.receipts[name.sequence] = Entry(fingerprint, receipt)

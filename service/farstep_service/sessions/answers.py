@@ -17,7 +17,7 @@ from farstep_service.sessions.readers import ReadersPage
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What a worker is told when it joins."""
+    """The answer to a worker that joins."""
 
     epoch: int
     initialised: bool

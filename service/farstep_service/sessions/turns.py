@@ -48,7 +48,7 @@ class Size:
 async def run(
     executor: Executor, work: Callable[[], Result], abandoned: Callable[[Result], None], *, inline: bool
 ) -> Result:
-    """Do work; this returns or raises only when it has ended, even if whoever asked has gone.
+    """Do work; this returns or raises only when it has ended, even if the caller has gone.
 
     Args:
         executor: runs large work.

@@ -130,7 +130,7 @@ class BoundedMode(Mode):
         self.state.clocks[worker] = max(self.state.clocks[worker], self.state.least)
         self._live[self.state.clocks[worker]] += 1
         self.state.returned[worker] = None
-        self._advance()  # nobody else may be live
+        self._advance()  # no other worker may be live
 
     def _advance(self) -> None:
         """Let the least clock follow the slowest live worker, and look at who waits for it."""
