@@ -23,7 +23,7 @@ NAVIGATION: dict[str, list[str]] = {
     ],
     "Measure": ["docs/bench", "docs/benchmarks", "docs/training_speed", "docs/parity"],
     "Trust": ["docs/promises", "SECURITY", "docs/limits", "docs/attack"],
-    "Build": ["client/farstep/wire/PROTOCOL", "CONTRIBUTING", "service/README", "client/README", "CHANGELOG"],
+    "Build": ["client/farstep/protocol/PROTOCOL", "CONTRIBUTING", "service/README", "client/README", "CHANGELOG"],
 }
 """The sidebar: captions, and the pages below them, without their `.md`."""
 DECISIONS = "service/decisions/*"

@@ -11,17 +11,17 @@ from importlib import import_module
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
-from farstep.codecs import Wire
-from farstep.consistency import Async, Bounded, Sync
 from farstep.errors import FarstepError
 from farstep.identity import Worker, worker
+from farstep.protocol.codecs import Wire
+from farstep.protocol.consistency import Async, Bounded, Sync
 
 if TYPE_CHECKING:
     from farstep import optim
     from farstep.heartbeat import Heartbeat
     from farstep.local_sgd import DiLoCo, LocalSGD
     from farstep.optim.moving import remote
-    from farstep.report import StepReport
+    from farstep.protocol.receipt import StepReport
     from farstep.settings import RemoteOptions
     from farstep.transfer import export_session, import_session
 
@@ -50,7 +50,7 @@ _LAZY = {
     "Heartbeat": "farstep.heartbeat",
     "LocalSGD": "farstep.local_sgd",
     "RemoteOptions": "farstep.settings",
-    "StepReport": "farstep.report",
+    "StepReport": "farstep.protocol.receipt",
     "export_session": "farstep.transfer",
     "import_session": "farstep.transfer",
     "remote": "farstep.optim.moving",

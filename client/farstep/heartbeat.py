@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, final
 
-from farstep.consistency import Consistency, from_options
+from farstep.conversation.replies import Said
 from farstep.errors import FarstepError, InvalidAnswer, InvalidOption, Unavailable
-from farstep.replies import Said
+from farstep.protocol.consistency import Consistency, from_options
 
 BEATS: Final = 3
 """Heartbeats in a lease, so that one or two may be lost."""

@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Final, Protocol, TypeVar, cast, final
 
 from farstep.errors import InvalidOption
-from farstep.plain import take_pythons_own_
+from farstep.protocol.plain import take_pythons_own_
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 MOST: Final = 10**9

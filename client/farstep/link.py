@@ -15,15 +15,14 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from farstep.consistency import Consistency, to_options
-from farstep.fields import FieldKind
 from farstep.heartbeat import Heartbeat
-from farstep.messages import Evaluation
 from farstep.overlap import Overlapped
-from farstep.policy import NOTHING, Policy
-from farstep.report import StepReport
+from farstep.protocol.consistency import Consistency, to_options
+from farstep.protocol.fields import FieldKind, State
+from farstep.protocol.messages import Evaluation
+from farstep.protocol.policy import NOTHING, Policy
+from farstep.protocol.receipt import StepReport
 from farstep.settings import KernelChoice, NonFinitePolicy
-from farstep.states import State
 
 Options = Mapping[str, Any]
 Args = ParamSpec("Args")

@@ -22,15 +22,15 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from farstep.codecs import Wire
-from farstep.consistency import Async, Consistency, Sync, checked
 from farstep.errors import InvalidOption
-from farstep.failures import check_address, without_secrets
+from farstep.errors.connecting import check_address, without_secrets
 from farstep.identity import Worker, check_name, fresh_name
-from farstep.messages import OptionsMode
-from farstep.plain import pythons_own
-from farstep.policy import NOTHING, Policy
-from farstep.unix import check_path, path_of_url
+from farstep.protocol.codecs import Wire
+from farstep.protocol.consistency import Async, Consistency, Sync, checked
+from farstep.protocol.messages import OptionsMode
+from farstep.protocol.plain import pythons_own
+from farstep.protocol.policy import NOTHING, Policy
+from farstep.protocol.unix import check_path, path_of_url
 from farstep.variables import warn_of_misspelt
 
 NonFinitePolicy = Literal["refuse", "skip", "allow"]

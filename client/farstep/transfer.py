@@ -19,12 +19,12 @@ from urllib.parse import quote
 import httpx
 
 from farstep.conversation import Conversation
+from farstep.conversation.replies import Said, why
 from farstep.errors import InvalidOption, Unavailable
 from farstep.identity import NAME
-from farstep.replies import Said, why
-from farstep.session_file import SessionFile, look_at, readable, write_whole
+from farstep.protocol.session_file import SessionFile, look_at, readable, write_whole
+from farstep.protocol.tensor_file import refused
 from farstep.settings import resolve
-from farstep.wire.tensor_file import refused
 
 PREPARE_WITHIN_S = 300.0
 """How long a server may take to copy a session before its first byte, or to begin one after its last."""

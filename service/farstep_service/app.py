@@ -20,10 +20,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from farstep_service.auth import AllowedHosts, Tokens
-from farstep_service.eager import in_task
 from farstep_service.routes import Edge, control_router, data_routes, error_of, page_of, session_file_routes
+from farstep_service.routes.auth import AllowedHosts, Tokens
 from farstep_service.routes.problems import PROBLEM, problem_of
+from farstep_service.sessions.coroutines import in_task
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 
@@ -31,8 +31,8 @@ DESCRIPTION = """An optimizer as a service.
 
 The control routes below speak JSON. Gradients, parameters and optimizer state move as msgpack streams on
 `POST /v1/sessions/{name}/push`, `GET|PUT /v1/sessions/{name}/contents` and `POST /v1/sessions/{name}/groups`,
-described in `farstep/wire/PROTOCOL.md`; `GET|PUT /v1/sessions/{name}/file` moves a whole session as a safetensors file,
-described in `docs/sessions.md`.
+described in `farstep/protocol/PROTOCOL.md`; `GET|PUT /v1/sessions/{name}/file` moves a whole session as a safetensors
+file, described in `docs/sessions.md`.
 Every error is an `application/problem+json` document with a stable `code`."""
 
 

@@ -20,11 +20,11 @@ from functools import cached_property
 from types import MappingProxyType
 from typing import Self
 
-from farstep.codecs import Codec
 from farstep.errors import LimitExceeded, TensorMismatch
-from farstep.fields import FieldKind, shape_of
-from farstep.wire.dtypes import BYTES, DTYPES, Dtype, segment_dtype
-from farstep.wire.ranges import from_ranges
+from farstep.protocol.codecs import Codec
+from farstep.protocol.dtypes import BYTES, DTYPES, Dtype, segment_dtype
+from farstep.protocol.fields import FieldKind, shape_of
+from farstep.protocol.ranges import from_ranges
 
 MAX_SEGMENTS = 100_000
 MAX_DIMENSIONS = 16

@@ -9,13 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from farstep.consistency import Consistency, from_options
 from farstep.errors import InvalidOption, LimitExceeded
-from farstep.hyper import Hyper
-from farstep.policy import NOTHING, Policy
+from farstep.protocol.consistency import Consistency, from_options
+from farstep.protocol.hyper import Hyper
+from farstep.protocol.policy import NOTHING, Policy
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import METHODS
-from farstep_service.rule import AnyMethod, Rule
+from farstep_service.optimizers.rule import AnyMethod, Rule
 from farstep_service.store import check_first_step
 
 KernelMode = Literal["auto", "reference", "fused"]

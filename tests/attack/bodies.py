@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from farstep.errors import BY_CODE
-from farstep.wire import encode
+from farstep.protocol import encode
 from tests.support.service.answers import MSGPACK, PROBLEM
 from tests.support.service.raw import RawClient, RawWorker, gradient, session_document
 from tests.support.service.servers import RunningServer

@@ -17,7 +17,7 @@ from multiprocessing.context import ForkServerProcess
 
 import torch
 
-from farstep.consistency import Async
+from farstep.protocol.consistency import Async
 from tests.support.client import training_process
 from tests.support.client.training_process import SLOTS, WORKERS
 from tests.support.faults import Network, faulty

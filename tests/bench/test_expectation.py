@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from farstep.report import StepReport
+from farstep.protocol.receipt import StepReport
 from farstep_service.bench.expectation import Costs, Expectation
 from farstep_service.bench.steps import PARTS, Sample, Steps
 from farstep_service.bench.workload import Workload

@@ -11,7 +11,7 @@ import farstep
 from farstep.errors import InvalidOption, LimitExceeded
 from farstep_service.bench.run import LARGE_BYTES, check_memory, sizes_of
 from farstep_service.bench.workload import OTHERWISE, Workload, count_of, read_shapes
-from farstep_service.memory import available_bytes
+from farstep_service.machine import available_bytes
 
 
 @pytest.mark.parametrize(

@@ -20,15 +20,14 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor
 
-from farstep.consistency import Async, Consistency
-from farstep.fields import FieldKind
 from farstep.heartbeat import Heartbeat
 from farstep.link import Link, Options, Parameter, SessionSpec, Start
-from farstep.messages import Evaluation
 from farstep.optim import Adagrad, Adam, RemoteOptimizer
-from farstep.report import StepReport
+from farstep.protocol.consistency import Async, Consistency
+from farstep.protocol.fields import FieldKind, State
+from farstep.protocol.messages import Evaluation
+from farstep.protocol.receipt import StepReport
 from farstep.settings import Place
-from farstep.states import State
 from farstep.tensors import ParameterReceiver
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, within

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import httpx
 
 from farstep_service.app import create_app
-from farstep_service.server.machine import loaded_for_good, take_turns
+from farstep_service.server.process import loaded_for_good, take_turns
 from farstep_service.settings import Settings
 
 EVERY_S = 0.001

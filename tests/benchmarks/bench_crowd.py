@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import msgpack
 import torch
 
-from farstep.wire import encode
+from farstep.protocol import encode
 from tests.benchmarks.crowd import cpu_s
 from tests.benchmarks.hardware import hardware
 from tests.support.service.raw import payload_of, session_document

@@ -31,9 +31,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 
 import farstep
-from farstep_service.kernel import Rerun
+from farstep_service.kernels import Kernels
+from farstep_service.kernels.kernel import Rerun
 from farstep_service.layout import Layout, SegmentSpec
-from farstep_service.optimizers import RULES, Kernels
+from farstep_service.optimizers import RULES
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.peers.torch_rpc import Size

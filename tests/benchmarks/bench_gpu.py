@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from farstep_service.optimizers import Kernels
+from farstep_service.kernels import Kernels
 from tests.benchmarks.bench_kernels import ELEMENTWISE, SIZES, TORCHS, bytes_of, medians, sides_of
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.peers.torch_rpc import Size

@@ -33,8 +33,9 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
+from farstep_service.kernels import Kernels
 from farstep_service.layout import Layout, SegmentSpec
-from farstep_service.optimizers import RULES, Kernels
+from farstep_service.optimizers import RULES
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
 from tests.benchmarks.rows import Row, faster, gained
 

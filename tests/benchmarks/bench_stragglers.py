@@ -33,11 +33,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from farstep.consistency import Async, Bounded, Consistency, Sync
 from farstep.conversation import Conversation
 from farstep.errors import FarstepError
 from farstep.optim import SGD
-from farstep.report import StepReport
+from farstep.protocol.consistency import Async, Bounded, Consistency, Sync
+from farstep.protocol.receipt import StepReport
 from farstep_service.demo.data import Digits, load_digits, shard
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, faster

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 import farstep
-from farstep.consistency import Consistency
 from farstep.errors import BarrierTimeout, FarstepError, SessionLost
+from farstep.protocol.consistency import Consistency
 from farstep.settings import RemoteOptions
 from tests.benchmarks.crowd import cpu_s
 from tests.benchmarks.tasks import Task
@@ -92,7 +92,7 @@ class Way:
         Raises:
             InvalidOption: this release does not have it.
         """
-        return farstep.consistency.from_options(self.consistency(workers))
+        return farstep.protocol.consistency.from_options(self.consistency(workers))
 
 
 @dataclass(slots=True)

@@ -16,6 +16,7 @@ import trustme
 
 import farstep
 from farstep.conversation import Conversation
+from farstep.conversation.replies import retry_after_s
 from farstep.errors import (
     Busy,
     CannotConnect,
@@ -27,9 +28,8 @@ from farstep.errors import (
     Unauthorized,
     Unavailable,
 )
-from farstep.failures import cause_of, without_secrets
+from farstep.errors.connecting import cause_of, without_secrets
 from farstep.optim import Adagrad
-from farstep.replies import retry_after_s
 from farstep.transport import SocketTransport
 from tests.support.client.failing import SHORT_S, twins_at
 from tests.support.client.hostile import Liar, hostile, http

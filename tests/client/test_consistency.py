@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import farstep
-from farstep.consistency import Consistency, to_options
 from farstep.conversation import Conversation
 from farstep.errors import InvalidOption, OptionsDiffer, Unavailable
 from farstep.optim import SGD
+from farstep.protocol.consistency import Consistency, to_options
 from farstep.settings import RemoteOptions
 from tests.support.service.servers import RunningServer
 

@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 
 from farstep import Async, Bounded, Heartbeat, Sync, worker
-from farstep.consistency import Consistency
 from farstep.conversation import Conversation
 from farstep.errors import FarstepError, Fenced, SessionFull, SessionLost, Unavailable
 from farstep.heartbeat import beating
 from farstep.optim import SGD, Adagrad
+from farstep.protocol.consistency import Consistency
 from farstep.settings import RemoteOptions
 from tests.support.client.twins import drawn, parameters
 from tests.support.loaded import Script, running_script

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep.codecs import codec_named
 from farstep.errors import NonFinite, Unavailable
 from farstep.optim import Adagrad
-from farstep.payload import batches_of
+from farstep.protocol.codecs import codec_named
 from farstep.settings import RemoteOptions
 from farstep.tensors import Encoder, GradientSender, outgoing
 from farstep.tensors.gradient_sender import LARGE_BYTES
 from farstep.transport import StreamedBody
+from farstep.transport.pieces import batches_of
 from tests.support.client.carrying import Carrying
 from tests.support.client.rounding import HALVES
 from tests.support.client.twins import Twins, check_parameters, drawn, parameters

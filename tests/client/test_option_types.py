@@ -15,10 +15,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 import farstep
-from farstep.consistency import Async, Bounded, Consistency, Sync, to_options
 from farstep.errors import InvalidOption
 from farstep.identity import Worker
-from farstep.policy import Policy
+from farstep.protocol.consistency import Async, Bounded, Consistency, Sync, to_options
+from farstep.protocol.policy import Policy
 from farstep.settings import RemoteOptions, resolve
 from tests.support.client.twins import Twins, check_parameters, drawn, one_group, ours, parameters, plain, theirs
 

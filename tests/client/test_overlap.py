@@ -9,9 +9,9 @@ import torch
 from torch.optim import Optimizer
 
 import farstep
-from farstep.consistency import Sync
 from farstep.optim import SGD, RemoteOptimizer
 from farstep.overlap import AGAIN, STREAMED
+from farstep.protocol.consistency import Sync
 from tests.support.client.overlapping import Both, Net, backward, hooks_of, loss_of, plain
 from tests.support.client.twins import check_parameters
 from tests.support.service.servers import RunningServer

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farstep.conversation import Conversation
-from farstep.payload import Payload
+from farstep.protocol import CONTENT_TYPE
+from farstep.protocol.packing import pack_header
 from farstep.transport import Batch, StreamedBody
-from farstep.wire import CONTENT_TYPE
-from farstep.wire.packing import pack_header
+from farstep.transport.pieces import Payload
 
 BATCHES = st.lists(st.lists(st.binary(max_size=30), max_size=4), max_size=4)
 

@@ -7,9 +7,9 @@ from collections.abc import Generator
 import pytest
 
 from farstep.errors import BarrierTimeout, InvalidRequest, NonFinite, ReceiptExpired, StepInterrupted, Unavailable
-from farstep.growth import AppendHead
-from farstep.messages import PushHead
-from farstep.sequence import Names
+from farstep.http_link.sequence import Names
+from farstep.protocol.growth import AppendHead
+from farstep.protocol.messages import PushHead
 from farstep.transport import Batch, StreamedBody
 
 PAYLOAD = [memoryview(b"gradients"), memoryview(b"of two tensors")]

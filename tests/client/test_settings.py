@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from farstep.consistency import Async, Consistency, Sync
 from farstep.errors import InvalidOption
 from farstep.identity import NAME
+from farstep.protocol.consistency import Async, Consistency, Sync
+from farstep.protocol.unix import MAX_PATH_BYTES
 from farstep.settings import RemoteOptions, resolve
-from farstep.unix import MAX_PATH_BYTES
 
 
 def test_nothing_said_means_embedded_private_and_async() -> None:

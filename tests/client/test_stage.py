@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep.codecs import codec_named
 from farstep.overlap import plain
 from farstep.overlap.stage import UNIT_BYTES, Stage
+from farstep.protocol.codecs import codec_named
 from farstep.tensors import Encoder
 from tests.support.client.twins import drawn
 

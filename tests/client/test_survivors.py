@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 import torch
 
-from farstep.consistency import Bounded, Consistency, Sync
 from farstep.conversation import Conversation
 from farstep.optim import SGD
+from farstep.protocol.consistency import Bounded, Consistency, Sync
 from tests.support.client import training_process
 from tests.support.client.training_process import SLOTS, WORKERS
 from tests.support.limits import Limit

@@ -10,8 +10,8 @@ import torch
 
 import farstep
 from farstep.errors import SessionLost, Unavailable
+from farstep.protocol.unix import path_of_url
 from farstep.settings import RemoteOptions
-from farstep.unix import path_of_url
 from tests.parity.cases import STEPPED
 from tests.support.client.twins import Twins, check_parameters, drawn, start_of
 from tests.support.faults import faulty

@@ -9,10 +9,10 @@ from itertools import count
 import pytest
 import torch
 
-from farstep.codecs import Wire, codec_named
-from farstep.consistency import Sync
 from farstep.errors import InvalidOption, NonFinite, Unavailable
 from farstep.optim import SGD, Adagrad, Adam
+from farstep.protocol.codecs import Wire, codec_named
+from farstep.protocol.consistency import Sync
 from farstep.settings import NonFinitePolicy, RemoteOptions, resolve
 from farstep.tensors import HalfPrecisionReceiver
 from farstep.tensors.half_precision_receiver import BLOCK, WideEdits

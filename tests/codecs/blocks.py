@@ -9,7 +9,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farstep.codecs import Codec
+from farstep.protocol.codecs import Codec
 
 BLOCK, SCALE_BYTES = 64, 4
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farstep.codecs import Codec, codec_named, register, unregister
+from farstep.protocol.codecs import Codec, codec_named, register, unregister
 from tests.codecs.blocks import BLOCK, Blocks
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep.codecs import FULL, Codec, Wire, check_codec, codec_named, codecs, register, unregister
 from farstep.errors import InvalidOption, InvalidRequest
-from farstep.wire.memory import TORCH_DTYPES
+from farstep.protocol.codecs import FULL, Codec, Wire, check_codec, codec_named, codecs, register, unregister
+from farstep.protocol.memory import TORCH_DTYPES
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.store import FlatBuffers, decode_, encode_
 from tests.codecs.table import ROWS, TOYS, Row, names, toys

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import farstep
-from farstep.codecs import Wire
 from farstep.errors import InvalidRequest, NonFinite, Unavailable
 from farstep.http_link import HttpLink
 from farstep.overlap import STREAMED
+from farstep.protocol.codecs import Wire
 from farstep.settings import RemoteOptions
 from tests.codecs.table import ROWS, TOYS, Row, names, toys
 from tests.support.client.overlapping import Both

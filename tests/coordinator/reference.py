@@ -1,6 +1,6 @@
 """What modes, members and receipts promise, said again in the plainest way: everything is looked up, nothing is kept.
 
-It shares the options (`farstep.consistency`) with what it is compared to, and nothing else.
+It shares the options (`farstep.protocol.consistency`) with what it is compared to, and nothing else.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from farstep.consistency import Async, Bounded, Consistency, Sync
+from farstep.protocol.consistency import Async, Bounded, Consistency, Sync
 
 FORGOTTEN_AFTER_S = 3600.0
 

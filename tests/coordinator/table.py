@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from farstep.consistency import Consistency
 from farstep.errors import BarrierTimeout
-from farstep.messages import PushHead, WriteName
-from farstep.receipt import Receipt
+from farstep.protocol.consistency import Consistency
+from farstep.protocol.messages import PushHead, WriteName
+from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator import (
     Answer,
     ChangeMode,

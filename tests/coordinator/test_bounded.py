@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farstep.consistency import Bounded
+from farstep.protocol.consistency import Bounded
 from farstep_service.coordinator.modes.decisions import Abort, Refuse, Step
 from tests.coordinator.table import NAMES, Table
 

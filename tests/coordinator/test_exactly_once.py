@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farstep.errors import Fenced, IdempotencyMismatch, ReceiptExpired, SequenceGap
-from farstep.messages import WriteName
-from farstep.receipt import Receipt
+from farstep.protocol.messages import WriteName
+from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator.roster import RECEIPTS_KEPT, Roster
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from farstep.messages import WriteName
+from farstep.protocol.messages import WriteName
 from farstep_service.coordinator.roster import Roster
 
 WORKERS = ("w0", "w1", "w2")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from farstep.consistency import Async, Sync
 from farstep.errors import IdempotencyMismatch, SessionFull
-from farstep.messages import WriteName
+from farstep.protocol.consistency import Async, Sync
+from farstep.protocol.messages import WriteName
 from farstep_service.coordinator.modes.decisions import Step
 from farstep_service.coordinator.roster import FORGOTTEN_AFTER_S, LAPSED_KEPT
 from tests.coordinator.table import NAMES, Table

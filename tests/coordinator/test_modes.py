@@ -8,10 +8,10 @@ from itertools import permutations
 
 import pytest
 
-from farstep.consistency import Async, Bounded, Consistency, Sync, from_options, to_options
 from farstep.errors import InvalidOption
-from farstep.messages import WriteName
-from farstep.receipt import Receipt
+from farstep.protocol.consistency import Async, Bounded, Consistency, Sync, from_options, to_options
+from farstep.protocol.messages import WriteName
+from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator import Heartbeat
 from farstep_service.coordinator.modes.decisions import Abort, Refuse, Skip, Step
 from tests.coordinator.table import NAMES, Table

@@ -14,10 +14,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from farstep.consistency import Async, Bounded, Consistency, Sync
 from farstep.errors import BarrierTimeout, FarstepError
-from farstep.messages import PushHead, WriteName
-from farstep.receipt import Receipt
+from farstep.protocol.consistency import Async, Bounded, Consistency, Sync
+from farstep.protocol.messages import PushHead, WriteName
+from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator import (
     Answer,
     ChangeMode,

@@ -14,7 +14,7 @@ from farstep_service.demo.processes import Ended, Processes, started
 from farstep_service.demo.remote import fetch, follow, start_workers
 from farstep_service.demo.reports import Pace, Report
 from farstep_service.demo.result import TOLERANCE
-from farstep_service.demo.server import SERVER, server_url, start_server
+from farstep_service.demo.run import SERVER, server_url, start_server
 from farstep_service.demo.training import Training
 
 LIMIT_S = 90.0

@@ -15,19 +15,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load
 
 from farstep.errors import InvalidFile, InvalidOption, TensorMismatch
-from farstep.presence import PRESENT
-from farstep.session_file import DESCRIPTION, FORMAT
-from farstep.wire.memory import TORCH_DTYPES, tensor_memory
-from farstep.wire.tensor_file import METADATA
-from farstep_service.contents import PARAM
+from farstep.protocol.fields import PRESENT
+from farstep.protocol.memory import TORCH_DTYPES, tensor_memory
+from farstep.protocol.session_file import DESCRIPTION, FORMAT
+from farstep.protocol.tensor_file import METADATA
 from farstep_service.durability import file_of
+from farstep_service.kernels import Kernels
 from farstep_service.layout import SegmentSpec
-from farstep_service.optimizers import RULES, Kernels
+from farstep_service.optimizers import RULES
+from farstep_service.optimizers.rule import PRECISION
 from farstep_service.plan import Plan
-from farstep_service.rule import PRECISION
 from farstep_service.session import Session
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
+from farstep_service.tensors.contents import PARAM
 from tests.session.failing import FailingKernels
 from tests.session.writers import Writer, begun, new_session, parameters, sync, values
 from tests.support.client.twins import some_rows

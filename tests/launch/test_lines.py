@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farstep_service.launch.lines import LONGEST_BYTES, Lines
+from farstep_service.launch.children import LONGEST_BYTES, Lines
 
 
 def fed(*pieces: bytes) -> list[bytes]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from farstep_service.optimizers import Kernels
+from farstep_service.kernels import Kernels
 from tests.support.optimizers.compiled import build_beside, compiled
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from farstep_service.optimizers import Kernels
+from farstep_service.kernels import Kernels
 from tests.parity.cases import usual_options
 from tests.parity.distances import HALVES, Distance, Spread, distance
 

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from farstep_service.kernel import Call, Progress, Rerun
+from farstep_service.kernels import Kernels
+from farstep_service.kernels.build import Report
+from farstep_service.kernels.compiled_kernels import CompiledKernel
+from farstep_service.kernels.fused import FusedKernel
+from farstep_service.kernels.kernel import Call, Progress, Rerun
+from farstep_service.kernels.native import Bound
+from farstep_service.kernels.reference import ReferenceKernel
 from farstep_service.layout import Layout, SegmentSpec
-from farstep_service.optimizers import RULES, Kernels
-from farstep_service.optimizers.build import Report
-from farstep_service.optimizers.compiled_kernels import CompiledKernel
-from farstep_service.optimizers.fused import FusedKernel
-from farstep_service.optimizers.native import Bound
-from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import KernelSignature
+from farstep_service.optimizers import RULES
+from farstep_service.optimizers.rule import KernelSignature
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
 from tests.support.optimizers.twins import OPTIONS, SHAPES, Twins
 

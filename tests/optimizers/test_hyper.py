@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from farstep.errors import InvalidOption
-from farstep.hyper import CommonHyper
+from farstep.protocol.hyper import CommonHyper
 from farstep_service.optimizers import RULES
 
 NAMES = list(RULES)

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from farstep.errors import InvalidOption, Unavailable
-from farstep_service.optimizers import RULES, Kernels, possible, usual
-from farstep_service.optimizers.build import SCRATCH, Report, build_in_subprocess, build_on_all_cores
-from farstep_service.optimizers.compiled_kernels import CompiledKernel, Threads, default_directory, file_name, find
-from farstep_service.rule import KernelSignature
+from farstep_service.kernels import Kernels, possible, usual
+from farstep_service.kernels.build import SCRATCH, Report, build_in_subprocess, build_on_all_cores
+from farstep_service.kernels.compiled_kernels import CompiledKernel, Threads, default_directory, file_name, find
+from farstep_service.optimizers import RULES
+from farstep_service.optimizers.rule import KernelSignature
 
 CPU = torch.device("cpu")
 THREADS: tuple[Threads, ...] = ("one", "many")
@@ -215,7 +216,7 @@ def test_a_builder_that_dies_is_noticed(tmp_path: Path):
 
 def test_a_builder_ends_with_the_one_who_asked(tmp_path: Path):
     """When the standard input of a builder closes, it ends at once, its compilers with it."""
-    command = [sys.executable, "-W", "ignore", "-m", "farstep_service.optimizers.build", str(tmp_path / "kernels")]
+    command = [sys.executable, "-W", "ignore", "-m", "farstep_service.kernels.build", str(tmp_path / "kernels")]
     process = subprocess.Popen(
         [*command, "0", "10", "Adagrad|float32|||cpu|one"],
         stdin=subprocess.PIPE,

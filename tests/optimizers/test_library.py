@@ -2,7 +2,7 @@
 
 import pytest
 
-from farstep_service.optimizers.library import PREFIX, library_of
+from farstep_service.kernels.library import PREFIX, library_of
 
 LOOP = 'extern "C" void cpp_fused_add_0(const float* in_ptr0, float* out_ptr0, const int64_t ks0)\n{\n}\n'
 CALL = "    cpp_fused_add_0((const float*)(arg1_1.data_ptr()), (float*)(arg10_1.data_ptr()), s38);\n"

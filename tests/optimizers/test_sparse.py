@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from farstep.errors import FarstepError, TensorMismatch
+from farstep_service.kernels import Kernels
 from farstep_service.layout import Layout, SegmentSpec
-from farstep_service.optimizers import RULES, Kernels
+from farstep_service.optimizers import RULES
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
 
 SHAPES = ((50, 8), (40,), (6, 7, 3), (9, 11))

@@ -52,10 +52,10 @@ def test_rooms_may_import_from_floors_below(sketch: Path):
     service = sketch / "service" / "farstep_service"
     (service / "cli.py").write_text("from farstep_service import app\nimport httpx\n")
     (service / "app.py").write_text("from farstep_service import routes, sessions\nimport farstep.transport, fastapi\n")
-    (service / "session.py").write_text("from farstep_service import layout, store\nimport farstep.wire, torch\n")
+    (service / "session.py").write_text("from farstep_service import layout, store\nimport farstep.protocol, torch\n")
     client = sketch / "client" / "farstep"
     (client / "transport.py").write_text("import httpx\n")
-    (client / "hosts.py").write_text("from farstep import http_link, link, errors\n")
+    (client / "optim.py").write_text("from farstep import http_link, link, errors\n")
     done = lint_imports(sketch, sketch)
     assert done.returncode == 0, done.stdout
 
@@ -67,7 +67,7 @@ def test_rooms_may_import_from_floors_below(sketch: Path):
         ("service/farstep_service/session", "import farstep_service.sessions", "session -> farstep_service.sessions"),
         (
             "service/farstep_service/durability",
-            "import farstep_service.coordinator",
+            "import farstep_service.session",
             "durability -> farstep_service.",
         ),
         ("service/farstep_service/store", "import fastapi", "farstep_service.store -> fastapi"),
@@ -75,9 +75,9 @@ def test_rooms_may_import_from_floors_below(sketch: Path):
         ("service/farstep_service/coordinator", "from farstep import transport", "farstep.transport -> httpx"),
         ("service/farstep_service/session", "from starlette import requests", "farstep_service.session -> starlette"),
         ("service/farstep_service/attic", "", "- farstep_service.attic"),
-        ("client/farstep/wire", "from farstep_service import layout", "farstep.wire -> farstep_service.layout"),
+        ("client/farstep/protocol", "from farstep_service import layout", "farstep.protocol -> farstep_service.layout"),
         ("client/farstep/link", "from farstep import http_link", "farstep.link -> farstep.http_link"),
-        ("client/farstep/messages", "import farstep.receipt", "farstep.messages -> farstep.receipt"),
+        ("client/farstep/protocol", "import farstep.transport", "farstep.protocol -> farstep.transport"),
         ("client/farstep/attic", "", "- farstep.attic"),
     ],
 )

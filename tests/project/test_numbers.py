@@ -6,15 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from farstep.consistency import Async, Sync
 from farstep.overlap import LEAST_BYTES, PAUSE_STEPS
+from farstep.protocol.consistency import Async, Sync
+from farstep.protocol.tensor_file import MAX_HEAD_BYTES, MAX_TENSORS
 from farstep.settings import resolve
 from farstep.tensors.gradient_sender import LARGE_BYTES
-from farstep.wire.tensor_file import MAX_HEAD_BYTES, MAX_TENSORS
 from farstep_service.cli.warmup import Dtype
 from farstep_service.coordinator.roster import FORGOTTEN_AFTER_S, LAPSED_KEPT
+from farstep_service.kernels import possible, usual
 from farstep_service.launch import Plan
-from farstep_service.optimizers import RULES, possible, usual
+from farstep_service.optimizers import RULES
 from farstep_service.settings import Settings
 from farstep_service.store.decider import WORTH_A_KERNEL
 
@@ -41,9 +42,12 @@ ELEMENT_TYPES = [dtype.value for dtype in Dtype]
         ("docs/sessions.md", f"describes at most {MAX_TENSORS:,} tensors"),
         ("docs/workers.md", f"(`lease_s` of the mode, {Async().lease_s:.0f} s by default)"),
         ("docs/workers.md", f"{HOURS[FORGOTTEN_AFTER_S]} has passed, or {LAPSED_KEPT:,} others went away after it"),
-        ("client/farstep/wire/PROTOCOL.md", f"(`lease_s` of the mode, {Async().lease_s:.0f} s)"),
-        ("client/farstep/wire/PROTOCOL.md", f"{HOURS[FORGOTTEN_AFTER_S]} has passed, or {LAPSED_KEPT:,} others have"),
-        ("client/farstep/wire/PROTOCOL.md", f"after {Settings().idle_body_s:.0f} s without a byte"),
+        ("client/farstep/protocol/PROTOCOL.md", f"(`lease_s` of the mode, {Async().lease_s:.0f} s)"),
+        (
+            "client/farstep/protocol/PROTOCOL.md",
+            f"{HOURS[FORGOTTEN_AFTER_S]} has passed, or {LAPSED_KEPT:,} others have",
+        ),
+        ("client/farstep/protocol/PROTOCOL.md", f"after {Settings().idle_body_s:.0f} s without a byte"),
     ],
 )
 def test_a_number_in_the_documents_is_that_of_the_code(document: str, sentence: str) -> None:

@@ -55,7 +55,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
     assert [page for page, count in Counter(PAGES).items() if count > 1] == []
     there = {str(path.relative_to(ROOT)) for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
     there |= {str(path.relative_to(ROOT)) for path in ROOT.glob("[!.]*/README.md")}
-    there |= {"client/farstep/wire/PROTOCOL.md", *DECISIONS}
+    there |= {"client/farstep/protocol/PROTOCOL.md", *DECISIONS}
     assert set(PAGES) == there
     assert len(DECISIONS) > 10
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import farstep
-from farstep.consistency import MODES, Async, Consistency, checked
 from farstep.errors import InvalidOption
 from farstep.optim import RemoteOptimizer
-from farstep.policy import Policy
+from farstep.protocol.consistency import MODES, Async, Consistency, checked
+from farstep.protocol.policy import Policy
 from farstep.settings import RemoteOptions, carried, resolve
 from farstep_service.optimizers import METHODS
 from tests.support.service.servers import farstep as command

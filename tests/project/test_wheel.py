@@ -34,7 +34,7 @@ def test_the_wheel_holds_both_packages_and_nothing_else(wheel: Path, root: Path)
         if path.is_file() and path.suffix != ".pyc"
     }
     assert held == sources
-    assert {"farstep/py.typed", "farstep_service/py.typed", "farstep/wire/PROTOCOL.md"} <= held
+    assert {"farstep/py.typed", "farstep_service/py.typed", "farstep/protocol/PROTOCOL.md"} <= held
 
 
 def test_both_packages_import_from_the_wheel(installed: Installed):

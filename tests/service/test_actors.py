@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from farstep.errors import BarrierTimeout, NonFinite, SessionLost, StepInterrupted, Unavailable
-from farstep.messages import PushHead, PutHead, WriteName
+from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep_service.coordinator.coordinator import INITIALISE_WITHIN_S
 from tests.support.service.hosting import ASYNC, LARGE, SMALL, Place, run, sync
 

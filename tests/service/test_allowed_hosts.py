@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from farstep.errors import HostNotAllowed, InvalidOption, InvalidRequest, OriginNotAllowed
-from farstep_service.auth import AllowedHosts
+from farstep_service.routes.auth import AllowedHosts
 from farstep_service.settings import Settings
 from tests.support.service.answers import Answer, opened, read_answer
 from tests.support.service.raw import RawClient

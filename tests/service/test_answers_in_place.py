@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep.messages import PushHead, PutHead, WriteName
-from farstep.wire.memory import tensor_memory
+from farstep.protocol.memory import tensor_memory
+from farstep.protocol.messages import PushHead, PutHead, WriteName
+from farstep_service.kernels import Kernels
 from farstep_service.layout import SegmentSpec
-from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Session
 from farstep_service.sessions import Intake

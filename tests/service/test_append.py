@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from farstep.errors import Busy, LimitExceeded, OptionsDiffer
-from farstep.growth import AppendHead, NewParameter
-from farstep.messages import PutHead, WriteName
-from farstep.wire import encode
+from farstep.protocol import encode
+from farstep.protocol.growth import AppendHead, NewParameter
+from farstep.protocol.messages import PutHead, WriteName
 from farstep_service.layout import SegmentSpec
 from farstep_service.plan import Plan
 from farstep_service.sessions import Actor

@@ -16,10 +16,10 @@ import torch
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message
 
-import farstep_service.auth
+import farstep_service.routes.auth
 from farstep_service.app import create_app
-from farstep_service.auth import PUBLIC, Tokens
 from farstep_service.routes import Edge
+from farstep_service.routes.auth import PUBLIC, Tokens
 from farstep_service.settings import Settings
 from tests.support.service.answers import MSGPACK, half_sent, opened, read_answer
 from tests.support.service.raw import RawClient, session_document
@@ -356,7 +356,7 @@ def test_what_a_request_shows_is_masked_without_tokens_too(server: RunningServer
 )
 def test_secrets_are_compared_in_constant_time() -> None:
     """The module that knows tokens compares digests with hmac.compare_digest, all of them, and nothing with `==`."""
-    source = inspect.getsource(farstep_service.auth)
+    source = inspect.getsource(farstep_service.routes.auth)
     tree = ast.parse(source)
     calls = [ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)]
     assert calls.count("hmac.compare_digest") == 1

@@ -12,7 +12,7 @@ import pytest
 import torch
 from starlette.types import Message
 
-from farstep.wire import encode
+from farstep.protocol import encode
 from farstep_service.app import create_app
 from farstep_service.routes.bodies import TAIL_BYTES, answer_message
 from farstep_service.settings import Settings

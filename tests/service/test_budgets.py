@@ -15,8 +15,8 @@ import torch
 
 import farstep
 from farstep.errors import Busy, LimitExceeded, UnknownSession
-from farstep.messages import PushHead, PutHead, WriteName
-from farstep.wire import encode
+from farstep.protocol import encode
+from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep_service.layout import SegmentSpec
 from farstep_service.plan import Plan
 from farstep_service.sessions import Actor

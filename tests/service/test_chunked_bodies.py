@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from farstep.wire import encode
+from farstep.protocol import encode
 from tests.support.service.answers import MSGPACK, Answer
 from tests.support.service.plain import plain_server
 from tests.support.service.raw import RawClient, RawWorker, gradient

@@ -10,15 +10,15 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from farstep.area import Made, make
-from farstep.messages import Fill, PushHead, PutHead, WriteName
-from farstep.wire.memory import tensor_memory
+from farstep.protocol.memory import tensor_memory
+from farstep.protocol.messages import Fill, PushHead, PutHead, WriteName
+from farstep.protocol.shared_memory import Made, make
+from farstep_service.kernels import Kernels
 from farstep_service.layout import SegmentSpec
-from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Session
 from farstep_service.sessions.actor import Actor
-from farstep_service.sessions.shared import Offer
+from farstep_service.sessions.shared_memory import Offer
 
 LENGTHS = (5, 7, 4)
 

@@ -9,7 +9,7 @@ from threading import Barrier
 import pytest
 import torch
 
-from farstep.wire import encode
+from farstep.protocol import encode
 from tests.support.service.answers import MSGPACK, half_sent, opened
 from tests.support.service.plain import plain_server
 from tests.support.service.raw import RawClient, RawWorker, gradient, session_document, tensors_of

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load, save_file
 
 from farstep.conversation import FILE
-from farstep.session_file import DESCRIPTION
+from farstep.protocol.session_file import DESCRIPTION
 from tests.support.service.answers import Answer
 from tests.support.service.raw import RawClient, RawWorker, session_document
 

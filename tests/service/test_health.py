@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 import torch
 
-from farstep.wire import encode
+from farstep.protocol import encode
 from tests.support.service.answers import MSGPACK, half_sent, read_head
 from tests.support.service.raw import RawClient, RawWorker, payload_of
 from tests.support.service.servers import RunningServer

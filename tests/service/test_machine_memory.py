@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from farstep.errors import OutOfMemory
-from farstep_service.memory import available_bytes, out_of_memory, usable_bytes
+from farstep_service.machine import available_bytes, out_of_memory, usable_bytes
 from tests.support.service.raw import RawClient
 from tests.support.service.servers import RunningServer, running_server
 

@@ -11,7 +11,7 @@ import torch
 
 import farstep
 from farstep.conversation import FILE
-from farstep.wire import encode
+from farstep.protocol import encode
 from tests.support.service.answers import MSGPACK, half_sent, opened, read_answer, read_head
 from tests.support.service.measured import MIB, SLACK, Process, sent
 from tests.support.service.raw import RawClient, RawWorker, payload_of

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from farstep.wire import encode
+from farstep.protocol import encode
 from tests.support.service.answers import MSGPACK, half_sent
 from tests.support.service.raw import RawClient, RawWorker, gradient
 from tests.support.service.servers import RunningServer

@@ -22,7 +22,7 @@ from farstep.errors import InvalidRequest
 from farstep_service.app import create_app
 from farstep_service.routes import documents, reading
 from farstep_service.routes.pieces import PIECE_CHARS, Reader
-from farstep_service.server.machine import loaded_for_good
+from farstep_service.server.process import loaded_for_good
 from farstep_service.settings import Settings
 from tests.support.service.raw import RawClient, session_document
 from tests.support.service.servers import RunningServer, farstep

@@ -12,7 +12,7 @@ import httptools
 import pytest
 import torch
 
-from farstep.wire import encode
+from farstep.protocol import encode
 from farstep_service.server.parsing import Parser, authority_of
 from tests.support.service.answers import MSGPACK, opened, read_answer
 from tests.support.service.echoing import Echo, echo, serving

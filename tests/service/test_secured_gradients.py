@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep.area import Made, make
 from farstep.errors import NonFinite
-from farstep.messages import Fill, PushHead, PutHead, WriteName
 from farstep.optim import SGD
-from farstep_service.kernel import Call, Kernel, KernelSource, Progress
+from farstep.protocol.messages import Fill, PushHead, PutHead, WriteName
+from farstep.protocol.shared_memory import Made, make
+from farstep_service.kernels.kernel import Call, Kernel, KernelSource, Progress
+from farstep_service.kernels.reference import ReferenceKernel
 from farstep_service.layout import SegmentSpec
-from farstep_service.optimizers.reference import ReferenceKernel
+from farstep_service.optimizers.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.plan import Plan
-from farstep_service.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.session import Session
 from farstep_service.sessions import Actor, Answer, Offer
 from tests.support.service.servers import running_server

@@ -29,7 +29,7 @@ from farstep.errors import (
     Unavailable,
     UnknownSession,
 )
-from farstep.session_file import look_at
+from farstep.protocol.session_file import look_at
 from tests.support.faults import Network, faulty
 from tests.support.service.answers import half_sent, read_answer
 from tests.support.service.raw import RawClient, RawWorker

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from farstep.area import nbytes_of
 from farstep.conversation import Conversation
 from farstep.errors import Fenced, InvalidOption, InvalidRequest
+from farstep.protocol.shared_memory import nbytes_of
 from tests.support.service.servers import RunningServer, running_server
 
 ELEMENTS = 100_000

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from farstep_service.signals import answered
+from farstep_service.machine import answered
 
 
 def test_a_signal_is_answered_as_before_once_the_block_is_left() -> None:

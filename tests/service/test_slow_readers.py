@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from farstep.errors import SessionLost
-from farstep.wire import encode
+from farstep.protocol import encode
 from farstep_service.sessions.readers import FAIR_BYTES_PER_S, GRACE_S, Kind, Readers, Seat
 from tests.support.service.answers import MSGPACK, opened, read_answer, read_head
 from tests.support.service.hosting import run

@@ -19,10 +19,10 @@ import pytest
 
 from farstep.errors import InvalidOption
 from farstep_service.cli.serve import banner, check_private, tokens_of
-from farstep_service.cpus import usable_cpus
+from farstep_service.machine import usable_cpus
 from farstep_service.server import Listening
-from farstep_service.server.address import bind, url_of
-from farstep_service.server.machine import tune_
+from farstep_service.server.process import tune_
+from farstep_service.server.socket_file import bind, url_of
 from farstep_service.settings import Settings
 from tests.support.service.servers import GONE_WITHIN_S, READY_WITHIN_S, TOKEN, RunningServer, farstep, running_server
 
@@ -384,7 +384,7 @@ def test_what_is_loaded_is_left_alone_by_the_collector() -> None:
     """What a server consists of is no longer looked at, and the collector runs again, also after loading failed."""
     program = (
         "import gc\n"
-        "from farstep_service.server.machine import GARBAGE, loaded_for_good\n"
+        "from farstep_service.server.process import GARBAGE, loaded_for_good\n"
         "try:\n"
         "    with loaded_for_good(): raise OSError\n"
         "except OSError: print(gc.isenabled(), gc.get_freeze_count())\n"

@@ -17,7 +17,7 @@ import pytest
 
 from farstep.conversation import Conversation
 from farstep.errors import InvalidOption, Unauthorized
-from farstep.unix import MAX_PATH_BYTES
+from farstep.protocol.unix import MAX_PATH_BYTES
 from farstep_service.cli.serve import banner
 from farstep_service.server import Listening
 from farstep_service.server.socket_file import listening
@@ -120,7 +120,7 @@ def test_another_user_is_refused_at_once(tmp_path: Path, path: str) -> None:
     """Another user cannot connect, and is told so without being asked to wait."""
     script = """
 import os, sys
-from farstep.unix import connected
+from farstep.protocol.unix import connected
 os.setgid(65534); os.setuid(65534)
 try:
     connected(sys.argv[1], 5.0)

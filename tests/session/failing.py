@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farstep_service.kernel import Kernel, KernelSource
-from farstep_service.optimizers.reference import ReferenceKernel
-from farstep_service.rule import AnyRule, ElementwiseRule, KernelName, KernelSignature, Scalar, StateTensors
+from farstep_service.kernels.kernel import Kernel, KernelSource
+from farstep_service.kernels.reference import ReferenceKernel
+from farstep_service.optimizers.rule import AnyRule, ElementwiseRule, KernelName, KernelSignature, Scalar, StateTensors
 
 
 class Fault:

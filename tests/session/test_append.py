@@ -21,10 +21,10 @@ from farstep.errors import (
     TensorMismatch,
     Unavailable,
 )
-from farstep.receipt import Receipt
+from farstep.protocol.receipt import Receipt
 from farstep_service.layout import MAX_SEGMENTS
+from farstep_service.optimizers.rule import AnyRule, KernelSignature
 from farstep_service.plan import MAX_GROUPS
-from farstep_service.rule import AnyRule, KernelSignature
 from farstep_service.session import Outcome, Session
 from tests.session.failing import FailingKernels
 from tests.session.writers import Twin, Writer, begun, equal, error, new_session, parameters, receipt, sync, values

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from farstep.errors import InvalidOption
-from farstep.presence import PRESENT
+from farstep.protocol.fields import PRESENT
 from tests.session.averaged import DECAY, Averaged, averages
 from tests.session.failing import FailingKernels
 from tests.session.writers import begun, equal, error, new_session, parameters, receipt, values

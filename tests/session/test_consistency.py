@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from farstep.consistency import Async, Bounded, Consistency, Sync, to_options
 from farstep.errors import BarrierTimeout, InvalidOption, SessionFull, TensorMismatch, Unavailable
-from farstep.messages import PushHead, WriteName
-from farstep_service.gradients import Contribution
+from farstep.protocol.consistency import Async, Bounded, Consistency, Sync, to_options
+from farstep.protocol.messages import PushHead, WriteName
 from farstep_service.session import Session
 from farstep_service.store import FlatBuffers
+from farstep_service.tensors.contribution import Contribution
 from farstep_service.tensors.staleness import compensate_, weigh_
 from tests.session.writers import Twin, Writer, equal, error, mean_of, new_session, parameters, receipt, started, values
 

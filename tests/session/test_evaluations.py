@@ -18,9 +18,9 @@ from farstep.errors import (
     StepDiscarded,
     TensorMismatch,
 )
-from farstep.messages import Evaluation, PushHead
-from farstep.presence import PRESENT
-from farstep.receipt import Receipt
+from farstep.protocol.fields import PRESENT
+from farstep.protocol.messages import Evaluation, PushHead
+from farstep.protocol.receipt import Receipt
 from farstep_service.optimizers.lbfgs import FIELDS
 from farstep_service.session import Outcomes, Session
 from tests.session.writers import Writer, begun, equal, new_session, parameters, receipt, sync, values

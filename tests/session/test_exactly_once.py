@@ -21,8 +21,8 @@ from farstep.errors import (
     SessionLost,
     TensorMismatch,
 )
-from farstep.receipt import Receipt
-from farstep.wire import Names
+from farstep.protocol import Names
+from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator.roster import RECEIPTS_KEPT
 from farstep_service.session import Outcome
 from tests.session.writers import Twin, Writer, begun, equal, error, new_session, parameters, receipt, sync, values
@@ -263,7 +263,7 @@ def test_staleness_counts_the_steps_in_between() -> None:
 )
 def test_segments_that_are_no_ranges_are_refused(ranges: list[Any]) -> None:
     """Ranges must ascend, hold something, lie inside the session and be made of ints."""
-    from farstep.messages import PushHead
+    from farstep.protocol.messages import PushHead
 
     session = new_session()
     (writer,) = begun(session)

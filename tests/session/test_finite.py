@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep_service.finite import PIECE, Watch, all_finite
+from farstep_service.tensors.finite import PIECE, Watch, all_finite
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from farstep.consistency import Async, Bounded, Consistency, Sync, to_options
 from farstep.errors import (
     FarstepError,
     Fenced,
@@ -22,6 +21,7 @@ from farstep.errors import (
     SessionLost,
     TensorMismatch,
 )
+from farstep.protocol.consistency import Async, Bounded, Consistency, Sync, to_options
 from farstep_service.coordinator.roster import RECEIPTS_KEPT
 from farstep_service.session import Session
 from tests.session.writers import Writer, begun, error, new_session, receipt, values

@@ -24,8 +24,8 @@ from farstep.errors import (
     SequenceGap,
     TensorMismatch,
 )
-from farstep.messages import WriteName
-from farstep.receipt import Receipt
+from farstep.protocol.messages import WriteName
+from farstep.protocol.receipt import Receipt
 from farstep_service.session import Outcomes
 from tests.session.writers import Twin, Writer, equal, new_session, parameters, sync, values
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from farstep.consistency import Async, Bounded, Sync
+from farstep.protocol.consistency import Async, Bounded, Sync
 from tests.session.writers import equal, mean_of, parameters, receipt, started, values
 
 

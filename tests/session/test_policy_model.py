@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from farstep.receipt import Receipt
+from farstep.protocol.receipt import Receipt
 from tests.session.averaged import Averaged, averages
 from tests.session.writers import Writer, begun, equal, new_session, parameters, receipt, values
 

@@ -19,19 +19,19 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 from torch import Tensor
 
-from farstep.consistency import Async, Bounded, Consistency, Sync, to_options
 from farstep.errors import FarstepError
-from farstep.messages import Evaluation
-from farstep.wire.memory import tensor_memory
-from farstep_service.contents import Contents
+from farstep.protocol.consistency import Async, Bounded, Consistency, Sync, to_options
+from farstep.protocol.memory import tensor_memory
+from farstep.protocol.messages import Evaluation
 from farstep_service.coordinator import Append, Event, Failed, Heartbeat, NoStep, Push, Put, Result, StepTaken, Written
 from farstep_service.coordinator.written import read_back, write_down
-from farstep_service.gradients import Contribution
+from farstep_service.kernels import Kernels
 from farstep_service.layout import SegmentSpec
-from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Outcomes, Session, SessionRecord
 from farstep_service.session.growth import grown, room_for
+from farstep_service.tensors.contents import Contents
+from farstep_service.tensors.contribution import Contribution
 from tests.session.failing import FailingKernels
 from tests.session.writers import DTYPES, SHAPES, Writer, begun, new_session, values
 

@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from farstep.errors import FarstepError, OutOfMemory, StepInterrupted
-from farstep.receipt import Receipt
-from farstep_service.memory import out_of_memory
+from farstep.protocol.receipt import Receipt
+from farstep_service.machine import out_of_memory
 from farstep_service.session import Outcomes, Session
 from tests.session.writers import ASYNC, Writer, begun, equal, new_session, sync, values
 

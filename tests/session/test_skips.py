@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from farstep.errors import IdempotencyMismatch, InvalidRequest
-from farstep.messages import PushHead, WriteName
+from farstep.protocol.messages import PushHead, WriteName
 from tests.session.writers import Twin, begun, equal, new_session, parameters, receipt, sync, values
 
 NAMES = ("w0", "w1")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from farstep.errors import BarrierTimeout, Fenced, InvalidOption, SessionFull, TensorMismatch
-from farstep.wire.packing import pack_header
+from farstep.protocol.packing import pack_header
 from tests.session.writers import (
     Gradient,
     Twin,

@@ -13,8 +13,8 @@ from farstep.errors import (
     SequenceGap,
     TensorMismatch,
 )
-from farstep.receipt import Receipt
-from farstep.wire import Names
+from farstep.protocol import Names
+from farstep.protocol.receipt import Receipt
 from farstep_service.session import Outcome
 from tests.session.writers import Twin, Writer, begun, equal, new_session, parameters, receipt, sync, values
 

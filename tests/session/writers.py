@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farstep.consistency import Consistency, to_options
 from farstep.errors import FarstepError, TensorMismatch
-from farstep.fields import Shapes
-from farstep.growth import AppendHead, NewParameter
-from farstep.messages import Evaluation, PushHead, PutHead, Sparse, WriteName
-from farstep.receipt import Receipt
-from farstep.wire import to_ranges
-from farstep.wire.memory import TORCH_DTYPES, tensor_memory
-from farstep_service.kernel import KernelSource
+from farstep.protocol import to_ranges
+from farstep.protocol.consistency import Consistency, to_options
+from farstep.protocol.fields import Shapes
+from farstep.protocol.growth import AppendHead, NewParameter
+from farstep.protocol.memory import TORCH_DTYPES, tensor_memory
+from farstep.protocol.messages import Evaluation, PushHead, PutHead, Sparse, WriteName
+from farstep.protocol.receipt import Receipt
+from farstep_service.kernels import Kernels
+from farstep_service.kernels.kernel import KernelSource
 from farstep_service.layout import SegmentSpec
-from farstep_service.optimizers import Kernels
 from farstep_service.plan import Plan
 from farstep_service.session import Outcome, Outcomes, Session, SessionRecord
 

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from farstep_service.kernel import Call, Kernel, KernelSource, Progress
+from farstep_service.kernels import Kernels
+from farstep_service.kernels.kernel import Call, Kernel, KernelSource, Progress
 from farstep_service.layout import Layout, SegmentSpec
-from farstep_service.optimizers import RULES, Kernels
-from farstep_service.rule import AnyRule, KernelName, KernelSignature
+from farstep_service.optimizers import RULES
+from farstep_service.optimizers.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.store import FlatBuffers, Gradients, Store
 
 SHAPES = ((5, 7), (11,), (), (0, 4), (64, 3), (9,))
@@ -179,6 +180,6 @@ class BrokenKernels(KernelSource):
 
     def reference(self, rule: AnyRule) -> Kernel:
         """Return a kernel that works."""
-        from farstep_service.optimizers.reference import ReferenceKernel
+        from farstep_service.kernels.reference import ReferenceKernel
 
         return ReferenceKernel(rule, block=self._block)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from farstep.errors import StepInterrupted
-from farstep_service.kernel import Call, Kernel, Progress, Rerun
+from farstep_service.kernels.kernel import Call, Kernel, Progress, Rerun
 from farstep_service.optimizers import RULES
-from farstep_service.rule import AnyRule, KernelName, KernelSignature
+from farstep_service.optimizers.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.store import BorrowedBuffers, Gradients, Store
 from tests.store.conftest import (
     SHAPES,

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
+from farstep_service.kernels import Kernels
 from farstep_service.layout import Layout, SegmentSpec
-from farstep_service.optimizers import RULES, Kernels
+from farstep_service.optimizers import RULES
 from farstep_service.store import BorrowedBuffers, Gradients, Store
 
 SHAPES = ((3, 4), (50,), (20, 10), (), (0, 2), (7,), (300,), (6,))

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from farstep.errors import InvalidOption, TensorMismatch
-from farstep_service.optimizers import RULES, Kernels
+from farstep_service.kernels import Kernels
+from farstep_service.optimizers import RULES
 from farstep_service.store import FlatBuffers, Gradients, Store
 from tests.store.conftest import MakeStore, all_bytes, gradients_for, layout_of, noise
 

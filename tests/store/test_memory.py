@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from farstep_service.optimizers import RULES, Kernels
-from farstep_service.optimizers.reference import BLOCK
+from farstep_service.kernels import Kernels
+from farstep_service.kernels.reference import BLOCK
+from farstep_service.optimizers import RULES
 from farstep_service.store import FlatBuffers, Gradients, Store, StoreBytes
 from tests.store.conftest import layout_of, noise
 

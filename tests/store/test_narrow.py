@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from farstep.codecs import FULL, codec_named
+from farstep.protocol.codecs import FULL, codec_named
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES
-from farstep_service.rule import ElementwiseRule
+from farstep_service.optimizers.rule import ElementwiseRule
 from farstep_service.store import Gradients, NarrowBuffers
 from tests.store.conftest import BrokenKernels, MakeStore, all_bytes, layout_for
 from tests.support.store.narrow import both, narrowed

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from farstep.errors import TensorMismatch
-from farstep_service.rule import Fields
+from farstep_service.optimizers.rule import Fields
 from farstep_service.store import FlatBuffers, Gradients
 from tests.store.conftest import MakeStore, all_bytes, layout_of, noise
 from tests.support.optimizers.twins import Twins

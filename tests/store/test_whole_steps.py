@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from farstep.errors import InvalidOption, StepInterrupted, TensorMismatch
-from farstep.presence import PRESENT, mask_of
-from farstep_service.contents import Contents
-from farstep_service.optimizers import RULES, Kernels
-from farstep_service.rule import ElementwiseRule, RowRule, Scalar, SegmentCounters, StateTensors
+from farstep.protocol.fields import PRESENT, mask_of
+from farstep_service.kernels import Kernels
+from farstep_service.optimizers import RULES
+from farstep_service.optimizers.rule import ElementwiseRule, RowRule, Scalar, SegmentCounters, StateTensors
 from farstep_service.store import BorrowedBuffers, Gradients, Store
+from farstep_service.tensors.contents import Contents
 from tests.store.conftest import (
     FITTING,
     BrokenKernels,

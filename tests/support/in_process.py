@@ -45,7 +45,7 @@ FILES = (
     "optimizers/test_sparse.py",
     "parity/test_comparison.py",
     "promises/test_promises.py",
-    "service/test_eager.py",
+    "service/test_coroutines.py",
     "transport/test_head.py",
     "transport/test_pieces.py",
 )

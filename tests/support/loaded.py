@@ -39,7 +39,7 @@ MODULES = (
     "farstep_service.app",
     "farstep_service.bench",
     "farstep_service.cli.program",
-    "farstep_service.optimizers.compiled_kernels",
+    "farstep_service.kernels.compiled_kernels",
     "farstep_service.server",
     "farstep_service.server.protocol",
     "httpx",
@@ -227,7 +227,7 @@ atexit.register(LOADED.end)
 
 def _load() -> None:
     """Import what a server imports, as it does."""
-    from farstep_service.server.machine import tune_
+    from farstep_service.server.process import tune_
     from farstep_service.settings import Settings
 
     gc.disable()

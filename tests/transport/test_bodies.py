@@ -7,8 +7,8 @@ import httpx
 import pytest
 import torch
 
+from farstep.protocol.memory import tensor_memory
 from farstep.transport import Batch, BufferedBody, ResponseBody, SocketTransport, StreamedBody, body_of
-from farstep.wire.memory import tensor_memory
 from tests.support.transport.bodies import PIECE_LISTS, noise, received
 
 

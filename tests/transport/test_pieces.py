@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from farstep.protocol.memory import tensor_memory
 from farstep.transport import Batch, BufferedBody, StreamedBody
 from farstep.transport.pieces import SLICE_BYTES, Cursor
-from farstep.wire.memory import tensor_memory
 
 BUFFERS = st.lists(st.binary(max_size=40) | st.integers(0, 40).map(bytes), max_size=12)
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from farstep.errors import InvalidRequest, LimitExceeded, TensorMismatch, Truncated
-from farstep.wire import Decoder, Limits, encode
+from farstep.protocol import Decoder, Limits, encode
 from tests.support.wire.driving import drive, read
 
 BODY = b"".join(encode({"v": 1, "worker": "w0"}, [memoryview(b"0123456789")], limits=Limits(frame_bytes=4)))

@@ -9,7 +9,7 @@ import msgpack
 import pytest
 
 from farstep.errors import InvalidRequest, LimitExceeded
-from farstep.wire import MAX_FRAME_BYTES, Decoder, Frames, Limits, encode, encoded_size
+from farstep.protocol import MAX_FRAME_BYTES, Decoder, Frames, Limits, encode, encoded_size
 from tests.support.wire.driving import read
 
 MIB = 1 << 20

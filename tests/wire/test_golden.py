@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from farstep.wire import Decoder, encode
-from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from farstep.protocol import Decoder, encode
+from farstep.protocol.memory import TORCH_DTYPES, tensor_memory
 from tests.support.wire.driving import drive
 
 GOLDEN = {

@@ -11,9 +11,9 @@ import msgpack
 import pytest
 
 from farstep.errors import FarstepError, InvalidRequest, LimitExceeded, Truncated
-from farstep.wire import Limits, encode
-from farstep.wire.header import parse_header
-from farstep.wire.packing import pack_header
+from farstep.protocol import Limits, encode
+from farstep.protocol.header import parse_header
+from farstep.protocol.packing import pack_header
 from tests.support.wire.driving import read
 
 COMPILED = msgpack.Unpacker.__module__ != "msgpack.fallback"
@@ -195,7 +195,7 @@ BOMBS = {
 EXPLODE = """
 import resource, sys, time
 from farstep.errors import InvalidRequest
-from farstep.wire import Decoder
+from farstep.protocol import Decoder
 
 now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (now + (64 << 20),) * 2)
@@ -233,7 +233,7 @@ def test_bombs_do_not_go_off(name):
 @pytest.mark.process
 def test_the_wire_needs_no_torch():
     """Importing the wire, as the command line does, does not import torch."""
-    check = "import sys, farstep.wire; assert 'torch' not in sys.modules"
+    check = "import sys, farstep.protocol; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", check], check=True)
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from farstep.errors import TensorMismatch
-from farstep.wire import DTYPES, SEGMENT_DTYPES, segment_dtype
-from farstep.wire.memory import TORCH_DTYPES, tensor_memory, wire_dtype
+from farstep.protocol import DTYPES, SEGMENT_DTYPES, segment_dtype
+from farstep.protocol.memory import TORCH_DTYPES, tensor_memory, wire_dtype
 
 
 @pytest.mark.parametrize("name", DTYPES)

@@ -6,8 +6,8 @@ import msgpack
 import pytest
 
 from farstep.errors import InvalidRequest, LimitExceeded
-from farstep.wire import Limits, Names
-from farstep.wire.packing import pack_header
+from farstep.protocol import Limits, Names
+from farstep.protocol.packing import pack_header
 
 MANY = [f"worker-{number}" for number in range(1000)]
 

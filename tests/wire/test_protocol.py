@@ -8,12 +8,13 @@ from typing import get_args
 import pytest
 import torch
 
-from farstep import errors, wire
-from farstep.fields import NUMBERS, FieldKind, shape_of, shapes_from_header, shapes_to_header
-from farstep.growth import AppendHead
-from farstep.messages import PushHead, PutHead
-from farstep.receipt import Reason, Receipt
-from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from farstep import errors
+from farstep import protocol as wire
+from farstep.protocol.fields import NUMBERS, FieldKind, shape_of, shapes_from_header, shapes_to_header
+from farstep.protocol.growth import AppendHead
+from farstep.protocol.memory import TORCH_DTYPES, tensor_memory
+from farstep.protocol.messages import PushHead, PutHead
+from farstep.protocol.receipt import Reason, Receipt
 from tests.support.wire.driving import read
 from tests.support.wire.page import DOCUMENT, Block, blocks
 

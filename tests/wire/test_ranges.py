@@ -3,7 +3,7 @@
 import pytest
 
 from farstep.errors import InvalidRequest
-from farstep.wire import from_ranges, to_ranges
+from farstep.protocol import from_ranges, to_ranges
 
 
 @pytest.mark.parametrize(

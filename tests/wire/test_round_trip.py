@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farstep.errors import InvalidRequest
-from farstep.wire import SEGMENT_DTYPES, Decoder, Limits, encode, encoded_size, from_ranges, to_ranges
-from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from farstep.protocol import SEGMENT_DTYPES, Decoder, Limits, encode, encoded_size, from_ranges, to_ranges
+from farstep.protocol.memory import TORCH_DTYPES, tensor_memory
 from tests.support.wire.driving import drive, read
 
 dtypes = st.sampled_from([*SEGMENT_DTYPES, "int64"])

@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel, TypeAdapter
 from starlette.routing import Route
 
-from farstep.answers import Joined
-from farstep.policy import Policy
-from farstep.wire import from_ranges
+from farstep.conversation.answers import Joined
+from farstep.protocol import from_ranges
+from farstep.protocol.policy import Policy
 from farstep_service.app import create_app
 from farstep_service.routes.control import JoinedDocument
 from farstep_service.routes.data import QUERY

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from farstep.errors import InvalidFile
-from farstep.wire import tensor_file
-from farstep.wire.memory import TORCH_DTYPES
-from farstep.wire.tensor_file import (
+from farstep.protocol import tensor_file
+from farstep.protocol.memory import TORCH_DTYPES
+from farstep.protocol.tensor_file import (
     CODES,
     LENGTH_BYTES,
     METADATA,

@@ -2,20 +2,147 @@
 
 All of it is for the same parameters, in the session's order. What arrives lies in shared memory (`sharing`) exactly as
 long as that is in use, and in memory of the worker's own otherwise.
+
+The worker's side of shared memory: when there is any, and when it must not be used again.
+
+    offered      at a push that can use it, over a unix socket: the server maps it, or refuses, and bodies are used
+    filled       gradients are copied in before a push is first sent, and stay until it is answered
+    given up     as soon as a push was not answered at its first try: a late answer to that try may still write to it
+
+So the bytes that a push names never change under the server, and the parameters of an answer never change under the
+worker. What follows moves in bodies until everything is clear; then a new area is offered.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Sequence
-from typing import final
+from typing import Final, final
 
+import httpx
+import torch
 from torch import Tensor
 
-from farstep.codecs import FULL, Codec, Wire
-from farstep.http_link.sharing import Sharing
-from farstep.messages import Fill
+from farstep.conversation import Conversation
+from farstep.errors import FarstepError
+from farstep.protocol.codecs import FULL, Codec, Wire
+from farstep.protocol.dtypes import DTYPES
+from farstep.protocol.memory import TORCH_DTYPES, wire_dtype
+from farstep.protocol.messages import Fill
+from farstep.protocol.shared_memory import SUPPORTED, Area, Made, make
 from farstep.tensors import DecodingReceiver, Encoder, Form, GradientSender, HalfPrecisionReceiver, ParameterReceiver
-from farstep.wire.memory import TORCH_DTYPES
+
+LEAST_BYTES: Final = 256 * 1024
+"""Parameters of fewer bytes move in bodies, which then take no longer."""
+
+_LOG = logging.getLogger("farstep.sharing")
+
+
+@final
+class Sharing:
+    """Share memory with one server for one worker.
+
+    Args:
+        server: the conversation with it.
+        path: the worker's path there.
+        possible: the two are on one machine, as far as this side can tell.
+
+    Attributes:
+        possible: there is shared memory, or there may be.
+    """
+
+    def __init__(self, server: Conversation, path: str, *, possible: bool) -> None:
+        self._server = server
+        self._path = f"{path}/memory"
+        self.possible = possible and SUPPORTED
+        self._process = os.getpid()
+        self._made: Made | None = None
+        self._gradients: list[Tensor] = []
+        self._fills = 0
+
+    @property
+    def area(self) -> Area | None:
+        """Return the memory in use, None while there is none."""
+        return self._made.area if self._made else None
+
+    @property
+    def foreign(self) -> bool:
+        """Return whether the memory in use is that of the process this one was forked from."""
+        return self._made is not None and self._process != os.getpid()
+
+    def offer(self, epoch: int, parameters: Sequence[Tensor]) -> bool:
+        """Make memory for these parameters and offer it; return whether there is new memory.
+
+        There is none while some is in use, and never again once it was refused.
+        """
+        if not self.possible or self._made is not None or not _suitable(parameters):
+            return False
+        try:
+            made = make(_sizes(parameters))
+        except (OSError, ValueError) as exc:
+            self._without(str(exc))
+            return False
+        try:
+            offer = {"epoch": epoch, "key": made.key, "pid": os.getpid(), "fd": made.fd}
+            self._server.control("PUT", self._path, offer)
+        except FarstepError as exc:
+            self._without(exc.detail)
+            return False
+        except httpx.TransportError:
+            return False  # the push that follows finds out what is the matter
+        finally:
+            made.close()
+        self._made, self._process = made, os.getpid()
+        self._gradients = _placed(parameters, made.area)
+        return True
+
+    def fill(self, present: Sequence[int], gradients: Sequence[Tensor | None]) -> Fill | None:
+        """Copy gradients in and return how a push names them, None if there is no memory."""
+        if self._made is None:
+            return None
+        sources = [each for each in gradients if each is not None]
+        with torch.no_grad():
+            torch._foreach_copy_([self._gradients[i] for i in present], sources)
+        self._fills += 1
+        return Fill(self._made.key, self._fills)
+
+    def give_up(self) -> None:
+        """Never touch the memory in use again."""
+        self._made, self._gradients = None, []
+
+    def _without(self, why: str) -> None:
+        self.possible = False
+        _LOG.info("No shared memory with %s, so tensors move in bodies: %s", self._server.server, why)
+
+
+def _suitable(parameters: Sequence[Tensor]) -> bool:
+    real = all(p.device.type == "cpu" and not p.is_complex() for p in parameters)
+    return real and sum(p.nbytes for p in parameters) >= LEAST_BYTES
+
+
+def _sizes(parameters: Sequence[Tensor]) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for p in parameters:
+        sizes[_dtype_name(p)] = sizes.get(_dtype_name(p), 0) + p.numel()
+    return sizes
+
+
+def _placed(parameters: Sequence[Tensor], area: Area) -> list[Tensor]:
+    at = dict.fromkeys(area.gradients, 0)
+    placed = []
+    for p in parameters:
+        name = _dtype_name(p)
+        placed.append(area.gradients[name][at[name] : at[name] + p.numel()].view(p.shape))
+        at[name] += p.numel()
+    return placed
+
+
+def _dtype_name(parameter: Tensor) -> str:
+    dtype = wire_dtype(parameter.dtype)
+    if dtype is None or dtype.name not in DTYPES:
+        raise ValueError(f"{parameter.dtype} has no name on the wire")
+    return dtype.name
 
 
 @final

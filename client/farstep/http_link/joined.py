@@ -11,16 +11,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, final
 
-from farstep.answers import Joined, wrong
-from farstep.consistency import Consistency
+from farstep.conversation.answers import Joined, wrong
 from farstep.errors import SessionLost, UnknownSession
-from farstep.fields import FieldKind
-from farstep.growth import outgrown
 from farstep.http_link.writer import Writer
 from farstep.link import Options, Parameter, SessionSpec
-from farstep.messages import OptionsMode
+from farstep.protocol import from_ranges
+from farstep.protocol.consistency import Consistency
+from farstep.protocol.fields import FieldKind
+from farstep.protocol.growth import outgrown
+from farstep.protocol.messages import OptionsMode
 from farstep.settings import Place
-from farstep.wire import from_ranges
 
 
 @final

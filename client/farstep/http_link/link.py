@@ -8,7 +8,7 @@
     Reader      what is read of the session
 
 Every write has a name. A write that got no answer is repeated under the same name until one comes or the time is up; if
-it was given up, `farstep.sequence` says what the next write has to do so that nothing is applied twice.
+it was given up, `farstep.http_link.sequence` says what the next write has to do so that nothing is applied twice.
 """
 
 from __future__ import annotations
@@ -21,29 +21,26 @@ from urllib.parse import quote
 import httpx
 from torch import Tensor
 
-from farstep.answers import Joined, Reply, Shard, wrong
-from farstep.consistency import Consistency, to_options
 from farstep.conversation import READ_TIMEOUT_S, Conversation
+from farstep.conversation.answers import Joined, Reply, Shard, wrong
 from farstep.errors import FarstepError, Unavailable
-from farstep.fields import FieldKind
-from farstep.growth import AppendHead, NewParameter
 from farstep.heartbeat import WITHIN_S, Heartbeat
-from farstep.http_link.buffers import WorkerBuffers
+from farstep.http_link.buffers import Sharing, WorkerBuffers
 from farstep.http_link.joined import JoinedSession
 from farstep.http_link.pushing import Pushing
-from farstep.http_link.putting import Putting
-from farstep.http_link.reader import Reader
+from farstep.http_link.reader import Putting, Reader
 from farstep.http_link.retry import RetryPolicy
-from farstep.http_link.sharing import Sharing
 from farstep.http_link.writer import Writer
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, in_ordinary_memory
-from farstep.messages import Evaluation, WriteName
 from farstep.overlap import OTHERS, UNUSED, Overlapped, Overlapping
-from farstep.report import StepReport
+from farstep.protocol.consistency import Consistency, to_options
+from farstep.protocol.fields import FieldKind, State
+from farstep.protocol.growth import AppendHead, NewParameter
+from farstep.protocol.messages import Evaluation, WriteName
+from farstep.protocol.receipt import StepReport
+from farstep.protocol.unix import path_of_url
 from farstep.settings import Place
-from farstep.states import State
 from farstep.tensors import outgoing
-from farstep.unix import path_of_url
 
 CLOSE_TIMEOUT_S = 2.0
 GROUPS_PAGE: Final = 500

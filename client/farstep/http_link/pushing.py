@@ -19,20 +19,20 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from farstep.answers import Reply, wrong
+from farstep.conversation.answers import Reply, wrong
 from farstep.errors import ReceiptExpired
 from farstep.http_link.buffers import WorkerBuffers
 from farstep.http_link.joined import JoinedSession
-from farstep.http_link.putting import Putting
+from farstep.http_link.reader import Putting
 from farstep.http_link.writer import Writer
 from farstep.link import Options
-from farstep.messages import Evaluation, Fill, PushHead, Sparse, Wanted, WriteName
 from farstep.overlap import LEAST_BYTES, OTHERS, STREAMED, Overlapped, Overlapping
-from farstep.payload import Payload, nbytes_of
-from farstep.report import StepReport
+from farstep.protocol import to_ranges
+from farstep.protocol.messages import Evaluation, Fill, PushHead, Sparse, Wanted, WriteName
+from farstep.protocol.receipt import StepReport
 from farstep.tensors import BackgroundCompare, Edited, outgoing_gradients
 from farstep.transport import StreamedBody
-from farstep.wire import to_ranges
+from farstep.transport.pieces import Payload, nbytes_of
 
 
 class _Encoded(NamedTuple):

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import httpx
 
+from farstep.conversation.replies import why
 from farstep.errors import FarstepError, Unavailable
-from farstep.replies import why
 
 Answer = TypeVar("Answer")
 

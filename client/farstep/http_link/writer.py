@@ -1,6 +1,6 @@
 """One worker's writes on their way: named, repeated until they are answered, and sorted out when they were given up.
 
-`farstep.sequence` decides; here is the asking and the sending.
+`farstep.http_link.sequence` decides; here is the asking and the sending.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from farstep.answers import Page, Reply
 from farstep.conversation import Arrived, Conversation, Place, Received
+from farstep.conversation.answers import Page, Reply
 from farstep.errors import Fenced, IdempotencyMismatch, Truncated, Unavailable
-from farstep.growth import AppendHead, outgrown
 from farstep.http_link.retry import RetryPolicy
-from farstep.messages import PushHead, PutHead, WriteName
+from farstep.http_link.sequence import Names, Unanswered
 from farstep.overlap import BROKEN, Overlapped
-from farstep.payload import Payload
-from farstep.sequence import Names, Unanswered
+from farstep.protocol.growth import AppendHead, outgrown
+from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep.transport import Answer
+from farstep.transport.pieces import Payload
 
 MakeHead = Callable[[WriteName, str], PushHead | PutHead | AppendHead]
 """Given a name and the session's incarnation, return the header of a write."""

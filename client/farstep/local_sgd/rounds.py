@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from farstep.errors import FarstepError, InvalidOption, NonFinite, TensorMismatch
+from farstep.http_link.sequence import is_refusal
 from farstep.local_sgd.beginning import Beginning, follow_, forms_of
 from farstep.local_sgd.pending import Pending
 from farstep.optim.base import RemoteOptimizer
@@ -34,9 +35,8 @@ from farstep.optim.moving import remote as moved
 from farstep.optim.names import named_parameters, plain_names
 from farstep.optim.options import arguments
 from farstep.optim.scaling import scaling_of
-from farstep.plain import pythons_own
-from farstep.report import StepReport
-from farstep.sequence import is_refusal
+from farstep.protocol.plain import pythons_own
+from farstep.protocol.receipt import StepReport
 from farstep.settings import RemoteOptions, resolve
 from farstep.tensors import overlapping
 

@@ -28,8 +28,7 @@ from farstep.errors import FarstepError, InvalidOption, TensorMismatch
 from farstep.optim.chosen import chosen_of
 from farstep.optim.membership import Membership
 from farstep.optim.namesakes import told_apart, told_why
-from farstep.optim.options import check_group, take_
-from farstep.optim.refusals import check_types, refusal
+from farstep.optim.options import check_group, check_types, refusal, take_
 from farstep.optim.scaling import scaling_of, tell_
 from farstep.optim.torch_form import completed, local
 from farstep.optim.views import WithViews

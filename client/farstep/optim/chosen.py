@@ -23,8 +23,8 @@ from torch.utils import _python_dispatch
 from farstep.errors import TensorMismatch
 from farstep.link import Parameter
 from farstep.optim.names import plain_names
+from farstep.protocol.memory import wire_dtype
 from farstep.tensors import overlapping, shares_with_itself
-from farstep.wire.memory import wire_dtype
 
 SHARED = "shares memory with {}, which is held in its place"
 

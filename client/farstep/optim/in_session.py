@@ -1,6 +1,7 @@
 """An optimizer in a session: what every worker can do there beside `torch.optim.Optimizer`'s own.
 
 Join and leave, tell which version is held, bring the parameters up to date, and come back after the session was lost.
+A session lives on a server or in this process; the latter is another package, found by the entry point `farstep.hosts`.
 """
 
 from __future__ import annotations
@@ -10,24 +11,43 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
+from importlib.metadata import entry_points
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from torch import Tensor
 
-from farstep.consistency import Consistency, checked
 from farstep.errors import FarstepError
 from farstep.heartbeat import Heartbeat, beating
-from farstep.hosts import open_link
-from farstep.link import SessionSpec
+from farstep.http_link import HttpLink
+from farstep.link import Link, SessionSpec, Start
 from farstep.optim.chosen import chosen_of
 from farstep.optim.membership import Membership, OpenLink, refused
 from farstep.optim.namesakes import take_seat_, told_why
 from farstep.optim.options import option_kinds, plain_options, take_
 from farstep.optim.torch_form import newborn, newborn_of_torch
-from farstep.plain import pythons_own
-from farstep.report import StepReport
+from farstep.protocol.consistency import Consistency, checked
+from farstep.protocol.plain import pythons_own
+from farstep.protocol.receipt import StepReport
 from farstep.settings import Place, elsewhere
+
+
+def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None) -> Link:
+    """Open the link that `place` asks for: to a server, or embedded in this process.
+
+    Raises:
+        FarstepError: the session exists with other options, or the server does not answer in time.
+    """
+    if place.server is not None:
+        return HttpLink(spec, parameters, place, start)
+    for entry in entry_points(group="farstep.hosts", name="embedded"):
+        return cast(Link, entry.load()(spec, parameters, place, start))
+    raise FarstepError(
+        "No server is named and the embedded host is not installed.",
+        remedy="Give server=..., set FARSTEP_SERVER, or install farstep completely.",
+        side="client",
+    )
 
 
 class InSession(torch.optim.Optimizer):

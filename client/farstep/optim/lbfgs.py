@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from farstep.messages import Evaluation
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.namesakes import told_why
-from farstep.optim.options import check_parameters
-from farstep.optim.refusals import check_types
-from farstep.report import StepReport
+from farstep.optim.options import check_parameters, check_types
+from farstep.protocol.messages import Evaluation
+from farstep.protocol.receipt import StepReport
 from farstep.settings import Place, RemoteOptions
 
 

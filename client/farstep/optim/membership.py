@@ -23,9 +23,7 @@ import torch
 from torch import Tensor
 
 from farstep.errors import FarstepError, TensorMismatch
-from farstep.fields import FieldKind
 from farstep.link import Link, SessionSpec, Start
-from farstep.messages import Evaluation
 from farstep.optim.away import Away, form_of
 from farstep.optim.chosen import Chosen, chosen_of
 from farstep.optim.gradient_dtypes import of_their_parameters
@@ -36,9 +34,10 @@ from farstep.optim.state import RemoteState
 from farstep.optim.torch_form import check_form, to_session
 from farstep.optim.writers import Claim, writing
 from farstep.overlap import Overlapped
-from farstep.report import StepReport
+from farstep.protocol.fields import FieldKind, State
+from farstep.protocol.messages import Evaluation
+from farstep.protocol.receipt import StepReport
 from farstep.settings import Place
-from farstep.states import State
 
 Parameters = Sequence[Tensor]
 OpenLink = Callable[[SessionSpec, Sequence[Tensor], Place, Start], Link]

@@ -31,7 +31,7 @@ from farstep.overlap import (
     Overlapped,
     plain,
 )
-from farstep.report import StepReport
+from farstep.protocol.receipt import StepReport
 
 Begin = Callable[[Sequence[int]], Overlapped | None]
 """Begin the push of these gradients, in this order, if that can be."""

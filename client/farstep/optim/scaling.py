@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farstep.receipt import Reason
-from farstep.report import StepReport
+from farstep.protocol.receipt import Reason, StepReport
 
 
 @dataclass(frozen=True, slots=True)

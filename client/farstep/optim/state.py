@@ -19,7 +19,7 @@ from torch import Tensor
 from farstep.link import Link, in_ordinary_memory
 from farstep.optim.mapping import Fetched
 from farstep.optim.torch_form import as_torch, to_session
-from farstep.states import State
+from farstep.protocol.fields import State
 from farstep.tensors import Seen, same_bits
 
 Own = dict[str, Any]

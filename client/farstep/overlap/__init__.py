@@ -1,8 +1,7 @@
 """Pushes that are sent while the backward pass still computes their gradients."""
 
 from farstep.overlap.backward_order import PAUSE_STEPS, STREAMED, WRONG_IN_A_ROW, BackwardOrder
-from farstep.overlap.push import AGAIN, BROKEN, CHANGED, LEAST_BYTES, OTHERS, UNUSED, Overlapped
-from farstep.overlap.pushes import Overlapping
+from farstep.overlap.push import AGAIN, BROKEN, CHANGED, LEAST_BYTES, OTHERS, UNUSED, Overlapped, Overlapping
 from farstep.overlap.stage import plain
 
 __all__ = [

@@ -15,8 +15,8 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
+from farstep.protocol.memory import tensor_memory
 from farstep.tensors import Encoder, is_plain, memcmp, same_bits
-from farstep.wire.memory import tensor_memory
 
 UNIT_BYTES: Final = 512 * 1024
 """Bytes that are copied at once: they are sent next, while a core's cache still has them."""

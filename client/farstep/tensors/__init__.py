@@ -1,14 +1,11 @@
 """A worker's tensors on their way: gradients and state out, parameters and state in, and what was edited between."""
 
-from farstep.tensors.background_compare import BackgroundCompare, Edited
-from farstep.tensors.bits import Seen, same_bits
-from farstep.tensors.decoding_receiver import DecodingReceiver
-from farstep.tensors.edits import is_plain, memcmp
+from farstep.tensors.edits import BackgroundCompare, Edited, Seen, is_plain, memcmp, same_bits
 from farstep.tensors.encoder import Encoder
 from farstep.tensors.gradient_sender import GradientSender
 from farstep.tensors.half_precision_receiver import HalfPrecisionReceiver
 from farstep.tensors.overlaps import overlapping, shares_with_itself
-from farstep.tensors.parameter_receiver import ParameterReceiver
+from farstep.tensors.parameter_receiver import DecodingReceiver, ParameterReceiver
 from farstep.tensors.staging import Form, StateArrivals, outgoing, outgoing_contents, outgoing_gradients
 
 __all__ = [

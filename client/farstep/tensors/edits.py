@@ -9,6 +9,14 @@ is what much code does after a step. Comparing costs less than moving the same b
     large tensor        compared where it is, a part at a time
     small neighbours    their bytes are joined and compared at once: a call for each would take longer than the bytes
     odd                 strided, lazily negated, or not on the CPU: compared by torch
+
+Compare values without arithmetic: a tensor by its object and version counter, or bit by bit.
+
+Look for edits while something else is done: in a thread, while the gradients of a large step are sent.
+
+Sending takes one CPU and comparing another, on the worker's machine as well as where the server is on the same one:
+its receiving does not fill a CPU. The last byte of a request is sent when everything was compared. If something
+differs the request ends before, which changes nothing on the server; the edit is sent, and the request begins anew.
 """
 
 from __future__ import annotations
@@ -17,12 +25,49 @@ import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol, final
+from threading import Thread
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 
-from farstep.tensors.bits import same_bits
+
+class Seen(NamedTuple):
+    """Remember a value: the object, the version counter of a tensor, and what a list holds."""
+
+    value: Any
+    version: int
+    parts: tuple[Seen, ...] = ()
+
+    @classmethod
+    def of(cls, value: Any) -> Seen:
+        parts = tuple(map(cls.of, value)) if isinstance(value, list) else ()
+        return cls(value, value._version if isinstance(value, Tensor) else 0, parts)
+
+    def is_still(self, value: Any) -> bool:
+        if value is not self.value or (isinstance(value, Tensor) and value._version != self.version):
+            return False
+        return not isinstance(value, list) or (
+            len(value) == len(self.parts)
+            and all(part.is_still(own) for part, own in zip(self.parts, value, strict=True))
+        )
+
+
+def same_bits(here: Tensor | float, there: Tensor | float) -> bool:
+    """Return whether two numbers are equal, or two tensors in every bit, their shape, dtype and device."""
+    if not isinstance(here, Tensor) or not isinstance(there, Tensor):
+        return not isinstance(here, Tensor) and not isinstance(there, Tensor) and here == there
+    if here is there:
+        return True
+    if here.shape != there.shape or here.dtype != there.dtype or here.device != there.device:
+        return False
+    return torch.equal(_bits(here), _bits(there))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().resolve_conj().resolve_neg().reshape(-1).contiguous()
+    return (torch.view_as_real(tensor).reshape(-1) if tensor.is_complex() else tensor).view(torch.uint8)
+
 
 SMALL_BYTES = 16_384
 """Up to here copying a tensor's bytes takes less than a call of a foreign function."""
@@ -163,3 +208,70 @@ def is_plain(tensor: Tensor) -> bool:
     """Return whether a tensor's memory, on the CPU, holds its elements in order and as they are."""
     dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
     return dense and not tensor.is_conj() and not tensor.is_neg()
+
+
+@final
+class Edited(Exception):
+    """Something differs; raised to end a request that has begun."""
+
+
+@final
+class BackgroundCompare:
+    """Make comparisons in a thread; they may be stopped and gone on with.
+
+    Args:
+        checks: returns the comparisons; called in the thread. What they compare stays as it is meanwhile.
+    """
+
+    def __init__(self, checks: Callable[[], Sequence[Check]]) -> None:
+        self._begin = checks
+        self._checks: Sequence[Check] | None = None
+        self._next = 0
+        self._thread: Thread | None = None
+        self._stopped = False
+        self._error: BaseException | None = None
+
+    def start(self) -> None:
+        """Begin, or go on."""
+        self._stopped = False
+        self._thread = Thread(target=self._run, name="farstep-edits", daemon=True)
+        self._thread.start()
+
+    def glance(self) -> None:
+        """Tell what has been found so far.
+
+        Raises:
+            Edited: something differs.
+        """
+        if self._error is not None:
+            raise self._error
+
+    def finish(self) -> None:
+        """Wait until everything has been compared.
+
+        Raises:
+            Edited: something differs.
+        """
+        self._join()
+        self.glance()
+
+    def stop(self) -> None:
+        """End the thread, wherever it is."""
+        self._stopped = True
+        self._join()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self) -> None:
+        try:
+            if self._checks is None:
+                self._checks = self._begin()
+            while self._next < len(self._checks) and not self._stopped:
+                if self._checks[self._next]():
+                    raise Edited
+                self._next += 1
+        except BaseException as exc:
+            self._error = exc

@@ -19,9 +19,9 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farstep.codecs import FULL, Codec
 from farstep.errors import NonFinite
-from farstep.wire.memory import TORCH_DTYPES
+from farstep.protocol.codecs import FULL, Codec
+from farstep.protocol.memory import TORCH_DTYPES
 
 
 @final

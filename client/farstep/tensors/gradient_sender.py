@@ -18,12 +18,12 @@ from typing import Final, final
 import torch
 from torch import Tensor
 
-from farstep.payload import Payload
-from farstep.tensors.background_compare import BackgroundCompare
+from farstep.protocol.memory import tensor_memory
+from farstep.tensors.edits import BackgroundCompare
 from farstep.tensors.encoder import Encoder
 from farstep.tensors.staging import outgoing
 from farstep.transport import Batch, StreamedBody
-from farstep.wire.memory import tensor_memory
+from farstep.transport.pieces import Payload
 
 SMALL_BYTES: Final = 32 * 1024
 """Up to here a gradient is copied."""

@@ -16,12 +16,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farstep.codecs import Codec
-from farstep.tensors.bits import same_bits
-from farstep.tensors.edits import Check, Comparer, Edits, is_plain, memcmp
+from farstep.protocol.codecs import Codec
+from farstep.protocol.memory import TORCH_DTYPES, tensor_memory
+from farstep.tensors.edits import Check, Comparer, Edits, is_plain, memcmp, same_bits
 from farstep.tensors.encoder import applies
 from farstep.tensors.parameter_receiver import ParameterReceiver, copy_all
-from farstep.wire.memory import TORCH_DTYPES, tensor_memory
 
 BLOCK = 2**19
 """Elements that are widened at once to be compared: 25 M took 4.8 ms so, 7.2 with half as many, 9.3 with 2**16."""

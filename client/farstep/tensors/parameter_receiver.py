@@ -6,20 +6,26 @@ that differs from it was edited here since. An answer that is cut off leaves the
     all parameters, and large   they arrive in memory of their own and are copied as they come (`landing`);
                                 then the two memories change places
     other answers               arrive in the memory there is, and are copied when they are complete
+
+Parameters that arrive encoded as bytes: decoded when all of an answer is there, into what is known of the session.
+
+What a codec makes of a parameter is what this worker has of it: an unedited parameter is the decoded one, bit by bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Final
+from typing import Final, final
 
 import torch
 from torch import Tensor
 
+from farstep.protocol.codecs import Codec
+from farstep.protocol.memory import tensor_memory
 from farstep.tensors.edits import Check, Comparer, Edits
+from farstep.tensors.encoder import applies
 from farstep.tensors.streaming_copy import StreamingCopy
-from farstep.wire.memory import tensor_memory
 
 LARGE_BYTES: Final = 4 << 20
 """From here on an answer is copied as it comes; a smaller one takes no time to copy."""
@@ -260,3 +266,46 @@ def copy_all(targets: list[Tensor], sources: list[Tensor], lazy: bool) -> None:
         return
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+@final
+class DecodingReceiver(ParameterReceiver):
+    """Staging memory for parameters of which a codec without an element encodes some; see `ParameterReceiver`.
+
+    Args:
+        parameters: the tensors that arrive, in the session's order.
+        codec: how they are encoded.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], codec: Codec) -> None:
+        self._codec = codec
+        self._encoded = {
+            index: torch.empty(codec.encoded_bytes(p.numel()), dtype=torch.uint8, device="cpu")
+            for index, p in enumerate(parameters)
+            if applies(codec, p)
+        }
+        self._coming: list[int] = []
+        super().__init__(parameters)
+
+    def grown(self, parameters: Sequence[Tensor]) -> DecodingReceiver:
+        count = len(self._parameters)
+        grown = DecodingReceiver([*self._parameters, *parameters], self._codec)
+        copy_all(grown._staged[:count], self._staged, lazy=False)
+        grown._differing = set(self._differing)
+        grown.keep_(range(count, count + len(parameters)))
+        return grown
+
+    def targets(self, indices: Sequence[int] | None, *, whole: bool = False) -> list[memoryview]:
+        views = super().targets(indices)
+        chosen = range(len(self._parameters)) if indices is None else indices
+        self._coming = [] if whole else [index for index in chosen if index in self._encoded]
+        return views if whole else [tensor_memory(self._encoded.get(i, self._staged[i])) for i in chosen]
+
+    def landing(self) -> list[memoryview]:
+        return self.targets(None)  # nothing is decoded before all of it is there
+
+    def settle_(self, indices: Sequence[int] | None) -> None:
+        for index in self._coming:
+            self._codec.decode_(self._encoded[index], self._staged[index].view(-1))
+        self._coming = []
+        super().settle_(indices)

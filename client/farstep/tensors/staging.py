@@ -13,12 +13,21 @@ import torch
 from torch import Tensor
 
 from farstep.errors import InvalidRequest, ResponseTooLarge, TensorMismatch
-from farstep.fields import EVERYWHERE, NUMBERS, FieldKind, Shapes, check_shape, shape_of
-from farstep.messages import Sparse
-from farstep.presence import PRESENT, mask_of, names_of
-from farstep.states import State
+from farstep.protocol.fields import (
+    EVERYWHERE,
+    NUMBERS,
+    PRESENT,
+    FieldKind,
+    Shapes,
+    State,
+    check_shape,
+    mask_of,
+    names_of,
+    shape_of,
+)
+from farstep.protocol.memory import tensor_memory
+from farstep.protocol.messages import Sparse
 from farstep.tensors.encoder import Encoder
-from farstep.wire.memory import tensor_memory
 
 MOST_PAIRS: Final = 2**14
 """Rows of all parameters' elements that a field of its own shape may have, such as the history of LBFGS."""

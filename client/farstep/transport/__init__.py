@@ -1,11 +1,10 @@
 """How bytes move: an httpx transport whose bodies are not copied."""
 
-from .body import Readable, ResponseBody, body_of
-from .extensions import BODY, DEADLINE_S, NAMED
-from .head import MalformedAnswer, OversizedAnswer
-from .pieces import Batch, BufferedBody, StreamedBody
-from .route import Answer, Described, Route
-from .sockets import Dial, SocketTransport, dial_tcp
+from farstep.transport.body import Readable, ResponseBody, body_of
+from farstep.transport.head import BODY, DEADLINE_S, NAMED, MalformedAnswer, OversizedAnswer
+from farstep.transport.pieces import Batch, BufferedBody, StreamedBody
+from farstep.transport.route import Answer, Described, Route
+from farstep.transport.sockets import Dial, SocketTransport, dial_tcp
 
 __all__ = [
     "BODY",

@@ -15,10 +15,17 @@ from typing import Final, Protocol, final
 
 import httpx
 
-from .connection import Connection
-from .extensions import BODY
-from .head import MAX_HEAD_BYTES, MAX_HEADERS, MalformedAnswer, OversizedAnswer, ResponseHead, chunk_size
-from .pieces import SLICE_BYTES
+from farstep.transport.connection import Connection
+from farstep.transport.head import (
+    BODY,
+    MAX_HEAD_BYTES,
+    MAX_HEADERS,
+    MalformedAnswer,
+    OversizedAnswer,
+    ResponseHead,
+    chunk_size,
+)
+from farstep.transport.pieces import SLICE_BYTES
 
 _ITERATED_BYTES: Final = 65536
 FRAMING_PER_BYTE: Final = 16

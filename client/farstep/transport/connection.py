@@ -17,10 +17,17 @@ from typing import Any, Final, final
 
 import httpx
 
-from .extensions import DEADLINE_S
-from .head import END, MAX_HEAD_BYTES, MalformedAnswer, OversizedAnswer, ResponseHead, response_head
-from .link import MAX_BUFFERS, READ, Link
-from .pieces import Cursor
+from farstep.transport.head import (
+    DEADLINE_S,
+    END,
+    MAX_HEAD_BYTES,
+    MalformedAnswer,
+    OversizedAnswer,
+    ResponseHead,
+    response_head,
+)
+from farstep.transport.link import MAX_BUFFERS, READ, Link
+from farstep.transport.pieces import Cursor
 
 _MAX_INTERIM_ANSWERS: Final = 16
 SLOWEST_BYTES_PER_S: Final = 16 * 1024

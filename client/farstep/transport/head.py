@@ -4,6 +4,10 @@ The standard library's parser hands every header to the mail parser: 19 us for f
 small push has about 200 in all. It also wants a file to block on, while an answer that arrives during sending has to
 be recognised without waiting. What a body's end is follows RFC 9112 section 6.3; what that section calls an error is
 one here, because two readers that disagree about where a body ends are a security hole.
+
+The keys under which a request tells the transport something, and the transport the caller.
+
+They live in `httpx.Request.extensions` and `httpx.Response.extensions`, where other transports ignore them.
 """
 
 from __future__ import annotations
@@ -14,6 +18,16 @@ from functools import lru_cache
 from typing import Final
 
 import httpx
+
+NAMED: Final = "farstep_named"
+"""Request: true when the server recognises a repetition, so that sending it twice changes nothing more than once."""
+
+DEADLINE_S: Final = "farstep_deadline_s"
+"""Request: seconds from the call until the last byte of the answer's body, whatever each single read or write took."""
+
+BODY: Final = "farstep_body"
+"""Response: the answer's body as something with `readinto`; read it through `farstep.transport.body_of`."""
+
 
 IDEMPOTENT: Final = frozenset({"GET", "HEAD", "PUT", "DELETE", "OPTIONS", "TRACE"})
 """Methods that may be sent twice, by themselves (RFC 9110 section 9.2.2)."""

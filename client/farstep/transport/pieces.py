@@ -8,11 +8,14 @@ copies the unsent rest again at every partial send. A body here keeps the blocks
 them the kernel should be given next.
 
 Never give such a buffer to httpx as `content=`: it iterates a memoryview number by number, and zeros vanish.
+
+What follows a header on its way to the server: memory, or what makes it while it is being sent.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from typing import Any, Final, final
 
 import httpx
@@ -74,7 +77,7 @@ class BufferedBody(httpx.SyncByteStream):
             params: the query.
             headers: headers besides the client's.
             timeout: seconds, or httpx's four timeouts.
-            extensions: see `farstep.transport.extensions`.
+            extensions: see `farstep.transport.head`.
         """
         kept = dict(extensions or {})
         if timeout is not None:
@@ -167,3 +170,25 @@ class Cursor:
                 return
             sent_bytes -= len(view)
             self._first += 1
+
+
+Payload = Sequence[memoryview] | StreamedBody
+
+
+def nbytes_of(payload: Payload) -> int:
+    """Return its size; what is not there yet is not made for it."""
+    return payload.nbytes if isinstance(payload, StreamedBody) else sum(each.nbytes for each in payload)
+
+
+def batches_of(payload: Payload) -> Generator[Batch]:
+    """Go through it from its beginning; what is not there yet is made."""
+    if not isinstance(payload, StreamedBody):
+        yield payload
+        return
+    with closing(payload.batches()) as batches:
+        yield from batches
+
+
+def never_sent(payload: Payload) -> bool:
+    """Return whether a server cannot have had all of it, because it was never all there."""
+    return isinstance(payload, StreamedBody) and not payload.whole

@@ -10,7 +10,7 @@ from typing import Final, NamedTuple, final
 
 import httpx
 
-from .connection import Connection
+from farstep.transport.connection import Connection
 
 _PORTS: Final = {"http": 80, "https": 443}
 

@@ -11,11 +11,10 @@ from typing import NamedTuple, final
 
 import httpx
 
-from .body import Readable, ResponseBody, body_of
-from .connection import Limits
-from .extensions import BODY, DEADLINE_S, NAMED
-from .head import IDEMPOTENT, ResponseHead, request_head
-from .pool import Origin, origin_of
+from farstep.transport.body import Readable, ResponseBody, body_of
+from farstep.transport.connection import Limits
+from farstep.transport.head import BODY, DEADLINE_S, IDEMPOTENT, NAMED, ResponseHead, request_head
+from farstep.transport.pool import Origin, origin_of
 
 HEADS_KEPT = 32
 """Lengths of bodies whose head is remembered."""

@@ -35,14 +35,13 @@ from typing import Any, Final, final
 
 import httpx
 
-from .body import ResponseBody
-from .connection import Connection, Limits
-from .extensions import NAMED
-from .head import IDEMPOTENT, ResponseHead, request_head
-from .link import Link, Plain, Secure
-from .pieces import BufferedBody, StreamedBody
-from .pool import Origin, Pool, origin_of
-from .route import Answer, Described, Route, response_of
+from farstep.transport.body import ResponseBody
+from farstep.transport.connection import Connection, Limits
+from farstep.transport.head import IDEMPOTENT, NAMED, ResponseHead, request_head
+from farstep.transport.link import Link, Plain, Secure
+from farstep.transport.pieces import BufferedBody, StreamedBody
+from farstep.transport.pool import Origin, Pool, origin_of
+from farstep.transport.route import Answer, Described, Route, response_of
 
 Dial = Callable[[Origin, float | None], socket.socket]
 """Connect to an origin within so many seconds; raises OSError (TimeoutError when they have passed)."""
@@ -102,7 +101,7 @@ class SocketTransport(httpx.BaseTransport):
             because httpx ignores its own `verify` when it is given a transport.
         idle_connections: connections kept open for each origin between requests.
         idle_s: seconds after which such a connection is not used again.
-        dial: makes the connected sockets; another one connects elsewhere, as `farstep.unix` does.
+        dial: makes the connected sockets; another one connects elsewhere, as `farstep.protocol.unix` does.
     """
 
     def __init__(

@@ -25,9 +25,8 @@ from farstep.errors import InvalidOption, LimitExceeded
 from farstep_service.bench.expectation import Expectation, RoundTrip
 from farstep_service.bench.steps import Steps, await_fused, measure, opened
 from farstep_service.bench.workload import Workload
-from farstep_service.memory import available_bytes
+from farstep_service.machine import answered, available_bytes
 from farstep_service.settings import is_loopback
-from farstep_service.signals import answered
 
 REQUESTS = 200
 REQUESTS_WITHIN_S = 3.0

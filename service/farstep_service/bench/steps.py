@@ -28,9 +28,9 @@ import farstep
 from farstep.conversation import Conversation
 from farstep.errors import FarstepError
 from farstep.optim.base import RemoteOptimizer
-from farstep.report import StepReport
+from farstep.protocol.memory import TORCH_DTYPES
+from farstep.protocol.receipt import StepReport
 from farstep.settings import RemoteOptions
-from farstep.wire.memory import TORCH_DTYPES
 from farstep_service.bench.workload import Workload
 
 PARTS = ("up", "queue", "check", "update", "down", "copy", "client", "other")

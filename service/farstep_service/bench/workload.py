@@ -16,9 +16,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from farstep.consistency import Async, to_options
 from farstep.errors import InvalidOption
-from farstep.wire import DTYPES
+from farstep.protocol import DTYPES
+from farstep.protocol.consistency import Async, to_options
 from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers import METHODS, RULES
 from farstep_service.plan import Plan

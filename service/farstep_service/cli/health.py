@@ -9,8 +9,8 @@ from urllib.parse import urlsplit
 import typer
 
 from farstep.errors import FarstepError, InvalidOption
-from farstep.failures import cause_of, check_address, without_secrets
-from farstep.unix import check_path, connected, path_of_url
+from farstep.errors.connecting import cause_of, check_address, without_secrets
+from farstep.protocol.unix import check_path, connected, path_of_url
 from farstep_service.cli.output import FAILED, JsonOutput, print_json, reporting, size
 from farstep_service.cli.remote import Server, Token, conversation, document_of, own_server, sessions_of
 from farstep_service.cli.sessions import print_sessions

@@ -16,9 +16,8 @@ import typer
 
 from farstep import __version__
 from farstep_service.cli.bench import bench
-from farstep_service.cli.demo import demo
 from farstep_service.cli.health import healthcheck, status
-from farstep_service.cli.launch import SETTINGS, launch
+from farstep_service.cli.launch import SETTINGS, demo, launch
 from farstep_service.cli.serve import serve
 from farstep_service.cli.sessions import sessions
 from farstep_service.cli.warmup import warmup

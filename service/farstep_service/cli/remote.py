@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 import typer
 
 from farstep.errors import FarstepError, InvalidAnswer, InvalidOption, Unavailable
-from farstep.unix import url_of_path
+from farstep.protocol.unix import url_of_path
 from farstep_service.settings import DEFAULT_PORT
 
 if TYPE_CHECKING:
@@ -81,8 +81,8 @@ def conversation(server: str, token: str | None) -> Iterator[Conversation]:
     import httpx
 
     from farstep.conversation import Conversation
-    from farstep.failures import without_secrets
-    from farstep.replies import why
+    from farstep.conversation.replies import why
+    from farstep.errors.connecting import without_secrets
     from farstep.settings import resolve
 
     speaking = None

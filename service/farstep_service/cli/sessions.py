@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from farstep.consistency import MODES
 from farstep.errors import InvalidOption
+from farstep.protocol.consistency import MODES
 from farstep_service.cli.output import JsonOutput, print_facts, print_json, print_table, reporting, size
 from farstep_service.cli.remote import Server, Token, conversation, document_of, session_of, sessions_of
 
@@ -142,7 +142,7 @@ def import_session(
     json_output: JsonOutput = False,
 ) -> None:
     """Create a session from a file that was exported."""
-    from farstep.session_file import look_at
+    from farstep.protocol.session_file import look_at
     from farstep.transfer import load
 
     with reporting(json_output), conversation(server, token) as speaking:

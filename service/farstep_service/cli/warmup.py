@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from farstep.codecs import codecs
 from farstep.errors import InvalidOption
+from farstep.protocol.codecs import codecs
 from farstep_service.cli.output import FAILED, JsonOutput, print_json, reporting
 
 if TYPE_CHECKING:
-    from farstep_service.optimizers import KernelStatus
+    from farstep_service.kernels import KernelStatus
 
 LOOK_AGAIN_S = 0.5
 HALVES = tuple(codec.element for codec in codecs() if codec.element is not None)
@@ -59,8 +59,9 @@ def warmup(
 
         import torch
 
-        from farstep_service.optimizers import RULES, Kernels, possible, usual
-        from farstep_service.optimizers.build import build_on_all_cores
+        from farstep_service.kernels import Kernels, possible, usual
+        from farstep_service.kernels.build import build_on_all_cores
+        from farstep_service.optimizers import RULES
         from farstep_service.server import check_device, check_device_name
 
         names = chosen_of(optimizers, list(RULES), "optimizers")

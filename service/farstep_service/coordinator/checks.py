@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from farstep.consistency import Consistency
 from farstep.errors import Fenced, SessionLost
-from farstep.growth import outgrown
-from farstep.messages import WriteName
-from farstep.receipt import Receipt
+from farstep.protocol.consistency import Consistency
+from farstep.protocol.growth import outgrown
+from farstep.protocol.messages import WriteName
+from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator.events import Append, Push, Put
 from farstep_service.coordinator.instructions import Awaited
 from farstep_service.coordinator.member import Member, RosterState, mismatch

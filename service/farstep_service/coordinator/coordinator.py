@@ -19,8 +19,8 @@ from itertools import repeat
 from typing import Any, Final, final
 
 from farstep.errors import BarrierTimeout, FarstepError, Fenced, Unavailable
-from farstep.receipt import Receipt
-from farstep.wire import Names
+from farstep.protocol import Names
+from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator.checks import Checks, Running
 from farstep_service.coordinator.events import (
     Append,

@@ -16,11 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from farstep.consistency import Consistency
 from farstep.errors import FarstepError
-from farstep.growth import AppendHead
-from farstep.messages import PushHead, PutHead
-from farstep.receipt import Ran
+from farstep.protocol.consistency import Consistency
+from farstep.protocol.growth import AppendHead
+from farstep.protocol.messages import PushHead, PutHead
+from farstep.protocol.receipt import Ran
 
 
 @dataclass(frozen=True, slots=True)

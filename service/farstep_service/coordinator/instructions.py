@@ -13,10 +13,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from farstep.consistency import Consistency
 from farstep.errors import FarstepError
-from farstep.messages import WriteName
-from farstep.receipt import Receipt
+from farstep.protocol.consistency import Consistency
+from farstep.protocol.messages import WriteName
+from farstep.protocol.receipt import Receipt
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from farstep.errors import IdempotencyMismatch
-from farstep.messages import WriteName
-from farstep.receipt import Receipt
+from farstep.protocol.messages import WriteName
+from farstep.protocol.receipt import Receipt
 
 NAMED = 20
 """Workers that a message names at most."""

@@ -36,8 +36,8 @@ from collections.abc import Collection, Iterable
 from typing import final
 
 from farstep.errors import Fenced, ReceiptExpired, SequenceGap, SessionFull
-from farstep.messages import WriteName
-from farstep.receipt import Receipt
+from farstep.protocol.messages import WriteName
+from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator.member import Entry, Member, RosterState, mismatch, some_of
 
 FORGOTTEN_AFTER_S = 3600.0

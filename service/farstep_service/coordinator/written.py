@@ -15,11 +15,11 @@ from typing import Any, Final, cast, get_args
 
 import msgpack
 
-from farstep import consistency
 from farstep.errors import FarstepError, from_problem
-from farstep.growth import AppendHead
-from farstep.messages import PushHead, PutHead, WriteName
-from farstep.receipt import Receipt
+from farstep.protocol import consistency
+from farstep.protocol.growth import AppendHead
+from farstep.protocol.messages import PushHead, PutHead, WriteName
+from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator import events, instructions
 from farstep_service.coordinator.checks import CoordinatorState, Running
 from farstep_service.coordinator.member import Entry, Member, RosterState

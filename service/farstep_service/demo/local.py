@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from farstep_service.demo.model import build_model, loss_of
-from farstep_service.demo.optimizers import local_optimizer
-from farstep_service.demo.training import Training
+from farstep_service.demo.training import Training, local_optimizer
 
 OnStep = Callable[[int, float], None]
 """Called after each step with the number of steps done and the mean of the workers' losses."""

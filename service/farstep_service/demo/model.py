@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from farstep.wire.memory import tensor_memory
+from farstep.protocol.memory import tensor_memory
 from farstep_service.demo.data import SEED, Digits
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 from types import FrameType
 
 from farstep.errors import FarstepError
-from farstep_service.die_with_parent import Watcher, dying_with_parent, watched
-from farstep_service.signals import answered
+from farstep_service.launch.die_with_parent import Watcher, dying_with_parent, watched
+from farstep_service.machine import answered
 
 STOP_S = 2.0
 """How long a process may take to end by itself before it is killed; none of them has anything to save."""

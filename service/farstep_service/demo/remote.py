@@ -8,10 +8,9 @@ from torch import nn
 
 from farstep.errors import FarstepError
 from farstep_service.demo.model import build_model, fingerprint_of
-from farstep_service.demo.optimizers import remote_optimizer
 from farstep_service.demo.processes import Line, Processes
 from farstep_service.demo.reports import Pace, Report
-from farstep_service.demo.training import SESSION, Training, worker_name
+from farstep_service.demo.training import SESSION, Training, remote_optimizer, worker_name
 
 SILENCE_S = 120.0
 """How long nobody may say anything."""

@@ -5,16 +5,19 @@
 
 Both start from the same parameters and see the same batches in the same order, and a sync session adds gradients in the
 order of the workers; so the two must end at the same parameters, whatever the order in which pushes arrived.
+
+The server process of the demo. This module is light: the server loads torch while the demo does.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from typing import TYPE_CHECKING
 
+from farstep.errors import FarstepError
 from farstep_service.demo.processes import Processes, started
 from farstep_service.demo.result import Result
-from farstep_service.demo.server import SERVER, server_url, start_server
 
 if TYPE_CHECKING:
     from farstep_service.demo.display import Display
@@ -78,3 +81,27 @@ def _compare(processes: Processes, server: int, training: Training, shown: Displ
         optimizer=training.optimizer,
         kernel="+".join(sorted({kernel for report in last.values() for kernel in report.kernels})),
     )
+
+
+SERVER = "server"
+START_S = 120.0
+"""How long the server may take to listen: it imports torch."""
+
+
+def start_server(processes: Processes, *, port: int = 0) -> int:
+    """Start a server on loopback and return its process id; `server_url` waits until it listens."""
+    serve = ("-m", "farstep_service", "serve", "--host", "127.0.0.1", "--port", str(port), "--json")
+    return processes.start(SERVER, *serve)
+
+
+def server_url(processes: Processes) -> str:
+    """Return the URL of the server, when it listens.
+
+    Raises:
+        ProcessEnded: it did not start.
+    """
+    line = processes.line_of(SERVER, START_S)
+    try:
+        return str(json.loads(line)["url"])
+    except (ValueError, TypeError, KeyError) as exc:
+        raise FarstepError(f"The server's first line is not its address: {line:.200}", side="client") from exc

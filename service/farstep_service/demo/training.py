@@ -2,18 +2,44 @@
 
 A step is one batch per worker; its number is the session's version before it. The workers that train against a server
 (`worker`) and the loop that repeats the training with `torch.optim` (`local`) both ask this record for their batches.
+
+The two optimizers that are compared: torch's own, and the one whose update happens in a session.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+import farstep
 from farstep.errors import InvalidOption
-from farstep.settings import KernelChoice
+from farstep.optim.base import RemoteOptimizer
+from farstep.settings import KernelChoice, RemoteOptions
 from farstep_service.demo.data import SEED, Digits, load_digits, shard, shuffled
+
+DEADLINE_S = 30.0
+"""How long a step waits for all workers before everybody tries it again."""
+
+
+def local_optimizer(training: Training, model: nn.Module) -> torch.optim.Optimizer:
+    """Return torch's optimizer with the training's options."""
+    kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, training.optimizer)
+    return kind(model.named_parameters(), **training.options)
+
+
+def remote_optimizer(training: Training, model: nn.Module, remote: RemoteOptions) -> RemoteOptimizer:
+    """Return farstep's optimizer with the same options, joined to the training's session.
+
+    Raises:
+        FarstepError: the session exists with other options, is full, or the server does not answer.
+    """
+    kind: Callable[..., RemoteOptimizer] = getattr(farstep.optim, training.optimizer)
+    mode = farstep.Sync(workers=training.workers, deadline_s=DEADLINE_S)
+    return kind(model.named_parameters(), **training.options, **{"consistency": mode, "kernel": KERNEL, **remote})
+
 
 BATCH_IMAGES = 32
 EPOCHS = 16

@@ -23,10 +23,18 @@ import torch
 from farstep.errors import FarstepError, InvalidOption
 from farstep.settings import RemoteOptions
 from farstep_service.demo.model import build_model
-from farstep_service.demo.optimizers import remote_optimizer
 from farstep_service.demo.reports import Report
 from farstep_service.demo.trainer import REPORT_EVERY_S, Trainer
-from farstep_service.demo.training import EPOCHS, KERNEL, OPTIMIZER, SESSION, WORKERS, Training, worker_name
+from farstep_service.demo.training import (
+    EPOCHS,
+    KERNEL,
+    OPTIMIZER,
+    SESSION,
+    WORKERS,
+    Training,
+    remote_optimizer,
+    worker_name,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -18,12 +18,12 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby, islice
 from typing import Any
 
-from farstep.consistency import to_options
-from farstep.fields import shapes_to_header
-from farstep.session_file import DESCRIPTION, FORMAT, FORMAT_VERSION
-from farstep.wire.tensor_file import Head, in_file_order, refused, write_head
-from farstep_service.contents import Contents
-from farstep_service.durability.snapshot import Snapshot
+from farstep.protocol.consistency import to_options
+from farstep.protocol.fields import shapes_to_header
+from farstep.protocol.session_file import DESCRIPTION, FORMAT, FORMAT_VERSION
+from farstep.protocol.tensor_file import Head, in_file_order, refused, write_head
+from farstep_service.tensors.contents import Contents
+from farstep_service.tensors.snapshot import Snapshot
 
 SMALL_BYTES = 16 * 1024
 JOINED_AT_MOST = 1024

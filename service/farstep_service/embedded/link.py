@@ -16,25 +16,23 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farstep.consistency import Consistency, Sync, to_options
 from farstep.errors import InvalidOption, NonFinite
-from farstep.fields import FieldKind
 from farstep.heartbeat import Heartbeat
-from farstep.hyper import Hyper
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, in_ordinary_memory
-from farstep.messages import Evaluation
-from farstep.presence import PRESENT
-from farstep.report import StepReport
+from farstep.protocol.consistency import Consistency, Sync, to_options
+from farstep.protocol.fields import PRESENT, FieldKind, State
+from farstep.protocol.hyper import Hyper
+from farstep.protocol.memory import TORCH_DTYPES
+from farstep.protocol.messages import Evaluation
+from farstep.protocol.receipt import StepReport
 from farstep.settings import Place
-from farstep.states import State
-from farstep.wire.memory import TORCH_DTYPES
-from farstep_service.contents import Contents
 from farstep_service.embedded.states import contents_of, states_of
+from farstep_service.kernels import Kernels
 from farstep_service.layout import SegmentSpec
-from farstep_service.optimizers import Kernels
 from farstep_service.plan import KernelMode, Plan
 from farstep_service.store import BorrowedBuffers, Gradients
 from farstep_service.tensors import Left, Steps, state_of
+from farstep_service.tensors.contents import Contents
 
 
 @cache

@@ -1,6 +1,6 @@
 """State on its way between an optimizer and the session of its own process.
 
-contents_of    by parameter, as `farstep.states` has it  ──►  by field, as a session takes it
+contents_of    by parameter, as `farstep.protocol.fields` has it  ──►  by field, as a session takes it
 states_of      and back
 """
 
@@ -12,11 +12,9 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from farstep.fields import NUMBERS, check_shape
-from farstep.presence import PRESENT, mask_of
-from farstep.states import State, shapes_of, worth_sending
-from farstep_service.contents import Contents
+from farstep.protocol.fields import NUMBERS, PRESENT, State, check_shape, mask_of, shapes_of, worth_sending
 from farstep_service.plan import Plan
+from farstep_service.tensors.contents import Contents
 
 
 def contents_of(plan: Plan, state: Mapping[int, State | None]) -> Contents:

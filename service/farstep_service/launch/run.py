@@ -1,9 +1,15 @@
-"""One run: start a server, if none is named, and the workers; hand on what they say; obey the `RestartPolicy`."""
+"""One run: start a server, if none is named, and the workers; hand on what they say; obey the `RestartPolicy`.
+
+The launch's own server listens at a socket in a directory that only its user may enter.
+"""
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
+import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,14 +17,43 @@ from dataclasses import dataclass
 from typing import final
 
 from farstep.errors import InvalidOption
+from farstep.protocol.unix import MAX_PATH_BYTES, url_of_path
 from farstep.settings import resolve
-from farstep_service.launch import own_server
 from farstep_service.launch.children import Children, Ended, Event, Said, Signalled, children
-from farstep_service.launch.own_server import SERVER
 from farstep_service.launch.plan import Plan
 from farstep_service.launch.progress import EVERY_S, Asking
 from farstep_service.launch.restart_policy import RestartPolicy, Start, Stop, in_words
 from farstep_service.launch.terminal import Terminal
+
+SERVER = "server"
+PLACES = ("HOST", "PORT", "UNIX", "NO_TCP")
+"""Variables of `farstep serve` that say where; this server is where its workers look for it."""
+
+
+@contextmanager
+def place_for_socket() -> Iterator[str]:
+    """Yield a path for the socket; it is gone afterwards, with its directory."""
+    with tempfile.TemporaryDirectory(prefix="farstep-", dir=_short_enough()) as directory:
+        yield f"{directory}/s"
+
+
+def _short_enough() -> str:
+    """Return the usual directory for temporary files, or /tmp if paths in that are too long for a socket."""
+    usual = tempfile.gettempdir()
+    return usual if len(usual.encode()) + len("/farstep-12345678/s") <= MAX_PATH_BYTES else "/tmp"
+
+
+def command_of(path: str) -> tuple[str, ...]:
+    """Return the command of a server at a path and nowhere else."""
+    serve = ("-m", "farstep_service", "serve", "--unix", path, "--no-tcp", "--log-level", "warning")
+    return (sys.executable, "-P", *serve)
+
+
+def environment_of(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables of that server: the user's, but for those that say where it is."""
+    own = {f"FARSTEP_SERVE_{each}" for each in PLACES}
+    return {name: value for name, value in inherited.items() if name not in own}
+
 
 LAUNCH = "launch"
 """Under which name the launcher speaks."""
@@ -65,11 +100,11 @@ def launch(plan: Plan, *, server: str | None, session: str | None, environment: 
         )
     name = session or f"launch-{secrets.token_hex(4)}"
     with ExitStack() as stack:
-        path = None if place.server else stack.enter_context(own_server.place_for_socket())
-        running = stack.enter_context(children("" if path is None else own_server.directory_of(path)))
-        run = _Run(plan, running, place.server or own_server.url_of(path or ""), name, environment)
+        path = None if place.server else stack.enter_context(place_for_socket())
+        running = stack.enter_context(children("" if path is None else os.path.dirname(path)))
+        run = _Run(plan, running, place.server or url_of_path(path or ""), name, environment)
         if path is not None:
-            running.start(SERVER, own_server.command_of(path), own_server.environment_of(environment))
+            running.start(SERVER, command_of(path), environment_of(environment))
         return run.to_the_end(own=path is not None)
 
 

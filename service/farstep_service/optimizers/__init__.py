@@ -1,4 +1,4 @@
-"""The update rules and what runs them."""
+"""The update rules: maths as pure functions."""
 
 from farstep_service.optimizers.adadelta import Adadelta, AdadeltaHyper
 from farstep_service.optimizers.adafactor import Adafactor, AdafactorHyper
@@ -7,23 +7,21 @@ from farstep_service.optimizers.adam import Adam, AdamHyper
 from farstep_service.optimizers.adamax import Adamax, AdamaxHyper
 from farstep_service.optimizers.adamw import AdamW, AdamWHyper
 from farstep_service.optimizers.asgd import ASGD, ASGDCounts, ASGDHyper
-from farstep_service.optimizers.kernels import MODES, Kernels, KernelStatus, Mode, possible, usual
 from farstep_service.optimizers.lbfgs import LBFGS, LBFGSHyper
 from farstep_service.optimizers.muon import Muon, MuonHyper
 from farstep_service.optimizers.nadam import NAdam, NAdamCounts, NAdamHyper
 from farstep_service.optimizers.radam import RAdam, RAdamHyper
 from farstep_service.optimizers.rmsprop import RMSprop, RMSpropHyper
 from farstep_service.optimizers.rprop import Rprop, RpropHyper
+from farstep_service.optimizers.rule import Rule
 from farstep_service.optimizers.rules import METHODS, RULES
 from farstep_service.optimizers.sgd import SGD, SGDHyper
 from farstep_service.optimizers.sparse_adam import SparseAdam, SparseAdamHyper
-from farstep_service.rule import Rule
 
 __all__ = [
     "ASGD",
     "LBFGS",
     "METHODS",
-    "MODES",
     "RULES",
     "SGD",
     "ASGDCounts",
@@ -40,10 +38,7 @@ __all__ = [
     "AdamWHyper",
     "Adamax",
     "AdamaxHyper",
-    "KernelStatus",
-    "Kernels",
     "LBFGSHyper",
-    "Mode",
     "Muon",
     "MuonHyper",
     "NAdam",
@@ -59,6 +54,4 @@ __all__ = [
     "SGDHyper",
     "SparseAdam",
     "SparseAdamHyper",
-    "possible",
-    "usual",
 ]

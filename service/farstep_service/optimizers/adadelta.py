@@ -20,9 +20,9 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from farstep.hyper import CommonHyper, in_range
+from farstep.protocol.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add, addcmul_, decayed, sign_of, signed
-from farstep_service.rule import ElementwiseRule, Scalar, SegmentCounters, StateTensors
+from farstep_service.optimizers.rule import ElementwiseRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,9 +27,9 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from farstep.hyper import Hyper, in_range
+from farstep.protocol.hyper import Hyper, in_range
 from farstep_service.optimizers.arithmetic import sign_of, signed
-from farstep_service.rule import Scalar, SegmentCounters, StateTensors, TensorRule
+from farstep_service.optimizers.rule import Scalar, SegmentCounters, StateTensors, TensorRule
 
 ROWS, COLUMNS, VECTOR = "row_var", "col_var", "variance"
 

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
-from farstep.hyper import CommonHyper, in_range
+from farstep.protocol.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import addcdiv, decayed, sign_of, signed
-from farstep_service.rule import ElementwiseRule, RowRule, Scalar, SegmentCounters, StateTensors
+from farstep_service.optimizers.rule import ElementwiseRule, RowRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)

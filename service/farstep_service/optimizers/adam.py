@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
-from farstep.hyper import CommonHyper, in_range
+from farstep.protocol.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import (
     addcdiv,
     addcmul_,
@@ -37,7 +37,7 @@ from farstep_service.optimizers.arithmetic import (
     sign_of,
     signed,
 )
-from farstep_service.rule import ElementwiseRule, Fields, Scalar, SegmentCounters, StateTensors
+from farstep_service.optimizers.rule import ElementwiseRule, Fields, Scalar, SegmentCounters, StateTensors
 
 LARGEST = "max_exp_avg_sq"
 

@@ -13,9 +13,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from farstep.fields import PRECISIONS, SINGLE
-from farstep.wire.memory import TORCH_DTYPES
-from farstep_service.rule import Scalar
+from farstep.protocol.fields import PRECISIONS, SINGLE
+from farstep.protocol.memory import TORCH_DTYPES
+from farstep_service.optimizers.rule import Scalar
 
 
 def add(x: Tensor, y: Tensor, alpha: Scalar) -> Tensor:
@@ -117,7 +117,7 @@ def float32(number: float | complex) -> float:
 
 
 def rounded(number: float, precision: int) -> float:
-    """Round as a state tensor of torch does that has one of the dtypes in `farstep.fields.PRECISIONS`."""
+    """Round as a state tensor of torch does that has one of the dtypes in `farstep.protocol.fields.PRECISIONS`."""
     if precision == SINGLE:
         return float32(number)
     return float(torch.tensor(number, dtype=TORCH_DTYPES[PRECISIONS[precision]], device="cpu"))

@@ -24,10 +24,10 @@ from typing import ClassVar, cast, final
 import torch
 from torch import Tensor
 
-from farstep.fields import SINGLE
-from farstep.hyper import CommonHyper, in_range
+from farstep.protocol.fields import SINGLE
+from farstep.protocol.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add_, decayed, float32, rounded, sign_of, signed
-from farstep_service.rule import PRECISION, ElementwiseRule, Scalar, SegmentCounters, StateTensors
+from farstep_service.optimizers.rule import PRECISION, ElementwiseRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)

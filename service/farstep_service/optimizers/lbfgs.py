@@ -8,10 +8,10 @@ from types import MappingProxyType
 from typing import ClassVar
 
 from farstep.errors import InvalidOption, TensorMismatch
-from farstep.hyper import Hyper, in_range
+from farstep.protocol.hyper import Hyper, in_range
 from farstep_service.layout import Layout
 from farstep_service.optimizers.line_search import check_evaluations
-from farstep_service.rule import Method
+from farstep_service.optimizers.rule import Method
 
 STRONG_WOLFE = "strong_wolfe"
 

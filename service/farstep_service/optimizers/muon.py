@@ -28,9 +28,9 @@ import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
-from farstep.hyper import Hyper, in_range
+from farstep.protocol.hyper import Hyper, in_range
 from farstep_service.layout import Layout
-from farstep_service.rule import Scalar, SegmentCounters, StateTensors, TensorRule
+from farstep_service.optimizers.rule import Scalar, SegmentCounters, StateTensors, TensorRule
 
 BUFFER = "momentum_buffer"
 MOST_STEPS = 100

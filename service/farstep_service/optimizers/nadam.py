@@ -23,8 +23,8 @@ from typing import ClassVar, cast, final
 
 from torch import Tensor
 
-from farstep.fields import SINGLE
-from farstep.hyper import CommonHyper, in_range
+from farstep.protocol.fields import SINGLE
+from farstep.protocol.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import (
     addcdiv,
     addcmul_,
@@ -38,7 +38,7 @@ from farstep_service.optimizers.arithmetic import (
     sign_of,
     signed,
 )
-from farstep_service.rule import PRECISION, ElementwiseRule, Scalar, SegmentCounters, StateTensors
+from farstep_service.optimizers.rule import PRECISION, ElementwiseRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from typing import ClassVar, final
 import torch
 from torch import Tensor
 
-from farstep.hyper import CommonHyper, in_range
+from farstep.protocol.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import (
     add,
     addcmul_,
@@ -35,7 +35,7 @@ from farstep_service.optimizers.arithmetic import (
     sign_of,
     signed,
 )
-from farstep_service.rule import ElementwiseRule, Scalar, SegmentCounters, StateTensors
+from farstep_service.optimizers.rule import ElementwiseRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,9 +22,9 @@ from typing import ClassVar, final
 
 from torch import Tensor
 
-from farstep.hyper import CommonHyper, in_range
+from farstep.protocol.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add, addcdiv, addcmul, addcmul_, decayed, lerp, sign_of, signed
-from farstep_service.rule import ElementwiseRule, Fields, Scalar, SegmentCounters, StateTensors
+from farstep_service.optimizers.rule import ElementwiseRule, Fields, Scalar, SegmentCounters, StateTensors
 
 BUFFER = "momentum_buffer"
 MEAN = "grad_avg"

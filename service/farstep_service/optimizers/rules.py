@@ -16,9 +16,9 @@ from farstep_service.optimizers.nadam import NAdam
 from farstep_service.optimizers.radam import RAdam
 from farstep_service.optimizers.rmsprop import RMSprop
 from farstep_service.optimizers.rprop import Rprop
+from farstep_service.optimizers.rule import AnyMethod, AnyRule
 from farstep_service.optimizers.sgd import SGD
 from farstep_service.optimizers.sparse_adam import SparseAdam
-from farstep_service.rule import AnyMethod, AnyRule
 
 _ALL: tuple[AnyRule, ...] = (
     Adagrad(),

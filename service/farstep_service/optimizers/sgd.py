@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
-from farstep.hyper import CommonHyper, in_range
+from farstep.protocol.hyper import CommonHyper, in_range
 from farstep_service.optimizers.arithmetic import add, add_, decayed, sign_of, signed
-from farstep_service.rule import ElementwiseRule, Fields, RowRule, Scalar, SegmentCounters, StateTensors
+from farstep_service.optimizers.rule import ElementwiseRule, Fields, RowRule, Scalar, SegmentCounters, StateTensors
 
 BUFFER = "momentum_buffer"
 

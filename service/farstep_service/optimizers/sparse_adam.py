@@ -20,10 +20,10 @@ from typing import ClassVar, final
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
-from farstep.hyper import Hyper, in_range
+from farstep.protocol.hyper import Hyper, in_range
 from farstep_service.layout import Layout
 from farstep_service.optimizers.arithmetic import add, add_, sign_of, signed
-from farstep_service.rule import ElementwiseRule, RowRule, Scalar, SegmentCounters, StateTensors
+from farstep_service.optimizers.rule import ElementwiseRule, RowRule, Scalar, SegmentCounters, StateTensors
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,10 +17,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest, LimitExceeded, Truncated, UnsupportedMedia
-from farstep.wire import CONTENT_TYPE, Decoder, encode
-from farstep_service.eager import in_task
+from farstep.protocol import CONTENT_TYPE, Decoder, encode
 from farstep_service.limits import CONNECTION
 from farstep_service.sessions import AtMost, Outgoing
+from farstep_service.sessions.coroutines import in_task
 
 MSGPACK = CONTENT_TYPE.encode()
 TAIL_BYTES = 128 * 1024
@@ -77,7 +77,7 @@ class Pace:
 
 
 class Sink(Protocol):
-    """Where a body goes, as `farstep.wire.Decoder` has it."""
+    """Where a body goes, as `farstep.protocol.Decoder` has it."""
 
     def get_buffer(self) -> memoryview:
         """Return memory for the next bytes."""

@@ -19,11 +19,11 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from starlette.requests import ClientDisconnect
 
-from farstep.consistency import from_options, to_options
 from farstep.errors import InvalidOption
-from farstep.fields import FieldKind
-from farstep.header import VERSION
-from farstep_service.memory import available_bytes
+from farstep.protocol.consistency import from_options, to_options
+from farstep.protocol.fields import FieldKind
+from farstep.protocol.header import VERSION
+from farstep_service.machine import available_bytes
 from farstep_service.optimizers import METHODS
 from farstep_service.plan import Plan
 from farstep_service.routes.documents import (

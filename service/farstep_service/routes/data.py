@@ -1,4 +1,4 @@
-"""The data routes: msgpack messages in and out (`farstep/wire/PROTOCOL.md`).
+"""The data routes: msgpack messages in and out (`farstep/protocol/PROTOCOL.md`).
 
     POST /v1/sessions/{name}/push                 gradients in; receipt and parameters out
     GET  /v1/sessions/{name}/contents[?fields=&segments=]   parameters (the default) or state fields out
@@ -24,17 +24,16 @@ import xxhash
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from farstep.codecs import FULL, check_codec, codec_named
-from farstep.consistency import Async, Bounded, to_options
 from farstep.errors import InvalidRequest
-from farstep.fields import NUMBERS, shapes_to_header
-from farstep.growth import AppendHead
-from farstep.header import VERSION
-from farstep.messages import Fill, PushHead, PutHead
-from farstep.presence import PRESENT
-from farstep.wire import from_ranges
+from farstep.protocol import from_ranges
+from farstep.protocol.codecs import FULL, check_codec, codec_named
+from farstep.protocol.consistency import Async, Bounded, to_options
+from farstep.protocol.fields import NUMBERS, PRESENT, shapes_to_header
+from farstep.protocol.growth import AppendHead
+from farstep.protocol.header import VERSION
+from farstep.protocol.messages import Fill, PushHead, PutHead
+from farstep_service.optimizers.rule import Rule
 from farstep_service.routes.bodies import Pace, answer_message, outgoing_of, read_body
-from farstep_service.rule import Rule
 from farstep_service.sessions import OVERHEAD_BYTES, Actor, Answer, AtMost, Intake, Reader, View
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings

@@ -22,15 +22,14 @@ from pydantic import (
 )
 
 from farstep.errors import InvalidFile
-from farstep.fields import EVERYWHERE, shapes_from_header
-from farstep.messages import FURTHEST_BEGINNING
-from farstep.presence import PRESENT
-from farstep.session_file import description_in
-from farstep.wire.tensor_file import Head, refused
-from farstep_service.contents import PARAM, Contents
-from farstep_service.durability import Snapshot
+from farstep.protocol.fields import EVERYWHERE, PRESENT, shapes_from_header
+from farstep.protocol.messages import FURTHEST_BEGINNING
+from farstep.protocol.session_file import description_in
+from farstep.protocol.tensor_file import Head, refused
 from farstep_service.layout import MAX_SEGMENTS, Layout, SegmentSpec
 from farstep_service.plan import MAX_GROUPS, Plan
+from farstep_service.tensors import Snapshot
+from farstep_service.tensors.contents import PARAM, Contents
 
 MAX_OPTIONS: Final = 64
 """Options that one param group may have."""

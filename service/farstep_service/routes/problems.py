@@ -32,8 +32,8 @@ from farstep.errors import (
     Unauthorized,
     Unavailable,
 )
-from farstep_service.auth import PUBLIC, AllowedHosts, Tokens
-from farstep_service.memory import out_of_memory
+from farstep_service.machine import out_of_memory
+from farstep_service.routes.auth import PUBLIC, AllowedHosts, Tokens
 
 PROBLEM = b"application/problem+json"
 RETRY_AFTER_S = b"1"

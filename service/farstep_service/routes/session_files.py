@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from farstep.errors import InvalidRequest, Truncated
 from farstep.identity import NAME
-from farstep.wire.tensor_file import LENGTH_BYTES, head_length, read_head
+from farstep.protocol.tensor_file import LENGTH_BYTES, head_length, read_head
 from farstep_service.durability import file_of, places_of
 from farstep_service.routes.bodies import Pace, answer_pieces, chunks, declared, outgoing_of
 from farstep_service.routes.documents import snapshot_of

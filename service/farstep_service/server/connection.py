@@ -16,9 +16,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from farstep.errors import Busy, FarstepError
 from farstep_service.limits import CONNECTION
-from farstep_service.server.answering import last_answer
+from farstep_service.server.answering import SlowReader, last_answer
 from farstep_service.server.descriptors import descriptors_of
-from farstep_service.server.slow_reader import SlowReader
 
 
 class Connection(HttpToolsProtocol):

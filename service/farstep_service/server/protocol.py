@@ -11,7 +11,7 @@ What each state may cost is a row of `farstep_service.limits`. This module holds
 to which one is lent while a body comes.
 
 A request begins when all that came with its head has been read, and goes as far as it can without waiting: a small push
-is answered before the event loop turns, and never becomes a task (`farstep_service.eager`).
+is answered before the event loop turns, and never becomes a task (`farstep_service.sessions.coroutines`).
 
 What uvicorn decides about messages stays its own; this only adds what it leaves out.
 """
@@ -31,7 +31,6 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from farstep.errors import InvalidRequest, LimitExceeded
-from farstep_service.eager import begin
 from farstep_service.routes import ADMITTED, RECEIVE_INTO, Pace, Sink
 from farstep_service.server.answering import Answering
 from farstep_service.server.connection import Connection
@@ -40,6 +39,7 @@ from farstep_service.server.parsing import Parser
 from farstep_service.server.receiving import Reading
 from farstep_service.server.repeated import Head
 from farstep_service.server.turns import turns_of
+from farstep_service.sessions.coroutines import begin
 
 HEADERS_TOO_LARGE = 431
 

@@ -25,11 +25,10 @@ from typing import TypedDict, cast
 
 import uvicorn
 
-from farstep.unix import url_of_path
+from farstep.protocol.unix import url_of_path
 from farstep_service.limits import CONNECTION
-from farstep_service.server.address import BACKLOG, bind, url_of
 from farstep_service.server.descriptors import Connection, accept
-from farstep_service.server.machine import (
+from farstep_service.server.process import (
     check_device,
     check_device_name,
     keep_freed_memory,
@@ -38,6 +37,7 @@ from farstep_service.server.machine import (
     take_turns,
     tune_,
 )
+from farstep_service.server.socket_file import BACKLOG, bind, url_of
 from farstep_service.server.socket_file import listening as listening_at
 from farstep_service.settings import Settings
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from farstep.errors import InvalidOption, OptionsDiffer
-from farstep.growth import AppendHead
-from farstep.hyper import Hyper
-from farstep_service.contents import PARAM, Contents
+from farstep.protocol.growth import AppendHead
+from farstep.protocol.hyper import Hyper
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.plan import Plan
+from farstep_service.tensors.contents import PARAM, Contents
 
 
 def room_for(plan: Plan, head: AppendHead) -> Contents:

@@ -19,12 +19,11 @@ from typing import final
 
 import torch
 
-from farstep.consistency import Consistency
 from farstep.errors import StepInterrupted
-from farstep.growth import AppendHead
-from farstep.hyper import Hyper
-from farstep.messages import PushHead, PutHead, WriteName
-from farstep_service.contents import Contents
+from farstep.protocol.consistency import Consistency
+from farstep.protocol.growth import AppendHead
+from farstep.protocol.hyper import Hyper
+from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep_service.coordinator import (
     Append,
     ChangeMode,
@@ -44,15 +43,15 @@ from farstep_service.coordinator import (
     Tick,
 )
 from farstep_service.coordinator.written import read_back
-from farstep_service.durability import Snapshot
-from farstep_service.gradients import Contribution
-from farstep_service.kernel import KernelSource
+from farstep_service.kernels.kernel import KernelSource
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.session.growth import grown, room_for
 from farstep_service.session.state_machine import Journal, Outcome, Outcomes, SessionRecord, StateMachine
 from farstep_service.store import Held
-from farstep_service.tensors import Tensors, state_of
+from farstep_service.tensors import Snapshot, Tensors, state_of
+from farstep_service.tensors.contents import Contents
+from farstep_service.tensors.contribution import Contribution
 from farstep_service.tensors.state import GroupChanges
 
 

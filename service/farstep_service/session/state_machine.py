@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import final
 
 from farstep.errors import FarstepError, InternalError
-from farstep.messages import WriteName
-from farstep.receipt import Receipt
+from farstep.protocol.messages import WriteName
+from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator import (
     Answer,
     Coordinator,
@@ -30,7 +30,7 @@ from farstep_service.coordinator import (
     Write,
 )
 from farstep_service.coordinator.written import write_down
-from farstep_service.kernel import Rerun
+from farstep_service.kernels.kernel import Rerun
 from farstep_service.tensors import Tensors, TensorsRecord
 
 

@@ -13,7 +13,7 @@ from farstep_service.sessions.answers import (
     WorkerPage,
 )
 from farstep_service.sessions.readers import Outgoing
-from farstep_service.sessions.shared import Offer, nbytes_beside
+from farstep_service.sessions.shared_memory import Offer, nbytes_beside
 from farstep_service.sessions.views import OVERHEAD_BYTES
 
 __all__ = [

@@ -10,21 +10,19 @@ from copy import copy
 from itertools import islice
 from typing import Any, Final, cast, final
 
-from farstep.consistency import Consistency
 from farstep.errors import FarstepError, Fenced, OptionsDiffer, StepInterrupted
-from farstep.growth import AppendHead
-from farstep.hyper import Hyper
-from farstep.messages import PushHead, PutHead, WriteName
+from farstep.protocol.consistency import Consistency
+from farstep.protocol.growth import AppendHead
+from farstep.protocol.hyper import Hyper
+from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep_service.plan import Plan
 from farstep_service.session import Outcomes, Session
 from farstep_service.sessions.answers import Answer, Intake, Joined, Renewed, Summary, View, WorkerPage
-from farstep_service.sessions.narrowed import NarrowedView
 from farstep_service.sessions.reads import Reads
 from farstep_service.sessions.room import Share
-from farstep_service.sessions.shared import Offer, refused
-from farstep_service.sessions.shared_memory import Areas
+from farstep_service.sessions.shared_memory import Areas, Offer, refused
 from farstep_service.sessions.turns import Turns
-from farstep_service.sessions.views import ContentsIntake, HeldView, PushIntake
+from farstep_service.sessions.views import ContentsIntake, HeldView, NarrowedView, PushIntake
 from farstep_service.settings import HELD_VERSIONS
 
 INLINE_GROUPS: Final = 100

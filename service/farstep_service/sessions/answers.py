@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from farstep.consistency import Consistency
-from farstep.fields import Shapes
-from farstep.messages import Times
-from farstep.receipt import Receipt
-from farstep_service.contents import PARAM
+from farstep.protocol.consistency import Consistency
+from farstep.protocol.fields import Shapes
+from farstep.protocol.messages import Times
+from farstep.protocol.receipt import Receipt
 from farstep_service.sessions.readers import ReadersPage
+from farstep_service.tensors.contents import PARAM
 
 
 @dataclass(frozen=True, slots=True)

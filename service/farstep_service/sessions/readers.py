@@ -20,7 +20,7 @@ from math import inf
 from typing import Any, Final, Generic, Literal, Protocol, TypeVar, final
 
 from farstep.errors import Busy
-from farstep_service.eager import in_task
+from farstep_service.sessions.coroutines import in_task
 
 Kind = Literal["pull", "answer", "copy"]
 FAIR_BYTES_PER_S: Final = 2**20

@@ -12,18 +12,17 @@ from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Final, final
 
-from farstep.codecs import codec_named
-from farstep.messages import WriteName
-from farstep.wire import to_ranges
-from farstep_service.durability import Snapshot
+from farstep.protocol import to_ranges
+from farstep.protocol.codecs import codec_named
+from farstep.protocol.messages import WriteName
 from farstep_service.layout import Layout
 from farstep_service.session import Session
 from farstep_service.sessions.answers import Intake, Reader, View
-from farstep_service.sessions.narrowed import NarrowedView, Narrowings
 from farstep_service.sessions.readers import Kind, Outgoing, Readers, ReadersPage, Seat
 from farstep_service.sessions.turns import Turns
-from farstep_service.sessions.views import CopiedView, HeldView, PushIntake
+from farstep_service.sessions.views import CopiedView, HeldView, NarrowedView, Narrowings, PushIntake
 from farstep_service.store import Held
+from farstep_service.tensors import Snapshot
 
 NARROW_INLINE_BYTES: Final = 4 * 1024 * 1024
 """Parameters of fewer bytes than this are copied on the event loop; it takes a fraction of a millisecond."""

@@ -20,14 +20,14 @@ from functools import partial
 from typing import Final
 
 from farstep.errors import Busy, LimitExceeded, OptionsDiffer, SessionExists, UnknownSession
-from farstep_service.durability import Snapshot
-from farstep_service.memory import resident_bytes, usable_bytes
-from farstep_service.optimizers import Kernels
+from farstep_service.kernels import Kernels
+from farstep_service.machine import resident_bytes, usable_bytes
 from farstep_service.plan import Plan
 from farstep_service.session import Session
 from farstep_service.sessions import Actor, nbytes_beside
 from farstep_service.sessions.room import UNBOUNDED, Room, Share
 from farstep_service.settings import Settings
+from farstep_service.tensors import Snapshot
 
 INLINE_PARTS: Final = 1000
 """Parameters and param groups of a session up to which it is compared with another on the event loop."""

@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any, Final, TypeVar, final
 
 from farstep.errors import FarstepError, SessionLost
-from farstep.messages import WriteName
+from farstep.protocol.messages import WriteName
 from farstep_service.plan import Plan
 from farstep_service.session import Outcome, Outcomes, Session
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
-from farstep.wire.memory import TORCH_DTYPES
+from farstep.protocol.memory import TORCH_DTYPES
 from farstep_service.layout import Layout
 from farstep_service.store.buffers import Buffers, flattened, shaped
 

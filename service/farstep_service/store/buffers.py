@@ -15,8 +15,8 @@ from typing import Self, final
 import torch
 from torch import Tensor
 
-from farstep.codecs import Codec
-from farstep.wire.memory import MEMORY_DTYPES, TORCH_DTYPES
+from farstep.protocol.codecs import Codec
+from farstep.protocol.memory import MEMORY_DTYPES, TORCH_DTYPES
 from farstep_service.layout import Layout, Segment
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from farstep.errors import InvalidOption
-from farstep_service.kernel import Call
-from farstep_service.rule import AnyRule, ElementwiseRule, RowRule
+from farstep_service.kernels.kernel import Call
+from farstep_service.optimizers.rule import AnyRule, ElementwiseRule, RowRule
 from farstep_service.store.buffers import Buffers, flattened, shaped
 from farstep_service.store.gradients import Rows
 from farstep_service.store.runs import Decision, Numbers

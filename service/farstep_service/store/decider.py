@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from farstep.errors import InvalidOption, TensorMismatch
-from farstep.hyper import Hyper
-from farstep.wire.memory import TORCH_DTYPES
-from farstep_service.kernel import Kernel, KernelSource
+from farstep.protocol.hyper import Hyper
+from farstep.protocol.memory import TORCH_DTYPES
+from farstep_service.kernels.kernel import Kernel, KernelSource
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, KernelName, KernelSignature, RowRule, SegmentCounters
+from farstep_service.optimizers.rule import AnyRule, KernelName, KernelSignature, RowRule, SegmentCounters
 from farstep_service.store.calls import Caller, RowCall, check_numbers
 from farstep_service.store.gradients import Gradients, Rows, coalesce
 from farstep_service.store.runs import Decision, Numbers, Planner, next_step

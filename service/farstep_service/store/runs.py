@@ -17,9 +17,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, final
 
 from farstep.errors import InvalidOption
-from farstep.hyper import Hyper
+from farstep.protocol.hyper import Hyper
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, ElementwiseRule, Fields, SegmentCounters
+from farstep_service.optimizers.rule import AnyRule, ElementwiseRule, Fields, SegmentCounters
 from farstep_service.store.gradients import Gradients
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from farstep.errors import TensorMismatch
-from farstep.fields import PRECISIONS, SINGLE
-from farstep.hyper import Hyper
+from farstep.protocol.fields import PRECISIONS, SINGLE
+from farstep.protocol.hyper import Hyper
 from farstep_service.layout import Layout
-from farstep_service.rule import PRECISION, AnyRule, Fields, SegmentCounters
+from farstep_service.optimizers.rule import PRECISION, AnyRule, Fields, SegmentCounters
 from farstep_service.store.buffers import Buffers, FlatBuffers
 
 PARAMETERS = "param"

@@ -17,9 +17,9 @@ from typing import final
 
 from torch import Tensor
 
-from farstep.receipt import Ran
-from farstep_service.kernel import At, Call, Kernel, Progress, Write, cut
-from farstep_service.rule import SegmentCounters
+from farstep.protocol.receipt import Ran
+from farstep_service.kernels.kernel import At, Call, Kernel, Progress, Write, cut
+from farstep_service.optimizers.rule import SegmentCounters
 from farstep_service.store.buffers import Buffers, FlatBuffers, shaped
 from farstep_service.store.calls import RowCall
 from farstep_service.store.gradients import Gradients

@@ -21,10 +21,10 @@ from typing import final
 import torch
 
 from farstep.errors import StepInterrupted, TensorMismatch
-from farstep.hyper import Hyper
-from farstep_service.kernel import Kernel, KernelSource, Rerun
+from farstep.protocol.hyper import Hyper
+from farstep_service.kernels.kernel import Kernel, KernelSource, Rerun
 from farstep_service.layout import Layout
-from farstep_service.rule import AnyRule, Fields, KernelName, SegmentCounters
+from farstep_service.optimizers.rule import AnyRule, Fields, KernelName, SegmentCounters
 from farstep_service.store.buffers import Buffers, FlatBuffers
 from farstep_service.store.decider import Decider
 from farstep_service.store.gradients import Gradients

@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from farstep.errors import InternalError, InvalidRequest, StepDiscarded, TensorMismatch
-from farstep.hyper import Hyper
-from farstep.messages import Evaluation, PutHead
-from farstep.presence import PRESENT, mask_of
-from farstep_service.contents import PARAM, Contents
-from farstep_service.gradients import on_device
-from farstep_service.kernel import Rerun
+from farstep.protocol.fields import PRESENT, mask_of
+from farstep.protocol.hyper import Hyper
+from farstep.protocol.messages import Evaluation, PutHead
+from farstep_service.kernels.kernel import Rerun
 from farstep_service.layout import Layout
 from farstep_service.optimizers.lbfgs import LBFGSHyper, most_pairs
 from farstep_service.optimizers.lbfgs_state import check_shapes, fields_of, memory_of
 from farstep_service.optimizers.lbfgs_steps import Memory, Turn, Waiting, begin, resume
 from farstep_service.plan import Plan
 from farstep_service.store import Applied, Buffers, FlatBuffers, Gradients, Held, PlainStore
+from farstep_service.tensors.contents import PARAM, Contents
+from farstep_service.tensors.contribution import on_device
 from farstep_service.tensors.state import NO_GROUPS, SessionState
 
 

@@ -8,18 +8,17 @@ from typing import final
 import torch
 
 from farstep.errors import InvalidRequest
-from farstep.fields import EVERYWHERE
-from farstep.hyper import Hyper
-from farstep.messages import Evaluation
-from farstep.policy import EMA
-from farstep.presence import PRESENT, mask_of
-from farstep_service.contents import PARAM, Contents
-from farstep_service.gradients import on_device
-from farstep_service.kernel import KernelSource, Rerun
+from farstep.protocol.fields import EVERYWHERE, PRESENT, mask_of
+from farstep.protocol.hyper import Hyper
+from farstep.protocol.messages import Evaluation
+from farstep.protocol.policy import EMA
+from farstep_service.kernels.kernel import KernelSource, Rerun
+from farstep_service.optimizers.rule import AnyRule
 from farstep_service.plan import Plan
-from farstep_service.policies import Average
-from farstep_service.rule import AnyRule
 from farstep_service.store import Applied, Buffers, Gradients, Held, Store, check_first_step
+from farstep_service.tensors.contents import PARAM, Contents
+from farstep_service.tensors.contribution import on_device
+from farstep_service.tensors.policies import Average
 from farstep_service.tensors.state import NO_GROUPS, SessionState, with_lr_times
 
 

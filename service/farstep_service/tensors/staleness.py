@@ -18,9 +18,9 @@ from typing import final
 import torch
 
 from farstep.errors import TensorMismatch
-from farstep_service.finite import BLOCK
-from farstep_service.gradients import Contribution
 from farstep_service.store import Buffers, FlatBuffers, Held
+from farstep_service.tensors.contribution import Contribution
+from farstep_service.tensors.finite import BLOCK
 
 
 def weigh_(contribution: Contribution, weight: float) -> None:

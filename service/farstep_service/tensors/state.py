@@ -18,16 +18,16 @@ from typing import Any, ClassVar
 import torch
 
 from farstep.errors import InvalidOption, NotInitialised, TensorMismatch
-from farstep.hyper import Hyper
-from farstep.messages import Evaluation, PutHead
-from farstep.presence import PRESENT
-from farstep.receipt import Receipt
-from farstep_service.contents import PARAM, Contents
-from farstep_service.durability import Snapshot
-from farstep_service.kernel import Rerun
+from farstep.protocol.fields import PRESENT
+from farstep.protocol.hyper import Hyper
+from farstep.protocol.messages import Evaluation, PutHead
+from farstep.protocol.receipt import Receipt
+from farstep_service.kernels.kernel import Rerun
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.store import Applied, Buffers, FlatBuffers, Gradients, Held
+from farstep_service.tensors.contents import PARAM, Contents
+from farstep_service.tensors.snapshot import Snapshot
 
 GroupChanges = Mapping[int, Mapping[str, Any]]
 NO_GROUPS: Mapping[int, Hyper] = MappingProxyType({})

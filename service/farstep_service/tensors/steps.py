@@ -1,4 +1,4 @@
-"""From the gradients of a round to a step, by the session's policy (`farstep.policy`).
+"""From the gradients of a round to a step, by the session's policy (`farstep.protocol.policy`).
 
     a round ──► accumulated? ──► finite? ──► clipped ──► the step
                   │ not enough     │ no
@@ -19,12 +19,13 @@ from typing import final
 import torch
 
 from farstep.errors import NonFinite
-from farstep.hyper import Hyper
-from farstep.messages import Evaluation
-from farstep.receipt import Reason
-from farstep_service.kernel import Rerun
+from farstep.protocol.hyper import Hyper
+from farstep.protocol.messages import Evaluation
+from farstep.protocol.receipt import Reason
+from farstep_service.kernels.kernel import Rerun
 from farstep_service.plan import Plan
-from farstep_service.policies import (
+from farstep_service.store import Applied, Gradients
+from farstep_service.tensors.policies import (
     Accumulated,
     Workspace,
     clipped_by_norm,
@@ -33,7 +34,6 @@ from farstep_service.policies import (
     first_nonfinite_in,
     norm_of,
 )
-from farstep_service.store import Applied, Gradients
 from farstep_service.tensors.state import NO_GROUPS, SessionState
 
 

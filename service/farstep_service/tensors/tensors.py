@@ -20,8 +20,7 @@ from typing import Final, final
 import torch
 
 from farstep.errors import FarstepError, InternalError, InvalidOption
-from farstep.messages import PushHead, PutHead, WriteName
-from farstep_service.contents import Contents
+from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep_service.coordinator import (
     AtOnce,
     Awaited,
@@ -42,16 +41,17 @@ from farstep_service.coordinator import (
     agreed,
 )
 from farstep_service.coordinator.options import Agreed
-from farstep_service.gradients import Contribution, Copied, check_finite, nonfinite_in
-from farstep_service.kernel import KernelSource, Rerun
-from farstep_service.memory import out_of_memory
+from farstep_service.kernels.kernel import KernelSource, Rerun
+from farstep_service.machine import out_of_memory
+from farstep_service.optimizers.rule import Rule
 from farstep_service.plan import Plan
-from farstep_service.reduction import ByContent, mean_evaluation, reduce_
-from farstep_service.rule import Rule
 from farstep_service.store import Held
 from farstep_service.tensors.closure_state import ClosureState
+from farstep_service.tensors.contents import Contents
+from farstep_service.tensors.contribution import Contribution, Copied, check_finite, nonfinite_in
 from farstep_service.tensors.kernel_state import KernelState
-from farstep_service.tensors.record import TensorsRecord
+from farstep_service.tensors.reduction import ByContent, mean_evaluation, reduce_
+from farstep_service.tensors.snapshot import TensorsRecord
 from farstep_service.tensors.staleness import Bases, check_dense, compensate_, weigh_
 from farstep_service.tensors.state import SessionState
 from farstep_service.tensors.steps import Left, Steps, Taken

@@ -5,8 +5,8 @@ from __future__ import annotations
 import msgpack
 import pytest
 
-from farstep.wire import DTYPES
-from farstep.wire.limits import DEFAULT_LIMITS
+from farstep.protocol import DTYPES
+from farstep.protocol.limits import DEFAULT_LIMITS
 from tests.support.service.answers import MSGPACK, half_sent, read_answer
 from tests.support.service.bad_input.refusing import PARAMETERS, good, refused
 from tests.support.service.raw import RawClient, RawWorker, gradient

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import farstep
 from farstep.http_link import HttpLink
 from farstep.optim import RemoteOptimizer
-from farstep.report import StepReport
+from farstep.protocol.receipt import StepReport
 from farstep.settings import RemoteOptions
 from tests.support.client.twins import check_parameters, check_states
 

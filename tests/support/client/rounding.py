@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import farstep
-from farstep.codecs import Wire
+from farstep.protocol.codecs import Wire
 from farstep.settings import RemoteOptions
 from tests.support.client.twins import check_parameters, parameters
 from tests.support.service.servers import RunningServer

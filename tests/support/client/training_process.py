@@ -20,9 +20,9 @@ from multiprocessing.connection import Connection
 import torch
 import torch._dynamo  # which torch imports with the first optimizer, and takes a second for
 
-from farstep.consistency import Consistency
 from farstep.errors import BarrierTimeout
 from farstep.optim import SGD
+from farstep.protocol.consistency import Consistency
 
 WORKERS = 4
 SLOTS = 64

@@ -6,12 +6,13 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from farstep.session_file import DESCRIPTION
-from farstep.wire.tensor_file import LENGTH_BYTES, METADATA, head_length, read_head
-from farstep_service.durability import Snapshot, file_of, places_of
-from farstep_service.optimizers import Kernels
+from farstep.protocol.session_file import DESCRIPTION
+from farstep.protocol.tensor_file import LENGTH_BYTES, METADATA, head_length, read_head
+from farstep_service.durability import file_of, places_of
+from farstep_service.kernels import Kernels
 from farstep_service.routes.documents import snapshot_of
 from farstep_service.session import Session
+from farstep_service.tensors import Snapshot
 
 
 def written(session: Session) -> bytes:

@@ -14,9 +14,10 @@ from itertools import combinations
 
 import torch
 
-from farstep_service.optimizers import RULES, Kernels
-from farstep_service.optimizers.build import build_on_all_cores
-from farstep_service.rule import KernelSignature
+from farstep_service.kernels import Kernels
+from farstep_service.kernels.build import build_on_all_cores
+from farstep_service.optimizers import RULES
+from farstep_service.optimizers.rule import KernelSignature
 
 SOON = ("Adagrad", "SGD", "Adam")
 """Optimizers of sessions that tests open in processes: until their kernels are there, each of these begins to build

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from farstep_service.kernel import KernelSource
+from farstep_service.kernels import Kernels
+from farstep_service.kernels.kernel import KernelSource
 from farstep_service.layout import Layout, SegmentSpec
-from farstep_service.optimizers import RULES, Kernels
+from farstep_service.optimizers import RULES
 from farstep_service.store import BorrowedBuffers, FlatBuffers, Gradients, Store
 from tests.parity.cases import usual_options
 

@@ -13,9 +13,9 @@ import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from farstep.errors import TensorMismatch
-from farstep.wire import encode
-from farstep_service.auth import AllowedHosts, Tokens
+from farstep.protocol import encode
 from farstep_service.routes import Edge, Pace
+from farstep_service.routes.auth import AllowedHosts, Tokens
 from farstep_service.routes.bodies import answer_message, read_body
 from farstep_service.server.protocol import Protocol
 from tests.support.service.answers import MSGPACK, TIMEOUT_S

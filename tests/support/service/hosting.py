@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from farstep.messages import PushHead, PutHead, WriteName
-from farstep.wire.memory import tensor_memory
-from farstep_service.kernel import Call, Kernel, KernelSource, Progress
+from farstep.protocol.memory import tensor_memory
+from farstep.protocol.messages import PushHead, PutHead, WriteName
+from farstep_service.kernels.kernel import Call, Kernel, KernelSource, Progress
+from farstep_service.kernels.reference import ReferenceKernel
 from farstep_service.layout import SegmentSpec
-from farstep_service.optimizers.reference import ReferenceKernel
+from farstep_service.optimizers.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.plan import Plan
-from farstep_service.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.session import Session
 from farstep_service.sessions import Actor, Answer
 from farstep_service.sessions.turns import INLINE_BYTES

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from farstep.wire import encode
+from farstep.protocol import encode
 from tests.support.service.answers import MSGPACK, half_sent, read_head
 from tests.support.service.raw import RawClient, payload_of
 from tests.support.service.servers import RunningServer

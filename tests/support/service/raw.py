@@ -18,8 +18,8 @@ import httpx
 import torch
 from torch import Tensor
 
-from farstep.wire import encode, to_ranges
-from farstep.wire.memory import TORCH_DTYPES, tensor_memory
+from farstep.protocol import encode, to_ranges
+from farstep.protocol.memory import TORCH_DTYPES, tensor_memory
 from tests.support.service.answers import MSGPACK, TIMEOUT_S, Answer
 
 

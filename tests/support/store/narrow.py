@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from farstep.codecs import codec_named
+from farstep.protocol.codecs import codec_named
 from farstep_service.layout import Layout
 from farstep_service.store import FlatBuffers, Gradients, NarrowBuffers
 from tests.store.conftest import noise

@@ -5,9 +5,9 @@ import random
 import httpx
 import torch
 
+from farstep.protocol.memory import tensor_memory
 from farstep.transport import body_of
 from farstep.transport.link import MAX_BUFFERS
-from farstep.wire.memory import tensor_memory
 
 
 def noise(size: int, seed: int = 0) -> bytes:

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 from itertools import cycle
 from typing import Any, Literal
 
-from farstep.wire import Decoder, Limits
+from farstep.protocol import Decoder, Limits
 
 Way = Literal["feed", "buffer"]
 

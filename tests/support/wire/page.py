@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from farstep import wire
+from farstep import protocol as wire
 
 DOCUMENT = (Path(wire.__file__).parent / "PROTOCOL.md").read_text()
 

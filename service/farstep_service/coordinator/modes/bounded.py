@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import final
 
-from farstep.consistency import Bounded
+from farstep.protocol.consistency import Bounded
 from farstep_service.coordinator.modes.decisions import Abort, Decision, Pushed, Refuse, Skip, Step
 from farstep_service.coordinator.modes.mode import Mode
 from farstep_service.coordinator.roster import Roster

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from farstep.consistency import Async, Bounded, Consistency, Sync
+from farstep.protocol.consistency import Async, Bounded, Consistency, Sync
 from farstep_service.coordinator.modes.bounded import BoundedMode
 from farstep_service.coordinator.modes.mode import AsyncMode, Mode
 from farstep_service.coordinator.modes.sync import SyncMode

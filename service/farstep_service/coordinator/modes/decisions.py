@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, final
 
-from farstep.messages import WriteName
-from farstep.receipt import Reason
+from farstep.protocol.messages import WriteName
+from farstep.protocol.receipt import Reason
 
 
 class Pushed(NamedTuple):

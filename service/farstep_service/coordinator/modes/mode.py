@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, final
 
-from farstep.consistency import Async
+from farstep.protocol.consistency import Async
 from farstep_service.coordinator.modes.decisions import Decision, Pushed, Skip, Step
 from farstep_service.coordinator.roster import Roster
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import final
 
-from farstep.consistency import Sync
+from farstep.protocol.consistency import Sync
 from farstep_service.coordinator.modes.decisions import Abort, Decision, Pushed, Refuse, Skip, Step
 from farstep_service.coordinator.modes.mode import Mode
 from farstep_service.coordinator.roster import Roster

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from farstep.wire import encode
+from farstep.protocol import encode
 from tests.support.service.answers import Answer
 from tests.support.service.raw import RawClient, RawWorker, gradient, session_document
 

@@ -1,0 +1,258 @@
+"""What a server answers a worker, as records: every member is checked before anything is done because of it.
+
+A server of another release, a proxy, or something that is no server at all must not reach a parameter, a version or a
+sequence of this worker. Members that are not known here are passed over: replies may get new ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Self, cast, get_args
+
+from farstep.conversation.replies import PLACE, Said
+from farstep.errors import FarstepError, InvalidAnswer, ProtocolMismatch
+from farstep.protocol.consistency import Consistency, from_options
+from farstep.protocol.fields import FieldKind
+from farstep.protocol.header import VERSION
+from farstep.protocol.receipt import Reason, Receipt
+
+KINDS: Final = frozenset(get_args(FieldKind))
+REASONS: Final = frozenset(get_args(Reason))
+MOST_FIELDS: Final = 62
+"""State fields of an optimizer: `present` has a bit for each."""
+MOST_TIMES: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Where some of a session's parameters live.
+
+    Attributes:
+        url: of the server that has them; "" for the one that was asked.
+        segments: the first of them, and the one behind the last.
+    """
+
+    url: str
+    segments: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """What the server answers when a worker has joined.
+
+    Attributes:
+        incarnation: the life of the session.
+        created: there was no session of that name.
+        epoch: the worker's.
+        initialised: the session has its first parameters.
+        initialise: this worker is asked for them.
+        fields: the optimizer's state fields.
+        eager: a parameter has state before its first step.
+        groups: the options in force, None where an earlier server does not say.
+        placement: where its parameters live.
+    """
+
+    incarnation: str
+    created: bool
+    epoch: int
+    initialised: bool
+    initialise: bool
+    fields: Mapping[str, FieldKind]
+    eager: bool
+    groups: list[Mapping[str, Any]] | None
+    placement: tuple[Shard, ...]
+
+    @classmethod
+    def of(cls, document: object) -> Self:
+        """Return what a document says.
+
+        Raises:
+            InvalidAnswer: it is not the answer to a join.
+        """
+        said = Said(document, "The answer to joining")
+        fields = said.mapping("fields")
+        if len(fields) > MOST_FIELDS or not all(type(kind) is str and kind in KINDS for kind in fields.values()):
+            raise wrong(f"The answer to joining has the state fields {fields!r:.200}.", "fields")
+        return cls(
+            _incarnation(said),
+            said.flag("created"),
+            said.integer("epoch", least=1),
+            said.flag("initialised"),
+            said.flag("initialise"),
+            cast("dict[str, FieldKind]", fields),
+            said.flag("eager"),
+            said.mappings("groups") if "groups" in said else None,
+            tuple(_shard(each) for each in said.mappings("placement")),
+        )
+
+
+def _shard(document: Mapping[str, Any]) -> Shard:
+    said, segments = Said(document, "A shard of the placement"), document.get("segments")
+    if type(segments) is not list or len(segments) != 2 or not all(type(each) is int for each in segments):
+        raise wrong(f"A shard of the placement has the segments {segments!r:.80}.", "placement")
+    return Shard(said.text("url"), (segments[0], segments[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Where a worker stands: its epoch, its last committed write, and whether a push of it waits."""
+
+    incarnation: str
+    epoch: int
+    sequence: int
+    waiting: bool
+
+    @classmethod
+    def of(cls, document: object) -> Self:
+        """Return what a document says.
+
+        Raises:
+            InvalidAnswer: it is no worker's page.
+        """
+        said = Said(document, "The page of the worker")
+        return cls(_incarnation(said), said.integer("epoch"), said.integer("sequence"), said.flag("waiting"))
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """The header of the reply to a write.
+
+    Attributes:
+        version: of the parameters that follow, or of the session.
+        receipt: what became of the write.
+        duplicate: the server had seen it before.
+        delivered: the parameters are in shared memory.
+        times: seconds by what they were spent on.
+        consistency: the session's mode, if it was switched since it was created.
+    """
+
+    version: int
+    receipt: Receipt
+    duplicate: bool
+    delivered: bool
+    times: Mapping[str, float]
+    consistency: Consistency | None
+
+    @classmethod
+    def of(cls, header: Mapping[str, Any], incarnation: str) -> Self:
+        """Return what a header says.
+
+        Args:
+            header: as received.
+            incarnation: the life of the session that was written to.
+
+        Raises:
+            ProtocolMismatch: it is of another version of the protocol.
+            InvalidAnswer: it is no reply to a write in that session.
+        """
+        said = Said(header, "The reply")
+        check_version(header)
+        if _incarnation(said) != incarnation:
+            raise wrong("The reply is of another life of the session than was written to.", "incarnation")
+        times = said.mapping("times") if "times" in said else {}
+        if len(times) > MOST_TIMES:
+            raise wrong(f"The reply has {len(times)} times.", "times")
+        spent = Said({key: value for key, value in times.items() if value is not None}, "The times of the reply")
+        return cls(
+            said.integer("version"),
+            receipt_of(said.mapping("receipt")),
+            said.flag("duplicate"),
+            "delivered" in said and said.flag("delivered"),
+            {key: spent.number(key) for key, value in times.items() if value is not None},
+            mode_of(said.mapping("consistency")) if "consistency" in said else None,
+        )
+
+
+def receipt_of(values: Mapping[str, Any]) -> Receipt:
+    """Return the receipt that a reply carries.
+
+    Raises:
+        InvalidAnswer: it is none.
+    """
+    said = Said(values, "The receipt")
+    for key, least in (("version", 0), ("base", 0), ("staleness", 0), ("divisor", 1)):
+        said.integer(key, least=least)
+    said.flag("applied")
+    said.text("kernel")
+    said.texts("contributors")
+    for key, check in _OPTIONAL.items():
+        if values.get(key) is not None:
+            check(said, key)
+    return Receipt.from_header({key: value for key, value in values.items() if value is not None})
+
+
+_OPTIONAL: Mapping[str, Callable[[Said, str], object]] = {
+    "again": Said.flag,
+    "reason": lambda said, key: said.among(key, REASONS),
+    "detail": Said.text,
+    "weight": Said.number,
+    "grad_norm": Said.real,
+}
+
+
+def check_version(header: Mapping[str, Any]) -> None:
+    """Refuse an answer of another version of the protocol before another key of it is looked at.
+
+    Raises:
+        ProtocolMismatch: it is of another one, or does not say of which.
+    """
+    version = header.get("v")
+    if type(version) is not int or version != VERSION:
+        raise ProtocolMismatch(
+            f"The answer is of protocol version {version!r:.40}; this client speaks {VERSION}.",
+            remedy="Bring client and server to releases that share a protocol version.",
+            field="v",
+            limit=VERSION,
+            side="client",
+        )
+
+
+def check_contents(header: Mapping[str, Any], fields: Collection[str], segments: Sequence[int] | None) -> None:
+    """Refuse contents that are not those asked for.
+
+    Args:
+        header: of the answer.
+        fields: what was asked for; state that no parameter has may be missing, and is looked for elsewhere.
+        segments: the ranges that were asked for, None for all.
+
+    Raises:
+        ProtocolMismatch, InvalidAnswer: they are not.
+    """
+    check_version(header)
+    said = Said(header, "The answer")
+    _incarnation(said)
+    said.integer("version")
+    if "count" in said:
+        said.integer("count", least=1)
+    names = said.texts("fields")
+    if len(set(names)) != len(names) or not set(names) <= set(fields) or not names:
+        raise wrong(f"The answer has the fields {names!r:.200}, not those asked for.", "fields")
+    ranges = header.get("segments")
+    whole = segments is None and (ranges is None or ranges == [0, header.get("count")])
+    if not whole and (type(ranges) is not list or ranges != list(segments or ())):
+        raise wrong(f"The answer has the segments {ranges!r:.80}, not those asked for.", "segments")
+
+
+def mode_of(options: Mapping[str, Any]) -> Consistency:
+    """Return the consistency mode that an answer names.
+
+    Raises:
+        InvalidAnswer: there is none like it here.
+    """
+    try:
+        return from_options(options)
+    except FarstepError as exc:
+        raise wrong(f"The answer names a consistency mode that is not known here: {exc.detail}", "consistency") from exc
+
+
+def wrong(detail: str, field: str) -> InvalidAnswer:
+    """Return the error of an answer that is not what the protocol says."""
+    return InvalidAnswer(detail, field=field, remedy=PLACE, side="client")
+
+
+def _incarnation(said: Said) -> str:
+    incarnation = said.text("incarnation")
+    if not 0 < len(incarnation) <= 64 or not incarnation.isprintable():
+        raise wrong(f"The answer has the incarnation {incarnation!r:.80}.", "incarnation")
+    return incarnation

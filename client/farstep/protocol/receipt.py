@@ -1,0 +1,191 @@
+"""What became of a write: what a session commits, answers with, and answers again when the write is repeated.
+
+A `StepReport` adds what the way there and back took, for the worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from farstep.protocol import Names
+
+Reason = Literal["", "skipped", "late", "stale", "accumulated", "nonfinite"]
+"""Why a push left the parameters alone; "" for one that did not.
+
+skipped        a worker said that its gradients overflowed
+late           the step it belongs to was taken without it
+stale          its gradients were computed on parameters that are too old
+accumulated    its gradients wait, and count in a step to come
+nonfinite      the gradients hold NaN or Inf, by themselves or once summed, and the session skips such steps
+"""
+
+Ran = Literal["reference", "fused", "mixed"]
+"""Which kernel ran a step; `mixed` is one whose fused kernel failed midway and that the reference kernel finished."""
+
+_NOBODY = Names()
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Say what became of a write. A retry gets the receipt of the first time.
+
+    Attributes:
+        version: the session's version after the write.
+        base: the version the gradient was computed on.
+        staleness: steps between `base` and the parameters the gradient was applied to.
+        applied: whether the parameters changed by it.
+        contributors: the workers whose gradients made the step, in the order of the reduction.
+        divisor: what the sum of the gradients was divided by.
+        kernel: which kernel ran, so that a replay can give the same bits.
+        again: the step goes on with another evaluation, at the new parameters.
+        reason: why nothing was applied.
+        detail: the same as a sentence, which names the worker and the tensor where there is one.
+        weight: what the gradient counted, or the learning rate was multiplied by, because it was stale.
+        grad_norm: the norm of the step's gradients before they were clipped, where the session clips by it.
+        disagreement: where the workers of the step named different options, and which were used, as a sentence.
+    """
+
+    version: int
+    base: int
+    staleness: int = 0
+    applied: bool = True
+    contributors: Names = _NOBODY
+    divisor: int = 1
+    kernel: str = ""
+    again: bool = False
+    reason: Reason = ""
+    detail: str = ""
+    weight: float = 1.0
+    grad_norm: float | None = None
+    disagreement: str = ""
+
+    @property
+    def counts(self) -> bool:
+        """Return whether what was written is in the parameters, or will be."""
+        return self.applied or self.reason == "accumulated"
+
+    def to_header(self) -> dict[str, Any]:
+        header: dict[str, Any] = {
+            "version": self.version,
+            "base": self.base,
+            "staleness": self.staleness,
+            "applied": self.applied,
+            "contributors": self.contributors,
+            "divisor": self.divisor,
+            "kernel": self.kernel,
+        }
+        if self.again:
+            header["again"] = True
+        if self.reason:
+            header["reason"] = self.reason
+        if self.detail:
+            header["detail"] = self.detail
+        if self.weight != 1.0:
+            header["weight"] = self.weight
+        if self.grad_norm is not None:
+            header["grad_norm"] = self.grad_norm
+        if self.disagreement:
+            header["disagreement"] = self.disagreement
+        return header
+
+    @classmethod
+    def from_header(cls, values: Mapping[str, Any]) -> Receipt:
+        """Read what this side knows of a receipt; later servers may say more."""
+        known = {name: values[name] for name in cls.__slots__ if name in values}
+        return cls(**{**known, "contributors": Names(values["contributors"])})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepReport:
+    """Say what one `step()` did.
+
+    Attributes:
+        version: the session's version after it.
+        staleness: steps between the version the gradient was computed on and the one it was applied to.
+        applied: whether the parameters changed by it.
+        reason: why they did not: `skipped` by a worker whose gradients overflowed, `late`, `stale`, `accumulated` or
+            `nonfinite`; "" if they did. After a `late` or `stale` one (see `farstep.Sync` and `farstep.Bounded`) the
+            parameters are the session's present ones, and training goes on from there.
+        detail: the same as a sentence, which names the worker and the tensor where there is one.
+        grad_norm: the norm of the step's gradients before they were clipped, where the session clips by it.
+        disagreement: where the workers of the step named different options, and which were used, as a sentence; ""
+            where they did not. A Python warning says it, too.
+        duplicate: whether the server had seen this push before, so that this answer is the first one's receipt.
+        earlier: what became of a write before this one that had got no answer and was not repeated: `applied`, or
+            `dropped` because it never arrived or its barrier was given up. None if there was none.
+        contributors: the workers whose gradients made the step.
+        divisor: what the sum of the gradients was divided by.
+        kernel: `reference` or `fused`.
+        again: the step goes on with another evaluation of the closure, at the new parameters.
+        weight: what the gradient counted, or the learning rate was multiplied by, because it was stale.
+        bytes_sent: payload bytes of the gradients.
+        bytes_received: payload bytes of the parameters.
+        attempts: how often the push was sent.
+        bytes_overlapped: those among `bytes_sent` that had been sent when `step()` began.
+        overlap: `streamed` if the push was begun during the backward pass; why it was given up, if it had been begun
+            and the step was an ordinary one; "" if it had not been begun.
+        path: how the tensors moved: `bodies` of requests, or `shared memory`; "" if they did not.
+        seconds: where the time went: `total`; on the server `queue` (waiting for its turn), `receive`, `check`
+            (for NaN and Inf), `barrier`, `kernel`; and here `send`, the answer's way back as the client saw it, and
+            `copy`, from where it arrived into the parameters.
+    """
+
+    version: int
+    staleness: int = 0
+    applied: bool = True
+    duplicate: bool = False
+    earlier: Literal["applied", "dropped"] | None = None
+    contributors: tuple[str, ...] = ()
+    divisor: int = 1
+    kernel: str = ""
+    again: bool = False
+    reason: Reason = ""
+    detail: str = ""
+    weight: float = 1.0
+    grad_norm: float | None = None
+    disagreement: str = ""
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    attempts: int = 1
+    bytes_overlapped: int = 0
+    overlap: str = ""
+    path: str = ""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        receipt: Receipt,
+        *,
+        duplicate: bool,
+        earlier: Literal["applied", "dropped"] | None,
+        bytes_sent: int,
+        bytes_received: int,
+        attempts: int,
+        seconds: Mapping[str, float],
+        path: str = "",
+    ) -> StepReport:
+        """Return what a receipt says of a step, with what the worker knows of the way there and back."""
+        return cls(
+            version=receipt.version,
+            staleness=receipt.staleness,
+            applied=receipt.applied,
+            duplicate=duplicate,
+            earlier=earlier,
+            contributors=receipt.contributors,
+            divisor=receipt.divisor,
+            kernel=receipt.kernel,
+            again=receipt.again,
+            reason=receipt.reason,
+            detail=receipt.detail,
+            weight=receipt.weight,
+            grad_norm=receipt.grad_norm,
+            disagreement=receipt.disagreement,
+            bytes_sent=bytes_sent,
+            bytes_received=bytes_received,
+            attempts=attempts,
+            path=path,
+            seconds=seconds,
+        )

@@ -1,0 +1,160 @@
+"""A session file on this machine (`docs/sessions.md`): what it says about its session, and how it is written.
+
+It appears under its name when all of it is on the disk, and nobody but its owner may read it: whoever has it has the
+model. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from farstep.errors import InvalidFile, InvalidOption, Side
+from farstep.protocol.tensor_file import LENGTH_BYTES, head_length, read_head, refused
+
+FORMAT = "farstep_format"
+FORMAT_VERSION = "1"
+DESCRIPTION = "farstep_session"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFile:
+    """Say what is in a session file.
+
+    Attributes:
+        file: where it is.
+        name: what the session was called when it was exported.
+        optimizer: torch's class name.
+        version: the version that it holds.
+        parameters: how many there are.
+        nbytes: the size of the file.
+    """
+
+    file: Path
+    name: str
+    optimizer: str
+    version: int
+    parameters: int
+    nbytes: int
+
+
+def description_in(metadata: Mapping[str, str], *, side: Side = "server") -> dict[str, Any]:
+    """Return what a file's metadata say about its session, which nobody has checked.
+
+    Raises:
+        InvalidFile: it is another kind of safetensors file, or of a format that is newer than this release.
+    """
+    version = metadata.get(FORMAT)
+    if version is None or DESCRIPTION not in metadata:
+        raise refused("it is a safetensors file, but no farstep session", side)
+    if version != FORMAT_VERSION:
+        raise InvalidFile(
+            f"This session file has the format {version!r:.40}; this release reads {FORMAT_VERSION}.",
+            remedy="Bring the server and the command line to a release that reads it.",
+            field=FORMAT,
+            limit=FORMAT_VERSION,
+            side=side,
+        )
+    try:
+        description = json.loads(metadata[DESCRIPTION])
+    except (ValueError, RecursionError) as exc:
+        raise refused(f"its session cannot be read: {exc!s:.200}", side) from None
+    if not isinstance(description, dict):
+        raise refused("its session is no JSON object", side)
+    return description
+
+
+def look_at(file: Path) -> SessionFile:
+    """Read the head of a session file.
+
+    Raises:
+        InvalidFile: it is none, or not whole.
+        InvalidOption: it cannot be read.
+    """
+    with readable(file), file.open("rb") as opened:
+        nbytes = os.fstat(opened.fileno()).st_size
+        length = head_length(opened.read(LENGTH_BYTES), nbytes, side="client")
+        head = read_head(opened.read(length), nbytes - LENGTH_BYTES - length, side="client")
+    said = description_in(head.metadata, side="client")
+    segments = said.get("segments")
+    found = [said.get("name"), said.get("optimizer"), said.get("version"), segments]
+    if [type(each) for each in found] != [str, str, int, list]:
+        raise refused("its session has no name, optimizer, version or segments", "client")
+    return SessionFile(file, said["name"], said["optimizer"], said["version"], len(said["segments"]), nbytes)
+
+
+def write_whole(file: Path, fill: Callable[[Callable[[memoryview], object]], object], *, force: bool) -> SessionFile:
+    """Write a session file: all of it under its name, or nothing.
+
+    Args:
+        file: where it goes.
+        fill: given what writes bytes, writes them all.
+        force: take the place of a file that is there.
+
+    Raises:
+        InvalidOption: the file is there and `force` is not given, or it cannot be written.
+        InvalidFile: what was written is no session file; nothing is left of it.
+    """
+    if not force and os.path.lexists(file):
+        raise _there(file)
+    with _writable(file):
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name[:100]}.", suffix=".part")
+    try:
+        with _writable(file), open(handle, "wb") as opened:
+            fill(opened.write)
+            opened.flush()
+            os.fsync(opened.fileno())
+        found = look_at(Path(temporary))
+        with _writable(file):
+            _put(temporary, file, force)
+        return SessionFile(file, found.name, found.optimizer, found.version, found.parameters, found.nbytes)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _put(temporary: str, file: Path, force: bool) -> None:
+    """Give a complete file its name, and let the directory remember it."""
+    if force:
+        os.replace(temporary, file)
+    else:
+        try:
+            os.link(temporary, file)  # which takes nobody's place, unlike a rename
+        except OSError:
+            if os.path.lexists(file):
+                raise _there(file) from None
+            os.replace(temporary, file)  # not every file system has links
+    directory = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def _there(file: Path) -> InvalidOption:
+    return InvalidOption(
+        f"{file} is there already.", remedy="Choose another name, or --force.", field="file", side="client"
+    )
+
+
+@contextmanager
+def readable(file: Path) -> Iterator[None]:
+    """Translate what the system says about a file that is being read."""
+    try:
+        yield
+    except OSError as exc:
+        raise InvalidOption(f"Cannot read {file}: {exc.strerror}.", field="file", side="client") from exc
+
+
+@contextmanager
+def _writable(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as exc:
+        raise InvalidOption(f"Cannot write {file}: {exc.strerror}.", field="file", side="client") from exc

@@ -1,0 +1,110 @@
+"""Memory that a worker and a server on the same machine share: gradients in front, parameters behind.
+
+    gradients      one flat run per dtype, in the order in which the session's parameters first have it
+    parameters     the same again
+    each run       begins at a multiple of 64 bytes; within it the parameters follow each other without gaps
+
+The worker makes it, as a memfd whose size is sealed: a mapping of it cannot end in a SIGBUS because the other side made
+it shorter. It has no name in any directory; the server opens it as `/proc/<pid>/fd/<fd>`, and knows it by the random
+part of its own name.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final, Self, final
+
+import torch
+from torch import Tensor
+
+from farstep.protocol import DTYPES
+from farstep.protocol.memory import TORCH_DTYPES
+
+SUPPORTED: Final = sys.platform == "linux"
+NAME_PREFIX: Final = "farstep-"
+_ALIGNMENT: Final = 64
+
+Sizes = Mapping[str, int]
+"""Elements by dtype, in the order in which parameters first have it."""
+
+
+def nbytes_of(sizes: Sizes) -> int:
+    """Return the bytes that gradients and parameters of these sizes take together."""
+    return 2 * sum(_room(name, size) for name, size in sizes.items())
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Area:
+    """The two halves of mapped memory, as flat tensors by dtype. The mapping lives as long as any of them.
+
+    Attributes:
+        gradients: written by the worker, read by the server.
+        parameters: written by the server in its answer to a push, and otherwise the worker's.
+    """
+
+    gradients: Mapping[str, Tensor]
+    parameters: Mapping[str, Tensor]
+
+    @classmethod
+    def over(cls, memory: mmap.mmap, sizes: Sizes) -> Self:
+        """Return the halves of a mapping of `nbytes_of(sizes)` bytes, or more."""
+        halves: list[dict[str, Tensor]] = []
+        at = 0
+        for _ in range(2):
+            half: dict[str, Tensor] = {}
+            for name, size in sizes.items():
+                dtype = TORCH_DTYPES[name]
+                half[name] = (
+                    torch.frombuffer(memory, dtype=dtype, count=size, offset=at)
+                    if size
+                    else torch.empty(0, dtype=dtype, device="cpu")
+                )
+                at += _room(name, size)
+            halves.append(half)
+        return cls(*halves)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An area that this process made, and how the server finds it; `close` ends that, the memory stays."""
+
+    area: Area
+    key: str
+    fd: int
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self.fd)
+
+
+def make(sizes: Sizes) -> Made:
+    """Make an area; its memory is taken at once, so that nobody finds out later that there is none.
+
+    Raises:
+        OSError: the system has no memory, or none of this kind.
+    """
+    if sys.platform != "linux":
+        raise OSError("this system has no sealed memory")
+    import fcntl
+
+    key = secrets.token_hex(16)
+    fd = os.memfd_create(NAME_PREFIX + key, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        nbytes = nbytes_of(sizes)
+        os.posix_fallocate(fd, 0, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        return Made(Area.over(mmap.mmap(fd, nbytes), sizes), key, fd)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _room(name: str, size: int) -> int:
+    return -(-size * DTYPES[name].itemsize // _ALIGNMENT) * _ALIGNMENT
