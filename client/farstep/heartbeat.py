@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final, final
 
-from farstep.conversation.replies import Said
+from farstep.conversation.replies import ReplyReader
 from farstep.errors import FarstepError, InvalidAnswer, InvalidOption, Unavailable
 from farstep.protocol.consistency import Consistency, from_options
 
@@ -56,9 +56,9 @@ class Heartbeat:
         Raises:
             InvalidAnswer: it is not the answer to a heartbeat.
         """
-        said = Said(document, "The answer to the heartbeat")
+        reply = ReplyReader(document, "The answer to the heartbeat")
         try:
-            mode = from_options(said.mapping("consistency"))
+            mode = from_options(reply.mapping("consistency"))
         except InvalidOption as exc:
             raise InvalidAnswer(
                 f"The answer to the heartbeat names a mode that is not known here: {exc.detail}",
@@ -66,12 +66,12 @@ class Heartbeat:
                 side="client",
             ) from exc
         return cls(
-            worker=said.text("worker"),
-            epoch=said.integer("epoch", least=1),
-            lapsed=said.flag("lapsed"),
-            lease_s=said.number("lease_s"),
-            live=said.integer("live"),
-            version=said.integer("version"),
+            worker=reply.text("worker"),
+            epoch=reply.integer("epoch", least=1),
+            lapsed=reply.flag("lapsed"),
+            lease_s=reply.number("lease_s"),
+            live=reply.integer("live"),
+            version=reply.integer("version"),
             consistency=mode,
         )
 

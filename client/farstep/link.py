@@ -115,7 +115,7 @@ class Link(ABC):
 
     @property
     @abstractmethod
-    def eager(self) -> bool:
+    def has_initial_state(self) -> bool:
         """Whether a parameter has state before its first step (Adagrad)."""
 
     @property

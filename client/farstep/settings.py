@@ -90,7 +90,7 @@ class RemoteOptions(TypedDict, total=False):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Place:
+class WorkerSettings:
     """A checked and completed set of remote options.
 
     Attributes:
@@ -117,7 +117,7 @@ class Place:
     options: OptionsMode | None = None
 
 
-def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:
+def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> WorkerSettings:
     """Complete remote options from the environment and check them.
 
     Raises:
@@ -176,7 +176,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
             field="session",
             side="client",
         )
-    return Place(
+    return WorkerSettings(
         server=server.rstrip("/") if server else None,
         session=session or _fresh_session(),
         private=session is None,
@@ -191,7 +191,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         wire=wire,
         policy=Policy(**_policy_of(options)),
         options=_options(options.get("options") or environment.get("FARSTEP_OPTIONS") or None),
-        overlap=_switch(options.get("overlap"), environment.get("FARSTEP_OVERLAP")),
+        overlap=_flag(options.get("overlap"), environment.get("FARSTEP_OVERLAP")),
         counted_as=(worker or "") if session and own is None else None,
     )
 
@@ -207,34 +207,34 @@ def _policy_of(options: Mapping[str, Any]) -> dict[str, Any]:
     return {each.name: options[each.name] for each in fields(Policy) if each.name in options}
 
 
-def elsewhere(place: Place) -> Place:
-    """Return the same place with a fresh private session."""
-    return replace(place, session=_fresh_session(), private=True, counted_as=None)
+def in_fresh_session(settings: WorkerSettings) -> WorkerSettings:
+    """Return the same settings with a fresh private session."""
+    return replace(settings, session=_fresh_session(), private=True, counted_as=None)
 
 
-def carried(place: Place) -> RemoteOptions:
+def options_of_copy(settings: WorkerSettings) -> RemoteOptions:
     """Return the options that a copy of an optimizer takes along: everything but names, token and transport.
 
     A copy is alone in its session, so it waits for nobody.
     """
     return {
-        "server": place.server,
-        "consistency": place.consistency.for_one(),
-        "nonfinite": place.nonfinite,
-        "kernel": place.kernel,
-        "wire": place.wire,
-        "overlap": place.overlap,
-        "timeout_s": place.timeout_s,
-        "clip_norm": place.policy.clip_norm,
-        "clip_norm_type": place.policy.clip_norm_type,
-        "clip_value": place.policy.clip_value,
-        "accumulate": place.policy.accumulate,
-        "ema": place.policy.ema,
+        "server": settings.server,
+        "consistency": settings.consistency.for_one(),
+        "nonfinite": settings.nonfinite,
+        "kernel": settings.kernel,
+        "wire": settings.wire,
+        "overlap": settings.overlap,
+        "timeout_s": settings.timeout_s,
+        "clip_norm": settings.policy.clip_norm,
+        "clip_norm_type": settings.policy.clip_norm_type,
+        "clip_value": settings.policy.clip_value,
+        "accumulate": settings.policy.accumulate,
+        "ema": settings.policy.ema,
     }
 
 
-def of_copy(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> Place:
-    """Return the place of a copy: a private session where the original's is. Of the environment only the token counts.
+def settings_of_copy(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> WorkerSettings:
+    """Return the settings of a copy: a private session on the same server. Only the token comes from the environment.
 
     Raises:
         InvalidOption: see `resolve`.
@@ -242,7 +242,7 @@ def of_copy(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     return resolve(options, {key: environment[key] for key in ("FARSTEP_TOKEN",) if key in environment})
 
 
-def _switch(said: object, variable: str | None) -> bool:
+def _flag(said: object, variable: str | None) -> bool:
     """Return what an option says that is on or off, which is off if nothing is said."""
     if said is None:
         said = {"1": True, "0": False, "": False, None: False}.get(variable, variable)

@@ -19,7 +19,7 @@ from urllib.parse import quote
 import httpx
 
 from farstep.conversation import Conversation
-from farstep.conversation.replies import Said, why
+from farstep.conversation.replies import ReplyReader, why
 from farstep.errors import InvalidOption, Unavailable
 from farstep.identity import NAME
 from farstep.protocol.session_file import SessionFile, look_at, readable, write_whole
@@ -90,7 +90,7 @@ def load(speaking: Conversation, found: SessionFile, name: str | None) -> str:
     name = found.name if name is None else name
     body = FileBody(found.file, found.nbytes)
     answer = speaking.upload(path_of_file(name), body, found.nbytes, wait_s=PREPARE_WITHIN_S)
-    Said(answer, "The answer to the import").among("name", frozenset({name}))
+    ReplyReader(answer, "The answer to the import").among("name", frozenset({name}))
     return name
 
 
@@ -126,16 +126,16 @@ class FileBody(httpx.SyncByteStream):
 
 @contextmanager
 def _speaking(server: str | None, token: str | None) -> Iterator[Conversation]:
-    place = resolve({"server": server, "token": token})
-    if place.server is None:
+    settings = resolve({"server": server, "token": token})
+    if settings.server is None:
         raise InvalidOption("No server is named.", remedy="Give server=... or set FARSTEP_SERVER.", side="client")
-    speaking = Conversation(place.server, place.token)
+    speaking = Conversation(settings.server, settings.token)
     try:
         yield speaking
     except httpx.TransportError as exc:
         reason, remedy = why(exc)
         raise Unavailable(
-            f"{place.server} gave no complete answer: {reason}.",
+            f"{settings.server} gave no complete answer: {reason}.",
             remedy=f"{remedy} An import that got no answer may have been made.",
             side="client",
         ) from exc

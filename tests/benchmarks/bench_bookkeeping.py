@@ -27,7 +27,7 @@ from farstep.protocol.consistency import Async, Consistency
 from farstep.protocol.fields import FieldKind, State
 from farstep.protocol.messages import Evaluation
 from farstep.protocol.receipt import StepReport
-from farstep.settings import Place
+from farstep.settings import WorkerSettings
 from farstep.tensors import ParameterReceiver
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, within
@@ -44,7 +44,9 @@ class NoLink(Link):
 
     """A link that has all answers already."""
 
-    def __init__(self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None):
+    def __init__(
+        self, spec: SessionSpec, parameters: Sequence[Tensor], settings: WorkerSettings, start: Start | None = None
+    ):
         self._arrivals = ParameterReceiver(parameters)
         self._arrivals.keep_()
         self._parameters = parameters
@@ -70,7 +72,7 @@ class NoLink(Link):
         return {}
 
     @property
-    def eager(self) -> bool:
+    def has_initial_state(self) -> bool:
         return False
 
     def push(

@@ -52,7 +52,7 @@ EMBEDDED: RemoteOptions = {"kernel": "reference"}
 def test_every_optimizer_is_tried() -> None:
     """The table has a row for each class that farstep has, so a new one cannot be forgotten."""
     offered = [getattr(farstep.optim, name) for name in farstep.optim.__all__]
-    assert {each.__name__ for each in offered if "twin" in vars(each)} == CASES.keys()
+    assert {each.__name__ for each in offered if "torch_class" in vars(each)} == CASES.keys()
     assert all(issubclass(each, RemoteOptimizer) for each in offered)
 
 

@@ -62,7 +62,7 @@ def test_gradients_in_shared_memory_are_not_changed(policy: dict[str, Any], loca
             twins.give(twins.drawn(seed))
             twins.ours.step()
         assert path_of(shared.ours) == SHARED
-        area = shared.ours._membership.link._buffers.sharing.area  # type: ignore[attr-defined]
+        area = shared.ours._membership.link._buffers.sharing.memory  # type: ignore[attr-defined]
         sent = area.gradients["float32"]
         assert torch.equal(sent, torch.cat([gradient.flatten() for gradient in shared.drawn(seed)]))
         check_parameters(shared.here, bodies.here)

@@ -13,7 +13,7 @@ from farstep.errors import InvalidOption
 from farstep.optim import RemoteOptimizer
 from farstep.protocol.consistency import MODES, Async, Consistency, checked
 from farstep.protocol.policy import Policy
-from farstep.settings import RemoteOptions, carried, resolve
+from farstep.settings import RemoteOptions, options_of_copy, resolve
 from farstep_service.optimizers import METHODS
 from tests.support.service.servers import farstep as command
 
@@ -23,10 +23,10 @@ MADE_UP = {
     f"{room}/{name}.py"
     for room, name in (
         ("client/farstep/optim", "newopt"),
-        ("client/farstep/codecs", "int8"),
+        ("client/farstep/protocol/codecs", "int8"),
         ("service/farstep_service/optimizers", "newopt"),
         ("service/farstep_service/coordinator/modes", "turns"),
-        ("service/farstep_service/policies", "signing"),
+        ("service/farstep_service/tensors/policies", "signing"),
     )
 }
 """The files that a reader of the recipes makes."""
@@ -96,5 +96,5 @@ def test_a_policy_is_an_argument_and_in_the_table(name: str) -> None:
     """Users give it to an optimizer, copies of that have it, and docs/policies.md says what it does."""
     assert name in RemoteOptions.__annotations__
     assert f"\n    {name}: " in (RemoteOptions.__doc__ or "")
-    assert name in carried(resolve({"consistency": Async()}, {}))
+    assert name in options_of_copy(resolve({"consistency": Async()}, {}))
     assert re.search(rf"`{name}=", (ROOT / "docs" / "policies.md").read_text())

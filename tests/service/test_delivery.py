@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from farstep.protocol.memory import tensor_memory
-from farstep.protocol.messages import Fill, PushHead, PutHead, WriteName
-from farstep.protocol.shared_memory import Made, make
+from farstep.protocol.messages import PushHead, PutHead, SharedPush, WriteName
+from farstep.protocol.shared_memory import OwnedSharedMemory, make
 from farstep_service.kernels import Kernels
 from farstep_service.layout import SegmentSpec
 from farstep_service.plan import Plan
@@ -24,16 +24,16 @@ LENGTHS = (5, 7, 4)
 
 
 @pytest.fixture
-def made() -> Iterator[Made]:
+def made() -> Iterator[OwnedSharedMemory]:
     """Return memory of a worker."""
     own = make({"float32": sum(LENGTHS)})
-    own.area.gradients["float32"].fill_(3.0)
-    own.area.parameters["float32"].fill_(-1.0)
+    own.memory.gradients["float32"].fill_(3.0)
+    own.memory.parameters["float32"].fill_(-1.0)
     yield own
     own.close()
 
 
-async def begun(made: Made) -> Actor:
+async def begun(made: OwnedSharedMemory) -> Actor:
     """Return a session of two workers, of which the first shares memory with it."""
     plan = Plan.build(
         name="s",
@@ -69,17 +69,17 @@ async def pull(host: Actor) -> torch.Tensor:
 @pytest.mark.parametrize("segments", [None, [1, 2]], ids=["all", "some"])
 @pytest.mark.parametrize("overtaken", [False, True])
 def test_what_is_delivered_is_the_version_of_the_answer(
-    made: Made, segments: list[int] | None, overtaken: bool
+    made: OwnedSharedMemory, segments: list[int] | None, overtaken: bool
 ) -> None:
     """Whether the step wrote all of it, some segments had no gradient, or another worker's step came in between."""
 
     async def body() -> None:
         host = await begun(made)
-        head = PushHead(WriteName("w0", 1, 2), "here", 0, segments=segments, fill=Fill(made.key, 1))
+        head = PushHead(WriteName("w0", 1, 2), "here", 0, segments=segments, shared=SharedPush(made.key, 1))
         intake = host.begin_push(head, 0)
         await host.push(head, intake, "a")
         first = await pull(host)
-        written = made.area.parameters["float32"]
+        written = made.memory.parameters["float32"]
         stepped = slice(None) if segments is None else slice(5, 12)
         assert torch.equal(written[stepped], first[stepped])
         assert segments is None or bool((written[:5] == -1).all())
@@ -97,18 +97,18 @@ def test_what_is_delivered_is_the_version_of_the_answer(
     asyncio.run(asyncio.wait_for(body(), 30))
 
 
-@pytest.mark.parametrize("fill", [Fill("", 1, deliver=False), None], ids=["gradients only", "bodies"])
-def test_nothing_is_written_where_it_is_not_wanted(made: Made, fill: Fill | None) -> None:
+@pytest.mark.parametrize("fill", [SharedPush("", 1, deliver=False), None], ids=["gradients only", "bodies"])
+def test_nothing_is_written_where_it_is_not_wanted(made: OwnedSharedMemory, fill: SharedPush | None) -> None:
     """The memory is the worker's own then."""
 
     async def body() -> None:
         host = await begun(made)
-        own = None if fill is None else Fill(made.key, fill.count, fill.deliver)
-        head = PushHead(WriteName("w0", 1, 2), "here", 0, fill=own)
+        own = None if fill is None else SharedPush(made.key, fill.count, fill.deliver)
+        head = PushHead(WriteName("w0", 1, 2), "here", 0, shared=own)
         intake = host.begin_push(head, 0 if own else 4 * sum(LENGTHS))
         for view in intake.views:
-            view[:] = tensor_memory(made.area.gradients["float32"])
+            view[:] = tensor_memory(made.memory.gradients["float32"])
         await host.push(head, intake, "a")
-        assert bool((made.area.parameters["float32"] == -1).all())
+        assert bool((made.memory.parameters["float32"] == -1).all())
 
     asyncio.run(asyncio.wait_for(body(), 30))

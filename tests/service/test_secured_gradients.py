@@ -17,8 +17,8 @@ from torch import Tensor
 
 from farstep.errors import NonFinite
 from farstep.optim import SGD
-from farstep.protocol.messages import Fill, PushHead, PutHead, WriteName
-from farstep.protocol.shared_memory import Made, make
+from farstep.protocol.messages import PushHead, PutHead, SharedPush, WriteName
+from farstep.protocol.shared_memory import OwnedSharedMemory, make
 from farstep_service.kernels.kernel import Call, Kernel, KernelSource, Progress
 from farstep_service.kernels.reference import ReferenceKernel
 from farstep_service.layout import SegmentSpec
@@ -82,7 +82,7 @@ class Place:
         self.before: Callable[[], None] = lambda: None
         session = Session(plan, incarnation="here", kernels=Kernels(lambda: self.before()), device="cpu")
         self.host = Actor(session, ThreadPoolExecutor(1))
-        self.made: dict[str, Made] = {}
+        self.made: dict[str, OwnedSharedMemory] = {}
         self._sequences: dict[str, int] = {}
 
     async def begin(self) -> None:
@@ -100,18 +100,18 @@ class Place:
 
     def gradients(self, worker: str) -> Tensor:
         """Return a worker's own, where it shares them."""
-        return self.made[worker].area.gradients["float32"]
+        return self.made[worker].memory.gradients["float32"]
 
     def spoil(self, worker: str, value: float) -> None:
         """Overwrite all that a worker shares, the memory for answers too."""
         self.gradients(worker).fill_(value)
-        self.made[worker].area.parameters["float32"].fill_(value)
+        self.made[worker].memory.parameters["float32"].fill_(value)
 
     async def push(self, worker: str) -> Answer:
         """Push what a worker shares."""
         name = self._next(worker)
-        fill = Fill(self.made[worker].key, name.sequence, deliver=True)
-        head = PushHead(name, "here", 0, fill=fill)
+        fill = SharedPush(self.made[worker].key, name.sequence, deliver=True)
+        head = PushHead(name, "here", 0, shared=fill)
         return await self.host.push(head, self.host.begin_push(head, 64), str(name))
 
     async def parameters(self) -> Tensor:
@@ -256,7 +256,7 @@ def test_no_parameter_is_ever_nan_while_a_worker_keeps_writing(url: str) -> None
     reader = SGD([copy], lr=0.1, server=url, kernel="reference", session="hostile")
     parameter.grad = torch.zeros(2_000_000)
     optimizer.step()
-    shared = optimizer._membership.link._buffers.sharing.area.gradients["float32"]  # type: ignore[attr-defined]
+    shared = optimizer._membership.link._buffers.sharing.memory.gradients["float32"]  # type: ignore[attr-defined]
     over, outcomes = threading.Event(), {"refused": 0, "applied": 0}
 
     def write() -> None:

@@ -90,7 +90,7 @@ def test_the_answer_to_a_join_is_what_the_server_says_and_the_client_reads() -> 
     assert (joined.epoch, joined.incarnation, joined.initialise) == (1, answer.incarnation, True)
     plan = plan_of(SessionDocument.model_validate(example("join")))
     assert answer.fields == plan.rule.kinds
-    assert answer.eager is plan.rule.eager
+    assert answer.eager is plan.rule.has_initial_state
     assert [from_ranges(each.segments, 2) for each in answer.placement] == [[0, 1]]
 
 

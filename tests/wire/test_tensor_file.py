@@ -20,7 +20,7 @@ from farstep.protocol.tensor_file import (
     LENGTH_BYTES,
     METADATA,
     Entry,
-    Head,
+    FileHead,
     head_length,
     in_file_order,
     read_head,
@@ -40,7 +40,7 @@ ENTRIES = st.lists(
 )
 
 
-def split(file: bytes) -> tuple[Head, bytes]:
+def split(file: bytes) -> tuple[FileHead, bytes]:
     """Read a whole file."""
     length = head_length(file[:LENGTH_BYTES], len(file))
     data = file[LENGTH_BYTES + length :]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self, cast, get_args
 
-from farstep.conversation.replies import PLACE, Said
+from farstep.conversation.replies import CHECK_URL, ReplyReader
 from farstep.errors import FarstepError, InvalidAnswer, ProtocolMismatch
 from farstep.protocol.consistency import Consistency, from_options
 from farstep.protocol.fields import FieldKind
@@ -48,7 +48,7 @@ class Joined:
         initialised: the session has its first parameters.
         initialise: this worker is asked for them.
         fields: the optimizer's state fields.
-        eager: a parameter has state before its first step.
+        has_initial_state: a parameter has state before its first step.
         groups: the options in force, None where an earlier server does not say.
         placement: where its parameters live.
     """
@@ -59,7 +59,7 @@ class Joined:
     initialised: bool
     initialise: bool
     fields: Mapping[str, FieldKind]
-    eager: bool
+    has_initial_state: bool
     groups: list[Mapping[str, Any]] | None
     placement: tuple[Shard, ...]
 
@@ -70,28 +70,28 @@ class Joined:
         Raises:
             InvalidAnswer: it is not the answer to a join.
         """
-        said = Said(document, "The answer to joining")
-        fields = said.mapping("fields")
+        reply = ReplyReader(document, "The answer to joining")
+        fields = reply.mapping("fields")
         if len(fields) > MOST_FIELDS or not all(type(kind) is str and kind in KINDS for kind in fields.values()):
             raise wrong(f"The answer to joining has the state fields {fields!r:.200}.", "fields")
         return cls(
-            _incarnation(said),
-            said.flag("created"),
-            said.integer("epoch", least=1),
-            said.flag("initialised"),
-            said.flag("initialise"),
+            _incarnation(reply),
+            reply.flag("created"),
+            reply.integer("epoch", least=1),
+            reply.flag("initialised"),
+            reply.flag("initialise"),
             cast("dict[str, FieldKind]", fields),
-            said.flag("eager"),
-            said.mappings("groups") if "groups" in said else None,
-            tuple(_shard(each) for each in said.mappings("placement")),
+            reply.flag("eager"),
+            reply.mappings("groups") if "groups" in reply else None,
+            tuple(_shard(each) for each in reply.mappings("placement")),
         )
 
 
 def _shard(document: Mapping[str, Any]) -> Shard:
-    said, segments = Said(document, "A shard of the placement"), document.get("segments")
+    reply, segments = ReplyReader(document, "A shard of the placement"), document.get("segments")
     if type(segments) is not list or len(segments) != 2 or not all(type(each) is int for each in segments):
         raise wrong(f"A shard of the placement has the segments {segments!r:.80}.", "placement")
-    return Shard(said.text("url"), (segments[0], segments[1]))
+    return Shard(reply.text("url"), (segments[0], segments[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +110,8 @@ class Page:
         Raises:
             InvalidAnswer: it is no worker's page.
         """
-        said = Said(document, "The page of the worker")
-        return cls(_incarnation(said), said.integer("epoch"), said.integer("sequence"), said.flag("waiting"))
+        reply = ReplyReader(document, "The page of the worker")
+        return cls(_incarnation(reply), reply.integer("epoch"), reply.integer("sequence"), reply.flag("waiting"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,21 +146,21 @@ class Reply:
             ProtocolMismatch: it is of another version of the protocol.
             InvalidAnswer: it is no reply to a write in that session.
         """
-        said = Said(header, "The reply")
+        reply = ReplyReader(header, "The reply")
         check_version(header)
-        if _incarnation(said) != incarnation:
+        if _incarnation(reply) != incarnation:
             raise wrong("The reply is of another life of the session than was written to.", "incarnation")
-        times = said.mapping("times") if "times" in said else {}
+        times = reply.mapping("times") if "times" in reply else {}
         if len(times) > MOST_TIMES:
             raise wrong(f"The reply has {len(times)} times.", "times")
-        spent = Said({key: value for key, value in times.items() if value is not None}, "The times of the reply")
+        spent = ReplyReader({key: value for key, value in times.items() if value is not None}, "The times of the reply")
         return cls(
-            said.integer("version"),
-            receipt_of(said.mapping("receipt")),
-            said.flag("duplicate"),
-            "delivered" in said and said.flag("delivered"),
+            reply.integer("version"),
+            receipt_of(reply.mapping("receipt")),
+            reply.flag("duplicate"),
+            "delivered" in reply and reply.flag("delivered"),
             {key: spent.number(key) for key, value in times.items() if value is not None},
-            mode_of(said.mapping("consistency")) if "consistency" in said else None,
+            mode_of(reply.mapping("consistency")) if "consistency" in reply else None,
         )
 
 
@@ -170,24 +170,24 @@ def receipt_of(values: Mapping[str, Any]) -> Receipt:
     Raises:
         InvalidAnswer: it is none.
     """
-    said = Said(values, "The receipt")
+    reply = ReplyReader(values, "The receipt")
     for key, least in (("version", 0), ("base", 0), ("staleness", 0), ("divisor", 1)):
-        said.integer(key, least=least)
-    said.flag("applied")
-    said.text("kernel")
-    said.texts("contributors")
+        reply.integer(key, least=least)
+    reply.flag("applied")
+    reply.text("kernel")
+    reply.texts("contributors")
     for key, check in _OPTIONAL.items():
         if values.get(key) is not None:
-            check(said, key)
+            check(reply, key)
     return Receipt.from_header({key: value for key, value in values.items() if value is not None})
 
 
-_OPTIONAL: Mapping[str, Callable[[Said, str], object]] = {
-    "again": Said.flag,
-    "reason": lambda said, key: said.among(key, REASONS),
-    "detail": Said.text,
-    "weight": Said.number,
-    "grad_norm": Said.real,
+_OPTIONAL: Mapping[str, Callable[[ReplyReader, str], object]] = {
+    "again": ReplyReader.flag,
+    "reason": lambda reply, key: reply.among(key, REASONS),
+    "detail": ReplyReader.text,
+    "weight": ReplyReader.number,
+    "grad_norm": ReplyReader.real,
 }
 
 
@@ -220,12 +220,12 @@ def check_contents(header: Mapping[str, Any], fields: Collection[str], segments:
         ProtocolMismatch, InvalidAnswer: they are not.
     """
     check_version(header)
-    said = Said(header, "The answer")
-    _incarnation(said)
-    said.integer("version")
-    if "count" in said:
-        said.integer("count", least=1)
-    names = said.texts("fields")
+    reply = ReplyReader(header, "The answer")
+    _incarnation(reply)
+    reply.integer("version")
+    if "count" in reply:
+        reply.integer("count", least=1)
+    names = reply.texts("fields")
     if len(set(names)) != len(names) or not set(names) <= set(fields) or not names:
         raise wrong(f"The answer has the fields {names!r:.200}, not those asked for.", "fields")
     ranges = header.get("segments")
@@ -248,11 +248,11 @@ def mode_of(options: Mapping[str, Any]) -> Consistency:
 
 def wrong(detail: str, field: str) -> InvalidAnswer:
     """Return the error of an answer that is not what the protocol says."""
-    return InvalidAnswer(detail, field=field, remedy=PLACE, side="client")
+    return InvalidAnswer(detail, field=field, remedy=CHECK_URL, side="client")
 
 
-def _incarnation(said: Said) -> str:
-    incarnation = said.text("incarnation")
+def _incarnation(reply: ReplyReader) -> str:
+    incarnation = reply.text("incarnation")
     if not 0 < len(incarnation) <= 64 or not incarnation.isprintable():
         raise wrong(f"The answer has the incarnation {incarnation!r:.80}.", "incarnation")
     return incarnation

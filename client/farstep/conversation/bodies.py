@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import httpx
 
-from farstep.conversation.replies import PLACE
+from farstep.conversation.replies import CHECK_URL
 from farstep.errors import InvalidAnswer, InvalidRequest, LimitExceeded, ResponseTooLarge
 from farstep.protocol import Decoder, Frames, encode, encoded_size
 from farstep.protocol.packing import pack_header
@@ -21,7 +21,7 @@ from farstep.transport.pieces import Payload, batches_of, nbytes_of
 HOT_BYTES: Final = 256 * 1024
 """Bytes of an answer that are received at once, at most, where something is done with them next."""
 
-Place = Callable[[dict[str, Any]], Sequence[memoryview]]
+BuffersFor = Callable[[dict[str, Any]], Sequence[memoryview]]
 Arrived = Callable[[int], object]
 """Called with the payload bytes that have arrived so far."""
 
@@ -35,7 +35,7 @@ class Received:
     receive_s: float
 
 
-def received(answer: Answer, place: Place, arrived: Arrived | None) -> Received:
+def received(answer: Answer, buffers_for: BuffersFor, arrived: Arrived | None) -> Received:
     """Receive a message.
 
     Raises:
@@ -43,7 +43,7 @@ def received(answer: Answer, place: Place, arrived: Arrived | None) -> Received:
         httpx.TransportError: its end did not come.
     """
     began = time.perf_counter()
-    decoder, body = Decoder(place, side="client"), answer.body
+    decoder, body = Decoder(buffers_for, side="client"), answer.body
     try:
         early = body.arrived()
         decoder.feed(early)
@@ -65,9 +65,9 @@ def received(answer: Answer, place: Place, arrived: Arrived | None) -> Received:
     except InvalidAnswer:
         raise
     except LimitExceeded as exc:
-        raise ResponseTooLarge(exc.detail, field=exc.field, limit=exc.limit, remedy=PLACE, side="client") from exc
+        raise ResponseTooLarge(exc.detail, field=exc.field, limit=exc.limit, remedy=CHECK_URL, side="client") from exc
     except InvalidRequest as exc:
-        raise InvalidAnswer(exc.detail, field=exc.field, limit=exc.limit, remedy=PLACE, side="client") from exc
+        raise InvalidAnswer(exc.detail, field=exc.field, limit=exc.limit, remedy=CHECK_URL, side="client") from exc
     return Received(decoder.header, decoder.payload_bytes, time.perf_counter() - began)
 
 

@@ -12,8 +12,8 @@ from typing import Any, cast
 
 import httpx
 
-from farstep.conversation.bodies import Arrived, Place, Received, message, received
-from farstep.conversation.replies import DOCUMENT_BYTES, PLACE, error_of, parsed, read_within, speaks_tls
+from farstep.conversation.bodies import Arrived, BuffersFor, Received, message, received
+from farstep.conversation.replies import CHECK_URL, DOCUMENT_BYTES, error_of, parsed, read_within, speaks_tls
 from farstep.errors import (
     CannotConnect,
     InvalidAnswer,
@@ -147,29 +147,29 @@ class Conversation:
         path: str,
         header: Mapping[str, Any] | None,
         payload: Payload,
-        place: Place,
+        buffers_for: BuffersFor,
         *,
         arrived: Arrived | None = None,
         wait_s: float = 0.0,
     ) -> Received:
-        """Send a header and a payload, and receive a header and a payload into where `place` says.
+        """Send a header and a payload, and receive a header and a payload into where `buffers_for` says.
 
         Args:
             method, path: the route.
             header: what to send; None for a request without a body.
             payload: what follows it; what a `StreamedBody` raises while the request is sent ends the request, which the
                 server then never has, and is raised here.
-            place: says where the answer's payload goes.
+            buffers_for: says where the answer's payload goes.
             arrived: called while it comes, so that something is done with it that is in the cache still.
             wait_s: seconds the server may be silent beyond the usual, because it waits for others.
 
         Raises:
             FarstepError: the problem the server answered with, an answer that is not of the protocol, or an address
                 that leads to no server.
-            httpx.TransportError: no complete answer came; memory that `place` named is then unspecified.
+            httpx.TransportError: no complete answer came; memory that `buffers_for` named is then unspecified.
         """
         answer = self.send(method, path, header, payload, wait_s=wait_s)
-        return self.receive(answer, place, path, arrived=arrived, sent_bytes=nbytes_of(payload))
+        return self.receive(answer, buffers_for, path, arrived=arrived, sent_bytes=nbytes_of(payload))
 
     def send(
         self, method: str, path: str, header: Mapping[str, Any] | None, payload: Payload, *, wait_s: float = 0.0
@@ -179,7 +179,7 @@ class Conversation:
             return self._ask(method, path, None if header is None else message(header, payload), wait_s)
 
     def receive(
-        self, answer: Answer, place: Place, path: str, *, arrived: Arrived | None = None, sent_bytes: int = 0
+        self, answer: Answer, buffers_for: BuffersFor, path: str, *, arrived: Arrived | None = None, sent_bytes: int = 0
     ) -> Received:
         """Do the second half of `data`; `path` is what was asked for, with a body of `sent_bytes`."""
         with self._exchange():
@@ -189,7 +189,7 @@ class Conversation:
                 self._check_coding(answer)
                 if not answer.head.kind.startswith(MSGPACK.encode()):
                     raise self._foreign(answer, path)
-                return received(answer, place, arrived)
+                return received(answer, buffers_for, arrived)
             finally:
                 answer.close()
 
@@ -225,9 +225,9 @@ class Conversation:
         try:
             yield
         except OversizedAnswer as exc:
-            raise ResponseTooLarge(f"{self.server}: {exc}", remedy=PLACE, side="client") from exc
+            raise ResponseTooLarge(f"{self.server}: {exc}", remedy=CHECK_URL, side="client") from exc
         except MalformedAnswer as exc:
-            raise InvalidAnswer(f"{self.server}: {exc}", remedy=PLACE, side="client") from exc
+            raise InvalidAnswer(f"{self.server}: {exc}", remedy=CHECK_URL, side="client") from exc
         except httpx.ConnectError as exc:
             cause = cause_of(exc, reached=self._reached)
             if cause is not None and not cause.heals:
@@ -335,6 +335,6 @@ class Conversation:
         return InvalidAnswer(
             f"{self.server} does not answer as a farstep server does: it said {answer.status} to {path}, "
             f"of the type {kind!r}.",
-            remedy=PLACE,
+            remedy=CHECK_URL,
             side="client",
         )

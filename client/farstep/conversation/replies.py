@@ -40,7 +40,9 @@ MOST_CONTAINERS: Final = 1 << 18
 CHUNK_BYTES: Final = 64 << 10
 LONGEST_PAUSE_S: Final = 86_400.0
 LARGEST_INT: Final = 2**63 - 1
-PLACE: Final = "Check that the URL is a farstep server's, its path included, and that no proxy answers in its place."
+CHECK_URL: Final = (
+    "Check that the URL is a farstep server's, its path included, and that no proxy answers in its place."
+)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
@@ -70,7 +72,7 @@ def read_within(body: Readable, declared: int | None, most: int) -> bytearray:
 
 def too_large(what: str, most: int) -> ResponseTooLarge:
     """Return the error of an answer that is larger than it may be."""
-    return ResponseTooLarge(f"{what}; this client takes {most}.", limit=most, remedy=PLACE, side="client")
+    return ResponseTooLarge(f"{what}; this client takes {most}.", limit=most, remedy=CHECK_URL, side="client")
 
 
 def parsed(text: bytes | bytearray) -> object:
@@ -103,7 +105,7 @@ def _no_constant(name: str) -> Never:
 
 
 @final
-class Said:
+class ReplyReader:
     """Take what an answer says, one checked member after the other. Members that are not known here may follow.
 
     Args:
@@ -116,7 +118,7 @@ class Said:
 
     def __init__(self, values: object, what: str) -> None:
         if not isinstance(values, Mapping):
-            raise InvalidAnswer(f"{what} is {values!r:.80}; it must be a map.", remedy=PLACE, side="client")
+            raise InvalidAnswer(f"{what} is {values!r:.80}; it must be a map.", remedy=CHECK_URL, side="client")
         self._values = values
         self._what = what
 
@@ -189,7 +191,7 @@ class Said:
     def _wrong(self, key: str, value: object, wanted: str) -> InvalidAnswer:
         found = f"is {value!r:.80}" if key in self._values else "is missing"
         return InvalidAnswer(
-            f"{self._what}: {key!r} {found}; it must be {wanted}.", field=key, remedy=PLACE, side="client"
+            f"{self._what}: {key!r} {found}; it must be {wanted}.", field=key, remedy=CHECK_URL, side="client"
         )
 
 
@@ -259,7 +261,9 @@ def _of_proxy(status: int, text: bytearray, server: str, path: str, sent_bytes: 
                 side="client",
             )
     return InvalidAnswer(
-        f"{server} does not answer as a farstep server does: it said {status} to {path}.", remedy=PLACE, side="client"
+        f"{server} does not answer as a farstep server does: it said {status} to {path}.",
+        remedy=CHECK_URL,
+        side="client",
     )
 
 

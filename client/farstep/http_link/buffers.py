@@ -29,9 +29,16 @@ from farstep.errors import FarstepError
 from farstep.protocol.codecs import FULL, Codec, Wire
 from farstep.protocol.dtypes import DTYPES
 from farstep.protocol.memory import TORCH_DTYPES, wire_dtype
-from farstep.protocol.messages import Fill
-from farstep.protocol.shared_memory import SUPPORTED, Area, Made, make
-from farstep.tensors import DecodingReceiver, Encoder, Form, GradientSender, HalfPrecisionReceiver, ParameterReceiver
+from farstep.protocol.messages import SharedPush
+from farstep.protocol.shared_memory import SUPPORTED, OwnedSharedMemory, SharedMemory, make
+from farstep.tensors import (
+    DecodingReceiver,
+    Encoder,
+    GradientSender,
+    HalfPrecisionReceiver,
+    ParameterReceiver,
+    TensorMeta,
+)
 
 LEAST_BYTES: Final = 256 * 1024
 """Parameters of fewer bytes move in bodies, which then take no longer."""
@@ -57,14 +64,14 @@ class Sharing:
         self._path = f"{path}/memory"
         self.possible = possible and SUPPORTED
         self._process = os.getpid()
-        self._made: Made | None = None
+        self._made: OwnedSharedMemory | None = None
         self._gradients: list[Tensor] = []
         self._fills = 0
 
     @property
-    def area(self) -> Area | None:
+    def memory(self) -> SharedMemory | None:
         """Return the memory in use, None while there is none."""
-        return self._made.area if self._made else None
+        return self._made.memory if self._made else None
 
     @property
     def foreign(self) -> bool:
@@ -94,10 +101,10 @@ class Sharing:
         finally:
             made.close()
         self._made, self._process = made, os.getpid()
-        self._gradients = _placed(parameters, made.area)
+        self._gradients = _placed(parameters, made.memory)
         return True
 
-    def fill(self, present: Sequence[int], gradients: Sequence[Tensor | None]) -> Fill | None:
+    def fill(self, present: Sequence[int], gradients: Sequence[Tensor | None]) -> SharedPush | None:
         """Copy gradients in and return how a push names them, None if there is no memory."""
         if self._made is None:
             return None
@@ -105,7 +112,7 @@ class Sharing:
         with torch.no_grad():
             torch._foreach_copy_([self._gradients[i] for i in present], sources)
         self._fills += 1
-        return Fill(self._made.key, self._fills)
+        return SharedPush(self._made.key, self._fills)
 
     def give_up(self) -> None:
         """Never touch the memory in use again."""
@@ -128,7 +135,7 @@ def _sizes(parameters: Sequence[Tensor]) -> dict[str, int]:
     return sizes
 
 
-def _placed(parameters: Sequence[Tensor], area: Area) -> list[Tensor]:
+def _placed(parameters: Sequence[Tensor], area: SharedMemory) -> list[Tensor]:
     at = dict.fromkeys(area.gradients, 0)
     placed = []
     for p in parameters:
@@ -174,7 +181,7 @@ class WorkerBuffers:
         self._set_out()
 
     def _set_out(self) -> None:
-        self.forms = list(map(Form.of, self.parameters))
+        self.forms = list(map(TensorMeta.of, self.parameters))
         self.sender = GradientSender(self.parameters, self.encoder)
 
     @property
@@ -190,7 +197,7 @@ class WorkerBuffers:
     def rebind_(self, parameters: Sequence[Tensor]) -> None:
         """Take other tensors of the same shapes and dtypes in the parameters' place."""
         self.parameters = list(parameters)
-        self.forms = list(map(Form.of, parameters))
+        self.forms = list(map(TensorMeta.of, parameters))
         self.receiver.rebind_(parameters)  # the sender goes by shapes and dtypes, which are the same
 
     def grow_(self, parameters: Sequence[Tensor], receiver: ParameterReceiver) -> None:
@@ -205,7 +212,7 @@ class WorkerBuffers:
 
     # -- shared memory ----------------------------------------------------------------------------------------------
 
-    def fill_(self, epoch: int, present: Sequence[int], gradients: Sequence[Tensor | None]) -> Fill | None:
+    def fill_(self, epoch: int, present: Sequence[int], gradients: Sequence[Tensor | None]) -> SharedPush | None:
         """Put gradients into shared memory, if there is any; return how a push names them.
 
         Args:
@@ -214,14 +221,14 @@ class WorkerBuffers:
             gradients: one for each parameter, None where it has none.
         """
         self.leave_foreign_()
-        if self.sharing.offer(epoch, self.parameters) and self.sharing.area:
-            halves = self.sharing.area.parameters
+        if self.sharing.offer(epoch, self.parameters) and self.sharing.memory:
+            halves = self.sharing.memory.parameters
             self.receiver = self.receiver.within({TORCH_DTYPES[name]: flat for name, flat in halves.items()})
         return self.sharing.fill(present, gradients)
 
     def share_no_more_(self) -> None:
         """Give shared memory up until more is offered."""
-        if self.sharing.area is not None:
+        if self.sharing.memory is not None:
             self.receiver = self.receiver.within(None)
             self.sharing.give_up()
 

@@ -20,7 +20,7 @@ from farstep.protocol.consistency import Consistency
 from farstep.protocol.fields import FieldKind
 from farstep.protocol.growth import outgrown
 from farstep.protocol.messages import OptionsMode
-from farstep.settings import Place
+from farstep.settings import WorkerSettings
 
 
 @final
@@ -29,28 +29,28 @@ class JoinedSession:
 
     Args:
         spec: what the session is.
-        place: where it is, and under which name this worker joins it.
+        settings: where it is, and under which name this worker joins it.
         writer: the worker's writes, which belong to the life of the session that was joined.
 
     Attributes:
         spec: as above, with the groups that were added and the mode that was set since.
         fields: the optimizer's state fields; none before the session was joined.
-        eager: whether a parameter has state before its first step.
+        has_initial_state: whether a parameter has state before its first step.
         version: the version of the parameters that are here.
     """
 
-    def __init__(self, spec: SessionSpec, place: Place, writer: Writer) -> None:
+    def __init__(self, spec: SessionSpec, settings: WorkerSettings, writer: Writer) -> None:
         self.spec = spec
         self.fields: Mapping[str, FieldKind] = {}
-        self.eager = False
+        self.has_initial_state = False
         self.version = 0
-        self._place = place
+        self._settings = settings
         self._writer = writer
 
     @property
     def options(self) -> OptionsMode:
         """Return whether the options that this worker sends are the session's, or those of its pushes alone."""
-        return self._place.options or "session"
+        return self._settings.options or "session"
 
     @property
     def forked(self) -> bool:
@@ -60,7 +60,7 @@ class JoinedSession:
     def join_(self, joined: Joined) -> None:
         """Begin a new epoch of the worker, with what the server said when it joined."""
         self.fields = joined.fields
-        self.eager = joined.eager
+        self.has_initial_state = joined.has_initial_state
         self._writer.join(joined.epoch, joined.incarnation)
 
     def grow_(self, options: Options, parameters: Sequence[Parameter]) -> None:
@@ -73,7 +73,7 @@ class JoinedSession:
         if mode != self.spec.consistency:
             self.spec = replace(self.spec, consistency=mode)
             barrier_s = mode.longest_wait_s
-            self._writer.wait_for(barrier_s, self._place.timeout_s + barrier_s)
+            self._writer.wait_for(barrier_s, self._settings.timeout_s + barrier_s)
 
     # -- answers ----------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class JoinedSession:
                 raise wrong(f"The answer has the segments {ranges!r:.80}; all {count} were asked for.", "segments")
             return from_ranges(ranges, count, side="client")
         if header.get("count", count) != count:
-            raise outgrown(self.spec.name, self._place.worker, len(self.spec.groups), side="client")
+            raise outgrown(self.spec.name, self._settings.worker, len(self.spec.groups), side="client")
         return None
 
     @contextmanager
@@ -126,8 +126,8 @@ class JoinedSession:
 
     def _lost(self, what: str) -> SessionLost:
         return SessionLost(
-            f"Session {self.spec.name!r}, of which worker {self._place.worker!r} held version {self.version}, {what} "
-            f"{self._writer.server}: the server restarted, or somebody removed it.",
+            f"Session {self.spec.name!r}, of which worker {self._settings.worker!r} held version {self.version}, "
+            f"{what} {self._writer.server}: the server restarted, or somebody removed it.",
             remedy="Its optimizer state is lost, unless it was imported from a file: then call rejoin(), "
             "else load your last checkpoint and call rejoin(state_dict).",
             side="client",

@@ -39,7 +39,7 @@ from farstep.protocol.growth import AppendHead, NewParameter
 from farstep.protocol.messages import Evaluation, WriteName
 from farstep.protocol.receipt import StepReport
 from farstep.protocol.unix import path_of_url
-from farstep.settings import Place
+from farstep.settings import WorkerSettings
 from farstep.tensors import outgoing
 
 CLOSE_TIMEOUT_S = 2.0
@@ -52,26 +52,26 @@ class HttpLink(Link):
 
     @in_ordinary_memory
     def __init__(
-        self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None
+        self, spec: SessionSpec, parameters: Sequence[Tensor], settings: WorkerSettings, start: Start | None = None
     ) -> None:
-        address = cast(str, place.server)
-        self._place = place
+        address = cast(str, settings.server)
+        self._settings = settings
         self._path = f"/v1/sessions/{quote(spec.name)}"
         self._server = self._shard = self._conversation(address)
-        self._retry = RetryPolicy(place.timeout_s)
-        barrier_s = place.consistency.longest_wait_s
+        self._retry = RetryPolicy(settings.timeout_s)
+        barrier_s = settings.consistency.longest_wait_s
         self._writer = Writer(
             self._server,
             spec.name,
-            place.worker,
-            retry=RetryPolicy(place.timeout_s + barrier_s),
+            settings.worker,
+            retry=RetryPolicy(settings.timeout_s + barrier_s),
             barrier_s=barrier_s,
         )
         self._reader = Reader(self._server, spec.name, retry=self._retry)
-        self._joined = JoinedSession(spec, place, self._writer)
-        own_socket = path_of_url(address) is not None and place.transport is None
-        sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not place.wire)
-        self._buffers = WorkerBuffers(parameters, place.wire, sharing)
+        self._joined = JoinedSession(spec, settings, self._writer)
+        own_socket = path_of_url(address) is not None and settings.transport is None
+        sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not settings.wire)
+        self._buffers = WorkerBuffers(parameters, settings.wire, sharing)
         self._writer.settle = self._buffers.settle
         self._overlapping = Overlapping()
         self._joined_options: list[Options] | None = None
@@ -87,10 +87,10 @@ class HttpLink(Link):
     def _conversation(self, address: str) -> Conversation:
         return Conversation(
             address,
-            self._place.token,
-            transport=self._place.transport,
+            self._settings.token,
+            transport=self._settings.transport,
             # A connection that has gone silent is given up in time for another try.
-            read_timeout_s=min(READ_TIMEOUT_S, self._place.timeout_s / 2),
+            read_timeout_s=min(READ_TIMEOUT_S, self._settings.timeout_s / 2),
         )
 
     @property
@@ -102,8 +102,8 @@ class HttpLink(Link):
         return self._joined.fields
 
     @property
-    def eager(self) -> bool:
-        return self._joined.eager
+    def has_initial_state(self) -> bool:
+        return self._joined.has_initial_state
 
     @property
     def joined_options(self) -> list[Options] | None:
@@ -116,11 +116,11 @@ class HttpLink(Link):
         self._buffers.share_no_more_()
         self._buffers.encoder.forget()
         self._overlapping.end(OTHERS)
-        document = {**self._joined.spec.to_document(), "worker": self._place.worker}
-        if not self._place.named:
+        document = {**self._joined.spec.to_document(), "worker": self._settings.worker}
+        if not self._settings.named:
             document["named"] = False
-        if self._place.options is not None:
-            document["options"] = self._place.options
+        if self._settings.options is not None:
+            document["options"] = self._settings.options
 
         def attempt() -> bool:
             self._asked = True
@@ -230,14 +230,14 @@ class HttpLink(Link):
         arrived: list[int] | None = None
         reply: Reply | None = None
 
-        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+        def buffers_for(header: dict[str, Any]) -> Sequence[memoryview]:
             nonlocal arrived, reply
             reply = Reply.of(header, self._writer.incarnation)
             arrived = self._joined.arriving(header, count, whole=not reply.receipt.applied)
             return receiver.targets(arrived, whole=True)
 
         with self._joined.there():
-            self._writer.append(head, [outgoing(each) for each in tensors], place)
+            self._writer.append(head, [outgoing(each) for each in tensors], buffers_for)
         assert reply is not None
         receipt = reply.receipt
         if not receipt.applied:
@@ -255,14 +255,14 @@ class HttpLink(Link):
     def heartbeat(self, *, once: bool = False) -> Heartbeat:
         document = {"epoch": self._writer.names.epoch, "incarnation": self._writer.incarnation}
         path = f"{self._writer.worker_path}/lease"
-        retry = RetryPolicy(0.0 if once else self._place.timeout_s)
+        retry = RetryPolicy(0.0 if once else self._settings.timeout_s)
 
         def attempt() -> Heartbeat:
             answer = self._server.control("PUT", path, document, within_s=WITHIN_S if once else None)
             return Heartbeat.of(answer)
 
         with self._joined.there():
-            what = f"Renewing the lease of worker {self._place.worker!r} in session {self._joined.spec.name!r}"
+            what = f"Renewing the lease of worker {self._settings.worker!r} in session {self._joined.spec.name!r}"
             return retry.call(what, self._server.server, attempt)
 
     # -- the mode ---------------------------------------------------------------------------------------------------
@@ -308,7 +308,7 @@ class HttpLink(Link):
                     self._buffers.receiver,
                     self._check,
                     self._buffers.wire_parameters,
-                    worker=(self._place.worker, self._writer.names.epoch),
+                    worker=(self._settings.worker, self._writer.names.epoch),
                 )
         except BaseException:
             self._buffers.receiver.keep_(but=edited)
@@ -344,7 +344,7 @@ class HttpLink(Link):
         epoch = self._writer.names.epoch
         try:
             with suppress(FarstepError, httpx.HTTPError, OSError):  # what is gone need not be left
-                if self._place.private and self._asked:  # there may be one though its answer never came
+                if self._settings.private and self._asked:  # there may be one though its answer never came
                     self._server.control("DELETE", self._path, within_s=CLOSE_TIMEOUT_S)
                 elif epoch:
                     path = f"{self._writer.worker_path}?epoch={epoch}"

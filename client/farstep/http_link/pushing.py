@@ -28,7 +28,7 @@ from farstep.http_link.writer import Writer
 from farstep.link import Options
 from farstep.overlap import LEAST_BYTES, OTHERS, STREAMED, Overlapped, Overlapping
 from farstep.protocol import to_ranges
-from farstep.protocol.messages import Evaluation, Fill, PushHead, Sparse, Wanted, WriteName
+from farstep.protocol.messages import Evaluation, PushHead, SharedPush, Sparse, Wanted, WriteName
 from farstep.protocol.receipt import StepReport
 from farstep.tensors import BackgroundCompare, Edited, outgoing_gradients
 from farstep.transport import StreamedBody
@@ -169,10 +169,12 @@ class Pushing:
         if not isinstance(payload, StreamedBody):
             self._send_edits(unlooked)
         bodies = encoded.sparse or evaluation or names.unsure
-        fill = None if bodies else buffers.fill_(names.epoch, present, gradients)
-        head = self._head(present, groups, evaluation=evaluation, order=encoded.order, sparse=encoded.sparse, fill=fill)
+        shared = None if bodies else buffers.fill_(names.epoch, present, gradients)
+        head = self._head(
+            present, groups, evaluation=evaluation, order=encoded.order, sparse=encoded.sparse, shared=shared
+        )
         again = (lambda: encode().payload) if self._residuals else None
-        return self._push(head, present, payload, began, shared=fill is not None, again=again)
+        return self._push(head, present, payload, began, shared=shared is not None, again=again)
 
     def _head(
         self,
@@ -182,7 +184,7 @@ class Pushing:
         evaluation: Evaluation | None = None,
         order: Sequence[int] | None = None,
         sparse: Sequence[Sparse] = (),
-        fill: Fill | None = None,
+        shared: SharedPush | None = None,
     ) -> Callable[[WriteName, str], PushHead]:
         everything = len(present) == len(self._buffers.parameters)
         segments = None if everything else to_ranges(present)
@@ -201,7 +203,7 @@ class Pushing:
                 evaluation=evaluation,
                 wire_gradients=self._buffers.wire_gradients,
                 wire_parameters=self._buffers.wire_parameters,
-                fill=fill,
+                shared=shared,
                 order=None if order is None else tuple(order),
                 options=self._joined.options,
             )
@@ -272,7 +274,7 @@ class Pushing:
         arrived: list[int] | None = None
         reply: Reply | None = None
 
-        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+        def buffers_for(header: dict[str, Any]) -> Sequence[memoryview]:
             nonlocal arrived, reply
             buffers.receiver.undo_()  # what an earlier try has brought
             reply = Reply.of(header, self._writer.incarnation)
@@ -289,7 +291,7 @@ class Pushing:
 
         try:
             with self._joined.there():
-                received = self._writer.push(head, payload, place, self._advance, begun, again)
+                received = self._writer.push(head, payload, buffers_for, self._advance, begun, again)
         except BaseException as exc:
             unanswered = self._writer.names.unanswered
             if isinstance(exc, ReceiptExpired):

@@ -16,9 +16,9 @@ from urllib.parse import quote
 import torch
 from torch import Tensor
 
-from farstep.conversation import Conversation, Place, Received
+from farstep.conversation import BuffersFor, Conversation, Received
 from farstep.conversation.answers import check_contents
-from farstep.conversation.replies import Said
+from farstep.conversation.replies import ReplyReader
 from farstep.http_link.buffers import WorkerBuffers
 from farstep.http_link.joined import JoinedSession
 from farstep.http_link.retry import RetryPolicy
@@ -28,7 +28,7 @@ from farstep.protocol.fields import PRESENT, FieldKind, State, shapes_from_heade
 from farstep.protocol.memory import tensor_memory
 from farstep.protocol.messages import PutHead, WriteName
 from farstep.protocol.receipt import Receipt
-from farstep.tensors import Form, ParameterReceiver, StateArrivals, outgoing, outgoing_contents
+from farstep.tensors import ParameterReceiver, StateArrivals, TensorMeta, outgoing, outgoing_contents
 
 QUERY_BOUNDS = 1000
 """Bounds of ranges in a URL, which servers do not take at any length; beyond it what lies between is read too."""
@@ -73,13 +73,13 @@ class Reader:
             "Pulling", path, ["param"], None, lambda header: receiver.targets(None, whole=codec is None), check
         )
 
-    def stateful(self, parameters: Sequence[Form], check: Check) -> tuple[int, list[bool]]:
+    def stateful(self, parameters: Sequence[TensorMeta], check: Check) -> tuple[int, list[bool]]:
         """Return the session's version, and for each parameter whether it has state."""
         received, receiver = self._state({}, parameters, range(len(parameters)), check)
         return int(received.header["version"]), receiver.present()
 
     def states(
-        self, fields: Mapping[str, FieldKind], parameters: Sequence[Form], indices: Sequence[int], check: Check
+        self, fields: Mapping[str, FieldKind], parameters: Sequence[TensorMeta], indices: Sequence[int], check: Check
     ) -> list[State | None]:
         """Return the state of some of all parameters, ascending, None where one has none."""
         if len(to_ranges(indices)) > QUERY_BOUNDS:
@@ -89,7 +89,7 @@ class Reader:
         _, receiver = self._state(fields, parameters, indices, check)
         return receiver.states()
 
-    def view(self, name: str, parameters: Sequence[Form], check: Check) -> list[Tensor]:
+    def view(self, name: str, parameters: Sequence[TensorMeta], check: Check) -> list[Tensor]:
         """Return what the session keeps of all parameters under another name, on their devices."""
         arrived = [torch.empty(p.shape, dtype=p.dtype, device="cpu") for p in parameters]
         views = [tensor_memory(each) for each in arrived]
@@ -97,7 +97,7 @@ class Reader:
         return [each.to(p.device) for each, p in zip(arrived, parameters, strict=True)]
 
     def _state(
-        self, fields: Mapping[str, FieldKind], parameters: Sequence[Form], indices: Sequence[int], check: Check
+        self, fields: Mapping[str, FieldKind], parameters: Sequence[TensorMeta], indices: Sequence[int], check: Check
     ) -> tuple[Received, StateArrivals]:
         receiver = StateArrivals(
             [parameters[i] for i in indices], fields, sum(form.shape.numel() for form in parameters)
@@ -107,25 +107,31 @@ class Reader:
         if segments is not None:
             path += f"&segments={','.join(map(str, segments))}"
 
-        def place(header: dict[str, Any]) -> Sequence[memoryview]:
-            shapes = Said(header, "The answer").mapping("shapes") if "shapes" in header else {}
+        def buffers_for(header: dict[str, Any]) -> Sequence[memoryview]:
+            shapes = ReplyReader(header, "The answer").mapping("shapes") if "shapes" in header else {}
             return receiver.targets(header["fields"], shapes_from_header(shapes, side="client"))
 
-        received = self._get("Reading the state of", path, [*fields, PRESENT], segments, place, check)
+        received = self._get("Reading the state of", path, [*fields, PRESENT], segments, buffers_for, check)
         return received, receiver
 
     def _get(
-        self, doing: str, path: str, fields: Sequence[str], segments: Sequence[int] | None, targets: Place, check: Check
+        self,
+        doing: str,
+        path: str,
+        fields: Sequence[str],
+        segments: Sequence[int] | None,
+        targets: BuffersFor,
+        check: Check,
     ) -> Received:
         """Read contents: these fields of these ranges of segments, None for all."""
 
-        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+        def buffers_for(header: dict[str, Any]) -> Sequence[memoryview]:
             check_contents(header, fields, segments)
             check(header)
             return targets(header)
 
         def attempt() -> Received:
-            return self.shard.data("GET", path, None, (), place)
+            return self.shard.data("GET", path, None, (), buffers_for)
 
         return self._retry.call(f"{doing} session {self._session!r}", self.shard.server, attempt)
 

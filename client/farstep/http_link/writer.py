@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from farstep.conversation import Arrived, Conversation, Place, Received
+from farstep.conversation import Arrived, BuffersFor, Conversation, Received
 from farstep.conversation.answers import Page, Reply
 from farstep.errors import Fenced, IdempotencyMismatch, Truncated, Unavailable
 from farstep.http_link.retry import RetryPolicy
@@ -87,13 +87,15 @@ class Writer:
         self,
         head: MakeHead,
         payload: Payload,
-        place: Place,
+        buffers_for: BuffersFor,
         arrived: Arrived | None = None,
         begun: Overlapped | None = None,
         again: Callable[[], Payload] | None = None,
     ) -> Received:
         """Send gradients; see `_write`."""
-        return self._write("Pushing to", "POST", f"{self._path}/push", head, payload, place, arrived, begun, again)
+        return self._write(
+            "Pushing to", "POST", f"{self._path}/push", head, payload, buffers_for, arrived, begun, again
+        )
 
     def send_push(self, header: Mapping[str, Any], payload: Payload) -> Answer:
         """Send gradients once, and return when the head of an answer is there."""
@@ -103,18 +105,18 @@ class Writer:
         """Send contents; see `_write`."""
         reply: Reply | None = None
 
-        def place(header: dict[str, Any]) -> Sequence[memoryview]:
+        def buffers_for(header: dict[str, Any]) -> Sequence[memoryview]:
             nonlocal reply
             reply = Reply.of(header, self.incarnation)
             return []
 
-        self._write("Writing", "PUT", f"{self._path}/contents", head, payload, place)
+        self._write("Writing", "PUT", f"{self._path}/contents", head, payload, buffers_for)
         assert reply is not None
         return reply
 
-    def append(self, head: MakeHead, payload: Payload, place: Place) -> Received:
+    def append(self, head: MakeHead, payload: Payload, buffers_for: BuffersFor) -> Received:
         """Send a param group; see `_write`."""
-        return self._write("Adding a param group to", "POST", f"{self._path}/groups", head, payload, place)
+        return self._write("Adding a param group to", "POST", f"{self._path}/groups", head, payload, buffers_for)
 
     def _write(
         self,
@@ -123,7 +125,7 @@ class Writer:
         path: str,
         head: MakeHead,
         payload: Payload,
-        place: Place,
+        buffers_for: BuffersFor,
         arrived: Arrived | None = None,
         begun: Overlapped | None = None,
         again: Callable[[], Payload] | None = None,
@@ -134,7 +136,7 @@ class Writer:
             doing, method, path: what it is, and its route.
             head: makes its header.
             payload: what follows it.
-            place: says where the answer's payload goes.
+            buffers_for: says where the answer's payload goes.
             arrived: called while it comes.
             begun: the first try, which is on its way already.
             again: makes the payload again; see `settle`.
@@ -155,13 +157,13 @@ class Writer:
                 if begun is not None:
                     first, begun = begun, None
                     try:
-                        return self.shard.receive(first.finish(), place, path, arrived=arrived)
+                        return self.shard.receive(first.finish(), buffers_for, path, arrived=arrived)
                     except Truncated:  # it came too slowly, so nothing has happened
                         first.outcome = BROKEN
                 if self._retry.attempts > 1:  # an answer to the first try may still come where it was told to
                     header = {key: value for key, value in header.items() if key != "deliver"}
                 body: Payload = () if "area" in header else payload
-                return self.shard.data(method, path, header, body, place, arrived=arrived, wait_s=self._barrier_s)
+                return self.shard.data(method, path, header, body, buffers_for, arrived=arrived, wait_s=self._barrier_s)
 
             try:
                 received = self._retry.call(f"{doing} session {self._session!r}", self._server.server, attempt)

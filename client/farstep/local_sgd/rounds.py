@@ -10,8 +10,8 @@
     __exit__  ──► steps are no longer counted. A round that is under way is not finished: the model keeps its steps and
                   the count is kept; entering again goes on with it, `sync()` ends it
 
-The session's optimizer is an ordinary farstep optimizer over θ, a copy of the parameters (`beginning`), and everything
-that it survives, a round survives.
+The session's optimizer is an ordinary farstep optimizer over θ, a copy of the parameters
+(`round_start`); a round survives whatever it survives.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch.utils.hooks import RemovableHandle
 
 from farstep.errors import FarstepError, InvalidOption, NonFinite, TensorMismatch
 from farstep.http_link.sequence import is_refusal
-from farstep.local_sgd.beginning import Beginning, follow_, forms_of
 from farstep.local_sgd.pending import Pending
+from farstep.local_sgd.round_start import RoundStart, follow_, shapes_and_dtypes
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.moving import remote as moved
 from farstep.optim.names import named_parameters, plain_names
@@ -138,7 +138,7 @@ class Rounds:
 
         A step within a step, as `super().step()` of a class of the user's is, is a part of that one.
         """
-        if _within_another(optimizer):
+        if _is_nested(optimizer):
             return
         with scaling_of(vars(optimizer)) as scaling:
             if scaling.overflowed:
@@ -184,18 +184,18 @@ class Rounds:
         """
         self._check_training("sync()")
         self._follow()
-        _check_apart(self._parameters)
+        _check_no_shared_memory(self._parameters)
         outer, pending = self.outer, self._pending
         if pending is None:
-            pending = self._pending = Pending.of(outer, self._beginning.tensors, list(self._parameters.values()))
-        sent = pending.sent(self._beginning.tensors)
+            pending = self._pending = Pending.of(outer, self._start.tensors, list(self._parameters.values()))
+        sent = pending.sent(self._start.tensors)
         try:
-            pending.push(outer, self._beginning.tensors)
+            pending.push(outer, self._start.tensors)
         except BaseException as error:
             if is_refusal(error) or isinstance(error, NonFinite):  # which the wire's own dtype can make it, here
                 self._begin(self.local_step)
             raise
-        self._beginning.take_(sent)
+        self._start.take_(sent)
         self._begin(pending.steps)
         assert outer.last_step is not None
         return outer.last_step
@@ -208,7 +208,7 @@ class Rounds:
         """
         self._follow()
         version = self.outer.pull()
-        self._beginning.take_()
+        self._start.take_()
         self._begin(0)
         return version
 
@@ -227,7 +227,7 @@ class Rounds:
         if created:
             self._begin(self.local_step)
         else:
-            self._beginning.take_()
+            self._start.take_()
             self._begin(0)
         return created
 
@@ -242,7 +242,7 @@ class Rounds:
             FarstepError: the session's optimizer has a view's values already, or no answer came in time.
         """
         self._follow()
-        with self.outer.swap_to(view), self._beginning.shown():
+        with self.outer.swap_to(view), self._start.shown():
             yield
 
     def _check_training(self, what: str) -> None:
@@ -265,7 +265,7 @@ class Rounds:
         outer = self.outer
         return {
             "local_step": self.local_step,
-            "parameters": self._beginning.values(),
+            "parameters": self._start.values(),
             "outer": outer.state_dict(),
         }
 
@@ -288,7 +288,7 @@ class Rounds:
             )
         saved = state_dict["parameters"]
         parameters = dict(zip(plain_names(list(saved)), saved.values(), strict=True))  # it may be an older release's
-        if forms_of(parameters) != forms_of(self._parameters):
+        if shapes_and_dtypes(parameters) != shapes_and_dtypes(self._parameters):
             raise ValueError("loaded state dict has parameters of other names, shapes or dtypes than the model's")
         self._loaded = {**state_dict, "parameters": parameters}
         self.local_step = int(state_dict["local_step"])
@@ -298,21 +298,21 @@ class Rounds:
     @torch.no_grad()
     def _join(self) -> None:
         """Open the session with what it begins with if it is new; the model goes on from where it stands if it may."""
-        _check_apart(self._parameters)
+        _check_no_shared_memory(self._parameters)
         loaded = self._loaded
         begin = self._parameters if loaded is None else loaded["parameters"]
-        self._beginning = Beginning(self._parameters, begin)
+        self._start = RoundStart(self._parameters, begin)
         kind = type(self._template)
         template = kind(
-            self._beginning.groups(self._template.param_groups, self._names), **arguments(kind, self._template.defaults)
+            self._start.groups(self._template.param_groups, self._names), **arguments(kind, self._template.defaults)
         )
         if loaded is not None:
             template.load_state_dict(dict(loaded["outer"]))
         elif self._template.state:
             template.load_state_dict(self._template.state_dict())
         self._outer = moved(template, **self._remote)
-        if loaded is None or not self._beginning.has(loaded["parameters"]):
-            self._beginning.take_()
+        if loaded is None or not self._start.has(loaded["parameters"]):
+            self._start.take_()
             self._begin(0)
 
     def _follow(self) -> None:
@@ -322,14 +322,14 @@ class Rounds:
         """Stand at a step of a round with nothing under way."""
         self.local_step = local_step
         self._pending = None
-        self._beginning.forget_gradients_()
+        self._start.forget_gradients_()
 
 
 _STEP: Final = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
 """What torch puts around the `step` of each class: it calls the hooks."""
 
 
-def _within_another(optimizer: torch.optim.Optimizer) -> bool:
+def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the step whose hook asks is within another step of the same optimizer.
 
     That is seen from the stack, where an exception leaves nothing behind; a count of begun and ended steps would not
@@ -349,7 +349,7 @@ def _hooked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _check_apart(parameters: Mapping[str, Tensor]) -> None:
+def _check_no_shared_memory(parameters: Mapping[str, Tensor]) -> None:
     """Refuse parameters that share memory: what the session brings for one would be written over the other.
 
     Raises:

@@ -19,7 +19,7 @@ class Adadelta(RemoteOptimizer):
     `foreach` and `capturable` mean on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.Adadelta
+    torch_class = torch.optim.Adadelta
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class Adafactor(RemoteOptimizer):
     `foreach` means on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.Adafactor
+    torch_class = torch.optim.Adafactor
     same_in_autocast = frozenset()
 
     def __init__(

@@ -20,7 +20,7 @@ class Adagrad(RemoteOptimizer):
     `foreach` and `fused` mean on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.Adagrad
+    torch_class = torch.optim.Adagrad
     of_constructor = frozenset({"initial_accumulator_value"})
 
     def __init__(
@@ -59,8 +59,8 @@ class Adagrad(RemoteOptimizer):
         Raises:
             InvalidOption: the session is embedded or private, so that no other process can have its state.
         """
-        place = self._joined().place
-        if place.server is None or place.private:
+        settings = self._joined().settings
+        if settings.server is None or settings.private:
             raise InvalidOption(
                 "The state of an embedded or private session cannot be shared between processes.",
                 remedy="Give each process an optimizer with the same server=... and session=...; they share its state.",

@@ -19,7 +19,7 @@ class Adam(RemoteOptimizer):
     `foreach`, `fused` and `capturable` mean on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.Adam
+    torch_class = torch.optim.Adam
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class Adamax(RemoteOptimizer):
     `foreach` and `capturable` mean on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.Adamax
+    torch_class = torch.optim.Adamax
 
     def __init__(
         self,

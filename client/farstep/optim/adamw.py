@@ -19,7 +19,7 @@ class AdamW(RemoteOptimizer):
     `foreach`, `fused` and `capturable` mean on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.AdamW
+    torch_class = torch.optim.AdamW
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class ASGD(RemoteOptimizer):
     `foreach` and `capturable` mean on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.ASGD
+    torch_class = torch.optim.ASGD
     averages = ("ax",)
     counts_in = frozenset({torch.float32})
 

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from farstep.tensors import same_bits
 
-Form = tuple[torch.Size, torch.dtype]
+ShapeDtype = tuple[torch.Size, torch.dtype]
 StandIn = Callable[[int], Tensor | None]
 
 
-def form_of(p: Tensor) -> Form:
+def shape_dtype(p: Tensor) -> ShapeDtype:
     """Return what a session holds a parameter by."""
     return p.shape, p.dtype
 
@@ -41,7 +41,7 @@ class Away:
     """
 
     own: Sequence[Tensor]
-    forms: Sequence[Form]
+    forms: Sequence[ShapeDtype]
     places: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     @property
@@ -63,7 +63,7 @@ class Away:
         """
         places = {}
         for index, (p, form) in enumerate(zip(self.own, self.forms, strict=True)):
-            if form_of(p) == form:
+            if shape_dtype(p) == form:
                 continue
             found = self.places.get(index)
             if found is None and _is_away(p, form) and (fresh := stand_in(index)) is not None:
@@ -86,5 +86,5 @@ class Away:
                 p.detach().copy_(now)
 
 
-def _is_away(p: Tensor, form: Form) -> bool:
-    return form_of(p) != form and p.grad is None
+def _is_away(p: Tensor, form: ShapeDtype) -> bool:
+    return shape_dtype(p) != form and p.grad is None

@@ -6,7 +6,7 @@ different:
 
 - `step()` sends the gradients and brings the new parameters back, in place;
 - the state lives in the session; `state` and `state_dict()` fetch what is read, and what is written into `state` or
-  loaded is sent (`farstep.optim.state`);
+  loaded is sent (`farstep.optim.remote_state`);
 - a copy, by deepcopy or pickle, is in a private session of its own with the same state;
 - group options are compared with those last sent, and changes travel with the next step;
 - parameters edited between steps are noticed by their bytes, and sent before the step (`farstep.tensors.edits`);
@@ -27,12 +27,12 @@ from torch.optim.optimizer import ParamsT
 from farstep.errors import FarstepError, InvalidOption, TensorMismatch
 from farstep.optim.chosen import chosen_of
 from farstep.optim.membership import Membership
-from farstep.optim.namesakes import told_apart, told_why
+from farstep.optim.namesakes import explaining_namesake, numbered_session
 from farstep.optim.options import check_group, check_types, refusal, take_
 from farstep.optim.scaling import scaling_of, tell_
 from farstep.optim.torch_form import completed, local
 from farstep.optim.views import WithViews
-from farstep.settings import RemoteOptions, carried, of_copy, resolve
+from farstep.settings import RemoteOptions, options_of_copy, resolve, settings_of_copy
 
 
 class RemoteOptimizer(WithViews):
@@ -53,13 +53,13 @@ class RemoteOptimizer(WithViews):
                 side="client",
             )
         try:
-            place = resolve(remote)
+            settings = resolve(remote)
         except TypeError as error:
             raise TypeError(f"{type(self).__name__}.__init__() got an {error}") from None
-        defaults = self.twin([torch.zeros(1, 1, device="cpu")], **options).defaults
+        defaults = self.torch_class([torch.zeros(1, 1, device="cpu")], **options).defaults
         super().__init__(params, defaults)
         self._check_groups(self.param_groups)
-        with told_apart(place) as own:
+        with numbered_session(settings) as own:
             self._open(own, state)
 
     def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
@@ -67,7 +67,7 @@ class RemoteOptimizer(WithViews):
         for group in groups:
             own = {key: value for key, value in group.items() if key in self.defaults}
             if any(value is not self.defaults[key] for key, value in own.items()):  # arrays have no truth of ==
-                check_group(self.twin, own)
+                check_group(self.torch_class, own)
 
     def _check_surroundings(self, member: Membership) -> None:
         """Refuse a default dtype, or autocast, with which torch's class would round in another way than the session.
@@ -77,19 +77,19 @@ class RemoteOptimizer(WithViews):
         """
         if self.counts_in is not None and (dtype := torch.get_default_dtype()) not in self.counts_in:
             raise InvalidOption(
-                f"With {dtype} as torch's default dtype, {self.twin.__name__} keeps its numbers in another precision "
-                "than a session, which has them in float32.",
+                f"With {dtype} as torch's default dtype, {self.torch_class.__name__} keeps its numbers in another "
+                "precision than a session, which has them in float32.",
                 remedy="Step with torch.set_default_dtype(torch.float32); the parameters may be of any dtype.",
                 field="dtype",
                 side="client",
             )
-        if self.same_in_autocast is None or member.place.server is None:
+        if self.same_in_autocast is None or member.settings.server is None:
             return
         for device in {p.device.type for p in member.parameters}:
             dtype = torch.get_autocast_dtype(device)
             if torch.is_autocast_enabled(device) and dtype not in self.same_in_autocast:
                 raise InvalidOption(
-                    f"Inside torch.autocast({device!r}, dtype={dtype}) torch's {self.twin.__name__} multiplies "
+                    f"Inside torch.autocast({device!r}, dtype={dtype}) torch's {self.torch_class.__name__} multiplies "
                     "matrices in that dtype; the server's does not.",
                     remedy="Call step() after the `with torch.autocast` block, which is for the forward pass.",
                     field="autocast",
@@ -127,13 +127,13 @@ class RemoteOptimizer(WithViews):
             member = self._member()
         with member.writing(), scaling_of(vars(self)) as scaling:
             self._settle(member)
-            check_types(self.twin, self.param_groups)
+            check_types(self.torch_class, self.param_groups)
             try:
-                with told_why(member.place, member):
+                with explaining_namesake(member.settings, member):
                     member.prepare()
                     self.last_step = member.push(self._options(), scaling)
             except (InvalidOption, TensorMismatch) as refused_there:
-                if (error := refusal(self.twin, self.defaults, self.param_groups)) is not None:
+                if (error := refusal(self.torch_class, self.defaults, self.param_groups)) is not None:
                     raise error from refused_there
                 raise
             if member.scaler is not None:
@@ -174,7 +174,7 @@ class RemoteOptimizer(WithViews):
         What was read since the last step is not fetched again, unless others have taken the session on.
         """
         member = self._looked_at()
-        if member.fits and not member.place.private:
+        if member.fits and not member.settings.private:
             self._settle(member)
             member.refresh()
         return super().state_dict()
@@ -205,7 +205,7 @@ class RemoteOptimizer(WithViews):
         It continues as the session would. This optimizer stays open: close it if that was its last use.
         """
         self._looked_at()
-        return local(self.twin, self.param_groups, self.defaults, self.state)
+        return local(self.torch_class, self.param_groups, self.defaults, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy is made of: torch's part, and where its session shall be. The token stays here."""
@@ -215,7 +215,7 @@ class RemoteOptimizer(WithViews):
             "state": defaultdict(dict, {key: dict(own) for key, own in self.state.items()}),
             "param_groups": self.param_groups,
             "last_step": self.last_step,
-            "_moved": (carried(member.place), self.version),
+            "_moved": (options_of_copy(member.settings), self.version),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -224,13 +224,13 @@ class RemoteOptimizer(WithViews):
         Raises:
             FarstepError: the session of the copy cannot be had.
         """
-        state = completed(self.twin, state)
+        state = completed(self.torch_class, state)
         moved = state.pop("_moved", None)
         super().__setstate__(state)
         if moved is not None:
             options, version = moved
             try:
-                self._open(of_copy(options), self.state, version)
+                self._open(settings_of_copy(options), self.state, version)
             except ValueError as exc:
                 if isinstance(exc, FarstepError):
                     raise
@@ -246,8 +246,8 @@ class RemoteOptimizer(WithViews):
         memo[id(self)] = copied
         state = deepcopy(self.__getstate__(), memo)
         options, version = state.pop("_moved")
-        place = self._membership.place
-        here: RemoteOptions = {"token": place.token, "transport": place.transport}
+        settings = self._membership.settings
+        here: RemoteOptions = {"token": settings.token, "transport": settings.transport}
         state["_moved"] = ({**options, **here}, version)
         copied.__setstate__(state)
         return copied

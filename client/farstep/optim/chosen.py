@@ -109,7 +109,7 @@ def chosen_of(groups: Sequence[Mapping[str, Any]], held: Collection[Tensor] = ()
         for index, group in enumerate(groups)
         for name in group.get("param_names") or [f"{index}.{i}" for i in range(len(group["params"]))]
     ]
-    named = _told_apart(named)
+    named = _unique(named)
     left = {}
     for place, (p, (_, name)) in enumerate(zip(every, named, strict=True)):
         if why := unsteppable(p):
@@ -148,7 +148,7 @@ def chosen_of(groups: Sequence[Mapping[str, Any]], held: Collection[Tensor] = ()
     )
 
 
-def _told_apart(named: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+def _unique(named: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
     """Return groups and names of parameters with a number behind each name that is there before, as of two models."""
     found: set[str] = set()
     apart = []

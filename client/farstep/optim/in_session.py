@@ -24,25 +24,27 @@ from farstep.http_link import HttpLink
 from farstep.link import Link, SessionSpec, Start
 from farstep.optim.chosen import chosen_of
 from farstep.optim.membership import Membership, OpenLink, refused
-from farstep.optim.namesakes import take_seat_, told_why
+from farstep.optim.namesakes import explaining_namesake, note_latest_
 from farstep.optim.options import option_kinds, plain_options, take_
-from farstep.optim.torch_form import newborn, newborn_of_torch
+from farstep.optim.torch_form import initial_state, torch_initial_states
 from farstep.protocol.consistency import Consistency, checked
 from farstep.protocol.plain import pythons_own
 from farstep.protocol.receipt import StepReport
-from farstep.settings import Place, elsewhere
+from farstep.settings import WorkerSettings, in_fresh_session
 
 
-def open_link(spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None) -> Link:
-    """Open the link that `place` asks for: to a server, or embedded in this process.
+def open_link(
+    spec: SessionSpec, parameters: Sequence[Tensor], settings: WorkerSettings, start: Start | None = None
+) -> Link:
+    """Open the link that the settings ask for: to a server, or embedded in this process.
 
     Raises:
         FarstepError: the session exists with other options, or the server does not answer in time.
     """
-    if place.server is not None:
-        return HttpLink(spec, parameters, place, start)
+    if settings.server is not None:
+        return HttpLink(spec, parameters, settings, start)
     for entry in entry_points(group="farstep.hosts", name="embedded"):
-        return cast(Link, entry.load()(spec, parameters, place, start))
+        return cast(Link, entry.load()(spec, parameters, settings, start))
     raise FarstepError(
         "No server is named and the embedded host is not installed.",
         remedy="Give server=..., set FARSTEP_SERVER, or install farstep completely.",
@@ -57,7 +59,7 @@ class InSession(torch.optim.Optimizer):
         last_step: what the last `step()` did, None before the first one.
     """
 
-    twin: ClassVar[type[torch.optim.Optimizer]]
+    torch_class: ClassVar[type[torch.optim.Optimizer]]
     """torch's class of the same name."""
     of_constructor: ClassVar[frozenset[str]] = frozenset()
     """Options whose value in the constructor counts, whatever a group says."""
@@ -80,12 +82,12 @@ class InSession(torch.optim.Optimizer):
     @property
     def session(self) -> str:
         """The session's name."""
-        return self._membership.place.session
+        return self._membership.settings.session
 
     @property
     def worker(self) -> str:
         """This worker's name."""
-        return self._membership.place.worker
+        return self._membership.settings.worker
 
     @property
     def consistency(self) -> Consistency:
@@ -142,7 +144,7 @@ class InSession(torch.optim.Optimizer):
         """Bring the parameters to the session's current version, without a step, and return the version."""
         member = self._member()
         member.check_training("pull()")
-        with member.writing(), told_why(member.place, member):
+        with member.writing(), explaining_namesake(member.settings, member):
             self._settle(member)
             return member.pull()
 
@@ -163,7 +165,7 @@ class InSession(torch.optim.Optimizer):
         except BaseException:
             vars(self).update(before)
             raise
-        take_seat_(member, member.place)
+        note_latest_(member, member.settings)
         self._take_in_force()
         member.state.replace_({} if self.state is member.state else self.state)
         self.state = member.state
@@ -210,46 +212,46 @@ class InSession(torch.optim.Optimizer):
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _open(self, place: Place, state: Mapping[Any, Any] | None = None, version: int = 0) -> None:
+    def _open(self, settings: WorkerSettings, state: Mapping[Any, Any] | None = None, version: int = 0) -> None:
         """Open the session at a version, with torch's form of a state that it begins with."""
         chosen = chosen_of(self.param_groups)
         spec = SessionSpec(
-            name=place.session,
+            name=settings.session,
             # A subclass, the user's or Lightning's, is what it derives from.
-            optimizer=next(each for each in type(self).__mro__ if "twin" in vars(each)).__name__,
+            optimizer=next(each for each in type(self).__mro__ if "torch_class" in vars(each)).__name__,
             groups=tuple(self._options()),
             parameters=tuple(chosen.described),
-            consistency=place.consistency,
-            nonfinite=place.nonfinite,
-            kernel=place.kernel,
-            policy=place.policy,
+            consistency=settings.consistency,
+            nonfinite=settings.nonfinite,
+            kernel=settings.kernel,
+            policy=settings.policy,
         )
-        with told_why(place):
+        with explaining_namesake(settings):
             self._membership = Membership(
                 spec,
                 [group["params"] for group in self.param_groups],
                 chosen,
-                place,
+                settings,
                 opened_by=self.opened_by,
-                newborn=partial(newborn, self.twin, self.defaults),
+                initial_state=partial(initial_state, self.torch_class, self.defaults),
                 param_groups=partial(_groups_of, weakref.ref(self)),
                 state=state,
                 version=version,
-                options=partial(_options_of, weakref.ref(self)) if self._overlaps(place) else None,
+                options=partial(_options_of, weakref.ref(self)) if self._overlaps(settings) else None,
             )
-        take_seat_(self._membership, place)
+        note_latest_(self._membership, settings)
         self._take_in_force()
         own = self.state if state is None else state
-        if state is None and self._membership.link.eager and chosen.left:
-            own = {**own, **newborn_of_torch(self.twin, self.defaults, chosen.left_out)}
+        if state is None and self._membership.link.has_initial_state and chosen.left:
+            own = {**own, **torch_initial_states(self.torch_class, self.defaults, chosen.left_out)}
         self._membership.state.replace_(own)
         self.state = self._membership.state
         self.last_step = None
         self._asked_for_scaling = False
 
-    def _overlaps(self, place: Place) -> bool:
+    def _overlaps(self, settings: WorkerSettings) -> bool:
         """Return whether gradients are sent while others are being computed."""
-        return place.overlap and place.server is not None
+        return settings.overlap and settings.server is not None
 
     def _take_in_force(self) -> None:
         """Let the groups show the options that a session which was there already has."""
@@ -259,7 +261,7 @@ class InSession(torch.optim.Optimizer):
 
     def _options(self) -> list[dict[str, Any]]:
         """Return each group's options as plain values that travel."""
-        kinds, fixed = option_kinds(self.twin), {key: self.defaults[key] for key in self.of_constructor}
+        kinds, fixed = option_kinds(self.torch_class), {key: self.defaults[key] for key in self.of_constructor}
         missing = self.if_missing
         groups = [{**missing, **group, **fixed} if fixed or missing else group for group in self.param_groups]
         return [plain_options(group, kinds) for group in groups]
@@ -303,7 +305,7 @@ class InSession(torch.optim.Optimizer):
 
     def _move(self, member: Membership) -> None:
         """Leave for a new private session that has the groups as they are now, with the same version and state."""
-        if not member.place.private:
+        if not member.settings.private:
             raise refused(
                 f"Session {self.session!r}, which other workers may share, keeps the parameters it began with; in "
                 "the groups some were added, removed, reordered, or have another shape or dtype now.",
@@ -311,7 +313,7 @@ class InSession(torch.optim.Optimizer):
             )
         before = dict(vars(self))
         try:
-            self._open(elsewhere(member.place), self.state.copy(), self.version)
+            self._open(in_fresh_session(member.settings), self.state.copy(), self.version)
         except BaseException as exc:
             vars(self).update(before)
             if isinstance(exc, ValueError) and not isinstance(exc, FarstepError):

@@ -10,11 +10,11 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from farstep.optim.base import RemoteOptimizer
-from farstep.optim.namesakes import told_why
+from farstep.optim.namesakes import explaining_namesake
 from farstep.optim.options import check_parameters, check_types
 from farstep.protocol.messages import Evaluation
 from farstep.protocol.receipt import StepReport
-from farstep.settings import Place, RemoteOptions
+from farstep.settings import RemoteOptions, WorkerSettings
 
 
 class LBFGS(RemoteOptimizer):
@@ -24,7 +24,7 @@ class LBFGS(RemoteOptimizer):
     several exchanges, one for each evaluation of the closure; `version` counts them. All parameters are of one dtype.
     """
 
-    twin = torch.optim.LBFGS
+    torch_class = torch.optim.LBFGS
 
     def __init__(
         self,
@@ -49,12 +49,12 @@ class LBFGS(RemoteOptimizer):
         }
         super().__init__(params, options, remote)
 
-    def _overlaps(self, place: Place) -> bool:
+    def _overlaps(self, settings: WorkerSettings) -> bool:
         return False  # a push says in its head what the closure has returned
 
     def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         super()._check_groups(groups)
-        check_parameters(self.twin, self.param_groups, self.defaults)
+        check_parameters(self.torch_class, self.param_groups, self.defaults)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any]) -> Any:  # type: ignore[override]  # as torch's: the closure is needed
@@ -85,8 +85,8 @@ class LBFGS(RemoteOptimizer):
     def _push(self, evaluation: Evaluation) -> StepReport:
         """Send one evaluation, after what the closure edited; bring the parameters of the next one back."""
         member = self._member()
-        check_types(self.twin, self.param_groups)
-        with member.writing(), told_why(member.place, member):
+        check_types(self.torch_class, self.param_groups)
+        with member.writing(), explaining_namesake(member.settings, member):
             self._settle(member)
             member.prepare()
             return member.push(self._options(), evaluation=evaluation)

@@ -24,24 +24,24 @@ from torch import Tensor
 
 from farstep.errors import FarstepError, TensorMismatch
 from farstep.link import Link, SessionSpec, Start
-from farstep.optim.away import Away, form_of
+from farstep.optim.away import Away, shape_dtype
 from farstep.optim.chosen import Chosen, chosen_of
 from farstep.optim.gradient_dtypes import of_their_parameters
 from farstep.optim.options import Options, changes, without
 from farstep.optim.overlap import Overlap
+from farstep.optim.remote_state import RemoteState
 from farstep.optim.scaling import NOT_SCALED, Scaling
-from farstep.optim.state import RemoteState
-from farstep.optim.torch_form import check_form, to_session
+from farstep.optim.torch_form import check_state_dtype, to_session
 from farstep.optim.writers import Claim, writing
 from farstep.overlap import Overlapped
 from farstep.protocol.fields import FieldKind, State
 from farstep.protocol.messages import Evaluation
 from farstep.protocol.receipt import StepReport
-from farstep.settings import Place
+from farstep.settings import WorkerSettings
 
 Parameters = Sequence[Tensor]
-OpenLink = Callable[[SessionSpec, Sequence[Tensor], Place, Start], Link]
-Newborn = Callable[[Tensor, Mapping[str, FieldKind]], State | None]
+OpenLink = Callable[[SessionSpec, Sequence[Tensor], WorkerSettings, Start], Link]
+InitialState = Callable[[Tensor, Mapping[str, FieldKind]], State | None]
 """Given a parameter and the state fields, returns the state it begins with, None where state begins with a step."""
 
 
@@ -53,9 +53,9 @@ class Membership:
         spec: what the session is.
         groups: the parameters of each of the optimizer's groups.
         chosen: which of them the session holds.
-        place: where it is.
+        settings: the worker's.
         opened_by: opens the link to it.
-        newborn: the state that a parameter begins with.
+        initial_state: the state that a parameter begins with.
         param_groups: returns the optimizer's groups.
         state: torch's form of the state that a new session begins with, None for none.
         version: the version that a new session begins at.
@@ -77,24 +77,24 @@ class Membership:
         spec: SessionSpec,
         groups: Sequence[Parameters],
         chosen: Chosen,
-        place: Place,
+        settings: WorkerSettings,
         *,
         opened_by: OpenLink,
-        newborn: Newborn,
+        initial_state: InitialState,
         param_groups: Callable[[], Sequence[Mapping[str, Any]]],
         state: Mapping[Any, Any] | None = None,
         version: int = 0,
         options: Callable[[], list[Options] | None] | None = None,
     ) -> None:
-        self.place = place
+        self.settings = settings
         self._optimizer = spec.optimizer
         self.parameters = list(chosen.parameters)
         self._chosen = chosen
-        self._newborn = newborn
+        self._initial_state = initial_state
         self._claim = Claim()
-        if place.server is not None and not place.private:  # joining brings the session's parameters
+        if settings.server is not None and not settings.private:  # joining brings the session's parameters
             self._claim.take(self.parameters)
-        self.link = opened_by(spec, self.parameters, place, self._start(state, version))
+        self.link = opened_by(spec, self.parameters, settings, self._start(state, version))
         self._sent: list[Options] = [dict(group) for group in spec.groups]
         self.taken = self._in_force(self._sent)
         self._sent = self.taken or self._sent
@@ -103,7 +103,7 @@ class Membership:
             self.overlap = Overlap(self.parameters, partial(_begin_push, weakref.ref(self), options))
         self.close = weakref.finalize(self, _leave, self.link, self.overlap, self._claim)
         self.state = RemoteState(
-            self.link, self.parameters, partial(_check_open, self.close, place.session), param_groups
+            self.link, self.parameters, partial(_check_open, self.close, settings.session), param_groups
         )
         self._writes_to: tuple[list[int], frozenset[int]] = [], frozenset()
         self._remember(groups, chosen)
@@ -118,7 +118,7 @@ class Membership:
         Raises:
             FarstepError: the session was left.
         """
-        _check_open(self.close, self.place.session)
+        _check_open(self.close, self.settings.session)
 
     def check_training(self, what: str) -> None:
         """Refuse what would take the values of a view for the parameters' own.
@@ -144,7 +144,7 @@ class Membership:
         self._chosen = chosen
         self._lengths = list(map(len, groups))
         self._every = list(chain.from_iterable(groups))
-        self._forms = list(map(form_of, self.parameters))
+        self._forms = list(map(shape_dtype, self.parameters))
         self._away = Away(chosen.parameters, self._forms, {} if away is None else away.places)
         self._dtypes = [p.dtype for p in self.parameters]
         self._sizes = list(map(Tensor.numel, self.parameters))
@@ -172,7 +172,7 @@ class Membership:
         same = list(map(len, groups)) == self._lengths and all(map(is_, every, self._every))
         if not same or self._optimizer == "LBFGS" or not self._chosen.leaves(every):
             return False
-        away = self._away.now(self.link.stand_in, lone=self.place.private)
+        away = self._away.now(self.link.stand_in, lone=self.settings.private)
         if away is None or not self.link.rebind(away.parameters):
             return False
         self._away.settle_(away)
@@ -183,7 +183,7 @@ class Membership:
     def unfit(self, why: str = "") -> TensorMismatch:
         """Return the error for parameters that have another shape or dtype than the session's, and state of before."""
         now = zip(self._chosen.described, self._away.own, self._forms, strict=True)
-        changed = [(described.name, p) for described, p, form in now if form_of(p) != form]
+        changed = [(described.name, p) for described, p, form in now if shape_dtype(p) != form]
         name, p = changed[0] if changed else ("", None)
         which = f"Parameter {name!r} is {tuple(p.shape)} by now" if p is not None else "A parameter has changed"
         return TensorMismatch(
@@ -222,12 +222,12 @@ class Membership:
         """Return which of these parameters are away; None if one does not fit, such as a new one in another form."""
         old = {index: place for index, place in self._away.places.items() if chosen.parameters[index] not in replaced}
         known = Away(chosen.parameters, self._forms, old)
-        away = [p for p, form in zip(chosen.parameters, self._forms, strict=True) if form_of(p) != form]
+        away = [p for p, form in zip(chosen.parameters, self._forms, strict=True) if shape_dtype(p) != form]
         if not away:
             return Away(chosen.parameters, self._forms)
         if self._optimizer == "LBFGS" or any(p in replaced for p in away):
             return None
-        return known.now(self.link.stand_in, lone=self.place.private)
+        return known.now(self.link.stand_in, lone=self.settings.private)
 
     def rebind(self, groups: Sequence[Mapping[str, Any]], chosen: Chosen) -> bool:
         """Take parameters that fit in the places of some; return whether the link can, else nothing changes.
@@ -257,7 +257,7 @@ class Membership:
         Raises:
             FarstepError: another one does; see `farstep.optim.writers`.
         """
-        remote = self.place.server is not None
+        remote = self.settings.server is not None
         if self._writes_to[0] is not self._addresses:
             if remote:
                 self._claim.take(self.parameters)
@@ -301,21 +301,21 @@ class Membership:
             self.overlap.stepped(gradients, report)
         if report.disagreement:
             warnings.warn(
-                f"Workers of session {self.place.session!r} step with different options: {report.disagreement}",
+                f"Workers of session {self.settings.session!r} step with different options: {report.disagreement}",
                 stacklevel=2,
             )
         return report
 
     def _named(self, options: list[Options]) -> Mapping[int, Options]:
         """Return the options that go with a push: those that changed, or all where each push brings its own."""
-        if self.place.options == "push":
+        if self.settings.options == "push":
             return dict(enumerate(options))
         return changes(options, self._sent)
 
     def _in_force(self, named: Sequence[Options]) -> list[Options] | None:
         """Return what the session had in force when it was joined, of the options that are named here."""
         joined = self.link.joined_options
-        if joined is None or self.place.options == "push":
+        if joined is None or self.settings.options == "push":
             return None
         return [{key: now.get(key, own[key]) for key in own} for now, own in zip(joined, named, strict=True)]
 
@@ -334,7 +334,7 @@ class Membership:
         described, parameters = chosen.described[count:], chosen.parameters[count:]
         if not self.link.append(options, described, parameters):
             self.state.forget_()
-            if self.place.options != "push":
+            if self.settings.options != "push":
                 with suppress(FarstepError):  # the group is there; the next step sends what differs
                     now = self.link.options_in_force()[len(self._lengths)]
                     taken = options = {key: now.get(key, value) for key, value in options.items()}
@@ -351,7 +351,7 @@ class Membership:
         named = self._sent
         self._sent = [{} for _ in named]  # the session has the options of its creation, or of others
         created = self.link.rejoin(self._start(state, version))
-        self.taken = self._in_force(named) if self.place.options == "session" and not created else None
+        self.taken = self._in_force(named) if self.settings.options == "session" and not created else None
         self._sent = self.taken or self._sent
         return created
 
@@ -384,8 +384,10 @@ class Membership:
         if changed:
             fields = self.link.fields
             for i, own in changed.items():
-                check_form(self._chosen.described[i].name, self.parameters[i], own, fields)
-            self.link.write(state={i: own or self._newborn(self.parameters[i], fields) for i, own in changed.items()})
+                check_state_dtype(self._chosen.described[i].name, self.parameters[i], own, fields)
+            self.link.write(
+                state={i: own or self._initial_state(self.parameters[i], fields) for i, own in changed.items()}
+            )
 
     def _start(self, state: Mapping[Any, Any] | None, version: int) -> Start:
         """Return what a session begins with."""
@@ -395,8 +397,8 @@ class Membership:
         def states(fields: Mapping[str, FieldKind]) -> list[State | None]:
             own = [to_session(p, state.get(p) or {}, fields) for p in self.parameters]
             for described, p, each in zip(self._chosen.described, self.parameters, own, strict=True):
-                check_form(described.name, p, each, fields)
-            return [each or self._newborn(p, fields) for p, each in zip(self.parameters, own, strict=True)]
+                check_state_dtype(described.name, p, each, fields)
+            return [each or self._initial_state(p, fields) for p, each in zip(self.parameters, own, strict=True)]
 
         return Start(states, version)
 

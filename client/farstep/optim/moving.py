@@ -29,7 +29,7 @@ def remote(optimizer: torch.optim.Optimizer, **options: Unpack[RemoteOptions]) -
         ValueError: a group's options, or a part of the state, are not such an optimizer's.
         FarstepError: the session cannot be had.
     """
-    kinds = {kind.twin: kind for kind in _kinds()}
+    kinds = {kind.torch_class: kind for kind in _kinds()}
     kind = kinds.get(type(optimizer))
     if kind is None:
         raise InvalidOption(
@@ -38,7 +38,7 @@ def remote(optimizer: torch.optim.Optimizer, **options: Unpack[RemoteOptions]) -
             field="optimizer",
             side="client",
         )
-    own = arguments(kind.twin, optimizer.defaults)
+    own = arguments(kind.torch_class, optimizer.defaults)
     if any(group.get("differentiable") for group in optimizer.param_groups):
         own["differentiable"] = True
     moved = kind.__new__(kind)
@@ -49,4 +49,4 @@ def remote(optimizer: torch.optim.Optimizer, **options: Unpack[RemoteOptions]) -
 
 def _kinds() -> list[type[RemoteOptimizer]]:
     named = [getattr(farstep.optim, name) for name in farstep.optim.__all__]
-    return [each for each in named if "twin" in vars(each)]
+    return [each for each in named if "torch_class" in vars(each)]

@@ -20,7 +20,7 @@ class Muon(RemoteOptimizer):
     `farstep.RemoteOptions`.
     """
 
-    twin = torch.optim.Muon
+    torch_class = torch.optim.Muon
     same_in_autocast = frozenset({torch.bfloat16})
 
     def __init__(
@@ -50,4 +50,4 @@ class Muon(RemoteOptimizer):
 
     def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         super()._check_groups(groups)
-        check_parameters(self.twin, groups, self.defaults)
+        check_parameters(self.torch_class, groups, self.defaults)

@@ -19,7 +19,7 @@ class NAdam(RemoteOptimizer):
     `foreach` and `capturable` mean on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.NAdam
+    torch_class = torch.optim.NAdam
     counts_in = frozenset({torch.float32, torch.bfloat16, torch.float16})
 
     def __init__(

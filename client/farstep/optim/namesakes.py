@@ -29,54 +29,54 @@ from typing import Final
 from farstep.errors import Fenced, OptionsDiffer
 from farstep.identity import check_name
 from farstep.optim.membership import Membership
-from farstep.settings import Place
+from farstep.settings import WorkerSettings
 
-Seat = tuple[str | None, str, str]
+MemberKey = tuple[str | None, str, str]
 """Server, session and worker."""
 
-_MADE: Final[Counter[Seat]] = Counter()
+_MADE: Final[Counter[MemberKey]] = Counter()
 """How many optimizers were made under a name of the environment's."""
-_SEATED: Final[weakref.WeakValueDictionary[Seat, Membership]] = weakref.WeakValueDictionary()
+_LATEST: Final[weakref.WeakValueDictionary[MemberKey, Membership]] = weakref.WeakValueDictionary()
 """The latest membership of this process in each seat."""
 _TURN: Final = threading.Lock()
 
 
 @contextmanager
-def told_apart(place: Place) -> Iterator[Place]:
-    """Yield the place of an optimizer that is made inside the block: with a session of its own where nothing named one.
+def numbered_session(settings: WorkerSettings) -> Iterator[WorkerSettings]:
+    """Yield the settings of the optimizer that the block makes: with a numbered session where its name is not its own.
 
     Raises:
         InvalidOption: the name, with the number, is too long for one.
     """
-    if place.counted_as is None:
-        yield place
+    if settings.counted_as is None:
+        yield settings
         return
-    seat = (place.server, place.session, place.counted_as)
+    key = (settings.server, settings.session, settings.counted_as)
     with _TURN:
-        _MADE[seat] += 1
-        number = _MADE[seat]
+        _MADE[key] += 1
+        number = _MADE[key]
     try:
-        session = place.session if number == 1 else f"{place.session}.{number}"
+        session = settings.session if number == 1 else f"{settings.session}.{number}"
         check_name(session, "session")
-        yield replace(place, session=session)
+        yield replace(settings, session=session)
     except BaseException:
         with _TURN:
-            if _MADE[seat] == number:
-                _MADE[seat] -= 1
+            if _MADE[key] == number:
+                _MADE[key] -= 1
         raise
 
 
-def take_seat_(membership: Membership, place: Place) -> None:
+def note_latest_(membership: Membership, settings: WorkerSettings) -> None:
     """Take note that a membership is the latest in its seat."""
-    _SEATED[_seat(place)] = membership
+    _LATEST[_key(settings)] = membership
 
 
 @contextmanager
-def told_why(place: Place, membership: Membership | None = None) -> Iterator[None]:
+def explaining_namesake(settings: WorkerSettings, membership: Membership | None = None) -> Iterator[None]:
     """Name the optimizer of this process that is the cause, where the session refuses this one because of it.
 
     Args:
-        place: of the optimizer.
+        settings: of the optimizer.
         membership: the optimizer's, None while it is being made.
 
     Raises:
@@ -85,11 +85,11 @@ def told_why(place: Place, membership: Membership | None = None) -> Iterator[Non
     try:
         yield
     except (Fenced, OptionsDiffer) as error:
-        other = _SEATED.get(_seat(place))
+        other = _LATEST.get(_key(settings))
         if other is None or other is membership or not other.close.alive:
             raise
         raise type(error)(
-            f"Another optimizer of this process is in session {place.session!r} as worker {place.worker!r}, too. "
+            f"Another optimizer of this process is in session {settings.session!r} as worker {settings.worker!r}, too. "
             f"{error.detail}",
             remedy="Give each optimizer a session of its own, session='actor' and session='critic', or none, which "
             "numbers them; or close() the earlier one before the later is made.",
@@ -100,5 +100,5 @@ def told_why(place: Place, membership: Membership | None = None) -> Iterator[Non
         ) from error
 
 
-def _seat(place: Place) -> Seat:
-    return place.server, place.session, place.worker
+def _key(settings: WorkerSettings) -> MemberKey:
+    return settings.server, settings.session, settings.worker

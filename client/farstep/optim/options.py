@@ -32,13 +32,13 @@ from farstep.protocol.plain import PYTHONS, pythons_own
 
 
 def refusal(
-    twin: type[torch.optim.Optimizer], defaults: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]
+    torch_class: type[torch.optim.Optimizer], defaults: Mapping[str, Any], groups: Iterable[Mapping[str, Any]]
 ) -> RuntimeError | None:
     """Return what torch's class raises for gradients like those of these groups, None where it takes them all."""
     for group in groups:
         probes = {_gradient_kind(p): p for p in group["params"] if p.grad is not None}
         for p in probes.values():
-            asked = twin([_probe(p)], **arguments(twin, defaults))
+            asked = torch_class([_probe(p)], **arguments(torch_class, defaults))
             asked.param_groups[0].update({key: group[key] for key in defaults if key in group})
             try:
                 asked.step()
@@ -76,15 +76,15 @@ _TAKEN: dict[tuple[object, ...], Exception | None] = {}
 """What torch's classes said to options of some types."""
 
 
-def check_types(twin: type[torch.optim.Optimizer], groups: Iterable[Mapping[str, Any]]) -> None:
+def check_types(torch_class: type[torch.optim.Optimizer], groups: Iterable[Mapping[str, Any]]) -> None:
     """Refuse options of types that torch's class does not take, before they become numbers that a session takes.
 
     Raises:
         TypeError, ValueError, RuntimeError: as torch's class does, naming the option.
     """
-    kinds = option_kinds(twin)
+    kinds = option_kinds(torch_class)
     for group in groups:
-        if not (names := unusual(group, kinds)):
+        if not (names := undocumented(group, kinds)):
             continue
         p = next((p for p in group["params"] if p.grad is not None), None)
         if p is None:
@@ -92,12 +92,12 @@ def check_types(twin: type[torch.optim.Optimizer], groups: Iterable[Mapping[str,
         plain = plain_options(group, {key: kind for key, kind in kinds.items() if key in group and key not in names})
         used = tuple(map(bool, plain.values()))
         for name in names:
-            key = (twin, name, _type_of(group[name]), used, *_gradient_kind(p))
+            key = (torch_class, name, _type_of(group[name]), used, *_gradient_kind(p))
             if key not in _TAKEN:
-                _TAKEN[key] = _said(twin, plain, name, group[name], p)
+                _TAKEN[key] = _trial(torch_class, plain, name, group[name], p)
             if (said := _TAKEN[key]) is not None:
                 raise _as(said)(
-                    f"torch.optim.{twin.__name__} does not take {name}={group[name]!r:.80}, which is a "
+                    f"torch.optim.{torch_class.__name__} does not take {name}={group[name]!r:.80}, which is a "
                     f"{type(group[name]).__name__}: {said!s:.200}"
                 ) from said
 
@@ -115,13 +115,13 @@ def _type_of(value: Any) -> tuple[object, ...]:
     return type(value), *form, bool(value) if form[1] in (None, ()) else None
 
 
-def _said(
-    twin: type[torch.optim.Optimizer], plain: Mapping[str, Any], name: str, value: Any, p: Tensor
+def _trial(
+    torch_class: type[torch.optim.Optimizer], plain: Mapping[str, Any], name: str, value: Any, p: Tensor
 ) -> Exception | None:
     """Return what torch's class raises for one option beside plain ones, None where it takes it."""
     probe = _probe(p)
     try:
-        asked = twin([probe], **arguments(twin, {}))
+        asked = torch_class([probe], **arguments(torch_class, {}))
         asked.param_groups[0].update({**plain, "foreach": False, "fused": False, "capturable": False, name: value})
         for _ in range(STEPS):
             _step(asked, probe)
@@ -138,7 +138,7 @@ def _step(optimizer: torch.optim.Optimizer, probe: Tensor) -> None:
 
 
 Options = dict[str, Any]
-Kind = Literal["flag", "count", "number", "text"]
+OptionKind = Literal["flag", "count", "number", "text"]
 
 IMPLEMENTATIONS: Final = frozenset({"foreach", "fused"})
 """Flags that are None by default."""
@@ -146,26 +146,26 @@ COUNTS: Final = frozenset({"max_iter", "max_eval", "history_size", "ns_steps"})
 TEXTS: Final = frozenset({"line_search_fn", "adjust_lr_fn"})
 
 
-def check_group(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> None:
+def check_group(torch_class: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> None:
     """Let torch's class of the same name check a group's options.
 
     Raises:
         ValueError: torch's own.
     """
-    twin([torch.zeros(1, 1, device="cpu")], **arguments(twin, own))
+    torch_class([torch.zeros(1, 1, device="cpu")], **arguments(torch_class, own))
 
 
 def check_parameters(
-    twin: type[torch.optim.Optimizer], groups: Iterable[Mapping[str, Any]], defaults: Mapping[str, Any]
+    torch_class: type[torch.optim.Optimizer], groups: Iterable[Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> None:
     """Let torch's class of the same name check the parameters of all groups; no memory is taken for that.
 
     Raises:
         ValueError: torch's own.
     """
-    twin(
+    torch_class(
         [{**group, "params": [_without_memory(p) for p in group["params"]]} for group in groups],
-        **arguments(twin, defaults),
+        **arguments(torch_class, defaults),
     )
 
 
@@ -178,32 +178,32 @@ def _without_memory(p: Tensor) -> Tensor:
     )
 
 
-def arguments(twin: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> Options:
+def arguments(torch_class: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> Options:
     """Return those of some options that the constructor of torch's class takes."""
-    code = twin.__init__.__code__
+    code = torch_class.__init__.__code__
     names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     return {key: value for key, value in own.items() if key in names}
 
 
-_KINDS: dict[str, dict[str, Kind]] = {}
+_KINDS: dict[str, dict[str, OptionKind]] = {}
 
 
-def option_kinds(twin: Callable[..., torch.optim.Optimizer]) -> Mapping[str, Kind]:
+def option_kinds(torch_class: Callable[..., torch.optim.Optimizer]) -> Mapping[str, OptionKind]:
     """Return the options of torch's class and what each is; `defaults` may have more, which torch adds in a load."""
-    kinds = _KINDS.get(twin.__name__)
+    kinds = _KINDS.get(torch_class.__name__)
     if kinds is None:
-        defaults = twin([torch.zeros(1, 1, device="cpu")]).defaults
-        kinds = _KINDS[twin.__name__] = {name: _kind(name, value) for name, value in defaults.items()}
+        defaults = torch_class([torch.zeros(1, 1, device="cpu")]).defaults
+        kinds = _KINDS[torch_class.__name__] = {name: _kind(name, value) for name, value in defaults.items()}
     return kinds
 
 
-def _kind(name: str, default: object) -> Kind:
+def _kind(name: str, default: object) -> OptionKind:
     if isinstance(default, bool) or name in IMPLEMENTATIONS:
         return "flag"
     return "count" if name in COUNTS else "text" if name in TEXTS else "number"
 
 
-_AS_THEY_ARE: Final[Mapping[Kind, frozenset[object]]] = {
+_AS_THEY_ARE: Final[Mapping[OptionKind, frozenset[object]]] = {
     "flag": frozenset({bool}),
     "count": frozenset({int, type(None)}),
     "number": PYTHONS - {bool},
@@ -212,7 +212,7 @@ _AS_THEY_ARE: Final[Mapping[Kind, frozenset[object]]] = {
 """Types of values that travel as they are."""
 
 
-def plain_options(group: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Options:
+def plain_options(group: Mapping[str, Any], kinds: Mapping[str, OptionKind]) -> Options:
     """Return those of a group's options as values that travel.
 
     Raises:
@@ -225,23 +225,26 @@ def plain_options(group: Mapping[str, Any], kinds: Mapping[str, Kind]) -> Option
     }
 
 
-def unusual(group: Mapping[str, Any], kinds: Mapping[str, Kind]) -> list[str]:
+def undocumented(group: Mapping[str, Any], kinds: Mapping[str, OptionKind]) -> list[str]:
     """Return the options of a group that are not of the types that torch's documentation names."""
     return [
         key
         for key, kind in kinds.items()
-        if kind == "number" and key in group and type(value := group[key]) not in _USUAL and not _all_usual(value)
+        if kind == "number"
+        and key in group
+        and type(value := group[key]) not in _DOCUMENTED
+        and not _all_documented(value)
     ]
 
 
-_USUAL: Final = PYTHONS - {bool}
+_DOCUMENTED: Final = PYTHONS - {bool}
 
 
-def _all_usual(value: object) -> bool:
-    return type(value) in (tuple, list) and all(type(each) in _USUAL for each in value)  # type: ignore[attr-defined]
+def _all_documented(value: object) -> bool:
+    return type(value) in (tuple, list) and all(type(each) in _DOCUMENTED for each in value)  # type: ignore[attr-defined]
 
 
-def _plain(name: str, kind: Kind, value: Any) -> Any:
+def _plain(name: str, kind: OptionKind, value: Any) -> Any:
     if kind == "flag":
         return None if value is None and name in IMPLEMENTATIONS else bool(value)
     found = _number(value) if kind == "number" else pythons_own(value)
@@ -274,15 +277,15 @@ def take_(group: dict[str, Any], named: Mapping[str, Any], taken: Mapping[str, A
     """Put options that have travelled into a group, which was `named` so; what says the same stays as it is."""
     for key, value in taken.items():
         if named[key] != value:
-            group[key] = _as_it_was(group[key], value)
+            group[key] = _in_form_of(group[key], value)
 
 
-def _as_it_was(before: Any, value: Any) -> Any:
+def _in_form_of(before: Any, value: Any) -> Any:
     """Return a value that has travelled in the form of the one before it: a tensor, a tuple."""
     if isinstance(before, torch.Tensor) and isinstance(value, (int, float)):
         return torch.full_like(before, value, requires_grad=False)
     if isinstance(before, tuple) and isinstance(value, (list, tuple)) and len(before) == len(value):
-        return tuple(map(_as_it_was, before, value))
+        return tuple(map(_in_form_of, before, value))
     return value
 
 

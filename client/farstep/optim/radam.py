@@ -19,7 +19,7 @@ class RAdam(RemoteOptimizer):
     `foreach` and `capturable` mean on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.RAdam
+    torch_class = torch.optim.RAdam
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class RMSprop(RemoteOptimizer):
     `foreach` and `capturable` mean on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.RMSprop
+    torch_class = torch.optim.RMSprop
 
     def __init__(
         self,

@@ -19,7 +19,7 @@ class Rprop(RemoteOptimizer):
     `foreach` and `capturable` mean on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.Rprop
+    torch_class = torch.optim.Rprop
 
     def __init__(
         self,

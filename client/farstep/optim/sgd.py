@@ -19,7 +19,7 @@ class SGD(RemoteOptimizer):
     `foreach` and `fused` mean on a server is in `docs/optimizers.md`.
     """
 
-    twin = torch.optim.SGD
+    torch_class = torch.optim.SGD
 
     def __init__(
         self,

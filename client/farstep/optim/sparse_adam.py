@@ -22,7 +22,7 @@ class SparseAdam(RemoteOptimizer):
     `farstep.RemoteOptions`.
     """
 
-    twin = torch.optim.SparseAdam
+    torch_class = torch.optim.SparseAdam
     if_missing = MappingProxyType({"maximize": False})
 
     def __init__(
@@ -44,4 +44,4 @@ class SparseAdam(RemoteOptimizer):
 
     def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         super()._check_groups(groups)
-        check_parameters(self.twin, groups, self.defaults)
+        check_parameters(self.torch_class, groups, self.defaults)

@@ -123,7 +123,7 @@ def _precision(numbers: Iterable[Any]) -> int:
     return next((bits for bits, dtype in DTYPES.items() if dtypes[:1] == [dtype]), SINGLE)
 
 
-def check_form(name: str, p: Tensor, own: State | None, fields: Mapping[str, FieldKind]) -> None:
+def check_state_dtype(name: str, p: Tensor, own: State | None, fields: Mapping[str, FieldKind]) -> None:
     """Refuse state that is of another dtype than its parameter, which was given that since.
 
     Raises:
@@ -175,47 +175,47 @@ def as_torch(
     return {key: of_torch(key, value) for key, value in values.items() if fields[key] != "precision"}
 
 
-def completed(twin: type[torch.optim.Optimizer], state: Mapping[str, Any]) -> dict[str, Any]:
+def completed(torch_class: type[torch.optim.Optimizer], state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what `__setstate__` is given with what older forms of torch's class did not have, as torch adds it."""
-    shell = twin.__new__(twin)
+    shell = torch_class.__new__(torch_class)
     torch_part = {key: state[key] for key in ("defaults", "state", "param_groups") if key in state}
     shell.__setstate__({"defaults": {}, **torch_part})
     return {**state, **{key: getattr(shell, key) for key in torch_part}}
 
 
-def newborn(
-    twin: type[torch.optim.Optimizer], defaults: Mapping[str, Any], p: Tensor, fields: Mapping[str, FieldKind]
+def initial_state(
+    torch_class: type[torch.optim.Optimizer], defaults: Mapping[str, Any], p: Tensor, fields: Mapping[str, FieldKind]
 ) -> State | None:
     """Return what torch's class gives a parameter at its construction, None where state begins with a step."""
-    fresh = twin([torch.empty_like(p)], **arguments(twin, defaults))
+    fresh = torch_class([torch.empty_like(p)], **arguments(torch_class, defaults))
     return next((to_session(p, own, fields) for own in fresh.state.values()), None)
 
 
-def newborn_of_torch(
-    twin: type[torch.optim.Optimizer], defaults: Mapping[str, Any], parameters: Iterable[Tensor]
+def torch_initial_states(
+    torch_class: type[torch.optim.Optimizer], defaults: Mapping[str, Any], parameters: Iterable[Tensor]
 ) -> dict[Tensor, Any]:
     """Return what torch's class keeps for parameters from its construction on, and for ever if they never step."""
-    return dict(twin(list(parameters), **arguments(twin, defaults)).state)
+    return dict(torch_class(list(parameters), **arguments(torch_class, defaults)).state)
 
 
-def _cloned(value: Any) -> Any:
+def _clone(value: Any) -> Any:
     if isinstance(value, list):
-        return [_cloned(each) for each in value]
+        return [_clone(each) for each in value]
     return value.clone() if isinstance(value, Tensor) else value
 
 
 def local(
-    twin: type[torch.optim.Optimizer],
+    torch_class: type[torch.optim.Optimizer],
     param_groups: Iterable[Mapping[str, Any]],
     defaults: Mapping[str, Any],
     state: Mapping[Any, Any],
 ) -> torch.optim.Optimizer:
     """Return torch's optimizer over the parameters of some groups, with their options and a copy of the state."""
     groups = [dict(group) for group in param_groups]
-    made = twin(groups, **arguments(twin, defaults))
+    made = torch_class(groups, **arguments(torch_class, defaults))
     made.state.clear()
     for key, own in state.items():
-        made.state[key] = {name: _cloned(value) for name, value in own.items()}
+        made.state[key] = {name: _clone(value) for name, value in own.items()}
     for group in groups:
         for p in group["params"] if group.get("capturable") or group.get("fused") else ():
             own = made.state.get(p, {})

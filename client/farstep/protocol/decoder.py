@@ -1,16 +1,16 @@
 """Read one message from bytes that arrive in any pieces, without doing any I/O.
 
-    header not complete  --bytes-->  `place(header)`  -->  prefix  --bytes-->  content  -->  prefix ... done
+    header not complete  --bytes-->  `buffers_for(header)`  -->  prefix  --bytes-->  content  -->  prefix ... done
 
 The reader of the socket has two ways in, and may change between them at any time:
 
 - `get_buffer()` and `buffer_updated(n)`: receive into the memory that is offered (`socket.recv_into`, `readinto`,
-  `asyncio.BufferedProtocol`). Content lands at its final place with no copy; the head of the message, the prefixes and
-  runs of small tensors go through a scratch buffer, so that a small message is one read.
+  `asyncio.BufferedProtocol`). Content lands at its final place without a copy; the head of the message, the prefixes
+  and runs of small tensors go through a scratch buffer, so that a small message is one read.
 - `feed(chunk)`: the bytes are there already, and their content is copied to its place.
 
-The receiver says where the payload goes: `place` is called once with the header and answers with memory whose total
-length is the payload's. Nothing is allocated here but the scratch buffer and the header. After an error a decoder is
+`buffers_for` decides where the payload goes: called once with the header, it returns memory whose total length is the
+payload's. Nothing is allocated here but the scratch buffer and the header. After an error a decoder is
 spent: it raises the same error again, and what has been written to the placed memory is unspecified.
 """
 
@@ -28,7 +28,7 @@ SCRATCH_BYTES = 64 << 10
 _DIRECT_BYTES = 16 << 10
 """A read smaller than this would cost more than copying the bytes, so neighbouring small tensors share one."""
 
-Place = Callable[[dict[str, Any]], Sequence[memoryview]]
+BuffersFor = Callable[[dict[str, Any]], Sequence[memoryview]]
 
 
 @final
@@ -36,22 +36,22 @@ class Decoder:
     """One message being read.
 
     Args:
-        place: receives the header (valid msgpack within the limits, nothing more) and returns the writable memory for
-            the payload, in order; it raises if it does not like the header, and its error reaches the caller.
+        buffers_for: given the header (valid msgpack within the limits, nothing more), returns the writable memory for
+            the payload, in order. What it raises about the header reaches the caller.
         limits: the bounds to hold the message to.
         side: who is reading, for the error texts.
 
     Attributes:
-        header: the header; empty until it is complete, which is when `place` is called.
+        header: the header; empty until it is complete, which is when `buffers_for` is called.
         received: payload bytes received so far.
         payload_bytes: size of the whole payload; 0 until the header is complete.
     """
 
-    def __init__(self, place: Place, *, limits: Limits = DEFAULT_LIMITS, side: Side = "server") -> None:
+    def __init__(self, buffers_for: BuffersFor, *, limits: Limits = DEFAULT_LIMITS, side: Side = "server") -> None:
         self.header: dict[str, Any] = {}
         self.payload_bytes = 0
         self.received = 0
-        self._place = place
+        self._buffers_for = buffers_for
         self._limits = limits
         self._side: Side = side
         self._reader = HeaderReader(limits, side)
@@ -164,7 +164,7 @@ class Decoder:
     def _read_header(self, chunk: memoryview) -> int:
         count = self._reader.feed(chunk)
         if (header := self._reader.header) is not None:
-            views = flat(self._place(header))
+            views = flat(self._buffers_for(header))
             if any(view.readonly for view in views):
                 raise ValueError("The memory for a payload must be writable.")
             self._views = views

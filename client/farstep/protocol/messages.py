@@ -16,7 +16,7 @@ from farstep.protocol.codecs import check_codec
 from farstep.protocol.fields import Shapes, shapes_from_header, shapes_to_header
 from farstep.protocol.header import VERSION, Header
 
-FURTHEST_BEGINNING = 2**52
+LARGEST_START_VERSION = 2**52
 """The highest version a session may begin at: room for the steps of a lifetime, and numbers that JSON can hold."""
 GROUP = re.compile(r"0|[1-9][0-9]{0,5}")
 """The number of a param group as a key. No other spelling of it, or one map could name a group twice."""
@@ -65,16 +65,16 @@ class Evaluation:
 
 
 @dataclass(frozen=True, slots=True)
-class Fill:
+class SharedPush:
     """Say that a push's gradients are in shared memory (`farstep.protocol.shared_memory`), and not in its body.
 
     Attributes:
-        area: the key of the memory.
+        key: names the memory.
         count: how often it has been filled; the same number means the same gradients.
         deliver: the parameters shall be put there, too. Not part of what the push is.
     """
 
-    area: str
+    key: str
     count: int
     deliver: bool = True
 
@@ -93,7 +93,7 @@ class PushHead:
         skip: this worker's gradients overflowed; the step is not taken, by it or by those it steps with.
         wire_gradients: the codec of float32 gradients; None for as they are.
         wire_parameters: the codec in which the answer shall carry float32 parameters; None for as they are.
-        fill: where the gradients are, if not in the body.
+        shared: where the gradients are, if not in the body.
         order: the segments in the order in which their gradients follow; None for ascending.
     """
 
@@ -109,7 +109,7 @@ class PushHead:
     skip: bool = False
     wire_gradients: str | None = None
     wire_parameters: str | None = None
-    fill: Fill | None = None
+    shared: SharedPush | None = None
     order: tuple[int, ...] | None = None
     options: OptionsMode = "session"
 
@@ -141,8 +141,8 @@ class PushHead:
             head["wire_gradients"] = self.wire_gradients
         if self.wire_parameters is not None:
             head["wire_parameters"] = self.wire_parameters
-        if self.fill is not None:
-            head |= {"area": self.fill.area, "fill": self.fill.count, "deliver": self.fill.deliver}
+        if self.shared is not None:
+            head |= {"area": self.shared.key, "fill": self.shared.count, "deliver": self.shared.deliver}
         if self.order is not None:
             head["order"] = list(self.order)
         return head
@@ -172,18 +172,18 @@ class PushHead:
             skip=header.flag("skip"),
             wire_gradients=_codec(header, "wire_gradients"),
             wire_parameters=_codec(header, "wire_parameters"),
-            fill=_fill(header),
+            shared=_shared(header),
             order=_order(header.listing("order")),
             options=_options(header),
         )
         header.nothing_left()
-        if head.fill is not None and (head.wire_gradients or head.wire_parameters):
+        if head.shared is not None and (head.wire_gradients or head.wire_parameters):
             raise InvalidRequest("Gradients in shared memory are not narrowed.", field="area")
         if head.skip and head.segments != []:
             raise InvalidRequest("A push that skips its step has no gradients: 'segments' must be [].", field="skip")
-        if head.fill is not None and (head.sparse or head.skip or head.evaluation is not None):
+        if head.shared is not None and (head.sparse or head.skip or head.evaluation is not None):
             raise InvalidRequest("Only dense gradients can be in shared memory.", field="area")
-        if head.order is not None and (head.sparse or head.fill is not None):
+        if head.order is not None and (head.sparse or head.shared is not None):
             raise InvalidRequest("Only dense gradients in the payload come in an order of their own.", field="order")
         return head
 
@@ -231,7 +231,7 @@ class PutHead:
         if not names or not all(type(each) is str for each in names) or len(set(names)) != len(names):
             raise InvalidRequest("Header key 'fields' must name each field once.", field="fields")
         segments, initial = header.listing("segments"), header.flag("initial")
-        version = header.integer("version", most=FURTHEST_BEGINNING, default=0)
+        version = header.integer("version", most=LARGEST_START_VERSION, default=0)
         shapes = shapes_from_header(header.mapping("shapes"))
         header.nothing_left()
         return cls(name, incarnation, tuple(names), segments, initial, version, shapes)
@@ -256,10 +256,10 @@ def _options(header: Header) -> OptionsMode:
     return said  # type: ignore[return-value]  # compared just above
 
 
-def _fill(header: Header) -> Fill | None:
+def _shared(header: Header) -> SharedPush | None:
     count, deliver = header.integer("fill", default=0), header.flag("deliver")
     if count:
-        return Fill(header.text("area"), count, deliver)
+        return SharedPush(header.text("area"), count, deliver)
     if deliver:
         raise InvalidRequest("Header key 'deliver' goes with 'area' and 'fill'.", field="deliver")
     return None

@@ -40,7 +40,7 @@ def nbytes_of(sizes: Sizes) -> int:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Area:
+class SharedMemory:
     """The two halves of mapped memory, as flat tensors by dtype. The mapping lives as long as any of them.
 
     Attributes:
@@ -72,10 +72,10 @@ class Area:
 
 @final
 @dataclass(frozen=True, slots=True)
-class Made:
+class OwnedSharedMemory:
     """An area that this process made, and how the server finds it; `close` ends that, the memory stays."""
 
-    area: Area
+    memory: SharedMemory
     key: str
     fd: int
 
@@ -84,7 +84,7 @@ class Made:
         os.close(self.fd)
 
 
-def make(sizes: Sizes) -> Made:
+def make(sizes: Sizes) -> OwnedSharedMemory:
     """Make an area; its memory is taken at once, so that nobody finds out later that there is none.
 
     Raises:
@@ -100,7 +100,7 @@ def make(sizes: Sizes) -> Made:
         nbytes = nbytes_of(sizes)
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        return Made(Area.over(mmap.mmap(fd, nbytes), sizes), key, fd)
+        return OwnedSharedMemory(SharedMemory.over(mmap.mmap(fd, nbytes), sizes), key, fd)
     except BaseException:
         os.close(fd)
         raise

@@ -47,7 +47,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Head:
+class FileHead:
     """What a file says about itself: its tensors in the order of their bytes, and its metadata."""
 
     entries: Sequence[Entry]
@@ -88,7 +88,7 @@ def head_length(first: bytes, file_bytes: int, *, side: Side = "server") -> int:
     return length
 
 
-def read_head(text: bytes | bytearray, data_bytes: int | None, *, side: Side = "server") -> Head:
+def read_head(text: bytes | bytearray, data_bytes: int | None, *, side: Side = "server") -> FileHead:
     """Read the JSON of a file.
 
     Args:
@@ -123,7 +123,7 @@ def read_head(text: bytes | bytearray, data_bytes: int | None, *, side: Side = "
         at = end
     if data_bytes is not None and at != data_bytes:
         raise refused(f"its tensors take {at} bytes, and {data_bytes} follow the head", side)
-    return Head([entry for _, _, entry in placed], metadata)
+    return FileHead([entry for _, _, entry in placed], metadata)
 
 
 def _entry(name: str, value: object, side: Side) -> tuple[int, int, Entry]:

@@ -6,19 +6,19 @@ from farstep.tensors.gradient_sender import GradientSender
 from farstep.tensors.half_precision_receiver import HalfPrecisionReceiver
 from farstep.tensors.overlaps import overlapping, shares_with_itself
 from farstep.tensors.parameter_receiver import DecodingReceiver, ParameterReceiver
-from farstep.tensors.staging import Form, StateArrivals, outgoing, outgoing_contents, outgoing_gradients
+from farstep.tensors.staging import StateArrivals, TensorMeta, outgoing, outgoing_contents, outgoing_gradients
 
 __all__ = [
     "BackgroundCompare",
     "DecodingReceiver",
     "Edited",
     "Encoder",
-    "Form",
     "GradientSender",
     "HalfPrecisionReceiver",
     "ParameterReceiver",
     "Seen",
     "StateArrivals",
+    "TensorMeta",
     "is_plain",
     "memcmp",
     "outgoing",

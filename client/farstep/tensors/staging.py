@@ -134,7 +134,7 @@ def outgoing_contents(
     return payload
 
 
-class Form(NamedTuple):
+class TensorMeta(NamedTuple):
     """What a parameter was when the session took it, which its state keeps to whatever becomes of the parameter."""
 
     shape: torch.Size
@@ -142,7 +142,7 @@ class Form(NamedTuple):
     device: torch.device
 
     @classmethod
-    def of(cls, parameter: Tensor) -> Form:
+    def of(cls, parameter: Tensor) -> TensorMeta:
         return cls(parameter.shape, parameter.dtype, parameter.device)
 
 
@@ -155,7 +155,7 @@ class StateArrivals:
         elements: those of all parameters of the session, for what is of a shape of its own.
     """
 
-    def __init__(self, parameters: Sequence[Form], fields: Mapping[str, FieldKind], elements: int) -> None:
+    def __init__(self, parameters: Sequence[TensorMeta], fields: Mapping[str, FieldKind], elements: int) -> None:
         self._parameters = parameters
         self._largest = MOST_PAIRS * elements + LONGEST_LIST
         self._fields = fields

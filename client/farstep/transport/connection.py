@@ -26,8 +26,8 @@ from farstep.transport.head import (
     ResponseHead,
     response_head,
 )
-from farstep.transport.link import MAX_BUFFERS, READ, Link
 from farstep.transport.pieces import Cursor
+from farstep.transport.stream import MAX_BUFFERS, READ, Stream
 
 _MAX_INTERIM_ANSWERS: Final = 16
 SLOWEST_BYTES_PER_S: Final = 16 * 1024
@@ -36,7 +36,7 @@ SLOWEST_BYTES_PER_S: Final = 16 * 1024
 
 @final
 @dataclass(frozen=True, slots=True)
-class Limits:
+class Timeouts:
     """Say how long an exchange may take; None means without end.
 
     Attributes:
@@ -52,8 +52,8 @@ class Limits:
     until: float | None
 
     @classmethod
-    def of(cls, extensions: Mapping[str, Any]) -> Limits:
-        """Return the limits a request's extensions state."""
+    def of(cls, extensions: Mapping[str, Any]) -> Timeouts:
+        """Return the timeouts a request's extensions state."""
         timeout: Mapping[str, float | None] = extensions.get("timeout", {})
         deadline_s: float | None = extensions.get(DEADLINE_S)
         until = None if deadline_s is None else time.monotonic() + deadline_s
@@ -81,8 +81,8 @@ class Connection:
         idle_since: when the exchange before this one ended, by `time.monotonic`.
     """
 
-    def __init__(self, link: Link) -> None:
-        self._link = link
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
         self._process = os.getpid()
         self._memory = bytearray(MAX_HEAD_BYTES)
         self._scratch = memoryview(self._memory)
@@ -91,23 +91,23 @@ class Connection:
         self._sending = False
         self._answer: ResponseHead | None = None
         self._method = ""
-        self._limits = Limits(None, None, None, None)
+        self._timeouts = Timeouts(None, None, None, None)
         self._came_since: float | None = None
         self._came_bytes = 0
         self.closed = False
         self.heard = False
         self.idle_since = 0.0
 
-    def begin(self, method: str, limits: Limits) -> None:
+    def begin(self, method: str, timeouts: Timeouts) -> None:
         """Start an exchange."""
-        self._method, self._limits = method, limits
+        self._method, self._timeouts = method, timeouts
         self._interim, self._answer, self.heard, self._sending = 0, None, False, False
         self._came_since, self._came_bytes = None, 0
 
     def quiet(self) -> bool:
         """Tell whether an idle connection still is one: open, ours and without a byte nobody asked for."""
         mine = not self.closed and self._process == os.getpid()
-        return mine and self._start == self._end and not self._link.wait(READ, 0)
+        return mine and self._start == self._end and not self._stream.wait(READ, 0)
 
     def send(self, views: Iterable[memoryview]) -> bool:
         """Send the next buffers of an exchange and return True, or False when the server's refusal ended it.
@@ -118,27 +118,27 @@ class Connection:
         """
         self._check_process()
         listening = self._answer is None
-        if self._sending and listening and self._link.wait(READ, 0):  # while these buffers were made
+        if self._sending and listening and self._stream.wait(READ, 0):  # while these buffers were made
             listening = self._listen()
             if self._refused():
                 return False
         self._sending = True
         cursor = Cursor(views, MAX_BUFFERS)
         while not cursor.done:
-            if self._limits.passed():
+            if self._timeouts.passed():
                 raise httpx.WriteTimeout("The request's deadline passed while it was being sent.")
             try:
-                sent = self._link.send(cursor.window())
+                sent = self._stream.send(cursor.window())
             except OSError as exc:
                 if self._answered():
                     return False
                 raise httpx.WriteError(f"The connection broke while sending: {exc}") from exc
             if sent:
                 cursor.advance(sent)
-                ready = self._link.wait(READ, 0) if listening and not cursor.done else 0
+                ready = self._stream.wait(READ, 0) if listening and not cursor.done else 0
             else:
-                events = self._link.blocked_on | (READ if listening else 0)
-                ready = self._link.wait(events, self._limits.left(self._limits.write_s))
+                events = self._stream.blocked_on | (READ if listening else 0)
+                ready = self._stream.wait(events, self._timeouts.left(self._timeouts.write_s))
                 if not ready:
                     raise httpx.WriteTimeout("The server did not take the request's next byte in time.")
             if listening and ready & READ:
@@ -205,12 +205,12 @@ class Connection:
         """End the connection under a thread that is using it; that thread gets an error."""
         self.closed = True
         if self._process == os.getpid():
-            self._link.interrupt()
+            self._stream.interrupt()
 
     def close(self) -> None:
         """Close the connection; another process that has it too does not notice."""
         self.closed = True
-        self._link.close()
+        self._stream.close()
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
@@ -230,7 +230,7 @@ class Connection:
     def _listen(self) -> bool:
         """Take in what the server says while we send, and tell whether to go on listening."""
         try:
-            got = self._link.receive_into(self._room())
+            got = self._stream.receive_into(self._room())
         except OSError:
             return False  # the next send fails too, and then reads what is there
         if got is not None:
@@ -244,7 +244,7 @@ class Connection:
     def _answered(self) -> bool:
         """Tell whether an answer had arrived before sending failed."""
         while self._answer is None and self._listen():
-            if not self._link.wait(READ, 0):
+            if not self._stream.wait(READ, 0):
                 break
         return self._answer is not None
 
@@ -272,10 +272,10 @@ class Connection:
         """Receive at least one byte; look for it before waiting where it should be there soon."""
         self._check_process()
         while True:
-            if self._limits.passed():
+            if self._timeouts.passed():
                 raise httpx.ReadTimeout("The request's deadline passed before its answer was complete.")
             try:
-                got = self._link.receive_into(view) if soon else None
+                got = self._stream.receive_into(view) if soon else None
             except OSError as exc:
                 raise httpx.ReadError(f"The connection broke while reading: {exc}") from exc
             if got is not None:
@@ -283,8 +283,8 @@ class Connection:
                 return got
             if self._too_slow():
                 raise httpx.ReadTimeout(f"The answer came more slowly than {SLOWEST_BYTES_PER_S} bytes per second.")
-            events, soon = (self._link.blocked_on if soon else READ), True
-            if not self._link.wait(events, self._limits.left(self._limits.read_s)):
+            events, soon = (self._stream.blocked_on if soon else READ), True
+            if not self._stream.wait(events, self._timeouts.left(self._timeouts.read_s)):
                 raise httpx.ReadTimeout("The server sent nothing in time.")
 
     def _came(self, count: int) -> None:
@@ -295,7 +295,7 @@ class Connection:
 
     def _too_slow(self) -> bool:
         """Tell whether an answer trickles: a byte now and then would keep any limit for a single read."""
-        if self._came_since is None or self._limits.read_s is None:
+        if self._came_since is None or self._timeouts.read_s is None:
             return False
-        allowed_s = self._limits.read_s + self._came_bytes / SLOWEST_BYTES_PER_S
+        allowed_s = self._timeouts.read_s + self._came_bytes / SLOWEST_BYTES_PER_S
         return time.monotonic() - self._came_since > allowed_s

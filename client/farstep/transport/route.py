@@ -12,7 +12,7 @@ from typing import NamedTuple, final
 import httpx
 
 from farstep.transport.body import Readable, ResponseBody, body_of
-from farstep.transport.connection import Limits
+from farstep.transport.connection import Timeouts
 from farstep.transport.head import BODY, DEADLINE_S, IDEMPOTENT, NAMED, ResponseHead, request_head
 from farstep.transport.pool import Origin, origin_of
 
@@ -25,12 +25,12 @@ class Route:
     """Say where requests go, and how.
 
     Args:
-        request: one of them; method, URL, headers and time limits are those of all.
+        request: one of them; method, URL, headers and time timeouts are those of all.
 
     Attributes:
         request: the same without its body, whose memory is not ours to keep; errors name it.
         origin: what it goes to.
-        limits: how long an exchange may take.
+        timeouts: how long an exchange may take.
         repeatable: sending it twice changes nothing more than once.
 
     Raises:
@@ -44,7 +44,7 @@ class Route:
             request.method, request.url, headers=request.headers, extensions=request.extensions
         )
         self.origin: Origin = origin_of(request)
-        self.limits = Limits.of(request.extensions)
+        self.timeouts = Timeouts.of(request.extensions)
         self.repeatable = request.method in IDEMPOTENT or bool(request.extensions.get(NAMED))
         self._heads: dict[int, memoryview] = {}
 

@@ -36,12 +36,12 @@ from typing import Any, Final, final
 import httpx
 
 from farstep.transport.body import ResponseBody
-from farstep.transport.connection import Connection, Limits
+from farstep.transport.connection import Connection, Timeouts
 from farstep.transport.head import IDEMPOTENT, NAMED, ResponseHead, request_head
-from farstep.transport.link import Link, Plain, Secure
 from farstep.transport.pieces import BufferedBody, StreamedBody
 from farstep.transport.pool import Origin, Pool, origin_of
 from farstep.transport.route import Answer, Described, Route, response_of
+from farstep.transport.stream import PlainStream, Stream, TlsStream
 
 Dial = Callable[[Origin, float | None], socket.socket]
 """Connect to an origin within so many seconds; raises OSError (TimeoutError when they have passed)."""
@@ -127,7 +127,7 @@ class SocketTransport(httpx.BaseTransport):
             MalformedAnswer: it does not speak HTTP/1.1, or what it sent is too large (`OversizedAnswer`).
             httpx.LocalProtocolError, httpx.UnsupportedProtocol: the request itself is at fault.
         """
-        asked = _Asked(request, origin_of(request), Limits.of(request.extensions), _repeatable(request))
+        asked = _Asked(request, origin_of(request), Timeouts.of(request.extensions), _repeatable(request))
         return response_of(*self._ask(asked, partial(_message, request)), request)
 
     def ask(self, route: Route, body: BufferedBody | StreamedBody | None) -> Answer:
@@ -182,7 +182,7 @@ class SocketTransport(httpx.BaseTransport):
                 except (httpx.ReadError, httpx.WriteError, httpx.RemoteProtocolError):
                     if kept.heard or not asked.repeatable:
                         raise
-            connection = Connection(self._connect(asked.origin, asked.limits))
+            connection = Connection(self._connect(asked.origin, asked.timeouts))
             self._pool.add(connection)
             return self._exchange(connection, asked, message)
         except httpx.RequestError as exc:
@@ -193,7 +193,7 @@ class SocketTransport(httpx.BaseTransport):
         self, connection: Connection, asked: _Asked | Route, message: Message
     ) -> tuple[ResponseHead, ResponseBody]:
         try:
-            connection.begin(asked.request.method, asked.limits)
+            connection.begin(asked.request.method, asked.timeouts)
             with closing(message()) as batches:
                 complete = all(map(connection.send, batches))
             head = connection.answer()
@@ -209,19 +209,21 @@ class SocketTransport(httpx.BaseTransport):
         else:
             self._pool.drop(connection)
 
-    def _connect(self, origin: Origin, limits: Limits) -> Link:
+    def _connect(self, origin: Origin, timeouts: Timeouts) -> Stream:
         try:
-            sock = self._dial(origin, limits.left(limits.connect_s))
+            sock = self._dial(origin, timeouts.left(timeouts.connect_s))
         except TimeoutError as exc:
             raise httpx.ConnectTimeout(f"{origin.host}:{origin.port} did not answer in time.") from exc
         except OSError as exc:
             raise httpx.ConnectError(f"No connection to {origin.host}:{origin.port}: {exc}") from exc
         if origin.scheme == "http":
-            return Plain(sock)
+            return PlainStream(sock)
         try:
-            left_s = limits.left(limits.connect_s)
+            left_s = timeouts.left(timeouts.connect_s)
             sock.settimeout(None if left_s is None else max(left_s, _SHORTEST_S))
-            return Secure(self._tls().wrap_socket(sock, server_hostname=origin.server_name, suppress_ragged_eofs=False))
+            return TlsStream(
+                self._tls().wrap_socket(sock, server_hostname=origin.server_name, suppress_ragged_eofs=False)
+            )
         except TimeoutError as exc:
             sock.close()
             raise httpx.ConnectTimeout(f"{origin.host}:{origin.port} did not begin TLS in time.") from exc
@@ -242,7 +244,7 @@ class _Asked:
 
     request: httpx.Request
     origin: Origin
-    limits: Limits
+    timeouts: Timeouts
     repeatable: bool
 
 

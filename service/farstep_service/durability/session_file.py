@@ -21,7 +21,7 @@ from typing import Any
 from farstep.protocol.consistency import to_options
 from farstep.protocol.fields import shapes_to_header
 from farstep.protocol.session_file import DESCRIPTION, FORMAT, FORMAT_VERSION
-from farstep.protocol.tensor_file import Head, in_file_order, refused, write_head
+from farstep.protocol.tensor_file import FileHead, in_file_order, refused, write_head
 from farstep_service.tensors.contents import Contents
 from farstep_service.tensors.snapshot import Snapshot
 
@@ -70,7 +70,7 @@ def _description(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def places_of(head: Head, contents: Contents) -> list[memoryview]:
+def places_of(head: FileHead, contents: Contents) -> list[memoryview]:
     """Return where the bytes of a file's tensors go, in their order, and take the memory for them.
 
     Raises:

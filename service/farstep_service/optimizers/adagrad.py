@@ -61,7 +61,7 @@ class Adagrad(ElementwiseRule[AdagradHyper], RowRule[AdagradHyper]):
     name = "Adagrad"
     tensor_fields = ("sum",)
     hyper = AdagradHyper
-    eager = True
+    has_initial_state = True
 
     def initial(self, field: str, hyper: AdagradHyper) -> float:
         """Return `initial_accumulator_value`."""

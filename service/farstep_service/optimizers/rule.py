@@ -99,7 +99,7 @@ class Method(ABC, Generic[H]):
     """What can run it."""
     hyper: type[H]
     """The record of its options."""
-    eager: ClassVar[bool] = False
+    has_initial_state: ClassVar[bool] = False
     """Whether a segment has state before its first step."""
 
     @property

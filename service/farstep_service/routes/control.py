@@ -274,7 +274,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             worker=document.worker,
             epoch=joined.epoch,
             fields=plan.rule.kinds,
-            eager=plan.rule.eager,
+            eager=plan.rule.has_initial_state,
             groups=[group.to_options() for group in actor.options],
             placement=[Shard(url="", segments=[0, len(plan.layout.segments)])],
         )

@@ -31,7 +31,7 @@ from farstep.protocol.consistency import Async, Bounded, to_options
 from farstep.protocol.fields import NUMBERS, PRESENT, shapes_to_header
 from farstep.protocol.growth import AppendHead
 from farstep.protocol.header import VERSION
-from farstep.protocol.messages import Fill, PushHead, PutHead
+from farstep.protocol.messages import PushHead, PutHead, SharedPush
 from farstep_service.optimizers.rule import Rule
 from farstep_service.routes.bodies import Pace, answer_message, outgoing_of, read_body
 from farstep_service.sessions import OVERHEAD_BYTES, Actor, Answer, AtMost, Intake, Reader, View
@@ -110,12 +110,12 @@ class Push(Endpoint):
             actor, reserve, scope, receive, PushHead.from_header, begin, largest=_largest(actor)
         )
         received_s = time.perf_counter() - began
-        if head.fill is not None:
-            fingerprint = fingerprint_of(head, head.fill)
+        if head.shared is not None:
+            fingerprint = fingerprint_of(head, head.shared)
         answer = await actor.push(head, intake, fingerprint)
         codec = codec_named(head.wire_gradients)
         in_place = codec is not FULL and codec.element is not None and head.wire_gradients == head.wire_parameters
-        spent = intake if in_place or head.fill is not None else None
+        spent = intake if in_place or head.shared is not None else None
         del intake  # the gradients' memory is free while the answer is sent, if that is not in it
         header = _header(actor, answer, {"receive": received_s})
         if head.wanted == "none":
@@ -200,12 +200,12 @@ async def _delivered(actor: Actor, head: PushHead, view: View, spent: Intake | N
         raise
 
 
-def fingerprint_of(head: PushHead, fill: Fill) -> str:
+def fingerprint_of(head: PushHead, shared: SharedPush) -> str:
     """Return what identifies a push whose gradients are in shared memory: all of its header but where answers go.
 
     The worker has promised that the same filling holds the same gradients.
     """
-    same = replace(head, fill=replace(fill, deliver=False))
+    same = replace(head, shared=replace(shared, deliver=False))
     return xxhash.xxh3_128_hexdigest(repr(same).encode())
 
 

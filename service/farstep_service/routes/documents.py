@@ -23,9 +23,9 @@ from pydantic import (
 
 from farstep.errors import InvalidFile
 from farstep.protocol.fields import EVERYWHERE, PRESENT, shapes_from_header
-from farstep.protocol.messages import FURTHEST_BEGINNING
+from farstep.protocol.messages import LARGEST_START_VERSION
 from farstep.protocol.session_file import description_in
-from farstep.protocol.tensor_file import Head, refused
+from farstep.protocol.tensor_file import FileHead, refused
 from farstep_service.layout import MAX_SEGMENTS, Layout, SegmentSpec
 from farstep_service.plan import MAX_GROUPS, Plan
 from farstep_service.tensors import Snapshot
@@ -124,7 +124,7 @@ class SessionDocument(PlanDocument):
 class SnapshotDocument(PlanDocument):
     """What a session file says about its session: the options in force and the state fields beside what it is."""
 
-    version: Annotated[int, Field(ge=0, le=FURTHEST_BEGINNING)]
+    version: Annotated[int, Field(ge=0, le=LARGEST_START_VERSION)]
     options: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_GROUPS), FailFast()]
     fields: dict[str, str]
     shapes: dict[str, Any]
@@ -190,7 +190,7 @@ def plan_of(document: PlanDocument) -> Plan:
     )
 
 
-def snapshot_of(head: Head, name: str | None) -> Snapshot:
+def snapshot_of(head: FileHead, name: str | None) -> Snapshot:
     """Return the snapshot that a session file describes, its contents without memory as yet.
 
     Args:

@@ -24,7 +24,7 @@ from typing import Final, final
 
 from farstep.errors import InvalidOption, InvalidRequest
 from farstep.protocol.messages import PushHead
-from farstep.protocol.shared_memory import NAME_PREFIX, Area, nbytes_of
+from farstep.protocol.shared_memory import NAME_PREFIX, SharedMemory, nbytes_of
 from farstep_service.plan import Plan
 from farstep_service.store import Buffers, FlatBuffers
 from farstep_service.tensors.contribution import Contribution
@@ -65,9 +65,9 @@ class Areas:
 
     def delivering(self, head: PushHead) -> Shared | None:
         """Return the memory in which a push wants its answer, None if it wants it in a body."""
-        shared = self._shared.get(head.name.worker)
-        wanted = head.fill is not None and head.fill.deliver and shared is not None and shared.key == head.fill.area
-        return shared if wanted else None
+        push, memory = head.shared, self._shared.get(head.name.worker)
+        wanted = push is not None and push.deliver and memory is not None and memory.key == push.key
+        return memory if wanted else None
 
     def copy_of(self, head: PushHead, contribution: Contribution) -> Buffers | None:
         """Return where the step of a push may write its answer: over its gradients, or into shared memory."""
@@ -84,10 +84,10 @@ class Areas:
         Raises:
             InvalidRequest: the worker shares no such memory.
         """
-        if head.fill is None:
+        if head.shared is None:
             return None
         shared = self._shared.get(head.name.worker)
-        if shared is None or shared.key != head.fill.area or shared.layout is not contribution.layout:
+        if shared is None or shared.key != head.shared.key or shared.layout is not contribution.layout:
             raise InvalidRequest(
                 f"Worker {head.name.worker!r} shares no such memory.", remedy="Send the gradients.", field="area"
             )
@@ -132,7 +132,7 @@ class Shared:
             raise refused("complex parameters are not shared")
         self.key, self.epoch, self.layout = offer.key, offer.epoch, layout
         size = nbytes_of(layout.sizes)
-        area = Area.over(_mapped(offer, size), layout.sizes)
+        area = SharedMemory.over(_mapped(offer, size), layout.sizes)
         self.nbytes = size + nbytes_beside(plan)
         self.gradients = FlatBuffers(layout, flat=area.gradients)
         self.parameters = FlatBuffers(layout, flat=area.parameters)

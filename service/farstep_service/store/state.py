@@ -89,7 +89,7 @@ class State:
 
     def newborn(self, segment: int) -> SegmentCounters | None:
         """Return the counts of a segment that has not stepped; None if its state begins with its first step."""
-        return self._having(segment, None, ()) if self._rule.eager else None
+        return self._having(segment, None, ()) if self._rule.has_initial_state else None
 
     def refill(self, segments: Sequence[int]) -> None:
         """Fill the tensor fields of segments with what they begin with."""
@@ -156,7 +156,7 @@ class State:
             for segment, value in zip(segments, values, strict=True):
                 before = self._having(segment, after[segment], ())
                 after[segment] = None if value is None else _with(before, field, value)
-        if has is not None and not self._rule.eager:
+        if has is not None and not self._rule.has_initial_state:
             for segment, names in zip(segments, has, strict=True):
                 bare = replace(after[segment] or self._rule.first(self._options(segment)), fields=())
                 after[segment] = None if names is None else self._having(segment, bare, names)

@@ -256,7 +256,7 @@ class KernelState(SessionState):
         values: dict[str, Buffers | Sequence[float | None]] = {
             name: on_device(buffers, self.device) for name, buffers in contents.elements.items()
         }
-        told = PRESENT in contents.numbers or self.plan.rule.eager
+        told = PRESENT in contents.numbers or self.plan.rule.has_initial_state
         steps = contents.numbers["step"].tolist() if "step" in contents.numbers and not told else None
         for name, numbers in contents.numbers.items():
             if name == PRESENT:

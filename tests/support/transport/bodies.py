@@ -7,7 +7,7 @@ import torch
 
 from farstep.protocol.memory import tensor_memory
 from farstep.transport import body_of
-from farstep.transport.link import MAX_BUFFERS
+from farstep.transport.stream import MAX_BUFFERS
 
 
 def noise(size: int, seed: int = 0) -> bytes:

@@ -1,8 +1,8 @@
 """A connected socket that never blocks inside a call, plain or encrypted.
 
-    Link              send(window), receive_into(view), wait(events)
-    ├── Plain         gathers many buffers in one sendmsg
-    └── Secure        TLS: one buffer after the other, in records of 16 KiB
+    Stream              send(window), receive_into(view), wait(events)
+    ├── PlainStream         gathers many buffers in one sendmsg
+    └── TlsStream        TLS: one buffer after the other, in records of 16 KiB
 
 Waiting is a step of its own because a client that is sending has to notice an answer: a server that refuses a body
 says so at once, and then closes.
@@ -30,7 +30,7 @@ _RECORD_BYTES: Final = 16384
 _SECURE_SLICE_BYTES: Final = 1 << 20
 
 
-class Link(ABC):
+class Stream(ABC):
     """Move bytes over a socket as far as possible without waiting.
 
     Attributes:
@@ -83,7 +83,7 @@ class Link(ABC):
 
 
 @final
-class Plain(Link):
+class PlainStream(Stream):
     """Send and receive over TCP, or whatever stream the socket is."""
 
     def send(self, window: Sequence[memoryview]) -> int:
@@ -104,7 +104,7 @@ class Plain(Link):
 
 
 @final
-class Secure(Link):
+class TlsStream(Stream):
     """Send and receive over TLS."""
 
     def send(self, window: Sequence[memoryview]) -> int:

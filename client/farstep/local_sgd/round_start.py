@@ -20,7 +20,7 @@ from farstep.optim.names import named_parameters
 
 
 @final
-class Beginning:
+class RoundStart:
     """The copies of a model's parameters that a session's optimizer steps on.
 
     Attributes:
@@ -124,7 +124,7 @@ def _changed(what: str, remedy: str, name: str) -> InvalidOption:
     return InvalidOption(what, remedy=remedy, field=name, side="client")
 
 
-def forms_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
+def shapes_and_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
     """Return what the tensors of one model have in common with those of another that is like it."""
     return {name: (each.shape, each.dtype) for name, each in tensors.items()}
 

@@ -78,7 +78,7 @@ class RemoteState(Fetched):
         """Take on parameters that the session has begun with just now; what was read or edited of the others stays."""
         for index, p in enumerate(parameters, len(self._indices)):
             self._indices[p] = index
-            if self._known and self._link.eager:
+            if self._known and self._link.has_initial_state:
                 self._present.add(index)
                 own = dict.get(self, p, {})
                 if not self._fields_of(own):

@@ -25,7 +25,7 @@ from farstep.protocol.hyper import Hyper
 from farstep.protocol.memory import TORCH_DTYPES
 from farstep.protocol.messages import Evaluation
 from farstep.protocol.receipt import StepReport
-from farstep.settings import Place
+from farstep.settings import WorkerSettings
 from farstep_service.embedded.states import contents_of, states_of
 from farstep_service.kernels import Kernels
 from farstep_service.layout import SegmentSpec
@@ -50,12 +50,12 @@ class EmbeddedLink(Link):
 
     @in_ordinary_memory
     def __init__(
-        self, spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None
+        self, spec: SessionSpec, parameters: Sequence[Tensor], settings: WorkerSettings, start: Start | None = None
     ) -> None:
-        mode = place.consistency
+        mode = settings.consistency
         _check_alone(mode)
         self._spec = spec
-        self._worker = place.worker
+        self._worker = settings.worker
         self._parameters = list(parameters)
         self._device = _one_device(parameters)
         self._plan = Plan.build(
@@ -92,8 +92,8 @@ class EmbeddedLink(Link):
         return self._fields
 
     @property
-    def eager(self) -> bool:
-        return self._plan.rule.eager
+    def has_initial_state(self) -> bool:
+        return self._plan.rule.has_initial_state
 
     @in_ordinary_memory
     def options_in_force(self) -> list[Options]:
@@ -310,7 +310,7 @@ def _one_device(parameters: Sequence[Tensor]) -> torch.device:
 
 
 def open_link(
-    spec: SessionSpec, parameters: Sequence[Tensor], place: Place, start: Start | None = None
+    spec: SessionSpec, parameters: Sequence[Tensor], settings: WorkerSettings, start: Start | None = None
 ) -> EmbeddedLink:
     """Open an embedded session: the entry point `farstep.hosts:embedded`."""
-    return EmbeddedLink(spec, parameters, place, start)
+    return EmbeddedLink(spec, parameters, settings, start)
