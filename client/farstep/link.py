@@ -20,7 +20,7 @@ from farstep.overlap import Overlapped
 from farstep.protocol.consistency import Consistency, to_options
 from farstep.protocol.fields import FieldKind, State
 from farstep.protocol.messages import Evaluation
-from farstep.protocol.policy import NOTHING, Policy
+from farstep.protocol.policies import NO_POLICIES, Policies
 from farstep.protocol.receipt import StepReport
 from farstep.settings import KernelChoice, NonFinitePolicy
 
@@ -80,11 +80,11 @@ class SessionSpec:
     consistency: Consistency
     nonfinite: NonFinitePolicy
     kernel: KernelChoice
-    policy: Policy = NOTHING
+    policies: Policies = NO_POLICIES
 
     def to_document(self) -> dict[str, Any]:
         """Return the spec as the JSON document of `POST /v1/sessions`."""
-        policy = self.policy.to_options()
+        policy = self.policies.to_options()
         return {
             "name": self.name,
             "optimizer": self.optimizer,

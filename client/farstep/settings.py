@@ -16,7 +16,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypedDict, cast
 from urllib.parse import urlsplit
 
@@ -29,7 +29,7 @@ from farstep.protocol.codecs import Wire
 from farstep.protocol.consistency import Async, Consistency, Sync, checked
 from farstep.protocol.messages import OptionsMode
 from farstep.protocol.plain import pythons_own
-from farstep.protocol.policy import NOTHING, Policy
+from farstep.protocol.policies import NO_POLICIES, Policies, default_options
 from farstep.protocol.unix import check_path, path_of_url
 from farstep.variables import warn_of_misspelt
 
@@ -111,7 +111,7 @@ class WorkerSettings:
     timeout_s: float
     transport: httpx.BaseTransport | None = None
     wire: Wire = field(default_factory=Wire)
-    policy: Policy = NOTHING
+    policies: Policies = NO_POLICIES
     overlap: bool = False
     counted_as: str | None = None
     options: OptionsMode | None = None
@@ -125,7 +125,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
             cannot be one.
     """
     warn_of_misspelt(environment)
-    unknown = sorted(set(options) - set(RemoteOptions.__annotations__))
+    unknown = sorted(set(options) - set(RemoteOptions.__annotations__) - set(default_options()))
     if unknown:
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
     options = cast(RemoteOptions, {name: pythons_own(value) for name, value in options.items()})
@@ -189,7 +189,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         timeout_s=timeout_s,
         transport=options.get("transport"),
         wire=wire,
-        policy=Policy(**_policy_of(options)),
+        policies=Policies.of(options),
         options=_options(options.get("options") or environment.get("FARSTEP_OPTIONS") or None),
         overlap=_flag(options.get("overlap"), environment.get("FARSTEP_OVERLAP")),
         counted_as=(worker or "") if session and own is None else None,
@@ -201,10 +201,6 @@ def _in_run(session: object, run: str | None) -> Any:
     if run is None or not isinstance(session, str) or session == run or session.startswith(f"{run}."):
         return session
     return f"{run}.{session}"
-
-
-def _policy_of(options: Mapping[str, Any]) -> dict[str, Any]:
-    return {each.name: options[each.name] for each in fields(Policy) if each.name in options}
 
 
 def in_fresh_session(settings: WorkerSettings) -> WorkerSettings:
@@ -225,11 +221,7 @@ def options_of_copy(settings: WorkerSettings) -> RemoteOptions:
         "wire": settings.wire,
         "overlap": settings.overlap,
         "timeout_s": settings.timeout_s,
-        "clip_norm": settings.policy.clip_norm,
-        "clip_norm_type": settings.policy.clip_norm_type,
-        "clip_value": settings.policy.clip_value,
-        "accumulate": settings.policy.accumulate,
-        "ema": settings.policy.ema,
+        **cast(RemoteOptions, settings.policies.options()),
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 from farstep.errors import InvalidOption, LimitExceeded
 from farstep.protocol.consistency import Consistency, from_options
 from farstep.protocol.hyper import Hyper
-from farstep.protocol.policy import NOTHING, Policy
+from farstep.protocol.policies import NO_POLICIES, Policies
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import METHODS
 from farstep_service.optimizers.rule import AnyMethod, Rule
@@ -31,7 +31,7 @@ class Plan:
         groups: the options of each param group at creation; they may change later.
         nonfinite: `refuse` or `allow` gradients that hold NaN or Inf, or `skip` their steps.
         kernel: which kernels may run.
-        policy: what is done to the gradients before a step, and to the parameters after it.
+        policies: what is done to the gradients before a step, and to the parameters after it.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Plan:
     consistency: Consistency
     nonfinite: str
     kernel: KernelMode
-    policy: Policy = NOTHING
+    policies: Policies = NO_POLICIES
 
     @classmethod
     def build(
@@ -78,8 +78,8 @@ class Plan:
             )
         hypers = tuple(rule.hyper.from_options(options) for options in groups)
         _check_steps(rule, layout, hypers)
-        wanted = Policy.from_options(policy or {})
-        _check_policy(rule, layout, nonfinite, wanted)
+        wanted = Policies.from_options(policy) if policy else NO_POLICIES
+        _check_policies(rule, layout, nonfinite, wanted)
         plan = cls(
             name=name,
             rule=rule,
@@ -88,7 +88,7 @@ class Plan:
             consistency=from_options(consistency),
             nonfinite=_one_of("nonfinite", nonfinite, ("refuse", "skip", "allow")),
             kernel=_kernel(rule, kernel),
-            policy=wanted,
+            policies=wanted,
         )
         plan.check_consistency()
         return plan
@@ -112,7 +112,7 @@ class Plan:
     @property
     def looks_at_gradients(self) -> bool:
         """Return whether a step depends on what is found in its gradients, which must not change after that."""
-        return self.nonfinite != "allow" or self.policy.clip_norm is not None
+        return self.nonfinite != "allow" or self.policies.looking
 
     def append(self, options: Mapping[str, Any], segments: Sequence[SegmentSpec]) -> Plan:
         """Return this plan with one more param group, whose number the segments have.
@@ -126,7 +126,7 @@ class Plan:
             raise LimitExceeded(f"The session has {MAX_GROUPS} param groups.", field="group", limit=MAX_GROUPS)
         hyper, layout = self.rule.hyper.from_options(options), self.layout.append(segments)
         self.rule.check_layout(layout)
-        _check_policy(self.rule, layout, self.nonfinite, self.policy)
+        _check_policies(self.rule, layout, self.nonfinite, self.policies)
         groups = (*self.groups, hyper)
         _check_steps(self.rule, layout, groups, beginning=len(self.groups))
         return replace(self, groups=groups, layout=layout)
@@ -160,7 +160,7 @@ class Plan:
         for key in ("consistency", "nonfinite", "kernel"):
             if getattr(self, key) != getattr(other, key):
                 return f"its {key} is {getattr(self, key)!r}, not {getattr(other, key)!r}"
-        return self.policy.difference(other.policy)
+        return self.policies.difference(other.policies)
 
     def _other_options(self, other: Plan, in_force: Sequence[Hyper]) -> str | None:
         """Return where the options of another plan are neither those of the creation nor those in force."""
@@ -188,25 +188,22 @@ def _check_steps(rule: AnyMethod, layout: Layout, groups: Sequence[Hyper], begin
         rule.check_step(hyper)
 
 
-def _check_policy(rule: AnyMethod, layout: Layout, nonfinite: str, policy: Policy) -> None:
-    """Refuse a policy that goes with no step of this optimizer, or with no gradient of these parameters.
+def _check_policies(rule: AnyMethod, layout: Layout, nonfinite: str, policies: Policies) -> None:
+    """Refuse policies that go with no step of this optimizer, or with no gradient of these parameters.
 
     Raises:
         InvalidOption: naming the option.
     """
-    asked = [*policy.to_options(), *(["nonfinite"] if nonfinite == "skip" else [])]
+    asked = [*policies.to_options(), *(["nonfinite"] if nonfinite == "skip" else [])]
     if asked and not isinstance(rule, Rule):
         raise InvalidOption(
             f"{asked[0]} does not go with {rule.name}, which searches along the gradients it is given.",
             remedy="Do it in the closure.",
             field=asked[0],
         )
-    if policy.clip_value is not None and (found := next((s for s in layout.segments if s.is_complex), None)):
-        raise InvalidOption(
-            f"clip_value does not go with {found.name!r}, whose gradients are complex: they have no order.",
-            remedy="Clip by clip_norm.",
-            field="clip_value",
-        )
+    for policy in policies.asked:
+        for segment in layout.segments:
+            policy.check_parameter(segment.name, is_complex=segment.is_complex)
 
 
 def _kernel(rule: AnyMethod, wanted: str) -> KernelMode:

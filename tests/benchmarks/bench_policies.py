@@ -24,7 +24,7 @@ from farstep_service.layout import SegmentSpec
 from farstep_service.plan import Plan
 from farstep_service.store import FlatBuffers, Gradients
 from farstep_service.tensors import Steps, state_of
-from farstep_service.tensors.policies import first_nonfinite_in
+from farstep_service.tensors.finite import first_nonfinite_in
 from tests.benchmarks.hardware import hardware
 
 TENSORS, ELEMENTS = 161, 25_000_000

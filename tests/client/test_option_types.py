@@ -18,7 +18,7 @@ import farstep
 from farstep.errors import InvalidOption
 from farstep.identity import Worker
 from farstep.protocol.consistency import Async, Bounded, Consistency, Sync, to_options
-from farstep.protocol.policy import Policy
+from farstep.protocol.policies import Policies as SessionPolicies
 from farstep.settings import RemoteOptions, resolve
 from tests.support.client.twins import Twins, check_parameters, drawn, one_group, ours, parameters, plain, theirs
 
@@ -263,11 +263,16 @@ def test_modes_take_numbers_of_any_type(made: Callable[[], Consistency], same: C
 
 def test_policies_and_places_take_numbers_of_any_type() -> None:
     """What is farstep's own is Python's own from the moment they come in, whatever they were."""
-    policy = Policy(clip_norm=np.float32(0.5), clip_value=Fraction(1, 2), accumulate=np.int64(2), ema=Decimal("0.5"))  # type: ignore[arg-type]
-    assert policy == Policy(clip_norm=0.5, clip_value=0.5, accumulate=2, ema=0.5)
-    assert json.dumps(policy.to_options()) == json.dumps(
-        Policy(clip_norm=0.5, clip_value=0.5, accumulate=2, ema=0.5).to_options()
-    )
+    given = {
+        "clip_norm": np.float32(0.5),
+        "clip_value": Fraction(1, 2),
+        "accumulate": np.int64(2),
+        "ema": Decimal("0.5"),
+    }
+    policies = SessionPolicies.of(given)
+    plain = SessionPolicies.of({"clip_norm": 0.5, "clip_value": 0.5, "accumulate": 2, "ema": 0.5})
+    assert policies == plain
+    assert json.dumps(policies.to_options()) == json.dumps(plain.to_options())
     said: Any = {
         "server": np.str_("http://box:1"),
         "nonfinite": Policies.SKIP,
@@ -276,7 +281,7 @@ def test_policies_and_places_take_numbers_of_any_type() -> None:
         "clip_norm": torch.tensor(0.5),
     }
     place = resolve(said, {})
-    found = (place.server, place.nonfinite, place.timeout_s, place.overlap, place.policy.clip_norm)
+    found = (place.server, place.nonfinite, place.timeout_s, place.overlap, place.policies.options()["clip_norm"])
     assert found == ("http://box:1", "skip", 2.5, True, 0.5)
     assert list(map(type, found)) == [str, str, float, bool, float]
     me = farstep.worker(rank=np.int64(1), count=np.int32(2))  # type: ignore[arg-type]

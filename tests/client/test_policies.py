@@ -251,7 +251,7 @@ def test_a_copy_keeps_the_policy(place: RemoteOptions) -> None:
     p.grad = torch.ones(5)
     optimizer.step()
     copied = copy.deepcopy(optimizer)
-    assert copied._membership.settings.policy == optimizer._membership.settings.policy
+    assert copied._membership.settings.policies == optimizer._membership.settings.policies
     (q,) = copied.param_groups[0]["params"]
     for applied in (False, True):
         q.grad = torch.ones(5)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from farstep.protocol.policies import unregister
 from tests.support.service.servers import RunningServer
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "policies.md").read_text()
-FIRST, SCALED = re.findall(r"^```python\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
+FIRST, SCALED, OWN = re.findall(r"^```python\n(.*?)^```", DOCUMENT, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_the_examples_run(server: RunningServer, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,3 +26,13 @@ def test_the_examples_run(server: RunningServer, capsys: pytest.CaptureFixture[s
     assert said[4].startswith("tensor(")
     exec(SCALED, names)
     assert names["optimizer"].version == 4
+
+
+def test_the_example_of_a_policy_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """A policy that is written into a script is an argument there, and does what it says."""
+    names: dict[str, Any] = {"__name__": "example"}
+    try:
+        exec(compile(OWN, "docs/policies.md", "exec", dont_inherit=True), names)
+    finally:
+        unregister(names["Shrink"])
+    assert "0.5000, 0.5000, 0.5000" in capsys.readouterr().out

@@ -12,7 +12,7 @@ import farstep
 from farstep.errors import InvalidOption
 from farstep.optim import RemoteOptimizer
 from farstep.protocol.consistency import MODES, Async, Consistency, checked
-from farstep.protocol.policy import Policy
+from farstep.protocol.policies import default_options
 from farstep.settings import RemoteOptions, options_of_copy, resolve
 from farstep_service.optimizers import METHODS
 from tests.support.service.servers import farstep as command
@@ -26,13 +26,13 @@ MADE_UP = {
         ("client/farstep/protocol/codecs", "int8"),
         ("service/farstep_service/optimizers", "newopt"),
         ("service/farstep_service/coordinator/modes", "turns"),
-        ("service/farstep_service/tensors/policies", "signing"),
+        ("client/farstep/protocol/policies", "sign"),
     )
 }
 """The files that a reader of the recipes makes."""
 OPTIMIZERS = sorted(set(farstep.optim.__all__) - {RemoteOptimizer.__name__})
 KINDS = [kind.__name__ for kind in MODES.values()]
-POLICIES = [each.name for each in fields(Policy)]
+POLICIES = list(default_options())
 
 
 def rows(page: str) -> list[str]:

@@ -48,7 +48,7 @@ SUPPORT = "support"
 """Where helpers are, in the folders of those that they help."""
 TOOLS = {"attack", "benchmarks", "parity", "promises"}
 """Programs that `make` runs, each with its tests beside it."""
-MODELS = {"codecs", "coordinator", "session"}
+MODELS = {"codecs", "coordinator", "policies", "session"}
 """Folders whose tests compare with a model or a table that stands beside them."""
 
 

@@ -221,7 +221,7 @@ def test_rounds_that_wait_are_counted_as_memory_and_not_exported() -> None:
     assert session.nbytes()["waiting"] == session.plan.layout.nbytes
     assert written(session) == before
     again = restored(written(session))
-    assert again.plan.policy.accumulate == 2
+    assert again.plan.policies.rounds == 2
     assert again.nbytes()["waiting"] == 0
 
 

@@ -78,7 +78,7 @@ def test_a_file_has_the_average(steps: int) -> None:
     file = written(session)
     assert (b'"ema/w"' in file) == bool(steps)
     again = restored(file)
-    assert again.plan.policy.ema == DECAY
+    assert again.plan.policies.to_options() == {"ema": DECAY}
     assert again.nbytes() == session.nbytes()
     assert written(again) == file
     writer = begun(again)[0]

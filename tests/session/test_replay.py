@@ -7,7 +7,7 @@ replays the journal from every record that was made on the way.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ from farstep_service.session import Outcomes, Session, SessionRecord
 from farstep_service.session.growth import grown, room_for
 from farstep_service.tensors.contents import Contents
 from farstep_service.tensors.contribution import Contribution
+from tests.policies.table import ROWS, toys
 from tests.session.failing import FailingKernels
 from tests.session.writers import DTYPES, SHAPES, Writer, begun, new_session, values
 
@@ -45,7 +46,14 @@ MODES: tuple[Consistency, ...] = (
     Sync(workers="live", deadline_s=4.0, lease_s=8.0),
     Bounded(staleness=1, deadline_s=4.0, lease_s=8.0),
 )
-POLICIES: tuple[Mapping[str, Any], ...] = ({}, {"accumulate": 3}, {"ema": 0.9, "clip_norm": 0.5}, {"clip_value": 0.1})
+POLICIES: tuple[Mapping[str, Any], ...] = (
+    {},
+    {"accumulate": 3},
+    {"ema": 0.9, "clip_norm": 0.5},
+    *(row.written for row in ROWS),
+    *({"accumulate": 2, **row.written} for row in ROWS),
+)
+OF_REAL_NUMBERS = {name for row in ROWS if not row.takes_complex for name in row.options}
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "60"))
 
 
@@ -90,7 +98,7 @@ class Replayed(RuleBasedStateMachine):
         nonfinite=st.sampled_from(["refuse", "skip"]),
     )
     def begin(self, optimizer: str, mode: Consistency, policy: Mapping[str, Any], nonfinite: str) -> None:
-        complex_too = "clip_value" not in policy
+        complex_too = OF_REAL_NUMBERS.isdisjoint(policy)
         self.session = self.opened(
             optimizer, to_options(mode), policy, nonfinite, names=("w", "b", "z")[: 2 + complex_too]
         )
@@ -261,6 +269,13 @@ def filled(contents: Contents, arrived: object) -> Contents:
         view[:] = arrived[at : at + len(view)]
         at += len(view)
     return contents
+
+
+@pytest.fixture(autouse=True, scope="module")
+def registered() -> Iterator[None]:
+    """Make the policies of the table known here."""
+    with toys():
+        yield
 
 
 @pytest.mark.timeout(1800)

@@ -14,6 +14,7 @@ from farstep.protocol.fields import NUMBERS, FieldKind, shape_of, shapes_from_he
 from farstep.protocol.growth import AppendHead
 from farstep.protocol.memory import TORCH_DTYPES, tensor_memory
 from farstep.protocol.messages import PushHead, PutHead
+from farstep.protocol.policies import facts
 from farstep.protocol.receipt import Reason, Receipt
 from tests.support.wire.driving import read
 from tests.support.wire.page import DOCUMENT, Block, blocks
@@ -192,7 +193,7 @@ def test_receipts_are_what_the_client_reads():
         reason="nonfinite",
         detail="NaN.",
         weight=0.5,
-        grad_norm=1.5,
+        facts=tuple((name, 1.5) for name in facts()),
         disagreement="lr.",
     ).to_header()
     assert [key.strip("`*") for key in listed] == list(everything)

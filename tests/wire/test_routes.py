@@ -13,7 +13,7 @@ from starlette.routing import Route
 
 from farstep.conversation.answers import Joined
 from farstep.protocol import from_ranges
-from farstep.protocol.policy import Policy
+from farstep.protocol.policies import default_options
 from farstep_service.app import create_app
 from farstep_service.routes.control import JoinedDocument
 from farstep_service.routes.data import QUERY
@@ -76,7 +76,7 @@ def test_a_join_is_what_the_server_reads() -> None:
     (segments,) = [meaning for cell, _, meaning in rows("key of the request") if cell == "`segments`*"]
     assert set(names_in(segments)) == SegmentDocument.model_fields.keys()
     (policy,) = [meaning for cell, _, meaning in rows("key of the request") if cell == "`policy`"]
-    assert set(names_in(policy)) == set(Policy.__dataclass_fields__)
+    assert set(names_in(policy)) == set(default_options())
 
 
 def test_the_answer_to_a_join_is_what_the_server_says_and_the_client_reads() -> None:

@@ -15,6 +15,7 @@ from farstep.errors import FarstepError, InvalidAnswer, ProtocolMismatch
 from farstep.protocol.consistency import Consistency, from_options
 from farstep.protocol.fields import FieldKind
 from farstep.protocol.header import VERSION
+from farstep.protocol.policies import facts
 from farstep.protocol.receipt import Reason, Receipt
 
 KINDS: Final = frozenset(get_args(FieldKind))
@@ -179,6 +180,9 @@ def receipt_of(values: Mapping[str, Any]) -> Receipt:
     for key, check in _OPTIONAL.items():
         if values.get(key) is not None:
             check(reply, key)
+    for key in facts():
+        if values.get(key) is not None:
+            reply.real(key)
     return Receipt.from_header({key: value for key, value in values.items() if value is not None})
 
 
@@ -187,7 +191,6 @@ _OPTIONAL: Mapping[str, Callable[[ReplyReader, str], object]] = {
     "reason": lambda reply, key: reply.among(key, REASONS),
     "detail": ReplyReader.text,
     "weight": ReplyReader.number,
-    "grad_norm": ReplyReader.real,
 }
 
 

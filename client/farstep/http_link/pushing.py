@@ -216,7 +216,7 @@ class Pushing:
 
         Without a gradient only another worker changes a parameter.
         """
-        return self._joined.spec.policy.accumulate == 1
+        return self._joined.spec.policies.rounds == 1
 
     def begin_push(self, order: Sequence[int], groups: Mapping[int, Options]) -> Overlapped | None:
         """Begin to send gradients that are still being computed; see `Link.begin_push`."""

@@ -224,7 +224,7 @@ class InSession(torch.optim.Optimizer):
             consistency=settings.consistency,
             nonfinite=settings.nonfinite,
             kernel=settings.kernel,
-            policy=settings.policy,
+            policies=settings.policies,
         )
         with explaining_namesake(settings):
             self._membership = Membership(

@@ -30,7 +30,7 @@ class WithViews(InSession):
     @property
     def views(self) -> tuple[str, ...]:
         """The names of the session's views."""
-        return (*self._membership.settings.policy.views, *self.averages)
+        return (*self._membership.settings.policies.views, *self.averages)
 
     @property
     def shown(self) -> str:

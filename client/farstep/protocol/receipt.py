@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from farstep.protocol import Names
+from farstep.protocol.policies import GRAD_NORM, Facts, facts
 
 Reason = Literal["", "skipped", "late", "stale", "accumulated", "nonfinite"]
 """Why a push left the parameters alone; "" for one that did not.
@@ -43,7 +44,7 @@ class Receipt:
         reason: why nothing was applied.
         detail: the same as a sentence, which names the worker and the tensor where there is one.
         weight: what the gradient counted, or the learning rate was multiplied by, because it was stale.
-        grad_norm: the norm of the step's gradients before they were clipped, where the session clips by it.
+        facts: what the session's policies say of the step's gradients, such as `grad_norm`.
         disagreement: where the workers of the step named different options, and which were used, as a sentence.
     """
 
@@ -58,8 +59,13 @@ class Receipt:
     reason: Reason = ""
     detail: str = ""
     weight: float = 1.0
-    grad_norm: float | None = None
+    facts: Facts = ()
     disagreement: str = ""
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Return the norm of the step's gradients before they were clipped, where the session clips by it."""
+        return dict(self.facts).get(GRAD_NORM)
 
     @property
     def counts(self) -> bool:
@@ -84,8 +90,8 @@ class Receipt:
             header["detail"] = self.detail
         if self.weight != 1.0:
             header["weight"] = self.weight
-        if self.grad_norm is not None:
-            header["grad_norm"] = self.grad_norm
+        if self.facts:
+            header.update(self.facts)
         if self.disagreement:
             header["disagreement"] = self.disagreement
         return header
@@ -94,7 +100,9 @@ class Receipt:
     def from_header(cls, values: Mapping[str, Any]) -> Receipt:
         """Read what this side knows of a receipt; later servers may say more."""
         known = {name: values[name] for name in cls.__slots__ if name in values}
-        return cls(**{**known, "contributors": Names(values["contributors"])})
+        known["contributors"] = Names(values["contributors"])
+        known["facts"] = tuple((name, values[name]) for name in facts() if name in values)
+        return cls(**known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +117,7 @@ class StepReport:
             `nonfinite`; "" if they did. After a `late` or `stale` one (see `farstep.Sync` and `farstep.Bounded`) the
             parameters are the session's present ones, and training goes on from there.
         detail: the same as a sentence, which names the worker and the tensor where there is one.
-        grad_norm: the norm of the step's gradients before they were clipped, where the session clips by it.
+        facts: what the session's policies say of the step's gradients, by name; `grad_norm` is one of them.
         disagreement: where the workers of the step named different options, and which were used, as a sentence; ""
             where they did not. A Python warning says it, too.
         duplicate: whether the server had seen this push before, so that this answer is the first one's receipt.
@@ -144,7 +152,7 @@ class StepReport:
     reason: Reason = ""
     detail: str = ""
     weight: float = 1.0
-    grad_norm: float | None = None
+    facts: Mapping[str, float] = field(default_factory=dict)
     disagreement: str = ""
     bytes_sent: int = 0
     bytes_received: int = 0
@@ -153,6 +161,11 @@ class StepReport:
     overlap: str = ""
     path: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def grad_norm(self) -> float | None:
+        """Return the norm of the step's gradients before they were clipped, where the session clips by it."""
+        return self.facts.get(GRAD_NORM)
 
     @classmethod
     def of(
@@ -181,7 +194,7 @@ class StepReport:
             reason=receipt.reason,
             detail=receipt.detail,
             weight=receipt.weight,
-            grad_norm=receipt.grad_norm,
+            facts=dict(receipt.facts),
             disagreement=receipt.disagreement,
             bytes_sent=bytes_sent,
             bytes_received=bytes_received,

@@ -284,7 +284,7 @@ class Coordinator(Checks):
             "divisor": running.decision.divisor,
             "kernel": result.kernel,
             "again": result.again,
-            "grad_norm": result.grad_norm,
+            "facts": result.facts,
             "disagreement": result.disagreement,
         }
         self._commit(running, result.version - 1, alike, out)

@@ -20,6 +20,7 @@ from farstep.errors import FarstepError
 from farstep.protocol.consistency import Consistency
 from farstep.protocol.growth import AppendHead
 from farstep.protocol.messages import PushHead, PutHead
+from farstep.protocol.policies import Facts
 from farstep.protocol.receipt import Ran
 
 
@@ -134,7 +135,7 @@ class StepTaken:
         contributors: the workers of all rounds that made the step, in the order in which their gradients were added up.
         kernel: which kernel ran: with the same one a replay gives the same bits.
         again: the step goes on with another evaluation of the objective.
-        grad_norm: the norm of its gradients before they were clipped, where they are clipped by it.
+        facts: what its policies say of it.
         disagreement: where its workers named different options, as a sentence.
         switched: of a step of the kernel `mixed`, where the second kernel went on: the call and its element.
     """
@@ -143,7 +144,7 @@ class StepTaken:
     contributors: tuple[str, ...]
     kernel: Ran
     again: bool = False
-    grad_norm: float | None = None
+    facts: Facts = ()
     disagreement: str = ""
     switched: tuple[int, int] = (0, 0)
 

@@ -60,7 +60,7 @@ def _description(snapshot: Snapshot) -> dict[str, Any]:
         "consistency": to_options(plan.consistency),
         "nonfinite": plan.nonfinite,
         "kernel": plan.kernel,
-        **({"policy": policy} if (policy := plan.policy.to_options()) else {}),
+        **({"policy": policy} if (policy := plan.policies.to_options()) else {}),
         "fields": plan.rule.kinds,
         "shapes": shapes_to_header(snapshot.contents.shapes),
         "segments": [

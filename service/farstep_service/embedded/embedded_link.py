@@ -66,7 +66,7 @@ class EmbeddedLink(Link):
             consistency=to_options(mode),
             nonfinite=spec.nonfinite,
             kernel=spec.kernel,
-            policy=spec.policy.to_options(),
+            policy=spec.policies.to_options(),
         )
         layout, rule = self._plan.layout, self._plan.rule
         self._fields: dict[str, FieldKind] = rule.kinds
@@ -132,7 +132,7 @@ class EmbeddedLink(Link):
             contributors=taken.workers,
             kernel=taken.applied.kernel,
             again=taken.applied.again,
-            grad_norm=taken.grad_norm,
+            facts=dict(taken.facts),
             seconds={"total": ended - began, "kernel": ended - began},
         )
 
@@ -193,7 +193,7 @@ class EmbeddedLink(Link):
 
     @in_ordinary_memory
     def stand_in(self, index: int) -> Tensor | None:
-        if self._plan.policy.ema is not None:  # whose step takes in the value of every parameter
+        if self._plan.policies.views:  # whose step takes in the value of every parameter
             return None
         segment = self._plan.layout.segments[index]
         return torch.zeros((), dtype=TORCH_DTYPES[segment.dtype], device=self._device).expand(segment.shape)
@@ -271,7 +271,7 @@ class EmbeddedLink(Link):
     def write_view(self, view: str, values: Sequence[Tensor]) -> None:
         layout = self._plan.layout
         every = range(len(layout.segments))
-        contents = Contents(layout, self._plan.rule, (view,), every, views=self._plan.policy.views)
+        contents = Contents(layout, self._plan.rule, (view,), every, views=self._plan.policies.views)
         contents.allocate()
         for index in every:
             contents.elements[view].segment(index).copy_(values[index])

@@ -193,7 +193,7 @@ async def view_of(actor: Actor, most: int) -> SessionView:
         consistency=to_options(plan.consistency),
         nonfinite=plan.nonfinite,
         kernel=plan.kernel,
-        policy=plan.policy.to_options(),
+        policy=plan.policies.to_options(),
         parameters=plan.layout.elements,
         segments=len(plan.layout.segments),
         bytes=summary.bytes,

@@ -252,7 +252,7 @@ def _converted_bytes(actor: Actor, head: PushHead) -> int:
     plan, mode = actor.plan, actor.plan.consistency
     alone = isinstance(mode, Async | Bounded) and not mode.delay_compensation and isinstance(plan.rule, Rule)
     gradients, parameters = codec_named(head.wire_gradients), codec_named(head.wire_parameters)
-    decoded = gradients is not FULL and (gradients.element is None or not (alone and plan.policy.as_they_come))
+    decoded = gradients is not FULL and (gradients.element is None or not (alone and plan.policies.as_they_come))
     encoded = parameters is not FULL and (parameters is not gradients or parameters.element is None)
     return (plan.layout.nbytes if decoded else 0) + (plan.layout.on_wire(parameters).nbytes if encoded else 0)
 

@@ -223,10 +223,10 @@ def snapshot_of(head: FileHead, name: str | None) -> Snapshot:
     stored = {entry.name.partition("/")[0] for entry in head.entries}
     certain = {PARAM, PRESENT, *(name for name, kind in known if kind in EVERYWHERE)}
     fields = [each for each in (PARAM, *kinds, PRESENT) if each in certain or each in stored]
-    fields += [view for view in plan.policy.views if view in stored]
+    fields += [view for view in plan.policies.views if view in stored]
     shapes = shapes_from_header(document.shapes)
     chosen = range(len(plan.layout.segments))
-    contents = Contents(plan.layout, plan.rule, fields, chosen, shapes, views=plan.policy.views)
+    contents = Contents(plan.layout, plan.rule, fields, chosen, shapes, views=plan.policies.views)
     groups = [
         plan.rule.hyper.from_options({**created.to_options(), **options}, edited=True)
         for created, options in zip(plan.groups, document.options, strict=True)

@@ -1,7 +1,7 @@
 """The tensors of one session: versions of its parameters, its optimizer state, and atomic steps."""
 
 from farstep_service.store.borrowed import BorrowedBuffers
-from farstep_service.store.buffers import Buffers, FlatBuffers, NarrowBuffers, decode_, encode_
+from farstep_service.store.buffers import Buffers, FlatBuffers, NarrowBuffers, decode_, encode_, pieces
 from farstep_service.store.decider import check_first_step
 from farstep_service.store.gradients import Gradients
 from farstep_service.store.plain import PlainStore
@@ -26,4 +26,5 @@ __all__ = [
     "check_first_step",
     "decode_",
     "encode_",
+    "pieces",
 ]

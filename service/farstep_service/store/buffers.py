@@ -9,7 +9,7 @@ Buffers            what the store and the kernels see          offsets, stretche
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Self, final
 
 import torch
@@ -164,6 +164,17 @@ class NarrowBuffers(Buffers):
         """Return a segment as its parameter looks; a copy, where it was narrow."""
         segment = self.layout.segments[index]
         return shaped(self.stretch(index, segment.length).to(TORCH_DTYPES[segment.buffer]), segment)
+
+
+def pieces(layout: Layout, segments: Sequence[int], *buffers: Buffers) -> Iterator[tuple[Tensor, ...]]:
+    """Go through the memory of some segments in several buffers, in pieces that are one piece in all of them."""
+    for first, last in layout.spans(segments):
+        spans = [span for each in buffers if (span := each.span(first, last)) is not None]
+        if len(spans) == len(buffers):
+            yield tuple(spans)
+            continue
+        for index in range(first, last):
+            yield tuple(each.segment(index) for each in buffers)
 
 
 def encode_(into: FlatBuffers, source: Buffers, codec: Codec, segments: Sequence[int]) -> None:

@@ -1,4 +1,4 @@
-"""Whether numbers are finite: of memory that is there, and of a body while it arrives.
+"""Whether numbers are finite: of memory that is there, of a sum, and of a body while it arrives.
 
 A sum is finite unless a summand is not, or it overflows, so one pass over memory is enough mostly; only if the sum is
 not finite is each number looked at. Of float16, whose sums overflow soon, the extremes are looked at.
@@ -13,6 +13,8 @@ from typing import Final, final
 
 import torch
 from torch import Tensor
+
+from farstep_service.store import Gradients, pieces
 
 BLOCK: Final = 2**17
 """Elements that are looked at together one by one, so that temporary memory stays small."""
@@ -41,6 +43,30 @@ def copy_finite_(into: Tensor, source: Tensor) -> bool:
         block.copy_(its)
         finite = finite and all_finite(block)
     return finite
+
+
+def first_nonfinite_in(gradients: Gradients) -> int | None:
+    """Return the first segment whose gradient holds NaN or Inf, None if all are finite.
+
+    Several finite gradients may have a sum that is not.
+    """
+    dense = gradients.dense()
+    for (span,) in pieces(gradients.buffers.layout, dense, gradients.buffers):
+        if not all_finite(_flat(span)):
+            break
+    else:
+        dense = []
+    for index in dense:
+        if not all_finite(_flat(gradients.buffers.segment(index))):
+            return index
+    for index, (_, values) in gradients.sparse.items():
+        if not all_finite(_flat(values)):
+            return index
+    return None
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return (torch.view_as_real(tensor) if tensor.is_complex() else tensor).reshape(-1)
 
 
 @final

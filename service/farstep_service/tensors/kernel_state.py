@@ -8,10 +8,11 @@ from typing import final
 import torch
 
 from farstep.errors import InvalidRequest
+from farstep.protocol import policies
 from farstep.protocol.fields import EVERYWHERE, PRESENT, mask_of
 from farstep.protocol.hyper import Hyper
 from farstep.protocol.messages import Evaluation
-from farstep.protocol.policy import EMA
+from farstep.protocol.policies import EMA
 from farstep_service.kernels.kernel import KernelSource, Rerun
 from farstep_service.optimizers.rule import AnyRule
 from farstep_service.plan import Plan
@@ -40,7 +41,8 @@ class KernelState(SessionState):
         self._rule = rule
         self._kernels = kernels
         self._store: Store | None = None
-        self._average = None if plan.policy.ema is None else Average(plan.policy.ema)
+        wanted = plan.policies.of_kind(policies.Average)
+        self._average = None if wanted is None or wanted.ema is None else Average(wanted.ema)
 
     @property
     def initialised(self) -> bool:
@@ -203,7 +205,7 @@ class KernelState(SessionState):
         used = {name for own in {id(each): each for each in counts if each}.values() for name in own.fields}
         kinds = rule.kinds
         fields = [name for name in fields if kinds.get(name, "element") in EVERYWHERE or name in used]
-        contents = Contents(self.plan.layout, rule, fields, chosen, views=self.plan.policy.views)
+        contents = Contents(self.plan.layout, rule, fields, chosen, views=self.plan.policies.views)
         contents.allocate()
         for name, buffers in contents.elements.items():
             buffers.copy_(self._view() if name == EMA else store.buffers(name), indices)

@@ -273,7 +273,7 @@ class SessionState(ABC):
             raise TensorMismatch(
                 "The first contents must hold every parameter.", field="fields", remedy="Send `param` whole."
             )
-        chosen, views = layout.chosen(head.segments), self.plan.policy.views
+        chosen, views = layout.chosen(head.segments), self.plan.policies.views
         return Contents(layout, self.plan.rule, head.fields, chosen, head.shapes, views=views)
 
     def put(self, head: PutHead, contents: Contents) -> Receipt:

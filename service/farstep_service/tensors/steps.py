@@ -1,9 +1,11 @@
-"""From the gradients of a round to a step, by the session's policy (`farstep.protocol.policy`).
+"""From the gradients of a round to a step, by the session's policies (`farstep.protocol.policies`).
 
-    a round ──► accumulated? ──► finite? ──► clipped ──► the step
+    a round ──► accumulated? ──► finite? ──► each policy ──► the step
                   │ not enough     │ no
                   ▼                ▼
                 Left             Left, or NonFinite
+
+What a policy does is its own; here is when. If the first one finds NaN and Inf on its way, nothing else looks for them.
 
 A round that makes no step leaves parameters, state and step counts as they are; options that came with it hold. One
 that fails leaves the rounds before it as they were, so that it may be tried again.
@@ -11,7 +13,6 @@ that fails leaves the rounds before it as they were, so that it may be tried aga
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import final
@@ -21,19 +22,13 @@ import torch
 from farstep.errors import NonFinite
 from farstep.protocol.hyper import Hyper
 from farstep.protocol.messages import Evaluation
+from farstep.protocol.policies import Facts
 from farstep.protocol.receipt import Reason
 from farstep_service.kernels.kernel import Rerun
 from farstep_service.plan import Plan
 from farstep_service.store import Applied, Gradients
-from farstep_service.tensors.policies import (
-    Accumulated,
-    Workspace,
-    clipped_by_norm,
-    clipped_by_value,
-    coalesced,
-    first_nonfinite_in,
-    norm_of,
-)
+from farstep_service.tensors.finite import first_nonfinite_in
+from farstep_service.tensors.policies import Accumulated, Workspace, through
 from farstep_service.tensors.state import NO_GROUPS, SessionState
 
 
@@ -52,12 +47,12 @@ class Taken:
     Attributes:
         applied: what the state says of it.
         workers: whose gradients made it, in the order of the sums.
-        grad_norm: their norm before they were clipped, where they are clipped by it.
+        facts: what policies say of them.
     """
 
     applied: Applied
     workers: tuple[str, ...]
-    grad_norm: float | None
+    facts: Facts = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +60,15 @@ class _Round:
     """What is known of a step before it is taken."""
 
     workers: tuple[str, ...]
-    grad_norm: float | None
+    facts: Facts
+
+
+class _NoStep(Exception):  # no error: how a check leaves the policies
+    """There is no step of these gradients, and why."""
+
+    def __init__(self, left: Left) -> None:
+        super().__init__(left.detail)
+        self.left = left
 
 
 @final
@@ -91,11 +94,11 @@ class Steps:
     @property
     def narrow(self) -> bool:
         """Return whether gradients in 16 bits may stay so: the state takes them, and no policy changes them."""
-        return self._state.narrow and self.plan.policy.as_they_come
+        return self._state.narrow and self.plan.policies.as_they_come
 
     @property
     def nbytes(self) -> int:
-        """Return the memory of rounds that wait and of clipped gradients."""
+        """Return the memory of rounds that wait and of changed gradients."""
         return self._accumulated.nbytes + self._workspace.nbytes
 
     def take(
@@ -121,32 +124,28 @@ class Steps:
             FarstepError: the step is refused. Nothing has changed then.
             StepInterrupted: a kernel failed midway; the step is pending.
         """
-        state, rounds = self._state, self.plan.policy.accumulate
+        state, rounds = self._state, self.plan.policies.rounds
         with torch.no_grad():
             if self._accumulated.count + 1 < rounds:
-                if not checked and (left := self._nonfinite(gradients)):
-                    return self._leave(changed, left)
-                state.check_step(changed)
-                self._accumulated.add_(gradients, workers)
-                return self._leave(changed, Left("accumulated", f"Round {self._accumulated.count} of {rounds}."))
+                return self._accumulate(gradients, workers, changed, checked=checked)
             made_by = (*self._accumulated.workers, *workers)
             if self._accumulated.count:
                 gradients, checked = self._accumulated.mean_with(gradients, self._workspace), False
-            clipped = self._clipped(gradients, checked=checked)
-            if isinstance(clipped, Left):
-                self._leave(changed, clipped)
+            try:
+                gradients, facts = self._through_policies(gradients, checked=checked)
+            except _NoStep as no:
+                self._leave(changed, no.left)
                 self._accumulated.clear_()
-                return clipped
-            gradients, norm = clipped
+                return no.left
         before = state.version
         try:
             applied = state.step(gradients, changed, evaluation, lr_factor, passing=passing, rerun=rerun)
         finally:
             if state.pending:
-                self._unfinished = _Round(made_by, norm)
+                self._unfinished = _Round(made_by, facts)
             if state.pending or state.version != before:
                 self._accumulated.clear_()
-        return Taken(applied, made_by, norm)
+        return Taken(applied, made_by, facts)
 
     def finish(self) -> Taken | None:
         """Complete a step that failed midway; return None if there was none."""
@@ -155,47 +154,61 @@ class Steps:
             return None
         self._unfinished = None
         assert unfinished is not None
-        return Taken(applied, unfinished.workers, unfinished.grad_norm)
+        return Taken(applied, unfinished.workers, unfinished.facts)
+
+    def _accumulate(
+        self, gradients: Gradients, workers: Sequence[str], changed: Mapping[int, Hyper], *, checked: bool
+    ) -> Left:
+        """Add a round that waits for others to their sum."""
+        if not checked:
+            try:
+                self._check_finite(gradients)
+            except _NoStep as no:
+                return self._leave(changed, no.left)
+        self._state.check_step(changed)
+        self._accumulated.add_(gradients, workers)
+        return self._leave(
+            changed, Left("accumulated", f"Round {self._accumulated.count} of {self.plan.policies.rounds}.")
+        )
 
     def _leave(self, changed: Mapping[int, Hyper], left: Left) -> Left:
         self._state.set_groups(changed)
         return left
 
-    def _clipped(self, gradients: Gradients, *, checked: bool) -> tuple[Gradients, float | None] | Left:
-        """Return the gradients of a step and their norm, or why there is no step.
+    def _through_policies(self, gradients: Gradients, *, checked: bool) -> tuple[Gradients, Facts]:
+        """Return the gradients of a step, and what policies say of them.
 
-        A norm that is finite tells that every gradient is, so that none has to be looked at for it.
+        Raises:
+            NonFinite, _NoStep: see `_check_finite`.
         """
-        policy, norm = self.plan.policy, None
-        if not checked and (policy.clip_norm is None or policy.clip_value is not None):
-            if left := self._nonfinite(gradients):
-                return left
+        policies = self.plan.policies.changing
+        if not checked and not (policies and policies[0].finds_nonfinite):
+            self._check_finite(gradients)
             checked = True
-        if policy.clip_value is not None:
-            gradients = clipped_by_value(coalesced(gradients), policy.clip_value, self._workspace)
-        if policy.clip_norm is not None:
-            gradients = coalesced(gradients)
-            norm = norm_of(gradients, policy.clip_norm_type)
-            if not checked and not math.isfinite(norm.item()) and (left := self._nonfinite(gradients)):
-                return left
-            gradients = clipped_by_norm(gradients, norm, policy.clip_norm, self._workspace)
-        return gradients, None if norm is None else norm.item()
+        if not policies:
+            return gradients, ()
+        return through(policies, gradients, self._workspace, _finite if checked else self._check_finite)
 
-    def _nonfinite(self, gradients: Gradients) -> Left | None:
-        """Say why a sum of gradients makes no step, None if it may.
+    def _check_finite(self, gradients: Gradients) -> None:
+        """Look whether a sum of gradients may make a step.
 
         Raises:
             NonFinite: the session refuses it.
+            _NoStep: the session skips it.
         """
         plan = self.plan
         if plan.nonfinite == "allow" or (index := first_nonfinite_in(gradients)) is None:
-            return None
+            return
         name = plan.layout.segments[index].name
         what = f"The sum of the gradients of {name!r} holds NaN or Inf, though each of them is finite"
         if plan.nonfinite == "skip":
-            return Left("nonfinite", f"{what}.")
+            raise _NoStep(Left("nonfinite", f"{what}."))
         raise NonFinite(
             f"{what}; nothing was applied.",
             remedy="Lower the loss scale, or the gradients' size; nonfinite='skip' would skip such steps.",
             field=name,
         )
+
+
+def _finite(gradients: Gradients) -> None:
+    """Take gradients that were looked at as they are, though their norm may be beyond the largest number."""

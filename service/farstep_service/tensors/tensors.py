@@ -291,7 +291,7 @@ class Tensors:
             taken.workers,
             applied.kernel,
             applied.again,
-            taken.grad_norm,
+            taken.facts,
             options.disagreement,
             applied.switched,
         )
@@ -320,7 +320,7 @@ class Tensors:
 
     def _alone(self, pushes: Sequence[_Push]) -> bool:
         """Return whether one push is a step, whose learning rate can make up for its staleness."""
-        return len(pushes) == 1 and self.state.plan.policy.accumulate == 1
+        return len(pushes) == 1 and self.state.plan.policies.rounds == 1
 
     def _make_up(self, pushes: Sequence[_Push], weights: Sequence[float], compensation: float) -> bool:
         """Change gradients as the mode makes up for their staleness; return whether any was changed."""

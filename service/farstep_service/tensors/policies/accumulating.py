@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from farstep_service.layout import Layout
-from farstep_service.store import FlatBuffers, Gradients
-from farstep_service.tensors.policies.workspace import Workspace, pieces
+from farstep_service.store import FlatBuffers, Gradients, pieces
+from farstep_service.tensors.policies.gradients import Workspace
 
 Sparse = Mapping[int, tuple[Tensor, Tensor]]
 """By segment, the indices and values of a gradient."""
