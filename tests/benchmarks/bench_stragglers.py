@@ -38,7 +38,7 @@ from farstep.errors import FarstepError
 from farstep.optim import SGD
 from farstep.protocol.consistency import Async, Bounded, Consistency, Sync
 from farstep.protocol.receipt import StepReport
-from farstep_service.demo.data import Digits, load_digits, shard
+from farstep_service.demo.digits import Digits, load_digits, shard
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, faster
 from tests.support.service.servers import RunningServer, running_server

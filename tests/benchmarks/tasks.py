@@ -13,8 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from farstep_service.demo.data import load_digits
-from farstep_service.demo.model import accuracy_of, build_model
+from farstep_service.demo.digits import accuracy_of, build_model, load_digits
 
 BATCH = 32
 CONTEXT = 12

@@ -8,14 +8,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from farstep_service.demo.local import train_locally
-from farstep_service.demo.model import largest_difference
+from farstep_service.demo.digits import largest_difference
 from farstep_service.demo.processes import Ended, Processes, started
 from farstep_service.demo.remote import fetch, follow, start_workers
-from farstep_service.demo.reports import Pace, Report
-from farstep_service.demo.result import TOLERANCE
+from farstep_service.demo.reports import TOLERANCE, Pace, Report
 from farstep_service.demo.run import SERVER, server_url, start_server
-from farstep_service.demo.training import Training
+from farstep_service.demo.training import Training, train_locally
 
 LIMIT_S = 90.0
 

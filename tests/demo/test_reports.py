@@ -5,8 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from farstep_service.demo.reports import Pace, Report
-from farstep_service.demo.result import Result
+from farstep_service.demo.reports import Pace, Report, Result
 
 REPORT = Report(worker="worker-00", version=44, steps=528, epoch=2, loss=0.25, accuracy=0.975, kernels=("reference",))
 RESULT = Result(

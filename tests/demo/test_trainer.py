@@ -8,11 +8,10 @@ from torch import nn
 
 from farstep.errors import BarrierTimeout, FarstepError, Fenced, NonFinite, SessionLost, Unavailable
 from farstep.protocol.receipt import StepReport
-from farstep_service.demo.local import train_locally
-from farstep_service.demo.model import build_model, fingerprint_of
+from farstep_service.demo.digits import build_model, fingerprint_of
 from farstep_service.demo.reports import Report
 from farstep_service.demo.trainer import GIVE_UP_S, Trainer
-from farstep_service.demo.training import Training, local_optimizer
+from farstep_service.demo.training import Training, local_optimizer, train_locally
 
 TRAINING = Training(workers=1, epochs=2)
 

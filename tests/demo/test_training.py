@@ -4,11 +4,9 @@ import pytest
 import torch
 
 from farstep.errors import InvalidOption
-from farstep_service.demo.data import load_digits, shard
-from farstep_service.demo.local import train_locally
-from farstep_service.demo.model import accuracy_of, build_model, fingerprint_of, largest_difference
-from farstep_service.demo.result import ACCURACY_WANTED
-from farstep_service.demo.training import BATCH_IMAGES, OPTIONS, Training, local_optimizer, worker_name
+from farstep_service.demo.digits import accuracy_of, build_model, fingerprint_of, largest_difference, load_digits, shard
+from farstep_service.demo.reports import ACCURACY_WANTED
+from farstep_service.demo.training import BATCH_IMAGES, OPTIONS, Training, local_optimizer, train_locally, worker_name
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])

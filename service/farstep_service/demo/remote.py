@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 from torch import nn
 
 from farstep.errors import FarstepError
-from farstep_service.demo.model import build_model, fingerprint_of
+from farstep_service.demo.digits import build_model, fingerprint_of
 from farstep_service.demo.processes import Line, Processes
 from farstep_service.demo.reports import Pace, Report
 from farstep_service.demo.training import SESSION, Training, remote_optimizer, worker_name

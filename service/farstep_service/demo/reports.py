@@ -1,4 +1,4 @@
-"""What a worker process says on its standard output: a line for people, or JSON for the process that watches it."""
+"""What the demo's processes print: a worker its reports, as lines for people or JSON, and the demo its result."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """Say how far a worker is.
+    """Record how far a worker is.
 
     Attributes:
         worker: its name.
@@ -17,12 +17,12 @@ class Report:
         steps: the version at which the training is complete.
         epoch: how many passes over the data are complete.
         loss: mean loss of its last epoch, or of the one it is in; None before a step.
-        accuracy: share of test images its model recognises, at the end of an epoch; None in between.
-        counted: steps it has timed; the first one, which waits for the others to start, is not among them.
-        seconds: what these steps took, everything between them included.
+        accuracy: share of test images that its model classifies correctly, at the end of an epoch; None in between.
+        counted: steps it has timed: all but the first one, which waits for the others to start.
+        seconds: what these steps took, with everything between them.
         nbytes: gradients sent and parameters received in these steps.
         kernels: the kernels that ran in the session so far.
-        note: what is unusual; empty mostly.
+        note: anything unusual, "" mostly.
         fingerprint: hash of its parameters, when it has finished; empty before.
     """
 
@@ -45,7 +45,7 @@ class Report:
 
     @classmethod
     def from_line(cls, line: str) -> Report | None:
-        """Return the report that a line holds; None for a line that some library printed."""
+        """Return the report in a line; None for a line that a library printed."""
         try:
             document = json.loads(line)
             return cls(**{**document, "kernels": tuple(document["kernels"])})
@@ -62,7 +62,7 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast the workers of a session are together.
+    """Record how fast the workers of a session are together.
 
     Attributes:
         steps_per_s: steps of the session in a second.
@@ -83,3 +83,65 @@ class Pace:
 
     def __str__(self) -> str:
         return f"{self.steps_per_s:.0f} steps/s, {self.mb_per_s:.0f} MB/s"
+
+
+ACCURACY_WANTED = 0.97
+TOLERANCE = 1e-6
+"""Largest difference of a parameter. Reference kernels give torch's bits, so 0 is expected."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """Record what the demo measured, under the names of its JSON line.
+
+    Attributes:
+        accuracy_remote, accuracy_local: share of test images classified correctly, between 0 and 1.
+        max_parameter_difference: largest absolute difference of a parameter between the two runs.
+        steps: steps of each run.
+        steps_per_s, mb_per_s: pace of the remote run, without starting processes; megabytes of 10⁶ bytes, all workers.
+        seconds: duration of the whole demo.
+        kernel: the kernels that ran on the server.
+    """
+
+    accuracy_remote: float
+    accuracy_local: float
+    max_parameter_difference: float
+    steps: int
+    workers: int
+    steps_per_s: float
+    mb_per_s: float
+    seconds: float
+    optimizer: str
+    kernel: str
+
+    @property
+    def missed(self) -> list[str]:
+        """Return a description of each target that was not met."""
+        missed = []
+        for name, accuracy in (("remote", self.accuracy_remote), ("local", self.accuracy_local)):
+            if not accuracy >= ACCURACY_WANTED:
+                missed.append(f"the {name} test accuracy is {accuracy:.2%}, not at least {ACCURACY_WANTED:.0%}")
+        if not self.max_parameter_difference <= TOLERANCE:
+            missed.append(f"the parameters differ by {self.max_parameter_difference:g}, not at most {TOLERANCE:g}")
+        return missed
+
+    @property
+    def ok(self) -> bool:
+        """Return whether every target was met."""
+        return not self.missed
+
+    def to_json(self) -> str:
+        """Return the result as one line of JSON."""
+        return json.dumps({**asdict(self), "ok": self.ok})
+
+    def __str__(self) -> str:
+        pace = f"{self.steps} steps, {self.steps_per_s:.0f} steps/s, {self.mb_per_s:.0f} MB/s, {self.kernel} kernel"
+        there, here = f"optimizer on a server, {self.workers} workers", f"torch.optim.{self.optimizer}, one process"
+        width = max(len(there), len(here))
+        lines = [
+            f"{there:{width}}  test accuracy {self.accuracy_remote:.2%}  {pace}",
+            f"{here:{width}}  test accuracy {self.accuracy_local:.2%}",
+            f"largest parameter difference {self.max_parameter_difference:g}, {self.seconds:.0f} s in all",
+            *(f"MISSED: {each}" for each in self.missed),
+        ]
+        return "\n".join(lines)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from farstep.errors import FarstepError
 from farstep_service.demo.processes import Processes, started
-from farstep_service.demo.result import Result
+from farstep_service.demo.reports import Result
 
 if TYPE_CHECKING:
     from farstep_service.demo.display import Display
@@ -51,10 +51,10 @@ def run(*, json_output: bool = False, workers: int = 2, epochs: int | None = Non
 
 
 def _compare(processes: Processes, server: int, training: Training, shown: Display, began: float) -> Result:
-    from farstep_service.demo.local import train_locally
-    from farstep_service.demo.model import accuracy_of, largest_difference
+    from farstep_service.demo.digits import accuracy_of, largest_difference
     from farstep_service.demo.remote import check_agreement, fetch, follow, start_workers
     from farstep_service.demo.reports import Pace
+    from farstep_service.demo.training import train_locally
 
     url = server_url(processes)
     shown.say(f"{len(training.train)} digits to train on, {len(training.test)} to test with, {training.optimizer}")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from farstep.errors import BarrierTimeout, SessionLost, Unavailable
 from farstep.protocol.receipt import StepReport
-from farstep_service.demo.model import accuracy_of, fingerprint_of, loss_of
+from farstep_service.demo.digits import accuracy_of, fingerprint_of, loss_of
 from farstep_service.demo.reports import Report
 from farstep_service.demo.training import Training
 

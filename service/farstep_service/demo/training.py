@@ -1,14 +1,16 @@
-"""What the two runs of the demo share: how much is trained, with which optimizer, and which images a step sees.
+"""The training that the demo runs twice: how much, with which optimizer, and which images a step sees.
 
 A step is one batch per worker; its number is the session's version before it. The workers that train against a server
-(`worker`) and the loop that repeats the training with `torch.optim` (`local`) both ask this record for their batches.
+(`worker`) and `train_locally` get their batches from the same record.
 
-The two optimizers that are compared: torch's own, and the one whose update happens in a session.
+A sync session reduces g = (g₀ + g₁ + ...) / N in the order of the workers and steps once. `train_locally` does the same
+in one process with `torch.optim`, so the two end at the same parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -18,28 +20,7 @@ import farstep
 from farstep.errors import InvalidOption
 from farstep.optim.base import RemoteOptimizer
 from farstep.settings import KernelChoice, RemoteOptions
-from farstep_service.demo.data import SEED, Digits, load_digits, shard, shuffled
-
-DEADLINE_S = 30.0
-"""How long a step waits for all workers before everybody tries it again."""
-
-
-def local_optimizer(training: Training, model: nn.Module) -> torch.optim.Optimizer:
-    """Return torch's optimizer with the training's options."""
-    kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, training.optimizer)
-    return kind(model.named_parameters(), **training.options)
-
-
-def remote_optimizer(training: Training, model: nn.Module, remote: RemoteOptions) -> RemoteOptimizer:
-    """Return farstep's optimizer with the same options, joined to the training's session.
-
-    Raises:
-        FarstepError: the session exists with other options, is full, or the server does not answer.
-    """
-    kind: Callable[..., RemoteOptimizer] = getattr(farstep.optim, training.optimizer)
-    mode = farstep.Sync(workers=training.workers, deadline_s=DEADLINE_S)
-    return kind(model.named_parameters(), **training.options, **{"consistency": mode, "kernel": KERNEL, **remote})
-
+from farstep_service.demo.digits import SEED, Digits, build_model, load_digits, loss_of, shard, shuffled
 
 BATCH_IMAGES = 32
 EPOCHS = 16
@@ -56,6 +37,8 @@ OPTIONS: Mapping[str, Mapping[str, float]] = {
     "ASGD": {"lr": 0.3},
 }
 """The optimizers of the demo, with options under which this network learns the digits."""
+DEADLINE_S = 30.0
+"""How long a step waits for all workers, before they try it again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,3 +109,56 @@ class Training:
 def worker_name(index: int) -> str:
     """Return the name of a worker. Sync mode reduces in the order of the names, so they sort like the numbers."""
     return f"worker-{index:02d}"
+
+
+def local_optimizer(training: Training, model: nn.Module) -> torch.optim.Optimizer:
+    """Return torch's optimizer with the training's options."""
+    kind: Callable[..., torch.optim.Optimizer] = getattr(torch.optim, training.optimizer)
+    return kind(model.named_parameters(), **training.options)
+
+
+def remote_optimizer(training: Training, model: nn.Module, remote: RemoteOptions) -> RemoteOptimizer:
+    """Return farstep's optimizer with the same options, joined to the training's session.
+
+    Raises:
+        FarstepError: the session exists with other options, is full, or the server does not answer.
+    """
+    kind: Callable[..., RemoteOptimizer] = getattr(farstep.optim, training.optimizer)
+    mode = farstep.Sync(workers=training.workers, deadline_s=DEADLINE_S)
+    return kind(model.named_parameters(), **training.options, **{"consistency": mode, "kernel": KERNEL, **remote})
+
+
+OnStep = Callable[[int, float], None]
+"""Called after each step with the number of steps done and the mean of the workers' losses."""
+
+
+def train_locally(training: Training, on_step: OnStep = lambda step, loss: None) -> nn.Sequential:
+    """Return the trained model."""
+    with one_thread():
+        model = build_model(training.seed)
+        optimizer = local_optimizer(training, model)
+        for step in range(training.steps):
+            losses = []
+            for worker in range(training.workers):
+                # Nothing is zeroed in between, so backward adds: g₀ + g₁ + ..., in the order of the workers.
+                loss = loss_of(model, training.batch(step, worker))
+                torch.autograd.backward(loss)
+                losses.append(loss.item())
+            for p in model.parameters():
+                if p.grad is not None:
+                    p.grad.div_(training.workers)
+            optimizer.step()
+            optimizer.zero_grad()
+            on_step(step + 1, sum(losses) / len(losses))
+    return model
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread, as the workers do: more threads add up in another order, and the bits would differ."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -22,7 +22,7 @@ import torch
 
 from farstep.errors import FarstepError, InvalidOption
 from farstep.settings import RemoteOptions
-from farstep_service.demo.model import build_model
+from farstep_service.demo.digits import build_model
 from farstep_service.demo.reports import Report
 from farstep_service.demo.trainer import REPORT_EVERY_S, Trainer
 from farstep_service.demo.training import (
