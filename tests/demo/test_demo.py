@@ -4,35 +4,34 @@ import json
 import os
 import re
 import signal
+import sys
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
 
 from farstep_service.demo.digits import largest_difference
-from farstep_service.demo.processes import Ended, Processes, started
-from farstep_service.demo.remote import fetch, follow, start_workers
+from farstep_service.demo.display import Silent
+from farstep_service.demo.remote import RemoteRun, failure_of
 from farstep_service.demo.reports import TOLERANCE, Pace, Report
-from farstep_service.demo.run import SERVER, server_url, start_server
+from farstep_service.demo.run import STOP_S, environment_of, processes
 from farstep_service.demo.training import Training, train_locally
+from farstep_service.launch.children import Event, LineWritten, ProcessExited
+from farstep_service.launch.own_server import SERVER, command_on_loopback
+from tests.support.launch.launching import alive, events_of, line_of
 
-LIMIT_S = 90.0
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
+DEMO = (sys.executable, "-m", "farstep_service", "demo")
 
 
-def until_the_end(processes: Processes) -> tuple[list[str], Ended]:
+def until_the_end(events: Iterator[Event]) -> tuple[list[str], ProcessExited]:
+    """Return the lines of the standard output of one process, and its exit."""
     lines: list[str] = []
-    while True:
-        event = processes.next(LIMIT_S)
-        if isinstance(event, Ended):
+    for event in events:
+        if isinstance(event, ProcessExited):
             return lines, event
-        lines.append(event.text)
+        if isinstance(event, LineWritten) and event.stream == "stdout":
+            lines.append(event.line.decode())
+    raise AssertionError("unreachable")
 
 
 @pytest.mark.promise(
@@ -41,10 +40,10 @@ def until_the_end(processes: Processes) -> tuple[list[str], Ended]:
 )
 def test_the_demo_meets_its_targets():
     """`farstep demo --json` prints one JSON line: both trainings recognise 97 % and end at the same parameters."""
-    with started() as processes:
-        processes.start("demo", "-m", "farstep_service", "demo", "--json")
-        lines, ended = until_the_end(processes)
-        assert ended.code == 0, processes.failure(ended)
+    with processes() as started:
+        started.start("demo", [*DEMO, "--json"], environment_of(os.environ))
+        lines, exited = until_the_end(events_of(started))
+        assert exited.code == 0, failure_of(exited)
     (line,) = lines
     result = json.loads(line)
     assert result["ok"] is True
@@ -60,18 +59,19 @@ def test_the_demo_meets_its_targets():
 def test_a_killed_process_ends_the_demo(victim: str):
     """When a worker or the server is killed in the middle, the demo names it in one line, fails, and leaves nobody."""
     pids: dict[str, int] = {}
-    with started() as processes:
-        processes.start("demo", "-m", "farstep_service", "demo")
+    with processes() as started:
+        started.start("demo", DEMO, environment_of(os.environ))
+        events = events_of(started)
         while True:
-            line = processes.line_of("demo", LIMIT_S)
+            line = line_of(events, "demo")
             if named := re.match(r"(\S+) .*is process (\d+)", line):
                 pids[named[1]] = int(named[2])
             if re.search(r"epoch +1 ", line):
                 break
         os.kill(pids[victim], signal.SIGKILL)
-        _, ended = until_the_end(processes)
-        assert ended.code == 1
-        assert f"error process_ended: {victim} was ended by SIGKILL" in str(processes.failure(ended))
+        _, exited = until_the_end(events)
+        assert exited.code == 1
+        assert exited.last_error.startswith(f"error process_ended: {victim} was ended by SIGKILL")
     assert set(pids) == {SERVER, "worker-00", "worker-01"}
     assert [name for name, pid in pids.items() if alive(pid)] == []
 
@@ -80,31 +80,38 @@ def test_the_training_survives_a_killed_worker_and_a_killed_server():
     """A worker that is killed and replaced, and then a server that is, leave the training to end as it would have."""
     training = Training(epochs=5)
     notes: list[str] = []
-    with started() as processes:
-        server = start_server(processes)
-        url = server_url(processes)
-        workers = start_workers(processes, training, url)
 
-        def disturb(report: Report, pace: Pace) -> None:
-            nonlocal server
+    class Disturbing(Silent):
+        """Kill and replace a worker after one epoch, and the server after three."""
+
+        def __init__(self) -> None:
+            self.left = ["worker-01", SERVER]
+
+        def remote(self, report: Report, pace: Pace) -> None:
             if report.note:
                 notes.append(report.note)
-            if workers and report.epoch == 1:
-                os.kill(workers["worker-01"], signal.SIGKILL)
-                processes.stop("worker-01")
-                start_workers(processes, training, url, only=["worker-01"])
-                workers.clear()
-            if server and report.epoch == 3:
-                os.kill(server, signal.SIGKILL)
-                processes.stop(SERVER)
-                start_server(processes, port=urlsplit(url).port or 0)
-                server = 0
-                assert server_url(processes) == url
+            if report.epoch == 1 and "worker-01" in self.left:
+                self.kill("worker-01")
+                run.start_workers(only=["worker-01"])
+            if report.epoch == 3 and SERVER in self.left:
+                self.kill(SERVER)
+                command = command_on_loopback(urlsplit(run.url).port or 0)
+                started.start(SERVER, command, environment)
 
-        last = follow(processes, training, disturb)
-        trained = fetch(training, url)
-    assert (workers, server) == ({}, 0)
-    assert [report.version for report in last.values()] == [training.steps] * 2
+        def kill(self, name: str) -> None:
+            self.left.remove(name)
+            started.signal(name, signal.SIGKILL)
+            started.stop(name, within_s=STOP_S)
+
+    environment = environment_of(os.environ)
+    with processes() as started:
+        disturbing = Disturbing()
+        started.start(SERVER, command_on_loopback(), environment)
+        run = RemoteRun(started, training, disturbing, environment)
+        run.to_the_end()
+        trained = run.fetch()
+    assert disturbing.left == []
+    assert [report.version for report in run.last.values()] == [training.steps] * 2
     assert sorted(notes) == [
         *["joined the session"] * 3,
         "the session was gone; created it anew",
@@ -123,9 +130,10 @@ def test_the_training_survives_a_killed_worker_and_a_killed_server():
 )
 def test_a_worker_says_what_is_wrong_with_its_settings(environment: dict[str, str], complaint: str):
     """A worker whose variables cannot be ends with one line that says so."""
-    with started() as processes:
+    with processes() as started:
         settings = {"FARSTEP_SERVER": "http://127.0.0.1:9", **environment}
-        processes.start("worker", "-m", "farstep_service.demo.worker", environment=settings)
-        lines, ended = until_the_end(processes)
-        assert (lines, ended.code) == ([], 1)
-        assert complaint in str(processes.failure(ended))
+        command = (sys.executable, "-m", "farstep_service.demo.worker")
+        started.start("worker", command, environment_of(os.environ) | settings)
+        lines, exited = until_the_end(events_of(started))
+        assert (lines, exited.code) == ([], 1)
+        assert complaint in exited.last_error

@@ -1,7 +1,6 @@
-"""Processes that are started together and ended together."""
+"""The demo's processes: started together and ended together."""
 
 import os
-import select
 import signal
 import subprocess
 import sys
@@ -9,9 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from farstep_service.demo.processes import Ended, Line, ProcessEnded, started
+from farstep_service.demo.display import Silent
+from farstep_service.demo.remote import ProcessEnded, RemoteRun, failure_of
+from farstep_service.demo.run import environment_of, processes
+from farstep_service.demo.training import Training
+from farstep_service.launch.children import ProcessExited
+from tests.support.launch.launching import LIMIT_S, Gone, alive, events_of, line_of, watcher_of
 
-LIMIT_S = 30.0
+ROOT = Path(__file__).parents[2]
 FOREVER = "import signal; print('here', flush=True); signal.pause()"
 STUBBORN = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); {FOREVER}"
 
@@ -23,32 +27,16 @@ print(child.pid, flush=True)
 child.wait()
 """
 
-
-class Gone:
-    """Whether a process is gone, asked of the process itself and not of its number."""
-
-    def __init__(self, pid: int) -> None:
-        self._fd = os.pidfd_open(pid)
-
-    def __call__(self) -> bool:
-        """Wait for its end and return whether it came."""
-        return bool(select.select([self._fd], [], [], LIMIT_S)[0])
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
-def test_lines_arrive_before_the_end():
-    """What a process prints arrives line by line, and then that it has ended."""
-    with started() as processes:
-        processes.start("short", "-c", "print('one'); print('two')")
-        heard = [processes.next(LIMIT_S) for _ in range(3)]
-    assert heard == [Line("short", "one"), Line("short", "two"), Ended("short", 0)]
+DEMO = """
+import os, sys
+from farstep_service.demo.run import processes
+from tests.support.launch.launching import events_of, line_of
+with processes() as started:
+    pid = started.start("child", [sys.executable, "-c", {code!r}], os.environ)
+    print(pid, line_of(events_of(started), "child"), flush=True)
+    started.wait(30)
+"""
+"""A program that starts one process as the demo does, and waits."""
 
 
 def test_nobody_outlives_the_demo():
@@ -56,10 +44,10 @@ def test_nobody_outlives_the_demo():
     pids = []
 
     def fail() -> None:
-        with started() as processes:
+        with processes() as started:
             for name, code in (("mild", FOREVER), ("stubborn", STUBBORN)):
-                pids.append(processes.start(name, "-c", code))
-                assert processes.line_of(name, LIMIT_S) == "here"
+                pids.append(started.start(name, [sys.executable, "-c", code], os.environ))
+                assert line_of(events_of(started), name) == "here"
             raise RuntimeError("enough")
 
     with pytest.raises(RuntimeError, match="enough"):
@@ -67,72 +55,51 @@ def test_nobody_outlives_the_demo():
     assert [alive(pid) for pid in pids] == [False, False]
 
 
-def test_waiting_for_one_process_keeps_what_others_say():
-    """The line of one process is found behind those of another, which are not lost."""
-    with started() as processes:
-        processes.start("first", "-c", "print('early')")
-        heard = [processes.next(LIMIT_S)]
-        processes.start("second", "-c", "print('late')")
-        assert processes.line_of("second", LIMIT_S) == "late"
-        heard += [processes.next(LIMIT_S), processes.next(LIMIT_S)]
-    assert heard[0] == Line("first", "early")
-    assert set(heard[1:]) == {Ended("first", 0), Ended("second", 0)}  # whichever is noticed first
-
-
 def test_the_error_of_a_failed_process_holds_its_last_words():
     """A process that ended too early is named, with its exit code or signal and the last line of its standard error."""
-    with started() as processes:
-        processes.start("clumsy", "-c", "import sys; sys.exit('the disk is full.')")
-        ended = processes.next(LIMIT_S)
-        assert isinstance(ended, Ended)
-        assert processes.failure(ended).detail == "clumsy ended with exit code 1: the disk is full."
-        pid = processes.start("victim", "-c", FOREVER)
-        assert processes.line_of("victim", LIMIT_S) == "here"
+    clumsy = failure_of(ProcessExited("clumsy", 1, "the disk is full."))
+    assert clumsy.detail == "clumsy ended with exit code 1: the disk is full."
+    with processes() as started:
+        run = RemoteRun(started, Training(), Silent(), {})
+        pid = started.start("victim", [sys.executable, "-c", FOREVER], os.environ)
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(ProcessEnded, match=r"victim was ended by SIGKILL\.$"):
-            processes.line_of("victim", LIMIT_S)
+            run.to_the_end()
 
 
 def test_silence_is_an_error():
-    """Nothing from anybody for the time given is an error that names who was expected to speak."""
-    with started() as processes:
-        processes.start("sleeper", "-c", "import signal; signal.pause()")
+    """If no process writes for the time given, the error names all that were expected to."""
+    with processes() as started:
+        started.start("sleeper", [sys.executable, "-c", "import signal; signal.pause()"], os.environ)
         with pytest.raises(ProcessEnded, match=r"Nothing was heard from sleeper for 0\.1 s"):
-            processes.next(0.1)
+            RemoteRun(started, Training(), Silent(), {}, silence_s=0.1).to_the_end()
 
 
-def test_what_was_stopped_is_not_heard_of_again():
-    """The end of a process that was stopped, and replaced by one of the same name, is no news."""
-    with started() as processes:
-        processes.start("server", "-c", FOREVER)
-        processes.stop("server")
-        processes.start("server", "-c", "print('again')")
-        assert [processes.next(LIMIT_S), processes.next(LIMIT_S)] == [Line("server", "again"), Ended("server", 0)]
-
-
-def test_a_process_does_not_see_the_users_server(monkeypatch: pytest.MonkeyPatch):
+def test_a_process_does_not_see_the_users_server():
     """The variables that lead to the user's own server are not handed on; the kernel cache is."""
-    monkeypatch.setenv("FARSTEP_TOKEN", "secret")
-    monkeypatch.setenv("FARSTEP_SERVER", "http://production:7171")
-    monkeypatch.setenv("FARSTEP_KERNEL_CACHE", "/somewhere")
-    code = "import os; print(sorted(name for name in os.environ if name.startswith('FARSTEP')))"
-    with started() as processes:
-        processes.start("child", "-c", code, environment={"FARSTEP_SESSION": "digits"})
-        assert processes.line_of("child", LIMIT_S) == "['FARSTEP_KERNEL_CACHE', 'FARSTEP_SESSION']"
+    user = {
+        "PATH": "/bin",
+        "FARSTEP_TOKEN": "secret",
+        "FARSTEP_SERVER": "http://production:7171",
+        "FARSTEP_KERNEL_CACHE": "/somewhere",
+    }
+    assert environment_of(user) == {
+        "PATH": "/bin",
+        "FARSTEP_KERNEL_CACHE": "/somewhere",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "PYTHONUNBUFFERED": "1",
+    }
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)])
-def test_a_signal_ends_the_children_first(number: signal.Signals, code: int, tmp_path: Path):
+def test_a_signal_ends_the_children_first(number: signal.Signals, code: int):
     """Ctrl-C and SIGTERM end the demo's processes before the demo."""
-    program = tmp_path / "parent.py"
-    program.write_text(
-        "from farstep_service.demo.processes import started\n"
-        "with started() as processes:\n"
-        f"    print(processes.start('child', '-c', {FOREVER!r}), processes.line_of('child', 30), flush=True)\n"
-        "    processes.next(30)\n"
-    )
     with subprocess.Popen(
-        [sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        [sys.executable, "-c", DEMO.format(code=FOREVER)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
     ) as parent:
         assert parent.stdout is not None
         pid, said = parent.stdout.readline().split()
@@ -144,26 +111,20 @@ def test_a_signal_ends_the_children_first(number: signal.Signals, code: int, tmp
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pidfd")
 def test_nothing_outlives_a_demo_that_is_killed(tmp_path: Path):
-    """After a SIGKILL of the demo its process, the process that this one had started, and the directory are gone."""
-    program = tmp_path / "parent.py"
-    program.write_text(
-        "from farstep_service.demo.processes import started\n"
-        "with started() as processes:\n"
-        f"    pid = processes.start('child', '-c', {PARENT_OF_TWO!r})\n"
-        "    print(pid, processes.line_of('child', 30), flush=True)\n"
-        "    processes.next(30)\n"
-    )
+    """After a SIGKILL of the demo its process, and the process that this one had started, are gone; no file is left."""
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(
-        [sys.executable, program], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
+        [sys.executable, "-c", DEMO.format(code=PARENT_OF_TWO)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
     ) as parent:
         assert parent.stdout is not None
         gone = [Gone(int(pid)) for pid in parent.stdout.readline().split()]
-        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
-        (watcher,) = (pid for pid in children if b"\0watch\0" in Path(f"/proc/{pid}/cmdline").read_bytes())
-        watcher_gone = Gone(int(watcher))
-        assert [*tmp_path.glob("farstep-demo-*")]
+        watcher_gone = Gone(watcher_of(parent.pid))
         parent.kill()
     assert len(gone) == 2
     assert [each() for each in (*gone, watcher_gone)] == [True] * 3
-    assert not [*tmp_path.glob("farstep-demo-*")]
+    assert not [*tmp_path.iterdir()]

@@ -4,24 +4,34 @@
     one process, torch.optim on the average of the same gradients                          (local)
 
 Both start from the same parameters and see the same batches in the same order, and a sync session adds gradients in the
-order of the workers; so the two must end at the same parameters, whatever the order in which pushes arrived.
+order of the workers. So the two must end at the same parameters, whatever the order in which pushes arrived.
 
-The server process of the demo. This module is light: the server loads torch while the demo does.
+This module is light: the server loads torch while the demo does.
 """
 
 from __future__ import annotations
 
-import json
+import os
+import signal
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING
 
-from farstep.errors import FarstepError
-from farstep_service.demo.processes import Processes, started
-from farstep_service.demo.reports import Result
+from farstep_service.demo.reports import Pace, Result
+from farstep_service.launch.children import Children, children
+from farstep_service.launch.own_server import SERVER, command_on_loopback
+from farstep_service.machine import answered
 
 if TYPE_CHECKING:
     from farstep_service.demo.display import Display
     from farstep_service.demo.training import Training
+
+STOP_S = 2.0
+"""How long the demo's processes get to end by themselves; none of them has anything to save."""
+KEPT = frozenset({"FARSTEP_KERNEL_CACHE"})
+"""The user's settings that the demo's processes take over: the demo's server is not the user's."""
 
 
 def run(*, json_output: bool = False, workers: int = 2, epochs: int | None = None, optimizer: str = "Adagrad") -> int:
@@ -34,74 +44,66 @@ def run(*, json_output: bool = False, workers: int = 2, epochs: int | None = Non
         optimizer: a name of `farstep_service.demo.training.OPTIONS`.
 
     Raises:
-        FarstepError: a process ended too early, an option cannot be, or scikit-learn is missing. No process is left.
+        FarstepError: a process ended too early, an option is invalid, or scikit-learn is missing. No process is left.
     """
     began = time.monotonic()
-    with started() as processes:
-        server = start_server(processes)
+    with processes() as started:
+        started.start(SERVER, command_on_loopback(), environment_of(os.environ))
         # What follows imports torch, while the server does.
         from farstep_service.demo.display import display
         from farstep_service.demo.training import EPOCHS, Training
 
         training = Training(workers=workers, epochs=EPOCHS if epochs is None else epochs, optimizer=optimizer)
         with display(silent=json_output) as shown:
-            result = _compare(processes, server, training, shown, began)
+            result = _compare(started, training, shown, began)
     print(result.to_json() if json_output else result, flush=True)
     return 0 if result.ok else 1
 
 
-def _compare(processes: Processes, server: int, training: Training, shown: Display, began: float) -> Result:
+def _compare(started: Children, training: Training, shown: Display, began: float) -> Result:
     from farstep_service.demo.digits import accuracy_of, largest_difference
-    from farstep_service.demo.remote import check_agreement, fetch, follow, start_workers
-    from farstep_service.demo.reports import Pace
+    from farstep_service.demo.remote import RemoteRun
     from farstep_service.demo.training import train_locally
 
-    url = server_url(processes)
-    shown.say(f"{len(training.train)} digits to train on, {len(training.test)} to test with, {training.optimizer}")
-    shown.say(f"{SERVER} at {url} is process {server}")
-    for name, pid in start_workers(processes, training, url).items():
-        shown.say(f"{name} is process {pid}")
-    last = follow(processes, training, shown.remote)
-    remote = fetch(training, url)
-    check_agreement(remote, last)
-    processes.stop()
+    run = RemoteRun(started, training, shown, environment_of(os.environ))
+    run.to_the_end()
+    remote = run.fetch()
+    started.stop(SERVER, within_s=STOP_S)
     local = train_locally(training, lambda step, loss: shown.local(step, training.steps, loss))
-    pace = Pace.of(last.values())
-    accuracies = accuracy_of(remote, training.test), accuracy_of(local, training.test)
-    difference = largest_difference(remote, local)
+    pace = Pace.of(run.last.values())
     return Result(
-        accuracy_remote=accuracies[0],
-        accuracy_local=accuracies[1],
-        max_parameter_difference=difference,
+        accuracy_remote=accuracy_of(remote, training.test),
+        accuracy_local=accuracy_of(local, training.test),
+        max_parameter_difference=largest_difference(remote, local),
         steps=training.steps,
         workers=training.workers,
         steps_per_s=round(pace.steps_per_s, 1),
         mb_per_s=round(pace.mb_per_s, 1),
         seconds=round(time.monotonic() - began, 1),
         optimizer=training.optimizer,
-        kernel="+".join(sorted({kernel for report in last.values() for kernel in report.kernels})),
+        kernel="+".join(sorted({kernel for report in run.last.values() for kernel in report.kernels})),
     )
 
 
-SERVER = "server"
-START_S = 120.0
-"""How long the server may take to listen: it imports torch."""
+@contextmanager
+def processes() -> Iterator[Children]:
+    """Yield `Children`, and end those that still run on the way out, by SIGTERM first.
 
-
-def start_server(processes: Processes, *, port: int = 0) -> int:
-    """Start a server on loopback and return its process id; `server_url` waits until it listens."""
-    serve = ("-m", "farstep_service", "serve", "--host", "127.0.0.1", "--port", str(port), "--json")
-    return processes.start(SERVER, *serve)
-
-
-def server_url(processes: Processes) -> str:
-    """Return the URL of the server, when it listens.
-
-    Raises:
-        ProcessEnded: it did not start.
+    SIGTERM and SIGHUP take this way out as Ctrl-C does, with the exit codes that shells give them.
     """
-    line = processes.line_of(SERVER, START_S)
-    try:
-        return str(json.loads(line)["url"])
-    except (ValueError, TypeError, KeyError) as exc:
-        raise FarstepError(f"The server's first line is not its address: {line:.200}", side="client") from exc
+    with answered(_exit, signal.SIGTERM, signal.SIGHUP), children(signals=()) as started:
+        try:
+            yield started
+        finally:
+            with answered(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                started.stop(*started.running, within_s=STOP_S)
+
+
+def _exit(number: int, _frame: FrameType | None) -> None:
+    raise SystemExit(128 + number)
+
+
+def environment_of(inherited: Mapping[str, str]) -> dict[str, str]:
+    """Return the environment of the demo's processes."""
+    user = {name: value for name, value in inherited.items() if not name.startswith("FARSTEP_") or name in KEPT}
+    return {**user, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}

@@ -1,10 +1,9 @@
-"""Processes of this one: started, heard, signalled, and none of them left behind.
+"""Child processes: started, read line by line, signalled, and none of them left behind.
 
-Each is the leader of a group of its own, so that Ctrl-C reaches the launcher alone, which hands it on, and so that what
-a worker started (loaders of data) ends with it. One loop waits for everything there is to wait for: what they write,
-their ends, and signals. Nobody polls.
+Each leads a process group of its own, so that Ctrl-C reaches the launcher alone, which passes it on, and so that what
+a worker started (data loaders) ends with it. One selector waits for output, exits and signals; nothing polls.
 
-Whole lines out of what a process writes, so that those of several processes do not run into each other.
+`Lines` cuts what a process writes into whole lines, so that the output of several processes does not mix.
 """
 
 from __future__ import annotations
@@ -13,7 +12,8 @@ import os
 import selectors
 import signal
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
@@ -23,21 +23,21 @@ from farstep.errors import InvalidOption
 from farstep_service.launch.die_with_parent import Watcher, dying_with_parent, watched
 
 LONGEST_BYTES = 65_536
-"""A line that is longer is cut."""
+"""A longer line is cut."""
 
 
 @final
 class Lines:
-    """Collect the bytes of one stream, and give them out line by line, without their ends.
+    """Collect the bytes of one stream, and return them line by line, without line ends.
 
-    A progress bar writes over its own line again and again (`\\r`); what stood there at the line's end is the line.
+    A progress bar overwrites its own line again and again (`\\r`); the line is what it shows at the end.
     """
 
     def __init__(self) -> None:
         self._rest = b""
 
     def feed(self, data: bytes) -> list[bytes]:
-        """Return the lines that have become complete by more bytes."""
+        """Return the lines that more bytes complete."""
         *complete, rest = (self._rest + data).split(b"\n")
         rest = _last_writing(rest)
         while len(rest) > LONGEST_BYTES:
@@ -53,18 +53,18 @@ class Lines:
 
 
 def _last_writing(line: bytes) -> bytes:
-    """Return what a terminal would show of a line, which may be written over once more: a last `\\r` stays."""
+    """Return what a terminal would show of a line. A `\\r` at its end stays: more may overwrite the line."""
     return line[line.rfind(b"\r", 0, -1) + 1 :]
 
 
 Stream = Literal["stdout", "stderr"]
 STREAMS: tuple[Stream, ...] = ("stdout", "stderr")
 CHUNK_BYTES = 65_536
-HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class LineWritten:
     """A process wrote a line."""
 
     process: str
@@ -73,52 +73,70 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Ended:
-    """A process has ended, with the exit code of `subprocess`, and what it started with it. Nothing follows."""
+class ProcessExited:
+    """A process and all that it started have ended; no other event of it follows.
+
+    Attributes:
+        process: its name.
+        code: its exit code as `subprocess` gives it, negative for a signal.
+        last_error: the last line of its standard error that is not blank, "" if there is none.
+    """
 
     process: str
     code: int
+    last_error: str = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Signalled:
-    """This process got a signal."""
+class SignalReceived:
+    """This process received a signal."""
 
     number: signal.Signals
 
 
-Event = Said | Ended | Signalled
+Event = LineWritten | ProcessExited | SignalReceived
 
 
 @dataclass(slots=True)
 class _Child:
     process: subprocess.Popen[bytes]
     lines: dict[Stream, Lines] = field(default_factory=lambda: {"stdout": Lines(), "stderr": Lines()})
+    last_error: bytes = b""
 
     def pipe(self, stream: Stream) -> IO[bytes]:
         return cast("IO[bytes]", self.process.stdout if stream == "stdout" else self.process.stderr)
 
 
 class Children:
-    """Start processes and wait for what happens to them."""
+    """Start processes, and wait for what they write and for their exits.
 
-    def __init__(self, woken: int, watcher: Watcher) -> None:
+    Args:
+        wakeup_fd: a pipe from which the numbers of signals are read.
+        watcher: kills the processes if this one is killed.
+        signals: those that become events; other signals keep their handlers.
+    """
+
+    def __init__(self, wakeup_fd: int, watcher: Watcher, signals: Collection[signal.Signals] = ENDING_SIGNALS) -> None:
         self._running: dict[str, _Child] = {}
         self._selector = selectors.DefaultSelector()
-        self._woken = woken
+        self._wakeup_fd = wakeup_fd
         self._watcher = watcher
-        self._selector.register(woken, selectors.EVENT_READ)
+        self._signals = frozenset(signals)
+        self._pending: list[Event] = []
+        self._selector.register(wakeup_fd, selectors.EVENT_READ)
 
     @property
     def running(self) -> list[str]:
-        """Return the names of those that run."""
+        """Return the names of the processes that run."""
         return list(self._running)
 
-    def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Start a process under a name, with nothing to read; it ends when this one does, whatever the reason.
+    def start(self, name: str, command: Sequence[str], environment: Mapping[str, str]) -> int:
+        """Start a process under a name, with an empty standard input, and return its process id.
+
+        The process ends when this one does, whatever the reason.
 
         Raises:
-            InvalidOption: there is no such command, or its arguments are too long.
+            InvalidOption: the command does not exist, or its arguments are too long.
         """
         try:
             process = subprocess.Popen(
@@ -131,14 +149,15 @@ class Children:
             )
         except OSError as exc:
             raise InvalidOption(f"Cannot run {command[0]}: {exc.strerror}.", field="script", side="client") from exc
-        self._watcher.begun(process.pid)
+        self._watcher.started(process.pid)
         child = self._running[name] = _Child(process)
         for stream in STREAMS:
             os.set_blocking(child.pipe(stream).fileno(), False)
             self._selector.register(child.pipe(stream), selectors.EVENT_READ, (name, stream))
+        return process.pid
 
     def signal(self, name: str, number: signal.Signals) -> None:
-        """Send a signal to a process, if it runs; SIGKILL goes to all that it started, too."""
+        """Send a signal to a process, if it runs; SIGKILL also goes to all that it started."""
         child = self._running.get(name)
         if child is not None:
             with suppress(ProcessLookupError):
@@ -148,25 +167,45 @@ class Children:
                     os.kill(child.process.pid, number)
 
     def wait(self, timeout_s: float | None) -> list[Event]:
-        """Return what has happened, at the latest after `timeout_s`, when that may be nothing."""
-        events: list[Event] = []
-        numbers: list[signal.Signals] = []
-        for key, _ in self._selector.select(timeout_s):
+        """Return the events since the last call, after at most `timeout_s`; the list may be empty."""
+        events, self._pending = self._pending, []
+        numbers: list[int] = []
+        for key, _ in self._selector.select(0 if events else timeout_s):
             if key.data is None:
-                numbers = list(map(signal.Signals, os.read(self._woken, CHUNK_BYTES)))
+                numbers = list(os.read(self._wakeup_fd, CHUNK_BYTES))
             else:
                 name, stream = key.data
                 self._read(name, stream, events)
         if signal.SIGCHLD in numbers:
-            for name in [name for name, child in self._running.items() if _has_ended(child.process.pid)]:
-                self._bury(name, events)
-        return [*events, *(Signalled(number) for number in numbers if number != signal.SIGCHLD)]
+            for name in [name for name, child in self._running.items() if _has_exited(child.process.pid)]:
+                self._reap(name, events)
+        return [*events, *(SignalReceived(signal.Signals(number)) for number in numbers if number in self._signals)]
+
+    def stop(self, *names: str, within_s: float) -> list[Event]:
+        """End processes and return the events of these: SIGTERM, and SIGKILL for those that run after `within_s`.
+
+        Events of other processes, and signals, stay for `wait`.
+        """
+        give_up = time.monotonic() + within_s
+        for name in names:
+            self.signal(name, signal.SIGTERM)
+        events, self._pending = self._pending, []
+        while not self._running.keys().isdisjoint(names) and (left_s := give_up - time.monotonic()) > 0:
+            events += self.wait(left_s)
+        for name in self._running.keys() & set(names):
+            self.signal(name, signal.SIGKILL)
+            self._reap(name, events)
+        stopped: list[Event] = []
+        for event in events:
+            mine = not isinstance(event, SignalReceived) and event.process in names
+            (stopped if mine else self._pending).append(event)
+        return stopped
 
     def close(self) -> None:
-        """Kill whoever still runs."""
+        """Kill the processes that still run."""
         for name in self.running:
             self.signal(name, signal.SIGKILL)
-            self._bury(name, [])
+            self._reap(name, [])
         self._selector.close()
 
     def _read(self, name: str, stream: Stream, events: list[Event]) -> bool:
@@ -178,66 +217,73 @@ class Children:
         except BlockingIOError:
             return False
         if not data:
-            self._end(pipe)
-        lines = child.lines[stream].feed(data) if data else child.lines[stream].end()
-        events += [Said(name, stream, line) for line in lines]
+            self._close_pipe(pipe)
+        self._take_lines(name, stream, child.lines[stream].feed(data) if data else child.lines[stream].end(), events)
         return bool(data)
 
-    def _end(self, pipe: IO[bytes]) -> None:
+    def _take_lines(self, name: str, stream: Stream, lines: list[bytes], events: list[Event]) -> None:
+        events += [LineWritten(name, stream, line) for line in lines]
+        if stream == "stderr":
+            child = self._running[name]
+            child.last_error = next((line for line in reversed(lines) if line.strip()), child.last_error)
+
+    def _close_pipe(self, pipe: IO[bytes]) -> None:
         self._selector.unregister(pipe)
         pipe.close()
 
-    def _bury(self, name: str, events: list[Event]) -> None:
-        """End what a process that has ended left behind; add what it wrote at last, and its end."""
+    def _reap(self, name: str, events: list[Event]) -> None:
+        """Kill what a process that has ended left behind; add its last lines and its exit."""
         child = self._running[name]
-        with suppress(ProcessLookupError, PermissionError):  # a group of nobody but the dead, on some systems
-            os.killpg(child.process.pid, signal.SIGKILL)  # before its number can be another's
-        self._watcher.over(child.process.pid)
+        with suppress(ProcessLookupError, PermissionError):  # some systems refuse a group of zombies only
+            os.killpg(child.process.pid, signal.SIGKILL)  # before another process can get its number
+        self._watcher.ended(child.process.pid)
         code = child.process.wait()
         for stream in STREAMS:
             pipe = child.pipe(stream)
             while not pipe.closed and self._read(name, stream, events):
                 pass
             if not pipe.closed:
-                self._end(pipe)
-            events += [Said(name, stream, line) for line in child.lines[stream].end()]
+                self._close_pipe(pipe)
+            self._take_lines(name, stream, child.lines[stream].end(), events)
         del self._running[name]
-        events.append(Ended(name, code))
+        events.append(ProcessExited(name, code, child.last_error.decode(errors="replace").strip()))
 
 
-def _has_ended(pid: int) -> bool:
-    """Return whether a child has ended; it keeps its number until it is waited for."""
+def _has_exited(pid: int) -> bool:
+    """Return whether a child has exited, without reaping it: its number stays taken."""
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
 
 @contextmanager
-def children(directory: str = "") -> Iterator[Children]:
-    """Yield a place to start processes from; whoever still runs is killed on the way out, whatever the way is.
+def children(directory: str = "", *, signals: Collection[signal.Signals] = ENDING_SIGNALS) -> Iterator[Children]:
+    """Yield `Children`, and kill those that still run on the way out.
 
-    If this process is killed by SIGKILL, another one does the same and removes the directory, if one is named.
+    If this process is killed by SIGKILL, another process kills them, and removes a directory.
 
-    Meanwhile the signals that end a process are events. One that is ignored already (`nohup`) stays so.
+    Args:
+        directory: the directory to remove, if any.
+        signals: those that become events meanwhile. One that is ignored already (`nohup`) stays ignored.
     """
-    woken, waker = os.pipe()
-    os.set_blocking(woken, False)
-    os.set_blocking(waker, False)
-    numbers = [number for number in HANDED_ON if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, _heard) for number in (*numbers, signal.SIGCHLD)}
-    fd_before = signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
+    wakeup_fd, signal_fd = os.pipe()
+    os.set_blocking(wakeup_fd, False)
+    os.set_blocking(signal_fd, False)
+    numbers = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, _wake) for number in (*numbers, signal.SIGCHLD)}
+    fd_before = signal.set_wakeup_fd(signal_fd, warn_on_full_buffer=False)
     try:
         with watched(directory) as watcher:
-            found = Children(woken, watcher)
+            started = Children(wakeup_fd, watcher, numbers)
             try:
-                yield found
+                yield started
             finally:
-                found.close()
+                started.close()
     finally:
         signal.set_wakeup_fd(fd_before)
         for number, earlier in before.items():
             signal.signal(number, earlier)
-        os.close(woken)
-        os.close(waker)
+        os.close(wakeup_fd)
+        os.close(signal_fd)
 
 
-def _heard(_number: int, _frame: FrameType | None) -> None:
-    """Do nothing: the number has been written to the pipe that wakes the loop."""
+def _wake(_number: int, _frame: FrameType | None) -> None:
+    """Do nothing: Python has written the number to the pipe that wakes the selector."""

@@ -1,15 +1,15 @@
-"""Nothing outlives a launcher, even one that was ended by SIGKILL.
+"""Let nothing outlive a launcher, even one that SIGKILL ended.
 
-    run PARENT COMMAND ...   becomes the command; Linux ends it when its parent ends
-    watch DIRECTORY          outlives the launcher for a moment: ends the groups of processes that it had started, with
-                             all that they had started, and removes its directory
+    run PARENT COMMAND ...   becomes the command; Linux kills it when its parent ends
+    watch DIRECTORY          outlives the launcher for a moment: kills the process groups that the launcher started, and
+                             removes its directory
 
-The watcher reads `+GROUP` and `-GROUP` from its standard input, line by line. Only the launcher has the other end: that
-it closes is the launcher's end, whatever the reason. Run by its path and with nothing but the standard library, so that
-it takes no time.
+The watcher reads `+GROUP` and `-GROUP` from its standard input, line by line. Only the launcher holds the other end, so
+end-of-file means that the launcher has ended, whatever the reason. This file runs by its path, and imports the standard
+library alone, so that it starts fast.
 
-`farstep launch` and `farstep demo` are the launchers: `dying_with_parent` is the command of each process that they
-start, and `watched` yields the watcher, which is told of each.
+The launchers are `farstep launch` and `farstep demo`: `children` wraps the command of each process that they start in
+`dying_with_parent`, and reports it to the watcher that `watched` yields.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ DIE_WITH_PARENT = (sys.executable, "-I", "-S", os.path.abspath(__file__))
 
 
 def dying_with_parent(command: Sequence[str]) -> list[str]:
-    """Return the command of a process that ends when this one does; as it was where there is no Linux.
+    """Return the command of a process that ends when this one does; unchanged on systems other than Linux.
 
-    The thread that starts it must not end before this process, since Linux watches the thread.
+    The thread that starts it must not end before this process, because Linux watches the thread.
     """
     return [*DIE_WITH_PARENT, "run", str(os.getpid()), *command] if sys.platform == "linux" else [*command]
 
 
 class Watcher:
-    """A process that outlives this one for a moment, to leave nothing behind.
+    """Report process groups to the watcher, a process that outlives this one for a moment.
 
     Args:
-        pipe: the descriptor of its standard input.
+        pipe: the descriptor of the watcher's standard input.
     """
 
     def __init__(self, pipe: int) -> None:
         self._pipe = pipe
 
-    def begun(self, group: int) -> None:
-        """Note that a group of processes has begun."""
-        self._tell("+", group)
+    def started(self, group: int) -> None:
+        """Report that a process group has started."""
+        self._write("+", group)
 
-    def over(self, group: int) -> None:
-        """Note that its leader has ended; the number may soon be another's."""
-        self._tell("-", group)
+    def ended(self, group: int) -> None:
+        """Report that a group's leader has ended; another process may soon get its number."""
+        self._write("-", group)
 
-    def _tell(self, sign: str, group: int) -> None:
-        with suppress(OSError):  # somebody has killed it; then there is no watcher
+    def _write(self, sign: str, group: int) -> None:
+        with suppress(OSError):  # the watcher was killed
             os.write(self._pipe, f"{sign}{group}\n".encode())
 
 
 @contextmanager
 def watched(directory: str = "") -> Iterator[Watcher]:
-    """Yield a watcher, which removes the directory at the end of this process, if one is named."""
+    """Yield the watcher of this process, which removes `directory`, if any, when this process ends."""
     import subprocess
 
     with subprocess.Popen(
@@ -87,7 +87,7 @@ def run(parent: int, command: list[str]) -> None:
 
 
 def watch(directory: str) -> None:
-    """Wait for the launcher's end, and leave nothing behind."""
+    """Wait for the launcher's end, kill its process groups and remove its directory."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)
     groups: set[int] = set()

@@ -1,4 +1,4 @@
-"""The line of progress: which version the session is at, how fast it gets there, and where each worker stands.
+"""The line of progress: the session's version, how fast it grows, and the state of each worker.
 
 digits  version 1,204  41/s  |  w0 trains  w1 waits at the barrier  w2 starts, 1 restart  w3 done
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, final
 
 import httpx
@@ -17,78 +18,93 @@ from farstep.errors import FarstepError
 from farstep_service.launch.restart_policy import RestartPolicy
 
 EVERY_S = 1.0
-"""How often the session is asked, and how long its answer may take."""
+"""Seconds between two requests, and the longest wait for an answer."""
 
 
 @final
-class Asking(threading.Thread):
-    """Ask the server for the session's page again and again, beside the loop, which must not wait for it."""
+class SessionPoller(threading.Thread):
+    """Ask the server for the session's state every second, in a thread, because the run's loop must not wait for it.
+
+    Args:
+        server: its URL.
+        session: its name.
+        token: the server's token.
+    """
 
     def __init__(self, server: str, session: str, token: str | None) -> None:
         super().__init__(name="farstep-progress", daemon=True)
-        self._place = (server, session, token)
+        self._session = session
+        self._conversation = Conversation(server, token, read_timeout_s=EVERY_S)
         self._stopped = threading.Event()
-        self._page: tuple[float, Mapping[str, Any]] | None = None
+        self._answer: tuple[float, Mapping[str, Any]] | None = None
         self._before: tuple[float, int] | None = None
 
-    def stop(self) -> None:
-        """Ask no more."""
-        self._stopped.set()
-        self.join()
-
-    def text(self, course: RestartPolicy) -> str:
+    def text(self, policy: RestartPolicy) -> str:
         """Return the line of progress as of the last answer."""
-        page = self._page
-        if page is None:
-            return line(self._place[1], None, 0.0, course)
-        when_s, document = page
+        if self._answer is None:
+            return line(self._session, None, 0.0, policy)
+        when_s, state = self._answer
         speed = 0.0
         if self._before is not None and when_s > self._before[0]:
-            speed = (int(document["version"]) - self._before[1]) / (when_s - self._before[0])
-        return line(self._place[1], document, speed, course)
+            speed = (int(state["version"]) - self._before[1]) / (when_s - self._before[0])
+        return line(self._session, state, speed, policy)
 
     def run(self) -> None:
         """Ask until stopped."""
-        server, session, token = self._place
-        speaking = Conversation(server, token, read_timeout_s=EVERY_S)
         try:
             while not self._stopped.wait(EVERY_S):
                 try:
-                    found = speaking.control("GET", f"/v1/sessions/{session}", within_s=EVERY_S)
+                    state = self._conversation.control("GET", f"/v1/sessions/{self._session}", within_s=EVERY_S)
                 except (FarstepError, httpx.TransportError):
-                    continue  # there is no session as yet, or the server is away
-                if self._page is not None:
-                    self._before = (self._page[0], int(self._page[1]["version"]))
-                self._page = (time.monotonic(), found)
+                    continue  # the session does not exist yet, or the server does not answer
+                if self._answer is not None:
+                    self._before = (self._answer[0], int(self._answer[1]["version"]))
+                self._answer = (time.monotonic(), state)
         finally:
-            speaking.close()
+            self._conversation.close()
+
+    def stop(self) -> None:
+        """Stop asking, and wait for the thread's end."""
+        self._stopped.set()
+        self.join()
 
 
-def line(session: str, page: Mapping[str, Any] | None, per_s: float, course: RestartPolicy) -> str:
+@contextmanager
+def polling(server: str, session: str, token: str | None) -> Iterator[SessionPoller]:
+    """Poll a session until the end of the block."""
+    poller = SessionPoller(server, session, token)
+    poller.start()
+    try:
+        yield poller
+    finally:
+        poller.stop()
+
+
+def line(session: str, state: Mapping[str, Any] | None, per_s: float, policy: RestartPolicy) -> str:
     """Return the line of progress.
 
     Args:
         session: its name.
-        page: what the server says about it, None as long as it is not there.
+        state: the server's answer about it, None until the session exists.
         per_s: versions in a second.
-        course: where the processes are.
+        policy: knows which processes run, and how the others ended.
     """
-    workers = page["workers"] if page else {}
-    version = f"version {page['version']:,}  {per_s:.3g}/s" if page else "not there yet"
-    states = "  ".join(f"{name} {_state(name, workers, course)}" for name in course.restarts)
+    members = state["workers"] if state else {}
+    version = f"version {state['version']:,}  {per_s:.3g}/s" if state else "not there yet"
+    states = "  ".join(f"{name} {_state(name, members, policy)}" for name in policy.restarts)
     return f"{session}  {version}  |  {states}"
 
 
-def _state(name: str, workers: Mapping[str, Any], course: RestartPolicy) -> str:
-    restarts = course.restarts[name]
-    if name not in course.running:
-        code = course.codes[name]
+def _state(name: str, members: Mapping[str, Any], policy: RestartPolicy) -> str:
+    restarts = policy.restarts[name]
+    if name not in policy.running:
+        code = policy.codes[name]
         return "done" if not code else f"failed ({code})"
-    there = workers.get(name)
-    if there is None:
+    member = members.get(name)
+    if member is None:
         state = "outside"
-    elif there["waiting"]:
+    elif member["waiting"]:
         state = "waits at the barrier"
     else:
-        state = "trains" if there["live"] else "was not heard of for its lease"
+        state = "trains" if member["live"] else "was not heard of for its lease"
     return state if not restarts else f"{state}, {restarts} restart{'s' if restarts > 1 else ''}"

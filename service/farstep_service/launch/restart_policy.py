@@ -1,11 +1,11 @@
-"""The course of a run: what is to be done when a process ends or a signal comes. Pure: no clock, no process.
+"""What a run does when a process ends or a signal comes. Pure: no clock, no process.
 
-    a worker ends with 0         it is done; when all are, the run is over, with 0
-    it fails                     it is started again, `max_restarts` times; then all others are asked to end, and the
-                                 run is over, with the exit code of this one
-    a signal comes               it is handed on to all workers; nobody is started again; over with 128 and its number
-    it comes again               whoever still runs is killed
-    the server ends              all workers are asked to end; over with 1: what they trained is gone
+    a worker ends with 0         it is done; the run ends with 0 when all are done
+    a worker fails               it is restarted, at most `max_restarts` times; then all others get SIGTERM, and the run
+                                 ends with the exit code of this one
+    a signal comes               all workers get it; none is restarted; the run ends with 128 and the signal's number
+    a second signal comes        the workers that still run are killed
+    the server ends              all workers get SIGTERM; the run ends with 1: what they trained is gone
 
 The first of these that fails a run decides its exit code.
 """
@@ -19,7 +19,7 @@ from typing import final
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """Start a worker again."""
+    """Restart a worker."""
 
     worker: str
     restarts: int
@@ -34,17 +34,17 @@ class Stop:
 
 @final
 class RestartPolicy:
-    """Decide what follows on what happens.
+    """Decide whether to restart or stop workers.
 
     Args:
-        workers: their names; all have been started.
-        max_restarts: how often each is started again.
+        workers: names of the workers, all of them started.
+        max_restarts: how often each is restarted.
 
     Attributes:
         running: the workers that run.
-        restarts: how often each was started again.
-        codes: the exit codes of those that have ended for good, as a shell gives them.
-        failure: the run's exit code, 0 as long as nothing failed it.
+        restarts: how often each was restarted.
+        codes: exit codes of the workers that have ended for good, as a shell gives them.
+        failure: the run's exit code, 0 until something fails the run.
     """
 
     def __init__(self, workers: list[str], max_restarts: int) -> None:
@@ -57,11 +57,11 @@ class RestartPolicy:
 
     @property
     def over(self) -> bool:
-        """Return whether nobody runs any more."""
+        """Return whether all workers have ended."""
         return not self.running
 
     def ended(self, worker: str, code: int) -> Start | Stop | None:
-        """Take note of a worker's end, with the exit code of `subprocess`."""
+        """Decide what follows the end of a worker, given the exit code of `subprocess`."""
         if code and not self._stopping and self.restarts[worker] < self._max_restarts:
             self.restarts[worker] += 1
             return Start(worker, self.restarts[worker])
@@ -72,13 +72,13 @@ class RestartPolicy:
         return self._fail(exit_code(code), signal.SIGTERM)
 
     def signalled(self, number: signal.Signals) -> Stop:
-        """Take note of a signal to the whole run."""
+        """Decide what follows a signal to the whole run."""
         if self._stopping:
             return Stop(signal.SIGKILL)
         return self._fail(128 + number, number)
 
     def server_ended(self) -> Stop | None:
-        """Take note that the server is no more."""
+        """Decide what follows the end of the server."""
         return None if self._stopping else self._fail(1, signal.SIGTERM)
 
     def _fail(self, code: int, number: signal.Signals) -> Stop:
@@ -93,12 +93,12 @@ def exit_code(code: int) -> int:
 
 
 def in_words(code: int) -> str:
-    """Say how a process ended, from the exit code of `subprocess`."""
+    """Describe how a process ended, given the exit code of `subprocess`."""
     return f"ended with exit code {code}" if code >= 0 else f"was ended by {_name(-code)}"
 
 
 def _name(number: int) -> str:
-    """Return what a signal is called; of those for programs' own use only the first and the last have names."""
+    """Return the name of a signal; most real-time signals have none."""
     try:
         return signal.Signals(number).name
     except ValueError:

@@ -6,9 +6,12 @@ import os
 import select
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from farstep_service.launch.children import Children, Event, LineWritten
 
 NOBODY = ("--server", "http://127.0.0.1:9")
 LIMIT_S = 60.0
@@ -41,6 +44,33 @@ def launching(*arguments: str, env: dict[str, str] | None = None) -> Iterator[su
             yield process
         finally:
             process.kill()
+
+
+def events_of(children: Children) -> Iterator[Event]:
+    """Yield the events of processes for ever; the test fails if none comes within the limit."""
+    heard = time.monotonic()
+    while (left_s := heard + LIMIT_S - time.monotonic()) > 0:
+        for event in children.wait(left_s):
+            heard = time.monotonic()
+            yield event
+    raise AssertionError(f"nothing was heard of {children.running}")
+
+
+def line_of(events: Iterator[Event], name: str) -> str:
+    """Return the next line that a process writes to its standard output; events before it are dropped."""
+    for event in events:
+        if isinstance(event, LineWritten) and (event.process, event.stream) == (name, "stdout"):
+            return event.line.decode()
+    raise AssertionError("unreachable")
+
+
+def alive(pid: int) -> bool:
+    """Return whether a process has not been reaped."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def watcher_of(launch: int) -> int:
