@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import pty
+import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from farstep_service.launch.terminal import Terminal
 from tests.support.launch.launching import LIMIT_S, NOBODY, Gone
+
+ERASED = "\x1b[2K"
+"""What a terminal is sent before a line is drawn anew."""
+MARK = b"<mark>"
 
 
 @pytest.fixture
@@ -47,7 +57,7 @@ def test_a_line_of_progress_on_a_terminal(script: Path, tmp_path: Path):
         assert process.wait(LIMIT_S) == 0
     assert "run  not there yet  |  w0 outside" in shown
     assert "|  w0 trains" in shown
-    lines = [line.rpartition("\x1b[K")[2].rstrip("\r") for line in shown.split("\n")]
+    lines = [line.rpartition(ERASED)[2].rstrip("\r") for line in shown.split("\n")]
     assert [line for line in lines if line.startswith("w0")] == ["w0     | a line", "w0     | told"]
     assert lines[-1] == ""
 
@@ -102,3 +112,104 @@ def until(terminal: int, wanted: str | None) -> str:
             break
         shown += chunk
     return shown.decode()
+
+
+# -- the terminal by itself
+
+
+@pytest.fixture
+def terminal() -> Iterator[tuple[int, int]]:
+    """Open a terminal of 20 columns: what a person sees, and what a program writes to."""
+    ours, theirs = pty.openpty()
+    resize(theirs, 20)
+    yield ours, theirs
+    os.close(ours)
+    os.close(theirs)
+
+
+def resize(terminal: int, columns: int) -> None:
+    """Give a terminal another width."""
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, columns, 0, 0))
+
+
+def sent(ours: int, theirs: int) -> bytes:
+    """Return what was written since the last call; a mark behind it shows that all of it has come."""
+    os.write(theirs, MARK)
+    seen = b""
+    while not seen.endswith(MARK):
+        seen += os.read(ours, 65536)
+    return seen.removesuffix(MARK)
+
+
+def test_the_line_of_progress_fits_the_terminal(terminal: tuple[int, int]):
+    """A narrow terminal shows the beginning in one row, and a wider one more, also if the text is the same."""
+    ours, theirs = terminal
+    shown = Terminal(["w0"], {"stdout": theirs, "stderr": theirs})
+    for columns in (20, 7, 33):
+        resize(theirs, columns)
+        shown.progress("0123456789" * 5)
+        last = sent(ours, theirs).decode().rpartition(ERASED)[2]
+        assert re.sub(r"\x1b\[\?25[lh]", "", last) == ("0123456789" * 5)[:columns]
+    shown.progress("0123456789" * 5)
+    assert sent(ours, theirs) == b""
+
+
+def test_the_cursor_stays_visible(terminal: tuple[int, int]):
+    """A launch that is killed leaves a terminal whose cursor is seen: while the run goes on, it is not hidden."""
+    ours, theirs = terminal
+    shown = Terminal(["w0"], {"stdout": theirs, "stderr": theirs})
+    shown.progress("digits")
+    shown.line("w0", "stdout", b"a line")
+    assert re.findall(rb"\x1b\[\?25[lh]", sent(ours, theirs))[-1] == b"\x1b[?25h"
+
+
+def test_lines_are_written_as_they_are(terminal: tuple[int, int]):
+    """Colours, long lines, tabs and bytes that are no text reach the terminal unchanged above the line of progress."""
+    ours, theirs = terminal
+    shown = Terminal(["w0"], {"stdout": theirs, "stderr": theirs})
+    shown.progress("digits")
+    for line in (b"\x1b[31mred\x1b[0m", b"x" * 50, b"a\tb [bold]c[/bold] :smile:", b"\xff\xfe caf\xc3\xa9 caf\xe9"):
+        sent(ours, theirs)
+        shown.line("w0", "stderr", line)
+        before, after = sent(ours, theirs).split(b"w0 | " + line + b"\r\n")
+        assert before.endswith(ERASED.encode())
+        assert after == b"digits"
+
+
+@pytest.mark.parametrize("term", ["xterm", "dumb"])
+@pytest.mark.parametrize("kind", ["pipe", "terminal"])
+def test_no_control_codes_where_they_are_not_understood(
+    term: str, kind: str, terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+):
+    """Only a terminal that understands control codes is sent any, whatever FORCE_COLOR and its like ask for."""
+    for name, value in (("TERM", term), ("FORCE_COLOR", "1"), ("TTY_COMPATIBLE", "1"), ("TTY_INTERACTIVE", "1")):
+        monkeypatch.setenv(name, value)
+    ours, theirs = os.pipe() if kind == "pipe" else terminal
+    shown = Terminal(["w0"], {"stdout": theirs, "stderr": theirs})
+    shown.progress("digits")
+    shown.line("w0", "stdout", b"one")
+    shown.line("w0", "stderr", b"two")
+    shown.progress("")
+    understood = kind == "terminal" and term == "xterm"
+    assert shown.live == understood
+    if understood:
+        assert ERASED.encode() in sent(ours, theirs)
+    else:
+        assert sent(ours, theirs).replace(b"\r\n", b"\n") == b"w0 | one\nw0 | two\n"
+    if kind == "pipe":
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_a_file_gets_lines_only(terminal: tuple[int, int], tmp_path: Path):
+    """With the standard output in a file the line of progress stays on the terminal, and the file has whole lines."""
+    ours, theirs = terminal
+    with open(tmp_path / "log", "wb") as log:
+        shown = Terminal(["w0"], {"stdout": log.fileno(), "stderr": theirs})
+        shown.progress("digits")
+        shown.line("w0", "stdout", b"\xff one")
+        shown.line("w0", "stderr", b"two")
+        shown.progress("")
+    assert (tmp_path / "log").read_bytes() == b"w0 | \xff one\n"
+    assert b"one" not in (seen := sent(ours, theirs))
+    assert b"w0 | two\r\n" in seen
