@@ -89,7 +89,7 @@ def test_what_is_delivered_is_the_version_of_the_answer(
             sent.views[0][:] = tensor_memory(torch.full((sum(LENGTHS),), -9.0))
             await host.push(other, sent, "b")
             assert torch.equal(written[stepped], first[stepped])
-        view = await host.reads.parameters(None, head.name)
+        view = await host.reads.parameters(None, head.name, spent=intake)
         assert await host.deliver(head, view, intake)
         view.release()
         assert torch.equal(written, await pull(host))

@@ -120,13 +120,12 @@ def test_partial_sends_lose_and_repeat_nothing(buffers: list[bytes], width: int,
     """Whatever part of each window the kernel takes, what it took in all is the body."""
     cursor = Cursor(map(memoryview, buffers), width)
     taken = b""
-    while not cursor.done:
-        window = cursor.window()
+    while window := cursor.window():
         assert 0 < len(window) <= width
         offered = b"".join(window)
         count = data.draw(st.integers(1, len(offered)))
         taken += offered[:count]
-        cursor.advance(count)
+        assert cursor.advance(count) == bool(cursor.window())
     assert taken == b"".join(buffers)
 
 

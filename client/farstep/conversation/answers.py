@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self, cast, get_args
 
-from farstep.conversation.replies import CHECK_URL, ReplyReader
+from farstep.conversation.replies import CHECK_URL, LARGEST_INT, ReplyReader
 from farstep.errors import FarstepError, InvalidAnswer, ProtocolMismatch
 from farstep.protocol.consistency import Consistency, from_options
 from farstep.protocol.fields import FieldKind
@@ -151,17 +151,20 @@ class Reply:
         check_version(header)
         if _incarnation(reply) != incarnation:
             raise wrong("The reply is of another life of the session than was written to.", "incarnation")
-        times = reply.mapping("times") if "times" in reply else {}
+        times = reply.mapping("times") if "times" in header else {}
         if len(times) > MOST_TIMES:
             raise wrong(f"The reply has {len(times)} times.", "times")
-        spent = ReplyReader({key: value for key, value in times.items() if value is not None}, "The times of the reply")
+        spent = {key: value for key, value in times.items() if value is not None}
+        for key, value in spent.items():
+            if type(value) is not float or not 0.0 <= value <= LARGEST_INT:
+                spent[key] = ReplyReader(spent, "The times of the reply").number(key)
         return cls(
             reply.integer("version"),
             receipt_of(reply.mapping("receipt")),
             reply.flag("duplicate"),
-            "delivered" in reply and reply.flag("delivered"),
-            {key: spent.number(key) for key, value in times.items() if value is not None},
-            mode_of(reply.mapping("consistency")) if "consistency" in reply else None,
+            "delivered" in header and reply.flag("delivered"),
+            spent,
+            mode_of(reply.mapping("consistency")) if "consistency" in header else None,
         )
 
 
@@ -173,17 +176,19 @@ def receipt_of(values: Mapping[str, Any]) -> Receipt:
     """
     reply = ReplyReader(values, "The receipt")
     for key, least in (("version", 0), ("base", 0), ("staleness", 0), ("divisor", 1)):
-        reply.integer(key, least=least)
+        value = values.get(key)
+        if type(value) is not int or not least <= value <= LARGEST_INT:
+            reply.integer(key, least=least)  # which says what is wrong
     reply.flag("applied")
     reply.text("kernel")
     reply.texts("contributors")
-    for key, check in _OPTIONAL.items():
-        if values.get(key) is not None:
-            check(reply, key)
+    values = {key: value for key, value in values.items() if value is not None}
+    for key in values.keys() & _OPTIONAL.keys():
+        _OPTIONAL[key](reply, key)
     for key in facts():
-        if values.get(key) is not None:
+        if key in values:
             reply.real(key)
-    return Receipt.from_header({key: value for key, value in values.items() if value is not None})
+    return Receipt.from_header(values)
 
 
 _OPTIONAL: Mapping[str, Callable[[ReplyReader, str], object]] = {

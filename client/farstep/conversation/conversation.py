@@ -6,9 +6,8 @@ One place where a URL, a status or a content type is known; `farstep.http_link` 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from typing import Any, cast, final
 
 import httpx
 
@@ -16,6 +15,7 @@ from farstep.conversation.bodies import Arrived, BuffersFor, Received, message, 
 from farstep.conversation.replies import CHECK_URL, DOCUMENT_BYTES, error_of, parsed, read_within, speaks_tls
 from farstep.errors import (
     CannotConnect,
+    FarstepError,
     InvalidAnswer,
     InvalidOption,
     ResponseTooLarge,
@@ -48,6 +48,21 @@ LOCAL = "http://localhost"
 """What requests to a server at a path name as their origin; HTTP wants one."""
 GREETED_WITHIN_S = 2.0
 """How long a port may take to show that it speaks TLS."""
+
+
+@final
+class _Exchange:
+    """Raise what `lasting` makes of an error of the transport in its place; one context manager for every exchange."""
+
+    def __init__(self, lasting: Callable[[httpx.TransportError], FarstepError | None]) -> None:
+        self._lasting = lasting
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, httpx.TransportError) and (lasting := self._lasting(error)) is not None:
+            raise lasting from error
 
 
 class Conversation:
@@ -88,6 +103,7 @@ class Conversation:
         )
         self._urls: dict[str, httpx.URL] = {}
         self._routes: dict[tuple[str, str, float], Route] = {}
+        self._exchange = _Exchange(self._lasting)
         self._reached = False
         self._greeted = False
 
@@ -121,7 +137,7 @@ class Conversation:
         request = self._request(method, path, None if content is None else BufferedBody([content]), 0.0, kind=JSON)
         if within_s is not None:
             request.extensions[DEADLINE_S] = within_s
-        with self._exchange():
+        with self._exchange:
             return cast("dict[str, Any]", self._document(self._send(request), path, largest, len(content or b"")))
 
     def _document(self, answer: Answer, path: str, largest: int, sent_bytes: int) -> object:
@@ -175,14 +191,14 @@ class Conversation:
         self, method: str, path: str, header: Mapping[str, Any] | None, payload: Payload, *, wait_s: float = 0.0
     ) -> Answer:
         """Do the first half of `data` and return when the head of an answer is there, for `receive`."""
-        with self._exchange():
+        with self._exchange:
             return self._ask(method, path, None if header is None else message(header, payload), wait_s)
 
     def receive(
         self, answer: Answer, buffers_for: BuffersFor, path: str, *, arrived: Arrived | None = None, sent_bytes: int = 0
     ) -> Received:
         """Do the second half of `data`; `path` is what was asked for, with a body of `sent_bytes`."""
-        with self._exchange():
+        with self._exchange:
             try:
                 if not answer.ok:
                     raise error_of(answer, self.server, path, sent_bytes=sent_bytes)
@@ -214,37 +230,31 @@ class Conversation:
         self._reached = True
         return Answer.of(response)
 
-    @contextmanager
-    def _exchange(self) -> Iterator[None]:
-        """Tell what waiting cannot heal in an exchange from what it can.
+    def _lasting(self, error: httpx.TransportError) -> FarstepError | None:
+        """Return the error of ours for what waiting cannot heal in an exchange, None for what it can.
 
-        Raises:
-            CannotConnect: the address leads to no server.
-            InvalidAnswer: what answers does not speak HTTP, or sends more than there may be around a body.
+        That is `CannotConnect` where the address leads to no server, and `InvalidAnswer` where what answers does not
+        speak HTTP, or sends more around a body than there may be.
         """
-        try:
-            yield
-        except OversizedAnswer as exc:
-            raise ResponseTooLarge(f"{self.server}: {exc}", remedy=CHECK_URL, side="client") from exc
-        except MalformedAnswer as exc:
-            raise InvalidAnswer(f"{self.server}: {exc}", remedy=CHECK_URL, side="client") from exc
-        except httpx.ConnectError as exc:
-            cause = cause_of(exc, reached=self._reached)
-            if cause is not None and not cause.heals:
-                raise CannotConnect(f"{self.server}: {cause.reason}.", remedy=cause.remedy, side="client") from exc
-            raise
-        except httpx.ProxyError as exc:
-            if not str(exc).startswith(("401", "403", "407")):
-                raise
-            raise CannotConnect(
-                f"The proxy on the way to {self.server} refused: {exc}.",
-                remedy="Check the proxy of the transport, and its credentials.",
-                side="client",
-            ) from exc
-        except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError) as exc:
-            if self._turns_out_to_speak_tls():
-                raise speaks_tls(self.server) from exc
-            raise
+        match error:
+            case OversizedAnswer():
+                return ResponseTooLarge(f"{self.server}: {error}", remedy=CHECK_URL, side="client")
+            case MalformedAnswer():
+                return InvalidAnswer(f"{self.server}: {error}", remedy=CHECK_URL, side="client")
+            case httpx.ConnectError():
+                cause = cause_of(error, reached=self._reached)
+                if cause is not None and not cause.heals:
+                    return CannotConnect(f"{self.server}: {cause.reason}.", remedy=cause.remedy, side="client")
+            case httpx.ProxyError() if str(error).startswith(("401", "403", "407")):
+                return CannotConnect(
+                    f"The proxy on the way to {self.server} refused: {error}.",
+                    remedy="Check the proxy of the transport, and its credentials.",
+                    side="client",
+                )
+            case httpx.RemoteProtocolError() | httpx.ReadError() | httpx.WriteError():
+                if self._turns_out_to_speak_tls():
+                    return speaks_tls(self.server)
+        return None
 
     def _turns_out_to_speak_tls(self) -> bool:
         """Greet a server that has never answered, once: one of TLS hangs up on a request that is plain."""
@@ -266,7 +276,7 @@ class Conversation:
             FarstepError: the problem the server answered with.
             httpx.TransportError: no complete answer came.
         """
-        with self._exchange():
+        with self._exchange:
             answer = self._send(self._request("GET", path, None, wait_s))
             try:
                 if not answer.ok:
@@ -292,7 +302,7 @@ class Conversation:
             httpx.TransportError: no complete answer came.
         """
         request = self._request("PUT", path, body, wait_s, kind=FILE, nbytes=nbytes)
-        with self._exchange():
+        with self._exchange:
             return cast("dict[str, Any]", self._document(self._send(request), path, DOCUMENT_BYTES, nbytes))
 
     def _request(

@@ -117,7 +117,7 @@ class ReplyReader:
     """
 
     def __init__(self, values: object, what: str) -> None:
-        if not isinstance(values, Mapping):
+        if type(values) is not dict and not isinstance(values, Mapping):
             raise InvalidAnswer(f"{what} is {values!r:.80}; it must be a map.", remedy=CHECK_URL, side="client")
         self._values = values
         self._what = what

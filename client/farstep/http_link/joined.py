@@ -122,7 +122,11 @@ class JoinedSession:
         try:
             yield
         except UnknownSession as exc:
-            raise self._lost("is gone from") from exc
+            raise self.gone() from exc
+
+    def gone(self) -> SessionLost:
+        """Return the error for a session that the server does not know any more, in the worker's words."""
+        return self._lost("is gone from")
 
     def _lost(self, what: str) -> SessionLost:
         return SessionLost(

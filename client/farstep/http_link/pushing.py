@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, final
 from torch import Tensor
 
 from farstep.conversation.answers import Reply, wrong
-from farstep.errors import ReceiptExpired
+from farstep.errors import ReceiptExpired, UnknownSession
 from farstep.http_link.buffers import WorkerBuffers
 from farstep.http_link.joined import JoinedSession
 from farstep.http_link.reader import Putting
@@ -166,7 +166,7 @@ class Pushing:
 
         encoded = encode()
         payload, present = encoded.payload, encoded.present
-        if not isinstance(payload, StreamedBody):
+        if unlooked is not None and not isinstance(payload, StreamedBody):
             self._send_edits(unlooked)
         bodies = encoded.sparse or evaluation or names.unsure
         shared = None if bodies else buffers.fill_(names.epoch, present, gradients)
@@ -290,8 +290,7 @@ class Pushing:
             return buffers.receiver.targets(arrived)
 
         try:
-            with self._joined.there():
-                received = self._writer.push(head, payload, buffers_for, self._advance, begun, again)
+            received = self._writer.push(head, payload, buffers_for, buffers.receiver.advance_, begun, again)
         except BaseException as exc:
             unanswered = self._writer.names.unanswered
             if isinstance(exc, ReceiptExpired):
@@ -304,6 +303,8 @@ class Pushing:
             if self._writer.names.unsure or self._writer.attempts > 1:
                 buffers.share_no_more_()
             buffers.receiver.give_up_(lost=shared)
+            if isinstance(exc, UnknownSession):
+                raise self._joined.gone() from exc
             raise
         if arrived is None and len(present) < len(buffers.parameters):
             # What has no gradient, and is as it was, is not touched.
@@ -328,9 +329,6 @@ class Pushing:
             path="" if not payload else "shared memory" if shared else "bodies",
             seconds={"total": total_s, **reply.times, "send": received.receive_s, "copy": copy_s},
         )
-
-    def _advance(self, received_bytes: int) -> None:
-        self._buffers.receiver.advance_(received_bytes)
 
     # -- edits ------------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,10 @@ def of_their_parameters(
     Raises:
         TensorMismatch: torch's step along a gradient would have other bits than one along the widened gradient.
     """
-    if all(each is None or each.dtype is dtype for each, dtype in zip(gradients, dtypes, strict=True)):
+    for each, dtype in zip(gradients, dtypes, strict=True):
+        if each is not None and each.dtype is not dtype:
+            break
+    else:
         return gradients
     found: list[Tensor | None] = []
     for gradient, dtype, parameter in zip(gradients, dtypes, described, strict=True):

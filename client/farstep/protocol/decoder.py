@@ -165,8 +165,9 @@ class Decoder:
         count = self._reader.feed(chunk)
         if (header := self._reader.header) is not None:
             views = flat(self._buffers_for(header))
-            if any(view.readonly for view in views):
-                raise ValueError("The memory for a payload must be writable.")
+            for view in views:
+                if view.readonly:
+                    raise ValueError("The memory for a payload must be writable.")
             self._views = views
             self.payload_bytes = sum(map(len, views))
             self.header = header

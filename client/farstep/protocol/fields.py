@@ -155,5 +155,5 @@ def shapes_of(fields: Mapping[str, FieldKind], states: Mapping[int, State | None
                 continue
             if index:
                 raise ValueError(f"loaded state dict has {name!r} for parameter {index}; the first one's holds it")
-            shapes[name] = tuple(value.shape) if isinstance(value, Tensor) else None
+            shapes[name] = None if isinstance(value, float) else tuple(value.shape)
     return shapes

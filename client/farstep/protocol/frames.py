@@ -45,7 +45,10 @@ def encode(
     """
     packed = pack_header(header, limits=limits, side=side)
     pieces = flat(payload)
-    return [packed, *Frames(sum(map(len, pieces)), limits=limits).cut(pieces)]
+    size = sum(map(len, pieces))
+    if 0 < size <= limits.frame_bytes:
+        return [packed, PREFIX.pack(BIN32, size), *pieces]
+    return [packed, *Frames(size, limits=limits).cut(pieces)]
 
 
 @final

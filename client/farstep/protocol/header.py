@@ -231,7 +231,9 @@ class _Build:
         self._left = limits.containers
 
     def mapping(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        self._count()
+        self._left -= 1
+        if self._left < 0:
+            raise self._too_many()
         built = dict(pairs)
         if len(built) != len(pairs):
             twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
@@ -241,19 +243,19 @@ class _Build:
         return built
 
     def sequence(self, items: list[Any]) -> list[Any]:
-        self._count()
+        self._left -= 1
+        if self._left < 0:
+            raise self._too_many()
         return items
 
     def extension(self, code: int, data: bytes) -> Never:
         raise extension(self._side)
 
-    def _count(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            most = self._limits.containers
-            raise LimitExceeded(
-                f"The header holds more than {most} maps and arrays.", field="header", limit=most, side=self._side
-            )
+    def _too_many(self) -> LimitExceeded:
+        most = self._limits.containers
+        return LimitExceeded(
+            f"The header holds more than {most} maps and arrays.", field="header", limit=most, side=self._side
+        )
 
 
 def check_tree(header: object, limits: Limits, side: Side, *, wide: bool, flat: frozenset[type] = frozenset()) -> None:

@@ -61,7 +61,10 @@ def pack_header(header: Mapping[str, Any], *, limits: Limits = DEFAULT_LIMITS, s
             field="header",
             side=side,
         ) from exc
-    if len(data) + sum(len(names.packed) - _EMPTY for _, names in gaps) > limits.header_bytes:
+    size = len(data)
+    for _, names in gaps:
+        size += len(names.packed) - _EMPTY
+    if size > limits.header_bytes:
         raise too_long(limits, side)
     if len(data) <= limits.least:
         check_tree(plain, limits, side, wide=b"\xcf" in data, flat=_FLAT)  # so few bytes pass no other bound

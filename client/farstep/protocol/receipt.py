@@ -26,6 +26,8 @@ Ran = Literal["reference", "fused", "mixed"]
 """Which kernel ran a step; `mixed` is one whose fused kernel failed midway and that the reference kernel finished."""
 
 _NOBODY = Names()
+FEW = 8
+"""Names that are packed faster than they are found packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class Receipt:
             "base": self.base,
             "staleness": self.staleness,
             "applied": self.applied,
-            "contributors": self.contributors,
+            "contributors": self.contributors if len(self.contributors) > FEW else [*self.contributors],
             "divisor": self.divisor,
             "kernel": self.kernel,
         }

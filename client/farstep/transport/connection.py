@@ -116,7 +116,8 @@ class Connection:
             httpx.WriteTimeout: there was no room for a byte in time.
             httpx.WriteError: the connection broke, and no answer was there to read.
         """
-        self._check_process()
+        if self._process != os.getpid():
+            raise self._forked()
         listening = self._answer is None
         if self._sending and listening and self._stream.wait(READ, 0):  # while these buffers were made
             listening = self._listen()
@@ -124,18 +125,18 @@ class Connection:
                 return False
         self._sending = True
         cursor = Cursor(views, MAX_BUFFERS)
-        while not cursor.done:
-            if self._timeouts.passed():
+        while window := cursor.window():
+            if self._timeouts.until is not None and self._timeouts.passed():
                 raise httpx.WriteTimeout("The request's deadline passed while it was being sent.")
             try:
-                sent = self._stream.send(cursor.window())
+                sent = self._stream.send(window)
             except OSError as exc:
                 if self._answered():
                     return False
                 raise httpx.WriteError(f"The connection broke while sending: {exc}") from exc
             if sent:
-                cursor.advance(sent)
-                ready = self._stream.wait(READ, 0) if listening and not cursor.done else 0
+                left = cursor.advance(sent)
+                ready = self._stream.wait(READ, 0) if listening and left else 0
             else:
                 events = self._stream.blocked_on | (READ if listening else 0)
                 ready = self._stream.wait(events, self._timeouts.left(self._timeouts.write_s))
@@ -212,9 +213,8 @@ class Connection:
         self.closed = True
         self._stream.close()
 
-    def _check_process(self) -> None:
-        if self._process != os.getpid():
-            raise httpx.ReadError("This connection belongs to the process that opened it, not to its fork.")
+    def _forked(self) -> httpx.ReadError:
+        return httpx.ReadError("This connection belongs to the process that opened it, not to its fork.")
 
     def _parse(self) -> ResponseHead | None:
         while (stop := self._memory.find(END, self._start, self._end)) >= 0:
@@ -270,32 +270,29 @@ class Connection:
 
     def _receive_into(self, view: memoryview, *, soon: bool = True) -> int:
         """Receive at least one byte; look for it before waiting where it should be there soon."""
-        self._check_process()
+        if self._process != os.getpid():
+            raise self._forked()
         while True:
-            if self._timeouts.passed():
+            if self._timeouts.until is not None and self._timeouts.passed():
                 raise httpx.ReadTimeout("The request's deadline passed before its answer was complete.")
             try:
                 got = self._stream.receive_into(view) if soon else None
             except OSError as exc:
                 raise httpx.ReadError(f"The connection broke while reading: {exc}") from exc
             if got is not None:
-                self._came(got)
+                if self._came_since is None:
+                    self._came_since = time.monotonic()
+                self._came_bytes += got  # what came while a request was sent does not count
                 return got
-            if self._too_slow():
+            if self._came_since is not None and self._too_slow(self._came_since):
                 raise httpx.ReadTimeout(f"The answer came more slowly than {SLOWEST_BYTES_PER_S} bytes per second.")
             events, soon = (self._stream.blocked_on if soon else READ), True
             if not self._stream.wait(events, self._timeouts.left(self._timeouts.read_s)):
                 raise httpx.ReadTimeout("The server sent nothing in time.")
 
-    def _came(self, count: int) -> None:
-        """Take note that bytes of an answer have come; those that came while a request was sent do not count."""
-        if self._came_since is None:
-            self._came_since = time.monotonic()
-        self._came_bytes += count
-
-    def _too_slow(self) -> bool:
-        """Tell whether an answer trickles: a byte now and then would keep any limit for a single read."""
-        if self._came_since is None or self._timeouts.read_s is None:
+    def _too_slow(self, since: float) -> bool:
+        """Return whether an answer trickles: a byte now and then would keep any limit for a single read."""
+        if self._timeouts.read_s is None:
             return False
         allowed_s = self._timeouts.read_s + self._came_bytes / SLOWEST_BYTES_PER_S
-        return time.monotonic() - self._came_since > allowed_s
+        return time.monotonic() - since > allowed_s

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from operator import attrgetter
 from typing import Any, Final, final
 
 import httpx
@@ -152,32 +153,29 @@ class Cursor:
         self._first = 0
         self._width = width
 
-    @property
-    def done(self) -> bool:
-        """Tell whether everything has been sent."""
-        return self._first == len(self._views)
-
     def window(self) -> list[memoryview]:
-        """Return the buffers to send next, at most `width` of them."""
+        """Return the buffers to send next, at most `width` of them; none when everything has been sent."""
         return self._views[self._first : self._first + self._width]
 
-    def advance(self, sent_bytes: int) -> None:
-        """Move past `sent_bytes` bytes of the window."""
+    def advance(self, sent_bytes: int) -> bool:
+        """Move past `sent_bytes` bytes of the window; return whether anything is left."""
         while sent_bytes:
             view = self._views[self._first]
             if sent_bytes < len(view):
                 self._views[self._first] = view[sent_bytes:]
-                return
+                return True
             sent_bytes -= len(view)
             self._first += 1
+        return self._first < len(self._views)
 
 
 Payload = Sequence[memoryview] | StreamedBody
+_NBYTES: Final = attrgetter("nbytes")
 
 
 def nbytes_of(payload: Payload) -> int:
     """Return its size; what is not there yet is not made for it."""
-    return payload.nbytes if isinstance(payload, StreamedBody) else sum(each.nbytes for each in payload)
+    return payload.nbytes if isinstance(payload, StreamedBody) else sum(map(_NBYTES, payload))
 
 
 def batches_of(payload: Payload) -> Generator[Batch]:

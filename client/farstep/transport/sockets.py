@@ -49,7 +49,7 @@ Dial = Callable[[Origin, float | None], socket.socket]
 Resolve = Callable[..., Sequence[tuple[int, int, int, str, Any]]]
 """Find the addresses of a host and port, as `socket.getaddrinfo` does."""
 
-Message = Callable[[], Generator[Iterable[memoryview]]]
+Message = Callable[[], Iterable[Iterable[memoryview]]]
 """Gives the bytes of a request, head and body, in lists of buffers that are sent together."""
 
 _SHORTEST_S: Final = 0.001  # a timeout of 0 would make the socket non-blocking
@@ -194,7 +194,11 @@ class SocketTransport(httpx.BaseTransport):
     ) -> tuple[ResponseHead, ResponseBody]:
         try:
             connection.begin(asked.request.method, asked.timeouts)
-            with closing(message()) as batches:
+            batches = message()
+            if isinstance(batches, Generator):
+                with closing(batches):
+                    complete = all(map(connection.send, batches))
+            else:
                 complete = all(map(connection.send, batches))
             head = connection.answer()
             release = partial(self._release, asked.origin)
@@ -253,11 +257,14 @@ def _repeatable(request: httpx.Request) -> bool:
     return harmless and isinstance(request.stream, BufferedBody | StreamedBody | httpx.ByteStream)
 
 
-def _with_body(head: memoryview, body: BufferedBody | StreamedBody | None) -> Generator[Iterable[memoryview]]:
-    """Yield a head and the buffers of its body."""
-    if not isinstance(body, StreamedBody):
-        yield [head, *body.views] if body is not None else [head]
-        return
+def _with_body(head: memoryview, body: BufferedBody | StreamedBody | None) -> Iterable[Iterable[memoryview]]:
+    """Return a head and the buffers of its body, in lists of buffers that are sent together."""
+    if isinstance(body, StreamedBody):
+        return _with_batches(head, body)
+    return ([head, *body.views] if body is not None else [head],)
+
+
+def _with_batches(head: memoryview, body: StreamedBody) -> Generator[Iterable[memoryview]]:
     first = [head]
     with closing(body.batches()) as batches:
         for batch in batches:

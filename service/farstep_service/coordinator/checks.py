@@ -144,6 +144,17 @@ class Checks:
         if self.is_new(name, incarnation) and (error := self.outgrown(name.worker)):
             raise error
 
+    def admit(self, name: WriteName, incarnation: str, fingerprint: str) -> Receipt | None:
+        """Return the receipt of a push or put that was committed before, None for one that may happen now.
+
+        Raises:
+            SessionLost, Fenced, SequenceGap, IdempotencyMismatch, ReceiptExpired: see `seen` and `check_write`.
+        """
+        receipt = self.seen(name, incarnation, fingerprint)
+        if receipt is None and (error := self.outgrown(name.worker)):
+            raise error
+        return receipt
+
     def is_new(self, name: WriteName, incarnation: str) -> bool:
         """Return whether a write is next; for errors see `seen`."""
         return self.seen(name, incarnation, None) is None

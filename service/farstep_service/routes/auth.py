@@ -160,6 +160,7 @@ class AllowedHosts:
 _HOST = re.compile(rb"(?:([A-Za-z0-9._-]{1,253})|\[([0-9A-Fa-f:.]{2,45})(?:%[^\]]{1,20})?\])(?::[0-9]{0,5})?")
 
 
+@lru_cache(maxsize=256)  # a worker says the same, step after step
 def _host_of(authority: bytes) -> str | None:
     """Return the host of `host:port`: lower case, an IPv6 address without brackets; None if that is none."""
     found = _HOST.fullmatch(authority)

@@ -33,6 +33,7 @@ from farstep.protocol.growth import AppendHead
 from farstep.protocol.header import VERSION
 from farstep.protocol.messages import PushHead, PutHead, SharedPush
 from farstep_service.optimizers.rule import Rule
+from farstep_service.plan import Plan
 from farstep_service.routes.bodies import Pace, answer_message, outgoing_of, read_body
 from farstep_service.sessions import OVERHEAD_BYTES, Actor, Answer, AtMost, Intake, Reader, View
 from farstep_service.sessions.registry import Registry
@@ -103,18 +104,22 @@ class Push(Endpoint):
         began = time.perf_counter()
 
         def begin(head: PushHead, body_bytes: int) -> Intake:
-            reserve(_converted_bytes(actor, head))
+            if head.wire_gradients is not None or head.wire_parameters is not None:
+                reserve(_converted_bytes(actor.plan, head))
             return actor.begin_push(head, body_bytes)
 
         head, intake, fingerprint = await self.take(
-            actor, reserve, scope, receive, PushHead.from_header, begin, largest=_largest(actor)
+            actor, reserve, scope, receive, PushHead.from_header, begin, largest=actor.largest_body_bytes
         )
         received_s = time.perf_counter() - began
         if head.shared is not None:
             fingerprint = fingerprint_of(head, head.shared)
         answer = await actor.push(head, intake, fingerprint)
-        codec = codec_named(head.wire_gradients)
-        in_place = codec is not FULL and codec.element is not None and head.wire_gradients == head.wire_parameters
+        in_place = (
+            head.wire_gradients is not None
+            and head.wire_gradients == head.wire_parameters
+            and codec_named(head.wire_gradients).element is not None
+        )
         spent = intake if in_place or head.shared is not None else None
         del intake  # the gradients' memory is free while the answer is sent, if that is not in it
         header = _header(actor, answer, {"receive": received_s})
@@ -123,7 +128,7 @@ class Push(Endpoint):
             return
         since = head.have if head.wanted == "changed" else None
         view = await actor.reads.parameters(since, head.name, head.wire_parameters, spent, outgoing=outgoing_of(scope))
-        delivered = await _delivered(actor, head, view, spent)
+        delivered = head.shared is not None and await _delivered(actor, head, view, spent)
         del spent
         await answer_view(send, header, view, delivered=delivered)
 
@@ -136,7 +141,7 @@ class Contents(Endpoint):
             await self._give(actor, reserve, scope, send)
             return
         head, intake, fingerprint = await self.take(
-            actor, reserve, scope, receive, PutHead.from_header, actor.begin_put, largest=_largest(actor)
+            actor, reserve, scope, receive, PutHead.from_header, actor.begin_put, largest=actor.largest_body_bytes
         )
         answer = await actor.put(head, intake, fingerprint)
         header = {**_header(actor, answer, {}), "version": answer.receipt.version, "segments": []}
@@ -242,14 +247,14 @@ async def _size(actor: Actor, fields: Sequence[str], indices: Sequence[int] | No
     )
 
 
-def _converted_bytes(actor: Actor, head: PushHead) -> int:
+def _converted_bytes(plan: Plan, head: PushHead) -> int:
     """Return the bytes that a push takes beside its body.
 
     Gradients that came as bytes of a codec are decoded first. Those in 16 bits are widened before they are clipped,
     corrected, added to others, or go to what is no rule. Parameters in the same 16 bits take the gradients' place, in
     another codec their own.
     """
-    plan, mode = actor.plan, actor.plan.consistency
+    mode = plan.consistency
     alone = isinstance(mode, Async | Bounded) and not mode.delay_compensation and isinstance(plan.rule, Rule)
     gradients, parameters = codec_named(head.wire_gradients), codec_named(head.wire_parameters)
     decoded = gradients is not FULL and (gradients.element is None or not (alone and plan.policies.as_they_come))
@@ -276,13 +281,6 @@ def _reader(query: Mapping[str, Sequence[str]]) -> Reader | None:
     if not worker or not (epoch.isascii() and epoch.isdecimal() and len(epoch) < 16):
         raise InvalidRequest("A pull names both 'worker' and 'epoch', a number, or neither.", field="epoch")
     return Reader(worker, int(epoch))
-
-
-def _largest(actor: Actor) -> int:
-    """Return the bytes the largest sensible body can have: parameters, every state field, indices and the framing."""
-    plan = actor.plan
-    one = plan.layout.nbytes + 8 * len(plan.layout.segments)
-    return 10 * one + plan.rule.state_bytes(plan.layout, plan.groups) + OVERHEAD_BYTES
 
 
 def _header(actor: Actor, answer: Answer, times: dict[str, float]) -> dict[str, Any]:

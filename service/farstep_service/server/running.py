@@ -105,6 +105,7 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
             from farstep_service.app import create_app
             from farstep_service.server.protocol import Protocol
 
+            torch.set_grad_enabled(False)  # of this thread, which takes the small steps: nothing here is differentiated
             service = create_app(settings)
 
         listening = Listening(

@@ -24,6 +24,7 @@ from farstep.protocol.consistency import Consistency
 from farstep.protocol.growth import AppendHead
 from farstep.protocol.hyper import Hyper
 from farstep.protocol.messages import PushHead, PutHead, WriteName
+from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator import (
     Append,
     ChangeMode,
@@ -48,7 +49,7 @@ from farstep_service.layout import Layout
 from farstep_service.plan import Plan
 from farstep_service.session.growth import grown, room_for
 from farstep_service.session.state_machine import Journal, Outcome, Outcomes, SessionRecord, StateMachine
-from farstep_service.store import Held
+from farstep_service.store import Buffers, Held
 from farstep_service.tensors import Snapshot, Tensors, state_of
 from farstep_service.tensors.contents import Contents
 from farstep_service.tensors.contribution import Contribution
@@ -86,11 +87,7 @@ class Session:
             tensors = Tensors.of(record.tensors, kernels=kernels, device=torch.device(device))
             coordinator = Coordinator(read_back(record.written))
         self._machine = StateMachine(coordinator, tensors, journal)
-        self._tensors, self._state = tensors, tensors.state
-
-    @property
-    def _coordinator(self) -> Coordinator:
-        return self._machine.coordinator
+        self._coordinator, self._tensors, self._state = coordinator, tensors, tensors.state
 
     def record(self) -> SessionRecord:
         """Return all that the session is; see `StateMachine.record`."""
@@ -121,6 +118,11 @@ class Session:
     def groups(self) -> Sequence[Hyper]:
         """Return the current options of each param group."""
         return self._state.groups
+
+    @property
+    def keeps_bases(self) -> bool:
+        """Return whether versions that workers have received are kept."""
+        return self._coordinator.keeps_bases
 
     @property
     def switched(self) -> bool:
@@ -159,7 +161,7 @@ class Session:
     @property
     def held_bytes(self) -> int:
         """Return the memory that the session holds, but for gradients that wait, whose requests are in flight."""
-        return sum(self._state.nbytes().values()) + self._tensors.kept_bytes
+        return self._state.held_bytes + self._tensors.kept_bytes
 
     def coming_bytes(self, growing: int = 0) -> int:
         """Return the bytes that the next write may take beside that; see `SessionState.coming_bytes`."""
@@ -249,8 +251,8 @@ class Session:
         return self._layout(None if lag is None else lag[0])
 
     def _layout(self, groups: int | None) -> Layout:
-        layout = self.plan.layout
-        return layout if groups is None or groups == len(self.plan.groups) else layout.first(groups)
+        plan = self._state.plan
+        return plan.layout if groups is None or groups == len(plan.groups) else plan.layout.first(groups)
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
@@ -260,9 +262,10 @@ class Session:
 
     def contribution(self, head: PushHead) -> Contribution:
         """Return memory for a push's gradients; see `Contribution` and `SessionState` for what they refuse."""
-        self._state.check_evaluation(head.evaluation)
-        layout, rule = self.layout_at(head.name), self.plan.rule
-        return Contribution(layout, head.segments, head.sparse, rule, self.groups, head.wire_gradients, head.order)
+        state = self._state
+        state.check_evaluation(head.evaluation)
+        layout, rule = self._layout(self._coordinator.roster.groups_at(head.name)), state.plan.rule
+        return Contribution(layout, head.segments, head.sparse, rule, state.groups, head.wire_gradients, head.order)
 
     def push(self, head: PushHead, contribution: Contribution, fingerprint: str, now: float) -> Outcomes:
         """Take a complete push in and return every outcome it decides; none under its own name means that it waits.
@@ -275,21 +278,18 @@ class Session:
             FarstepError: the push is refused; nothing has changed and its sequence is free.
             StepInterrupted: a kernel failed midway; the step is finished before anything else happens.
         """
-        outcomes = self._machine.finish()
-        self._coordinator.check_write(head.name, head.incarnation)
-        if (repeated := self._repeated(head.name, head.incarnation, fingerprint, now)) is not None:
-            return outcomes | repeated
-        if self._coordinator.holds(head.name, fingerprint):
+        outcomes, coordinator = self._machine.finish(), self._coordinator
+        if (receipt := coordinator.admit(head.name, head.incarnation, fingerprint)) is not None:
+            return outcomes | self._again(head.name, receipt, now)
+        if coordinator.holds(head.name, fingerprint):
             return outcomes
         nonfinite = self._tensors.check_push(head, contribution)
         self._tensors.receive_push(head, contribution)
-        return outcomes | self._machine.happen(Push(head, fingerprint, nonfinite), now)
+        decided = self._machine.happen(Push(head, fingerprint, nonfinite), now)
+        return outcomes | decided if outcomes else decided
 
-    def _repeated(self, name: WriteName, incarnation: str, fingerprint: str, now: float) -> Outcomes | None:
-        """Return the outcome of a write that was committed before, whose worker is alive; None for one that is next."""
-        receipt = self._coordinator.seen(name, incarnation, fingerprint)
-        if receipt is None:
-            return None
+    def _again(self, name: WriteName, receipt: Receipt, now: float) -> Outcomes:
+        """Return the outcome of a write that was committed before, whose worker is alive."""
         self._machine.happen(Heartbeat(name.worker), now)
         return {name: Outcome(receipt, duplicate=True)}
 
@@ -309,9 +309,8 @@ class Session:
     def put(self, head: PutHead, contents: Contents, fingerprint: str, now: float) -> Outcomes:
         """Replace contents of the session in one step; their memory belongs to the session from now on."""
         outcomes = self._machine.finish()
-        self._coordinator.check_write(head.name, head.incarnation)
-        if (repeated := self._repeated(head.name, head.incarnation, fingerprint, now)) is not None:
-            return outcomes | repeated
+        if (receipt := self._coordinator.admit(head.name, head.incarnation, fingerprint)) is not None:
+            return outcomes | self._again(head.name, receipt, now)
         self._coordinator.check_nothing_waits(head.name)
         self._tensors.receive_contents(head, contents)
         return outcomes | self._machine.happen(Put(head, fingerprint), now, raising=head.name)
@@ -345,8 +344,8 @@ class Session:
             Unavailable: there is no memory. Nothing has changed then, whatever the error.
         """
         outcomes = self._machine.finish()
-        if (repeated := self._repeated(head.name, head.incarnation, fingerprint, now)) is not None:
-            return outcomes | repeated
+        if (receipt := self._coordinator.seen(head.name, head.incarnation, fingerprint)) is not None:
+            return outcomes | self._again(head.name, receipt, now)
         self._coordinator.check_nothing_waits(head.name)
         plan = self._plan_with(head)
         there = plan is self.plan
@@ -386,6 +385,11 @@ class Session:
         outcomes = self._machine.finish()
         return self._state.copy(fields, indices), outcomes
 
+    def parameters(self) -> tuple[Buffers, Outcomes]:
+        """Return the memory of the current version, to be copied before anything else is called."""
+        outcomes = self._machine.finish()
+        return self._state.parameters(), outcomes
+
     def snapshot(self) -> tuple[Snapshot, Outcomes]:
         """Copy all of the current version; what waits at a barrier is not part of it."""
         outcomes = self._machine.finish()
@@ -399,4 +403,5 @@ class Session:
         """
         self._state.restore(snapshot)
         before = self._coordinator.state
-        self._machine.coordinator = Coordinator(replace(before, initialised=True, version=self._state.version))
+        self._coordinator = Coordinator(replace(before, initialised=True, version=self._state.version))
+        self._machine.coordinator = self._coordinator

@@ -2,6 +2,7 @@
 
 from farstep_service.sessions.actor import Actor
 from farstep_service.sessions.answers import (
+    OVERHEAD_BYTES,
     Answer,
     AtMost,
     Intake,
@@ -14,7 +15,6 @@ from farstep_service.sessions.answers import (
 )
 from farstep_service.sessions.readers import Outgoing
 from farstep_service.sessions.shared_memory import Offer, nbytes_beside
-from farstep_service.sessions.views import OVERHEAD_BYTES
 
 __all__ = [
     "OVERHEAD_BYTES",

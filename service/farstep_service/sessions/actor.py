@@ -76,6 +76,11 @@ class Actor:
         return self._session.switched
 
     @property
+    def largest_body_bytes(self) -> int:
+        """The bytes of the largest sensible body of a write."""
+        return self._turns.size.largest_body_bytes
+
+    @property
     def parameter_bytes(self) -> int:
         """The bytes of its parameters, those of a group that is being added included."""
         return self.plan.layout.nbytes + self._share.growing
@@ -226,7 +231,9 @@ class Actor:
         shared = self._areas.delivering(head)
         if shared is None or view.count != len(shared.layout.segments):
             return False
-        copy_to, there = cast(HeldView | NarrowedView, view).copy_to_, frozenset[int]()
+        if not isinstance(view, HeldView | NarrowedView):
+            return False
+        copy_to, there = view.copy_to_, frozenset[int]()
         if isinstance(spent, PushIntake) and spent.contribution.copy is shared.parameters:
             there = spent.contribution.copied_since(view.version)
         await self._turns.run(lambda: copy_to(shared.parameters, there), lambda _: None, inline=self._turns.small)

@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
+from farstep.protocol import MAX_HEADER_BYTES, Limits
 from farstep.protocol.consistency import Consistency
 from farstep.protocol.fields import Shapes
 from farstep.protocol.messages import Times
 from farstep.protocol.receipt import Receipt
 from farstep_service.sessions.readers import ReadersPage
 from farstep_service.tensors.contents import PARAM
+
+OVERHEAD_BYTES = MAX_HEADER_BYTES + 5 * Limits().frames
+"""Bytes of a message that are not payload, at most."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,10 +20,12 @@ from farstep_service.session import Session
 from farstep_service.sessions.answers import Intake, Reader, View
 from farstep_service.sessions.readers import Kind, Outgoing, Readers, ReadersPage, Seat
 from farstep_service.sessions.turns import Turns
-from farstep_service.sessions.views import CopiedView, HeldView, NarrowedView, Narrowings, PushIntake
+from farstep_service.sessions.views import BytesView, CopiedView, HeldView, NarrowedView, Narrowings, PushIntake
 from farstep_service.store import Held
 from farstep_service.tensors import Snapshot
 
+COPIED_BYTES: Final = 64 * 1024
+"""Parameters of so few bytes are copied for an answer: that costs less than to keep their version for it."""
 NARROW_INLINE_BYTES: Final = 4 * 1024 * 1024
 """Parameters of fewer bytes than this are copied on the event loop; it takes a fraction of a millisecond."""
 
@@ -150,6 +152,10 @@ class Reads:
             Busy: others read for too long.
         """
         kind: Kind = "pull" if write is None else "answer"
+        if write is not None and since is None and half is None and spent is None and self._turns.small:
+            async with self._turns.lock:
+                if (copied := self._copied(write)) is not None:
+                    return copied
 
         def take() -> tuple[Held, Sequence[int], Seat] | None:
             self._turns.check_open()
@@ -162,7 +168,8 @@ class Reads:
             if seat is None:
                 held.release()
                 return None
-            if (who := reader or write) is not None:
+            who = reader or (write if self._session.keeps_bases else None)  # a write has renewed its worker's lease
+            if who is not None:
                 self._session.received(who.worker, who.epoch, self._turns.clock())
             return held, chosen, seat
 
@@ -180,6 +187,21 @@ class Reads:
         except BaseException:
             seat.release()
             raise
+
+    def _copied(self, write: WriteName) -> View | None:
+        """Return a copy of a few parameters, which keeps no version; None where they are more, or have to be kept."""
+        self._turns.check_open()
+        session = self._session
+        layout = session.layout_at(write)
+        if layout.nbytes > COPIED_BYTES or session.keeps_bases:
+            return None
+        buffers, outcomes = session.parameters()
+        if outcomes:
+            self._turns.resolve(outcomes)
+        if buffers.device.type != "cpu":
+            return None
+        count = len(buffers.layout.segments)
+        return BytesView(session.version, count, layout, buffers)
 
     @asynccontextmanager
     async def copying(self, nbytes: int, outgoing: Outgoing | None) -> AsyncIterator[None]:

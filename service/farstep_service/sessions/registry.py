@@ -15,7 +15,6 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from concurrent.futures import Executor
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Final
 
@@ -25,7 +24,7 @@ from farstep_service.machine import resident_bytes, usable_bytes
 from farstep_service.plan import Plan
 from farstep_service.session import Session
 from farstep_service.sessions import Actor, nbytes_beside
-from farstep_service.sessions.room import UNBOUNDED, Room, Share
+from farstep_service.sessions.room import UNBOUNDED, InFlight, Room, Share
 from farstep_service.settings import Settings
 from farstep_service.tensors import Snapshot
 
@@ -215,6 +214,6 @@ class Registry:
         # What held the session is let go of in a thread: it may be gigabytes, and 100,000 objects.
         await asyncio.to_thread(removed.clear)
 
-    def in_flight(self) -> AbstractContextManager[Callable[[int], None]]:
+    def in_flight(self) -> InFlight:
         """Account for the memory of one request as long as it is answered; see `Room.in_flight`."""
         return self.room.in_flight()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import final
+from typing import Self, final
 
 from farstep.errors import Busy, LimitExceeded
 from farstep_service.plan import Plan
@@ -65,25 +65,34 @@ class Room:
                 available=there,
             )
 
-    @contextmanager
-    def in_flight(self) -> Iterator[Callable[[int], None]]:
-        """Account for the memory of one request as long as it is answered.
+    def in_flight(self) -> InFlight:
+        """Return the account of one request, open as long as it is answered."""
+        return InFlight(self)
 
-        Yields:
-            To be called with a number of bytes before memory is taken; it raises `Busy` where there is no room.
-        """
-        taken = 0
 
-        def reserve(nbytes: int) -> None:
-            nonlocal taken
-            self.check(nbytes)
-            self.in_flight_bytes += nbytes
-            taken += nbytes
+@final
+class InFlight:
+    """Account for the memory of one request; a context manager, whose value is called before memory is taken."""
 
-        try:
-            yield reserve
-        finally:
-            self.in_flight_bytes -= taken
+    __slots__ = ("_room", "_taken")
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._taken = 0
+
+    def __call__(self, nbytes: int) -> None:
+        """Take so many bytes; raise `Busy` where there is no room."""
+        room = self._room
+        if nbytes > room.limit_bytes - room.held_bytes - room.in_flight_bytes:
+            room.check(nbytes)
+        room.in_flight_bytes += nbytes
+        self._taken += nbytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._room.in_flight_bytes -= self._taken
 
 
 def any_size(plan: Plan, nbytes: int) -> None:

@@ -40,7 +40,7 @@ class Areas:
     @property
     def nbytes(self) -> int:
         """Return the size of all of it."""
-        return sum(each.nbytes for each in self._shared.values())
+        return sum(each.nbytes for each in self._shared.values()) if self._shared else 0
 
     def share(self, worker: str, offer: Offer, plan: Plan) -> None:
         """Map memory of a worker, in the place of what it shared before.

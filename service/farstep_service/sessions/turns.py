@@ -18,6 +18,7 @@ from farstep.errors import FarstepError, SessionLost
 from farstep.protocol.messages import WriteName
 from farstep_service.plan import Plan
 from farstep_service.session import Outcome, Outcomes, Session
+from farstep_service.sessions.answers import OVERHEAD_BYTES
 
 INLINE_BYTES: Final = 1280 * 1024
 """Work on a session of fewer bytes than this is done on the event loop itself: it takes up to a millisecond with the
@@ -30,19 +31,20 @@ Result = TypeVar("Result")
 
 @final
 class Size:
-    """The size of a session, which is counted once for each of its plans."""
+    """What follows from the size of a session, counted once for each of its plans.
 
-    def __init__(self) -> None:
-        self._plan: Plan | None = None
-        self._fits = False
+    Attributes:
+        small: whether work on the session is done on the event loop.
+        largest_body_bytes: the largest sensible body: parameters, every state field, indices and the framing.
+    """
 
-    def is_small(self, plan: Plan) -> bool:
-        """Return whether work on a session with this plan is done on the event loop."""
-        if self._plan is not plan:
-            step_bytes = plan.rule.step_bytes(plan.layout, plan.groups)
-            self._fits = step_bytes + SEGMENT_COST_BYTES * len(plan.layout.segments) <= INLINE_BYTES
-            self._plan = plan
-        return self._fits
+    def __init__(self, plan: Plan) -> None:
+        layout = plan.layout
+        step_bytes = plan.rule.step_bytes(layout, plan.groups)
+        self.plan = plan
+        self.small = step_bytes + SEGMENT_COST_BYTES * len(layout.segments) <= INLINE_BYTES
+        one = layout.nbytes + 8 * len(layout.segments)
+        self.largest_body_bytes = 10 * one + plan.rule.state_bytes(layout, plan.groups) + OVERHEAD_BYTES
 
 
 async def run(
@@ -75,6 +77,9 @@ class Waiting:
 
     def __init__(self) -> None:
         self._futures: dict[WriteName, list[asyncio.Future[Outcome]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._futures)
 
     def of(self, name: WriteName) -> asyncio.Future[Outcome]:
         """Return where the outcome of a write is going to be, for one who waits: who gives up, does so alone."""
@@ -112,6 +117,11 @@ class DeadlineTimer:
         self._clock = clock
         self._timer: asyncio.TimerHandle | None = None
         self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def is_set(self) -> bool:
+        """Return whether there is a time at which it rings."""
+        return self._timer is not None
 
     def set(self, deadline: float | None, ring: Ring) -> None:
         """Call `ring` at this time of the clock, and not at the one set before; None for not at all."""
@@ -156,12 +166,19 @@ class Turns:
         self._executor = executor
         self._waiting = Waiting()
         self._timer = DeadlineTimer(clock)
-        self._size = Size()
+        self._size = Size(session.plan)
+
+    @property
+    def size(self) -> Size:
+        """Return what follows from the size of the session as it is now."""
+        if self._size.plan is not (plan := self._session.plan):
+            self._size = Size(plan)
+        return self._size
 
     @property
     def small(self) -> bool:
         """Return whether work on the session is done on the event loop."""
-        return self._size.is_small(self._session.plan)
+        return self.size.small
 
     def check_open(self) -> None:
         """Refuse what comes after the session was removed.
@@ -187,10 +204,12 @@ class Turns:
 
     def resolve(self, outcomes: Outcomes) -> None:
         """Tell those who wait what became of their writes, and set the timer to what is to be decided next."""
-        self._waiting.resolve(outcomes)
+        if self._waiting:
+            self._waiting.resolve(outcomes)
         if self.leaving:
             self._waiting.resolve(self._session.interrupt(self.clock()))
-        self._timer.set(self._session.deadline, self._tick)
+        if (deadline := self._session.deadline) is not None or self._timer.is_set:
+            self._timer.set(deadline, self._tick)
 
     async def _tick(self) -> None:
         async with self.lock:

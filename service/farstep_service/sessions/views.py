@@ -19,17 +19,16 @@ from weakref import WeakValueDictionary
 import torch
 
 from farstep.errors import TensorMismatch
-from farstep.protocol import MAX_HEADER_BYTES, Limits
+from farstep.protocol import to_ranges
 from farstep.protocol.codecs import Codec
-from farstep_service.sessions.answers import AtMost, Intake, View
+from farstep_service.layout import Layout
+from farstep_service.sessions.answers import OVERHEAD_BYTES, AtMost, Intake, View
 from farstep_service.sessions.shared_memory import Shared
-from farstep_service.store import FlatBuffers, Held, encode_
+from farstep_service.store import Buffers, FlatBuffers, Held, encode_
 from farstep_service.tensors.contents import Contents
 from farstep_service.tensors.contribution import Contribution, memory_of, on_device
 
 CPU = torch.device("cpu")
-OVERHEAD_BYTES = MAX_HEADER_BYTES + 5 * Limits().frames
-"""Bytes of a message that are not payload, at most."""
 
 
 def check_fit(payload_bytes: int, body_bytes: int) -> None:
@@ -123,6 +122,23 @@ class HeldView(View):
 
 
 @final
+class BytesView(View):
+    """A copy of the parameters of one version that a worker knows, as bytes."""
+
+    def __init__(self, version: int, count: int, layout: Layout, buffers: Buffers) -> None:
+        known = len(layout.segments)
+        super().__init__(
+            version=version,
+            count=count,
+            segments=None if known == count else to_ranges(range(known)),
+            views=[memoryview(b"".join(memory_of(buffers, buffers.layout, range(known))))],
+        )
+
+    def release(self) -> None:
+        """Nothing is held: the copy goes with this object."""
+
+
+@final
 class CopiedView(View):
     """A copy of some fields of one version."""
 
@@ -174,7 +190,7 @@ class Narrowings:
     @property
     def nbytes(self) -> int:
         """Return the memory of conversions that others may share."""
-        return sum(each.buffers.nbytes for each in self._made.values())
+        return sum(each.buffers.nbytes for each in self._made.values()) if self._made else 0
 
     async def of(
         self, held: Held, codec: Codec, indices: Sequence[int], spent: Contribution | None, *, inline: bool

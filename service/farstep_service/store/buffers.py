@@ -91,6 +91,7 @@ class FlatBuffers(Buffers):
             buffer: make(size, dtype=MEMORY_DTYPES[buffer], device=self.device) for buffer, size in layout.sizes.items()
         }
         self._views: dict[tuple[int, int], Tensor] = {}
+        self._nbytes = sum(tensor.nbytes for tensor in self._flat.values())
 
     @property
     def flat(self) -> Mapping[str, Tensor]:
@@ -100,7 +101,7 @@ class FlatBuffers(Buffers):
     @property
     def nbytes(self) -> int:
         """Return the bytes allocated."""
-        return sum(tensor.nbytes for tensor in self._flat.values())
+        return self._nbytes
 
     def stretch(self, first: int, length: int) -> Tensor:
         """Return a view; see `Buffers`."""

@@ -45,7 +45,7 @@ class PlainStore:
     @property
     def nbytes(self) -> tuple[int, int]:
         """Return the memory of the current version, and that of others."""
-        return self._versions.current.nbytes, sum(buffers.nbytes for buffers in self._versions.others)
+        return self._versions.current.nbytes, self._versions.other_bytes
 
     @property
     def buffers(self) -> Buffers:

@@ -34,6 +34,9 @@ class State:
         rule: the optimizer.
         groups: options of each param group at construction; they say what state begins with.
         device: where the tensor fields are kept.
+
+    Attributes:
+        nbytes: the bytes allocated.
     """
 
     def __init__(self, layout: Layout, rule: AnyRule, groups: Sequence[Hyper], device: torch.device) -> None:
@@ -43,6 +46,7 @@ class State:
         self._device = device
         self._layouts = {name: layout.derived(kind) for name, kind in rule.kinds.items() if name in rule.tensor_fields}
         self.fields: dict[str, FlatBuffers] = {}
+        self.nbytes = 0
         self.take_memory(name for name in rule.tensor_fields if name not in rule.optional_fields)
         self.refill([segment for segment in range(len(layout.segments)) if self._begins_filled(segment)])
 
@@ -58,11 +62,6 @@ class State:
             grown.memory(name).copy_(buffers, range(len(self._layout.segments)))
         return grown
 
-    @property
-    def nbytes(self) -> int:
-        """Return the bytes allocated."""
-        return sum(buffers.nbytes for buffers in self.fields.values())
-
     def missing_bytes(self, names: Iterable[str]) -> int:
         """Return the bytes that these fields would take, of which some may be there."""
         return sum(self._layouts[name].nbytes for name in names if name not in self.fields)
@@ -71,12 +70,14 @@ class State:
         """Return a tensor field's memory, and take it if nobody has used the field yet."""
         if name not in self.fields:
             self.fields[name] = FlatBuffers(self._layouts[name], self._device)
+            self.nbytes += self.fields[name].nbytes
         return self.fields[name]
 
     def take_memory(self, names: Iterable[str]) -> None:
         """Take the memory of fields that are going to be used."""
         for name in names:
-            self.memory(name)
+            if name not in self.fields:
+                self.memory(name)
 
     def stretches(self, first: int, length: int, optional: Fields) -> dict[str, Tensor]:
         """Return the memory of the fields of an elementwise rule, as `Buffers.stretch` does."""

@@ -108,11 +108,13 @@ class Versions:
         return self._current.buffers
 
     @property
-    def others(self) -> list[FlatBuffers]:
+    def other_bytes(self) -> int:
         """Return the memory beside the current version's: versions still held, and the spare."""
+        if not self._older and self._spare is None:
+            return 0
         with self._lock:
             memories = self._older if self._spare is None else [*self._older, self._spare]
-            return [memory.buffers for memory in memories if isinstance(memory.buffers, FlatBuffers)]
+            return sum(each.buffers.nbytes for each in memories if isinstance(each.buffers, FlatBuffers))
 
     @property
     def coming_bytes(self) -> int:

@@ -156,6 +156,9 @@ class ClosureState(SessionState):
         assert isinstance(hyper, LBFGSHyper)
         check_shapes(contents.shapes, self._length, most_pairs(hyper))
 
+    def parameters(self) -> Buffers:
+        return self.store.buffers
+
     def hold(self) -> Held:
         return self.store.hold()
 

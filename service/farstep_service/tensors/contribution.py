@@ -281,6 +281,11 @@ class Contribution:
 
 def memory_of(buffers: Buffers, layout: Layout, indices: Sequence[int]) -> list[memoryview]:
     """Return the bytes of segments in contiguous CPU buffers, neighbours in one view, in the order given."""
+    flat = buffers.flat if isinstance(buffers, FlatBuffers) else {}
+    if len(flat) == 1 and type(indices) is range and len(indices) == len(layout.segments):
+        (whole,) = flat.values()
+        if whole.nbytes == layout.nbytes:  # without gaps, which complex numbers may need before them
+            return [tensor_memory(whole)]
     views = []
     for first, last in layout.spans(indices):
         span = buffers.span(first, last)

@@ -67,11 +67,17 @@ class KernelState(SessionState):
             NotInitialised: the first parameters have not arrived.
             StepInterrupted: that step failed again.
         """
-        self.check_initialised()
-        assert self._store is not None
-        if self._store.pending:
+        store = self._store
+        if store is None:
+            raise self.without_parameters()
+        if store.pending:
             self.finish()
-        return self._store
+        return store
+
+    @property
+    def held_bytes(self) -> int:
+        views = 0 if self._average is None else self._average.nbytes
+        return views if self._store is None else self._store.held_bytes + views
 
     # -- beginning --------------------------------------------------------------------------------------------------
 
@@ -145,33 +151,29 @@ class KernelState(SessionState):
         """Take one step with changed groups, which stay in force if it is taken; for errors see `Store.apply`."""
         before, of_step = self.groups, self._with(changed, passing)
         self.groups = self._with(changed)
-        store, version = self.store, self.version
+        store = self.store
+        version = store.version
         try:
             if self._average is not None:
                 self._average.prepare(store.buffers(PARAM))
             groups = of_step if lr_factor == 1.0 else [with_lr_times(group, lr_factor) for group in of_step]
             return store.apply(groups, gradients, rerun=rerun)
         except BaseException:
-            if not self.pending:
+            if not store.pending:
                 self.groups = before
             raise
         finally:
-            if store.version != version:
-                self._follow()
+            if self._average is not None and store.version != version:
+                self._average.update_(store.buffers(PARAM))
 
     def finish(self) -> Applied | None:
         """Complete a step that failed midway; see `Store.finish`."""
-        self.check_initialised()
-        assert self._store is not None
+        if self._store is None:
+            raise self.without_parameters()
         applied = self._store.finish()
-        if applied is not None:
-            self._follow()
+        if applied is not None and self._average is not None:
+            self._average.update_(self._store.buffers(PARAM))
         return applied
-
-    def _follow(self) -> None:
-        """Take the parameters after a step into their average."""
-        if self._average is not None:
-            self._average.update_(self.store.buffers(PARAM))
 
     def write(self, contents: Contents) -> None:
         """Replace contents, as one new version."""
@@ -186,6 +188,9 @@ class KernelState(SessionState):
             self._average.write_(contents.indices, average, store.buffers(PARAM))
 
     # -- reads and room for what arrives ----------------------------------------------------------------------------
+
+    def parameters(self) -> Buffers:
+        return self.store.buffers(PARAM)
 
     def hold(self) -> Held:
         """Hold the current version, which nobody changes until it is released."""

@@ -73,10 +73,19 @@ class SessionState(ABC):
             NotInitialised: the first parameters have not arrived.
         """
         if not self.initialised:
-            raise NotInitialised(
-                f"Session {self.plan.name!r} has no parameters yet.",
-                remedy="Wait for the worker that creates it, or send them.",
-            )
+            raise self.without_parameters()
+
+    def without_parameters(self) -> NotInitialised:
+        """Return the error for what needs parameters before the first have arrived."""
+        return NotInitialised(
+            f"Session {self.plan.name!r} has no parameters yet.",
+            remedy="Wait for the worker that creates it, or send them.",
+        )
+
+    @property
+    def held_bytes(self) -> int:
+        """Return the memory taken, all kinds together."""
+        return sum(self.nbytes().values())
 
     # -- beginning --------------------------------------------------------------------------------------------------
 
@@ -137,6 +146,8 @@ class SessionState(ABC):
         Raises:
             InvalidOption: an unknown group or option, or a value of a wrong type.
         """
+        if not changes:
+            return {}
         changed = {}
         self._check_groups(changes)
         for index, options in changes.items():
@@ -175,6 +186,8 @@ class SessionState(ABC):
         Raises:
             InvalidOption: an unknown group or option, or a value of a wrong type.
         """
+        if not groups:
+            return {}
         self._check_groups(groups)
         kind = self.plan.rule.hyper
         return {index: kind.from_options(options, edited=True) for index, options in groups.items()}
@@ -286,6 +299,10 @@ class SessionState(ABC):
             return Receipt(base, base, applied=False)
         self.begin(contents, head.version)
         return Receipt(head.version, head.version)
+
+    @abstractmethod
+    def parameters(self) -> Buffers:
+        """Return the memory of the current version, to be copied before the next step."""
 
     @abstractmethod
     def hold(self) -> Held:

@@ -49,6 +49,8 @@ class Accumulated:
     def nbytes(self) -> int:
         """Return the memory of the sum."""
         dense = self._total.nbytes if self._total else 0
+        if not self._sparse:
+            return dense
         return dense + sum(indices.nbytes + values.nbytes for indices, values in self._sparse.values())
 
     def add_(self, gradients: Gradients, workers: Sequence[str]) -> None:
