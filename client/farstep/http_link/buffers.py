@@ -39,6 +39,7 @@ from farstep.tensors import (
     ParameterReceiver,
     TensorMeta,
 )
+from farstep.transport import this
 
 LEAST_BYTES: Final = 256 * 1024
 """Parameters of fewer bytes move in bodies, which then take no longer."""
@@ -63,7 +64,7 @@ class Sharing:
         self._server = server
         self._path = f"{path}/memory"
         self.possible = possible and SUPPORTED
-        self._process = os.getpid()
+        self._process = this.process
         self._made: OwnedSharedMemory | None = None
         self._gradients: list[Tensor] = []
         self._fills = 0
@@ -76,7 +77,7 @@ class Sharing:
     @property
     def foreign(self) -> bool:
         """Return whether the memory in use is that of the process this one was forked from."""
-        return self._made is not None and self._process != os.getpid()
+        return self._made is not None and self._process is not this.process
 
     def offer(self, epoch: int, parameters: Sequence[Tensor]) -> bool:
         """Make memory for these parameters and offer it; return whether there is new memory.
@@ -100,7 +101,7 @@ class Sharing:
             return False  # the push that follows finds out what is the matter
         finally:
             made.close()
-        self._made, self._process = made, os.getpid()
+        self._made, self._process = made, this.process
         self._gradients = _placed(parameters, made.memory)
         return True
 

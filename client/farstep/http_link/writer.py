@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import quote
@@ -18,7 +17,7 @@ from farstep.http_link.sequence import Names, Unanswered
 from farstep.overlap import BROKEN, Overlapped
 from farstep.protocol.growth import AppendHead, outgrown
 from farstep.protocol.messages import PushHead, PutHead, WriteName
-from farstep.transport import Answer
+from farstep.transport import Answer, this
 from farstep.transport.pieces import Payload
 
 MakeHead = Callable[[WriteName, str], PushHead | PutHead | AppendHead]
@@ -53,7 +52,7 @@ class Writer:
         self._session = session
         self._retry = retry
         self._barrier_s = barrier_s
-        self._process = os.getpid()
+        self._process = this.process
         self._path = f"/v1/sessions/{quote(session)}"
         self.worker_path = f"{self._path}/workers/{quote(worker)}"
 
@@ -65,7 +64,7 @@ class Writer:
     @property
     def forked(self) -> bool:
         """Return whether this process is a fork of the one that joined, whose worker, session and streams these are."""
-        return self._process != os.getpid()
+        return self._process is not this.process
 
     @property
     def server(self) -> str:
@@ -79,7 +78,7 @@ class Writer:
 
     def join(self, epoch: int, incarnation: str) -> None:
         """Begin a new epoch of the worker in a session's life, from this process."""
-        self._process = os.getpid()
+        self._process = this.process
         self.names.join(epoch)
         self.incarnation = incarnation
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from torch import Tensor
 
 from farstep.errors import FarstepError
+from farstep.transport import this
 
 Memory = tuple[str, int]
 """Shared memory: its device and its inode."""
@@ -84,7 +85,7 @@ class Claim:
 
     def __init__(self) -> None:
         self._held: set[Memory] = set()
-        self._process = os.getpid()
+        self._process = this.process
 
     def take(self, parameters: Sequence[Tensor]) -> None:
         """Claim what of some parameters is in shared memory, and give back what was claimed before.
@@ -95,8 +96,8 @@ class Claim:
         shared = [p for p in parameters if p.device.type == "cpu" and p.untyped_storage().is_shared()]
         wanted = _memories(p.data_ptr() for p in shared) if shared else set()
         with _turn:
-            if self._process != os.getpid():  # what is held is its parent's
-                self._held, self._process = set(), os.getpid()
+            if self._process is not this.process:  # what is held is its parent's
+                self._held, self._process = set(), this.process
             taken: set[Memory] = set()
             try:
                 for memory in wanted - self._held:
@@ -111,7 +112,7 @@ class Claim:
     def release(self) -> None:
         """Give everything back."""
         with _turn:
-            if self._process == os.getpid():
+            if self._process is this.process:
                 _give_back(self._held)
             self._held = set()
 

@@ -15,7 +15,6 @@ The pushes of one worker that begin during the backward pass: one at a time, ove
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, Final, final
@@ -26,7 +25,7 @@ from torch import Tensor
 from farstep.overlap.backward_order import STREAMED
 from farstep.overlap.stage import Stage, Unit, plain
 from farstep.tensors import Encoder
-from farstep.transport import Answer, Batch, StreamedBody
+from farstep.transport import Answer, Batch, StreamedBody, this
 
 HELD_BYTES: Final = 4096
 """The end of a payload, which is sent when the push is known to be right."""
@@ -73,7 +72,7 @@ class Overlapped:
         self._stage = stage
         self._units = stage.units(order)
         self._nbytes = stage.nbytes(order)
-        self._process = os.getpid()
+        self._process = this.process
         self._moved = threading.Condition()
         self._ready: dict[int, Tensor] = {}
         self._final: Mapping[int, Tensor] | None = None
@@ -92,7 +91,7 @@ class Overlapped:
 
     def ready(self, index: int, gradient: Tensor) -> None:
         """Say that a gradient, a plain one, is final. It may be changed nevertheless, which is found out."""
-        if self._process != os.getpid():
+        if self._process is not this.process:
             return
         with self._moved:
             self._ready[index] = gradient
@@ -100,7 +99,7 @@ class Overlapped:
 
     def end(self, why: str) -> None:
         """Give the push up. What it says then is the first reason."""
-        if self._process != os.getpid():
+        if self._process is not this.process:
             self.outcome = self.outcome or why
             return  # the thread and the connection are those of the process that this one was forked from
         with self._moved:
@@ -113,11 +112,11 @@ class Overlapped:
     @property
     def over(self) -> bool:
         """Return whether its thread has ended, so that the stage may be used again."""
-        return self._process == os.getpid() and self._over
+        return self._process is this.process and self._over
 
     def join(self, timeout_s: float) -> None:
         """Wait for the thread to end."""
-        if self._process == os.getpid():
+        if self._process is this.process:
             self._thread.join(timeout_s)
 
     def carries(self, header: Mapping[str, Any], gradients: Sequence[Tensor | None]) -> bool:
@@ -129,7 +128,7 @@ class Overlapped:
             header: the step's head.
             gradients: by parameter.
         """
-        if self._process != os.getpid() or header != self.header:
+        if self._process is not this.process or header != self.header:
             self.end(OTHERS)
         takes = self._stage.takes
         final = {i: plain(each) for i in self.order if (each := gradients[i]) is not None and takes(i, each)}

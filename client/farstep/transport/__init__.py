@@ -1,6 +1,7 @@
 """How bytes move: an httpx transport whose bodies are not copied."""
 
 from farstep.transport.body import Readable, ResponseBody, body_of
+from farstep.transport.forks import this
 from farstep.transport.head import BODY, DEADLINE_S, NAMED, MalformedAnswer, OversizedAnswer
 from farstep.transport.pieces import Batch, BufferedBody, StreamedBody
 from farstep.transport.route import Answer, Described, Route
@@ -24,4 +25,5 @@ __all__ = [
     "StreamedBody",
     "body_of",
     "dial_tcp",
+    "this",
 ]

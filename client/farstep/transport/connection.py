@@ -9,7 +9,6 @@ Failures are the exceptions of httpx, so that `except httpx.ReadTimeout` works a
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Final, final
 
 import httpx
 
+from farstep.transport.forks import this
 from farstep.transport.head import (
     DEADLINE_S,
     END,
@@ -83,7 +83,7 @@ class Connection:
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
-        self._process = os.getpid()
+        self._process = this.process
         self._memory = bytearray(MAX_HEAD_BYTES)
         self._scratch = memoryview(self._memory)
         self._start = self._end = 0
@@ -106,7 +106,7 @@ class Connection:
 
     def quiet(self) -> bool:
         """Tell whether an idle connection still is one: open, ours and without a byte nobody asked for."""
-        mine = not self.closed and self._process == os.getpid()
+        mine = not self.closed and self._process is this.process
         return mine and self._start == self._end and not self._stream.wait(READ, 0)
 
     def send(self, views: Iterable[memoryview]) -> bool:
@@ -116,7 +116,7 @@ class Connection:
             httpx.WriteTimeout: there was no room for a byte in time.
             httpx.WriteError: the connection broke, and no answer was there to read.
         """
-        if self._process != os.getpid():
+        if self._process is not this.process:
             raise self._forked()
         listening = self._answer is None
         if self._sending and listening and self._stream.wait(READ, 0):  # while these buffers were made
@@ -205,7 +205,7 @@ class Connection:
     def interrupt(self) -> None:
         """End the connection under a thread that is using it; that thread gets an error."""
         self.closed = True
-        if self._process == os.getpid():
+        if self._process is this.process:
             self._stream.interrupt()
 
     def close(self) -> None:
@@ -270,7 +270,7 @@ class Connection:
 
     def _receive_into(self, view: memoryview, *, soon: bool = True) -> int:
         """Receive at least one byte; look for it before waiting where it should be there soon."""
-        if self._process != os.getpid():
+        if self._process is not this.process:
             raise self._forked()
         while True:
             if self._timeouts.until is not None and self._timeouts.passed():

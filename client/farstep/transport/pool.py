@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 import weakref
@@ -11,6 +10,7 @@ from typing import Final, NamedTuple, final
 import httpx
 
 from farstep.transport.connection import Connection
+from farstep.transport.forks import this
 
 _PORTS: Final = {"http": 80, "https": 443}
 
@@ -107,11 +107,11 @@ class Pool:
             connection.interrupt()
 
     def _check_process(self) -> None:
-        if self._process != os.getpid():
+        if self._process is not this.process:
             self._reset()
 
     def _reset(self) -> None:
-        self._process = os.getpid()
+        self._process = this.process
         self._lock = threading.Lock()
         self._idle: dict[Origin, list[Connection]] = {}
         self._open: weakref.WeakSet[Connection] = weakref.WeakSet()  # a response nobody closed is not kept alive
