@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Final, Protocol, TypeVar, cast, final
 
-from farstep.errors import InvalidOption
+from farstep.errors import invalid_option
 from farstep.protocol.plain import take_pythons_own_
 
 NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -69,9 +69,9 @@ class Number:
         for field in fields(self):
             value = getattr(self, field.name)
             if type(value) is not int or not 0 <= value <= MOST:
-                raise _refused(f"Invalid {field.name}: {value!r:.80}. Must be a whole number.", field.name)
+                raise invalid_option(f"Invalid {field.name}: {value!r:.80}. Must be a whole number.", field.name)
         if not self.rank < self.count:
-            raise _refused(
+            raise invalid_option(
                 f"Invalid rank: {self.rank} of {self.count} worker{'' if self.count == 1 else 's'}, which are numbered "
                 "from 0.",
                 "rank",
@@ -151,7 +151,7 @@ class Worker:
         except (TypeError, KeyError, AttributeError, IndexError, ValueError, NotImplementedError):
             fits = False
         if not fits:
-            raise _refused(
+            raise invalid_option(
                 f"A {type(items).__name__} has no slices to share.",
                 "items",
                 "Share its indices: Subset(dataset, worker.share(range(len(dataset)))) is a data set again.",
@@ -160,7 +160,7 @@ class Worker:
 
     def _numbered(self) -> Number:
         if self.number is None:
-            raise _refused(
+            raise invalid_option(
                 f"Worker {self.name!r} was given a name, but no number among all workers.",
                 "rank",
                 "Set RANK and WORLD_SIZE, too, or call farstep.worker(rank=..., count=...).",
@@ -189,7 +189,7 @@ def worker(
     """
     named = name if name is not None else environment.get("FARSTEP_WORKER") or None
     if (rank is None) != (count is None):
-        raise _refused(
+        raise invalid_option(
             "A rank and a count say something together only.", "count" if count is None else "rank", "Give both."
         )
     told = _told(environment) if rank is None or count is None else Number(rank, count)
@@ -228,7 +228,7 @@ def check_name(name: object, field: str) -> None:
         InvalidOption: it cannot.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise _refused(
+        raise invalid_option(
             f"Invalid {field}: {name!r:.80}. A name has letters, digits, '.', '_' and '-', at most 63, and begins with "
             "a letter or a digit.",
             field,
@@ -244,14 +244,16 @@ def _told(environment: Mapping[str, str]) -> Number | None:
     rank, count = (_number(environment, each) for each in pair)
     if (rank is None) != (count is None):
         there, missing = pair[::-1] if rank is None else pair
-        raise _refused(f"{there} is set, but {missing} is not.", missing, "Set both, or none for the only worker.")
+        raise invalid_option(
+            f"{there} is set, but {missing} is not.", missing, "Set both, or none for the only worker."
+        )
     if rank is None:
         pair = SLURMS
         rank, count = (_number(environment, each) for each in pair)
     if rank is None or count is None:
         return None
     if rank >= count:
-        raise _refused(
+        raise invalid_option(
             f"{pair[0]} is {rank}, but {pair[1]} is {count}: ranks are numbered from 0.",
             pair[0],
             f"Give each process its own {pair[0]} below {pair[1]}.",
@@ -270,9 +272,7 @@ def _number(environment: Mapping[str, str], variable: str) -> int | None:
     if text is None:
         return None
     if not (text.isascii() and text.isdecimal()) or len(text) > len(str(MOST)) or int(text) > MOST:
-        raise _refused(f"Invalid {variable}: {text!r:.80}. Must be a whole number.", variable, "Set it, or unset it.")
+        raise invalid_option(
+            f"Invalid {variable}: {text!r:.80}. Must be a whole number.", variable, "Set it, or unset it."
+        )
     return int(text)
-
-
-def _refused(what: str, field: str, remedy: str = "") -> InvalidOption:
-    return InvalidOption(what, remedy=remedy, field=field, side="client")

@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from farstep.errors import InvalidOption
+from farstep.errors import invalid_option
 from farstep.errors.connecting import check_address, without_secrets
 from farstep.identity import Worker, check_name, fresh_name
 from farstep.protocol.codecs import Wire
@@ -146,35 +146,27 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         if value is not None:
             check_name(value, name)
     if kernel not in ("auto", "reference", "fused"):
-        raise InvalidOption(
-            f"Invalid kernel: {kernel!r}. There are auto, reference and fused.", field="kernel", side="client"
-        )
+        raise invalid_option(f"Invalid kernel: {kernel!r}. There are auto, reference and fused.", field="kernel")
     if nonfinite not in ("refuse", "skip", "allow"):
-        raise InvalidOption(
-            f"Invalid nonfinite: {nonfinite!r}. There are refuse, skip and allow.", field="nonfinite", side="client"
-        )
+        raise invalid_option(f"Invalid nonfinite: {nonfinite!r}. There are refuse, skip and allow.", field="nonfinite")
     if type(timeout_s) not in (int, float) or not 0 < timeout_s < float("inf"):
-        raise InvalidOption(
-            f"Invalid timeout_s: {timeout_s!r}. Must be positive seconds.", field="timeout_s", side="client"
-        )
+        raise invalid_option(f"Invalid timeout_s: {timeout_s!r}. Must be positive seconds.", field="timeout_s")
     said = options.get("wire")
     if said is None and server is not None:
         said = environment.get("FARSTEP_WIRE") or None
     wire = Wire.of(said)
     if wire and server is None:
-        raise InvalidOption(
+        raise invalid_option(
             "An embedded session has no wire: it works on the parameters' own memory.",
             remedy="Leave wire out, or give server=... or set FARSTEP_SERVER.",
             field="wire",
-            side="client",
         )
     mode = checked(options.get("consistency") or Async())
     if server is not None and session is None and isinstance(mode, Sync) and mode.fewest > 1:
-        raise InvalidOption(
+        raise invalid_option(
             f"A session without a name is this optimizer's alone, and {mode!r} waits for {mode.fewest} workers.",
             remedy="Give every worker the same session=..., or set FARSTEP_SESSION.",
             field="session",
-            side="client",
         )
     return WorkerSettings(
         server=server.rstrip("/") if server else None,
@@ -239,20 +231,17 @@ def _flag(said: object, variable: str | None) -> bool:
     if said is None:
         said = {"1": True, "0": False, "": False, None: False}.get(variable, variable)
     if not isinstance(said, bool):
-        raise InvalidOption(
+        raise invalid_option(
             f"Invalid overlap: {said!r:.80}.",
             remedy="Give True or False, or set FARSTEP_OVERLAP to 1 or 0.",
             field="overlap",
-            side="client",
         )
     return said
 
 
 def _options(said: object) -> OptionsMode | None:
     if said not in ("session", "push", None):
-        raise InvalidOption(
-            f"Invalid options: {said!r:.80}. There are session and push.", field="options", side="client"
-        )
+        raise invalid_option(f"Invalid options: {said!r:.80}. There are session and push.", field="options")
     return said
 
 
@@ -263,11 +252,10 @@ def _check_server(server: str) -> None:
         return
     check_address(server)
     if not _is_http(server):
-        raise InvalidOption(
+        raise invalid_option(
             f"Invalid server: {without_secrets(server)!r}.",
             remedy="Give a URL such as http://127.0.0.1:7171 or unix:///run/farstep/server.sock.",
             field="server",
-            side="client",
         )
 
 

@@ -20,10 +20,10 @@ import httpx
 
 from farstep.conversation import Conversation
 from farstep.conversation.replies import ReplyReader, why
-from farstep.errors import InvalidOption, Unavailable
+from farstep.errors import Unavailable, invalid_option
 from farstep.identity import NAME
 from farstep.protocol.session_file import SessionFile, look_at, readable, write_whole
-from farstep.protocol.tensor_file import refused
+from farstep.protocol.tensor_file import invalid_file
 from farstep.settings import resolve
 
 PREPARE_WITHIN_S = 300.0
@@ -63,7 +63,7 @@ def import_session(
         token: its token, else that of FARSTEP_TOKEN.
 
     Raises:
-        InvalidFile: the file is damaged, foreign, or of a newer release; the server has nothing of it.
+        InvalidFile: the file is invalid_file, foreign, or of a newer release; the server has nothing of it.
         SessionExists: the name is taken.
         FarstepError: the server has no room for it, or no answer came.
     """
@@ -101,7 +101,7 @@ def path_of_file(name: str) -> str:
         InvalidOption: no session can have that name.
     """
     if not NAME.fullmatch(name):
-        raise InvalidOption(f"No session can be called {name!r:.80}.", field="name", side="client")
+        raise invalid_option(f"No session can be called {name!r:.80}.", field="name")
     return f"/v1/sessions/{quote(name)}/file"
 
 
@@ -119,7 +119,7 @@ class FileBody(httpx.SyncByteStream):
             while left:
                 piece = opened.read(min(left, READ_BYTES))
                 if not piece:
-                    raise refused("it became shorter while it was read", "client")
+                    raise invalid_file("it became shorter while it was read", "client")
                 left -= len(piece)
                 yield piece
 
@@ -128,7 +128,7 @@ class FileBody(httpx.SyncByteStream):
 def _speaking(server: str | None, token: str | None) -> Iterator[Conversation]:
     settings = resolve({"server": server, "token": token})
     if settings.server is None:
-        raise InvalidOption("No server is named.", remedy="Give server=... or set FARSTEP_SERVER.", side="client")
+        raise invalid_option("No server is named.", remedy="Give server=... or set FARSTEP_SERVER.")
     speaking = Conversation(settings.server, settings.token)
     try:
         yield speaking

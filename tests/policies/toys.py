@@ -8,8 +8,8 @@ from typing import ClassVar, final
 
 import torch
 
-from farstep.errors import InvalidOption
-from farstep.protocol.policies import Facts, Gradients, Policy, check_positive, invalid
+from farstep.errors import InvalidOption, invalid_option
+from farstep.protocol.policies import Facts, Gradients, Policy, check_positive
 
 
 @final
@@ -28,7 +28,7 @@ class Sign(Policy):
 
     def check(self) -> None:
         if type(self.sign) is not bool:
-            raise invalid(f"Invalid sign: {self.sign!r:.80}. Must be a bool.", "sign")
+            raise invalid_option(f"Invalid sign: {self.sign!r:.80}. Must be a bool.", "sign")
 
     def check_parameter(self, name: str, *, is_complex: bool) -> None:
         if is_complex:

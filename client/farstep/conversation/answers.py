@@ -10,8 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Self, cast, get_args
 
-from farstep.conversation.replies import CHECK_URL, LARGEST_INT, ReplyReader
-from farstep.errors import FarstepError, InvalidAnswer, ProtocolMismatch
+from farstep.conversation.replies import LARGEST_INT, ReplyReader, invalid_answer
+from farstep.errors import FarstepError, ProtocolMismatch
 from farstep.protocol.consistency import Consistency, from_options
 from farstep.protocol.fields import FieldKind
 from farstep.protocol.header import VERSION
@@ -74,7 +74,7 @@ class Joined:
         reply = ReplyReader(document, "The answer to joining")
         fields = reply.mapping("fields")
         if len(fields) > MOST_FIELDS or not all(type(kind) is str and kind in KINDS for kind in fields.values()):
-            raise wrong(f"The answer to joining has the state fields {fields!r:.200}.", "fields")
+            raise invalid_answer(f"The answer to joining has the state fields {fields!r:.200}.", "fields")
         return cls(
             _incarnation(reply),
             reply.flag("created"),
@@ -91,7 +91,7 @@ class Joined:
 def _shard(document: Mapping[str, Any]) -> Shard:
     reply, segments = ReplyReader(document, "A shard of the placement"), document.get("segments")
     if type(segments) is not list or len(segments) != 2 or not all(type(each) is int for each in segments):
-        raise wrong(f"A shard of the placement has the segments {segments!r:.80}.", "placement")
+        raise invalid_answer(f"A shard of the placement has the segments {segments!r:.80}.", "placement")
     return Shard(reply.text("url"), (segments[0], segments[1]))
 
 
@@ -150,10 +150,10 @@ class Reply:
         reply = ReplyReader(header, "The reply")
         check_version(header)
         if _incarnation(reply) != incarnation:
-            raise wrong("The reply is of another life of the session than was written to.", "incarnation")
+            raise invalid_answer("The reply is of another life of the session than was written to.", "incarnation")
         times = reply.mapping("times") if "times" in header else {}
         if len(times) > MOST_TIMES:
-            raise wrong(f"The reply has {len(times)} times.", "times")
+            raise invalid_answer(f"The reply has {len(times)} times.", "times")
         spent = {key: value for key, value in times.items() if value is not None}
         for key, value in spent.items():
             if type(value) is not float or not 0.0 <= value <= LARGEST_INT:
@@ -235,11 +235,11 @@ def check_contents(header: Mapping[str, Any], fields: Collection[str], segments:
         reply.integer("count", least=1)
     names = reply.texts("fields")
     if len(set(names)) != len(names) or not set(names) <= set(fields) or not names:
-        raise wrong(f"The answer has the fields {names!r:.200}, not those asked for.", "fields")
+        raise invalid_answer(f"The answer has the fields {names!r:.200}, not those asked for.", "fields")
     ranges = header.get("segments")
     whole = segments is None and (ranges is None or ranges == [0, header.get("count")])
     if not whole and (type(ranges) is not list or ranges != list(segments or ())):
-        raise wrong(f"The answer has the segments {ranges!r:.80}, not those asked for.", "segments")
+        raise invalid_answer(f"The answer has the segments {ranges!r:.80}, not those asked for.", "segments")
 
 
 def mode_of(options: Mapping[str, Any]) -> Consistency:
@@ -251,16 +251,12 @@ def mode_of(options: Mapping[str, Any]) -> Consistency:
     try:
         return from_options(options)
     except FarstepError as exc:
-        raise wrong(f"The answer names a consistency mode that is not known here: {exc.detail}", "consistency") from exc
-
-
-def wrong(detail: str, field: str) -> InvalidAnswer:
-    """Return the error of an answer that is not what the protocol says."""
-    return InvalidAnswer(detail, field=field, remedy=CHECK_URL, side="client")
+        what = f"The answer names a consistency mode that is not known here: {exc.detail}"
+        raise invalid_answer(what, "consistency") from exc
 
 
 def _incarnation(reply: ReplyReader) -> str:
     incarnation = reply.text("incarnation")
     if not 0 < len(incarnation) <= 64 or not incarnation.isprintable():
-        raise wrong(f"The answer has the incarnation {incarnation!r:.80}.", "incarnation")
+        raise invalid_answer(f"The answer has the incarnation {incarnation!r:.80}.", "incarnation")
     return incarnation

@@ -12,14 +12,22 @@ from typing import Any, cast, final
 import httpx
 
 from farstep.conversation.bodies import Arrived, BuffersFor, Received, message, received
-from farstep.conversation.replies import CHECK_URL, DOCUMENT_BYTES, error_of, parsed, read_within, speaks_tls
+from farstep.conversation.replies import (
+    CHECK_URL,
+    DOCUMENT_BYTES,
+    error_of,
+    invalid_answer,
+    parsed,
+    read_within,
+    speaks_tls,
+)
 from farstep.errors import (
     CannotConnect,
     FarstepError,
     InvalidAnswer,
-    InvalidOption,
     ResponseTooLarge,
     UnsupportedMedia,
+    invalid_option,
 )
 from farstep.errors.connecting import cause_of, check_address
 from farstep.protocol.unix import dialer, path_of_url
@@ -88,7 +96,7 @@ class Conversation:
     ) -> None:
         check_address(server)
         if token is not None and not (token.isascii() and token.isprintable()):
-            raise InvalidOption("The token holds a character that no token has.", field="token", side="client")
+            raise invalid_option("The token holds a character that no token has.", field="token")
         self.server = server
         headers = {"accept-encoding": "identity"} | ({"authorization": f"Bearer {token}"} if token else {})
         timeout = httpx.Timeout(min(CONNECT_TIMEOUT_S, read_timeout_s), read=read_timeout_s, write=read_timeout_s)
@@ -133,7 +141,7 @@ class Conversation:
         try:
             content = None if document is None else json.dumps(document, allow_nan=False).encode()
         except ValueError as exc:
-            raise InvalidOption("An option is NaN or infinite; options are finite numbers.", side="client") from exc
+            raise invalid_option("An option is NaN or infinite; options are finite numbers.") from exc
         request = self._request(method, path, None if content is None else BufferedBody([content]), 0.0, kind=JSON)
         if within_s is not None:
             request.extensions[DEADLINE_S] = within_s
@@ -342,9 +350,7 @@ class Conversation:
 
     def _foreign(self, answer: Answer, path: str) -> InvalidAnswer:
         kind = answer.head.kind[:80].decode("latin-1")
-        return InvalidAnswer(
+        return invalid_answer(
             f"{self.server} does not answer as a farstep server does: it said {answer.status} to {path}, "
-            f"of the type {kind!r}.",
-            remedy=CHECK_URL,
-            side="client",
+            f"of the type {kind!r}."
         )

@@ -75,6 +75,11 @@ def too_large(what: str, most: int) -> ResponseTooLarge:
     return ResponseTooLarge(f"{what}; this client takes {most}.", limit=most, remedy=CHECK_URL, side="client")
 
 
+def invalid_answer(detail: str, field: str | None = None) -> InvalidAnswer:
+    """Return the error of an answer that is not what the protocol says."""
+    return InvalidAnswer(detail, field=field, remedy=CHECK_URL, side="client")
+
+
 def parsed(text: bytes | bytearray) -> object:
     """Return what a JSON text says.
 
@@ -190,9 +195,7 @@ class ReplyReader:
 
     def _wrong(self, key: str, value: object, wanted: str) -> InvalidAnswer:
         found = f"is {value!r:.80}" if key in self._values else "is missing"
-        return InvalidAnswer(
-            f"{self._what}: {key!r} {found}; it must be {wanted}.", field=key, remedy=CHECK_URL, side="client"
-        )
+        return invalid_answer(f"{self._what}: {key!r} {found}; it must be {wanted}.", key)
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------
@@ -260,11 +263,7 @@ def _of_proxy(status: int, text: bytearray, server: str, path: str, sent_bytes: 
                 remedy="Give the URL that it redirects to, if that is the server's own.",
                 side="client",
             )
-    return InvalidAnswer(
-        f"{server} does not answer as a farstep server does: it said {status} to {path}.",
-        remedy=CHECK_URL,
-        side="client",
-    )
+    return invalid_answer(f"{server} does not answer as a farstep server does: it said {status} to {path}.")
 
 
 def speaks_tls(server: str) -> CannotConnect:

@@ -42,6 +42,7 @@ from farstep.errors.tree import (
     UnknownSession,
     UnsupportedMedia,
     found_by,
+    invalid_option,
 )
 
 __all__ = [
@@ -87,4 +88,5 @@ __all__ = [
     "UnsupportedMedia",
     "found_by",
     "from_problem",
+    "invalid_option",
 ]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import SplitResult, urlsplit
 
-from farstep.errors.tree import InvalidOption
+from farstep.errors.tree import invalid_option
 
 SERVE: Final = "Check the URL, and that `farstep serve` runs there."
 _UNKNOWN_NAME: Final = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
@@ -157,18 +157,16 @@ def check_address(url: str, *, field: str = "server") -> None:
     except ValueError:
         return  # which is no URL at all, as others find out
     if "@" in parts.netloc:
-        raise InvalidOption(
+        raise invalid_option(
             f"Invalid {field}: {without_secrets(url)!r} was given with a user or a password in it.",
             remedy="Give the server's token as token=... or FARSTEP_TOKEN; a URL is shown in messages and logs.",
             field=field,
-            side="client",
         )
     if parts.query or parts.fragment:
-        raise InvalidOption(
+        raise invalid_option(
             f"Invalid {field}: {without_secrets(url)!r} was given with a query or a fragment.",
             remedy="Give scheme, host, port and, behind a proxy, a path.",
             field=field,
-            side="client",
         )
 
 

@@ -340,6 +340,16 @@ class InternalError(FarstepError):
     code = "internal_error"
 
 
+def invalid_option(
+    detail: str, field: str | None = None, remedy: str = "", limit: float | str | None = None
+) -> InvalidOption:
+    """Return the error of an option that was given in this process, where a client has found it.
+
+    Who reads the options of others says so by `found_by`.
+    """
+    return InvalidOption(detail, field=field, remedy=remedy, limit=limit, side="client")
+
+
 @contextmanager
 def found_by(side: Side) -> Iterator[None]:
     """Say of the errors of a record that checks itself on which side it was read."""

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, final
 
-from farstep.conversation.answers import Joined, wrong
+from farstep.conversation.answers import Joined
+from farstep.conversation.replies import invalid_answer
 from farstep.errors import SessionLost, UnknownSession
 from farstep.http_link.writer import Writer
 from farstep.link import Options, Parameter, SessionSpec
@@ -106,7 +107,9 @@ class JoinedSession:
         ranges = header.get("segments")
         if ranges is not None:
             if whole and ranges != [0, count]:
-                raise wrong(f"The answer has the segments {ranges!r:.80}; all {count} were asked for.", "segments")
+                raise invalid_answer(
+                    f"The answer has the segments {ranges!r:.80}; all {count} were asked for.", "segments"
+                )
             return from_ranges(ranges, count, side="client")
         if header.get("count", count) != count:
             raise outgrown(self.spec.name, self._settings.worker, len(self.spec.groups), side="client")

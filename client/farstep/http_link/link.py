@@ -22,7 +22,8 @@ import httpx
 from torch import Tensor
 
 from farstep.conversation import READ_TIMEOUT_S, Conversation
-from farstep.conversation.answers import Joined, Reply, Shard, wrong
+from farstep.conversation.answers import Joined, Reply, Shard
+from farstep.conversation.replies import invalid_answer
 from farstep.errors import FarstepError, Unavailable
 from farstep.heartbeat import WITHIN_S, Heartbeat
 from farstep.http_link.buffers import Sharing, WorkerBuffers
@@ -148,7 +149,7 @@ class HttpLink(Link):
         """
         count = len(self._buffers.parameters)
         if len(placement) != 1 or placement[0].segments != (0, count):
-            raise wrong(
+            raise invalid_answer(
                 f"The placement has {len(placement)} shards, of which the first holds {placement[0].segments}; this "
                 f"client takes one with all {count} parameters."
                 if placement

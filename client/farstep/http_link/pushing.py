@@ -19,7 +19,8 @@ from typing import Any, NamedTuple, final
 
 from torch import Tensor
 
-from farstep.conversation.answers import Reply, wrong
+from farstep.conversation.answers import Reply
+from farstep.conversation.replies import invalid_answer
 from farstep.errors import ReceiptExpired, UnknownSession
 from farstep.http_link.buffers import WorkerBuffers
 from farstep.http_link.joined import JoinedSession
@@ -281,7 +282,7 @@ class Pushing:
             arrived = self._joined.arriving(header, len(buffers.parameters), whole=whole)
             if reply.delivered:
                 if not shared:
-                    raise wrong("The reply names shared memory, and the push did not.", "delivered")
+                    raise invalid_answer("The reply names shared memory, and the push did not.", "delivered")
                 return []
             if self._writer.attempts > 1:
                 buffers.share_no_more_()

@@ -15,7 +15,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
-from farstep.errors import InvalidOption
+from farstep.errors import InvalidOption, invalid_option
 from farstep.optim.names import named_parameters
 
 
@@ -121,7 +121,7 @@ def follow_(parameters: dict[str, Tensor], model: nn.Module, inner: torch.optim.
 
 
 def _changed(what: str, remedy: str, name: str) -> InvalidOption:
-    return InvalidOption(what, remedy=remedy, field=name, side="client")
+    return invalid_option(what, remedy=remedy, field=name)
 
 
 def shapes_and_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from farstep.errors import FarstepError, InvalidOption, NonFinite, TensorMismatch
+from farstep.errors import FarstepError, NonFinite, TensorMismatch, invalid_option
 from farstep.http_link.sequence import is_refusal
 from farstep.local_sgd.pending import Pending
 from farstep.local_sgd.round_start import RoundStart, follow_, shapes_and_dtypes
@@ -59,7 +59,7 @@ class Rounds:
     ) -> None:
         every = pythons_own(every)
         if type(every) is not int or every < 1:
-            raise _refused(f"Invalid every: {every!r}. Must be an int of at least 1.", "every")
+            raise invalid_option(f"Invalid every: {every!r}. Must be an int of at least 1.", "every")
         try:
             resolve(remote)
         except TypeError as error:
@@ -89,7 +89,7 @@ class Rounds:
         """
         found = {name: p for name, p in named_parameters(model).items() if p.requires_grad}
         if not found:
-            raise _refused("The model has no parameter that requires gradients.", "model")
+            raise invalid_option("The model has no parameter that requires gradients.", "model")
         return found
 
     def _check_outer(self) -> None:
@@ -97,7 +97,7 @@ class Rounds:
         theirs = {p for group in self._template.param_groups for p in group["params"]}
         if ours != theirs:
             what = "lacks parameters of the model" if ours - theirs else "has parameters that the model has not"
-            raise _refused(
+            raise invalid_option(
                 f"The outer optimizer {what}.", "outer_optimizer", "Give it those that require gradients, all of them."
             )
 
@@ -363,7 +363,3 @@ def _check_no_shared_memory(parameters: Mapping[str, Tensor]) -> None:
             field=names[other],
             side="client",
         )
-
-
-def _refused(what: str, field: str, remedy: str = "") -> InvalidOption:
-    return InvalidOption(what, field=field, remedy=remedy, side="client")

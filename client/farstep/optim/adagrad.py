@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from farstep.errors import InvalidOption
+from farstep.errors import invalid_option
 from farstep.optim.base import RemoteOptimizer
 from farstep.settings import RemoteOptions
 
@@ -61,9 +61,8 @@ class Adagrad(RemoteOptimizer):
         """
         settings = self._joined().settings
         if settings.server is None or settings.private:
-            raise InvalidOption(
+            raise invalid_option(
                 "The state of an embedded or private session cannot be shared between processes.",
                 remedy="Give each process an optimizer with the same server=... and session=...; they share its state.",
                 field="session",
-                side="client",
             )

@@ -24,7 +24,7 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from farstep.errors import FarstepError, InvalidOption, TensorMismatch
+from farstep.errors import FarstepError, InvalidOption, TensorMismatch, invalid_option
 from farstep.optim.chosen import chosen_of
 from farstep.optim.membership import Membership
 from farstep.optim.namesakes import explaining_namesake, numbered_session
@@ -46,11 +46,10 @@ class RemoteOptimizer(WithViews):
         state: Mapping[Any, Any] | None = None,
     ) -> None:
         if options.get("differentiable"):
-            raise InvalidOption(
+            raise invalid_option(
                 "differentiable=True cannot be remote: autograd would have to run through the step on another machine.",
                 remedy=f"Use torch.optim.{type(self).__name__} for a step inside the graph.",
                 field="differentiable",
-                side="client",
             )
         try:
             settings = resolve(remote)
@@ -76,24 +75,22 @@ class RemoteOptimizer(WithViews):
             InvalidOption: naming it.
         """
         if self.counts_in is not None and (dtype := torch.get_default_dtype()) not in self.counts_in:
-            raise InvalidOption(
+            raise invalid_option(
                 f"With {dtype} as torch's default dtype, {self.torch_class.__name__} keeps its numbers in another "
                 "precision than a session, which has them in float32.",
                 remedy="Step with torch.set_default_dtype(torch.float32); the parameters may be of any dtype.",
                 field="dtype",
-                side="client",
             )
         if self.same_in_autocast is None or member.settings.server is None:
             return
         for device in {p.device.type for p in member.parameters}:
             dtype = torch.get_autocast_dtype(device)
             if torch.is_autocast_enabled(device) and dtype not in self.same_in_autocast:
-                raise InvalidOption(
+                raise invalid_option(
                     f"Inside torch.autocast({device!r}, dtype={dtype}) torch's {self.torch_class.__name__} multiplies "
                     "matrices in that dtype; the server's does not.",
                     remedy="Call step() after the `with torch.autocast` block, which is for the forward pass.",
                     field="autocast",
-                    side="client",
                 )
 
     # -- torch.optim.Optimizer --------------------------------------------------------------------------------------

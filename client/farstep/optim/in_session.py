@@ -23,7 +23,7 @@ from farstep.heartbeat import Heartbeat, beating
 from farstep.http_link import HttpLink
 from farstep.link import Link, SessionSpec, Start
 from farstep.optim.chosen import chosen_of
-from farstep.optim.membership import Membership, OpenLink, refused
+from farstep.optim.membership import Membership, OpenLink, unusable
 from farstep.optim.namesakes import explaining_namesake, note_latest_
 from farstep.optim.options import option_kinds, plain_options, take_
 from farstep.optim.torch_form import initial_state, torch_initial_states
@@ -299,14 +299,14 @@ class InSession(torch.optim.Optimizer):
         """
         member: Membership | None = getattr(self, "_membership", None)
         if member is None:
-            raise refused("This optimizer is in no session.", "Make a new one and load a state_dict.")
+            raise unusable("This optimizer is in no session.", "Make a new one and load a state_dict.")
         member.check()
         return member
 
     def _move(self, member: Membership) -> None:
         """Leave for a new private session that has the groups as they are now, with the same version and state."""
         if not member.settings.private:
-            raise refused(
+            raise unusable(
                 f"Session {self.session!r}, which other workers may share, keeps the parameters it began with; in "
                 "the groups some were added, removed, reordered, or have another shape or dtype now.",
                 "Put the parameters back as they were, or make a new optimizer for those that there are.",

@@ -127,7 +127,7 @@ class Membership:
             FarstepError: they have them at the moment.
         """
         if self.shown:
-            raise refused(
+            raise unusable(
                 f"{what} inside swap_to({self.shown!r}): the parameters have the values of that view, not their own.",
                 "Leave the `with` block first.",
             )
@@ -420,14 +420,14 @@ def _leave(link: Link, overlap: Overlap | None, claim: Claim) -> None:
     link.close()
 
 
-def refused(what: str, remedy: str) -> FarstepError:
+def unusable(what: str, remedy: str) -> FarstepError:
     """Return the error for what an optimizer cannot do."""
     return FarstepError(what, remedy=remedy, side="client")
 
 
 def _check_open(closing: weakref.finalize[..., Any], session: str) -> None:
     if not closing.alive:
-        raise refused(
+        raise unusable(
             f"This optimizer was closed; it has left session {session!r}.",
             "Close it after its last use, or make a new one.",
         )

@@ -7,7 +7,7 @@ from typing import Unpack
 import torch
 
 import farstep.optim
-from farstep.errors import InvalidOption
+from farstep.errors import invalid_option
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.options import arguments
 from farstep.settings import RemoteOptions
@@ -32,11 +32,10 @@ def remote(optimizer: torch.optim.Optimizer, **options: Unpack[RemoteOptions]) -
     kinds = {kind.torch_class: kind for kind in _kinds()}
     kind = kinds.get(type(optimizer))
     if kind is None:
-        raise InvalidOption(
+        raise invalid_option(
             f"farstep has no remote form of {type(optimizer).__module__}.{type(optimizer).__name__}.",
             remedy=f"It has those of torch.optim's {', '.join(sorted(each.__name__ for each in kinds))}.",
             field="optimizer",
-            side="client",
         )
     own = arguments(kind.torch_class, optimizer.defaults)
     if any(group.get("differentiable") for group in optimizer.param_groups):

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from farstep.errors import InvalidOption
+from farstep.errors import invalid_option
 from farstep.protocol.plain import PYTHONS, pythons_own
 
 
@@ -251,11 +251,10 @@ def _plain(name: str, kind: OptionKind, value: Any) -> Any:
     if kind == "count" and type(found) is float and found.is_integer():
         found = int(found)
     if type(found) not in PYTHONS and type(found) is not list:
-        raise InvalidOption(
+        raise invalid_option(
             f"{name}={value!r:.80} is a {type(value).__name__}, which is no number.",
             remedy="Give a float.",
             field=name,
-            side="client",
         )
     return found
 

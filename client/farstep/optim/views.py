@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidOption, TensorMismatch
+from farstep.errors import TensorMismatch, invalid_option
 from farstep.optim.in_session import InSession
 from farstep.optim.membership import Membership
 
@@ -89,7 +89,7 @@ class WithViews(InSession):
         """
         member = self._viewed(view)
         if view in self.averages:
-            raise InvalidOption(f"{view!r} is state.", remedy=f"Write state[p][{view!r}].", field="view", side="client")
+            raise invalid_option(f"{view!r} is state.", remedy=f"Write state[p][{view!r}].", field="view")
         forms = [(p.shape, p.dtype) for p in member.parameters]
         if [(value.shape, value.dtype) for value in values] != forms:
             raise TensorMismatch(
@@ -101,11 +101,10 @@ class WithViews(InSession):
         """Return the membership, which has that view."""
         member = self._looked_at()
         if view not in self.views:
-            raise InvalidOption(
+            raise invalid_option(
                 f"Session {self.session!r} has no view {view!r:.80}; it has {', '.join(self.views) or 'none'}.",
                 remedy="Create the session with ema=..., the decay of an average of the parameters.",
                 field="view",
-                side="client",
             )
         if member.fits:
             self._settle(member)

@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import ClassVar, Literal, Self, get_args
 
-from farstep.errors import InvalidOption, found_by
+from farstep.errors import InvalidOption, found_by, invalid_option
 from farstep.protocol.plain import take_pythons_own_
 
 LONGEST_DEADLINE_S = 7 * 86_400
@@ -58,18 +58,18 @@ class Mode:
     def __post_init__(self) -> None:
         take_pythons_own_(self)
         if self.staleness_scaling not in ("none", "inverse", "sqrt"):
-            raise _wrong(
+            raise invalid_option(
                 f"Invalid staleness_scaling: {self.staleness_scaling!r:.80}. There are none, inverse and sqrt.",
                 "staleness_scaling",
             )
         strength = self.delay_compensation
         if type(strength) not in (int, float) or not 0 <= strength <= LARGEST:
-            raise _wrong(
+            raise invalid_option(
                 f"Invalid delay_compensation: {strength!r:.80}. Must be a number from 0 to 2**53.",
                 "delay_compensation",
             )
         if strength and self.staleness_scaling != "none":
-            raise _wrong(
+            raise invalid_option(
                 "Either staleness_scaling or delay_compensation makes up for stale gradients, not both.",
                 "delay_compensation",
             )
@@ -146,16 +146,18 @@ class Sync(Mode):
         super(Sync, self).__post_init__()  # slots make another class of this one, which super() alone does not know
         workers, quorum = self.workers, self.quorum
         if not _is_live(workers) and (type(workers) is not int or not 1 <= workers <= LARGEST):
-            raise _wrong(f"Invalid workers: {workers!r:.80}. Must be an int from 1 to 2**53, or 'live'.", "workers")
+            raise invalid_option(
+                f"Invalid workers: {workers!r:.80}. Must be an int from 1 to 2**53, or 'live'.", "workers"
+            )
         if quorum is not None and (type(quorum) is not int or workers == "live" or not 1 <= quorum <= workers):
-            raise _wrong(
+            raise invalid_option(
                 f"Invalid quorum: {quorum!r:.80}. Must be an int from 1 to the number of workers; with workers='live' "
                 "there is none.",
                 "quorum",
             )
         _check_seconds("deadline_s", self.deadline_s)
         if self.late not in ("refuse", "fold"):
-            raise _wrong(f"Invalid late: {self.late!r:.80}. There are refuse and fold.", "late")
+            raise invalid_option(f"Invalid late: {self.late!r:.80}. There are refuse and fold.", "late")
 
     @property
     def waits_for_others(self) -> bool:
@@ -212,7 +214,9 @@ class Bounded(Mode):
     def __post_init__(self) -> None:
         super(Bounded, self).__post_init__()
         if type(self.staleness) is not int or not 0 <= self.staleness <= LARGEST:
-            raise _wrong(f"Invalid staleness: {self.staleness!r:.80}. Must be an int from 0 to 2**53.", "staleness")
+            raise invalid_option(
+                f"Invalid staleness: {self.staleness!r:.80}. Must be an int from 0 to 2**53.", "staleness"
+            )
         _check_seconds("deadline_s", self.deadline_s)
 
     @property
@@ -243,11 +247,10 @@ def checked(given: object) -> Consistency:
     """
     if not isinstance(given, Consistency):
         *first, last = (each.shown for each in MODES.values())
-        raise InvalidOption(
+        raise invalid_option(
             f"Invalid consistency: {given!r:.80}.",
             remedy=f"Give {', '.join(first)} or {last}.",
             field="consistency",
-            side="client",
         )
     return given
 
@@ -291,9 +294,4 @@ def _is_live(workers: object) -> bool:
 
 def _check_seconds(name: str, seconds: float) -> None:
     if type(seconds) not in (int, float) or not 0 < seconds <= LONGEST_DEADLINE_S:
-        raise _wrong(f"Invalid {name}: {seconds!r:.80}. Must be seconds above 0, at most a week.", name)
-
-
-def _wrong(what: str, field: str) -> InvalidOption:
-    """Return the error of a mode that somebody makes in this process; `from_options` reads those of others."""
-    return InvalidOption(what, field=field, side="client")
+        raise invalid_option(f"Invalid {name}: {seconds!r:.80}. Must be seconds above 0, at most a week.", name)

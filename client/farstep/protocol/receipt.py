@@ -103,7 +103,10 @@ class Receipt:
         """Read what this side knows of a receipt; later servers may say more."""
         known = {name: values[name] for name in cls.__slots__ if name in values}
         known["contributors"] = Names(values["contributors"])
-        known["facts"] = tuple((name, values[name]) for name in facts() if name in values)
+        if not values.keys().isdisjoint(facts()):
+            known["facts"] = tuple((name, values[name]) for name in facts() if name in values)
+        else:
+            known["facts"] = ()
         return cls(**known)
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from farstep.errors import InvalidFile, InvalidOption, Side
-from farstep.protocol.tensor_file import LENGTH_BYTES, head_length, read_head, refused
+from farstep.errors import InvalidFile, InvalidOption, Side, invalid_option
+from farstep.protocol.tensor_file import LENGTH_BYTES, head_length, invalid_file, read_head
 
 FORMAT = "farstep_format"
 FORMAT_VERSION = "1"
@@ -52,7 +52,7 @@ def description_in(metadata: Mapping[str, str], *, side: Side = "server") -> dic
     """
     version = metadata.get(FORMAT)
     if version is None or DESCRIPTION not in metadata:
-        raise refused("it is a safetensors file, but no farstep session", side)
+        raise invalid_file("it is a safetensors file, but no farstep session", side)
     if version != FORMAT_VERSION:
         raise InvalidFile(
             f"This session file has the format {version!r:.40}; this release reads {FORMAT_VERSION}.",
@@ -64,9 +64,9 @@ def description_in(metadata: Mapping[str, str], *, side: Side = "server") -> dic
     try:
         description = json.loads(metadata[DESCRIPTION])
     except (ValueError, RecursionError) as exc:
-        raise refused(f"its session cannot be read: {exc!s:.200}", side) from None
+        raise invalid_file(f"its session cannot be read: {exc!s:.200}", side) from None
     if not isinstance(description, dict):
-        raise refused("its session is no JSON object", side)
+        raise invalid_file("its session is no JSON object", side)
     return description
 
 
@@ -85,7 +85,7 @@ def look_at(file: Path) -> SessionFile:
     segments = said.get("segments")
     found = [said.get("name"), said.get("optimizer"), said.get("version"), segments]
     if [type(each) for each in found] != [str, str, int, list]:
-        raise refused("its session has no name, optimizer, version or segments", "client")
+        raise invalid_file("its session has no name, optimizer, version or segments", "client")
     return SessionFile(file, said["name"], said["optimizer"], said["version"], len(said["segments"]), nbytes)
 
 
@@ -138,9 +138,7 @@ def _put(temporary: str, file: Path, force: bool) -> None:
 
 
 def _there(file: Path) -> InvalidOption:
-    return InvalidOption(
-        f"{file} is there already.", remedy="Choose another name, or --force.", field="file", side="client"
-    )
+    return invalid_option(f"{file} is there already.", remedy="Choose another name, or --force.", field="file")
 
 
 @contextmanager
@@ -149,7 +147,7 @@ def readable(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise InvalidOption(f"Cannot read {file}: {exc.strerror}.", field="file", side="client") from exc
+        raise invalid_option(f"Cannot read {file}: {exc.strerror}.", field="file") from exc
 
 
 @contextmanager
@@ -157,4 +155,4 @@ def _writable(file: Path) -> Iterator[None]:
     try:
         yield
     except OSError as exc:
-        raise InvalidOption(f"Cannot write {file}: {exc.strerror}.", field="file", side="client") from exc
+        raise invalid_option(f"Cannot write {file}: {exc.strerror}.", field="file") from exc

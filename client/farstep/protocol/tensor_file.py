@@ -84,7 +84,7 @@ def head_length(first: bytes, file_bytes: int, *, side: Side = "server") -> int:
     """
     length = int.from_bytes(first, "little")
     if len(first) < LENGTH_BYTES or length > min(file_bytes - LENGTH_BYTES, MAX_HEAD_BYTES):
-        raise refused(f"its first bytes announce a head of {length} bytes, and it has {file_bytes}", side)
+        raise invalid_file(f"its first bytes announce a head of {length} bytes, and it has {file_bytes}", side)
     return length
 
 
@@ -101,28 +101,28 @@ def read_head(text: bytes | bytearray, data_bytes: int | None, *, side: Side = "
     """
     # An empty list takes two bytes here and 56 in memory.
     if not text.startswith(b"{") or text.count(b"[") + text.count(b"{") > 3 * MAX_TENSORS + 2:
-        raise refused("its head is no JSON object of a bearable size", side)
+        raise invalid_file("its head is no JSON object of a bearable size", side)
     try:
         document = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_no_constant)
     except (ValueError, RecursionError) as exc:
-        raise refused(f"its head cannot be read: {exc!s:.200}", side) from None
+        raise invalid_file(f"its head cannot be read: {exc!s:.200}", side) from None
     metadata = document.pop(METADATA, {})
     if not isinstance(metadata, dict) or not all(type(value) is str for value in metadata.values()):
-        raise refused("its metadata are not texts by name", side)
+        raise invalid_file("its metadata are not texts by name", side)
     placed = sorted(
         (_entry(name, value, side) for name, value in document.items()), key=lambda each: (each[0], each[1])
     )
     at = 0
     for begin, end, entry in placed:
         if begin != at or end - begin != entry.nbytes:
-            raise refused(
+            raise invalid_file(
                 f"tensor {entry.name!r:.200} is said to lie from byte {begin} to {end}; "
                 f"it has {entry.nbytes} bytes and begins at {at}",
                 side,
             )
         at = end
     if data_bytes is not None and at != data_bytes:
-        raise refused(f"its tensors take {at} bytes, and {data_bytes} follow the head", side)
+        raise invalid_file(f"its tensors take {at} bytes, and {data_bytes} follow the head", side)
     return FileHead([entry for _, _, entry in placed], metadata)
 
 
@@ -132,7 +132,7 @@ def _entry(name: str, value: object, side: Side) -> tuple[int, int, Entry]:
         known = _DTYPES.get(dtype) if isinstance(dtype, str) else None
         if known and _are_sizes(shape, _MAX_DIMENSIONS) and _are_sizes(offsets, 2) and len(offsets) == 2:
             return offsets[0], offsets[1], Entry(name, known.name, tuple(shape))
-    raise refused(f"its head describes tensor {name!r:.200} as {value!r:.200}", side)
+    raise invalid_file(f"its head describes tensor {name!r:.200} as {value!r:.200}", side)
 
 
 def _are_sizes(values: object, most: int) -> bool:
@@ -154,7 +154,7 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON")
 
 
-def refused(why: str, side: Side = "server") -> InvalidFile:
+def invalid_file(why: str, side: Side = "server") -> InvalidFile:
     """Return the error of a file that is not what it should be."""
     return InvalidFile(
         f"This is not a whole session file: {why}.",

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from farstep.conversation import Conversation
-from farstep.errors import InvalidOption, LimitExceeded
+from farstep.errors import LimitExceeded, invalid_option
 from farstep_service.bench.expectation import Expectation, RoundTrip
 from farstep_service.bench.steps import Steps, await_fused, measure, opened
 from farstep_service.bench.workload import Workload
@@ -133,13 +133,12 @@ def check_memory(workload: Workload, server: str | None, info: dict[str, Any]) -
             )
     free = available_bytes()
     if free is not None and here > free:
-        raise InvalidOption(
+        raise invalid_option(
             f"Measuring {workload.parameters:,} {workload.dtype} parameters takes about {_gb(here)} in {who}, "
             f"and {_gb(free)} are available.",
             remedy="Ask for fewer parameters: the other sizes are estimated.",
             field="parameters",
             limit=free,
-            side="client",
         )
 
 

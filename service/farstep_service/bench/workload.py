@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from farstep.errors import InvalidOption
+from farstep.errors import InvalidOption, invalid_option
 from farstep.protocol import DTYPES
 from farstep.protocol.consistency import Async, to_options
 from farstep_service.layout import SegmentSpec
@@ -56,14 +56,14 @@ class Workload:
 
     def __post_init__(self) -> None:
         if self.optimizer not in METHODS:
-            raise _refused("optimizer", self.optimizer, f"There are {', '.join(sorted(METHODS))}.")
+            raise _invalid("optimizer", self.optimizer, f"There are {', '.join(sorted(METHODS))}.")
         if self.optimizer in OTHERWISE:
-            raise _refused("optimizer", self.optimizer, OTHERWISE[self.optimizer])
+            raise _invalid("optimizer", self.optimizer, OTHERWISE[self.optimizer])
         if self.dtype not in DTYPES or not self.dtype.startswith(("float", "bfloat")):
             known = [name for name in DTYPES if name.startswith(("float", "bfloat"))]
-            raise _refused("dtype", self.dtype, f"There are {', '.join(known)}.")
+            raise _invalid("dtype", self.dtype, f"There are {', '.join(known)}.")
         if self.optimizer == "Muon" and any(len(shape) != 2 for shape in self.shapes):
-            raise _refused("optimizer", self.optimizer, "It takes matrices only.")
+            raise _invalid("optimizer", self.optimizer, "It takes matrices only.")
 
     @classmethod
     def of(cls, optimizer: str, dtype: str, parameters: int, tensors: int) -> Workload:
@@ -72,9 +72,9 @@ class Workload:
         They are vectors, or for optimizers that see whole tensors square matrices of a few elements fewer.
         """
         if not 1 <= tensors <= MOST_TENSORS:
-            raise _refused("tensors", tensors, f"There may be 1 to {MOST_TENSORS}.")
+            raise _invalid("tensors", tensors, f"There may be 1 to {MOST_TENSORS}.")
         if not tensors <= parameters <= LARGEST_COUNT:
-            raise _refused("parameters", parameters, f"There may be one for each tensor, up to {LARGEST_COUNT:.0e}.")
+            raise _invalid("parameters", parameters, f"There may be one for each tensor, up to {LARGEST_COUNT:.0e}.")
         each, rest = divmod(parameters, tensors)
         lengths = [each + (place < rest) for place in range(tensors)]
         shapes = [_square(length) if optimizer in MATRICES_ONLY else (length,) for length in lengths]
@@ -137,10 +137,10 @@ def count_of(text: str) -> int:
     """
     found = _COUNT.fullmatch(text.strip().replace("_", "").replace(",", ""))
     if found is None:
-        raise _refused("parameters", text, "Write 25M, 2.5k, 1e9 or 7B.")
+        raise _invalid("parameters", text, "Write 25M, 2.5k, 1e9 or 7B.")
     amount = float(found[1]) * _UNITS[found[2].lower()]
     if not 1 <= amount <= LARGEST_COUNT:
-        raise _refused("parameters", text, f"There may be 1 to {LARGEST_COUNT:.0e}.")
+        raise _invalid("parameters", text, f"There may be 1 to {LARGEST_COUNT:.0e}.")
     return round(amount)
 
 
@@ -154,17 +154,17 @@ def read_shapes(file: Path) -> tuple[tuple[int, ...], ...]:
         lines = [line.strip() for line in file.read_text().splitlines()]
     except (OSError, UnicodeDecodeError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) else "it is not text"
-        raise InvalidOption(f"Cannot read the shapes in {file}: {reason}.", field="shapes", side="client") from exc
+        raise invalid_option(f"Cannot read the shapes in {file}: {reason}.", field="shapes") from exc
     shapes: list[tuple[int, ...]] = []
     for number, line in enumerate(lines, 1):
         if not line or line.startswith("#"):
             continue
         lengths = line.split("x")
         if not all(length.isascii() and length.isdecimal() and 0 < len(length) < 16 for length in lengths):
-            raise _refused("shapes", line, f"Line {number} of {file} is to be a shape such as 64x3x7x7.")
+            raise _invalid("shapes", line, f"Line {number} of {file} is to be a shape such as 64x3x7x7.")
         shapes.append(tuple(map(int, lengths)))
     if not shapes or not 1 <= sum(map(math.prod, shapes)) <= LARGEST_COUNT or len(shapes) > MOST_TENSORS:
-        raise _refused("shapes", str(file), f"Give 1 to {MOST_TENSORS} shapes, one in a line, such as 64x3x7x7.")
+        raise _invalid("shapes", str(file), f"Give 1 to {MOST_TENSORS} shapes, one in a line, such as 64x3x7x7.")
     return tuple(shapes)
 
 
@@ -174,5 +174,5 @@ def _square(length: int) -> tuple[int, int]:
     return side, length // side
 
 
-def _refused(field: str, value: object, remedy: str) -> InvalidOption:
-    return InvalidOption(f"Invalid {field}: {value!r:.80}.", remedy=remedy, field=field, side="client")
+def _invalid(field: str, value: object, remedy: str) -> InvalidOption:
+    return invalid_option(f"Invalid {field}: {value!r:.80}.", remedy=remedy, field=field)

@@ -90,18 +90,17 @@ def workload_of(
     Raises:
         InvalidOption: there can be none, or it is said twice how large it is.
     """
-    from farstep.errors import InvalidOption
+    from farstep.errors import invalid_option
     from farstep_service.bench import Workload, count_of, read_shapes
 
     if shapes is None:
         count = count_of(parameters or DEFAULT_PARAMETERS)
         return Workload.of(optimizer, dtype, count, min(DEFAULT_TENSORS, count) if tensors is None else tensors)
     if parameters is not None or tensors is not None:
-        raise InvalidOption(
+        raise invalid_option(
             "--shapes says how many parameters and tensors there are.",
             remedy="Leave --parameters and --tensors out.",
             field="shapes",
-            side="client",
         )
     return Workload(optimizer, dtype, read_shapes(shapes))
 

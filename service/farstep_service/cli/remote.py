@@ -10,7 +10,7 @@ from urllib.parse import urlencode
 
 import typer
 
-from farstep.errors import FarstepError, InvalidAnswer, InvalidOption, Unavailable
+from farstep.errors import FarstepError, InvalidAnswer, Unavailable, invalid_option
 from farstep.protocol.unix import url_of_path
 from farstep_service.settings import DEFAULT_PORT
 
@@ -101,7 +101,7 @@ def conversation(server: str, token: str | None) -> Iterator[Conversation]:
             f"{without_secrets(server)} does not answer: {reason.rstrip('.')}.", remedy=remedy, side="client"
         ) from exc
     except (httpx.InvalidURL, ValueError) as exc:
-        raise InvalidOption(f"The URL {without_secrets(server)!r} or the token cannot be used.", side="client") from exc
+        raise invalid_option(f"The URL {without_secrets(server)!r} or the token cannot be used.") from exc
     finally:
         if speaking is not None:
             speaking.close()

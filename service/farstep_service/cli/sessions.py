@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from farstep.errors import InvalidOption
+from farstep.errors import invalid_option
 from farstep.protocol.consistency import MODES
 from farstep_service.cli.output import JsonOutput, print_facts, print_json, print_table, reporting, size
 from farstep_service.cli.remote import Server, Token, conversation, document_of, session_of, sessions_of
@@ -80,7 +80,7 @@ def remove_session(
     """Remove a session with its parameters and optimizer state."""
     with reporting(json_output), conversation(server, token) as speaking:
         if json_output and not yes:
-            raise InvalidOption("With --json nobody can be asked.", remedy="Add --yes.", field="yes", side="client")
+            raise invalid_option("With --json nobody can be asked.", remedy="Add --yes.", field="yes")
         if not yes:
             found = document_of(speaking, path_of(name), "version")
             facts = f"version {found['version']}, {worker_count(found)} workers"
@@ -199,9 +199,7 @@ def options_in(said: Sequence[str]) -> dict[str, str | int | float]:
     found: dict[str, str | int | float] = {}
     for name, value in map(option_of, said):
         if name in found:
-            raise InvalidOption(
-                f"{name!r:.80} is there twice.", remedy="Give each option once.", field=name[:80], side="client"
-            )
+            raise invalid_option(f"{name!r:.80} is there twice.", remedy="Give each option once.", field=name[:80])
         found[name] = value
     return found
 
@@ -214,7 +212,7 @@ def option_of(said: str) -> tuple[str, str | int | float]:
     """
     name, equals, value = said.partition("=")
     if not equals or not name or name == "mode":
-        raise InvalidOption(f"{said!r:.80} is not OPTION=VALUE.", field="options", side="client")
+        raise invalid_option(f"{said!r:.80} is not OPTION=VALUE.", field="options")
     for number in (int, float):
         with suppress(ValueError):
             return name, number(value)
@@ -230,5 +228,5 @@ def path_of(name: str) -> str:
     from farstep.identity import NAME
 
     if not NAME.fullmatch(name):
-        raise InvalidOption(f"No session can be called {name!r:.80}.", field="name", side="client")
+        raise invalid_option(f"No session can be called {name!r:.80}.", field="name")
     return f"/v1/sessions/{name}"

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
-from farstep.errors import FarstepError, InvalidOption
+from farstep.errors import FarstepError, invalid_option
 from farstep.settings import RemoteOptions
 from farstep_service.demo.digits import build_model
 from farstep_service.demo.reports import Report
@@ -91,11 +91,10 @@ def _identity(name: str, workers: int) -> tuple[str, int]:
     """Return a worker's name and its number, which is what its name ends with."""
     number = re.search(r"\d+$", name)
     if number is None or int(number[0]) >= workers:
-        raise InvalidOption(
+        raise invalid_option(
             f"Invalid worker: {name!r}.",
             remedy=f"A worker's name ends in its number, 0 to {workers - 1}.",
             field="worker",
-            side="client",
         )
     return name, int(number[0])
 

@@ -21,7 +21,7 @@ from typing import Any
 from farstep.protocol.consistency import to_options
 from farstep.protocol.fields import shapes_to_header
 from farstep.protocol.session_file import DESCRIPTION, FORMAT, FORMAT_VERSION
-from farstep.protocol.tensor_file import FileHead, in_file_order, refused, write_head
+from farstep.protocol.tensor_file import FileHead, in_file_order, invalid_file, write_head
 from farstep_service.tensors.contents import Contents
 from farstep_service.tensors.snapshot import Snapshot
 
@@ -81,14 +81,14 @@ def places_of(head: FileHead, contents: Contents) -> list[memoryview]:
     for entry in wanted:
         here = found.pop(entry.name, None)
         if here is None:
-            raise refused(f"the tensor {entry.name!r:.300} is missing")
+            raise invalid_file(f"the tensor {entry.name!r:.300} is missing")
         if here != entry:
-            raise refused(
+            raise invalid_file(
                 f"the tensor {entry.name!r:.300} is {here.dtype}{list(here.shape)}, "
                 f"and its session says {entry.dtype}{list(entry.shape)}"
             )
     if found:
-        raise refused(f"its session has no tensor {next(iter(found))!r:.300}")
+        raise invalid_file(f"its session has no tensor {next(iter(found))!r:.300}")
     contents.allocate()
     memory = dict(zip((each.name for each in wanted), contents.memory_of_entries(), strict=True))
     return [memory[entry.name] for entry in head.entries]

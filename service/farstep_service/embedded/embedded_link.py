@@ -16,7 +16,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidOption, NonFinite
+from farstep.errors import NonFinite, invalid_option
 from farstep.heartbeat import Heartbeat
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, in_ordinary_memory
 from farstep.protocol.consistency import Consistency, Sync, to_options
@@ -289,11 +289,10 @@ class EmbeddedLink(Link):
 def _check_alone(mode: Consistency) -> None:
     """Refuse a mode in which a lone worker would wait for ever."""
     if isinstance(mode, Sync) and mode.workers not in (1, "live"):
-        raise InvalidOption(
+        raise invalid_option(
             f"A sync session of {mode.workers} workers needs a server, and none is named.",
             remedy="Start one with `farstep serve` and give server=... or set FARSTEP_SERVER.",
             field="consistency",
-            side="client",
         )
 
 
@@ -301,10 +300,9 @@ def _one_device(parameters: Sequence[Tensor]) -> torch.device:
     """Return the device that all parameters are on."""
     devices = sorted({str(p.device) for p in parameters})
     if len(devices) > 1:
-        raise InvalidOption(
+        raise invalid_option(
             f"The parameters are on {' and '.join(devices)}; an embedded session works on one device.",
             remedy="Use one optimizer per device, or a server.",
-            side="client",
         )
     return torch.device(devices[0] if devices else "cpu")
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import IO, Literal, cast, final
 
-from farstep.errors import InvalidOption
+from farstep.errors import invalid_option
 from farstep_service.launch.die_with_parent import Watcher, dying_with_parent, watched
 
 LONGEST_BYTES = 65_536
@@ -148,7 +148,7 @@ class Children:
                 start_new_session=True,
             )
         except OSError as exc:
-            raise InvalidOption(f"Cannot run {command[0]}: {exc.strerror}.", field="script", side="client") from exc
+            raise invalid_option(f"Cannot run {command[0]}: {exc.strerror}.", field="script") from exc
         self._watcher.started(process.pid)
         child = self._running[name] = _Child(process)
         for stream in STREAMS:

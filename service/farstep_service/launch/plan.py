@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from farstep.errors import InvalidOption
+from farstep.errors import invalid_option
 from farstep.identity import name_of_rank
 
 MOST_WORKERS = 1024
@@ -48,17 +48,15 @@ class Plan:
 
     def __post_init__(self) -> None:
         if not 1 <= self.workers * self.nodes <= MOST_WORKERS:
-            raise InvalidOption(
+            raise invalid_option(
                 f"Invalid workers: {self.workers} on each of {self.nodes} machines. There are 1 to {MOST_WORKERS}.",
                 field="nproc_per_node",
                 limit=MOST_WORKERS,
-                side="client",
             )
         if not 0 <= self.node < self.nodes:
-            raise InvalidOption(
+            raise invalid_option(
                 f"Invalid node_rank: {self.node} of {self.nodes} machines, which are numbered from 0.",
                 field="node_rank",
-                side="client",
             )
 
     @property
@@ -110,12 +108,8 @@ def command_of(script: str, arguments: Sequence[str], *, module: bool = False, p
     """
     if not python:
         if module:
-            raise _refused("A module is run by Python.", "no_python", "Leave out --no-python or -m.")
+            raise invalid_option("A module is run by Python.", "no_python", "Leave out --no-python or -m.")
         return (script, *arguments)
     if not module and not os.path.exists(script):
-        raise _refused(f"There is no file {script!r:.200}.", "script", "Name a script, or a module with -m.")
+        raise invalid_option(f"There is no file {script!r:.200}.", "script", "Name a script, or a module with -m.")
     return (sys.executable, *(("-m",) if module else ()), script, *arguments)
-
-
-def _refused(what: str, field: str, remedy: str) -> InvalidOption:
-    return InvalidOption(what, remedy=remedy, field=field, side="client")

@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import final
 
-from farstep.errors import InvalidOption
+from farstep.errors import invalid_option
 from farstep.protocol.unix import url_of_path
 from farstep.settings import resolve
 from farstep_service.launch.children import Children, Event, LineWritten, ProcessExited, SignalReceived, children
@@ -58,11 +58,10 @@ def launch(plan: Plan, *, server: str | None, session: str | None, environment: 
     """
     given = resolve({"server": server, "session": session}, environment={})
     if plan.nodes > 1 and (given.server is None or given.private):
-        raise InvalidOption(
+        raise invalid_option(
             f"Workers on {plan.nodes} machines need a server and a session that all of them name.",
             remedy="Add --server and --session.",
             field="session" if given.server else "server",
-            side="client",
         )
     name = session or f"launch-{secrets.token_hex(4)}"
     with ExitStack() as stack:

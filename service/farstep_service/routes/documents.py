@@ -25,7 +25,7 @@ from farstep.errors import InvalidFile
 from farstep.protocol.fields import EVERYWHERE, PRESENT, shapes_from_header
 from farstep.protocol.messages import LARGEST_START_VERSION
 from farstep.protocol.session_file import description_in
-from farstep.protocol.tensor_file import FileHead, refused
+from farstep.protocol.tensor_file import FileHead, invalid_file
 from farstep_service.layout import MAX_SEGMENTS, Layout, SegmentSpec
 from farstep_service.plan import MAX_GROUPS, Plan
 from farstep_service.tensors import Snapshot
@@ -206,7 +206,7 @@ def snapshot_of(head: FileHead, name: str | None) -> Snapshot:
     except ValidationError as exc:
         first = exc.errors(include_url=False, include_input=False)[0]
         where = ".".join(map(str, first["loc"]))
-        raise refused(f"its session says something odd about {where!r:.100}: {first['msg']:.200}") from None
+        raise invalid_file(f"its session says something odd about {where!r:.100}: {first['msg']:.200}") from None
     plan = plan_of(document if name is None else document.model_copy(update={"name": name}))
     kinds = plan.rule.kinds
     # Files of before there were precisions have none, and the numbers in them are float32's.
@@ -219,7 +219,7 @@ def snapshot_of(head: FileHead, name: str | None) -> Snapshot:
             field="fields",
         )
     if len(document.options) != len(plan.groups):
-        raise refused(f"it has {len(plan.groups)} param groups and options for {len(document.options)}")
+        raise invalid_file(f"it has {len(plan.groups)} param groups and options for {len(document.options)}")
     stored = {entry.name.partition("/")[0] for entry in head.entries}
     certain = {PARAM, PRESENT, *(name for name, kind in known if kind in EVERYWHERE)}
     fields = [each for each in (PARAM, *kinds, PRESENT) if each in certain or each in stored]

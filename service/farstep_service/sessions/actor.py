@@ -20,7 +20,7 @@ from farstep_service.session import Outcomes, Session
 from farstep_service.sessions.answers import Answer, Intake, Joined, Renewed, Summary, View, WorkerPage
 from farstep_service.sessions.reads import Reads
 from farstep_service.sessions.room import Share
-from farstep_service.sessions.shared_memory import Areas, Offer, refused
+from farstep_service.sessions.shared_memory import Areas, Offer, not_shared
 from farstep_service.sessions.turns import Turns
 from farstep_service.sessions.views import ContentsIntake, HeldView, NarrowedView, PushIntake
 from farstep_service.settings import HELD_VERSIONS
@@ -218,7 +218,7 @@ class Actor:
             if self._session.position(worker)[0] != offer.epoch or not offer.epoch:
                 raise Fenced(f"Epoch {offer.epoch} of worker {worker!r} is not the current one.", field="epoch")
             if self._session.layout_of(worker) is not self.plan.layout:
-                raise refused("the worker does not know all param groups")
+                raise not_shared("the worker does not know all param groups")
             self._areas.share(worker, offer, self.plan)
             self._share.note(self._held_bytes())
 

@@ -129,7 +129,7 @@ class Shared:
         """
         layout = plan.layout
         if any(segment.is_complex for segment in layout.segments):
-            raise refused("complex parameters are not shared")
+            raise not_shared("complex parameters are not shared")
         self.key, self.epoch, self.layout = offer.key, offer.epoch, layout
         size = nbytes_of(layout.sizes)
         area = SharedMemory.over(_mapped(offer, size), layout.sizes)
@@ -144,7 +144,7 @@ def nbytes_beside(plan: Plan) -> int:
     return plan.layout.nbytes if plan.looks_at_gradients else 0
 
 
-def refused(why: str) -> InvalidOption:
+def not_shared(why: str) -> InvalidOption:
     """Return the error for memory that is not shared."""
     return InvalidOption(
         f"The memory cannot be shared: {why}.", remedy="Send tensors in bodies, as over TCP.", field="memory"
@@ -153,25 +153,25 @@ def refused(why: str) -> InvalidOption:
 
 def _mapped(offer: Offer, nbytes: int) -> mmap.mmap:
     if sys.platform != "linux":
-        raise refused("this system has no sealed memory")
+        raise not_shared("this system has no sealed memory")
     path = f"/proc/{offer.pid}/fd/{offer.fd}"
     try:
         # Looked at first: merely to open something else, such as a device, could have effects.
         found = os.readlink(path)
     except OSError as exc:
-        raise refused(f"it cannot be opened ({exc.strerror})") from exc
+        raise not_shared(f"it cannot be opened ({exc.strerror})") from exc
     if found != f"/memfd:{NAME_PREFIX}{offer.key} (deleted)":
-        raise refused("it is not there; the worker may be in another container")
+        raise not_shared("it is not there; the worker may be in another container")
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except OSError as exc:
-        raise refused(f"it cannot be opened ({exc.strerror})") from exc
+        raise not_shared(f"it cannot be opened ({exc.strerror})") from exc
     try:
         _check(fd, nbytes)
         try:
             return mmap.mmap(fd, nbytes)
         except (OSError, ValueError) as exc:  # not around the check, whose refusals are a ValueError too
-            raise refused(f"it cannot be mapped ({exc})") from exc
+            raise not_shared(f"it cannot be mapped ({exc})") from exc
     finally:
         os.close(fd)
 
@@ -181,13 +181,13 @@ def _check(fd: int, nbytes: int) -> None:
 
     found = os.fstat(fd)
     if os.fstatvfs(fd).f_bsize != mmap.PAGESIZE:
-        raise refused("it is in huge pages, of which there may be none left when it is read")
+        raise not_shared("it is in huge pages, of which there may be none left when it is read")
     if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
-        raise refused("it is not memory of this user")
+        raise not_shared("it is not memory of this user")
     if found.st_size != nbytes:
-        raise refused(f"it has {found.st_size} bytes, and the session takes {nbytes}")
+        raise not_shared(f"it has {found.st_size} bytes, and the session takes {nbytes}")
     if found.st_blocks * _BLOCK_BYTES < nbytes:
-        raise refused("not all of it is allocated")
+        raise not_shared("not all of it is allocated")
     sealed = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
     if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & ~_F_SEAL_EXEC != sealed:
-        raise refused("its size is not sealed, or its contents are")
+        raise not_shared("its size is not sealed, or its contents are")

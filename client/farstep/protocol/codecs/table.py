@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from farstep.errors import InvalidOption, InvalidRequest, Side
+from farstep.errors import InvalidRequest, Side, invalid_option
 from farstep.protocol.codecs.codec import Codec
 from farstep.protocol.codecs.elementwise import BFloat16, Float16, Full
 from farstep.protocol.plain import take_pythons_own_
@@ -73,8 +73,8 @@ class Wire:
         options = [codec.option for codec in codecs()]
         for name, value in (("gradients", self.gradients), ("parameters", self.parameters)):
             if value is not None and value not in options:
-                raise InvalidOption(
-                    f"Invalid wire: {name} as {value!r:.80}. There are {_listed(options)}.", field="wire", side="client"
+                raise invalid_option(
+                    f"Invalid wire: {name} as {value!r:.80}. There are {_listed(options)}.", field="wire"
                 )
 
     @classmethod

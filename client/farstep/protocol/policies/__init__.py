@@ -1,7 +1,7 @@
 """What a session does around a step: one interface, the policies behind it, and their order."""
 
 from farstep.protocol.policies.clipping import GRAD_NORM, ClipNorm, ClipValue
-from farstep.protocol.policies.policy import Facts, Gradients, Policy, check_positive, invalid, is_number
+from farstep.protocol.policies.policy import Facts, Gradients, Policy, check_positive, is_number
 from farstep.protocol.policies.stateful import EMA, Accumulate, Average
 from farstep.protocol.policies.table import (
     NO_POLICIES,
@@ -28,7 +28,6 @@ __all__ = [
     "check_positive",
     "default_options",
     "facts",
-    "invalid",
     "is_number",
     "policies",
     "register",

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, cast, final
 
-from farstep.errors import InvalidOption
-from farstep.protocol.policies.policy import Facts, Gradients, Policy, check_positive, invalid
+from farstep.errors import InvalidOption, invalid_option
+from farstep.protocol.policies.policy import Facts, Gradients, Policy, check_positive
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,9 @@ class ClipNorm(Policy):
             check_positive("clip_norm", self.clip_norm)
         check_positive("clip_norm_type", self.clip_norm_type)
         if self.clip_norm is None and self.clip_norm_type != 2.0:
-            raise invalid(f"Invalid clip_norm_type: {self.clip_norm_type!r}. Goes with clip_norm.", "clip_norm_type")
+            raise invalid_option(
+                f"Invalid clip_norm_type: {self.clip_norm_type!r}. Goes with clip_norm.", "clip_norm_type"
+            )
 
     def __call__(self, gradients: Gradients) -> tuple[Gradients, Facts]:
         import torch

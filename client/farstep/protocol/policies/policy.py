@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from farstep.errors import InvalidOption
+from farstep.errors import invalid_option
 from farstep.protocol.plain import take_pythons_own_
 
 if TYPE_CHECKING:
@@ -112,11 +112,6 @@ class Policy(ABC):
         return {each.name: each.default for each in fields(cls)}
 
 
-def invalid(what: str, field: str) -> InvalidOption:
-    """Return the error of an option that somebody gave in this process; who reads those of others says so of it."""
-    return InvalidOption(what, field=field, side="client")
-
-
 def is_number(value: object) -> bool:
     """Return whether a value is a number that a float can hold, or infinity."""
     return type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
@@ -129,4 +124,4 @@ def check_positive(name: str, value: object) -> None:
         InvalidOption: naming the option.
     """
     if not (is_number(value) and value > 0):  # type: ignore[operator]  # a number by now
-        raise invalid(f"Invalid {name}: {value!r:.80}. Must be a number above 0.", name)
+        raise invalid_option(f"Invalid {name}: {value!r:.80}. Must be a number above 0.", name)

@@ -13,7 +13,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, final
 
-from farstep.protocol.policies.policy import Policy, invalid, is_number
+from farstep.errors import invalid_option
+from farstep.protocol.policies.policy import Policy, is_number
 
 EMA = "ema"
 """The name of the view that the average is."""
@@ -37,7 +38,7 @@ class Accumulate(Policy):
 
     def check(self) -> None:
         if type(self.accumulate) is not int or not 1 <= self.accumulate <= MOST_ROUNDS:
-            raise invalid(
+            raise invalid_option(
                 f"Invalid accumulate: {self.accumulate!r:.80}. Must be an int from 1 to {MOST_ROUNDS}.", "accumulate"
             )
 
@@ -59,4 +60,4 @@ class Average(Policy):
 
     def check(self) -> None:
         if self.ema is not None and not (is_number(self.ema) and 0 < self.ema < 1):
-            raise invalid(f"Invalid ema: {self.ema!r:.80}. Must be a number between 0 and 1.", EMA)
+            raise invalid_option(f"Invalid ema: {self.ema!r:.80}. Must be a number between 0 and 1.", EMA)
