@@ -26,7 +26,7 @@ from farstep.errors import invalid_option
 from farstep.errors.connecting import check_address, without_secrets
 from farstep.identity import Worker, check_name, fresh_name
 from farstep.protocol.codecs import Wire
-from farstep.protocol.consistency import Async, Consistency, Sync, checked
+from farstep.protocol.consistency import Async, Consistency, checked
 from farstep.protocol.messages import OptionsMode
 from farstep.protocol.plain import pythons_own
 from farstep.protocol.policies import NO_POLICIES, Policies, default_options
@@ -162,7 +162,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
             field="wire",
         )
     mode = checked(options.get("consistency") or Async())
-    if server is not None and session is None and isinstance(mode, Sync) and mode.fewest > 1:
+    if server is not None and session is None and mode.fewest > 1:
         raise invalid_option(
             f"A session without a name is this optimizer's alone, and {mode!r} waits for {mode.fewest} workers.",
             remedy="Give every worker the same session=..., or set FARSTEP_SESSION.",

@@ -24,6 +24,7 @@ MADE_UP = {
     for room, name in (
         ("client/farstep/optim", "newopt"),
         ("client/farstep/protocol/codecs", "int8"),
+        ("client/farstep/protocol/consistency", "turns"),
         ("service/farstep_service/optimizers", "newopt"),
         ("service/farstep_service/coordinator/modes", "turns"),
         ("client/farstep/protocol/policies", "sign"),

@@ -13,8 +13,8 @@ from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator.events import Append, Push, Put
 from farstep_service.coordinator.instructions import Awaited
 from farstep_service.coordinator.member import Member, RosterState, mismatch
-from farstep_service.coordinator.modes.choice import mode_for, places_of
 from farstep_service.coordinator.modes.decisions import Refuse, Skip, Step
+from farstep_service.coordinator.modes.table import mode_for
 from farstep_service.coordinator.roster import Roster
 
 
@@ -75,7 +75,7 @@ class Checks:
     def __init__(self, state: CoordinatorState) -> None:
         self._state = state
         mode = state.consistency
-        self.roster = Roster(places_of(mode), mode.lease_s, state.roster)
+        self.roster = Roster(mode.places, mode.lease_s, state.roster)
         self._mode = mode_for(mode, self.roster, state.mode)
         self._waiting = state.waiting
 
@@ -202,7 +202,7 @@ class Checks:
         Raises:
             SessionFull: it has fewer.
         """
-        self.roster.surplus(places_of(mode), now)
+        self.roster.surplus(mode.places, now)
 
     def outgrown(self, worker: str) -> Fenced | None:
         """Return the error for a worker that does not know all groups, None for one that does."""

@@ -56,8 +56,8 @@ from farstep_service.coordinator.instructions import (
     Write,
 )
 from farstep_service.coordinator.member import NAMED
-from farstep_service.coordinator.modes.choice import mode_for, places_of
 from farstep_service.coordinator.modes.decisions import Abort, Pushed, Refuse, Skip, Step
+from farstep_service.coordinator.modes.table import mode_for
 
 INITIALISE_WITHIN_S: Final = 60.0
 """How long the first contents may take before another worker is asked for them."""
@@ -155,11 +155,11 @@ class Coordinator(Checks):
         if mode == state.consistency:
             return
         self._sweep(now)
-        for gone in roster.surplus(places_of(mode), now):
+        for gone in roster.surplus(mode.places, now):
             self._remove(gone, out)
         state.consistency = mode
         out.append(SetMode(mode))
-        roster.change(places_of(mode), mode.lease_s, now)
+        roster.change(mode.places, mode.lease_s, now)
         self._mode = mode_for(mode, roster)
         for worker in sorted(self._waiting):
             push = self._waiting[worker]

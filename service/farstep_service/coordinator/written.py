@@ -24,7 +24,7 @@ from farstep_service.coordinator import events, instructions
 from farstep_service.coordinator.checks import CoordinatorState, Running
 from farstep_service.coordinator.member import Entry, Member, RosterState
 from farstep_service.coordinator.modes import decisions
-from farstep_service.coordinator.modes.choice import MODES
+from farstep_service.coordinator.modes.table import MODES
 
 KIND: Final = "kind"
 RECORDS: Final[dict[str, type[Any]]] = {

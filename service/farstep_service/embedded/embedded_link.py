@@ -19,7 +19,7 @@ from torch import Tensor
 from farstep.errors import NonFinite, invalid_option
 from farstep.heartbeat import Heartbeat
 from farstep.link import Link, Options, Parameter, SessionSpec, Start, in_ordinary_memory
-from farstep.protocol.consistency import Consistency, Sync, to_options
+from farstep.protocol.consistency import Consistency, to_options
 from farstep.protocol.fields import PRESENT, FieldKind, State
 from farstep.protocol.hyper import Hyper
 from farstep.protocol.memory import TORCH_DTYPES
@@ -288,9 +288,9 @@ class EmbeddedLink(Link):
 
 def _check_alone(mode: Consistency) -> None:
     """Refuse a mode in which a lone worker would wait for ever."""
-    if isinstance(mode, Sync) and mode.workers not in (1, "live"):
+    if mode.places not in (1, None):
         raise invalid_option(
-            f"A sync session of {mode.workers} workers needs a server, and none is named.",
+            f"A {mode.mode} session of {mode.places} workers needs a server, and none is named.",
             remedy="Start one with `farstep serve` and give server=... or set FARSTEP_SERVER.",
             field="consistency",
         )

@@ -27,7 +27,7 @@ from starlette.types import Receive, Scope, Send
 from farstep.errors import InvalidRequest
 from farstep.protocol import from_ranges
 from farstep.protocol.codecs import FULL, check_codec, codec_named
-from farstep.protocol.consistency import Async, Bounded, to_options
+from farstep.protocol.consistency import to_options
 from farstep.protocol.fields import NUMBERS, PRESENT, shapes_to_header
 from farstep.protocol.growth import AppendHead
 from farstep.protocol.header import VERSION
@@ -255,7 +255,7 @@ def _converted_bytes(plan: Plan, head: PushHead) -> int:
     another codec their own.
     """
     mode = plan.consistency
-    alone = isinstance(mode, Async | Bounded) and not mode.delay_compensation and isinstance(plan.rule, Rule)
+    alone = mode.alone and not mode.delay_compensation and isinstance(plan.rule, Rule)
     gradients, parameters = codec_named(head.wire_gradients), codec_named(head.wire_parameters)
     decoded = gradients is not FULL and (gradients.element is None or not (alone and plan.policies.as_they_come))
     encoded = parameters is not FULL and (parameters is not gradients or parameters.element is None)

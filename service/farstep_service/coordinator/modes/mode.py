@@ -1,7 +1,7 @@
 """When pushes become a step: one small state machine for each consistency mode.
 
     Mode
-    ├── AsyncMode      each push is a step
+    ├── AsyncMode      each push is a step                                                table.py
     ├── SyncMode       one push of each of N, of K of N, or of every live worker          sync.py
     └── BoundedMode    each push is a step, once its worker is not too far ahead          bounded.py
 
@@ -13,10 +13,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar
 
-from farstep.protocol.consistency import Async
 from farstep_service.coordinator.modes.decisions import Decision, Pushed, Skip, Step
 from farstep_service.coordinator.roster import Roster
 
@@ -72,38 +70,3 @@ class Mode(ABC):
 
     def returned(self, worker: str) -> None:  # noqa: B027
         """Note that a worker that had lapsed is live again."""
-
-
-@dataclass(slots=True)
-class AsyncState:
-    """The pushes that are about to be steps, by worker, in the order in which they came."""
-
-    ready: dict[str, Pushed] = field(default_factory=dict)
-
-
-@final
-class AsyncMode(Mode):
-    """Async: each push is a step."""
-
-    record = AsyncState
-
-    def __init__(self, mode: Async, roster: Roster, state: AsyncState | None = None) -> None:
-        super().__init__(roster)
-        self.state: AsyncState = state or AsyncState()
-
-    def offer(self, push: Pushed, now: float) -> None:
-        self.state.ready[push.worker] = push
-
-    def withdraw(self, worker: str) -> None:
-        self.state.ready.pop(worker, None)
-
-    def decide(self, version: int, now: float) -> Decision | None:
-        ready = self.state.ready
-        if not ready:
-            return None
-        push = ready.pop(next(iter(ready)))
-        return Skip((push.worker,)) if push.skip else Step((push.worker,))
-
-    @property
-    def deadline(self) -> float | None:
-        return None

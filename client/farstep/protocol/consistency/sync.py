@@ -1,0 +1,96 @@
+"""Sync: a step is one push of each of N workers, of K of N (backup workers), or of every live one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from farstep.errors import invalid_option
+from farstep.protocol.consistency.mode import LARGEST, Mode, check_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class Sync(Mode):
+    """Apply one step for one push of each worker, summed in the order of their names and divided by their number.
+
+    `workers=N`: a step waits for all N. If the deadline passes first, nobody's gradients are applied and every waiting
+    worker learns so. If one of the workers skips the step, because its scaled gradients overflowed, all of them do, as
+    soon as all are there.
+
+    `workers=N, quorum=K`: a step is taken as soon as K pushes are there (backup workers, Chen et al. 2016) and divided
+    by the number of those who contributed. Deadlines are as above.
+
+    `workers="live"`: a step waits for every live worker. Whoever leaves, whose lease runs out, or who is missing at the
+    deadline is not waited for: the step is taken with the gradients that are there.
+
+    Late is a push whose gradient is older than a step that was made without its worker.
+
+    Attributes:
+        workers: how many workers there is room for; "live" for any number.
+        quorum: how many pushes make a step; None for those of all workers.
+        deadline_s: seconds from the first push of a step until it is not waited for any more.
+        late: "refuse" answers a late push with the present parameters and does not apply it (`last_step.applied` is
+            false, `last_step.reason` "late"); "fold" takes it as its worker's part in the step that is being collected.
+
+    Raises:
+        InvalidOption: a worker count below 1, a quorum that cannot be, a deadline that is not positive or over a week.
+    """
+
+    workers: int | Literal["live"]
+    quorum: int | None = None
+    deadline_s: float = 60.0
+    late: Literal["refuse", "fold"] = "refuse"
+
+    mode: ClassVar[str] = "sync"
+    shown: ClassVar[str] = "farstep.Sync(workers=...)"
+
+    def __post_init__(self) -> None:
+        super(Sync, self).__post_init__()  # slots make another class of this one, which super() alone does not know
+        workers, quorum = self.workers, self.quorum
+        if not _is_live(workers) and (type(workers) is not int or not 1 <= workers <= LARGEST):
+            raise invalid_option(
+                f"Invalid workers: {workers!r:.80}. Must be an int from 1 to 2**53, or 'live'.", "workers"
+            )
+        if quorum is not None and (type(quorum) is not int or workers == "live" or not 1 <= quorum <= workers):
+            raise invalid_option(
+                f"Invalid quorum: {quorum!r:.80}. Must be an int from 1 to the number of workers; with workers='live' "
+                "there is none.",
+                "quorum",
+            )
+        check_seconds("deadline_s", self.deadline_s)
+        if self.late not in ("refuse", "fold"):
+            raise invalid_option(f"Invalid late: {self.late!r:.80}. There are refuse and fold.", "late")
+
+    @property
+    def waits_for_others(self) -> bool:
+        """Return whether a step takes more than one worker, or may."""
+        return self.workers != 1
+
+    @property
+    def longest_wait_s(self) -> float:
+        """Return the deadline."""
+        return self.deadline_s
+
+    def for_one(self) -> Sync:
+        """Return a mode of one worker with the same times."""
+        return Sync(workers=1, deadline_s=self.deadline_s, lease_s=self.lease_s)
+
+    @property
+    def places(self) -> int | None:
+        """Return how many workers there is room for, None for any number."""
+        return None if self.workers == "live" else self.workers
+
+    @property
+    def partial(self) -> bool:
+        """Return whether a step can be made without a worker."""
+        return self.workers == "live" or self.quorum is not None
+
+    @property
+    def fewest(self) -> int:
+        """Return how many workers it takes at least to make a step."""
+        return 1 if self.workers == "live" else self.quorum or self.workers
+
+
+def _is_live(workers: object) -> bool:
+    """Return whether this is the word; an array, compared with it, has no truth."""
+    return isinstance(workers, str) and workers == "live"
