@@ -72,7 +72,7 @@ class Place:
 
     async def answer(self, spent: Intake | None) -> list[bytes]:
         """Return the payload of an answer in bfloat16."""
-        view = await self.host.reads.parameters(half="bfloat16", spent=spent)
+        view = await self.host.reads.parameters(codec="bfloat16", spent=spent)
         try:
             return [bytes(each) for each in view.views]
         finally:

@@ -99,18 +99,18 @@ def test_what_sessions_hold_is_counted_and_not_what_they_announce() -> None:
         sessions = registry(max_bytes=2000)
         for number in range(20):
             await sessions.place(plan(f"empty{number}", 200))
-        assert sessions.room.held_bytes == 0
+        assert sessions.budget.held_bytes == 0
         await filled(sessions, "a", 150)
-        assert sessions.room.held_bytes == 1200, "the state of Adagrad is as large as the parameters"
+        assert sessions.budget.held_bytes == 1200, "the state of Adagrad is as large as the parameters"
         with pytest.raises(Busy) as raised:
             await filled(sessions, "b", 101)
         assert raised.value.limit == 2000
         assert raised.value.extra == {"asked": 404, "available": 396}
-        assert sessions.room.held_bytes == 1200
+        assert sessions.budget.held_bytes == 1200
         await filled(sessions, "c", 100)
-        assert sessions.room.held_bytes == 2000
+        assert sessions.budget.held_bytes == 2000
         await sessions.remove("a")
-        assert sessions.room.held_bytes == 800
+        assert sessions.budget.held_bytes == 800
 
     asyncio.run(talk())
 

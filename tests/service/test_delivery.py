@@ -18,7 +18,7 @@ from farstep_service.layout import SegmentSpec
 from farstep_service.plan import Plan
 from farstep_service.session import Session
 from farstep_service.sessions.actor import Actor
-from farstep_service.sessions.shared_memory import Offer
+from farstep_service.sessions.shared_memory import SharedMemoryHandle
 
 LENGTHS = (5, 7, 4)
 
@@ -53,7 +53,7 @@ async def begun(made: OwnedSharedMemory) -> Actor:
     for view in intake.views:
         view[:] = bytes(len(view))
     await host.put(head, intake, "first")
-    await host.share("w0", Offer(1, made.key, os.getpid(), made.fd))
+    await host.share("w0", SharedMemoryHandle(1, made.key, os.getpid(), made.fd))
     return host
 
 

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 from farstep.errors import InvalidRequest
 from farstep_service.app import create_app
 from farstep_service.routes import documents, reading
-from farstep_service.routes.pieces import PIECE_CHARS, Reader
+from farstep_service.routes.pieces import PIECE_CHARS, JsonReader
 from farstep_service.server.process import loaded_for_good
 from farstep_service.settings import Settings
 from tests.support.service.raw import RawClient, session_document
@@ -274,7 +274,7 @@ TEXTS = [
 ]
 
 
-def generic(reader: Reader) -> object:
+def generic(reader: JsonReader) -> object:
     """Read any document, its lists and objects in pieces down to the second floor."""
     kind = reader.peek()
     if kind == "{":
@@ -282,13 +282,13 @@ def generic(reader: Reader) -> object:
     return list_or_value(reader)
 
 
-def whole(reader: Reader) -> object:
+def whole(reader: JsonReader) -> object:
     found = generic(reader)
     reader.end()
     return found
 
 
-def list_or_value(reader: Reader) -> object:
+def list_or_value(reader: JsonReader) -> object:
     return [reader.value() for _ in reader.elements()] if reader.peek() == "[" else reader.value()
 
 
@@ -296,7 +296,7 @@ def list_or_value(reader: Reader) -> object:
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_document_in_pieces_is_the_one_that_python_reads(text: bytes, size: int) -> None:
     """However its bytes are cut, it is read as `json.loads` reads it, and refused where that refuses it."""
-    reader = Reader([text[at : at + size] for at in range(0, len(text), size)])
+    reader = JsonReader([text[at : at + size] for at in range(0, len(text), size)])
     try:
         expected = json.loads(text)
     except ValueError:
@@ -310,9 +310,9 @@ def test_a_value_that_is_too_long_is_refused_where_it_begins() -> None:
     """One element cannot be so long that decoding it would be a turn of its own, and a key cannot be there twice."""
     long = b'{"a": [1, "' + b"x" * (2 * PIECE_CHARS) + b'"]}'
     with pytest.raises(InvalidRequest, match=re.escape(f"has more than {PIECE_CHARS} characters")):
-        generic(Reader([long]))
+        generic(JsonReader([long]))
     with pytest.raises(InvalidRequest, match="'a' is there twice"):
-        generic(Reader([b'{"a": 1, "a": 2}']))
+        generic(JsonReader([b'{"a": 1, "a": 2}']))
     with pytest.raises(ValidationError):
         documents.SessionDocument.model_validate({"name": "s"})
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from farstep_service.server.repeated import Head
+from farstep_service.server.repeated import RequestHead
 from tests.support.service.answers import read_answer
 from tests.support.service.echoing import Echo, echo, read_one, serving
 
@@ -21,7 +21,7 @@ def scope_of(*headers: tuple[bytes, bytes], version: str = "1.1") -> dict[str, A
 
 def test_a_head_is_recognised_with_its_body_and_nothing_else():
     """Less or more than one whole request is for the parser."""
-    head = Head.of(RAW + b"body", scope_of((b"host", b"x"), (b"content-length", b"4")))
+    head = RequestHead.of(RAW + b"body", scope_of((b"host", b"x"), (b"content-length", b"4")))
     assert head is not None
     assert head.begins(RAW + b"more")
     assert not head.begins(RAW + b"bod")
@@ -49,7 +49,7 @@ def test_a_head_is_recognised_with_its_body_and_nothing_else():
 )
 def test_a_head_that_says_more_is_parsed_each_time(headers: list[tuple[bytes, bytes]], version: str):
     """Whatever is about the connection, or where the body ends, is the parser's."""
-    assert Head.of(RAW + b"body", scope_of(*headers, version=version)) is None
+    assert RequestHead.of(RAW + b"body", scope_of(*headers, version=version)) is None
 
 
 def test_requests_with_the_same_head_have_bodies_of_their_own():

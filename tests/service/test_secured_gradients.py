@@ -25,7 +25,7 @@ from farstep_service.layout import SegmentSpec
 from farstep_service.optimizers.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.plan import Plan
 from farstep_service.session import Session
-from farstep_service.sessions import Actor, Answer, Offer
+from farstep_service.sessions import Actor, Answer, SharedMemoryHandle
 from tests.support.service.servers import running_server
 
 LENGTHS = (500, 7)
@@ -96,7 +96,7 @@ class Place:
         await self.host.put(head, intake, "first")
         for worker in ("w0", "w1"):
             self.made[worker] = own = make({"float32": sum(LENGTHS)})
-            await self.host.share(worker, Offer(1, own.key, os.getpid(), own.fd))
+            await self.host.share(worker, SharedMemoryHandle(1, own.key, os.getpid(), own.fd))
 
     def gradients(self, worker: str) -> Tensor:
         """Return a worker's own, where it shares them."""

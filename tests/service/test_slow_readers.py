@@ -13,7 +13,7 @@ import torch
 
 from farstep.errors import SessionLost
 from farstep.protocol import encode
-from farstep_service.sessions.readers import FAIR_BYTES_PER_S, GRACE_S, Kind, Readers, Seat
+from farstep_service.sessions.readers import FAIR_BYTES_PER_S, GRACE_S, Readers, ReadKind, ReadSlot
 from tests.support.service.answers import MSGPACK, opened, read_answer, read_head
 from tests.support.service.hosting import run
 from tests.support.service.raw import RawClient, RawWorker, payload_of
@@ -148,27 +148,27 @@ class Hall:
 
     def __init__(self) -> None:
         self.readers = Readers(lambda _: 200, self._freed)
-        self.freed: list[Kind] = []
+        self.freed: list[ReadKind] = []
         self.version = 0
 
-    async def _freed(self, kind: Kind) -> None:
+    async def _freed(self, kind: ReadKind) -> None:
         self.freed.append(kind)
         self.readers.admit(kind)
 
-    def enter(self, kind: Kind = "pull", outgoing: Answer | None = None) -> Seat | None:
+    def enter(self, kind: ReadKind = "pull", outgoing: Answer | None = None) -> ReadSlot | None:
         return self.readers.enter(kind, self.version, 100, outgoing)
 
-    def sat(self, kind: Kind = "pull", outgoing: Answer | None = None) -> Seat:
-        seat = self.enter(kind, outgoing)
-        assert seat is not None
-        return seat
+    def sat(self, kind: ReadKind = "pull", outgoing: Answer | None = None) -> ReadSlot:
+        slot = self.enter(kind, outgoing)
+        assert slot is not None
+        return slot
 
-    async def waiting(self) -> asyncio.Task[tuple[Seat, int]]:
-        """Begin to wait for a seat, which comes with the version that it is for."""
+    async def waiting(self) -> asyncio.Task[tuple[ReadSlot, int]]:
+        """Begin to wait for a slot, which comes with the version that it is for."""
 
-        def take() -> tuple[Seat, int] | None:
-            seat = self.enter()
-            return None if seat is None else (seat, self.version)
+        def take() -> tuple[ReadSlot, int] | None:
+            slot = self.enter()
+            return None if slot is None else (slot, self.version)
 
         before = self.readers.page.waiting
         task = asyncio.create_task(self.readers.wait("pull", take, lambda taken: taken[0].release()))
@@ -180,16 +180,16 @@ class Hall:
 def test_readers_of_a_version_count_once_and_kinds_do_not_wait_for_each_other() -> None:
     """A third version is too much for one kind of reader, and nothing to the others."""
     hall = Hall()
-    seats = [hall.sat(), hall.sat()]
+    slots = [hall.sat(), hall.sat()]
     hall.version = 1
-    seats += [hall.sat(), hall.sat()]
+    slots += [hall.sat(), hall.sat()]
     hall.version = 2
     assert hall.enter() is None
-    seats += [hall.sat("answer"), hall.sat("copy")]
+    slots += [hall.sat("answer"), hall.sat("copy")]
     assert (hall.readers.page.readers, hall.readers.page.held_bytes) == (6, 400)
-    for seat in seats:
-        seat.release()
-        seat.release()
+    for slot in slots:
+        slot.release()
+        slot.release()
     assert (hall.readers.page.readers, hall.readers.page.held_bytes) == (0, 0)
     hall.sat()
 
@@ -228,12 +228,12 @@ def test_a_reader_is_cut_if_it_is_slow_and_somebody_waits(rate: float, cut: bool
         hall.version = 1
         second = hall.sat()
         hall.version = 2
-        hall.readers._rooms["pull"].watch()
+        hall.readers._budgets["pull"].watch()
         assert not answer.cuts
         task = await hall.waiting()
         assert not answer.cuts, "on the whole it was fast"
         answer.seconds, answer.taken = 100 + 2 * GRACE_S, 1000 * MIB + int(rate * 2 * GRACE_S * FAIR_BYTES_PER_S)
-        hall.readers._rooms["pull"].watch()
+        hall.readers._budgets["pull"].watch()
         assert bool(answer.cuts) == cut
         assert hall.readers.page.cut == cut
         first.release()
@@ -249,9 +249,9 @@ def test_a_session_that_ends_tells_those_who_wait() -> None:
 
     async def body() -> None:
         hall = Hall()
-        seats = [hall.sat()]
+        slots = [hall.sat()]
         hall.version = 1
-        seats.append(hall.sat())
+        slots.append(hall.sat())
         hall.version = 2
         task = await hall.waiting()
         hall.readers.close(lambda: SessionLost("gone"))

@@ -8,7 +8,7 @@ import socket
 
 from starlette.types import Receive, Scope, Send
 
-from farstep_service.server.turns import TURN_S, Turns
+from farstep_service.server.connection_turns import TURN_S, ConnectionTurns
 from tests.support.service.echoing import serving
 
 GET = b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n"
@@ -17,7 +17,7 @@ GET = b"GET /%s HTTP/1.1\r\nhost: x\r\n\r\n"
 class Backlog:
     """A connection with requests that wait."""
 
-    def __init__(self, name: str, count: int, turns: Turns, order: list[str]) -> None:
+    def __init__(self, name: str, count: int, turns: ConnectionTurns, order: list[str]) -> None:
         self.name, self.left, self.turns, self.order = name, count, turns, order
         turns.wait(self)
 
@@ -34,7 +34,7 @@ def turned(step_s: float, counts: dict[str, int]) -> list[str]:
     async def talk() -> list[str]:
         order: list[str] = []
         clock = itertools.count()
-        turns = Turns(asyncio.get_running_loop(), lambda: step_s * next(clock))
+        turns = ConnectionTurns(asyncio.get_running_loop(), lambda: step_s * next(clock))
         waiting = [Backlog(name, count, turns, order) for name, count in counts.items()]
         while any(each.left for each in waiting):
             await asyncio.sleep(0)

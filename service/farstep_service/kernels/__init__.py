@@ -1,17 +1,17 @@
 """What runs the rules over memory: torch's own operations, or kernels compiled ahead of time."""
 
-from farstep_service.kernels.kernel import At, Call, Kernel, KernelSource, Progress, Rerun, Write, cut
+from farstep_service.kernels.kernel import Call, Kernel, KernelSource, Position, Progress, Rerun, Write, cut
 from farstep_service.kernels.kernels import MODES, Kernels, KernelStatus, Mode, possible, usual
 
 __all__ = [
     "MODES",
-    "At",
     "Call",
     "Kernel",
     "KernelSource",
     "KernelStatus",
     "Kernels",
     "Mode",
+    "Position",
     "Progress",
     "Rerun",
     "Write",

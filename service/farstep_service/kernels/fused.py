@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from farstep.protocol.memory import TORCH_DTYPES
-from farstep_service.kernels.kernel import At, Call, Kernel, Progress, cut
+from farstep_service.kernels.kernel import Call, Kernel, Position, Progress, cut
 from farstep_service.kernels.native import LONG_FROM, Program
 from farstep_service.kernels.program import LEAST
 from farstep_service.kernels.reference import ReferenceKernel
@@ -27,7 +27,7 @@ BATCH = 2**21
 WIDEN = 2**18
 """Elements that are widened together; a multiple of any vector's length, so that cuts change no bit."""
 NUMBERS_KEPT = 256
-HALVES = frozenset({torch.float16, torch.bfloat16})
+HALF_PRECISION = frozenset({torch.float16, torch.bfloat16})
 
 
 class _Key(NamedTuple):
@@ -46,7 +46,7 @@ class _Key(NamedTuple):
 class _Piece(NamedTuple):
     """A program with its inputs, how many elements it takes, and the point that follows it."""
 
-    then: At
+    then: Position
     program: Program
     inputs: list[Tensor]
     length: int
@@ -94,7 +94,11 @@ class FusedKernel(Kernel):
         while progress.at.call < len(calls):
             at, call = progress.at, calls[progress.at.call]
             # One that has begun goes on in blocks, though its program may be ready by now.
-            if _is_narrow(call) and call.p.numel() - at.element >= LEAST and (at.element or not self._has(call)):
+            if (
+                _is_half_precision(call)
+                and call.p.numel() - at.element >= LEAST
+                and (at.element or not self._has(call))
+            ):
                 _run([self._widened(at, call)], progress)
             elif at.element or call.p.numel() < LEAST:
                 self._reference.execute(calls[: at.call + 1], progress)
@@ -110,22 +114,22 @@ class FusedKernel(Kernel):
         pieces = []
         for index in range(start, len(calls)):
             call = calls[index]
-            if call.p.numel() < LEAST or (_is_narrow(call) and not self._has(call)):
+            if call.p.numel() < LEAST or (_is_half_precision(call) and not self._has(call)):
                 break
-            pieces.append(self._piece(call, At(index + 1)))
+            pieces.append(self._piece(call, Position(index + 1)))
         return pieces
 
-    def _widened(self, at: At, call: Call) -> _Piece:
+    def _widened(self, at: Position, call: Call) -> _Piece:
         """Return the next block of a call whose gradients are widened first."""
         length = call.p.numel()
         stop = at.element + WIDEN
         if length - stop < LEAST:
             stop = length
         part = cut(call, at.element, stop)
-        then = At(at.call + 1) if stop == length else At(at.call, stop)
+        then = Position(at.call + 1) if stop == length else Position(at.call, stop)
         return self._piece(part._replace(g=part.g.to(part.p.dtype)), then)
 
-    def _piece(self, call: Call, then: At) -> _Piece:
+    def _piece(self, call: Call, then: Position) -> _Piece:
         _check(call)
         p, g, state, out, scalars, copy, _ = call
         key, length = _Key.of(call), p.numel()
@@ -179,7 +183,7 @@ def _check(call: Call) -> None:
     Whether there is a program for the dtypes of gradients and copy is seen when it is looked for.
     """
     shape, dtype = call.p.shape, call.p.dtype
-    alike = (call.p, call.out, *call.state.values(), *([] if _is_narrow(call) else [call.g]))
+    alike = (call.p, call.out, *call.state.values(), *([] if _is_half_precision(call) else [call.g]))
     for tensor in (*alike, call.g, *([] if call.copy is None else [call.copy])):
         if tensor.shape != shape or not tensor.is_contiguous():
             raise ValueError(f"A kernel's tensors differ: {shape} {dtype}, {tensor.shape} {tensor.dtype}.")
@@ -188,5 +192,5 @@ def _check(call: Call) -> None:
             raise ValueError(f"A kernel's tensors differ: {shape} {dtype}, {tensor.shape} {tensor.dtype}.")
 
 
-def _is_narrow(call: Call) -> bool:
-    return call.g.dtype in HALVES and call.g.dtype is not call.p.dtype
+def _is_half_precision(call: Call) -> bool:
+    return call.g.dtype in HALF_PRECISION and call.g.dtype is not call.p.dtype

@@ -5,7 +5,8 @@
     Kernel         carries a list of calls out                                        kernels/reference.py, fused.py
     KernelSource   chooses the kernel of a step                                       kernels/kernels.py
 
-A kernel computes the new values of a call, a `Write` each, and then commits them; `At` is a point between two commits.
+A kernel computes the new values of a call, a `Write` each, and then commits them. A `Position` is a point between two
+commits.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Write(NamedTuple):
             self.into.index_copy_(0, self.rows, self.values)
 
 
-class At(NamedTuple):
+class Position(NamedTuple):
     """A point in a list of calls: this many are done, and so many elements of the next.
 
     `writes` are computed and may be half carried out; whoever continues carries all of them out again, after which
@@ -95,11 +96,11 @@ class Rerun(NamedTuple):
 class Progress:
     """How far a list of calls has come: one attribute, so that no interrupt sees half of a change."""
 
-    at: At = field(default_factory=At)
+    at: Position = field(default_factory=Position)
 
     def commit(self, writes: Iterable[Write], *, call: int, element: int = 0) -> None:
         """Carry writes out and move on to the point that follows them."""
-        self.at = At(self.at.call, self.at.element, tuple(writes), (call, element))
+        self.at = Position(self.at.call, self.at.element, tuple(writes), (call, element))
         self.resume()
 
     def resume(self) -> None:
@@ -107,7 +108,7 @@ class Progress:
         if self.at.writes:
             for write in self.at.writes:
                 write.commit()
-            self.at = At(*self.at.then)
+            self.at = Position(*self.at.then)
 
 
 class Kernel(ABC):

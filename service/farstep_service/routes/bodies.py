@@ -27,7 +27,7 @@ TAIL_BYTES = 128 * 1024
 """Size of the copied end of an answer. uvicorn reports a write as drained when up to 16 KiB of it are left in its
 buffer; these must not be memory that the next step writes to."""
 
-Place = Callable[[dict[str, Any], int], Sequence[memoryview]]
+BuffersFor = Callable[[dict[str, Any], int], Sequence[memoryview]]
 """Given the header and the bytes of the body, `AtMost` where it comes in chunks, return where the payload goes."""
 
 
@@ -101,9 +101,12 @@ class _Message:
     """A message on its way into memory, and its fingerprint."""
 
     def __init__(
-        self, place: Callable[[dict[str, Any]], Sequence[memoryview]], arrived: Callable[[int], None], most_bytes: int
+        self,
+        buffers_for: Callable[[dict[str, Any]], Sequence[memoryview]],
+        arrived: Callable[[int], None],
+        most_bytes: int,
     ) -> None:
-        self._decoder = Decoder(place)
+        self._decoder = Decoder(buffers_for)
         self._arrived = arrived
         self._most_bytes = self._left = most_bytes
         self._digest = xxhash.xxh3_128()
@@ -143,9 +146,15 @@ def _ignored(received: int) -> None:
 
 
 async def read_body(
-    scope: Scope, receive: Receive, place: Place, *, largest: int, pace: Pace, arrived: Callable[[int], None] = _ignored
+    scope: Scope,
+    receive: Receive,
+    buffers_for: BuffersFor,
+    *,
+    largest: int,
+    pace: Pace,
+    arrived: Callable[[int], None] = _ignored,
 ) -> Body:
-    """Receive one message into the memory that `place` names.
+    """Receive one message into the memory that `buffers_for` names.
 
     Args:
         arrived: told how many bytes of the payload are there, as they come.
@@ -155,11 +164,11 @@ async def read_body(
     Raises:
         InvalidRequest: the body is not a message of the protocol, or was cut off, or stalled.
         ClientDisconnect: the connection is gone.
-        FarstepError: what `place` raises about the header.
+        FarstepError: what `buffers_for` raises about the header.
     """
     size = declared(scope, MSGPACK, largest)
     announced = AtMost(largest) if size is None else size
-    message = _Message(lambda header: place(header, announced), arrived, announced)
+    message = _Message(lambda header: buffers_for(header, announced), arrived, announced)
     receive_into = scope.get("extensions", {}).get(RECEIVE_INTO)
     if receive_into is not None:
         await receive_into(message, size, pace)

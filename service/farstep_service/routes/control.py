@@ -40,7 +40,7 @@ from farstep_service.routes.documents import (
 )
 from farstep_service.routes.problems import PROBLEM, Problem, over_unix
 from farstep_service.routes.reading import DocumentRoute
-from farstep_service.sessions import Actor, Offer, WorkerPage
+from farstep_service.sessions import Actor, SharedMemoryHandle, WorkerPage
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 
@@ -248,9 +248,9 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             optimizers=sorted(METHODS),
             sessions=len(registry),
             parameter_bytes=registry.parameter_bytes,
-            held_bytes=registry.room.held_bytes,
-            in_flight_bytes=registry.room.in_flight_bytes,
-            max_bytes=registry.room.limit_bytes,
+            held_bytes=registry.budget.held_bytes,
+            in_flight_bytes=registry.budget.in_flight_bytes,
+            max_bytes=registry.budget.limit_bytes,
             available_bytes=available_bytes(settings.device),
             authentication=bool(settings.tokens),
         )
@@ -361,7 +361,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             raise InvalidOption("Memory is shared over a unix socket only.", field="memory")
         actor = registry.find(name)
         registry.check_room_to_share(actor)
-        await actor.share(worker, Offer(document.epoch, document.key, document.pid, document.fd))
+        await actor.share(worker, SharedMemoryHandle(document.epoch, document.key, document.pid, document.fd))
         return Response(status_code=204)
 
     @router.delete("/v1/sessions/{name}/workers/{worker}", tags=["workers"], status_code=204)

@@ -39,7 +39,7 @@ from farstep_service.sessions import OVERHEAD_BYTES, Actor, Answer, AtMost, Inta
 from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 
-Head = TypeVar("Head", PushHead, PutHead, AppendHead)
+WriteHead = TypeVar("WriteHead", PushHead, PutHead, AppendHead)
 QUERY = frozenset({"fields", "segments", "wire_parameters", "worker", "epoch"})
 """What the query of a pull may say."""
 Reserve = Callable[[int], None]
@@ -68,15 +68,15 @@ class Endpoint(ABC):
         reserve: Reserve,
         scope: Scope,
         receive: Receive,
-        parse: Callable[[Mapping[str, Any]], Head],
-        begin: Callable[[Head, int], Intake],
+        parse: Callable[[Mapping[str, Any]], WriteHead],
+        begin: Callable[[WriteHead, int], Intake],
         *,
         largest: int,
-    ) -> tuple[Head, Intake, str]:
+    ) -> tuple[WriteHead, Intake, str]:
         """Receive a body into the memory that `begin` names, and return its header, that memory and its fingerprint."""
-        parts: list[tuple[Head, Intake]] = []
+        parts: list[tuple[WriteHead, Intake]] = []
 
-        def place(header: dict[str, Any], body_bytes: int) -> Sequence[memoryview]:
+        def buffers_for(header: dict[str, Any], body_bytes: int) -> Sequence[memoryview]:
             head = parse(header)
             known = not isinstance(body_bytes, AtMost)
             if known:
@@ -92,12 +92,12 @@ class Endpoint(ABC):
                 intake.arrived(received)
 
         pace = Pace(self._settings.idle_body_s)
-        body = await read_body(scope, receive, place, largest=largest, pace=pace, arrived=arrived)
+        body = await read_body(scope, receive, buffers_for, largest=largest, pace=pace, arrived=arrived)
         ((head, intake),) = parts
         return head, intake, body.fingerprint
 
 
-class Push(Endpoint):
+class PushEndpoint(Endpoint):
     """Take gradients in, answer with the receipt and the parameters asked for."""
 
     async def serve(self, actor: Actor, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
@@ -133,7 +133,7 @@ class Push(Endpoint):
         await answer_view(send, header, view, delivered=delivered)
 
 
-class Contents(Endpoint):
+class ContentsEndpoint(Endpoint):
     """Give and take parameters and optimizer state."""
 
     async def serve(self, actor: Actor, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
@@ -167,7 +167,7 @@ class Contents(Endpoint):
         outgoing = outgoing_of(scope)
         header = {"v": VERSION, "incarnation": actor.incarnation}
         if whole:
-            view = await actor.reads.parameters(half=codec, reader=reader, outgoing=outgoing)
+            view = await actor.reads.parameters(codec=codec, reader=reader, outgoing=outgoing)
             await answer_view(send, {**header, "fields": list(view.fields)}, view)
             return
         async with actor.reads.copying(size, outgoing):
@@ -175,7 +175,7 @@ class Contents(Endpoint):
             await answer_view(send, {**header, "fields": list(view.fields)}, view)
 
 
-class Groups(Endpoint):
+class GroupsEndpoint(Endpoint):
     """Take a param group in; answer with the receipt, and to a worker that had to learn the group with parameters."""
 
     async def serve(self, actor: Actor, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
@@ -298,7 +298,7 @@ def _header(actor: Actor, answer: Answer, times: dict[str, float]) -> dict[str, 
 def data_routes(registry: Registry, settings: Settings) -> list[Route]:
     """Return the data routes of a server."""
     return [
-        Route("/v1/sessions/{name}/push", Push(registry, settings), methods=["POST"]),
-        Route("/v1/sessions/{name}/groups", Groups(registry, settings), methods=["POST"]),
-        Route("/v1/sessions/{name}/contents", Contents(registry, settings), methods=["GET", "PUT"]),
+        Route("/v1/sessions/{name}/push", PushEndpoint(registry, settings), methods=["POST"]),
+        Route("/v1/sessions/{name}/groups", GroupsEndpoint(registry, settings), methods=["POST"]),
+        Route("/v1/sessions/{name}/contents", ContentsEndpoint(registry, settings), methods=["GET", "PUT"]),
     ]

@@ -33,7 +33,7 @@ _DECODER: Final = json.JSONDecoder()
 
 
 @final
-class Reader:
+class JsonReader:
     """Read one document from its first character to its last.
 
     Each value is read by one of `value`, `elements` and `members`, in the order in which values come.

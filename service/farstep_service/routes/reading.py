@@ -33,7 +33,7 @@ from farstep_service.routes.documents import (
     Whole,
     spec_of,
 )
-from farstep_service.routes.pieces import Reader
+from farstep_service.routes.pieces import JsonReader
 from farstep_service.routes.problems import too_large
 
 SMALL_BYTES: Final = 16 * 1024
@@ -42,7 +42,7 @@ BATCH: Final = 128
 """Elements that are checked together."""
 
 Element = TypeVar("Element")
-Pieced = Callable[[Reader], object]
+Pieced = Callable[[JsonReader], object]
 """Reads one large field of a document, and checks it."""
 
 _SEGMENTS = TypeAdapter(Annotated[list[SegmentDocument], FailFast()])
@@ -50,7 +50,7 @@ _GROUPS = TypeAdapter(Annotated[list[Options], FailFast()], config=ConfigDict(st
 _CHANGES = TypeAdapter(dict[GroupNumber, Options], config=ConfigDict(strict=True))
 
 
-def _checked(field: str, reader: Reader, check: TypeAdapter[list[Element]], most: int) -> Iterator[Element]:
+def _checked(field: str, reader: JsonReader, check: TypeAdapter[list[Element]], most: int) -> Iterator[Element]:
     """Read a list and yield its elements, which were checked in batches.
 
     Raises:
@@ -80,7 +80,7 @@ def _valid(field: str, check: TypeAdapter[list[Element]], batch: list[object], n
         raise RequestValidationError([{**first, "loc": ("body", field, number + int(index), *where)}]) from None
 
 
-def _segments(reader: Reader) -> object:
+def _segments(reader: JsonReader) -> object:
     """Read the parameters of a session, which become its layout as they come."""
     if reader.peek() != "[":
         return reader.value()
@@ -88,14 +88,14 @@ def _segments(reader: Reader) -> object:
     return layout if layout.segments else []
 
 
-def _groups(reader: Reader) -> object:
+def _groups(reader: JsonReader) -> object:
     """Read the options of param groups."""
     if reader.peek() != "[":
         return reader.value()
     return Read(_checked("groups", reader, _GROUPS, MAX_GROUPS)) or []
 
 
-def _changes(reader: Reader) -> object:
+def _changes(reader: JsonReader) -> object:
     """Read changed options by param group number."""
     if reader.peek() != "{":
         return reader.value()
@@ -127,7 +127,7 @@ def read(chunks: Iterable[bytes], model: type[Whole], pieced: Mapping[str, Piece
         InvalidRequest, LimitExceeded, RequestValidationError: it is no JSON, or the first thing that is wrong with it.
         TensorMismatch: a parameter that cannot be stored.
     """
-    reader = Reader(chunks)
+    reader = JsonReader(chunks)
     if reader.peek() != "{":
         document = reader.value()
         reader.end()
@@ -136,7 +136,7 @@ def read(chunks: Iterable[bytes], model: type[Whole], pieced: Mapping[str, Piece
     for key in reader.members():
         if key not in model.model_fields:
             raise InvalidRequest(f"There is no field {key[:80]!r}.", field=key[:80])
-        found[key] = pieced.get(key, Reader.value)(reader)
+        found[key] = pieced.get(key, JsonReader.value)(reader)
     reader.end()
     return found
 

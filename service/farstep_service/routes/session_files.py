@@ -33,7 +33,7 @@ LARGEST = 2**63
 
 
 @final
-class SessionFile:
+class SessionFileEndpoint:
     """Give and take sessions as files."""
 
     def __init__(self, registry: Registry, settings: Settings) -> None:
@@ -122,4 +122,4 @@ class Incoming:
 
 def session_file_routes(registry: Registry, settings: Settings) -> list[Route]:
     """Return the routes of session files."""
-    return [Route("/v1/sessions/{name}/file", SessionFile(registry, settings), methods=["GET", "PUT"])]
+    return [Route("/v1/sessions/{name}/file", SessionFileEndpoint(registry, settings), methods=["GET", "PUT"])]

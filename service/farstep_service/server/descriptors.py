@@ -30,7 +30,7 @@ PAUSE_S = 0.05
 log = logging.getLogger("farstep.server")
 
 
-class Connection(Protocol):
+class Evictable(Protocol):
     """A connection that may have to make room."""
 
     @property
@@ -62,9 +62,7 @@ class Descriptors:
         self._silent_until = -inf
         self._crowd = inf
 
-    def are_enough(
-        self, number: int, reserve: int, connection: Connection, connections: Collection[Connection]
-    ) -> bool:
+    def are_enough(self, number: int, reserve: int, connection: Evictable, connections: Collection[Evictable]) -> bool:
         """Return whether a new connection may stay; where hardly a descriptor is left, another one makes room for it.
 
         Args:
@@ -81,7 +79,7 @@ class Descriptors:
         # Those who make room leave low numbers behind: the next ones get them, and make the crowd no smaller.
         return others < self._crowd or self.make_room(each for each in connections if each is not connection)
 
-    def make_room(self, others: Iterable[Connection]) -> bool:
+    def make_room(self, others: Iterable[Evictable]) -> bool:
         """Close the connection that has waited longest, and return whether there was one."""
         now = self._clock()
         if now >= self._silent_until:
@@ -99,7 +97,7 @@ class Descriptors:
 
 
 async def accept(
-    listening: socket.socket, protocol: Callable[[], asyncio.BaseProtocol], connections: Iterable[Connection]
+    listening: socket.socket, protocol: Callable[[], asyncio.BaseProtocol], connections: Iterable[Evictable]
 ) -> None:
     """Accept connections until cancelled.
 

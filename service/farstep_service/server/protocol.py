@@ -34,11 +34,11 @@ from farstep.errors import InvalidRequest, LimitExceeded
 from farstep_service.routes import ADMITTED, RECEIVE_INTO, Pace, Sink
 from farstep_service.server.answering import Answering
 from farstep_service.server.connection import Connection
+from farstep_service.server.connection_turns import connection_turns
 from farstep_service.server.framing import Framing, Heading, Sized, framing_of
 from farstep_service.server.parsing import Parser
-from farstep_service.server.receiving import Reading
-from farstep_service.server.repeated import Head
-from farstep_service.server.turns import turns_of
+from farstep_service.server.receiving import BodyReceiver
+from farstep_service.server.repeated import RequestHead
 from farstep_service.sessions.coroutines import begin
 
 HEADERS_TOO_LARGE = 431
@@ -53,7 +53,7 @@ class Protocol(Connection):
     _drop_bytes = 0
     _paused = False
     _waits = False
-    _head: Head | None = None
+    _head: RequestHead | None = None
     _next: tuple[RequestResponseCycle, ASGI3Application] | None = None
 
     # -- what comes -------------------------------------------------------------------------------------------------
@@ -96,7 +96,7 @@ class Protocol(Connection):
         early = bool(self._rest)
         if early and self._framing is None and self.cycle.response_complete and not self._waits:
             self._waits = True
-            turns_of(self.loop).wait(self)
+            connection_turns(self.loop).wait(self)
         if early != self._paused and not self._lent:
             self._paused = early
             if early:
@@ -157,7 +157,7 @@ class Protocol(Connection):
         if not framing.over:
             self.parser = Parser(self)  # type: ignore[assignment]  # this one would wait for a body
         if whole and isinstance(framing, Sized) and framing.left == len(self._rest):
-            self._head = Head.of(whole + self._rest, cast("dict[str, Any]", self.scope))
+            self._head = RequestHead.of(whole + self._rest, cast("dict[str, Any]", self.scope))
 
     def on_headers_complete(self) -> None:
         self._begun = True
@@ -188,7 +188,7 @@ class Protocol(Connection):
             and not self.transport.is_closing()
         )
 
-    def _repeat(self, head: Head, body: bytes) -> None:
+    def _repeat(self, head: RequestHead, body: bytes) -> None:
         """Begin a request whose head came before, and which is complete."""
         self._within(None)
         scope = head.scope()
@@ -266,20 +266,22 @@ class Protocol(Connection):
             cycle.waiting_for_100_continue = False
         left = None if size is None else size - len(begun)
         dropped = self.limits.dropped
-        reading = Reading(self.transport, sink, framing, left, pace, dropped, self._take_back, self.connection_lost)
+        receiver = BodyReceiver(
+            self.transport, sink, framing, left, pace, dropped, self._take_back, self.connection_lost
+        )
         self.flow.read_paused = False
         self._within(None)
         self._lent = True
         try:
-            reading.start()
+            receiver.start()
             sink.feed(begun)
-            await reading.wait()
+            await receiver.wait()
         except BaseException:
-            cycle.keep_alive &= not reading.ill_framed
-            reading.drop()
+            cycle.keep_alive &= not receiver.ill_framed
+            receiver.drop()
             raise
         finally:
-            del reading  # an error in it and this frame would keep each other
+            del receiver  # an error in it and this frame would keep each other
 
     def _take_back(self, rest: bytes) -> None:
         """Go on with a connection that was lent for the length of a body."""

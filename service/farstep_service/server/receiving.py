@@ -30,7 +30,7 @@ DIRECT_BYTES = 16 * 1024
 
 
 @final
-class Reading(asyncio.BufferedProtocol):
+class BodyReceiver(asyncio.BufferedProtocol):
     """Receive the rest of a body.
 
     Args:

@@ -24,7 +24,7 @@ PLAIN = frozenset({b"host", b"user-agent", b"accept", b"accept-encoding", b"auth
 
 
 @final
-class Head:
+class RequestHead:
     """A head that may come again.
 
     Attributes:

@@ -27,7 +27,7 @@ import uvicorn
 
 from farstep.protocol.unix import url_of_path
 from farstep_service.limits import CONNECTION
-from farstep_service.server.descriptors import Connection, accept
+from farstep_service.server.descriptors import Evictable, accept
 from farstep_service.server.process import (
     check_device,
     check_device_name,
@@ -109,7 +109,7 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
             service = create_app(settings)
 
         listening = Listening(
-            **_places(settings, sockets[0]),
+            **_addresses(settings, sockets[0]),
             device=settings.device,
             steps=settings.threads,
             threads=torch.get_num_threads(),
@@ -131,7 +131,7 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
             access_log=False,
             log_config=None,
         )
-        server = _Announcing(config, lambda: announce(listening), service.interrupt)
+        server = _Server(config, lambda: announce(listening), service.interrupt)
         server.run(sockets=sockets)
 
 
@@ -145,7 +145,7 @@ def _sockets(settings: Settings) -> Iterator[list[socket.socket]]:
         yield sockets
 
 
-def _places(settings: Settings, first: socket.socket) -> _Places:
+def _addresses(settings: Settings, first: socket.socket) -> _Addresses:
     unix = url_of_path(settings.unix) if settings.unix else ""
     if not settings.tcp:
         return {"url": unix, "address": "", "port": 0, "unix": unix}
@@ -153,14 +153,14 @@ def _places(settings: Settings, first: socket.socket) -> _Places:
     return {"url": url_of(first), "address": address, "port": port, "unix": unix}
 
 
-class _Places(TypedDict):
+class _Addresses(TypedDict):
     url: str
     address: str
     port: int
     unix: str
 
 
-class _Announcing(uvicorn.Server):
+class _Server(uvicorn.Server):
     """Says when requests are answered, and when they will not be for long."""
 
     def __init__(
@@ -184,7 +184,7 @@ class _Announcing(uvicorn.Server):
             made: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
             return made(config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
 
-        connections = cast("set[Connection]", self.server_state.connections)
+        connections = cast("set[Evictable]", self.server_state.connections)
         self._accepting = [asyncio.create_task(accept(sock, protocol, connections)) for sock in sockets or ()]
         self._announce()
 

@@ -14,7 +14,7 @@ from farstep_service.sessions.answers import (
     WorkerPage,
 )
 from farstep_service.sessions.readers import Outgoing
-from farstep_service.sessions.shared_memory import Offer, nbytes_beside
+from farstep_service.sessions.shared_memory import SharedMemoryHandle, nbytes_beside
 
 __all__ = [
     "OVERHEAD_BYTES",
@@ -23,10 +23,10 @@ __all__ = [
     "AtMost",
     "Intake",
     "Joined",
-    "Offer",
     "Outgoing",
     "Reader",
     "Renewed",
+    "SharedMemoryHandle",
     "Summary",
     "View",
     "WorkerPage",

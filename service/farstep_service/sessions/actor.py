@@ -18,11 +18,11 @@ from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep_service.plan import Plan
 from farstep_service.session import Outcomes, Session
 from farstep_service.sessions.answers import Answer, Intake, Joined, Renewed, Summary, View, WorkerPage
+from farstep_service.sessions.memory_budget import SessionMemory
 from farstep_service.sessions.reads import Reads
-from farstep_service.sessions.room import Share
-from farstep_service.sessions.shared_memory import Areas, Offer, not_shared
+from farstep_service.sessions.shared_memory import SharedMemories, SharedMemoryHandle, not_shared
 from farstep_service.sessions.turns import Turns
-from farstep_service.sessions.views import ContentsIntake, HeldView, NarrowedView, PushIntake
+from farstep_service.sessions.views import ContentsIntake, EncodedView, HeldView, PushIntake
 from farstep_service.settings import HELD_VERSIONS
 
 INLINE_GROUPS: Final = 100
@@ -49,16 +49,16 @@ class Actor:
         session: Session,
         executor: Executor,
         clock: Callable[[], float] = time.monotonic,
-        share: Share | None = None,
+        share: SessionMemory | None = None,
         versions: int = HELD_VERSIONS,
     ) -> None:
         self.name = session.plan.name
         self.incarnation = session.incarnation
         self._session = session
-        self._share = share or Share()
+        self._share = share or SessionMemory()
         self._turns = Turns(session, executor, clock)
         self.reads = Reads(session, self._turns, executor, versions)
-        self._areas = Areas()
+        self._shared_memories = SharedMemories()
 
     @property
     def plan(self) -> Plan:
@@ -204,9 +204,9 @@ class Actor:
     @property
     def shared_bytes(self) -> int:
         """The bytes of the memory that workers share with the session."""
-        return self._areas.nbytes
+        return self._shared_memories.nbytes
 
-    async def share(self, worker: str, offer: Offer) -> None:
+    async def share(self, worker: str, handle: SharedMemoryHandle) -> None:
         """Map memory of a worker, in the place of what it shared before, for as long as its epoch lasts.
 
         Raises:
@@ -215,11 +215,11 @@ class Actor:
         """
         async with self._turns.lock:
             self._turns.check_open()
-            if self._session.position(worker)[0] != offer.epoch or not offer.epoch:
-                raise Fenced(f"Epoch {offer.epoch} of worker {worker!r} is not the current one.", field="epoch")
+            if self._session.position(worker)[0] != handle.epoch or not handle.epoch:
+                raise Fenced(f"Epoch {handle.epoch} of worker {worker!r} is not the current one.", field="epoch")
             if self._session.layout_of(worker) is not self.plan.layout:
                 raise not_shared("the worker does not know all param groups")
-            self._areas.share(worker, offer, self.plan)
+            self._shared_memories.share(worker, handle, self.plan)
             self._share.note(self._held_bytes())
 
     async def deliver(self, head: PushHead, view: View, spent: Intake | None) -> bool:
@@ -228,10 +228,10 @@ class Actor:
         Args:
             spent: the push's, whose step has put most of them there already.
         """
-        shared = self._areas.delivering(head)
+        shared = self._shared_memories.delivering(head)
         if shared is None or view.count != len(shared.layout.segments):
             return False
-        if not isinstance(view, HeldView | NarrowedView):
+        if not isinstance(view, HeldView | EncodedView):
             return False
         copy_to, there = view.copy_to_, frozenset[int]()
         if isinstance(spent, PushIntake) and spent.contribution.copy is shared.parameters:
@@ -240,11 +240,11 @@ class Actor:
         return True
 
     def _held_bytes(self) -> int:
-        return self._session.held_bytes + self._areas.nbytes + self.reads.nbytes
+        return self._session.held_bytes + self._shared_memories.nbytes + self.reads.nbytes
 
     def _unshare(self) -> None:
         """Let go of the memory of epochs that are over."""
-        self._areas.keep_only(lambda worker: self._session.position(worker)[0])
+        self._shared_memories.keep_only(lambda worker: self._session.position(worker)[0])
         self._share.note(self._held_bytes())
 
     # -- writes -----------------------------------------------------------------------------------------------------
@@ -255,12 +255,12 @@ class Actor:
         self._session.check(head.name, head.incarnation)
         contribution = self._session.contribution(head)
         watch = self.plan.nonfinite != "allow"
-        return PushIntake(contribution, body_bytes, self._areas.gradients_in(head, contribution), watch=watch)
+        return PushIntake(contribution, body_bytes, self._shared_memories.gradients_in(head, contribution), watch=watch)
 
     async def push(self, head: PushHead, intake: Intake, fingerprint: str) -> Answer:
         """Take a complete push in and wait for what becomes of it."""
         contribution = cast(PushIntake, intake).contribution
-        contribution.copy = self._areas.copy_of(head, contribution)
+        contribution.copy = self._shared_memories.copy_of(head, contribution)
         answer = await self._write(
             head.name,
             lambda: self._session.push(head, contribution, fingerprint, self._turns.clock()),
@@ -344,5 +344,5 @@ class Actor:
         async with self._turns.lock:
             self._turns.close()
             self.reads.close()
-            self._areas.clear()
+            self._shared_memories.clear()
             self._share.note(0)

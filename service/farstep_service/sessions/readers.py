@@ -22,7 +22,7 @@ from typing import Any, Final, Generic, Literal, Protocol, TypeVar, final
 from farstep.errors import Busy
 from farstep_service.sessions.coroutines import in_task
 
-Kind = Literal["pull", "answer", "copy"]
+ReadKind = Literal["pull", "answer", "copy"]
 FAIR_BYTES_PER_S: Final = 2**20
 """What a reader has to take while others wait for it."""
 GRACE_S: Final = 1.0
@@ -65,25 +65,25 @@ class ReadersPage:
 
 
 @final
-class Seat:
+class ReadSlot:
     """The place of one reader; released when its answer has been sent, or given up."""
 
-    __slots__ = ("_group", "_key", "_mark", "_room", "outgoing", "rate")
+    __slots__ = ("_budget", "_group", "_key", "_mark", "outgoing", "rate")
 
-    def __init__(self, room: _Room, key: object, group: _Group, outgoing: Outgoing | None) -> None:
-        self._room: _Room | None = room
+    def __init__(self, budget: _KindBudget, key: object, group: _Group, outgoing: Outgoing | None) -> None:
+        self._budget: _KindBudget | None = budget
         self._key = key
         self._group = group
         self.outgoing = outgoing
         self.rate = inf
         self._mark = (0.0, 0)
-        group.seats[id(self)] = self
+        group.slots[id(self)] = self
 
     def release(self) -> None:
         """Give the place up; a second time does nothing."""
-        room, self._room = self._room, None
-        if room is not None:
-            room.leave(self._key, self._group, self)
+        budget, self._budget = self._budget, None
+        if budget is not None:
+            budget.leave(self._key, self._group, self)
 
     def look(self) -> None:
         """Note the rate since the last look, in bytes per second, if that was a while ago."""
@@ -98,13 +98,13 @@ class _Group:
     """Those who read the same."""
 
     nbytes: int
-    seats: dict[int, Seat] = field(default_factory=dict)
+    slots: dict[int, ReadSlot] = field(default_factory=dict)
     cut: bool = False
 
     @property
     def rate(self) -> float:
         """Return the rate of the fastest of them, which decides when the last is done."""
-        return max(seat.rate for seat in self.seats.values())
+        return max(slot.rate for slot in self.slots.values())
 
 
 @dataclass(slots=True)
@@ -114,7 +114,7 @@ class _Waiting(Generic[Taken]):
 
 
 @final
-class _Room:
+class _KindBudget:
     """The readers of one kind."""
 
     def __init__(self, limit: Callable[[], int], freed: Callable[[], None]) -> None:
@@ -129,18 +129,18 @@ class _Room:
     def held_bytes(self) -> int:
         return sum(group.nbytes for group in self.groups.values())
 
-    def enter(self, key: object, nbytes: int, outgoing: Outgoing | None, *, waited: bool) -> Seat | None:
+    def enter(self, key: object, nbytes: int, outgoing: Outgoing | None, *, waited: bool) -> ReadSlot | None:
         group = self.groups.get(key)
         if group is None:
             fits = not self.groups or self.held_bytes + nbytes <= self.limit()
             if not fits or (self.waiting and not waited):
                 return None
             group = self.groups[key] = _Group(nbytes)
-        return Seat(self, key, group, outgoing)
+        return ReadSlot(self, key, group, outgoing)
 
-    def leave(self, key: object, group: _Group, seat: Seat) -> None:
-        group.seats.pop(id(seat), None)
-        if not group.seats and self.groups.get(key) is group:
+    def leave(self, key: object, group: _Group, slot: ReadSlot) -> None:
+        group.slots.pop(id(slot), None)
+        if not group.slots and self.groups.get(key) is group:
             del self.groups[key]
             if self.waiting:
                 self._freed()
@@ -151,15 +151,15 @@ class _Room:
         if not self.waiting:
             return
         for group in self.groups.values():
-            for seat in group.seats.values():
-                seat.look()
+            for slot in group.slots.values():
+                slot.look()
         slowest = min(self.groups.values(), key=lambda group: group.rate, default=None)
         if slowest and slowest.rate < FAIR_BYTES_PER_S and not any(group.cut for group in self.groups.values()):
             slowest.cut = True
-            for seat in [*slowest.seats.values()]:
+            for slot in [*slowest.slots.values()]:
                 self.cut += 1
-                if seat.outgoing is not None:
-                    seat.outgoing.cut()
+                if slot.outgoing is not None:
+                    slot.outgoing.cut()
         self._look = asyncio.get_running_loop().call_later(LOOK_S, self.watch)
 
     def begin_watching(self) -> None:
@@ -187,11 +187,13 @@ class Readers:
         freed: run when readers of a kind wait and there may be room; calls `admit`, in the session's turn.
     """
 
-    def __init__(self, limit: Callable[[Kind], int], freed: Callable[[Kind], Coroutine[Any, Any, None]]) -> None:
+    def __init__(
+        self, limit: Callable[[ReadKind], int], freed: Callable[[ReadKind], Coroutine[Any, Any, None]]
+    ) -> None:
         self._tasks: set[asyncio.Task[None]] = set()
-        kinds: tuple[Kind, ...] = ("pull", "answer", "copy")
-        self._rooms = {
-            kind: _Room(lambda kind=kind: limit(kind), lambda kind=kind: self._begin(freed(kind)))  # type: ignore[misc]
+        kinds: tuple[ReadKind, ...] = ("pull", "answer", "copy")
+        self._budgets = {
+            kind: _KindBudget(lambda kind=kind: limit(kind), lambda kind=kind: self._begin(freed(kind)))  # type: ignore[misc]
             for kind in kinds
         }
         self._admitting = False
@@ -199,17 +201,17 @@ class Readers:
     @property
     def page(self) -> ReadersPage:
         """Return what readers keep now."""
-        rooms = self._rooms.values()
+        budgets = self._budgets.values()
         return ReadersPage(
-            readers=sum(len(group.seats) for room in rooms for group in room.groups.values()),
-            held_bytes=sum(room.held_bytes for room in rooms),
-            limit_bytes=sum(room.limit() for room in rooms),
-            waiting=sum(len(room.waiting) for room in rooms),
-            cut=sum(room.cut for room in rooms),
+            readers=sum(len(group.slots) for budget in budgets for group in budget.groups.values()),
+            held_bytes=sum(budget.held_bytes for budget in budgets),
+            limit_bytes=sum(budget.limit() for budget in budgets),
+            waiting=sum(len(budget.waiting) for budget in budgets),
+            cut=sum(budget.cut for budget in budgets),
         )
 
-    def enter(self, kind: Kind, key: object, nbytes: int, outgoing: Outgoing | None) -> Seat | None:
-        """Return a seat, None where the reader has to wait.
+    def enter(self, kind: ReadKind, key: object, nbytes: int, outgoing: Outgoing | None) -> ReadSlot | None:
+        """Return a slot, None where the reader has to wait.
 
         Args:
             kind: what kind of reader.
@@ -217,9 +219,9 @@ class Readers:
             nbytes: how much that is.
             outgoing: how its answer leaves, where that is known; a reader without is never cut off.
         """
-        return self._rooms[kind].enter(key, nbytes, outgoing, waited=self._admitting)
+        return self._budgets[kind].enter(key, nbytes, outgoing, waited=self._admitting)
 
-    async def wait(self, kind: Kind, take: Callable[[], Taken | None], give_back: Callable[[Taken], None]) -> Taken:
+    async def wait(self, kind: ReadKind, take: Callable[[], Taken | None], give_back: Callable[[Taken], None]) -> Taken:
         """Return what `take` returns as soon as there is room.
 
         Args:
@@ -232,11 +234,11 @@ class Readers:
             FarstepError: what `take` raises.
         """
         await in_task()
-        room = self._rooms[kind]
+        budget = self._budgets[kind]
         future: asyncio.Future[Taken] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(take, future)
-        room.waiting.append(waiting)  # type: ignore[arg-type]
-        room.begin_watching()
+        budget.waiting.append(waiting)  # type: ignore[arg-type]
+        budget.begin_watching()
         try:
             await asyncio.wait({future}, timeout=WAIT_S)
         except asyncio.CancelledError:
@@ -244,15 +246,15 @@ class Readers:
                 give_back(future.result())
             raise
         finally:
-            if waiting in room.waiting:
-                room.waiting.remove(waiting)  # type: ignore[arg-type]
+            if waiting in budget.waiting:
+                budget.waiting.remove(waiting)  # type: ignore[arg-type]
         if future.done():
             return future.result()
         raise Busy(
-            f"Others read this session, {room.held_bytes} bytes of it in the same way, and are not done after "
+            f"Others read this session, {budget.held_bytes} bytes of it in the same way, and are not done after "
             f"{WAIT_S:g} s.",
             remedy="Try again; --held-versions says how many versions may be read at once.",
-            limit=room.limit(),
+            limit=budget.limit(),
         )
 
     def _begin(self, work: Coroutine[Any, Any, None]) -> None:
@@ -260,12 +262,12 @@ class Readers:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    def admit(self, kind: Kind) -> None:
+    def admit(self, kind: ReadKind) -> None:
         """Let those in who wait, in their order, as far as there is room."""
-        room, self._admitting = self._rooms[kind], True
+        budget, self._admitting = self._budgets[kind], True
         try:
-            while room.waiting:
-                waiting = room.waiting[0]
+            while budget.waiting:
+                waiting = budget.waiting[0]
                 if not waiting.future.done():
                     try:
                         taken = waiting.take()
@@ -275,15 +277,15 @@ class Readers:
                         if taken is None:
                             return
                         waiting.future.set_result(taken)
-                room.waiting.popleft()
+                budget.waiting.popleft()
         finally:
             self._admitting = False
 
     def close(self, error: Callable[[], Exception]) -> None:
         """Tell all who wait that there is nothing to be read any more."""
-        for room in self._rooms.values():
-            room.end()
-            while room.waiting:
-                waiting = room.waiting.popleft()
+        for budget in self._budgets.values():
+            budget.end()
+            while budget.waiting:
+                waiting = budget.waiting.popleft()
                 if not waiting.future.done():
                     waiting.future.set_exception(error())

@@ -18,15 +18,15 @@ from farstep.protocol.messages import WriteName
 from farstep_service.layout import Layout
 from farstep_service.session import Session
 from farstep_service.sessions.answers import Intake, Reader, View
-from farstep_service.sessions.readers import Kind, Outgoing, Readers, ReadersPage, Seat
+from farstep_service.sessions.readers import Outgoing, Readers, ReadersPage, ReadKind, ReadSlot
 from farstep_service.sessions.turns import Turns
-from farstep_service.sessions.views import BytesView, CopiedView, HeldView, NarrowedView, Narrowings, PushIntake
+from farstep_service.sessions.views import BytesView, CopiedView, EncodedVersions, EncodedView, HeldView, PushIntake
 from farstep_service.store import Held
 from farstep_service.tensors import Snapshot
 
 COPIED_BYTES: Final = 64 * 1024
 """Parameters of so few bytes are copied for an answer: that costs less than to keep their version for it."""
-NARROW_INLINE_BYTES: Final = 4 * 1024 * 1024
+ENCODE_INLINE_BYTES: Final = 4 * 1024 * 1024
 """Parameters of fewer bytes than this are copied on the event loop; it takes a fraction of a millisecond."""
 
 
@@ -39,17 +39,17 @@ class Views:
     """
 
     def __init__(self, executor: Executor) -> None:
-        self._narrowings = Narrowings(executor)
+        self._encoded = EncodedVersions(executor)
 
     @property
     def nbytes(self) -> int:
         """Return the memory of copies that others may share."""
-        return self._narrowings.nbytes
+        return self._encoded.nbytes
 
     async def of(
         self,
         held: Held,
-        half: str | None,
+        codec: str | None,
         chosen: Sequence[int],
         spent: Intake | None,
         released: Callable[[], None],
@@ -57,34 +57,34 @@ class Views:
         """Return the view of some segments.
 
         Args:
-            held, half, chosen: the version, the name of a codec if one is wanted, and the segments.
+            held, codec, chosen: the version, the name of a codec if one is wanted, and the segments.
             spent: see `Actor.parameters`.
             released: called when the view is.
         """
         layout = held.buffers.layout
         whole = len(chosen) == len(layout.segments)
         ranges = None if whole else to_ranges(chosen)
-        if half is None and held.buffers.device.type == "cpu":
+        if codec is None and held.buffers.device.type == "cpu":
             return HeldView(held, None if whole else chosen, ranges, released)
-        gradients = spent.contribution if isinstance(spent, PushIntake) and half is not None else None
-        inline = layout.nbytes <= NARROW_INLINE_BYTES
-        narrowed = await self._narrowings.of(held, codec_named(half), chosen, gradients, inline=inline)
-        return NarrowedView(narrowed, chosen, ranges, released)
+        gradients = spent.contribution if isinstance(spent, PushIntake) and codec is not None else None
+        inline = layout.nbytes <= ENCODE_INLINE_BYTES
+        encoded = await self._encoded.of(held, codec_named(codec), chosen, gradients, inline=inline)
+        return EncodedView(encoded, chosen, ranges, released)
 
 
-def cost_of(held: Held, half: str | None, chosen: Sequence[int], spent: Intake | None) -> tuple[object, int]:
+def cost_of(held: Held, codec: str | None, chosen: Sequence[int], spent: Intake | None) -> tuple[object, int]:
     """Return what equals for readers who need the same memory, and the bytes of that memory.
 
     For the arguments see `Views.of`. Gradients that are written over are counted as the push that they came with.
     """
     layout = held.buffers.layout
-    if half is None:
+    if codec is None:
         return id(held.buffers) if held.buffers.device.type == "cpu" else held.version, layout.nbytes
     if isinstance(spent, PushIntake) and spent.contribution.spent() is not None:
         return object(), 0
     if len(chosen) < len(layout.segments):
-        return object(), layout.on_wire(codec_named(half)).bytes_of(chosen)
-    return (held.version, half), layout.on_wire(codec_named(half)).nbytes
+        return object(), layout.on_wire(codec_named(codec)).bytes_of(chosen)
+    return (held.version, codec), layout.on_wire(codec_named(codec)).nbytes
 
 
 def chosen_of(held: Held, layout: Layout, since: int | None) -> Sequence[int]:
@@ -134,7 +134,7 @@ class Reads:
         self,
         since: int | None = None,
         write: WriteName | None = None,
-        half: str | None = None,
+        codec: str | None = None,
         spent: Intake | None = None,
         reader: Reader | None = None,
         outgoing: Outgoing | None = None,
@@ -143,7 +143,7 @@ class Reads:
 
         Args:
             write: leave those of groups out that its worker did not know when it made this write.
-            half: the name of the codec to give them in; None for as they are.
+            codec: the name of the codec to give them in; None for as they are.
             spent: a push's, which has been answered for: its memory may be written over.
             reader: who reads them, where that is not the worker of a write; its lease is renewed.
             outgoing: the answer that they go into, where it is known; a slow one is cut while others wait for it.
@@ -151,29 +151,29 @@ class Reads:
         Raises:
             Busy: others read for too long.
         """
-        kind: Kind = "pull" if write is None else "answer"
-        if write is not None and since is None and half is None and spent is None and self._turns.small:
+        kind: ReadKind = "pull" if write is None else "answer"
+        if write is not None and since is None and codec is None and spent is None and self._turns.small:
             async with self._turns.lock:
                 if (copied := self._copied(write)) is not None:
                     return copied
 
-        def take() -> tuple[Held, Sequence[int], Seat] | None:
+        def take() -> tuple[Held, Sequence[int], ReadSlot] | None:
             self._turns.check_open()
             held, outcomes = self._session.hold()
             if outcomes:
                 self._turns.resolve(outcomes)
             layout = self._session.plan.layout if write is None else self._session.layout_at(write)
             chosen = chosen_of(held, layout, since)
-            seat = self._readers.enter(kind, *cost_of(held, half, chosen, spent), outgoing)
-            if seat is None:
+            slot = self._readers.enter(kind, *cost_of(held, codec, chosen, spent), outgoing)
+            if slot is None:
                 held.release()
                 return None
             who = reader or (write if self._session.keeps_bases else None)  # a write has renewed its worker's lease
             if who is not None:
                 self._session.received(who.worker, who.epoch, self._turns.clock())
-            return held, chosen, seat
+            return held, chosen, slot
 
-        def give_back(taken: tuple[Held, Sequence[int], Seat]) -> None:
+        def give_back(taken: tuple[Held, Sequence[int], ReadSlot]) -> None:
             taken[0].release()
             taken[2].release()
 
@@ -181,11 +181,11 @@ class Reads:
             taken = take()
         if taken is None:
             taken = await self._readers.wait(kind, take, give_back)
-        held, chosen, seat = taken
+        held, chosen, slot = taken
         try:
-            return await self._views.of(held, half, chosen, spent, seat.release)
+            return await self._views.of(held, codec, chosen, spent, slot.release)
         except BaseException:
-            seat.release()
+            slot.release()
             raise
 
     def _copied(self, write: WriteName) -> View | None:
@@ -211,24 +211,24 @@ class Reads:
             Busy: others read for too long.
         """
 
-        def take() -> Seat | None:
+        def take() -> ReadSlot | None:
             self._turns.check_open()
             return self._readers.enter("copy", object(), nbytes, outgoing)
 
-        seat = take()
-        if seat is None:
-            seat = await self._readers.wait("copy", take, Seat.release)
+        slot = take()
+        if slot is None:
+            slot = await self._readers.wait("copy", take, ReadSlot.release)
         try:
             yield
         finally:
-            seat.release()
+            slot.release()
 
-    def _read_bytes(self, kind: Kind) -> int:
+    def _read_bytes(self, kind: ReadKind) -> int:
         """Return the bytes that readers of a kind may keep."""
         fields = 1 + len(self._session.plan.rule.tensor_fields) if kind == "copy" else 1
         return self._versions * self._session.plan.layout.nbytes * fields
 
-    async def _make_room(self, kind: Kind) -> None:
+    async def _make_room(self, kind: ReadKind) -> None:
         """Let readers in who wait for those who have just left."""
         async with self._turns.lock:
             self._readers.admit(kind)

@@ -24,7 +24,7 @@ from farstep_service.machine import resident_bytes, usable_bytes
 from farstep_service.plan import Plan
 from farstep_service.session import Session
 from farstep_service.sessions import Actor, nbytes_beside
-from farstep_service.sessions.room import UNBOUNDED, InFlight, Room, Share
+from farstep_service.sessions.memory_budget import UNBOUNDED, InFlight, MemoryBudget, SessionMemory
 from farstep_service.settings import Settings
 from farstep_service.tensors import Snapshot
 
@@ -51,7 +51,7 @@ class Registry:
         clock: monotonic seconds, for their leases and deadlines.
 
     Attributes:
-        room: the memory that they and requests to them take.
+        budget: the memory that they and requests to them take.
     """
 
     def __init__(self, settings: Settings, executor: Executor, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -60,7 +60,7 @@ class Registry:
         self._clock = clock
         self._actors: dict[str, Actor] = {}
         self._names: list[str] = []  # of all, ascending
-        self.room = Room(settings.max_bytes or default_bytes(settings.device))
+        self.budget = MemoryBudget(settings.max_bytes or default_bytes(settings.device))
         self._turn = asyncio.Lock()
         self._kernels: dict[str, Kernels] = {}
 
@@ -161,7 +161,7 @@ class Registry:
 
     def _new_actor(self, session: Session) -> Actor:
         versions = self._settings.held_versions
-        share = Share(self.room, self._check_growth)
+        share = SessionMemory(self.budget, self._check_growth)
         share.note(session.held_bytes)
         return Actor(session, self._executor, self._clock, share=share, versions=versions)
 
@@ -177,7 +177,7 @@ class Registry:
         limit = self._settings.max_sessions
         if len(self._actors) >= limit:
             raise Busy(f"The server has {len(self._actors)} sessions.", remedy="Remove one that is done.", limit=limit)
-        self.room.check(plan.layout.nbytes)  # nothing is taken, or counted, before the contents arrive
+        self.budget.check(plan.layout.nbytes)  # nothing is taken, or counted, before the contents arrive
 
     def _check_growth(self, plan: Plan, nbytes: int) -> None:
         """Refuse that the session of a plan grows by so many bytes, if it is too large then."""
@@ -196,9 +196,9 @@ class Registry:
         """Refuse memory that a worker would share with a session, if there is no room for it.
 
         Raises:
-            Busy: see `Room.check`.
+            Busy: see `MemoryBudget.check`.
         """
-        self.room.check(2 * actor.plan.layout.nbytes + nbytes_beside(actor.plan))
+        self.budget.check(2 * actor.plan.layout.nbytes + nbytes_beside(actor.plan))
 
     async def remove(self, name: str) -> None:
         """End a session.
@@ -215,5 +215,5 @@ class Registry:
         await asyncio.to_thread(removed.clear)
 
     def in_flight(self) -> InFlight:
-        """Account for the memory of one request as long as it is answered; see `Room.in_flight`."""
-        return self.room.in_flight()
+        """Account for the memory of one request as long as it is answered; see `MemoryBudget.in_flight`."""
+        return self.budget.in_flight()

@@ -3,7 +3,7 @@
 The server's side of shared memory (`farstep.protocol.shared_memory`): what it maps, and what it refuses to.
 
 A mapping must not be able to end this process. So the memory has to be a memfd of this user's, sealed against changes
-of its size, exactly as large as the session's layout says, all of it allocated, and the very one that the offer names
+of its size, exactly as large as the session's layout says, all of it allocated, and the very one that the handle names
 by its random key: a number of a process in another container names something else here.
 
 Whatever else a worker writes into it, at whatever time, are numbers: its own gradients, or the parameters that only it
@@ -31,25 +31,25 @@ from farstep_service.tensors.contribution import Contribution
 
 
 @final
-class Areas:
+class SharedMemories:
     """Keep what workers share, by worker."""
 
     def __init__(self) -> None:
-        self._shared: dict[str, Shared] = {}
+        self._shared: dict[str, MappedMemory] = {}
 
     @property
     def nbytes(self) -> int:
         """Return the size of all of it."""
         return sum(each.nbytes for each in self._shared.values()) if self._shared else 0
 
-    def share(self, worker: str, offer: Offer, plan: Plan) -> None:
+    def share(self, worker: str, handle: SharedMemoryHandle, plan: Plan) -> None:
         """Map memory of a worker, in the place of what it shared before.
 
         Raises:
             InvalidOption: it is not memory that can be shared. What it shared before is let go of even so.
         """
         self._shared.pop(worker, None)
-        self._shared[worker] = Shared(offer, plan)
+        self._shared[worker] = MappedMemory(handle, plan)
 
     def keep_only(self, epoch: Callable[[str], int]) -> None:
         """Let go of the memory of epochs that are over.
@@ -63,7 +63,7 @@ class Areas:
         """Let go of all of it."""
         self._shared.clear()
 
-    def delivering(self, head: PushHead) -> Shared | None:
+    def delivering(self, head: PushHead) -> MappedMemory | None:
         """Return the memory in which a push wants its answer, None if it wants it in a body."""
         push, memory = head.shared, self._shared.get(head.name.worker)
         wanted = push is not None and push.deliver and memory is not None and memory.key == push.key
@@ -74,11 +74,11 @@ class Areas:
         if head.wanted == "none":
             return None
         if head.wire_parameters is not None:
-            return contribution.narrow() if head.wire_parameters == head.wire_gradients else None
+            return contribution.half_precision() if head.wire_parameters == head.wire_gradients else None
         shared = self.delivering(head)
         return shared.parameters if shared is not None and shared.layout is contribution.layout else None
 
-    def gradients_in(self, head: PushHead, contribution: Contribution) -> Shared | None:
+    def gradients_in(self, head: PushHead, contribution: Contribution) -> MappedMemory | None:
         """Return the shared memory that a push's gradients are in, None if they come in its body.
 
         Raises:
@@ -99,7 +99,7 @@ _F_SEAL_EXEC: Final = 0x20  # a kernel may put it on every memfd (vm.memfd_noexe
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class SharedMemoryHandle:
     """Name memory of a worker: its key, and where its process has it open."""
 
     epoch: int
@@ -109,7 +109,7 @@ class Offer:
 
 
 @final
-class Shared:
+class MappedMemory:
     """Memory that a worker shares with its session.
 
     Attributes:
@@ -121,7 +121,7 @@ class Shared:
         secured: where gradients are copied to before they are looked at; None in a session that does not.
     """
 
-    def __init__(self, offer: Offer, plan: Plan) -> None:
+    def __init__(self, handle: SharedMemoryHandle, plan: Plan) -> None:
         """Map what is offered.
 
         Raises:
@@ -130,12 +130,12 @@ class Shared:
         layout = plan.layout
         if any(segment.is_complex for segment in layout.segments):
             raise not_shared("complex parameters are not shared")
-        self.key, self.epoch, self.layout = offer.key, offer.epoch, layout
+        self.key, self.epoch, self.layout = handle.key, handle.epoch, layout
         size = nbytes_of(layout.sizes)
-        area = SharedMemory.over(_mapped(offer, size), layout.sizes)
+        memory = SharedMemory.over(_mapped(handle, size), layout.sizes)
         self.nbytes = size + nbytes_beside(plan)
-        self.gradients = FlatBuffers(layout, flat=area.gradients)
-        self.parameters = FlatBuffers(layout, flat=area.parameters)
+        self.gradients = FlatBuffers(layout, flat=memory.gradients)
+        self.parameters = FlatBuffers(layout, flat=memory.parameters)
         self.secured = FlatBuffers(layout, zero=False) if plan.looks_at_gradients else None
 
 
@@ -151,16 +151,16 @@ def not_shared(why: str) -> InvalidOption:
     )
 
 
-def _mapped(offer: Offer, nbytes: int) -> mmap.mmap:
+def _mapped(handle: SharedMemoryHandle, nbytes: int) -> mmap.mmap:
     if sys.platform != "linux":
         raise not_shared("this system has no sealed memory")
-    path = f"/proc/{offer.pid}/fd/{offer.fd}"
+    path = f"/proc/{handle.pid}/fd/{handle.fd}"
     try:
         # Looked at first: merely to open something else, such as a device, could have effects.
         found = os.readlink(path)
     except OSError as exc:
         raise not_shared(f"it cannot be opened ({exc.strerror})") from exc
-    if found != f"/memfd:{NAME_PREFIX}{offer.key} (deleted)":
+    if found != f"/memfd:{NAME_PREFIX}{handle.key} (deleted)":
         raise not_shared("it is not there; the worker may be in another container")
     try:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)

@@ -72,7 +72,7 @@ async def run(
 
 
 @final
-class Waiting:
+class PendingOutcomes:
     """The writes of one session that have no answer yet: one that is sent again waits for the same outcome."""
 
     def __init__(self) -> None:
@@ -102,7 +102,7 @@ class Waiting:
         self._futures.clear()
 
 
-Ring = Callable[[], Coroutine[Any, Any, None]]
+OnDeadline = Callable[[], Coroutine[Any, Any, None]]
 
 
 @final
@@ -123,12 +123,12 @@ class DeadlineTimer:
         """Return whether there is a time at which it rings."""
         return self._timer is not None
 
-    def set(self, deadline: float | None, ring: Ring) -> None:
-        """Call `ring` at this time of the clock, and not at the one set before; None for not at all."""
+    def set(self, deadline: float | None, on_deadline: OnDeadline) -> None:
+        """Call `on_deadline` at this time of the clock, and not at the one set before; None for not at all."""
         self.cancel()
         if deadline is not None:
             delay_s = max(0.0, deadline - self._clock())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._begin, ring)
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._begin, on_deadline)
 
     def cancel(self) -> None:
         """Forget the time that was set."""
@@ -136,8 +136,8 @@ class DeadlineTimer:
             self._timer.cancel()
             self._timer = None
 
-    def _begin(self, ring: Ring) -> None:
-        task = asyncio.get_running_loop().create_task(ring())
+    def _begin(self, on_deadline: OnDeadline) -> None:
+        task = asyncio.get_running_loop().create_task(on_deadline())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -164,7 +164,7 @@ class Turns:
         self.clock = clock
         self._session = session
         self._executor = executor
-        self._waiting = Waiting()
+        self._waiting = PendingOutcomes()
         self._timer = DeadlineTimer(clock)
         self._size = Size(session.plan)
 

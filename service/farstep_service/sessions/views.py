@@ -23,7 +23,7 @@ from farstep.protocol import to_ranges
 from farstep.protocol.codecs import Codec
 from farstep_service.layout import Layout
 from farstep_service.sessions.answers import OVERHEAD_BYTES, AtMost, Intake, View
-from farstep_service.sessions.shared_memory import Shared
+from farstep_service.sessions.shared_memory import MappedMemory
 from farstep_service.store import Buffers, FlatBuffers, Held, encode_
 from farstep_service.tensors.contents import Contents
 from farstep_service.tensors.contribution import Contribution, memory_of, on_device
@@ -51,7 +51,7 @@ class PushIntake(Intake):
     """Memory for the gradients of a push; where they are in shared memory already, nothing is to come."""
 
     def __init__(
-        self, contribution: Contribution, body_bytes: int, shared: Shared | None = None, *, watch: bool = False
+        self, contribution: Contribution, body_bytes: int, shared: MappedMemory | None = None, *, watch: bool = False
     ) -> None:
         check_fit(0 if shared else contribution.nbytes, body_bytes)
         self.contribution = contribution
@@ -157,7 +157,7 @@ class CopiedView(View):
 
 
 @final
-class Narrowed:
+class EncodedVersion:
     """A copy of one version in memory of the CPU, as it travels in a codec."""
 
     def __init__(self, held: Held, codec: Codec, indices: Sequence[int], spent: Contribution | None) -> None:
@@ -175,7 +175,7 @@ class Narrowed:
 
 
 @final
-class Narrowings:
+class EncodedVersions:
     """The conversions that are being read.
 
     Args:
@@ -185,7 +185,7 @@ class Narrowings:
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._turn = asyncio.Lock()
-        self._made: WeakValueDictionary[tuple[int, int, Codec], Narrowed] = WeakValueDictionary()
+        self._made: WeakValueDictionary[tuple[int, int, Codec], EncodedVersion] = WeakValueDictionary()
 
     @property
     def nbytes(self) -> int:
@@ -194,7 +194,7 @@ class Narrowings:
 
     async def of(
         self, held: Held, codec: Codec, indices: Sequence[int], spent: Contribution | None, *, inline: bool
-    ) -> Narrowed:
+    ) -> EncodedVersion:
         """Return some segments of a held version, which is given back, as they travel in a codec.
 
         Only a conversion of all segments is shared: others are of one worker's own.
@@ -216,10 +216,10 @@ class Narrowings:
 
     async def _make(
         self, held: Held, codec: Codec, indices: Sequence[int], spent: Contribution | None, *, inline: bool
-    ) -> Narrowed:
-        def make() -> Narrowed:
+    ) -> EncodedVersion:
+        def make() -> EncodedVersion:
             with held:
-                return Narrowed(held, codec, indices, spent)
+                return EncodedVersion(held, codec, indices, spent)
 
         if inline:
             return make()
@@ -227,28 +227,28 @@ class Narrowings:
 
 
 @final
-class NarrowedView(View):
+class EncodedView(View):
     """Parameters of a version in a copy, or some of them."""
 
     def __init__(
-        self, narrowed: Narrowed, indices: Sequence[int], ranges: list[int] | None, released: Callable[[], None]
+        self, encoded: EncodedVersion, indices: Sequence[int], ranges: list[int] | None, released: Callable[[], None]
     ) -> None:
         super().__init__(
-            version=narrowed.version,
-            count=narrowed.count,
+            version=encoded.version,
+            count=encoded.count,
             segments=ranges,
-            views=memory_of(narrowed.buffers, narrowed.buffers.layout, indices),
+            views=memory_of(encoded.buffers, encoded.buffers.layout, indices),
         )
-        self._narrowed: Narrowed | None = narrowed
+        self._encoded: EncodedVersion | None = encoded
         self._chosen = indices
         self._released = released
 
     def copy_to_(self, buffers: FlatBuffers, there: frozenset[int] = frozenset()) -> None:
         """Copy the parameters into other memory of the same layout, but for those that are there."""
-        assert self._narrowed is not None
-        buffers.copy_(self._narrowed.buffers, missing(self._chosen, there))
+        assert self._encoded is not None
+        buffers.copy_(self._encoded.buffers, missing(self._chosen, there))
 
     def release(self) -> None:
-        self._narrowed = None
+        self._encoded = None
         self.views = ()
         self._released()

@@ -2,7 +2,7 @@
 
 Buffers            what the store and the kernels see          offsets, stretches, segments
 ├── FlatBuffers    memory of ours: one flat tensor per dtype   a server's session
-├── NarrowBuffers  the same, but float32 in 16 bits            gradients as they came
+├── HalfPrecisionBuffers  the same, but float32 in 16 bits            gradients as they came
 └── BorrowedBuffers (borrowed.py)  tensors of the user         an embedded session
 """
 
@@ -132,7 +132,7 @@ class FlatBuffers(Buffers):
 
 
 @final
-class NarrowBuffers(Buffers):
+class HalfPrecisionBuffers(Buffers):
     """Memory in which float32 segments have 16 bits, seen in the layout of their parameters; stretches are narrow.
 
     Args:

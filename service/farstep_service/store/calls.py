@@ -19,8 +19,8 @@ from farstep_service.kernels.kernel import Call
 from farstep_service.optimizers.rule import AnyRule, ElementwiseRule, RowRule
 from farstep_service.store.buffers import Buffers, flattened, shaped
 from farstep_service.store.gradients import Rows
+from farstep_service.store.optimizer_state import OptimizerState
 from farstep_service.store.runs import Decision, Numbers
-from farstep_service.store.state import State
 
 
 class RowCall(NamedTuple):
@@ -58,7 +58,7 @@ class Caller:
         state: the optimizer state, with the memory of every field in use.
     """
 
-    def __init__(self, rule: AnyRule, source: Buffers, target: Buffers, state: State) -> None:
+    def __init__(self, rule: AnyRule, source: Buffers, target: Buffers, state: OptimizerState) -> None:
         self._rule = rule
         self._source = source
         self._target = target

@@ -23,9 +23,9 @@ from farstep_service.layout import Layout
 from farstep_service.optimizers.rule import AnyRule, KernelName, KernelSignature, RowRule, SegmentCounters
 from farstep_service.store.calls import Caller, RowCall, check_numbers
 from farstep_service.store.gradients import Gradients, Rows, coalesce
+from farstep_service.store.optimizer_state import OptimizerState
 from farstep_service.store.runs import Decision, Numbers, Planner, next_step
-from farstep_service.store.state import State
-from farstep_service.store.step import Contents, Step
+from farstep_service.store.step import Step, VersionRecord
 from farstep_service.store.versions import Versions
 
 WORTH_A_KERNEL = 2**18
@@ -87,8 +87,8 @@ class Decider:
         groups: Sequence[Hyper],
         gradients: Gradients,
         versions: Versions,
-        state: State,
-        now: Contents,
+        state: OptimizerState,
+        now: VersionRecord,
         wanted: KernelName | None,
     ) -> tuple[Step, Kernel]:
         """Decide everything about a step; nothing that anybody sees is written.
@@ -135,7 +135,7 @@ class Decider:
             stale=[] if target.buffers is source else now.stale(target.version, written),
             calls=calls,
             rows=rows,
-            after=Contents(version, decision.after, now.marked(decision.cut.touched, version)),
+            after=VersionRecord(version, decision.after, now.marked(decision.cut.touched, version)),
             doubled=frozenset(
                 member
                 for run, copy in zip(decision.cut.runs, copies, strict=True)
@@ -157,8 +157,8 @@ class Decider:
         wanted: set[KernelSignature] = set()
         for run, its in zip(decision.cut.runs, decision.runs, strict=True):
             first, dtype = run.members[0], segments[run.members[0]].buffer
-            narrow = source.element(first) if source.element(first) != dtype else ""
-            form = KernelSignature(dtype, its.optional, narrow, "" if into is None else into.element(first))
+            gradient = source.element(first) if source.element(first) != dtype else ""
+            form = KernelSignature(dtype, its.optional, gradient, "" if into is None else into.element(first))
             if (form.gradient or form.copy) and run.length >= WORTH_A_KERNEL:
                 wanted.add(form)
             copied = into is not None and form.copy and run.length and kernel.takes(form)

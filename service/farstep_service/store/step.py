@@ -18,13 +18,13 @@ from typing import final
 from torch import Tensor
 
 from farstep.protocol.receipt import Ran
-from farstep_service.kernels.kernel import At, Call, Kernel, Progress, Write, cut
+from farstep_service.kernels.kernel import Call, Kernel, Position, Progress, Write, cut
 from farstep_service.optimizers.rule import SegmentCounters
 from farstep_service.store.buffers import Buffers, FlatBuffers, shaped
 from farstep_service.store.calls import RowCall
 from farstep_service.store.gradients import Gradients
-from farstep_service.store.state import State
-from farstep_service.store.versions import Memory
+from farstep_service.store.optimizer_state import OptimizerState
+from farstep_service.store.versions import VersionMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class VersionRecord:
     """A version without its tensors.
 
     Attributes:
@@ -92,14 +92,14 @@ class Step:
     """
 
     source: Buffers
-    target: Memory
-    state: State
+    target: VersionMemory
+    state: OptimizerState
     gradients: Gradients
     touched: list[int]
     stale: list[int]
     calls: list[Call]
     rows: list[RowCall]
-    after: Contents
+    after: VersionRecord
     doubled: frozenset[int] = frozenset()
     progress: Progress = field(default_factory=Progress)
     row_progress: Progress = field(default_factory=Progress)
@@ -112,7 +112,7 @@ class Step:
         call, element = switched
         self._copy_unchanged()
         kernel.execute([*self.calls[:call], *([cut(self.calls[call], 0, element)] if element else [])], Progress())
-        self.progress.at, self.switched = At(call, element), switched
+        self.progress.at, self.switched = Position(call, element), switched
         self.kernels.append(kernel.name)
 
     def _copy_unchanged(self) -> None:

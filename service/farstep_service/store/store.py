@@ -29,8 +29,8 @@ from farstep_service.optimizers.rule import AnyRule, Fields, KernelName, Segment
 from farstep_service.store.buffers import Buffers, FlatBuffers
 from farstep_service.store.decider import Decider
 from farstep_service.store.gradients import Gradients
-from farstep_service.store.state import PARAMETERS, FieldValues, Number, State
-from farstep_service.store.step import Applied, Contents, Step
+from farstep_service.store.optimizer_state import PARAMETERS, FieldValues, Number, OptimizerState
+from farstep_service.store.step import Applied, Step, VersionRecord
 from farstep_service.store.versions import Held, Versions
 
 
@@ -103,9 +103,11 @@ class Store:
         self._decider = decider
         self._pending: Step | None = None
         self._versions = Versions(parameters, version)
-        self._state = State(layout, rule, groups, self.device)
+        self._state = OptimizerState(layout, rule, groups, self.device)
         every = range(len(layout.segments))
-        self._now = Contents(version, [self._state.newborn(index) for index in every], [version for _ in every])
+        self._now = VersionRecord(
+            version, [self._state.initial_counts(index) for index in every], [version for _ in every]
+        )
 
     # -- what is there ------------------------------------------------------------------------------------------------
 
@@ -291,7 +293,7 @@ class Store:
             self._state.clear_absent(segments, counts)
             self._state.refill([index for index in segments if counts[index] is None])
             self._decider.forget()
-            self._now = Contents(version, counts, self._now.marked(segments if parameters else (), version))
+            self._now = VersionRecord(version, counts, self._now.marked(segments if parameters else (), version))
 
     def append(self, layout: Layout, groups: Sequence[Hyper], parameters: Buffers) -> None:
         """Grow by the segments at the end of a longer layout, as one new version.
@@ -315,8 +317,10 @@ class Store:
                 parameters.copy_(self._versions.current, range(present))
             state = self._state.appended(layout, groups)
             version = self.version + 1
-            born = [state.newborn(index) for index in range(present, count)]
-            now = Contents(version, [*self._now.counts, *born], [*self._now.changed, *[version] * (count - present)])
+            born = [state.initial_counts(index) for index in range(present, count)]
+            now = VersionRecord(
+                version, [*self._now.counts, *born], [*self._now.changed, *[version] * (count - present)]
+            )
             self._versions.grow(parameters, version)
             self.layout, self._decider, self._state, self._now = layout, decider, state, now
 

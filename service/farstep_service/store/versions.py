@@ -5,8 +5,8 @@
     released           its memory becomes the spare; a spare that some steps in a row did not need is given back
     the layout grows   v+1 is in memory of the new layout; v stays with its holders, and its memory is no spare
 
-So readers never lock, copy or tear, and the lone worker pays nothing. Memory that belongs to the user (an embedded
-session) cannot be exchanged under him; there, a holder gets a copy.
+So readers never lock, copy or tear, and the lone worker pays nothing. The memory of an embedded session belongs to
+the user and cannot be exchanged; there, a holder gets a copy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SPARE_STEPS = 8
 
 
 @dataclass(slots=True, eq=False)
-class Memory:
+class VersionMemory:
     """Memory for one version of the parameters.
 
     Attributes:
@@ -52,7 +52,7 @@ class Held:
         buffers: its memory, to be read only.
     """
 
-    def __init__(self, version: int, memory: Memory, changed: Sequence[int], versions: Versions) -> None:
+    def __init__(self, version: int, memory: VersionMemory, changed: Sequence[int], versions: Versions) -> None:
         self.version = version
         self.buffers = memory.buffers
         self._changed = changed
@@ -96,9 +96,9 @@ class Versions:
     """
 
     def __init__(self, buffers: Buffers, version: int) -> None:
-        self._current = Memory(buffers, version)
-        self._older: list[Memory] = []
-        self._spare: Memory | None = None
+        self._current = VersionMemory(buffers, version)
+        self._older: list[VersionMemory] = []
+        self._spare: VersionMemory | None = None
         self._unneeded = 0
         self._lock = threading.Lock()
 
@@ -134,12 +134,12 @@ class Versions:
             memory = self._current
             if not isinstance(memory.buffers, FlatBuffers):
                 copy = FlatBuffers(memory.buffers.layout, memory.buffers.device, zero=False).copy_(memory.buffers)
-                memory = Memory(copy, memory.version)
+                memory = VersionMemory(copy, memory.version)
                 self._older.append(memory)
             memory.holders += 1
         return Held(version, memory, changed, self)
 
-    def drop(self, memory: Memory) -> None:
+    def drop(self, memory: VersionMemory) -> None:
         """Count one holder less; memory that nobody holds and that is not current becomes the spare."""
         with self._lock:
             memory.holders -= 1
@@ -147,16 +147,16 @@ class Versions:
                 self._older.remove(memory)
                 self._retire(memory)
 
-    def target(self) -> Memory:
+    def target(self) -> VersionMemory:
         """Return where the next version goes: the current memory if nobody holds it, else the spare or new memory."""
         with self._lock:
             if not self._current.holders:
                 return self._current
             if self._spare is not None:
                 return self._spare
-            return Memory(FlatBuffers(self.current.layout, self.current.device, zero=False), -1)
+            return VersionMemory(FlatBuffers(self.current.layout, self.current.device, zero=False), -1)
 
-    def publish(self, memory: Memory, version: int) -> None:
+    def publish(self, memory: VersionMemory, version: int) -> None:
         """Make the memory that `target` returned the current version."""
         with self._lock:
             if memory is not self._current and self._current.version >= version:
@@ -179,12 +179,12 @@ class Versions:
     def grow(self, buffers: Buffers, version: int) -> None:
         """Make memory of a longer layout the current version."""
         with self._lock:
-            old, self._current = self._current, Memory(buffers, version)
+            old, self._current = self._current, VersionMemory(buffers, version)
             self._spare = None
             if old.holders:
                 self._older.append(old)
 
-    def _retire(self, memory: Memory) -> None:
+    def _retire(self, memory: VersionMemory) -> None:
         """Keep memory that nobody needs as the spare, the newest if there are two: less of it is out of date."""
         if memory.buffers.layout is not self.current.layout:
             return  # from before the layout grew

@@ -30,7 +30,7 @@ from farstep.protocol.memory import MEMORY_DTYPES, TORCH_DTYPES, tensor_memory
 from farstep.protocol.messages import Evaluation, Sparse
 from farstep_service.layout import Layout, Segment
 from farstep_service.optimizers.rule import AnyMethod
-from farstep_service.store import Buffers, FlatBuffers, NarrowBuffers, decode_
+from farstep_service.store import Buffers, FlatBuffers, HalfPrecisionBuffers, decode_
 from farstep_service.tensors.finite import Watch, all_finite, copy_finite_
 
 WATCH_FROM_BYTES = 1 << 20
@@ -195,11 +195,11 @@ class Contribution:
         """Return whether all gradients were looked at already, and found to be finite."""
         return self._finite or (self.watch is not None and self.watch.over)
 
-    def narrow(self) -> NarrowBuffers | None:
+    def half_precision(self) -> HalfPrecisionBuffers | None:
         """Return the dense gradients as they came in 16 bits; None if they came in their own dtypes."""
         if self.on_wire is self.layout or self.buffers is None:
             return None
-        return NarrowBuffers(self.layout, self.codec, self.buffers)
+        return HalfPrecisionBuffers(self.layout, self.codec, self.buffers)
 
     def copied_since(self, version: int) -> frozenset[int]:
         """Return the segments of a version that its step has written to `copy`."""
@@ -299,9 +299,9 @@ def on_device(buffers: Buffers, device: torch.device) -> Buffers:
     """Return the buffers themselves if they are there, else a copy on that device."""
     if buffers.device == device:
         return buffers
-    if isinstance(buffers, NarrowBuffers):
+    if isinstance(buffers, HalfPrecisionBuffers):
         moved = FlatBuffers(buffers.memory.layout, device, zero=False).copy_(buffers.memory)
-        return NarrowBuffers(buffers.layout, buffers.codec, moved)
+        return HalfPrecisionBuffers(buffers.layout, buffers.codec, moved)
     return FlatBuffers(buffers.layout, device, zero=False).copy_(buffers)
 
 

@@ -34,7 +34,7 @@ class KernelState(SessionState):
         device: where parameters and state live.
     """
 
-    narrow = True
+    takes_half_precision = True
 
     def __init__(self, plan: Plan, rule: AnyRule, *, kernels: KernelSource, device: torch.device) -> None:
         super().__init__(plan, device=device)

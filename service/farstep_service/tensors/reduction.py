@@ -25,20 +25,20 @@ PIECE_BYTES: Final = 1 << 16
 
 
 def reduce_(
-    contributions: Sequence[Contribution], divisor: int, device: torch.device, *, narrow: bool = False
+    contributions: Sequence[Contribution], divisor: int, device: torch.device, *, half_precision: bool = False
 ) -> Gradients:
     """Sum contributions in the order given, divide by `divisor`, and return the gradients of one step.
 
-    One by itself is taken as it is, in 16 bits if it came so and the step takes such (`narrow`). Else the sum is built
-    in the first one's memory, if that holds the gradients' own dtypes and is not borrowed. What came in 16 bits is
-    widened in the copy, or in the addition, which rounds as that of widened numbers does. A segment that only some have
-    counts as zero for the others; one that nobody has is missing from the step. Each sum is rounded in the gradient's
-    dtype, as `(g0 + g1 + ...) / divisor` is.
+    One by itself is taken as it is, in 16 bits if it came so and the step takes those (`half_precision`). Else the
+    sum is built in the first one's memory, if that holds the gradients' own dtypes and is not borrowed. What came in 16
+    bits is widened in the copy, or in the addition, which rounds as that of widened numbers does. A segment that only
+    some have counts as zero for the others; one that none has is missing from the step. Each sum is
+    rounded in the gradient's dtype, as `(g0 + g1 + ...) / divisor` is.
     """
     first, *others = contributions
     layout = first.layout
     alone = not others and divisor == 1
-    if alone and narrow and (as_they_came := first.narrow()):
+    if alone and half_precision and (as_they_came := first.half_precision()):
         return _single(first, as_they_came, device)
     total = _total_of(first)
     if alone and first.is_whole:
@@ -174,8 +174,8 @@ def _add_(total: FlatBuffers, theirs: FlatBuffers, present: set[int], first: int
         elif into.dtype is source.dtype:
             into.add_(source)
         else:  # block by block, since torch widens into temporary memory first
-            for block, narrow in zip(torch.split(into, BLOCK), torch.split(source, BLOCK), strict=True):
-                block.add_(narrow)
+            for block, part in zip(torch.split(into, BLOCK), torch.split(source, BLOCK), strict=True):
+                block.add_(part)
 
 
 def _densify_(layout: Layout, total: FlatBuffers, index: int, pair: tuple[Tensor, Tensor]) -> None:

@@ -41,7 +41,7 @@ class SessionState(ABC):
         device: where parameters and state live.
     """
 
-    narrow: ClassVar[bool] = False
+    takes_half_precision: ClassVar[bool] = False
     """Whether its steps take gradients in 16 bits as they came."""
 
     def __init__(self, plan: Plan, *, device: torch.device) -> None:

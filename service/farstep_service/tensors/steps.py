@@ -92,9 +92,9 @@ class Steps:
         return self._accumulated
 
     @property
-    def narrow(self) -> bool:
+    def takes_half_precision(self) -> bool:
         """Return whether gradients in 16 bits may stay so: the state takes them, and no policy changes them."""
-        return self._state.narrow and self.plan.policies.as_they_come
+        return self._state.takes_half_precision and self.plan.policies.as_they_come
 
     @property
     def nbytes(self) -> int:

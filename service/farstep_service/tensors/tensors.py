@@ -258,7 +258,9 @@ class Tensors:
             lasting, passing = state.changed(options.lasting), state.whole(options.passing)
             made_up = self._make_up(pushes, weights, step.compensation)
             contributions = [push.contribution for push in pushes]
-            gradients = reduce_(contributions, step.divisor, state.device, narrow=self.steps.narrow)
+            gradients = reduce_(
+                contributions, step.divisor, state.device, half_precision=self.steps.takes_half_precision
+            )
             began = time.perf_counter()
             taken = self.steps.take(
                 gradients,

@@ -34,15 +34,15 @@ COMPILED = [(name, KernelSignature("float32", optional)) for name, optional in E
 COMPILED += [("Adadelta", KernelSignature("float64")), ("Adam", KernelSignature("float64"))]
 COMPILED += [(name, KernelSignature("bfloat16")) for name, optional in EVERY if not optional]
 COMPILED += [(name, KernelSignature("float16")) for name in ("Adagrad", "RMSprop")]
-NARROW = [
+HALF_PRECISION = [
     (name, KernelSignature("float32", optional, "bfloat16", "bfloat16")) for name, optional in EVERY if not optional
 ]
-NARROW += [
+HALF_PRECISION += [
     ("Adagrad", KernelSignature("float32", (), "float16")),
     ("Adagrad", KernelSignature("float32", (), "float16", "float16")),
 ]
-NARROW += [("Adagrad", KernelSignature("float32", (), "", "float32"))]
-COMPILED += NARROW
+HALF_PRECISION += [("Adagrad", KernelSignature("float32", (), "", "float32"))]
+COMPILED += HALF_PRECISION
 """The compiled kernels that tests use; building all of them takes a minute, once per machine."""
 
 

@@ -7,9 +7,9 @@ from farstep.protocol.codecs import FULL, codec_named
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES
 from farstep_service.optimizers.rule import ElementwiseRule
-from farstep_service.store import Gradients, NarrowBuffers
+from farstep_service.store import Gradients, HalfPrecisionBuffers
 from tests.store.conftest import BrokenKernels, MakeStore, all_bytes, layout_for
-from tests.support.store.narrow import both, narrowed
+from tests.support.store.half_precision import both, half_and_single
 
 HALVES = ["bfloat16", "float16"]
 MIXED = ("float32", "bfloat16", "float32", "complex64", "float64", "float32")
@@ -22,30 +22,30 @@ def mixed_for(name: str) -> Layout:
     return layout_for(name, dtypes=[dtype for dtype in MIXED if not (real and dtype == "complex64")])
 
 
-@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", DENSE)
-def test_a_step_has_the_bits_of_one_along_widened_gradients(make: MakeStore, name: str, half: str) -> None:
+def test_a_step_has_the_bits_of_one_along_widened_gradients(make: MakeStore, name: str, dtype: str) -> None:
     """For every rule, all dtypes side by side, and some gradients missing in some steps."""
     layout = mixed_for(name)
     here, hypers = make(name, layout)
     there, _ = make(name, layout)
     for seed in range(4):
         present = None if seed % 2 else [index % 3 != seed % 3 for index in range(len(layout.segments))]
-        narrow, wide = both(layout, half, seed, present)
-        here.apply(hypers, narrow)
+        half_precision, wide = both(layout, dtype, seed, present)
+        here.apply(hypers, half_precision)
         there.apply(hypers, wide)
         assert all_bytes(here) == all_bytes(there)
 
 
-@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("name", ["Adam", "Muon"])
-def test_the_new_parameters_are_where_the_gradients_were(make: MakeStore, name: str, half: str) -> None:
+def test_the_new_parameters_are_where_the_gradients_were(make: MakeStore, name: str, dtype: str) -> None:
     """In the dtypes of the wire, for each segment that the step names; what had no gradient is left alone."""
     layout = mixed_for(name)
     store, hypers = make(name, layout)
     present = [index != 2 for index in range(len(layout.segments))]
-    gradients, _ = both(layout, half, 7, present)
-    assert isinstance(gradients.buffers, NarrowBuffers)
+    gradients, _ = both(layout, dtype, 7, present)
+    assert isinstance(gradients.buffers, HalfPrecisionBuffers)
     memory = gradients.buffers.memory
     before = memory.segment(2).clone()
     applied = store.apply(hypers, gradients)
@@ -63,10 +63,10 @@ def test_a_kernel_that_fails_midway_loses_no_gradient_that_is_still_needed(make:
     kernels = BrokenKernels(after)
     broken, hypers = make("Adadelta", layout, kernels=kernels)
     whole, _ = make("Adadelta", layout)
-    narrow, wide = both(layout, "bfloat16", 3)
+    half_precision, wide = both(layout, "bfloat16", 3)
     whole.apply(hypers, wide)
     with pytest.raises(Exception, match="out of luck"):
-        broken.apply(hypers, narrow)
+        broken.apply(hypers, half_precision)
     broken.finish()
     assert all_bytes(broken) == all_bytes(whole)
 
@@ -79,16 +79,16 @@ def test_neighbours_that_are_apart_on_the_wire_are_apart_in_a_step(make: MakeSto
     assert layout.apart_on_wire(codec_named("bfloat16")) == {2}
     assert layout.apart_on_wire(codec_named("float16")) == frozenset()
     assert layout.apart_on_wire(FULL) == frozenset()
-    for half, runs in (("bfloat16", 3), ("float16", 2)):
+    for dtype, runs in (("bfloat16", 3), ("float16", 2)):
         store, hypers = make("Adagrad", layout)
-        narrow, _ = narrowed(layout, half, 1)
-        assert store.apply(hypers, Gradients(narrow)).runs == runs
+        half_precision, _ = half_and_single(layout, dtype, 1)
+        assert store.apply(hypers, Gradients(half_precision)).runs == runs
 
 
 def test_a_narrow_segment_looks_like_its_parameter() -> None:
     """Whoever asks for one as its parameter looks gets a copy in its shape and dtype."""
     layout = mixed_for("Adagrad")
-    narrow, wide = narrowed(layout, "float16", 5)
+    half_precision, wide = half_and_single(layout, "float16", 5)
     for index in range(len(layout.segments)):
-        assert torch.equal(narrow.segment(index), wide.segment(index))
-    assert narrow.nbytes < wide.nbytes
+        assert torch.equal(half_precision.segment(index), wide.segment(index))
+    assert half_precision.nbytes < wide.nbytes

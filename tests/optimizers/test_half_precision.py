@@ -19,10 +19,10 @@ from farstep_service.kernels.reference import ReferenceKernel
 from farstep_service.layout import Layout, SegmentSpec
 from farstep_service.optimizers import RULES
 from farstep_service.optimizers.rule import KernelSignature
-from farstep_service.store import FlatBuffers, Gradients, NarrowBuffers, Store
+from farstep_service.store import FlatBuffers, Gradients, HalfPrecisionBuffers, Store
 from tests.store.conftest import all_bytes, noise
-from tests.support.optimizers.compiled import NARROW
-from tests.support.store.narrow import both
+from tests.support.optimizers.compiled import HALF_PRECISION
+from tests.support.store.half_precision import both
 
 pytestmark = pytest.mark.timeout(600)  # the first run on a machine compiles
 
@@ -43,21 +43,21 @@ def never(packages: Sequence[CompiledKernel], directory: Path, report: Report) -
         report(package, "nobody is here")
 
 
-@pytest.mark.parametrize("rule", [rule for rule, form in NARROW if form.copy == "bfloat16"])
+@pytest.mark.parametrize("rule", [rule for rule, form in HALF_PRECISION if form.copy == "bfloat16"])
 def test_a_program_for_16_bits_has_the_bits_of_the_usual_one(fused: Kernels, rule: str) -> None:
     """Several steps of every rule: parameters, state, and the answer that is written over the gradients."""
     here, hypers = store_of(rule, fused)
     there, _ = store_of(rule, fused)
     for seed in range(3):
-        narrow, wide = both(LAYOUT, "bfloat16", seed)
-        assert isinstance(narrow.buffers, NarrowBuffers)
-        applied = here.apply(hypers, narrow)
+        half_precision, wide = both(LAYOUT, "bfloat16", seed)
+        assert isinstance(half_precision.buffers, HalfPrecisionBuffers)
+        applied = here.apply(hypers, half_precision)
         assert (applied.kernel, applied.copied >= {0, 1}) == ("fused", True)
         assert there.apply(hypers, wide).kernel == "fused"
         assert all_bytes(here) == all_bytes(there)
         for index in (0, 1):
             new = here.buffers("param").segment(index).bfloat16()
-            assert torch.equal(narrow.buffers.memory.segment(index), new)
+            assert torch.equal(half_precision.buffers.memory.segment(index), new)
 
 
 @pytest.mark.parametrize("copied", [False, True])
@@ -66,8 +66,8 @@ def test_so_has_one_for_float16(fused: Kernels, copied: bool) -> None:
     here, hypers = store_of("Adagrad", fused)
     there, _ = store_of("Adagrad", fused)
     for seed in range(3):
-        narrow, wide = both(LAYOUT, "float16", seed)
-        applied = here.apply(hypers, narrow if copied else Gradients(narrow.buffers))
+        half_precision, wide = both(LAYOUT, "float16", seed)
+        applied = here.apply(hypers, half_precision if copied else Gradients(half_precision.buffers))
         assert bool(applied.copied) is copied
         there.apply(hypers, wide)
         assert all_bytes(here) == all_bytes(there)
@@ -95,8 +95,8 @@ def test_until_there_is_one_blocks_are_widened_for_the_usual_one(fused: Kernels)
     here, hypers = store_of("Adam", kernels, {"weight_decay": 0.1})
     there, _ = store_of("Adam", fused, {"weight_decay": 0.1})
     for seed in range(2):
-        narrow, wide = both(LAYOUT, "float16", seed, [True, True, False])
-        applied = here.apply(hypers, narrow)
+        half_precision, wide = both(LAYOUT, "float16", seed, [True, True, False])
+        applied = here.apply(hypers, half_precision)
         assert (applied.kernel, applied.copied) == ("fused", frozenset())
         there.apply(hypers, wide)
         assert all_bytes(here) == all_bytes(there)

@@ -1,4 +1,4 @@
-"""Turns between connections that have sent more requests than one: a request of each, and the event loop between.
+"""Turns between connections that sent several requests at once: one request of each, then the event loop.
 
 Thousands of small requests may come in one write. Answered in one go they would keep everyone else waiting who has
 sent one request and waits for its answer; so what follows the first waits here, and the connection is not read from.
@@ -20,7 +20,7 @@ TURN_S = 0.001
 """Seconds of a turn: what all requests that came early may together add to the waiting of others."""
 
 
-class Waiting(Protocol):
+class TurnTaker(Protocol):
     """A connection with requests that have come and were not begun."""
 
     def take_turn(self) -> None:
@@ -28,7 +28,7 @@ class Waiting(Protocol):
 
 
 @final
-class Turns:
+class ConnectionTurns:
     """Give turns to the connections of one event loop.
 
     Args:
@@ -38,10 +38,10 @@ class Turns:
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.perf_counter) -> None:
         self._loop = loop
         self._clock = clock  # the loop's own may stand still while it runs callbacks
-        self._waiting: deque[Waiting] = deque()
+        self._waiting: deque[TurnTaker] = deque()
         self._called = False
 
-    def wait(self, connection: Waiting) -> None:
+    def wait(self, connection: TurnTaker) -> None:
         """Let a connection that does not wait yet wait for its turn, which comes soon."""
         self._waiting.append(connection)
         self._call()
@@ -61,12 +61,12 @@ class Turns:
         self._call()
 
 
-_TURNS: WeakKeyDictionary[asyncio.AbstractEventLoop, Turns] = WeakKeyDictionary()
+_TURNS: WeakKeyDictionary[asyncio.AbstractEventLoop, ConnectionTurns] = WeakKeyDictionary()
 
 
-def turns_of(loop: asyncio.AbstractEventLoop) -> Turns:
+def connection_turns(loop: asyncio.AbstractEventLoop) -> ConnectionTurns:
     """Return the turns of an event loop."""
     turns = _TURNS.get(loop)
     if turns is None:
-        turns = _TURNS[loop] = Turns(loop)
+        turns = _TURNS[loop] = ConnectionTurns(loop)
     return turns

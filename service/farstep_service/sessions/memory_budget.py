@@ -20,7 +20,7 @@ UNBOUNDED = 2**63
 
 
 @final
-class Room:
+class MemoryBudget:
     """Count the memory of one server.
 
     Args:
@@ -74,25 +74,25 @@ class Room:
 class InFlight:
     """Account for the memory of one request; a context manager, whose value is called before memory is taken."""
 
-    __slots__ = ("_room", "_taken")
+    __slots__ = ("_budget", "_taken")
 
-    def __init__(self, room: Room) -> None:
-        self._room = room
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
         self._taken = 0
 
     def __call__(self, nbytes: int) -> None:
         """Take so many bytes; raise `Busy` where there is no room."""
-        room = self._room
-        if nbytes > room.limit_bytes - room.held_bytes - room.in_flight_bytes:
-            room.check(nbytes)
-        room.in_flight_bytes += nbytes
+        budget = self._budget
+        if nbytes > budget.limit_bytes - budget.held_bytes - budget.in_flight_bytes:
+            budget.check(nbytes)
+        budget.in_flight_bytes += nbytes
         self._taken += nbytes
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._room.in_flight_bytes -= self._taken
+        self._budget.in_flight_bytes -= self._taken
 
 
 def any_size(plan: Plan, nbytes: int) -> None:
@@ -100,19 +100,19 @@ def any_size(plan: Plan, nbytes: int) -> None:
 
 
 @final
-class Share:
+class SessionMemory:
     """What one session has of the memory of its server.
 
     Args:
-        room: the server's.
+        budget: the server's.
         size: called before the session of a plan grows by so many bytes; raises if it would be too large.
 
     Attributes:
         growing: the bytes by which its parameters grow now.
     """
 
-    def __init__(self, room: Room | None = None, size: Callable[[Plan, int], None] = any_size) -> None:
-        self._room = room or Room()
+    def __init__(self, budget: MemoryBudget | None = None, size: Callable[[Plan, int], None] = any_size) -> None:
+        self._budget = budget or MemoryBudget()
         self._size = size
         self._held = 0
         self.growing = 0
@@ -120,7 +120,7 @@ class Share:
     def check_growth(self, plan: Plan, nbytes: int) -> None:
         """Refuse that the session's parameters grow by so many bytes, if there is no room or they would be too many."""
         self._size(plan, nbytes)
-        self._room.check(nbytes)
+        self._budget.check(nbytes)
 
     @contextmanager
     def by(
@@ -137,9 +137,9 @@ class Share:
         """
         if growing:
             self._size(plan, growing)
-        while not self._room.has(coming):
+        while not self._budget.has(coming):
             if not give_way():
-                self._room.check(coming)
+                self._budget.check(coming)
             self.note(held())
         self.growing = growing
         self.note(self._held + coming)
@@ -151,5 +151,5 @@ class Share:
 
     def note(self, nbytes: int) -> None:
         """Note what the session holds now."""
-        self._room.held_bytes += nbytes - self._held
+        self._budget.held_bytes += nbytes - self._held
         self._held = nbytes

@@ -26,7 +26,7 @@ FieldValues = Buffers | Sequence[Number | None]
 
 
 @final
-class State:
+class OptimizerState:
     """Hold the tensor fields, and know what state is allowed to be. Optional fields take memory when they are used.
 
     Args:
@@ -50,14 +50,14 @@ class State:
         self.take_memory(name for name in rule.tensor_fields if name not in rule.optional_fields)
         self.refill([segment for segment in range(len(layout.segments)) if self._begins_filled(segment)])
 
-    def appended(self, layout: Layout, groups: Sequence[Hyper]) -> State:
+    def appended(self, layout: Layout, groups: Sequence[Hyper]) -> OptimizerState:
         """Return this state with what the segments at the end of a longer layout begin with; this one is unchanged.
 
         Args:
             layout: this one with more segments.
             groups: options of each param group of it; what is known of the present ones stays.
         """
-        grown = State(layout, self._rule, (*self._groups, *groups[len(self._groups) :]), self._device)
+        grown = OptimizerState(layout, self._rule, (*self._groups, *groups[len(self._groups) :]), self._device)
         for name, buffers in self.fields.items():
             grown.memory(name).copy_(buffers, range(len(self._layout.segments)))
         return grown
@@ -88,7 +88,7 @@ class State:
         shape = self._layout.segments[segment].shape
         return {name: self.fields[name].segment(segment) for name in self._rule.fields(optional, shape)}
 
-    def newborn(self, segment: int) -> SegmentCounters | None:
+    def initial_counts(self, segment: int) -> SegmentCounters | None:
         """Return the counts of a segment that has not stepped; None if its state begins with its first step."""
         return self._having(segment, None, ()) if self._rule.has_initial_state else None
 
