@@ -285,7 +285,7 @@ class InSession(torch.optim.Optimizer):
         """
         member = self._joined()
         if not member.holds([group["params"] for group in self.param_groups]):
-            chosen = member.fitting(self.param_groups)
+            chosen = member.held.fitting(self.param_groups)
             if chosen is not None:
                 self._settle(member)
                 member.rebind(self.param_groups, chosen)
@@ -317,7 +317,7 @@ class InSession(torch.optim.Optimizer):
         except BaseException as exc:
             vars(self).update(before)
             if isinstance(exc, ValueError) and not isinstance(exc, FarstepError):
-                raise member.unfit(str(exc)) from exc
+                raise member.held.unfit(str(exc)) from exc
             raise
         self.last_step = before["last_step"]
         self._membership.scaler = member.scaler
