@@ -1,10 +1,10 @@
-"""The lease of a worker that has nothing to push, renewed by requests of its own.
+"""Heartbeats: requests that renew the lease of a worker that has nothing to push.
 
     push, pull, join     renew it, and need nothing of this
     heartbeat()          one small request without tensors
     keep_alive()         one of them at once and every third of a lease, from a thread, while something else is done
 
-A heartbeat says more than that the worker lives: it says that others are to wait for it.
+A heartbeat also means that other workers are to wait for this one.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ BEATS: Final = 3
 LONGEST_PAUSE_S: Final = 3600.0
 SHORTEST_PAUSE_S: Final = 0.005
 WITHIN_S: Final = 10.0
-"""How long one of a thread's may take, and the end of it with it."""
+"""The time limit of a thread's heartbeat, and so of ending the thread."""
 
 
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Heartbeat:
-    """What a session answers a heartbeat.
+    """A session's answer to a heartbeat.
 
     Attributes:
-        worker, epoch: whose lease was renewed.
-        lapsed: whether it had run out, so that nobody waited for this worker, and its gradient may be late.
-        lease_s: seconds from the answer until it runs out; infinite in this process.
-        live: how many workers are live, this one included.
-        version: the session's, which may be ahead of what the worker holds.
+        worker, epoch: the worker whose lease was renewed, and its epoch.
+        lapsed: whether the lease had run out, so that others did not wait for this worker, and its gradient may be
+            late.
+        lease_s: seconds from the answer until the lease runs out; infinite in an embedded session.
+        live: the number of live workers, including this one.
+        version: the session's version, which may be ahead of the worker's.
         consistency: the session's mode.
     """
 
@@ -51,7 +52,7 @@ class Heartbeat:
 
     @classmethod
     def of(cls, document: object) -> Heartbeat:
-        """Return what a server answered.
+        """Return the heartbeat that a server answered.
 
         Raises:
             InvalidAnswer: it is not the answer to a heartbeat.
@@ -78,9 +79,9 @@ class Heartbeat:
 
 @contextmanager
 def beating(beat: Callable[[], Heartbeat]) -> Iterator[None]:
-    """Renew a lease from a thread, until the end of the block or the optimizer's.
+    """Renew a lease from a thread until the end of the block, or until the optimizer is closed.
 
-    What the session refuses the worker's next step is told, too. After that it may join again, so the thread goes on.
+    A refusal also reaches the worker's next step. The worker may join again after that, so the thread continues.
 
     Args:
         beat: tries once.
@@ -102,7 +103,7 @@ def _beat(beat: Callable[[], Heartbeat], stopped: threading.Event) -> None:
             pause_s = min(max(beat().lease_s / BEATS, SHORTEST_PAUSE_S), LONGEST_PAUSE_S)
         except Unavailable:
             pause_s = max(pause_s / 2, 1.0)
-        except FarstepError:  # refused, as it is, too, if it overtook a join
+        except FarstepError:  # refused; also if it overtook a join
             pause_s = max(pause_s, 1.0)
         except RuntimeError:  # the optimizer was closed meanwhile
             return

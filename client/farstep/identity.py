@@ -1,10 +1,10 @@
-"""Who a worker is: its name, its number among all workers, and its share of the data.
+"""A worker's identity: its name, its number among all workers, and its share of the data.
 
     me = farstep.worker()
     optimizer = farstep.optim.SGD(params, lr=0.1, worker=me, consistency=farstep.Sync(workers=me.count))
     for example in me.share(examples): ...
 
-What is not said is read from the environment, the first that is there of each row:
+What is not given is read from the environment, the first variable of each row that is set:
 
                  farstep launch      torchrun                      srun of Slurm            else
     name         FARSTEP_WORKER      w and the rank                w and the rank           a fresh one
@@ -13,8 +13,8 @@ What is not said is read from the environment, the first that is there of each r
     local_rank   LOCAL_RANK          LOCAL_RANK                    SLURM_LOCALID            0
     restart      FARSTEP_RESTART     TORCHELASTIC_RESTART_COUNT    SLURM_RESTART_COUNT      0
 
-A worker that is given a name and no number may be one of several: it has no rank, and says so when it is asked for it.
-Else two of them would take the same data, and nobody would notice.
+A worker with a name and no number may be one of several: it has no rank, and reading it is an error. Otherwise two of
+them could silently take the same data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SLURMS: Final = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
 
 
 class Sliceable(Protocol):
-    """What `Worker.share` takes: a list, a range, an array, a tensor."""
+    """The argument of `Worker.share`: a list, a range, an array, a tensor."""
 
     def __len__(self) -> int: ...
 
@@ -51,14 +51,14 @@ Items = TypeVar("Items", bound=Sliceable)
 @final
 @dataclass(frozen=True, slots=True)
 class Number:
-    """The place of a worker among all of them.
+    """The number of a worker among all workers.
 
     Attributes:
         rank: from 0.
         count: how many workers there are.
 
     Raises:
-        InvalidOption: there is no such place.
+        InvalidOption: a value is out of range.
     """
 
     rank: int
@@ -85,14 +85,14 @@ class Worker:
 
     Attributes:
         name: its name in the session.
-        number: its rank and how many there are; None if it was given a name only.
+        number: its rank and the count of workers; None if it has only a name.
         local_rank: its rank among the workers of its machine.
-        restart: how often it was started again.
-        named: its name was given, or is that of its rank; a fresh one is another in every run.
-        session, server: what FARSTEP_SESSION and FARSTEP_SERVER say, None for nothing; an optimizer may be elsewhere.
+        restart: how often it was restarted.
+        named: its name was given, or follows from its rank; a fresh name differs in every run.
+        session, server: the values of FARSTEP_SESSION and FARSTEP_SERVER, None if unset; an optimizer may have others.
 
     Raises:
-        InvalidOption: it is no name.
+        InvalidOption: the name is invalid.
     """
 
     name: str
@@ -125,7 +125,7 @@ class Worker:
 
     @property
     def count(self) -> int:
-        """How many workers were started.
+        """The number of workers.
 
         Raises:
             InvalidOption: it was given a name only.
@@ -133,13 +133,13 @@ class Worker:
         return self._numbered().count
 
     def share(self, items: Items) -> Items:
-        """Return every `count`-th of some items, from the `rank`-th on: each is one worker's, and none is left out.
+        """Return every `count`-th of some items, from the `rank`-th on: each item goes to exactly one worker.
 
-        Shares differ by one item at most. A tensor is divided by its rows. For what has no slices, share its indices:
+        Shares differ by one item at most. A tensor is divided by rows. For items without slices, share their indices:
         `torch.utils.data.Subset(dataset, me.share(range(len(dataset))))`.
 
         Raises:
-            InvalidOption: the items have no slices, or ones of another kind; or this worker was given a name only.
+            InvalidOption: the items cannot be sliced; or this worker has only a name.
         """
         number = self._numbered()
         part = slice(number.rank, None, number.count)
@@ -147,7 +147,7 @@ class Worker:
             size = len(items)
             share = items[part]
             fits = len(share) == len(range(size)[part])
-        # What may come of a slice that is not taken: torch's `Dataset` says NotImplementedError, a map KeyError.
+        # Errors of a slice that is not supported: torch's `Dataset` raises NotImplementedError, a map KeyError.
         except (TypeError, KeyError, AttributeError, IndexError, ValueError, NotImplementedError):
             fits = False
         if not fits:
@@ -175,17 +175,17 @@ def worker(
     count: int | None = None,
     environment: Mapping[str, str] = os.environ,
 ) -> Worker:
-    """Return who this process is: what is said here, else what `farstep launch`, torchrun or Slurm says.
+    """Return this process's worker: as given here, else as `farstep launch`, torchrun or Slurm started it.
 
-    A process that was told nothing is the only worker. It needs no server and opens no session.
+    A process without any of these is the only worker. No server is needed, and no session opened.
 
     Args:
         name: letters, digits, '.', '_' and '-', at most 63; each worker of a session needs its own.
-        rank, count: its number, from 0, and how many workers there are; both or none.
+        rank, count: its number, from 0, and the number of workers; both or none.
         environment: where the rest is read.
 
     Raises:
-        InvalidOption: a name or a number that cannot be, or half of what belongs together; it names the variable.
+        InvalidOption: a name or a number is invalid, or one of a pair is missing; it names the variable.
     """
     named = name if name is not None else environment.get("FARSTEP_WORKER") or None
     if (rank is None) != (count is None):
@@ -211,12 +211,12 @@ def worker(
 
 
 def name_of_rank(rank: int, count: int) -> str:
-    """Return the name of one of so many workers; names sort as ranks do, and sync steps sum in their order."""
+    """Return the name of a worker by its rank; names sort as ranks do, and sync steps sum in their order."""
     return f"w{rank:0{len(str(count - 1))}}"
 
 
 def fresh_name() -> str:
-    """Return a name that nobody has: host, process and a random part."""
+    """Return a new name: host, process and a random part."""
     host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32].strip("-") or "worker"
     return f"{host}-{os.getpid()}-{secrets.token_hex(4)}"
 
@@ -225,7 +225,7 @@ def check_name(name: object, field: str) -> None:
     """Refuse what cannot be the name of a worker or a session.
 
     Raises:
-        InvalidOption: it cannot.
+        InvalidOption: the name is invalid.
     """
     if not isinstance(name, str) or not NAME.fullmatch(name):
         raise invalid_option(
@@ -236,9 +236,9 @@ def check_name(name: object, field: str) -> None:
 
 
 def _told(environment: Mapping[str, str]) -> Number | None:
-    """Return the number that a launcher says; None if there is none.
+    """Return the number that a launcher has set; None without one.
 
-    Of Slurm's variables those of a step count: a script of sbatch by itself is one process, whatever the job has.
+    Of Slurm's variables those of a step count: a script of sbatch is one process, whatever the job's size.
     """
     pair = TORCHRUNS
     rank, count = (_number(environment, each) for each in pair)
@@ -262,7 +262,7 @@ def _told(environment: Mapping[str, str]) -> Number | None:
 
 
 def _first(environment: Mapping[str, str], *variables: str) -> int | None:
-    """Return the first of these numbers that is there."""
+    """Return the first of these variables that is set."""
     found: Sequence[int] = [each for name in variables if (each := _number(environment, name)) is not None]
     return found[0] if found else None
 

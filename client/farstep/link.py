@@ -1,7 +1,7 @@
-"""A worker's way to its session: one interface, over HTTP (`farstep.http_link`) or in this process (embedded).
+"""The link of a worker to its session: one interface, over HTTP (`farstep.http_link`) or in this process (embedded).
 
-A link is opened once for a list of parameters and from then on moves their gradients there and their new values back.
-The parameters are updated in place: same storage, same strides, version counter bumped. Gradients are never changed.
+A link is opened for a list of parameters, sends their gradients, and receives their new values. The parameters are
+updated in place: same storage, same strides, version counter bumped. Gradients are never changed.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ Result = TypeVar("Result")
 
 
 def in_ordinary_memory(method: Callable[Args, Result]) -> Callable[Args, Result]:
-    """Have a link's method take ordinary memory, also where it is called inside `torch.inference_mode`.
+    """Have a link's method allocate ordinary tensors, also inside `torch.inference_mode`.
 
-    Every tensor that is made there can be written to in that mode only, and a session's outlive it.
+    Tensors made in that mode can be written to only there, and those of a session outlive it.
     """
 
     @wraps(method)
@@ -47,11 +47,11 @@ def in_ordinary_memory(method: Callable[Args, Result]) -> Callable[Args, Result]
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a session begins with beside the parameters; ignored by one that has begun.
+    """The initial state and version of a new session; an existing session ignores it.
 
     Attributes:
-        state: given the optimizer's state fields, returns one entry per parameter, None where it has no state; None
-            for a session without any state.
+        state: given the optimizer's state fields, returns one entry per parameter, None for a parameter without state;
+            None for a session without state.
         version: the version the session starts at.
     """
 
@@ -71,7 +71,7 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionSpec:
-    """Describe a session completely. Two workers with equal specs share it; with others the second is refused."""
+    """Describe a session completely. Workers with equal specs share it; another spec is refused."""
 
     name: str
     optimizer: str
@@ -101,7 +101,7 @@ class SessionSpec:
 
 
 class Link(ABC):
-    """One worker's way to one session."""
+    """One worker's link to one session."""
 
     @property
     @abstractmethod
@@ -138,29 +138,29 @@ class Link(ABC):
         groups: Mapping[int, Options],
         evaluation: Evaluation | None = None,
     ) -> StepReport:
-        """Send one gradient per parameter (None: it has none) and changed group options; update the parameters.
+        """Send one gradient per parameter (None without one) and changed group options; update the parameters.
 
         Args:
-            gradients, groups: as said above. Where each push brings its own options, `groups` has all of every group.
-            evaluation: what the closure returned, for an optimizer that asks for it.
+            gradients, groups: see above. Where each push has its own options, `groups` has all options of every group.
+            evaluation: what the closure returned, for an optimizer that needs it.
 
         Raises:
-            FarstepError: what the session refused, or `Unavailable` when no answer came in time. The parameters are
-                then as they were.
+            FarstepError: the session refused the push, or `Unavailable`: no answer came in time. The parameters are
+                unchanged.
         """
 
     def begin_push(self, order: Sequence[int], groups: Mapping[int, Options]) -> Overlapped | None:
-        """Begin to push gradients that are still being computed, for the next `push`; None where that is no gain.
+        """Begin to push gradients that are still being computed, for the next `push`; None if it would not help.
 
         Args:
-            order: the parameters whose gradients there will be, in the order in which they become final.
+            order: the parameters that will have gradients, in the order in which these become final.
             groups: changed group options.
         """
         return None
 
     @abstractmethod
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
-        """Say that this worker's gradients overflowed: nobody takes the step, and whoever waits for it goes on.
+        """Report that this worker's gradients overflowed: all workers skip the step, and waiting ones continue.
 
         Raises:
             FarstepError: see `push`.
@@ -168,44 +168,44 @@ class Link(ABC):
 
     @abstractmethod
     def pull(self) -> int:
-        """Bring the parameters to the session's current version and return it."""
+        """Update the parameters to the session's current version and return it."""
 
     @abstractmethod
     def write(self, parameters: Sequence[int] = (), state: Mapping[int, State | None] | None = None) -> int:
-        """Replace the session's values of some parameters by this worker's, or the state of some, in one step.
+        """Replace the session's values of some parameters by this worker's, or the state of some, as one write.
 
         Args:
             parameters: indices of parameters whose values are sent, if no state is.
-            state: new state by the parameter's index, None where it shall have none.
+            state: new state by the parameter's index, None to remove it.
         """
 
     @abstractmethod
     def append(self, options: Options, parameters: Sequence[Parameter], tensors: Sequence[Tensor]) -> bool:
         """Add a param group to the session, at its end, and return whether the session grew by it.
 
-        If another worker has added this group before, it did not: the parameters of the group, and those that are here
-        already, are then brought to the session's current version.
+        It did not if another worker has added this group before: then all parameters here, the group's included, are
+            updated to the session's current version.
 
         Args:
             options: the group's options.
             parameters, tensors: the group's parameters; `tensors` are updated in place from now on.
 
         Raises:
-            OptionsDiffer: the session has another group in its place.
-            FarstepError: what the session refused, or `Unavailable` when no answer came in time. The link is then as it
-                was.
+            OptionsDiffer: the session has another group in this place.
+            FarstepError: the session refused the group, or `Unavailable`: no answer came in time. The link is
+                unchanged.
         """
 
     @abstractmethod
     def edited(self, addresses: list[int]) -> list[int]:
-        """Return which parameters the session has other values of; none where it reads the parameters' own memory.
+        """Return which parameters differ from the session's; none where it reads the parameters' own memory.
 
         Args:
             addresses: where each parameter's memory begins now.
         """
 
     def settle_edits(self, addresses: list[int]) -> None:
-        """Bring edited parameters to the session, at the latest before the push or skip that follows is applied.
+        """Send edited parameters to the session, at the latest before the next push or skip is applied.
 
         Args:
             addresses: where each parameter's memory begins now.
@@ -215,17 +215,16 @@ class Link(ABC):
 
     @abstractmethod
     def stand_in(self, index: int) -> Tensor | None:
-        """Return a tensor for the place of a parameter that has another form for the moment; None if there is none.
+        """Return a stand-in for a parameter that temporarily has another shape or dtype; None without one.
 
-        Where values of the parameter may be compared or copied, it has those that the session has, as far as this
-        worker knows.
+        Where values may be compared or copied, it has the session's, as far as this worker knows them.
         """
 
     @abstractmethod
     def rebind(self, parameters: Sequence[Tensor]) -> bool:
-        """Take other tensors of the same shapes and dtypes in the parameters' place; return whether that can be.
+        """Replace the parameters by other tensors of the same shapes and dtypes; return whether that is possible.
 
-        The session is as it was; what differs counts as edited.
+        The session does not change; values that differ count as edited.
         """
 
     @abstractmethod
@@ -233,7 +232,7 @@ class Link(ABC):
         """Renew this worker's lease without a write; may be called from any thread.
 
         Args:
-            once: do not try again, and take a few seconds at most.
+            once: do not retry, and take a few seconds at most.
 
         Raises:
             SessionLost, Fenced: the session is gone, or another process has this worker's name.
@@ -247,23 +246,23 @@ class Link(ABC):
 
     @abstractmethod
     def set_consistency(self, mode: Consistency) -> None:
-        """Let the session go on in another consistency mode.
+        """Switch the session to another consistency mode.
 
         Raises:
-            FarstepError: what the session refused, or `Unavailable`.
+            FarstepError: the session refused it, or `Unavailable`.
         """
 
     @abstractmethod
     def stateful(self) -> tuple[int, list[bool]]:
-        """Return the session's version, and for each parameter whether it has optimizer state; moves no tensors."""
+        """Return the session's version, and for each parameter whether it has optimizer state; without any tensor."""
 
     @abstractmethod
     def read_state(self, indices: Sequence[int]) -> list[State | None]:
-        """Return a copy of the optimizer state of some parameters, ascending, None where one has none."""
+        """Return a copy of the optimizer state of some parameters, in ascending order, None for those without."""
 
     @abstractmethod
     def read_view(self, view: str) -> list[Tensor]:
-        """Return a copy of what the session keeps beside the parameters, such as their average: one for each of them.
+        """Return a copy of a view, such as the average of the parameters: one tensor for each of them.
 
         Raises:
             InvalidOption: the session has no such view.
@@ -275,7 +274,7 @@ class Link(ABC):
 
     @abstractmethod
     def rejoin(self, start: Start) -> bool:
-        """Join the session again, creating it anew from `start` if it is gone; return whether it was created."""
+        """Join the session again, or create it from `start` if it is gone; return whether it was created."""
 
     @abstractmethod
     def close(self) -> None:

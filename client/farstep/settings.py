@@ -1,4 +1,4 @@
-"""Where a worker's optimizer lives: arguments first, then `FARSTEP_*` variables, then defaults.
+"""A worker's settings: arguments first, then `FARSTEP_*` variables, then defaults.
 
 argument       variable             default
 server         FARSTEP_SERVER       none: embedded, in this process
@@ -38,36 +38,36 @@ KernelChoice = Literal["auto", "reference", "fused"]
 
 
 class RemoteOptions(TypedDict, total=False):
-    """The keyword-only options every farstep optimizer takes beside torch's own.
+    """The keyword-only options that every farstep optimizer takes beside torch's own.
 
-    server: URL of a farstep server, without credentials; `unix:///path` for one at a socket of this machine; without
-        one the optimizer runs embedded in this process.
-    session: the name to create or join; without one that of `FARSTEP_SESSION`, with a number for the second optimizer
-        of a process and later ones, or else the session is private to this optimizer and removed with it.
-    worker: this worker's name in the session, or who it is (`farstep.worker()`). A sync step reduces gradients in the
-        order of these names; those of workers without a name follow, in the order of their contents.
+    server: URL of a farstep server, without credentials; `unix:///path` for a socket of this machine. Without a server
+        the optimizer runs embedded, in this process.
+    session: the session to create or join; by default that of `FARSTEP_SESSION`, numbered for the second optimizer of a
+        process and later ones, or else a session private to this optimizer and removed with it.
+    worker: this worker's name in the session, or `farstep.worker()`. A sync step reduces gradients in the order of
+        these names; those of unnamed workers follow, in the order of their contents.
     token: the server's bearer token.
     consistency: `farstep.Async()`, `farstep.Bounded(staleness=S)` or `farstep.Sync(workers=N)`.
-    nonfinite: what the session does with a gradient that holds NaN or Inf: "refuse" it, which is the default of a
-        server, "allow" it as torch does, which is the default of an embedded optimizer, or "skip" the step for all its
-        workers.
-    clip_norm: the largest norm of the gradients of a step, which are clipped after they were reduced.
-    clip_norm_type: which norm that is, the p of the p-norm, or infinity; 2 by default.
-    clip_value: the largest absolute value of an element of them.
+    nonfinite: what the session does with a gradient that holds NaN or Inf: "refuse" it (the default with a server),
+        "allow" it as torch does (the default of an embedded optimizer), or "skip" the step for all its workers.
+    clip_norm: the largest norm of the gradients of a step, which are clipped after their reduction.
+    clip_norm_type: the p of that p-norm, or infinity; 2 by default.
+    clip_value: the largest absolute value of an element of the gradients.
     accumulate: how many pushes, or barriers, make a step, of the mean of their gradients.
     ema: the decay of an average of the parameters, which `swap_to("ema")` and `pull_view("ema")` show.
     kernel: "auto" takes fused kernels when they are built, "reference" equals `torch.optim` with `foreach=False` bit
         for bit, "fused" waits for fused kernels.
-    wire: "bf16" or "fp16" sends this worker's float32 gradients and brings its float32 parameters in 16 bits, and
-        `farstep.Wire(gradients="bf16")` one of the two; the server's parameters stay float32. Not for embedded ones.
-    overlap: send gradients while the backward pass still computes others (`farstep.overlap`). Embedded sessions and
-        LBFGS have nothing to send then, and go on as without it.
-    options: whose learning rate, and other options of groups, count where several workers share a session. "session":
-        the session has one set, which a worker changes by changing its groups; who joins takes those in force into its
-        groups. "push": this worker's own, for the steps of its own pushes. See `docs/workers.md`.
-    timeout_s: seconds to go on retrying before an error says that the server does not answer.
-    transport: the httpx transport that carries the conversation, for proxies, certificates and tests; proxies of the
-        environment are not used (docs/errors.md).
+    wire: "bf16" or "fp16" sends this worker's float32 gradients and receives its float32 parameters in 16 bits,
+        `farstep.Wire(gradients="bf16")` only one of the two; the server's parameters stay float32. Not for embedded
+        sessions.
+    overlap: send gradients while the backward pass still computes others (`farstep.overlap`). Without effect in
+        embedded sessions and for LBFGS.
+    options: whose learning rate and other group options count where several workers share a session. "session": the
+        session has one set, which a worker changes by changing its groups; a joining worker takes those in force into
+        its groups. "push": this worker's own, for the steps of its own pushes. See `docs/workers.md`.
+    timeout_s: seconds of retries before an error reports that the server does not answer.
+    transport: the httpx transport for all requests, for proxies, certificates and tests; proxies of the environment are
+        not used (docs/errors.md).
     """
 
     server: str | None
@@ -94,9 +94,9 @@ class WorkerSettings:
     """A checked and completed set of remote options.
 
     Attributes:
-        named: the worker's name is the same in every run, or it is alone in the session.
-        counted_as: set where the session has the environment's name, which all optimizers of a process have: the
-            worker's name as far as it was given, by which they are counted.
+        named: the worker's name is the same in every run, or the worker is alone in the session.
+        counted_as: the worker's name, "" if none was given, where the session's name is from the environment: the
+            optimizers of a process are then counted by it. None otherwise.
     """
 
     server: str | None
@@ -189,7 +189,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
 
 
 def _in_run(session: object, run: str | None) -> Any:
-    """Return a session's name as it is in a run of `farstep launch`: two runs on one server do not meet."""
+    """Return a session's name within a run of `farstep launch`, so that two runs on one server do not share it."""
     if run is None or not isinstance(session, str) or session == run or session.startswith(f"{run}."):
         return session
     return f"{run}.{session}"
@@ -201,9 +201,9 @@ def in_fresh_session(settings: WorkerSettings) -> WorkerSettings:
 
 
 def options_of_copy(settings: WorkerSettings) -> RemoteOptions:
-    """Return the options that a copy of an optimizer takes along: everything but names, token and transport.
+    """Return the options that a copy of an optimizer keeps: everything but names, token and transport.
 
-    A copy is alone in its session, so it waits for nobody.
+    A copy is alone in its session, so it waits for no other worker.
     """
     return {
         "server": settings.server,
@@ -227,7 +227,7 @@ def settings_of_copy(options: RemoteOptions, environment: Mapping[str, str] = os
 
 
 def _flag(said: object, variable: str | None) -> bool:
-    """Return what an option says that is on or off, which is off if nothing is said."""
+    """Return whether an option is on, by argument or variable; off by default."""
     if said is None:
         said = {"1": True, "0": False, "": False, None: False}.get(variable, variable)
     if not isinstance(said, bool):

@@ -3,8 +3,8 @@
     farstep.export_session("digits", "digits.safetensors", server="http://box:7171")
     farstep.import_session("digits.safetensors", server="http://box:7171")
 
-The file holds one version of everything (`docs/sessions.md`); workers may go on pushing while it is written. After an
-import, `optimizer.rejoin()` takes a worker whose server was restarted on from there.
+The file holds one version of everything (`docs/sessions.md`); workers may push while it is written. After an import,
+`optimizer.rejoin()` lets a worker whose server was restarted continue from it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from farstep.protocol.tensor_file import invalid_file
 from farstep.settings import resolve
 
 PREPARE_WITHIN_S = 300.0
-"""How long a server may take to copy a session before its first byte, or to begin one after its last."""
+"""How long a server may take to copy a session before its first byte, or to create one after the last."""
 READ_BYTES = 1 << 20
 
 
@@ -38,14 +38,14 @@ def export_session(
 
     Args:
         name: the session.
-        file: where to; it is there when it is complete, readable by its owner only.
+        file: the target; it appears when it is complete, readable by its owner only.
         server: the server's URL, else that of FARSTEP_SERVER.
         token: its token, else that of FARSTEP_TOKEN.
-        force: take the place of a file that is there.
+        force: replace an existing file.
 
     Raises:
-        InvalidOption: the file is there, or cannot be written.
-        FarstepError: there is no such session, it has no parameters yet, or no complete answer came.
+        InvalidOption: the file exists, or cannot be written.
+        FarstepError: the session does not exist or has no parameters yet, or no complete answer came.
     """
     with _speaking(server, token) as speaking:
         return save(speaking, name, Path(file), force=force)
@@ -57,15 +57,15 @@ def import_session(
     """Create a session from a file and return its name.
 
     Args:
-        file: what `export_session` wrote.
-        name: what to call it, if not what it was called.
+        file: a file of `export_session`.
+        name: the new session's name; by default the one in the file.
         server: the server's URL, else that of FARSTEP_SERVER.
         token: its token, else that of FARSTEP_TOKEN.
 
     Raises:
         InvalidFile: the file is invalid_file, foreign, or of a newer release; the server has nothing of it.
         SessionExists: the name is taken.
-        FarstepError: the server has no room for it, or no answer came.
+        FarstepError: the server has no memory for it, or no answer came.
     """
     with _speaking(server, token) as speaking:
         return load(speaking, look_at(Path(file)), name)
@@ -75,7 +75,7 @@ def save(speaking: Conversation, name: str, file: Path, *, force: bool) -> Sessi
     """Write a session into a file; see `export_session`.
 
     Raises:
-        httpx.TransportError: no complete answer came; there is no file then.
+        httpx.TransportError: no complete answer came; no file was written.
     """
     path = path_of_file(name)
     return write_whole(file, lambda write: speaking.download(path, write, wait_s=PREPARE_WITHIN_S), force=force)
@@ -98,7 +98,7 @@ def path_of_file(name: str) -> str:
     """Return the path of a session's file.
 
     Raises:
-        InvalidOption: no session can have that name.
+        InvalidOption: the name is invalid.
     """
     if not NAME.fullmatch(name):
         raise invalid_option(f"No session can be called {name!r:.80}.", field="name")

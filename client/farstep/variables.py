@@ -1,9 +1,8 @@
-"""Variables of the environment that farstep reads, and names that look as if one of them was meant.
+"""Environment variables that farstep reads, and names that look like misspellings of them.
 
-A misspelt variable would be ignored, and with it what somebody asked for. A server refuses one of its own room
-(`FARSTEP_SERVE_*`), because nothing else is called so; elsewhere a name that is nearly one of ours is warned about, and
-any other is left alone: it may be a program's own, or Kubernetes', which sets `FARSTEP_PORT` and more of that kind in
-every container beside a service called farstep.
+A misspelt variable would silently have no effect. A server refuses an unknown `FARSTEP_SERVE_*`, a prefix that is its
+own. Elsewhere a name close to a known one is warned about, and any other is ignored: it may belong to another program,
+or to Kubernetes, which sets `FARSTEP_PORT` and similar names in every container beside a service called farstep.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ KNOWN: Final = frozenset(
     OURS + name
     for name in ("SERVER", "SESSION", "WORKER", "TOKEN", "WIRE", "OVERLAP", "OPTIONS", "RUN", "RESTART", "KERNEL_CACHE")
 )
-"""Variables that are read on either side; those of `farstep serve` follow from its options."""
+"""Variables that client or service read; those of `farstep serve` follow from its options."""
 ARGUMENTS: Final[Mapping[str, str]] = {
     OURS + name: argument
     for name, argument in (
@@ -32,20 +31,20 @@ ARGUMENTS: Final[Mapping[str, str]] = {
         ("URL", "server"),
     )
 }
-"""Names that one could expect to be read, and the argument that does what they seem to ask for."""
+"""Names that could be expected to exist, and the argument that has their effect."""
 ALIKE: Final = 0.85
-"""How much of two names is equal if one is a misspelling of the other."""
+"""The similarity from which one name counts as a misspelling of another."""
 
 _OF_OTHERS: Final = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT(_[0-9]+_[A-Z]+.*)?)|FARSTEP_(GPU_)?HTTP_PORT")
 _OF_SERVE: Final = OURS + "SERVE_"
 
 
 def unknown(environment: Mapping[str, str], prefix: str, known: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield variables of a prefix that nothing reads, each with the known name that is nearest, "" for none.
+    """Yield unknown variables with a prefix, each with the closest known name, "" for none.
 
     Args:
         environment: all variables.
-        prefix: what names begin with.
+        prefix: the prefix of the names.
         known: the names that are read.
     """
     for name in sorted(environment):

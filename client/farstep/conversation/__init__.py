@@ -1,4 +1,4 @@
-"""Requests to a server and its answers, over httpx: nothing that it says is believed before it is checked."""
+"""Requests to a server over httpx, and its answers, which are checked before they are used."""
 
 from farstep.conversation.bodies import Arrived, BuffersFor, Received
 from farstep.conversation.conversation import FILE, READ_TIMEOUT_S, Conversation

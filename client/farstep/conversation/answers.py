@@ -1,7 +1,7 @@
-"""What a server answers a worker, as records: every member is checked before anything is done because of it.
+"""A server's answers to a worker, as records: every member is checked before it is used.
 
-A server of another release, a proxy, or something that is no server at all must not reach a parameter, a version or a
-sequence of this worker. Members that are not known here are passed over: replies may get new ones.
+A server of another release, a proxy, or anything else that answers must not corrupt a parameter, a version or a
+sequence of this worker. Unknown members are ignored: later releases may add some.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ MOST_TIMES: Final = 64
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """Where some of a session's parameters live.
+    """A part of a session's parameters, and its server.
 
     Attributes:
-        url: of the server that has them; "" for the one that was asked.
-        segments: the first of them, and the one behind the last.
+        url: of the server; "" for the one that was asked.
+        segments: the half-open range of its segments.
     """
 
     url: str
@@ -40,18 +40,18 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """What the server answers when a worker has joined.
+    """The answer to a worker that joins.
 
     Attributes:
         incarnation: the life of the session.
-        created: there was no session of that name.
+        created: the session is new.
         epoch: the worker's.
         initialised: the session has its first parameters.
-        initialise: this worker is asked for them.
+        initialise: this worker is asked to send them.
         fields: the optimizer's state fields.
         has_initial_state: a parameter has state before its first step.
-        groups: the options in force, None where an earlier server does not say.
-        placement: where its parameters live.
+        groups: the options in force, None from an older server.
+        placement: the servers of its parameters.
     """
 
     incarnation: str
@@ -66,7 +66,7 @@ class Joined:
 
     @classmethod
     def of(cls, document: object) -> Self:
-        """Return what a document says.
+        """Return the answer in a document.
 
         Raises:
             InvalidAnswer: it is not the answer to a join.
@@ -97,7 +97,7 @@ def _shard(document: Mapping[str, Any]) -> Shard:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Where a worker stands: its epoch, its last committed write, and whether a push of it waits."""
+    """The progress of a worker: its epoch, its last committed write, and whether a push of it is waiting."""
 
     incarnation: str
     epoch: int
@@ -106,10 +106,10 @@ class Page:
 
     @classmethod
     def of(cls, document: object) -> Self:
-        """Return what a document says.
+        """Return the page in a document.
 
         Raises:
-            InvalidAnswer: it is no worker's page.
+            InvalidAnswer: it is not a worker's page.
         """
         reply = ReplyReader(document, "The page of the worker")
         return cls(_incarnation(reply), reply.integer("epoch"), reply.integer("sequence"), reply.flag("waiting"))
@@ -121,11 +121,11 @@ class Reply:
 
     Attributes:
         version: of the parameters that follow, or of the session.
-        receipt: what became of the write.
+        receipt: the outcome of the write.
         duplicate: the server had seen it before.
         delivered: the parameters are in shared memory.
-        times: seconds by what they were spent on.
-        consistency: the session's mode, if it was switched since it was created.
+        times: seconds by activity.
+        consistency: the session's mode, if it was switched after the creation.
     """
 
     version: int
@@ -137,15 +137,15 @@ class Reply:
 
     @classmethod
     def of(cls, header: Mapping[str, Any], incarnation: str) -> Self:
-        """Return what a header says.
+        """Return the reply in a header.
 
         Args:
             header: as received.
-            incarnation: the life of the session that was written to.
+            incarnation: the incarnation of the session that was written to.
 
         Raises:
-            ProtocolMismatch: it is of another version of the protocol.
-            InvalidAnswer: it is no reply to a write in that session.
+            ProtocolMismatch: it has another version of the protocol.
+            InvalidAnswer: it is not a reply to a write in that session.
         """
         reply = ReplyReader(header, "The reply")
         check_version(header)
@@ -169,10 +169,10 @@ class Reply:
 
 
 def receipt_of(values: Mapping[str, Any]) -> Receipt:
-    """Return the receipt that a reply carries.
+    """Return the receipt in a reply.
 
     Raises:
-        InvalidAnswer: it is none.
+        InvalidAnswer: it is not a receipt.
     """
     reply = ReplyReader(values, "The receipt")
     for key, least in (("version", 0), ("base", 0), ("staleness", 0), ("divisor", 1)):
@@ -200,10 +200,10 @@ _OPTIONAL: Mapping[str, Callable[[ReplyReader, str], object]] = {
 
 
 def check_version(header: Mapping[str, Any]) -> None:
-    """Refuse an answer of another version of the protocol before another key of it is looked at.
+    """Refuse an answer of another version of the protocol, before any other key is read.
 
     Raises:
-        ProtocolMismatch: it is of another one, or does not say of which.
+        ProtocolMismatch: it has another version, or none.
     """
     version = header.get("v")
     if type(version) is not int or version != VERSION:
@@ -217,12 +217,12 @@ def check_version(header: Mapping[str, Any]) -> None:
 
 
 def check_contents(header: Mapping[str, Any], fields: Collection[str], segments: Sequence[int] | None) -> None:
-    """Refuse contents that are not those asked for.
+    """Refuse contents other than those requested.
 
     Args:
         header: of the answer.
-        fields: what was asked for; state that no parameter has may be missing, and is looked for elsewhere.
-        segments: the ranges that were asked for, None for all.
+        fields: the requested fields; state that no parameter has may be missing, and is checked elsewhere.
+        segments: the requested ranges, None for all.
 
     Raises:
         ProtocolMismatch, InvalidAnswer: they are not.
@@ -243,10 +243,10 @@ def check_contents(header: Mapping[str, Any], fields: Collection[str], segments:
 
 
 def mode_of(options: Mapping[str, Any]) -> Consistency:
-    """Return the consistency mode that an answer names.
+    """Return the consistency mode in an answer.
 
     Raises:
-        InvalidAnswer: there is none like it here.
+        InvalidAnswer: the mode is unknown.
     """
     try:
         return from_options(options)

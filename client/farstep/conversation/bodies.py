@@ -1,4 +1,4 @@
-"""A message of a data route as a request's body, and an answer's out of its body."""
+"""Messages of the data routes: as the body of a request, and from the body of an answer."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from farstep.transport import Answer, Batch, BufferedBody, StreamedBody
 from farstep.transport.pieces import Payload, batches_of, nbytes_of
 
 HOT_BYTES: Final = 256 * 1024
-"""Bytes of an answer that are received at once, at most, where something is done with them next."""
+"""Bytes of an answer to receive at once, at most, where they are processed next while a cache has them."""
 
 BuffersFor = Callable[[dict[str, Any]], Sequence[memoryview]]
 Arrived = Callable[[int], object]
-"""Called with the payload bytes that have arrived so far."""
+"""Called with the number of payload bytes that have arrived so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +39,8 @@ def received(answer: Answer, buffers_for: BuffersFor, arrived: Arrived | None) -
     """Receive a message.
 
     Raises:
-        ResponseTooLarge, InvalidAnswer: it is not what the protocol says.
-        httpx.TransportError: its end did not come.
+        ResponseTooLarge, InvalidAnswer: it violates the protocol.
+        httpx.TransportError: it was cut off.
     """
     began = time.perf_counter()
     decoder, body = Decoder(buffers_for, side="client"), answer.body
@@ -72,7 +72,7 @@ def received(answer: Answer, buffers_for: BuffersFor, arrived: Arrived | None) -
 
 
 def message(header: Mapping[str, Any], payload: Payload) -> BufferedBody | StreamedBody:
-    """Return the body of a request; what the payload is not yet is made while it is sent."""
+    """Return the body of a request; a streamed payload is made while it is sent."""
     if not isinstance(payload, StreamedBody):
         return BufferedBody(encode(header, payload, side="client"))
     packed = pack_header(header, side="client")

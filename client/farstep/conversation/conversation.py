@@ -1,6 +1,6 @@
-"""Speak with a farstep server over httpx: JSON on the control routes, msgpack streams on the data routes.
+"""Conversation with a farstep server over httpx: JSON on the control routes, msgpack streams on the data routes.
 
-One place where a URL, a status or a content type is known; `farstep.http_link` sees records and errors only.
+Only this module knows URLs, statuses and content types; `farstep.http_link` sees records and errors.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ CHUNK_BYTES = 1 << 20
 CONNECT_TIMEOUT_S = 10.0
 READ_TIMEOUT_S = 60.0
 ROUTES_KEPT = 32
-"""Requests that are kept prepared: those of one step after the other are alike."""
+"""Prepared requests to keep: those of successive steps are alike."""
 LOCAL = "http://localhost"
-"""What requests to a server at a path name as their origin; HTTP wants one."""
+"""The origin in requests to a unix socket; HTTP requires one."""
 GREETED_WITHIN_S = 2.0
-"""How long a port may take to show that it speaks TLS."""
+"""The time limit for finding out whether a port speaks TLS."""
 
 
 @final
@@ -74,16 +74,16 @@ class _Exchange:
 
 
 class Conversation:
-    """Speak with one server. Redirects are not followed, and nothing is decompressed.
+    """The conversation with one server. Redirects are not followed, and nothing is decompressed.
 
     Args:
-        server: its URL, without credentials; one of a path (`unix:///...`) is reached through that socket.
-        token: its bearer token, None where it asks for none.
-        transport: what carries the bytes; the default moves them without copies.
-        read_timeout_s: longest silence of the server, and longest wait for a connection up to 10 s.
+        server: its URL, without credentials; `unix:///path` for a socket.
+        token: its bearer token, None if it needs none.
+        transport: the httpx transport; the default avoids copies.
+        read_timeout_s: longest silence of the server; also the longest wait for a connection, up to 10 s.
 
     Raises:
-        InvalidOption: the URL holds credentials, or the token what no header can hold.
+        InvalidOption: the URL holds credentials, or the token a character that no header can hold.
     """
 
     def __init__(
@@ -124,13 +124,13 @@ class Conversation:
         within_s: float | None = None,
         largest: int = DOCUMENT_BYTES,
     ) -> dict[str, Any]:
-        """Ask a control route and return its JSON answer ({} where it has none).
+        """Call a control route and return its JSON answer ({} for an empty one).
 
         Args:
             method, path: the route.
             document: what to send as JSON.
-            within_s: seconds that all of it may take, where silence alone is not the limit.
-            largest: bytes that the answer may have.
+            within_s: seconds for the whole exchange, if it is to have a limit beside the silence.
+            largest: the largest answer in bytes.
 
         Raises:
             InvalidOption: a number in the document is not finite.
@@ -176,21 +176,21 @@ class Conversation:
         arrived: Arrived | None = None,
         wait_s: float = 0.0,
     ) -> Received:
-        """Send a header and a payload, and receive a header and a payload into where `buffers_for` says.
+        """Send a header and a payload; receive a header, and a payload into the memory of `buffers_for`.
 
         Args:
             method, path: the route.
             header: what to send; None for a request without a body.
-            payload: what follows it; what a `StreamedBody` raises while the request is sent ends the request, which the
-                server then never has, and is raised here.
-            buffers_for: says where the answer's payload goes.
-            arrived: called while it comes, so that something is done with it that is in the cache still.
-            wait_s: seconds the server may be silent beyond the usual, because it waits for others.
+            payload: what follows it. An error that a `StreamedBody` raises while it is sent aborts the request, which
+                the server then never completes, and is raised here.
+            buffers_for: given the header, returns the memory for the answer's payload.
+            arrived: called as it arrives, to process the bytes while a cache has them.
+            wait_s: seconds the server may be silent beyond the usual, because it waits for other workers.
 
         Raises:
             FarstepError: the problem the server answered with, an answer that is not of the protocol, or an address
                 that leads to no server.
-            httpx.TransportError: no complete answer came; memory that `buffers_for` named is then unspecified.
+            httpx.TransportError: no complete answer came; the memory of `buffers_for` is then unspecified.
         """
         answer = self.send(method, path, header, payload, wait_s=wait_s)
         return self.receive(answer, buffers_for, path, arrived=arrived, sent_bytes=nbytes_of(payload))
@@ -198,7 +198,7 @@ class Conversation:
     def send(
         self, method: str, path: str, header: Mapping[str, Any] | None, payload: Payload, *, wait_s: float = 0.0
     ) -> Answer:
-        """Do the first half of `data` and return when the head of an answer is there, for `receive`."""
+        """Do the first half of `data` and return when the head of an answer has arrived, for `receive`."""
         with self._exchange:
             return self._ask(method, path, None if header is None else message(header, payload), wait_s)
 
@@ -218,7 +218,8 @@ class Conversation:
                 answer.close()
 
     def _ask(self, method: str, path: str, body: BufferedBody | StreamedBody | None, wait_s: float) -> Answer:
-        """Send a request past httpx's client, its cookies and redirects, and past its objects if the transport can."""
+        """Send a request without httpx's client, its cookies and redirects, and without its objects if the transport
+        can."""
         if not isinstance(self._transport, SocketTransport):
             return self._send(self._request(method, path, body, wait_s))
         route = self._routes.get((method, path, wait_s))
@@ -265,7 +266,8 @@ class Conversation:
         return None
 
     def _turns_out_to_speak_tls(self) -> bool:
-        """Greet a server that has never answered, once: one of TLS hangs up on a request that is plain."""
+        """Return whether a server that has never answered speaks TLS: it would hang up on a plain request. Asked
+        once."""
         url = self._client.base_url
         if self._reached or self._greeted or url.scheme != "http" or self.server.startswith("unix:"):
             return False
@@ -273,11 +275,11 @@ class Conversation:
         return isinstance(self._transport, SocketTransport) and self._transport.speaks_tls(url, GREETED_WITHIN_S)
 
     def download(self, path: str, take: Callable[[memoryview], object], *, wait_s: float = 0.0) -> int:
-        """Ask for a file and hand its bytes on as they come; return how many there were.
+        """Request a file and pass its bytes on as they arrive; return their number.
 
         Args:
             path: the route.
-            take: called with memory that is used again for what follows.
+            take: called with the bytes, in memory that is then reused.
             wait_s: seconds the server may be silent beyond the usual, because it prepares the file.
 
         Raises:

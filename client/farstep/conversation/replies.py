@@ -1,10 +1,10 @@
-"""What a server answers beside tensors, of which nothing is believed: read within bounds, parsed, checked, or an error.
+"""Answers without tensors: read within bounds, parsed and checked, or translated into an error.
 
     2xx                     JSON of at most so many bytes and containers; every member is taken by its type
     a problem document      the error of its code
     anything else           what stands in front of a server says such things, each in its own way: `_of_proxy`
 
-An answer that is larger than it may be is `ResponseTooLarge`, one that is not what the protocol says `InvalidAnswer`.
+An oversized answer is `ResponseTooLarge`, one that violates the protocol `InvalidAnswer`.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from farstep.errors.connecting import SERVE, cause_of
 from farstep.transport import Answer, Readable
 
 DOCUMENT_BYTES: Final = 1 << 20
-"""Size of a document that a worker asks for, at most."""
+"""The largest document that a worker accepts."""
 PROBLEM_BYTES: Final = 64 << 10
 MOST_CONTAINERS: Final = 1 << 18
-"""Maps and arrays of a document: each takes two bytes there, and 56 and more in memory."""
+"""Maps and arrays of a document: each takes two bytes in it, and at least 56 in memory."""
 CHUNK_BYTES: Final = 64 << 10
 LONGEST_PAUSE_S: Final = 86_400.0
 LARGEST_INT: Final = 2**63 - 1
@@ -52,13 +52,13 @@ def read_within(body: Readable, declared: int | None, most: int) -> bytearray:
     """Return a whole body.
 
     Args:
-        body: what is read.
-        declared: its length, None if the head does not say.
-        most: bytes that it may have.
+        body: the body.
+        declared: its length, None if the head does not state it.
+        most: the largest size in bytes.
 
     Raises:
-        ResponseTooLarge: it has more.
-        httpx.TransportError: its end did not come.
+        ResponseTooLarge: it is larger.
+        httpx.TransportError: it was cut off.
     """
     if declared is not None and declared > most:
         raise too_large(f"The answer has {declared} bytes", most)
@@ -71,7 +71,7 @@ def read_within(body: Readable, declared: int | None, most: int) -> bytearray:
 
 
 def too_large(what: str, most: int) -> ResponseTooLarge:
-    """Return the error of an answer that is larger than it may be."""
+    """Return the error for an oversized answer."""
     return ResponseTooLarge(f"{what}; this client takes {most}.", limit=most, remedy=CHECK_URL, side="client")
 
 
@@ -81,11 +81,11 @@ def invalid_answer(detail: str, field: str | None = None) -> InvalidAnswer:
 
 
 def parsed(text: bytes | bytearray) -> object:
-    """Return what a JSON text says.
+    """Return the value of a JSON text.
 
     Raises:
         ResponseTooLarge: it holds too many maps and arrays.
-        InvalidAnswer: it is none, says one thing twice, or is nested too deep.
+        InvalidAnswer: it is not JSON, repeats a key, or is nested too deep.
     """
     if text.count(b"{") + text.count(b"[") > MOST_CONTAINERS:
         raise too_large(f"The answer holds more than {MOST_CONTAINERS} maps and arrays", MOST_CONTAINERS)
@@ -111,14 +111,14 @@ def _no_constant(name: str) -> Never:
 
 @final
 class ReplyReader:
-    """Take what an answer says, one checked member after the other. Members that are not known here may follow.
+    """Read an answer's members, each checked by its type. Unknown members are ignored.
 
     Args:
         values: the document or header.
-        what: what it is, for the errors.
+        what: its description in errors.
 
     Raises:
-        InvalidAnswer: it is no map.
+        InvalidAnswer: it is not a map.
     """
 
     def __init__(self, values: object, what: str) -> None:
@@ -141,7 +141,7 @@ class ReplyReader:
         """Return a finite number."""
         value = self._values.get(key)
         if isinstance(value, (int, float)) and type(value) is not bool and least <= value <= LARGEST_INT:
-            return float(value)  # which NaN is not
+            return float(value)  # NaN fails the comparison
         raise self._wrong(key, value, f"a finite number of at least {least:g}")
 
     def real(self, key: str) -> float:
@@ -202,16 +202,16 @@ class ReplyReader:
 
 
 def error_of(answer: Answer, server: str, path: str, *, sent_bytes: int = 0) -> FarstepError:
-    """Return the error that an answer other than 2xx stands for.
+    """Return the error for an answer other than 2xx.
 
     Args:
-        answer: of which the head is there.
+        answer: the answer, whose head has arrived.
         server: the server's URL.
-        path: what was asked for.
-        sent_bytes: how long the request's body was.
+        path: the path of the request.
+        sent_bytes: the length of its body.
 
     Raises:
-        httpx.TransportError: the end of the answer did not come.
+        httpx.TransportError: the answer was cut off.
     """
     document: object = None
     text = bytearray()
@@ -233,7 +233,7 @@ def error_of(answer: Answer, server: str, path: str, *, sent_bytes: int = 0) -> 
 
 
 def _of_proxy(status: int, text: bytearray, server: str, path: str, sent_bytes: int) -> FarstepError:
-    """Return what an answer means that is no farstep server's own."""
+    """Return the error for an answer that is not a farstep server's own."""
     match status:
         case 401:
             return Unauthorized(
@@ -267,14 +267,14 @@ def _of_proxy(status: int, text: bytearray, server: str, path: str, sent_bytes: 
 
 
 def speaks_tls(server: str) -> CannotConnect:
-    """Return the error of a plain URL that leads to a port of TLS."""
+    """Return the error for a plain URL that leads to a TLS port."""
     return CannotConnect(f"{server}: what listens there speaks TLS.", remedy="Give the URL as https://.", side="client")
 
 
 def retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Return the seconds that `Retry-After` asks to wait, given as such or as a date; None without a sensible one.
+    """Return the seconds of `Retry-After`, given as a number or a date; None without a valid one.
 
-    A date is compared with the answer's own, where it has one: two clocks may differ.
+    A date is compared with the answer's own date, if it has one, as two clocks may differ.
     """
     said = headers.get("retry-after", "").strip()
     if said.isascii() and said.isdigit():
@@ -296,7 +296,7 @@ def _seconds(date: str) -> float | None:
 
 
 def why(error: Exception) -> tuple[str, str]:
-    """Return why no answer came, as a part of a sentence, and what to do about it."""
+    """Return why no answer came, as a part of a sentence, and the remedy."""
     if isinstance(error, FarstepError):
         return error.detail.rstrip("."), error.remedy or SERVE
     if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):

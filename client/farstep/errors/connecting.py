@@ -1,10 +1,10 @@
-"""Why a connection to a server failed, in words: what the system said, where to look, and whether waiting can heal it.
+"""Why a connection to a server failed, in words: the cause, the remedy, and whether retrying can help.
 
     heals            refused, timed out, cut off, no route      the server may be starting, or the network be mended
     does not heal    the certificate, TLS or not, the host's name, this process's own descriptors
 
-A host's name heals once it has led to the server before: a container that is started again is without a name for a
-moment. Nothing here needs httpx, so that `farstep healthcheck` has the same words.
+An unknown host name heals if it led to the server before: a restarted container briefly has no name. Nothing here needs
+httpx, so `farstep healthcheck` gives the same explanations.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _WITHOUT_ROUTE: Final = {errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, 
 
 @dataclass(frozen=True, slots=True)
 class Cause:
-    """Why no connection came about.
+    """Why a connection failed.
 
     Attributes:
         reason: what happened, as a part of a sentence.
@@ -49,10 +49,10 @@ class Cause:
 
 
 def cause_of(error: BaseException, *, reached: bool = False) -> Cause | None:
-    """Return why a connection failed, None if the system did not say.
+    """Return why a connection failed, None if unknown.
 
     Args:
-        error: what was raised; the system's own error is it, or is among its causes.
+        error: the error raised; the system's own error is this one or among its causes.
         reached: the server has answered before.
     """
     for each in _chain(error):
@@ -81,7 +81,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _without_descriptors() -> bool:
-    """Return whether this process cannot open anything; looking up a name then fails without saying so."""
+    """Return whether this process has no file descriptor left; a name lookup then fails without saying so."""
     try:
         os.close(os.open(os.devnull, os.O_RDONLY))
     except OSError as exc:
@@ -155,7 +155,7 @@ def check_address(url: str, *, field: str = "server") -> None:
     try:
         parts = urlsplit(url)
     except ValueError:
-        return  # which is no URL at all, as others find out
+        return  # not a URL; its own check refuses it
     if "@" in parts.netloc:
         raise invalid_option(
             f"Invalid {field}: {without_secrets(url)!r} was given with a user or a password in it.",
@@ -171,7 +171,7 @@ def check_address(url: str, *, field: str = "server") -> None:
 
 
 def without_secrets(url: str) -> str:
-    """Return a URL for people: without user, password, query and fragment, which may be secrets, and of one line."""
+    """Return a URL for display: without user, password, query and fragment, which may be secrets, and in one line."""
     if url.startswith("unix://"):
         return url
     try:

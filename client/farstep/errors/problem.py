@@ -1,4 +1,4 @@
-"""Errors out of problem documents (RFC 9457), of which nothing is believed: another side sent them."""
+"""Errors from problem documents (RFC 9457), which are checked: the other side sent them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from farstep.errors.tree import CannotConnect, FarstepError, Scalar
 
 TOO_MANY_REQUESTS: Final = 429
 LONGEST_TEXT: Final = 2000
-"""Characters of a text that another side sent, at most."""
+"""Characters of a received text, at most."""
 MOST_LISTED: Final = 1000
 
 
@@ -25,9 +25,8 @@ def from_problem(problem: Mapping[str, object], status: int) -> FarstepError:
     """Return the error that a problem document describes.
 
     Args:
-        problem: the parsed document, of which nothing is believed; one of a newer server may have a code that is not
-            known here.
-        status: the HTTP status of the answer, which then decides the class.
+        problem: the parsed document, still unchecked; a newer server may send a code that is not known here.
+        status: the HTTP status of the answer, which decides the class of an unknown code.
     """
     known = {"type", "title", "status", "code", "detail", "side", "field", "limit", "remedy", "self"}
     code = problem.get("code")
@@ -62,7 +61,7 @@ def _of_status(status: int) -> type[FarstepError]:
 
 
 def _text(problem: Mapping[str, object], key: str) -> str:
-    """Return a member for people: one line, without what a terminal would obey, and not of any length."""
+    """Return a member for display: one line, without control characters, and shortened."""
     value = problem.get(key)
     text = "" if value is None else str(value)[:LONGEST_TEXT].replace("\n", " ")
     return "".join(each for each in text if each.isprintable())

@@ -12,8 +12,8 @@
     ├── ProtocolMismatch          426  the other side speaks another protocol version
     ├── Unauthorized              401  no token, or a wrong one
     ├── HostNotAllowed            421  the server does not answer to the name that it was asked by
-    ├── OriginNotAllowed          403  a web page that has no business with the server
-    ├── InvalidOption             422  an option's value, or an option nobody knows (also a ValueError)
+    ├── OriginNotAllowed          403  a web page of another origin
+    ├── InvalidOption             422  an option is unknown, or its value out of range (also a ValueError)
     ├── TensorMismatch            422  a tensor that does not fit the session or its optimizer (also a RuntimeError)
     ├── InvalidFile               422  a session file that is damaged, foreign, or of a newer release
     ├── NonFinite                 422  a gradient holds NaN or Inf
@@ -54,13 +54,13 @@ URN = "urn:farstep:error:"
 
 
 class FarstepError(Exception):
-    """Base of every error farstep raises.
+    """Base class of every error that farstep raises.
 
     Attributes:
         detail: what happened, in one sentence.
-        side: where it was found out, `client` or `server`.
-        field: the field, option or tensor that is to blame, where there is one.
-        limit: the bound that was passed, where there is one.
+        side: the side that found it, `client` or `server`.
+        field: the field, option or tensor at fault, if there is one.
+        limit: the bound that was exceeded, if there is one.
         remedy: what to do.
         extra: further facts under stable names (for `sequence_gap`: `expected`).
     """
@@ -247,7 +247,7 @@ class SequenceGap(Conflict):
 
 
 class ReceiptExpired(Conflict):
-    """This write was committed so long ago that its receipt is not kept any more; it was not applied again."""
+    """This write was committed so long ago that its receipt is no longer kept; it was not applied again."""
 
     code = "receipt_expired"
 
@@ -301,7 +301,7 @@ class Unavailable(FarstepError):
     """The server cannot answer now; the outcome of the call is unknown.
 
     Attributes:
-        retry_after_s: seconds after which it asks to be tried again, None if it does not say.
+        retry_after_s: seconds after which the server asks to be tried again, None if it does not say.
     """
 
     code = "unavailable"
@@ -310,7 +310,7 @@ class Unavailable(FarstepError):
 
 
 class Busy(Unavailable):
-    """A budget of the server is used up for the moment."""
+    """A budget of the server is used up at the moment."""
 
     code = "busy"
 
@@ -328,7 +328,7 @@ class StepInterrupted(Unavailable):
 
 
 class CannotConnect(FarstepError):
-    """The address does not lead to a server, however often it is tried."""
+    """The address leads to no server, and retrying does not help."""
 
     code = "cannot_connect"
     status = 503
@@ -352,7 +352,7 @@ def invalid_option(
 
 @contextmanager
 def found_by(side: Side) -> Iterator[None]:
-    """Say of the errors of a record that checks itself on which side it was read."""
+    """Set the side on which a record that checks itself was read, in the errors that it raises."""
     try:
         yield
     except FarstepError as exc:

@@ -1,4 +1,4 @@
-"""Train in rounds: many local steps, then one exchange of what they came to."""
+"""Training in rounds: many local steps, then one exchange of their result."""
 
 from farstep.local_sgd.methods import DiLoCo, LocalSGD
 

@@ -1,4 +1,4 @@
-"""Train in rounds: many local steps, then one exchange of what they came to.
+"""LocalSGD and DiLoCo: training in rounds of many local steps, then one exchange of their result.
 
     for each of the `every` steps of a round       the inner optimizer steps here, on this worker's own parameters
     at its end     Δ = θ − p                       the pseudo-gradient: the parameters that the round began with, less
@@ -9,8 +9,8 @@
     LocalSGD    outer is SGD with lr=1: θ becomes the mean of the workers' parameters     Stich 2018, arXiv:1805.09767
     DiLoCo      outer is SGD with Nesterov momentum, lr=0.7         Douillard et al. 2023, arXiv:2311.08105
 
-The session is any of farstep's: `Sync(workers=N)` averages the Δ of N workers, in the order of their names; in
-`Async()` each Δ is a step of its own. `rounds` has what both classes share.
+The session may have any mode: `Sync(workers=N)` averages the Δ of N workers, in the order of their names; in `Async()`
+each Δ is a step of its own. `rounds` has the common base class.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from farstep.settings import RemoteOptions
 
 OUTER_LR = 0.7
 OUTER_MOMENTUM = 0.9
-"""What the DiLoCo paper found best (its section 3.2)."""
+"""The DiLoCo paper's best values (its section 3.2)."""
 
 
 @final
@@ -54,7 +54,7 @@ class LocalSGD(Rounds):
 
 @final
 class DiLoCo(Rounds):
-    """Let an outer optimizer step along the mean of what the workers' local steps came to.
+    """Let an outer optimizer step along the mean of the changes that the workers' local steps made.
 
         with farstep.DiLoCo(model, inner, every=500, server=..., session=..., consistency=farstep.Sync(workers=4)):
             train(model, inner)

@@ -1,7 +1,8 @@
-"""A pseudo-gradient on its way: repeated exactly as it was, until it is known what became of it.
+"""A pending pseudo-gradient: repeated unchanged until its outcome is known.
 
-A farstep optimizer that steps with other gradients after a push without an answer takes another step. Gradients have
-nothing in common, so that is right; pseudo-gradients against the same parameters have: the later one holds the earlier.
+After a push without an answer, a farstep optimizer with other gradients takes another step. That is right for
+gradients, which are independent, but not for pseudo-gradients against the same parameters: the later one contains the
+earlier.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ Options = list[dict[str, Any]]
 
 @dataclass(slots=True)
 class Pending:
-    """What was sent as one push, and what has happened since.
+    """The content of one push, and the steps since.
 
     Attributes:
         gradients: the pseudo-gradient, one tensor per parameter.
-        options: those of the outer optimizer's groups; with others it would be another push.
+        options: those of the outer optimizer's groups, which are part of the push.
         steps: local steps since then.
     """
 
@@ -32,19 +33,19 @@ class Pending:
 
     @classmethod
     def of(cls, outer: torch.optim.Optimizer, bases: Sequence[Tensor], parameters: Sequence[Tensor]) -> Pending:
-        """Return what the steps from `bases` to `parameters` came to."""
+        """Return the pseudo-gradient of the steps from `bases` to `parameters`."""
         gradients = [base - p.detach().to(base.device) for base, p in zip(bases, parameters, strict=True)]
         return cls(gradients, _options_of(outer))
 
     def sent(self, bases: Sequence[Tensor]) -> list[Tensor] | None:
-        """Return the parameters as they were when this was sent; None if they still are that."""
+        """Return the parameters at the time of sending; None if they have not changed since."""
         return [base - gradient for base, gradient in zip(bases, self.gradients, strict=True)] if self.steps else None
 
     def push(self, outer: torch.optim.Optimizer, bases: Sequence[Tensor]) -> None:
-        """Let the outer optimizer step along it, under the options of the first time.
+        """Let the outer optimizer step along it, with the options of the first attempt.
 
         Raises:
-            FarstepError: what the session refused, or no answer came.
+            FarstepError: the session refused it, or no answer came.
         """
         for base, gradient in zip(bases, self.gradients, strict=True):
             base.grad = gradient

@@ -1,9 +1,9 @@
-"""θ, the parameters that a round began with: copies on the CPU, beside the parameters of the model that step away.
+"""θ, the parameters at the start of a round: copies on the CPU, while the model's own parameters step on.
 
     a round begins      p ← θ, or p ← θ + (p − sent) where the model has stepped since its pseudo-gradient was sent
     a view is shown     p ← θ while θ has the view's values, then p is what it was
 
-The copies are what the session's optimizer has as its parameters, so they change when it steps.
+The copies are the parameters of the session's optimizer, so its steps change them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RoundStart:
         self.tensors: Sequence[Tensor] = [_copied(values[name]) for name in parameters]
 
     def groups(self, own: Sequence[Mapping[str, Any]], names: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
-        """Return the param groups of an optimizer of the model as they are over the copies, with the names of each."""
+        """Return the param groups of an optimizer of the model, over the copies and with their names."""
         copies = dict(zip(self._parameters, self.tensors, strict=True))
         return [
             {**group, "params": [copies[name] for name in each], "param_names": list(each)}
@@ -41,7 +41,7 @@ class RoundStart:
         ]
 
     def values(self) -> dict[str, Tensor]:
-        """Return what the copies hold, in memory of its own."""
+        """Return the values of the copies, in new memory."""
         return {name: copy.detach().clone() for name, copy in zip(self._parameters, self.tensors, strict=True)}
 
     def has(self, values: Mapping[str, Tensor]) -> bool:
@@ -52,17 +52,17 @@ class RoundStart:
 
     @torch.no_grad()
     def take_(self, sent: Sequence[Tensor] | None = None) -> None:
-        """Bring the model to the parameters that a round begins with.
+        """Set the model to the parameters that a round begins with.
 
         Args:
-            sent: the model as it was when the pseudo-gradient was sent, if it has stepped since; those steps stay.
+            sent: the model when the pseudo-gradient was sent, if it has stepped since; those steps are kept.
         """
         for index, (p, copy) in enumerate(zip(self._parameters.values(), self.tensors, strict=True)):
             p.copy_(copy if sent is None else copy + (p.detach().to(copy.device) - sent[index]))
 
     @contextmanager
     def shown(self) -> Iterator[None]:
-        """Give the model the copies' values inside a `with` block, and then its own back, bit for bit."""
+        """Give the model the copies' values inside a `with` block, and restore its own after it, bit for bit."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         try:
             self.take_()
@@ -73,19 +73,19 @@ class RoundStart:
                     p.copy_(own[name])
 
     def forget_gradients_(self) -> None:
-        """Leave nothing of a pseudo-gradient that is no longer under way."""
+        """Drop the gradients of a pseudo-gradient that is no longer pending."""
         for copy in self.tensors:
             copy.grad = None
 
 
 def follow_(parameters: dict[str, Tensor], model: nn.Module, inner: torch.optim.Optimizer) -> None:
-    """Take the tensors that the model has now for those of the same names that it had.
+    """Replace tensors of the model by those that it has now under the same names.
 
-    `load_state_dict(assign=True)` and `setattr` put others in their place, and only what the model has can be trained.
+    `load_state_dict(assign=True)` and `setattr` replace parameters, and only the present ones can be trained.
 
     Raises:
-        InvalidOption: the model has other parameters to synchronise than it had, or the inner optimizer still steps a
-            tensor that is the model's no more.
+        InvalidOption: the model has other parameters to synchronise than before, or the inner optimizer still steps on
+            a tensor that the model no longer has.
     """
     now = named_parameters(model)
     for name, p in now.items():
@@ -125,7 +125,7 @@ def _changed(what: str, remedy: str, name: str) -> InvalidOption:
 
 
 def shapes_and_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[object, ...]]:
-    """Return what the tensors of one model have in common with those of another that is like it."""
+    """Return the shapes and dtypes of a model's tensors by name, to compare two models."""
     return {name: (each.shape, each.dtype) for name, each in tensors.items()}
 
 

@@ -1,17 +1,17 @@
-"""Rounds of local steps, counted by a hook of the inner optimizer: what `LocalSGD` and `DiLoCo` share.
+"""Rounds of local steps, counted by a hook of the inner optimizer: the common part of `LocalSGD` and `DiLoCo`.
 
-    __enter__ ──► the session is joined, the model takes its parameters, and the inner optimizer's steps are counted
-    step      ──► counted; the last one of a round synchronises
-    sync      ──► committed       the model has the new parameters, a round begins
-              ──► refused         nothing has changed: neither the model nor the count; the next step tries again, and
-                                  what is sent then has that step in it
-              ──► no answer       as refused, but the same pseudo-gradient is repeated first, until its fate is known:
-                                  another one in its place would count twice what both have in common
-    __exit__  ──► steps are no longer counted. A round that is under way is not finished: the model keeps its steps and
-                  the count is kept; entering again goes on with it, `sync()` ends it
+    __enter__ ──► join the session, give the model its parameters, and count the inner optimizer's steps
+    step      ──► count it; the last one of a round synchronises
+    sync      ──► committed       the model has the new parameters, and a round begins
+              ──► refused         neither the model nor the count has changed; the next step tries again, and the next
+                                  pseudo-gradient includes that step
+              ──► no answer       as refused, but the same pseudo-gradient is repeated until its outcome is known:
+                                  a new one would count the common part twice
+    __exit__  ──► stop counting. The current round is not finished: the model keeps its steps and the count is kept;
+                  entering again continues it, `sync()` ends it
 
-The session's optimizer is an ordinary farstep optimizer over θ, a copy of the parameters
-(`round_start`); a round survives whatever it survives.
+The session's optimizer is an ordinary farstep optimizer over θ, a copy of the parameters (`round_start`), so a round
+survives whatever an optimizer survives.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from farstep.tensors import overlapping
 
 
 class Rounds:
-    """Base of `LocalSGD` and `DiLoCo`; not used by itself.
+    """Base class of `LocalSGD` and `DiLoCo`.
 
     Attributes:
         local_step: local steps of the round under way.
@@ -82,7 +82,7 @@ class Rounds:
 
     @staticmethod
     def synchronised(model: nn.Module) -> dict[str, Tensor]:
-        """Return the parameters of a model that are synchronised, under the names that it has without wrappers.
+        """Return the parameters of a model that are synchronised, under their names without wrappers.
 
         Raises:
             InvalidOption: there are none.
@@ -104,10 +104,10 @@ class Rounds:
     # -- the context ------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> Self:
-        """Join the session, if that has not been done, and count the inner optimizer's steps.
+        """Join the session on first entry, and count the inner optimizer's steps.
 
         Raises:
-            FarstepError: the session cannot be had, or was left, or this is entered already.
+            FarstepError: the session cannot be joined, or was left, or the context is already entered.
         """
         if self._closed:
             raise FarstepError("This context was closed.", remedy="Make a new one to join again.", side="client")
@@ -127,16 +127,16 @@ class Rounds:
             self._hook = None
 
     def close(self) -> None:
-        """Leave the session, as a farstep optimizer does; also done when this object goes. Safe to call twice."""
+        """Leave the session, also when this object is freed. A second call does nothing."""
         self.__exit__(None, None, None)
         if self._outer is not None:
             self._outer.close()
             self._closed = True
 
     def _count(self, optimizer: torch.optim.Optimizer, _args: object, _kwargs: object) -> None:
-        """Count a step that was taken; GradScaler has some optimizers step, and skip that, when gradients overflow.
+        """Count a step that was taken; some optimizers skip the step themselves when GradScaler finds an overflow.
 
-        A step within a step, as `super().step()` of a class of the user's is, is a part of that one.
+        A nested step, such as `super().step()` of a user's class, is a part of the outer one.
         """
         if _is_nested(optimizer):
             return
@@ -154,7 +154,7 @@ class Rounds:
 
     @property
     def outer(self) -> RemoteOptimizer:
-        """The session's optimizer, over copies of the model's parameters; schedulers of the outer rate take it.
+        """The session's optimizer, over copies of the model's parameters; for schedulers of the outer learning rate.
 
         Raises:
             FarstepError: before the context was entered for the first time.
@@ -165,22 +165,22 @@ class Rounds:
 
     @property
     def version(self) -> int:
-        """The session's version that the round under way began with."""
+        """The session's version at the start of the current round."""
         return self.outer.version
 
     @property
     def last_sync(self) -> StepReport | None:
-        """What the last synchronisation did, None before the first one."""
+        """The report of the last synchronisation, None before the first one."""
         return self.outer.last_step
 
     @torch.no_grad()
     def sync(self) -> StepReport:
-        """End the round under way, however many steps it has: exchange what they came to, and return the report.
+        """End the current round, however many steps it has: exchange its result, and return the report.
 
         Raises:
-            InvalidOption: the model has other parameters than this was made for; it names the first.
-            FarstepError: what the session refused, or `Unavailable`. The model and the count are then as they were,
-                and the next local step, or `sync()`, tries again.
+            InvalidOption: the model's parameters have changed; it names the first.
+            FarstepError: the session refused it, or `Unavailable`. The model and the count are unchanged, and the next
+                local step, or `sync()`, tries again.
         """
         self._check_training("sync()")
         self._follow()
@@ -192,7 +192,7 @@ class Rounds:
         try:
             pending.push(outer, self._start.tensors)
         except BaseException as error:
-            if is_refusal(error) or isinstance(error, NonFinite):  # which the wire's own dtype can make it, here
+            if is_refusal(error) or isinstance(error, NonFinite):  # which encoding for the wire can cause here
                 self._begin(self.local_step)
             raise
         self._start.take_(sent)
@@ -201,7 +201,7 @@ class Rounds:
         return outer.last_step
 
     def pull(self) -> int:
-        """Give the steps of the round up: bring the model to the session's current version, and return it.
+        """Drop the steps of the round: set the model to the session's current version, and return it.
 
         Raises:
             FarstepError: see `sync`.
@@ -213,14 +213,14 @@ class Rounds:
         return version
 
     def rejoin(self, state_dict: Mapping[str, Any] | None = None) -> bool:
-        """Join the session again after `SessionLost` or `Fenced`; return whether it had to be created anew.
+        """Join the session again after `SessionLost` or `Fenced`; return whether it had to be created.
 
-        One that is created begins with the parameters that the round began with, which goes on; its optimizer has the
-        state of `state_dict`, which `state_dict()` has returned, or none. A session that is there replaces the model's
-        parameters, and a round begins.
+        A created session begins with the parameters at the start of the round, which continues; its optimizer has the
+        state of `state_dict`, as returned by `state_dict()`, or none. An existing session replaces the model's
+        parameters, and a new round begins.
 
         Raises:
-            FarstepError: the session cannot be had.
+            FarstepError: the session cannot be joined.
         """
         self._follow()
         created = self.outer.rejoin(None if state_dict is None else state_dict["outer"])
@@ -233,7 +233,7 @@ class Rounds:
 
     @contextmanager
     def swap_to(self, view: str) -> Iterator[None]:
-        """Give the model the values of a view of the session inside a `with` block, and then its own back, bit for bit.
+        """Give the model the values of a view inside a `with` block, and restore its own after it, bit for bit.
 
         Local steps and `sync()` are refused inside.
 
@@ -246,17 +246,17 @@ class Rounds:
             yield
 
     def _check_training(self, what: str) -> None:
-        """Refuse what would take the values of a view for those that the round began with."""
+        """Refuse an operation that would mistake the values of a view for those at the start of the round."""
         if shown := self.outer.shown:
             raise FarstepError(f"{what} inside swap_to({shown!r}).", remedy="Leave the block first.", side="client")
 
     # -- resuming ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a later process needs to go on with this round, beside the states of model and inner optimizer.
+        """Return what a later process needs to continue this round, beside the states of model and inner optimizer.
 
-        That is `local_step`; `parameters`, with which the round began, under their names; and `outer`, the session's
-        optimizer state in torch's form. A session that lives on has all but `local_step` by itself.
+        That is `local_step`; `parameters`, those at the start of the round by name; and `outer`, the session's
+        optimizer state in torch's form. A session that still exists has all but `local_step`.
 
         Raises:
             FarstepError: inside `swap_to`, or no answer came in time.
@@ -270,11 +270,11 @@ class Rounds:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take on what `state_dict` returned, before the context is entered for the first time.
+        """Load what `state_dict` returned, before the context is entered for the first time.
 
-        A session that is created on entering begins with these parameters and this optimizer state. One that is there
-        keeps its own. If they are the same parameters, the round goes on where it was; otherwise others have gone on
-        meanwhile: the model takes the session's parameters, and a round begins.
+        A session created on entering begins with these parameters and this optimizer state. An existing one keeps its
+            own: if they are the same parameters, the round continues; otherwise other workers have stepped meanwhile,
+            so the model takes the session's parameters and a new round begins.
 
         Raises:
             FarstepError: the session is joined already.
@@ -297,7 +297,7 @@ class Rounds:
 
     @torch.no_grad()
     def _join(self) -> None:
-        """Open the session with what it begins with if it is new; the model goes on from where it stands if it may."""
+        """Open the session, with its initial contents if it is new; the model continues a loaded round if it can."""
         _check_no_shared_memory(self._parameters)
         loaded = self._loaded
         begin = self._parameters if loaded is None else loaded["parameters"]
@@ -319,21 +319,21 @@ class Rounds:
         follow_(self._parameters, self._model, self._inner)
 
     def _begin(self, local_step: int) -> None:
-        """Stand at a step of a round with nothing under way."""
+        """Set the count of local steps, with no pseudo-gradient pending."""
         self.local_step = local_step
         self._pending = None
         self._start.forget_gradients_()
 
 
 _STEP: Final = torch.optim.Optimizer.profile_hook_step(lambda: None).__code__
-"""What torch puts around the `step` of each class: it calls the hooks."""
+"""The code that torch wraps around the `step` of each class; it calls the hooks."""
 
 
 def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the step whose hook asks is within another step of the same optimizer.
+    """Return whether the step of the calling hook is within another step of the same optimizer.
 
-    That is seen from the stack, where an exception leaves nothing behind; a count of begun and ended steps would not
-    come back to zero after a step that fails.
+    The stack shows it, also after an exception; a count of begun and ended steps would not return to zero after a
+    failed step.
     """
     frame, steps = sys._getframe(1).f_back, 0
     while frame is not None and steps < 2:
@@ -343,14 +343,14 @@ def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _hooked(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that has the hooks of steps: Accelerate's wrapper has none of its own."""
+    """Return the optimizer that has the step hooks: Accelerate's wrapper has none of its own."""
     while "_optimizer_step_post_hooks" not in vars(optimizer):
         optimizer = optimizer.optimizer  # type: ignore[attr-defined]  # of the wrapper
     return optimizer
 
 
 def _check_no_shared_memory(parameters: Mapping[str, Tensor]) -> None:
-    """Refuse parameters that share memory: what the session brings for one would be written over the other.
+    """Refuse parameters that share memory: the session's values of one would overwrite the other.
 
     Raises:
         TensorMismatch: naming two.

@@ -1,8 +1,8 @@
-"""Parameters that have another shape or dtype for the moment, such as offloaded ones, while the others step.
+"""Parameters that temporarily have another shape or dtype, such as offloaded ones, while the others step.
 
-torch looks at what has a gradient, so a parameter without one may be anything in between. A session has it in the form
-that it began with. Until it is back, something of that form stands in its place: nothing is read from the parameter,
-and nothing is copied into it.
+torch steps on what has a gradient, so a parameter without one may be anything in between. A session holds it in its
+first form. Until it is back, a stand-in of that form takes its place: nothing is read from the parameter, and nothing
+is copied into it.
 
     back as it was            it gets what other workers made of it meanwhile
     back with other values    it was edited here, and is sent like any other edit
@@ -25,19 +25,19 @@ StandIn = Callable[[int], Tensor | None]
 
 
 def shape_dtype(p: Tensor) -> ShapeDtype:
-    """Return what a session holds a parameter by."""
+    """Return the form in which a session holds a parameter."""
     return p.shape, p.dtype
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Away:
-    """The parameters of a session, those that are away among them.
+    """The parameters of a session, including those that are away.
 
     Attributes:
         own: all parameters, in the session's order.
-        forms: those that the session has them in.
-        places: by the index of one that is away: what stands in its place, and the values that this began with.
+        forms: their shapes and dtypes in the session.
+        places: the stand-in of each parameter that is away, by index, and the values that it began with.
     """
 
     own: Sequence[Tensor]
@@ -46,19 +46,19 @@ class Away:
 
     @property
     def parameters(self) -> list[Tensor]:
-        """Return what the session works with."""
+        """Return the tensors that the session works with."""
         return [self.places[index][0] if index in self.places else p for index, p in enumerate(self.own)]
 
     @property
     def is_still_so(self) -> bool:
-        """Return whether those that were away are so, and without a gradient."""
+        """Return whether those that were away still are, without a gradient."""
         return all(_is_away(self.own[index], self.forms[index]) for index in self.places)
 
     def now(self, stand_in: StandIn, *, lone: bool) -> Away | None:
-        """Return the same with those that are away now; None if there are none, or one has a gradient, or no stand-in.
+        """Return the same with those that are away now; None if none is, or one has a gradient or no stand-in.
 
         Args:
-            stand_in: returns what can stand in a parameter's place; see `Link.stand_in`.
+            stand_in: returns the stand-in of a parameter; see `Link.stand_in`.
             lone: no other worker is in the session.
         """
         places = {}
@@ -74,10 +74,10 @@ class Away:
         return Away(self.own, self.forms, places) if places else None
 
     def settle_(self, still: Away | None = None) -> None:
-        """Give parameters that are back what others made of them meanwhile, unless they were changed here.
+        """Update parameters that are back to what others made of them meanwhile, unless they were changed here.
 
         Args:
-            still: those that are away by now; None for none.
+            still: those that are away now; None for none.
         """
         for index, (now, before) in self.places.items():
             p = self.own[index]

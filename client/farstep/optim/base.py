@@ -1,15 +1,14 @@
 """The client object: a `torch.optim.Optimizer` whose update happens in a session.
 
-It derives from `torch.optim.Optimizer` itself, so hooks fire once, schedulers and scalers accept it, and `state_dict`
-has torch's form. torch's own class of the same name checks the options, so errors and defaults are torch's. What is
-different:
+It derives from `torch.optim.Optimizer`, so hooks fire once, schedulers and scalers accept it, and `state_dict` has
+torch's form. torch's class of the same name checks the options, so errors and defaults are torch's. The differences:
 
-- `step()` sends the gradients and brings the new parameters back, in place;
-- the state lives in the session; `state` and `state_dict()` fetch what is read, and what is written into `state` or
-  loaded is sent (`farstep.optim.remote_state`);
-- a copy, by deepcopy or pickle, is in a private session of its own with the same state;
+- `step()` sends the gradients and updates the parameters in place from the answer;
+- the state lives in the session; `state` and `state_dict()` fetch what is read, and what is written or loaded is sent
+  (`farstep.optim.remote_state`);
+- a copy, by deepcopy or pickle, has a private session of its own with the same state;
 - group options are compared with those last sent, and changes travel with the next step;
-- parameters edited between steps are noticed by their bytes, and sent before the step (`farstep.tensors.edits`);
+- edits of parameters between steps are found by comparing bytes, and sent before the step (`farstep.tensors.edits`);
 - parameters replaced inside a group are followed, with the state that was moved to them.
 """
 
@@ -36,7 +35,7 @@ from farstep.settings import RemoteOptions, options_of_copy, resolve, settings_o
 
 
 class RemoteOptimizer(WithViews):
-    """Base of every farstep optimizer; not used by itself."""
+    """Base class of every farstep optimizer."""
 
     def __init__(
         self,
@@ -62,14 +61,14 @@ class RemoteOptimizer(WithViews):
             self._open(own, state)
 
     def _check_groups(self, groups: Sequence[dict[str, Any]]) -> None:
-        """Let torch's class check new groups: the options of those that have their own."""
+        """Let torch's class check the options of new groups that have their own."""
         for group in groups:
             own = {key: value for key, value in group.items() if key in self.defaults}
             if any(value is not self.defaults[key] for key, value in own.items()):  # arrays have no truth of ==
                 check_group(self.torch_class, own)
 
     def _check_surroundings(self, member: Membership) -> None:
-        """Refuse a default dtype, or autocast, with which torch's class would round in another way than the session.
+        """Refuse a default dtype, or autocast, with which torch's class would round differently than the session.
 
         Raises:
             InvalidOption: naming it.
@@ -111,8 +110,8 @@ class RemoteOptimizer(WithViews):
 
         Raises:
             RuntimeError: torch's own, for gradients that torch's class of the same name does not take.
-            FarstepError: what the session refused, or `Unavailable` when no answer came within `timeout_s`. The
-                parameters are then as they were, and the step may be tried again.
+            FarstepError: the session refused the step, or `Unavailable`: no answer came within `timeout_s`. The
+                parameters are unchanged, and the step may be tried again.
         """
         member = self._member()
         member.check_training("step()")
@@ -140,13 +139,13 @@ class RemoteOptimizer(WithViews):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as the constructor does; the session grows by it, as one new version.
 
-        Every other worker of the session has to add the same group, and is told so. The second worker to add it gets
-        the session's parameters, of this group and of the others, in the place of its own.
+        Every other worker of the session has to add the same group, and gets an error until it does. The second worker
+        to add it takes the session's parameters, of this group and of the others.
 
         Raises:
             ValueError, TypeError: torch's own, when the group's parameters or options are not acceptable.
-            FarstepError: what the session refused, as another group than the one it has in this place; or
-                `Unavailable`. Here nothing has changed then; add the group again.
+            FarstepError: the session refused the group, for example because it has another one in this place; or
+                `Unavailable`. Nothing has changed here; add the group again.
         """
         if getattr(self, "_membership", None) is None:
             super().add_param_group(param_group)
@@ -166,9 +165,9 @@ class RemoteOptimizer(WithViews):
             raise
 
     def state_dict(self) -> dict[str, Any]:
-        """Return torch's form of the state, fetched from the session as far as it is not here; `torch.optim` loads it.
+        """Return the state in torch's form, which `torch.optim` loads; fetch what is not here from the session.
 
-        What was read since the last step is not fetched again, unless others have taken the session on.
+        What was read since the last step is not fetched again, unless other workers have stepped.
         """
         member = self._looked_at()
         if member.fits and not member.settings.private:
@@ -177,12 +176,12 @@ class RemoteOptimizer(WithViews):
         return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state_dict of this class or of torch's class of the same name; send the session what it has not.
+        """Load a state_dict of this class or of torch's class of the same name, and send what the session lacks.
 
         Raises:
             ValueError: torch's own, when the groups or parameters do not match, or the state is another optimizer's.
                 Nothing has changed then.
-            FarstepError: what the session refused, or `Unavailable`. Here nothing has changed then; load it again.
+            FarstepError: the session refused it, or `Unavailable`. Nothing has changed here; load it again.
         """
         member = self._looked_at()
         before = {"state": self.state, "param_groups": self.param_groups}
@@ -197,15 +196,15 @@ class RemoteOptimizer(WithViews):
     # -- copies -----------------------------------------------------------------------------------------------------
 
     def to_local(self) -> torch.optim.Optimizer:
-        """Return torch's optimizer of the same name over the same parameters, with options and a copy of the state.
+        """Return torch's optimizer of the same name over the same parameters, with the options and a copy of the state.
 
-        It continues as the session would. This optimizer stays open: close it if that was its last use.
+        It continues as the session would. This optimizer stays open; close it after its last use.
         """
         self._looked_at()
         return local(self.torch_class, self.param_groups, self.defaults, self.state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy is made of: torch's part, and where its session shall be. The token stays here."""
+        """Return the contents of a copy: torch's part, and the options of its session. The token is not copied."""
         member = self._looked_at()
         return {
             "defaults": self.defaults,
@@ -216,10 +215,10 @@ class RemoteOptimizer(WithViews):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take torch's part of a state; the state of a copy opens a session for it.
+        """Take torch's part of a state; open a session for a copy.
 
         Raises:
-            FarstepError: the session of the copy cannot be had.
+            FarstepError: the session of the copy cannot be opened.
         """
         state = completed(self.torch_class, state)
         moved = state.pop("_moved", None)

@@ -1,4 +1,4 @@
-"""Which of an optimizer's parameters its session holds: those that a step of torch's could change.
+"""Which of an optimizer's parameters its session holds: those that a step of torch could change.
 
     held        dense, of floating point or complex numbers, in memory of its own
     left out    what torch takes as long as it has no gradient: integers, float8, quantized, sparse, meta, lazy and
@@ -6,7 +6,8 @@
     refused     what requires gradients, and no step could change
 
 Two that share memory and both require gradients are held, and the first step with a gradient for one of them is
-refused: torch steps on one after the other, each from where the one before it has come to; a session on all at once.
+refused: torch steps on them one after the other, each from the result of the one before; a session steps on all at
+once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ SHARED = "shares memory with {}, which is held in its place"
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The parameters of some groups as a session has them.
+    """The choice of parameters among those of some groups.
 
     Attributes:
         described: what the session holds, in order.
@@ -41,7 +42,7 @@ class Chosen:
         ties: pairs of names that share memory.
         tied: the same, as tensors.
         left_out: those that are left out, as tensors.
-        kinds: what those that are left out were then, by their place.
+        kinds: what decided that a parameter is left out, by its place.
     """
 
     described: list[Parameter]
@@ -54,7 +55,7 @@ class Chosen:
     kinds: dict[int, tuple[object, ...]]
 
     def leaves(self, every: Sequence[Tensor]) -> bool:
-        """Return whether what is left out of all parameters would be left out again."""
+        """Return whether the parameters that are left out would be left out again."""
         return all(_kind_of(every[place]) == self.kinds[place] for place in self.left)
 
     def check_step(self, every: Sequence[Tensor]) -> None:
@@ -86,14 +87,14 @@ class Chosen:
 def chosen_of(groups: Sequence[Mapping[str, Any]], held: Collection[Tensor] = ()) -> Chosen:
     """Return which parameters of all groups a session holds, named by torch's `param_names` where there are names.
 
-    The names are those of the plain model: a compiled or wrapped one meets it in one session.
+    The names are those of the plain model, so that a compiled or wrapped one shares its session.
 
     Args:
         groups: an optimizer's param groups.
-        held: what the session has already, which is not left out for sharing memory.
+        held: parameters that the session has already; they are not left out for sharing memory.
 
     Raises:
-        TensorMismatch: a parameter is there twice; or it requires gradients, and no step could change it.
+        TensorMismatch: a parameter occurs twice; or it requires gradients, and no step could change it.
     """
     every = [p for group in groups for p in group["params"]]
     if len(every) != len(set(every)):
@@ -149,7 +150,7 @@ def chosen_of(groups: Sequence[Mapping[str, Any]], held: Collection[Tensor] = ()
 
 
 def _unique(named: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
-    """Return groups and names of parameters with a number behind each name that is there before, as of two models."""
+    """Return groups and names of parameters, with a number behind a name that repeats, as with two models."""
     found: set[str] = set()
     apart = []
     for group, name in named:
@@ -167,7 +168,7 @@ def _described(p: Tensor, group: int, name: str) -> Parameter:
 
 
 def _kind_of(p: Tensor) -> tuple[object, ...]:
-    """Return what decides whether a parameter is left out."""
+    """Return the facts that decide whether a parameter is left out."""
     if why := unsteppable(p):
         return (why,)
     return p.requires_grad, p.data_ptr(), p.shape, p.dtype

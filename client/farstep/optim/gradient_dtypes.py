@@ -1,12 +1,12 @@
-"""Gradients of another dtype than their parameter, which torch takes where `p.grad_dtype` or `p.data` lets them in.
+"""Gradients of another dtype than their parameter's, which torch allows by `p.grad_dtype` or `p.data`.
 
     an optimizer whose first operation on a gradient    widened before the step, to the same bits: each number of the
     promotes it to the parameter's dtype                gradient is one of the parameter's dtype, too
     any other                                           refused, in torch's words where torch fails on it
 
-The others compute in both dtypes or in the gradient's: SGD's first momentum buffer is a clone of the gradient, Rprop's
-`step_size` has its dtype, Adafactor's and Muon's state, too. A session has state in the parameter's dtype. A gradient
-that is wider than its parameter, or neither (float16 and bfloat16), would be rounded in another place than torch's.
+The others compute in both dtypes or in the gradient's: SGD's first momentum buffer is a clone of the gradient, and
+Rprop's `step_size` and the state of Adafactor and Muon have its dtype. A session has state in the parameter's dtype. A
+gradient that is wider than its parameter, or neither (float16 and bfloat16), would be rounded elsewhere than in torch.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def of_their_parameters(
     options: Sequence[Options],
     gradients: Sequence[Tensor | None],
 ) -> Sequence[Tensor | None]:
-    """Return gradients in the dtypes of their parameters, those that have it as they are.
+    """Return gradients in the dtypes of their parameters, unchanged where they have them.
 
     Args:
         optimizer: torch's class name.
@@ -87,6 +87,6 @@ def of_their_parameters(
 
 
 def _holds(wide: torch.dtype, narrow: torch.dtype) -> bool:
-    """Return whether each number of a dtype is one of another, wider one of its kind."""
+    """Return whether each number of a dtype is a number of the wider one, of the same kind."""
     alike = wide.is_complex == narrow.is_complex and wide.is_floating_point == narrow.is_floating_point
     return alike and torch.promote_types(wide, narrow) is wide

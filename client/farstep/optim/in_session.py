@@ -1,7 +1,7 @@
 """An optimizer in a session: what every worker can do there beside `torch.optim.Optimizer`'s own.
 
-Join and leave, tell which version is held, bring the parameters up to date, and come back after the session was lost.
-A session lives on a server or in this process; the latter is another package, found by the entry point `farstep.hosts`.
+Join and leave, know the version held, update the parameters, and rejoin after the session was lost. A session lives on
+a server, or in this process: that host is another package, found by the entry point `farstep.hosts`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class InSession(torch.optim.Optimizer):
     """Base of `RemoteOptimizer`.
 
     Attributes:
-        last_step: what the last `step()` did, None before the first one.
+        last_step: the report of the last `step()`, None before the first one.
     """
 
     torch_class: ClassVar[type[torch.optim.Optimizer]]
@@ -68,9 +68,9 @@ class InSession(torch.optim.Optimizer):
     same_in_autocast: ClassVar[frozenset[torch.dtype] | None] = None
     """The dtypes of `torch.autocast` in which torch's step computes as outside of it; None for all."""
     if_missing: ClassVar[Mapping[str, Any]] = MappingProxyType({})
-    """Values that torch's step takes for options that a group does not have; it refuses a group without another one."""
+    """Values that torch's step takes for options missing from a group; it refuses a group without any other option."""
     opened_by: OpenLink = staticmethod(open_link)
-    """Opens the link to a session; a class of its own in tests and benchmarks may have another."""
+    """Opens the link to a session; classes of tests and benchmarks may have another."""
 
     last_step: StepReport | None
 
@@ -91,24 +91,24 @@ class InSession(torch.optim.Optimizer):
 
     @property
     def consistency(self) -> Consistency:
-        """The session's consistency mode, as this worker last heard of it: with its last step."""
+        """The session's consistency mode, as this worker learned it with its last step."""
         return self._membership.link.consistency
 
     def set_consistency(self, mode: Consistency) -> None:
-        """Let the session go on in another consistency mode, for all its workers.
+        """Switch the session to another consistency mode, for all its workers.
 
-        Pushes that wait are offered to it in the order of the workers' names. The others learn of it with their next
-        step; who joins, or joins again before that, has to name the new mode.
+        Waiting pushes are offered to it in the order of the workers' names. Other workers learn the mode with their
+        next step; a worker that joins or rejoins before that has to name the new mode.
 
         Raises:
-            InvalidOption: what is given is no mode.
-            SessionFull: there are more live workers than the mode has places for.
-            FarstepError: what else the session refused, or `Unavailable`.
+            InvalidOption: `mode` is not a mode.
+            SessionFull: more workers are live than the mode has places for.
+            FarstepError: the session refused it for another reason, or `Unavailable`.
         """
         self._joined().link.set_consistency(checked(mode))
 
     def options_in_force(self) -> list[dict[str, Any]]:
-        """Return the options of each param group that are in force in the session, whichever worker set them last.
+        """Return the options of each param group that are in force in the session, no matter which worker set them.
 
         With `options="push"` this worker's pushes have the options of its own groups, whatever is in force.
 
@@ -119,13 +119,13 @@ class InSession(torch.optim.Optimizer):
         return [dict(group) for group in self._joined().link.options_in_force()]
 
     def heartbeat(self) -> Heartbeat:
-        """Renew this worker's lease, which pushes and pulls do by themselves, and return what the session says of it.
+        """Renew this worker's lease and return the session's answer. Pushes and pulls renew it, too.
 
         One small request without tensors, for a worker that evaluates, saves or loads for longer than a lease. Others
-        wait for who is live: leave it out where they shall go on without this worker.
+            wait for live workers: send no heartbeat where they should continue without this one.
 
         Raises:
-            Fenced: another process has this worker's name, or its place went to another; `rejoin()` comes back.
+            Fenced: another process has this worker's name, or another worker took its place; `rejoin()` comes back.
             SessionLost: the session is gone.
             Unavailable: no answer came within `timeout_s`.
         """
@@ -133,15 +133,15 @@ class InSession(torch.optim.Optimizer):
 
     @contextmanager
     def keep_alive(self) -> Iterator[None]:
-        """Renew this worker's lease from a thread during what cannot be interrupted: `torch.save`, a long evaluation.
+        """Renew this worker's lease from a thread during work that cannot be interrupted: `torch.save`, an evaluation.
 
-        Nothing is raised here for what the session refuses: the next step, or `heartbeat()`, says it.
+        A refusal by the session is not raised here, but by the next step or `heartbeat()`.
         """
         with beating(partial(self._joined().link.heartbeat, once=True)):
             yield
 
     def pull(self) -> int:
-        """Bring the parameters to the session's current version, without a step, and return the version."""
+        """Update the parameters to the session's current version, without a step, and return the version."""
         member = self._member()
         member.check_training("pull()")
         with member.writing(), explaining_namesake(member.settings, member):
@@ -149,10 +149,10 @@ class InSession(torch.optim.Optimizer):
             return member.pull()
 
     def rejoin(self, state_dict: dict[str, Any] | None = None, *, version: int | None = None) -> bool:
-        """Join the session again after `SessionLost` or `Fenced`; return whether it had to be created anew.
+        """Join the session again after `SessionLost` or `Fenced`; return whether it had to be created.
 
-        A session that is there is joined, and its parameters replace this worker's. One that is gone is created from
-        this worker's parameters, with the optimizer state of `state_dict` and at `version` (default: the version held).
+        An existing session is joined, and its parameters replace this worker's. A lost one is created from this
+        worker's parameters, with the optimizer state of `state_dict` and at `version` (default: the version held).
         """
         member = self._member()
         member.check_training("rejoin()")
@@ -180,17 +180,17 @@ class InSession(torch.optim.Optimizer):
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
-        """Send nothing during the backward passes inside, which accumulate gradients; the one that follows sends them.
+        """Send nothing during the backward passes inside, which accumulate gradients; the next one sends them.
 
-        With `overlap=True` a loop that accumulates as often in each step needs no such word; one that does not loses
-        time without it, and nothing else. Without the option there is nothing to hold back.
+        With `overlap=True` a loop that accumulates equally often in each step does not need it; another loop only loses
+        time without it. Without the option this does nothing.
         """
         overlap = self._joined().overlap
         with nullcontext() if overlap is None else overlap.held():
             yield
 
     def inform(self, scaler: torch.amp.GradScaler) -> None:
-        """Tell a scaler, from now on, of each step that is skipped for Inf or NaN, whoever found it.
+        """Inform a scaler, from now on, of each step that is skipped for Inf or NaN, no matter which worker found it.
 
         Its next `update()` then lowers the scale, as it does for an overflow of its own. Where every worker informs
         its scaler, all of them keep the same scale.
@@ -198,12 +198,12 @@ class InSession(torch.optim.Optimizer):
         self._joined().scaler = scaler
 
     def close(self) -> None:
-        """Leave the session; a private one is removed from the server. Safe to call twice."""
+        """Leave the session; a private one is removed from the server. A second call does nothing."""
         self._membership.close()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Tell GradScaler to call `step()` always, where others wait for it; see `farstep.optim.scaling`."""
+        """Have GradScaler always call `step()` where other workers wait for it; see `farstep.optim.scaling`."""
         return self._asked_for_scaling or self.consistency.waits_for_others
 
     @_step_supports_amp_scaling.setter
@@ -213,11 +213,11 @@ class InSession(torch.optim.Optimizer):
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _open(self, settings: WorkerSettings, state: Mapping[Any, Any] | None = None, version: int = 0) -> None:
-        """Open the session at a version, with torch's form of a state that it begins with."""
+        """Open the session at a version, with torch's form of its initial state."""
         chosen = chosen_of(self.param_groups)
         spec = SessionSpec(
             name=settings.session,
-            # A subclass, the user's or Lightning's, is what it derives from.
+            # A subclass, the user's or Lightning's, counts as the class that it derives from.
             optimizer=next(each for each in type(self).__mro__ if "torch_class" in vars(each)).__name__,
             groups=tuple(self._options()),
             parameters=tuple(chosen.described),
@@ -250,11 +250,11 @@ class InSession(torch.optim.Optimizer):
         self._asked_for_scaling = False
 
     def _overlaps(self, settings: WorkerSettings) -> bool:
-        """Return whether gradients are sent while others are being computed."""
+        """Return whether gradients are sent while others are still being computed."""
         return settings.overlap and settings.server is not None
 
     def _take_in_force(self) -> None:
-        """Let the groups show the options that a session which was there already has."""
+        """Put the options in force in a joined session into the groups."""
         if taken := self._membership.taken:
             for group, named, now in zip(self.param_groups, self._options(), taken, strict=True):
                 take_(group, named, now)
@@ -267,10 +267,10 @@ class InSession(torch.optim.Optimizer):
         return [plain_options(group, kinds) for group in groups]
 
     def _member(self) -> Membership:
-        """Return the membership, which has the parameters that the groups have now.
+        """Return the membership, updated to the parameters that the groups have now.
 
         Raises:
-            FarstepError: after `close`, in a copy, or with parameters that a session with a name cannot take.
+            FarstepError: after `close`, in a copy, or with parameters that a named session cannot take.
         """
         member = self._looked_at()
         if not member.fits and not member.leave_out_away_([group["params"] for group in self.param_groups]):
@@ -278,7 +278,7 @@ class InSession(torch.optim.Optimizer):
         return self._membership
 
     def _looked_at(self) -> Membership:
-        """Return the membership, to be read: it is left as it is by parameters that do not fit into the session.
+        """Return the membership for reading; parameters that do not fit into the session leave it as it is.
 
         Raises:
             FarstepError: after `close`, or in a copy.
@@ -304,7 +304,7 @@ class InSession(torch.optim.Optimizer):
         return member
 
     def _move(self, member: Membership) -> None:
-        """Leave for a new private session that has the groups as they are now, with the same version and state."""
+        """Move to a new private session of the groups as they are now, with the same version and state."""
         if not member.settings.private:
             raise unusable(
                 f"Session {self.session!r}, which other workers may share, keeps the parameters it began with; in "
@@ -324,7 +324,7 @@ class InSession(torch.optim.Optimizer):
         member.close()
 
     def _settle(self, member: Membership) -> None:
-        """Bring to the session what was put in the place of its state."""
+        """Send what differs in a mapping that replaced the state."""
         member.settle(self.state)
         self.state = member.state
 

@@ -18,7 +18,7 @@ from farstep.settings import RemoteOptions, WorkerSettings
 
 
 class LBFGS(RemoteOptimizer):
-    """L-BFGS, steps along the gradient times an inverse Hessian that is built from the last steps.
+    """L-BFGS: steps along the gradient times an inverse Hessian that is built from the last steps.
 
     The arguments are those of `torch.optim.LBFGS`, which checks them; the rest are `farstep.RemoteOptions`. A step is
     several exchanges, one for each evaluation of the closure; `version` counts them. All parameters are of one dtype.
@@ -67,9 +67,9 @@ class LBFGS(RemoteOptimizer):
             closure: reevaluates the model and returns the loss.
 
         Raises:
-            RuntimeError: torch's own, for another line search than its one.
-            FarstepError: what the session refused, or `Unavailable` when no answer came within `timeout_s`. The
-                parameters are then as they were before that evaluation.
+            RuntimeError: torch's own, for an unknown line search.
+            FarstepError: the session refused the step, or `Unavailable`: no answer came within `timeout_s`. The
+                parameters are as before that evaluation.
         """
         self._member()
         evaluate = torch.enable_grad()(closure)
@@ -83,7 +83,7 @@ class LBFGS(RemoteOptimizer):
         return first
 
     def _push(self, evaluation: Evaluation) -> StepReport:
-        """Send one evaluation, after what the closure edited; bring the parameters of the next one back."""
+        """Send edits of the closure and one evaluation; receive the parameters of the next one."""
         member = self._member()
         check_types(self.torch_class, self.param_groups)
         with member.writing(), explaining_namesake(member.settings, member):
@@ -95,7 +95,7 @@ class LBFGS(RemoteOptimizer):
         """Add the constructor's group; there is only one.
 
         Raises:
-            ValueError: torch's own, for another one; torch itself takes it and refuses the next step.
+            ValueError: torch's own, for a second group; torch itself adds it and refuses the next step.
         """
         if getattr(self, "_membership", None) is not None:
             raise ValueError("LBFGS doesn't support per-parameter options (parameter groups)")

@@ -1,4 +1,4 @@
-"""A mapping that is asked before it is looked at: every verb of a dict, with what it needs fetched first.
+"""A mapping that fetches what it needs first: every method of a dict.
 
 know_      which keys there are
 read_      the values of some of them
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Fetched(defaultdict[Any, Any]):
-    """A `defaultdict(dict)` whose keys and values come from elsewhere when they are asked for."""
+    """A `defaultdict(dict)` that fetches its keys and values from elsewhere on demand."""
 
     def __init__(self) -> None:
         super().__init__(dict)
@@ -25,7 +25,7 @@ class Fetched(defaultdict[Any, Any]):
 
     @abstractmethod
     def read_(self, keys: Sequence[Any]) -> None:
-        """Fetch the values of these keys, as far as they are not here."""
+        """Fetch the values of these keys that are not here."""
 
     def read_all_(self) -> None:
         """Fetch all values that are not here."""
@@ -81,27 +81,27 @@ class Fetched(defaultdict[Any, Any]):
         return super().items()
 
     def pop(self, key: Any, *default: Any) -> Any:
-        """Take a parameter's state away and return it."""
+        """Remove a parameter's state and return it."""
         self.read_([key])
         return super().pop(key, *default)
 
     def popitem(self) -> tuple[Any, Any]:
-        """Take the last parameter's state away and return both."""
+        """Remove the last parameter's state and return both."""
         self.read_all_()
         return super().popitem()
 
     def clear(self) -> None:
-        """Take all state away; each parameter begins anew."""
+        """Remove all state; each parameter starts anew."""
         self.know_()
         super().clear()
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
-        """Return a parameter's state, which is the default from now on where it has none."""
+        """Return a parameter's state; where it has none, set it to the default."""
         self.read_([key])
         return super().setdefault(key, default)
 
     def update(self, *args: Any, **named: Any) -> None:
-        """Put states in the place of those of the same parameters."""
+        """Replace the states of some parameters."""
         self.know_()
         super().update(*args, **named)
 

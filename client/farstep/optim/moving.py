@@ -16,9 +16,9 @@ from farstep.settings import RemoteOptions
 def remote(optimizer: torch.optim.Optimizer, **options: Unpack[RemoteOptions]) -> RemoteOptimizer:
     """Return farstep's optimizer of the same name over the same parameters, with groups, options and state.
 
-    It continues as the torch optimizer would; a session that has begun already keeps its own parameters and state.
-    Hooks stay behind, as they do when torch copies an optimizer, and a scheduler has to be made anew; what schedulers
-    keep in the groups, such as `initial_lr`, comes along. The torch optimizer is not changed.
+    It continues as the torch optimizer would; an existing session keeps its own parameters and state. Hooks are not
+    copied, as when torch copies an optimizer, and a scheduler has to be made anew; its entries in the groups, such as
+    `initial_lr`, are copied. The torch optimizer is not changed.
 
     Args:
         optimizer: an optimizer of `torch.optim`.
@@ -27,7 +27,7 @@ def remote(optimizer: torch.optim.Optimizer, **options: Unpack[RemoteOptions]) -
     Raises:
         InvalidOption: farstep has no optimizer of that class, or the optimizer is differentiable.
         ValueError: a group's options, or a part of the state, are not such an optimizer's.
-        FarstepError: the session cannot be had.
+        FarstepError: the session cannot be joined.
     """
     kinds = {kind.torch_class: kind for kind in _kinds()}
     kind = kinds.get(type(optimizer))

@@ -1,12 +1,12 @@
-"""Names of parameters as the plain model has them, whatever it is wrapped in: workers meet in a session by them.
+"""Names of parameters as the plain model has them, so that workers with wrapped and plain models share a session.
 
     torch.compile                     _orig_mod.layer.weight, and within a model layers.0._orig_mod.weight
     DistributedDataParallel           module.layer.weight
     FSDP, checkpoint wrappers         _fsdp_wrapped_module, _checkpoint_wrapped_module
 
-A compiled worker and one that is not train the same model. What a wrapper puts into a name is left out here; a part of
-that name that the user gave is not, as far as that can be told: where the model itself is at hand, `module` counts as
-a wrapper's only below a wrapper, and names by themselves lose a `module.` only if all of them begin with it.
+A compiled worker and a plain one train the same model. What a wrapper puts into a name is removed, and what the user
+put there is kept where the two can be told apart: given the model, `module` counts as a wrapper's only below a wrapper;
+given names alone, `module.` is removed only if all of them begin with it.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 WRAPPED: Final = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Attributes under which wrappers keep what they wrap; other modules have no such names."""
 MODULE: Final = "module"
-"""The same of parallel wrappers, a name that others have, too."""
+"""The attribute of parallel wrappers; other modules may have the same name."""
 
 
 def plain_names(names: Sequence[str]) -> list[str]:
-    """Return names without what wrappers put into them; as they are where two would be the same then."""
+    """Return names without what wrappers put into them; unchanged if two would then be equal."""
     short = [_joined([part for part in name.split(".") if part not in WRAPPED], name) for name in names]
     while short and all(name.startswith(f"{MODULE}.") for name in short):
         short = [name.removeprefix(f"{MODULE}.") for name in short]
@@ -32,7 +32,7 @@ def plain_names(names: Sequence[str]) -> list[str]:
 
 
 def named_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters of a model under the names that they have without wrappers."""
+    """Return the parameters of a model under their names without wrappers."""
     parallel = {
         path for path, each in model.named_modules() if isinstance(each, (DataParallel, DistributedDataParallel))
     }

@@ -1,19 +1,19 @@
-"""Optimizers of one process that would have the same session: told apart, or told of each other.
+"""Optimizers of one process that would share a session by accident: numbered, or named in the error.
 
-A script with two optimizers (a GAN, an actor and its critics) is given one name, by FARSTEP_SESSION or by `farstep
-launch`, which sets it. They are told apart by the order in which they are made:
+A script with two optimizers (a GAN, an actor and its critics) gets one session name, from FARSTEP_SESSION or from
+`farstep launch`, which sets it. The optimizers are numbered in the order in which they are made:
 
     first          NAME
     second         NAME.2
     third          NAME.3
 
-The number says how many were made before, not how many there still are: it is the same on all workers, which run one
-script, and for a worker that was started again, and does not depend on when Python frees an optimizer. One whose
-making failed has not been made, so that a second try gets its name. Optimizers that are given workers of their own,
-`worker="w0"` and `worker="w1"` in two threads, are counted by worker. Copies are in private sessions and not counted.
+The number counts optimizers made before, not those still alive: so it is the same on all workers, which run one script,
+and on a restarted worker, and does not depend on when Python frees an optimizer. A failed construction does not count,
+so that a second try gets the same name. Optimizers with workers of their own, `worker="w0"` and `worker="w1"` in two
+threads, are counted by worker. Copies have private sessions and are not counted.
 
-Who names a session has said which one it is. A second optimizer under the same name, for the same worker, takes the
-place of the first, as a worker that was started again does; the first gets `Fenced`, and this module adds the cause.
+A session named in the script is used as it is. A second optimizer under the same name and worker takes the place of the
+first, as a restarted worker does; the first gets `Fenced`, and this module adds the cause.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MemberKey = tuple[str | None, str, str]
 """Server, session and worker."""
 
 _MADE: Final[Counter[MemberKey]] = Counter()
-"""How many optimizers were made under a name of the environment's."""
+"""The number of optimizers made under a name from the environment."""
 _LATEST: Final[weakref.WeakValueDictionary[MemberKey, Membership]] = weakref.WeakValueDictionary()
-"""The latest membership of this process in each seat."""
+"""The latest membership of this process under each key."""
 _TURN: Final = threading.Lock()
 
 
@@ -67,13 +67,13 @@ def numbered_session(settings: WorkerSettings) -> Iterator[WorkerSettings]:
 
 
 def note_latest_(membership: Membership, settings: WorkerSettings) -> None:
-    """Take note that a membership is the latest in its seat."""
+    """Record a membership as the latest under its key."""
     _LATEST[_key(settings)] = membership
 
 
 @contextmanager
 def explaining_namesake(settings: WorkerSettings, membership: Membership | None = None) -> Iterator[None]:
-    """Name the optimizer of this process that is the cause, where the session refuses this one because of it.
+    """Name the other optimizer of this process in the error, where the session refuses this one because of it.
 
     Args:
         settings: of the optimizer.

@@ -1,21 +1,16 @@
-"""Options of param groups: checked by torch's own class, compared with what was sent, and as values that travel.
+"""Options of param groups: checked by torch's own class, compared with what was sent, and converted to plain values.
 
-What the user puts into a group stays there, as with torch: a numpy scalar, a tensor, an OmegaConf list. What travels is
-made of it anew for each step, so that an option that is changed in place counts, too:
+What the user puts into a group stays there, as in torch: a numpy scalar, a tensor, an OmegaConf list. Each step
+converts it anew, so that an option changed in place counts, too:
 
     flag      maximize, amsgrad, foreach, ...    whether torch's `if` would take it
-    count     max_iter, ns_steps, ...            an int; a float that is one, since torch compares and counts alike
+    count     max_iter, ns_steps, ...            an int, or a float that is whole, since torch compares and counts alike
     number    lr, betas, eps, ...                a float or an int, or a list of them
     text      line_search_fn, adjust_lr_fn       a string
 
-torch's own words for what an optimizer does not take: its class is asked, on tensors of one element.
-
-Gradients: a session refuses them too, as a server has to; who catches torch's exceptions gets torch's, the session's
-as its cause.
-
-Options: torch's classes pass them on to operations that take numbers of some types and not of others, another choice in
-each class: a `Fraction` is a learning rate for Adam and not for SGD, an array of one number is an `lr` and not an
-`eps`. Which ones only a step shows, so one of the options is tried at a time, once for each type.
+Where torch refuses an option or a gradient, its own class is asked, on tensors of one element, and raises its own
+error: code that catches torch's exceptions gets them. Each class takes other types of numbers (a `Fraction` is a
+learning rate for Adam and not for SGD), and only a step shows which, so each unusual type is tried once.
 """
 
 from __future__ import annotations
@@ -54,7 +49,7 @@ def _gradient_kind(p: Tensor) -> tuple[object, ...]:
 
 
 def _probe(p: Tensor) -> Tensor:
-    """Return a parameter of one element with a gradient such as this one has."""
+    """Return a parameter of one element with a gradient of the same kind."""
     probe = torch.zeros([1] * p.dim(), dtype=p.dtype, device="cpu")
     probe.requires_grad_(probe.is_floating_point() or probe.is_complex())
     gradient = torch.ones_like(probe, requires_grad=False)
@@ -62,7 +57,7 @@ def _probe(p: Tensor) -> Tensor:
         gradient = gradient.to_sparse(p.grad.sparse_dim())
     if p.grad is not None and p.grad.dtype is not p.dtype:
         gradient = gradient.to(p.grad.dtype)
-        probe.data = probe.data.to(p.grad.dtype)  # torch takes a gradient only of the dtype that there is
+        probe.data = probe.data.to(p.grad.dtype)  # torch takes a gradient only of the present dtype
         probe.grad = gradient
         probe.data = probe.data.to(p.dtype)
         return probe
@@ -71,13 +66,13 @@ def _probe(p: Tensor) -> Tensor:
 
 
 STEPS: Final = 8
-"""How many steps show it: SGD multiplies by its momentum in the second, RAdam uses `eps` from the sixth on."""
+"""Steps that a trial takes: SGD multiplies by its momentum in the second, RAdam uses `eps` from the sixth on."""
 _TAKEN: dict[tuple[object, ...], Exception | None] = {}
-"""What torch's classes said to options of some types."""
+"""The outcomes of trials: the error that torch's class raised, None where it took the option."""
 
 
 def check_types(torch_class: type[torch.optim.Optimizer], groups: Iterable[Mapping[str, Any]]) -> None:
-    """Refuse options of types that torch's class does not take, before they become numbers that a session takes.
+    """Refuse options of types that torch's class does not take, before they are converted to numbers.
 
     Raises:
         TypeError, ValueError, RuntimeError: as torch's class does, naming the option.
@@ -103,12 +98,12 @@ def check_types(torch_class: type[torch.optim.Optimizer], groups: Iterable[Mappi
 
 
 def _as(error: Exception) -> type[Exception]:
-    """Return the class of Python's own that an error is of."""
+    """Return the built-in class of an error."""
     return next(each for each in (TypeError, ValueError, RuntimeError) if isinstance(error, each))
 
 
 def _type_of(value: Any) -> tuple[object, ...]:
-    """Return what decides whether an operation takes a value: its type, and whether there is anything to do."""
+    """Return the facts that decide whether an operation takes a value: its type, and whether it is zero or empty."""
     if isinstance(value, Sequence) and not isinstance(value, str):
         return (type(value), *map(_type_of, value))
     form = (getattr(value, "dtype", None), getattr(value, "shape", None))
@@ -158,7 +153,7 @@ def check_group(torch_class: type[torch.optim.Optimizer], own: Mapping[str, Any]
 def check_parameters(
     torch_class: type[torch.optim.Optimizer], groups: Iterable[Mapping[str, Any]], defaults: Mapping[str, Any]
 ) -> None:
-    """Let torch's class of the same name check the parameters of all groups; no memory is taken for that.
+    """Let torch's class of the same name check the parameters of all groups, without memory for their copies.
 
     Raises:
         ValueError: torch's own.
@@ -170,7 +165,7 @@ def check_parameters(
 
 
 def _without_memory(p: Tensor) -> Tensor:
-    """Return what stands for a parameter where only its kind and shape count."""
+    """Return a substitute for a parameter where only its kind and shape count."""
     if is_lazy(p):
         return p
     return (
@@ -179,7 +174,7 @@ def _without_memory(p: Tensor) -> Tensor:
 
 
 def arguments(torch_class: type[torch.optim.Optimizer], own: Mapping[str, Any]) -> Options:
-    """Return those of some options that the constructor of torch's class takes."""
+    """Return the options that the constructor of torch's class takes."""
     code = torch_class.__init__.__code__
     names = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
     return {key: value for key, value in own.items() if key in names}
@@ -189,7 +184,7 @@ _KINDS: dict[str, dict[str, OptionKind]] = {}
 
 
 def option_kinds(torch_class: Callable[..., torch.optim.Optimizer]) -> Mapping[str, OptionKind]:
-    """Return the options of torch's class and what each is; `defaults` may have more, which torch adds in a load."""
+    """Return the options of torch's class with their kinds; `defaults` may have more, which torch adds on loading."""
     kinds = _KINDS.get(torch_class.__name__)
     if kinds is None:
         defaults = torch_class([torch.zeros(1, 1, device="cpu")]).defaults
@@ -209,15 +204,15 @@ _AS_THEY_ARE: Final[Mapping[OptionKind, frozenset[object]]] = {
     "number": PYTHONS - {bool},
     "text": PYTHONS,
 }
-"""Types of values that travel as they are."""
+"""Types of values that are sent unchanged."""
 
 
 def plain_options(group: Mapping[str, Any], kinds: Mapping[str, OptionKind]) -> Options:
-    """Return those of a group's options as values that travel.
+    """Return a group's options as plain values.
 
     Raises:
-        InvalidOption: one of them is nothing that could.
-        KeyError: torch's own, for an option that the group does not have, as one loaded from an old checkpoint.
+        InvalidOption: one of them has no plain value.
+        KeyError: torch's own, for an option that the group lacks, for example after loading an old checkpoint.
     """
     return {
         key: value if type(value := group[key]) in _AS_THEY_ARE[kind] else _plain(key, kind, value)
@@ -226,7 +221,7 @@ def plain_options(group: Mapping[str, Any], kinds: Mapping[str, OptionKind]) -> 
 
 
 def undocumented(group: Mapping[str, Any], kinds: Mapping[str, OptionKind]) -> list[str]:
-    """Return the options of a group that are not of the types that torch's documentation names."""
+    """Return the options of a group whose types torch does not document."""
     return [
         key
         for key, kind in kinds.items()
@@ -252,7 +247,7 @@ def _plain(name: str, kind: OptionKind, value: Any) -> Any:
         found = int(found)
     if type(found) not in PYTHONS and type(found) is not list:
         raise invalid_option(
-            f"{name}={value!r:.80} is a {type(value).__name__}, which is no number.",
+            f"{name}={value!r:.80} is a {type(value).__name__}, which is not a number.",
             remedy="Give a float.",
             field=name,
         )
@@ -260,7 +255,7 @@ def _plain(name: str, kind: OptionKind, value: Any) -> Any:
 
 
 def _number(value: Any) -> Any:
-    """Return a number or a list of them; what is neither as it is."""
+    """Return a number or a list of numbers as plain values, anything else unchanged."""
     found = pythons_own(value)
     if type(found) is bool:
         return int(found)
@@ -273,14 +268,14 @@ def _number(value: Any) -> Any:
 
 
 def take_(group: dict[str, Any], named: Mapping[str, Any], taken: Mapping[str, Any]) -> None:
-    """Put options that have travelled into a group, which was `named` so; what says the same stays as it is."""
+    """Put received options into a group, whose own were sent as `named`; equal ones stay unchanged."""
     for key, value in taken.items():
         if named[key] != value:
             group[key] = _in_form_of(group[key], value)
 
 
 def _in_form_of(before: Any, value: Any) -> Any:
-    """Return a value that has travelled in the form of the one before it: a tensor, a tuple."""
+    """Return a received value in the form of the one before it: a tensor, a tuple."""
     if isinstance(before, torch.Tensor) and isinstance(value, (int, float)):
         return torch.full_like(before, value, requires_grad=False)
     if isinstance(before, tuple) and isinstance(value, (list, tuple)) and len(before) == len(value):
@@ -298,7 +293,7 @@ def changes(now: Sequence[Options], sent: Sequence[Options]) -> dict[int, Option
 
 
 def without(sent: Sequence[Options], unsure: Mapping[int, Options]) -> list[Options]:
-    """Return what the session is known to have, when it is not known whether some changes arrived."""
+    """Return the options that the session is known to have, if some changes may not have arrived."""
     return [
         {key: value for key, value in options.items() if key not in unsure.get(index, {})}
         for index, options in enumerate(sent)

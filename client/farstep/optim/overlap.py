@@ -1,7 +1,7 @@
-"""Hooks that tell when each gradient is there, so that a push can begin while the backward pass goes on.
+"""Hooks that report each gradient as it is computed, so that a push can begin during the backward pass.
 
-`farstep.overlap` says what to make of that, and sends. A backward pass notices nothing of either: what goes wrong here
-ends the stream, and the step sends its gradients as ever.
+`farstep.overlap` decides which of them are final, and sends them. Errors here never reach the backward pass: they end
+the stream, and the step sends its gradients as usual.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from farstep.overlap import (
 from farstep.protocol.receipt import StepReport
 
 Begin = Callable[[Sequence[int]], Overlapped | None]
-"""Begin the push of these gradients, in this order, if that can be."""
+"""Begin the push of these gradients, in this order, if possible."""
 
 REMEDIES: Final = {
     AGAIN: "Put all backward passes of a step but the last one into `with optimizer.no_sync():`.",
@@ -43,7 +43,7 @@ REMEDIES: Final = {
     BROKEN: "A server waits 30 s for the next gradient; a slower backward pass goes without it.",
     UNUSED: "It is for loops in which each backward pass is followed by its step.",
 }
-"""What to do about each way in which a stream ends."""
+"""The remedy for each way in which a stream ends."""
 
 CALLER: Final = 8
 """Frames from here to the caller of step(), with those of torch between."""
@@ -53,7 +53,7 @@ _LOG = logging.getLogger("farstep.overlap")
 
 @final
 class Overlap:
-    """Watch the parameters of one optimizer, and hand their gradients on as they become final.
+    """Watch the parameters of one optimizer, and pass their gradients on as they become final.
 
     Args:
         parameters: in the session's order.
@@ -76,7 +76,7 @@ class Overlap:
         self._watch_more()
 
     def _watch_more(self) -> None:
-        """Watch those that require a gradient by now."""
+        """Watch those that have come to require a gradient."""
         for index, parameter in enumerate(self._parameters):
             if parameter.requires_grad and index not in self._handles:
                 hook = partial(_fired, weakref.ref(self), index)
@@ -84,14 +84,14 @@ class Overlap:
                 self._handles[index] = handle
 
     def close(self) -> None:
-        """Watch nothing any more."""
+        """Stop watching."""
         for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Take no gradient of the backward passes inside for final."""
+        """Treat no gradient of the backward passes inside as final."""
         before, self._held = self._held, True
         try:
             yield
@@ -99,7 +99,7 @@ class Overlap:
             self._held = before
 
     def fired(self, index: int, parameter: Tensor) -> None:
-        """Take note that a parameter's gradient was accumulated."""
+        """Record that a parameter's gradient was accumulated."""
         with self._turn:
             if self._held:
                 return

@@ -1,12 +1,12 @@
-"""`optimizer.state` of a session: read when it is looked at, compared with what was read before the next step.
+"""`optimizer.state` of a session: fetched when it is read, and compared with what was fetched before the next step.
 
     unknown    nothing is known of the session's state, as after each step
     known      which parameters have state was asked: eight bytes each
     read       a parameter's state was fetched because somebody looked at it
 
-The state of one parameter is a plain dict of tensors, as torch has it. Whatever the user does to it, in place or by
-other tensors, is found by comparing it with a record of what was fetched; edits through `.data` cannot be seen. Entries
-under keys that the optimizer does not have are the user's own: they stay here.
+The state of one parameter is a plain dict of tensors, as in torch. Edits by the user, in place or by other tensors, are
+found by comparison with a record of what was fetched; edits through `.data` are not seen. Entries under other keys than
+the optimizer's are the user's own and stay here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Own = dict[str, Any]
 
 
 class _Unread(NamedTuple):
-    """Stand for a parameter's state in the session; `own` are the user's own entries."""
+    """A placeholder for a parameter's state in the session; `own` are the user's own entries."""
 
     own: Own
 
@@ -38,8 +38,8 @@ class RemoteState(Fetched):
     Args:
         link: the way to the session.
         parameters: the session's, in order.
-        check: raises if the link cannot be used any more; called before each reading.
-        groups: returns the param groups, whose options say of which type torch's numbers are.
+        check: raises if the link is closed; called before each read.
+        groups: returns the param groups, whose options determine the types of torch's numbers.
     """
 
     def __init__(
@@ -71,11 +71,11 @@ class RemoteState(Fetched):
         self._keep_({key: value for key, value in other.items() if isinstance(value, Mapping)})
 
     def hold_(self, parameters: Sequence[Tensor]) -> None:
-        """Read and write state in the forms of these: the parameters, or what stands in the place of some."""
+        """Read and write state in the forms of these tensors: the parameters, or their stand-ins."""
         self._held = parameters
 
     def append_(self, parameters: Sequence[Tensor]) -> None:
-        """Take on parameters that the session has begun with just now; what was read or edited of the others stays."""
+        """Add parameters that the session has just grown by; what was read or edited of the others stays."""
         for index, p in enumerate(parameters, len(self._indices)):
             self._indices[p] = index
             if self._known and self._link.has_initial_state:
@@ -85,7 +85,7 @@ class RemoteState(Fetched):
                     dict.__setitem__(self, p, _Unread(own))
 
     def refresh_(self) -> None:
-        """Drop what was read if it is not all, or others have taken the session on: a whole is of one version."""
+        """Drop what was read if it is incomplete or out of date: a state_dict is of one version."""
         if self._known:
             partly = any(isinstance(own, _Unread) for own in dict.values(self))
             if partly or self._link.stateful()[0] != self._version:
@@ -113,7 +113,7 @@ class RemoteState(Fetched):
         return found
 
     def differences(self, other: Mapping[Any, Any]) -> dict[int, State | None]:
-        """Return what the session needs to have another state, by the parameter's index.
+        """Return the differences between another state and the session's, by the parameter's index.
 
         Raises:
             ValueError: a part of a parameter's state is missing.
@@ -130,7 +130,7 @@ class RemoteState(Fetched):
         return found
 
     def brought(self, parameters: Sequence[Tensor]) -> dict[int, State | None]:
-        """Return the state that other parameters bring into the places of some, by index, None for one that has none.
+        """Return the state that replacing parameters bring along, by index, None for one without state.
 
         Raises:
             ValueError: a part of a parameter's state is missing.
@@ -142,7 +142,7 @@ class RemoteState(Fetched):
         return {index: to_session(parameters[index], state, fields) for index, state in own.items()}
 
     def rebind_(self, parameters: Sequence[Tensor], brought: Mapping[int, State | None]) -> None:
-        """Go over to other parameters, whose state the session has now; that of the old ones stays under them."""
+        """Switch to other parameters, whose state the session has now; the old ones keep their entries."""
         self._indices = {p: index for index, p in enumerate(parameters)}
         for index, state in brought.items():
             entry = dict.pop(self, parameters[index], {})
@@ -156,7 +156,7 @@ class RemoteState(Fetched):
                 dict.__setitem__(self, parameters[index], own)
 
     def settle_(self, other: Mapping[Any, Any], changed: Mapping[int, State | None]) -> None:
-        """Take on a state that the session has now; what did not change needs no reading."""
+        """Adopt a state that the session has now; what did not change need not be read again."""
         kept = dict(dict.items(self))
         self.replace_(other)
         for p, index in self._indices.items():
@@ -180,7 +180,7 @@ class RemoteState(Fetched):
         return {key: own[key] for key in self._link.fields if own.get(key) is not None} if own else {}
 
     def _keep_(self, entries: dict[Any, Any]) -> None:
-        """Become unknown; keep the user's own among these entries."""
+        """Forget what is known of the session; keep the user's own among these entries."""
         self._known = False
         dict.clear(self)
         for key, value in entries.items():
@@ -209,7 +209,7 @@ class RemoteState(Fetched):
 
     @in_ordinary_memory
     def read_(self, keys: Sequence[Any]) -> None:
-        """Fetch what has not been read of these keys, all at once."""
+        """Fetch what has not been read of these keys, in one request."""
         self.know_()
         unread = [key for key in keys if isinstance(dict.get(self, key), _Unread)]
         unread.sort(key=self._indices.__getitem__)
@@ -227,7 +227,7 @@ class RemoteState(Fetched):
         return seen.keys() == state.keys() and all(seen[key].is_still(value) for key, value in state.items())
 
     def _is_equal(self, p: Tensor, index: int, state: State) -> bool:
-        """Return whether the session is known to have this state, bit by bit."""
+        """Return whether the session is known to have this state, bit for bit."""
         own = dict.get(self, p)
         mine = {} if isinstance(own, _Unread) else self._fields_of(own)
         if not mine or not self._is_as_read(index, mine):

@@ -1,15 +1,16 @@
-"""Gradients that `torch.amp.GradScaler` has scaled, in sessions whose workers wait for each other.
+"""Gradients scaled by `torch.amp.GradScaler`, in sessions whose workers wait for each other.
 
-By itself GradScaler divides the gradients by the scale and calls `step()` unless one of them is Inf or NaN. A worker
-whose gradients overflowed would then say nothing, and those at the barrier would wait for it. To an optimizer that sets
-`_step_supports_amp_scaling`, as torch's fused ones do, it leaves both decisions: it always calls `step()`, having set
+By default GradScaler divides the gradients by the scale and calls `step()` unless one of them is Inf or NaN. A worker
+whose gradients overflowed would then send nothing, and the workers at the barrier would wait for it. An optimizer that
+sets `_step_supports_amp_scaling`, as torch's fused ones do, makes both decisions itself: GradScaler always calls
+`step()`, having set
 
     grad_scale    what the gradients are to be divided by; None if that was done, by `unscale_`
     found_inf     above 0 if one of them is Inf or NaN
 
 on the optimizer, and removes both after a `step()` that returned. Such a step is skipped by all workers if one of them
-skips it. Each has a scaler of its own. One that an optimizer was told of (`RemoteOptimizer.inform`) takes every step
-that was skipped for Inf or NaN for one whose gradients overflowed here: scales that begin alike stay alike.
+skips it. Each has a scaler of its own. A scaler passed to `RemoteOptimizer.inform` treats every step skipped for Inf or
+NaN as an overflow of its own, so equal scales stay equal.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ from farstep.protocol.receipt import Reason, StepReport
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """What GradScaler asks of one step.
+    """GradScaler's request to one step.
 
     Attributes:
         overflowed: whether the step is to be skipped.
-        factor: what the gradients are to be multiplied by, as `GradScaler.unscale_` does it.
+        factor: the factor to multiply the gradients by, as `GradScaler.unscale_` does.
     """
 
     overflowed: bool = False
     factor: float = 1.0
 
     def unscaled(self, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Return the gradients to send. The caller's own stay scaled until the step is taken: it may be tried again."""
+        """Return the gradients to send. The caller's own stay scaled until the step is taken, for a retry."""
         if self.factor == 1.0:
             return gradients
         return [None if gradient is None else gradient * self.factor for gradient in gradients]
 
     def settle_(self, gradients: Sequence[Tensor | None]) -> None:
-        """Unscale the gradients themselves, where the caller finds them unscaled after each step of GradScaler."""
+        """Unscale the gradients themselves, as GradScaler leaves them after each step."""
         if self.factor != 1.0:
             for gradient in gradients:
                 if gradient is not None:
@@ -54,14 +55,14 @@ class Scaling:
 NOT_SCALED = Scaling()
 _BY_ITSELF = nullcontext(NOT_SCALED)
 SKIPPED_FOR_INF: frozenset[Reason] = frozenset({"skipped", "nonfinite"})
-"""Why a step was left out that GradScaler, had it found the Inf itself, would have lowered its scale for."""
+"""Reasons of a skipped step for which GradScaler lowers its scale."""
 
 
 def tell_(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, report: StepReport) -> None:
-    """Let a scaler find what made an optimizer's step be skipped, if it was, as if it were in its gradients here.
+    """Report to a scaler the Inf for which an optimizer's step was skipped, if it was, as if it had been found here.
 
-    GradScaler keeps what it found until `update()`, one number for each optimizer and device, and asks for no more.
-    Other optimizers that it scales take their steps.
+    GradScaler keeps its findings until `update()`, one number for each optimizer and device. Other optimizers that it
+    scales take their steps.
     """
     if report.reason in SKIPPED_FOR_INF and scaler.is_enabled():
         own = scaler._per_optimizer_states.get(id(optimizer), {})
@@ -70,9 +71,9 @@ def tell_(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer, report
 
 
 def scaling_of(attributes: dict[str, Any]) -> AbstractContextManager[Scaling]:
-    """Read what GradScaler set among an optimizer's attributes, which is nothing in a step that it does not make.
+    """Read what GradScaler set among an optimizer's attributes: nothing in a step that it does not make.
 
-    A step that fails removes it, so that GradScaler can try again; one that returns leaves that to GradScaler.
+    A failing step removes these attributes, so that GradScaler can try again; otherwise GradScaler removes them.
     """
     return _set_by_scaler(attributes) if "found_inf" in attributes or "grad_scale" in attributes else _BY_ITSELF
 

@@ -1,14 +1,14 @@
-"""Parameters and state between torch's form and a session's.
+"""Parameters and state in torch's form, and in that of a session.
 
-The state of L-BFGS between torch's form and a session's, where each entry has a shape of its own.
+State fields have the same names in both. L-BFGS, whose entries have shapes of their own, differs most:
 
-entry                               torch                                 session
-func_evals, n_iter                  int                                   number
-prev_loss                           float                                 number
-t, H_diag                           Python number or tensor               number or tensor []
-d, prev_flat_grad                   tensor [n]                            the same
-old_dirs, old_stps, ro              list of k tensors                     one tensor [k, ...]
-al                                  list of 0-dim tensors and None        one tensor, NaN for None
+    entry                        torch                              session
+    func_evals, n_iter           int                                number
+    prev_loss                    float                              number
+    t, H_diag                    Python number or tensor            number or tensor []
+    d, prev_flat_grad            tensor [n]                         the same
+    old_dirs, old_stps, ro       list of k tensors                  one tensor [k, ...]
+    al                           list of 0-dim tensors and None     one tensor, NaN for None
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def lists_as_torch(values: State, lr: Any) -> dict[str, Any]:
     """Return a parameter's state under torch's keys.
 
     Args:
-        lr: the learning rate as the group has it: a Python number or a tensor, of whose kind `t` is.
+        lr: the learning rate as the group has it, a Python number or a tensor; `t` is of the same kind.
     """
     found = {key: _as_torch(key, value) for key, value in values.items()}
     if isinstance(t := found.get("t"), float):
@@ -67,10 +67,10 @@ def lists_as_torch(values: State, lr: Any) -> dict[str, Any]:
 
 
 def _step_length(t: float, lr: Any, *, first: bool) -> Any:
-    """Return a step length that is no result of tensors in torch's type.
+    """Return a step length, which no tensor operation computed, in torch's type.
 
-    torch has the learning rate itself, or a multiple that its line search has tried; in the first iteration a float
-    times it; and the int 0 where a line search found nothing better than its beginning.
+    torch has the learning rate itself, or a multiple that its line search tried; in the first iteration a float times
+    it; and the int 0 where a line search found nothing better than its start.
     """
     if t == 0 and float(lr) != 0:
         return 0
@@ -86,7 +86,7 @@ def _as_torch(key: str, value: Tensor | float) -> Any:
         return int(value) if key == "H_diag" and float(value).is_integer() else float(value)
     if key not in LISTS:
         return value
-    # Each in memory of its own: where a vector begins decides how its products are rounded.
+    # Each in memory of its own: the alignment of a vector decides how its products are rounded.
     parts: Sequence[Tensor] = [each.clone() for each in value]
     return [None if bool(each.isnan()) else each for each in parts] if key == "al" else parts
 
@@ -97,7 +97,7 @@ DTYPES: Mapping[int, torch.dtype] = {bits: getattr(torch, name) for bits, name i
 
 
 def to_session(p: Tensor, own: Mapping[str, Any], fields: Mapping[str, FieldKind]) -> State | None:
-    """Return a parameter's state as the session takes it, dense, None where there is none.
+    """Return a parameter's state as the session takes it, dense; None without state.
 
     Raises:
         ValueError: a part of it is missing, or is no tensor.
@@ -124,7 +124,7 @@ def _precision(numbers: Iterable[Any]) -> int:
 
 
 def check_state_dtype(name: str, p: Tensor, own: State | None, fields: Mapping[str, FieldKind]) -> None:
-    """Refuse state that is of another dtype than its parameter, which was given that since.
+    """Refuse state of another dtype than its parameter's, which has changed since.
 
     Raises:
         TensorMismatch: naming both.
@@ -155,7 +155,7 @@ def as_torch(
     """Return a parameter's state under torch's keys, numbers as the 0-dim tensors, or the ints, that torch has.
 
     Args:
-        group: the options of the parameter's group, as far as they decide about torch's types.
+        group: the options of the parameter's group that determine torch's types.
     """
     if "free" in fields.values():
         return lists_as_torch(values, group.get("lr", 1.0))
@@ -176,7 +176,7 @@ def as_torch(
 
 
 def completed(torch_class: type[torch.optim.Optimizer], state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what `__setstate__` is given with what older forms of torch's class did not have, as torch adds it."""
+    """Return the argument of `__setstate__`, completed by torch with what its older releases did not have."""
     shell = torch_class.__new__(torch_class)
     torch_part = {key: state[key] for key in ("defaults", "state", "param_groups") if key in state}
     shell.__setstate__({"defaults": {}, **torch_part})
@@ -186,7 +186,7 @@ def completed(torch_class: type[torch.optim.Optimizer], state: Mapping[str, Any]
 def initial_state(
     torch_class: type[torch.optim.Optimizer], defaults: Mapping[str, Any], p: Tensor, fields: Mapping[str, FieldKind]
 ) -> State | None:
-    """Return what torch's class gives a parameter at its construction, None where state begins with a step."""
+    """Return the state that torch's class gives a parameter at construction, None where the first step creates it."""
     fresh = torch_class([torch.empty_like(p)], **arguments(torch_class, defaults))
     return next((to_session(p, own, fields) for own in fresh.state.values()), None)
 
@@ -194,7 +194,7 @@ def initial_state(
 def torch_initial_states(
     torch_class: type[torch.optim.Optimizer], defaults: Mapping[str, Any], parameters: Iterable[Tensor]
 ) -> dict[Tensor, Any]:
-    """Return what torch's class keeps for parameters from its construction on, and for ever if they never step."""
+    """Return the state that torch's class creates at its construction, and keeps for parameters that never step."""
     return dict(torch_class(list(parameters), **arguments(torch_class, defaults)).state)
 
 

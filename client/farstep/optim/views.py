@@ -58,7 +58,7 @@ class WithViews(InSession):
 
     @contextmanager
     def swap_to(self, view: str) -> Iterator[None]:
-        """Give the parameters the values of a view inside a `with` block, and then their own back, bit for bit.
+        """Give the parameters the values of a view inside a `with` block, and restore their own after it, bit for bit.
 
         What is written into the parameters inside is lost. A step there is refused.
 
@@ -80,12 +80,12 @@ class WithViews(InSession):
             member.shown = ""
 
     def write_view(self, view: str, values: Sequence[Tensor]) -> None:
-        """Replace a view that the session keeps, as `pull_view` returned it.
+        """Replace a view that the session keeps by values such as `pull_view` returns.
 
         Raises:
             InvalidOption: the session has no such view, or it is state: write that into `state`.
             TensorMismatch: other shapes or dtypes than the parameters'.
-            FarstepError: what the session refused, or `Unavailable`.
+            FarstepError: the session refused it, or `Unavailable`.
         """
         member = self._viewed(view)
         if view in self.averages:
@@ -98,7 +98,7 @@ class WithViews(InSession):
         member.link.write_view(view, values)
 
     def _viewed(self, view: str) -> Membership:
-        """Return the membership, which has that view."""
+        """Return the membership if it has that view."""
         member = self._looked_at()
         if view not in self.views:
             raise invalid_option(

@@ -1,16 +1,15 @@
-"""Who writes to the memory of parameters: one step at a time, and one process.
+"""Exclusive writing to the memory of parameters: one step at a time, and one process.
 
-A step takes the parameters for what the last answer brought, sends what differs as the user's edit, and puts the next
-answer in their place. Of two that do so at once one would undo the other, and take its answer for an edit.
+A step assumes that the parameters are those of the last answer, sends what differs as the user's edit, and writes the
+next answer over them. Of two concurrent steps one would undo the other, and take its answer for an edit.
 
     threads      a step on parameters that another thread's step is using waits for that to end, and then finds what it
                  has brought; where one of them waits for other workers, that would be for ever, and the step is refused
     processes    parameters in shared memory (`model.share_memory()`) belong to the first process that steps on them
                  through a server, as long as it lives; a step of another process is refused. Reading them is free
 
-A process claims memory by an abstract unix socket that is called as the memory's device and inode are, which Linux
-gives to one process and takes back when it ends. Embedded optimizers claim none: they step in that memory itself, as
-torch does.
+A process claims memory by an abstract unix socket named after the memory's device and inode, which Linux gives to one
+process and takes back when it ends. Embedded optimizers claim none: they step in that memory itself, as torch does.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _claims: dict[Memory, tuple[socket.socket, int]] = {}
 
 @contextmanager
 def writing(addresses: frozenset[int], *, waits: bool) -> Iterator[None]:
-    """Be the only thread that steps on the parameters at these addresses.
+    """Exclude other threads from stepping on the parameters at these addresses.
 
     Args:
         addresses: where each parameter's memory begins.
@@ -81,14 +80,14 @@ def writing(addresses: frozenset[int], *, waits: bool) -> Iterator[None]:
 
 
 class Claim:
-    """Shared memory that this process steps on; given back by `release`."""
+    """Shared memory that this process steps on, until `release`."""
 
     def __init__(self) -> None:
         self._held: set[Memory] = set()
         self._process = this.process
 
     def take(self, parameters: Sequence[Tensor]) -> None:
-        """Claim what of some parameters is in shared memory, and give back what was claimed before.
+        """Claim the shared memory of some parameters, and give back earlier claims on other memory.
 
         Raises:
             FarstepError: another process has claimed it.
@@ -96,7 +95,7 @@ class Claim:
         shared = [p for p in parameters if p.device.type == "cpu" and p.untyped_storage().is_shared()]
         wanted = _memories(p.data_ptr() for p in shared) if shared else set()
         with _turn:
-            if self._process is not this.process:  # what is held is its parent's
+            if self._process is not this.process:  # the claims are its parent's
                 self._held, self._process = set(), this.process
             taken: set[Memory] = set()
             try:
@@ -148,7 +147,7 @@ def _give_back(memories: Iterable[Memory]) -> None:
 
 
 def _memories(addresses: Iterable[int]) -> set[Memory]:
-    """Return the shared memory that is mapped at some addresses; none where the system does not tell."""
+    """Return the shared memory that is mapped at some addresses; none if the system does not tell."""
     if sys.platform != "linux":
         return set()
     starts: list[int] = []
@@ -168,7 +167,7 @@ def _memories(addresses: Iterable[int]) -> set[Memory]:
 
 
 def _leave_to_parent() -> None:
-    """Close a fork's copies of the sockets, which would hold what its parent gives back."""
+    """Close a fork's copies of the sockets, which would keep claims that its parent gives back."""
     global _turn
     _turn = threading.Condition()
     _running.clear()

@@ -1,14 +1,13 @@
-"""Which gradients the next step will have, and when each of them is final: as in the step before.
+"""A prediction of the next step's gradients and of when each is final: as in the step before.
 
-A backward pass says of each parameter that its gradient is there, but not whether another pass adds to it, nor which
-parameters it will leave out. Training loops repeat themselves, so the step before tells:
+A backward pass reports each parameter's gradient, but not whether another pass will add to it, nor which parameters it
+leaves out. Training loops repeat themselves, so the prediction is the step before:
 
     a parameter's last report of a step     as many as there were in the step before; further ones come too late
     the order of the gradients              that of the last reports
     which there are                         those that the step before pushed
 
-A push that was begun on a wrong guess is sent again, so a loop that is guessed wrong twice in a row is left alone for
-`PAUSE_STEPS`.
+A push begun on a wrong prediction is sent again, so after two wrong ones in a row there are none for `PAUSE_STEPS`.
 
 Pure: no tensors, no clock, no I/O.
 """
@@ -22,13 +21,13 @@ WRONG_IN_A_ROW: Final = 2
 PAUSE_STEPS: Final = 100
 
 Report = Literal["early", "last", "late"]
-"""Of a gradient: others will follow, or it is not expected at all; it is final; it had been taken for final before."""
+"""Of a gradient: more will be added or none was expected; it is final; it was taken for final before."""
 STREAMED: Final = "streamed"
 
 
 @final
 class BackwardOrder:
-    """Learn from each step of one optimizer what the next one will be."""
+    """Predict each step of one optimizer from the one before."""
 
     def __init__(self) -> None:
         self._expected: dict[int, int] = {}
@@ -42,7 +41,7 @@ class BackwardOrder:
         return tuple(self._expected)
 
     def reported(self, index: int) -> Report:
-        """Take note that a gradient was accumulated."""
+        """Record that a gradient was accumulated."""
         count = self._reported.pop(index, 0) + 1
         self._reported[index] = count  # behind the others
         expected = self._expected.get(index, 0)
@@ -51,11 +50,11 @@ class BackwardOrder:
         return "last" if count == expected else "late"
 
     def stepped(self, present: Collection[int], outcome: str) -> bool:
-        """Take note of a step; return whether streaming has just been given up for a while.
+        """Record a step; return whether streaming is paused from now on.
 
         Args:
-            present: the parameters whose gradients were pushed, if they may be streamed the next time.
-            outcome: `STREAMED`, or why a stream was given up, or "" if there was none.
+            present: the parameters whose gradients were pushed, if those may be streamed next time.
+            outcome: `STREAMED`, or why a stream was given up, or "" without a stream.
         """
         reported, self._reported = self._reported, {}
         known = {index: count for index, count in reported.items() if index in present}

@@ -1,16 +1,14 @@
 """A push that is sent while the backward pass still computes its gradients.
 
-    begun       when the first gradient is final: the head says which gradients follow, in which order
-    sent        each gradient as soon as it is its turn, by a thread of the push's own; the last bytes are held back
-    compared    in `step()`: the head with the one that the step would send now, what was sent with the gradients
-    finished    if all is as it was: the last bytes go, and the answer is waited for
-    ended       else: the connection is closed in the middle of the body, so nothing has happened and the name of the
-                push is free; the step is an ordinary push
+    begun       when the first gradient is final: the head names the gradients that follow, and their order
+    sent        each gradient in its turn, as soon as it is final, by a thread of the push; the last bytes are held back
+    compared    in `step()`: the head with the one that the step would send now, and what was sent with the gradients
+    finished    if both are equal: the last bytes are sent, and the answer is awaited
+    ended       otherwise: the connection is closed in the middle of the body, so the server changes nothing, the name
+                of the push is free, and the step makes an ordinary push
 
-A server takes in complete bodies only. So a backward pass that fails, a step that never comes and a gradient that was
-clipped change nothing, and are told in no other way than by the time that the step takes.
-
-The pushes of one worker that begin during the backward pass: one at a time, over the same memory.
+A server accepts complete bodies only. So a failed backward pass, a step that never comes and a gradient that is clipped
+change nothing, and cost only time.
 """
 
 from __future__ import annotations
@@ -28,12 +26,12 @@ from farstep.tensors import Encoder
 from farstep.transport import Answer, Batch, StreamedBody, this
 
 HELD_BYTES: Final = 4096
-"""The end of a payload, which is sent when the push is known to be right."""
+"""The end of a payload, which is held back until the push is known to be right."""
 BATCH_BYTES: Final = 512 * 1024
-"""Small gradients are sent together up to here."""
+"""Small gradients are sent together up to this size."""
 
 LEAST_BYTES: Final = 64 * 1024
-"""Fewer bytes are not worth a thread."""
+"""Payloads below this size are not worth a thread."""
 
 AGAIN: Final = "gradients were accumulated again after they had been sent"
 CHANGED: Final = "gradients were changed after they had been sent"
@@ -42,26 +40,26 @@ BROKEN: Final = "the stream broke off"
 UNUSED: Final = "no step followed"
 
 Send = Callable[[StreamedBody], Answer]
-"""Send a payload behind the head of a push, and return when the head of an answer is there."""
+"""Send a payload behind the head of a push, and return when the head of an answer has arrived."""
 
 
 class Ended(Exception):
-    """The push was ended, so its request is given up in the middle of its body."""
+    """The push was ended; its request is aborted in the middle of its body."""
 
 
 @final
 class Overlapped:
-    """One push that is sent while its gradients are being computed. Its thread ends with it.
+    """One push that is sent while its gradients are being computed, by a thread of its own.
 
     Args:
         header: its head.
         order: whose gradients follow, in this order.
-        stage: memory for them, which nobody else uses until the push is over.
+        stage: memory for them, which is not used otherwise until the push is over.
 
     Attributes:
         header, order: as above.
-        outcome: `STREAMED`, or why it was ended; "" as long as neither is known.
-        bytes_overlapped: payload bytes that had been sent when it was compared.
+        outcome: `STREAMED`, or why it was ended; "" until then.
+        bytes_overlapped: payload bytes that had been sent at the comparison.
     """
 
     def __init__(self, header: Mapping[str, Any], order: Sequence[int], stage: Stage) -> None:
@@ -90,7 +88,7 @@ class Overlapped:
         self._thread.start()
 
     def ready(self, index: int, gradient: Tensor) -> None:
-        """Say that a gradient, a plain one, is final. It may be changed nevertheless, which is found out."""
+        """Report that a plain gradient is final. If it is changed nevertheless, the comparison finds it."""
         if self._process is not this.process:
             return
         with self._moved:
@@ -98,10 +96,10 @@ class Overlapped:
             self._moved.notify_all()
 
     def end(self, why: str) -> None:
-        """Give the push up. What it says then is the first reason."""
+        """End the push. `outcome` keeps the first reason."""
         if self._process is not this.process:
             self.outcome = self.outcome or why
-            return  # the thread and the connection are those of the process that this one was forked from
+            return  # the thread and the connection belong to the parent of this fork
         with self._moved:
             self.outcome = why if self.outcome in ("", STREAMED) else self.outcome
             self._final = None
@@ -111,7 +109,7 @@ class Overlapped:
 
     @property
     def over(self) -> bool:
-        """Return whether its thread has ended, so that the stage may be used again."""
+        """Return whether its thread has ended, so that the stage may be reused."""
         return self._process is this.process and self._over
 
     def join(self, timeout_s: float) -> None:
@@ -120,9 +118,9 @@ class Overlapped:
             self._thread.join(timeout_s)
 
     def carries(self, header: Mapping[str, Any], gradients: Sequence[Tensor | None]) -> bool:
-        """Return whether the push is, in every bit, what a step sends now; end it if not.
+        """Return whether the push equals, in every bit, what a step sends now; end it if not.
 
-        What has not been sent yet is from here on taken from these gradients.
+        What has not been sent is taken from these gradients from now on.
 
         Args:
             header: the step's head.
@@ -149,7 +147,7 @@ class Overlapped:
         return True
 
     def _right(self, final: Mapping[int, Tensor], begun: int) -> bool:
-        """Compare the units that were begun before the gradients were known to be final."""
+        """Compare the units that were copied before the gradients were known to be final."""
         counts = {unit.index: unit.last for unit in self._units[: max(0, begun - 1)]}
         if not all(self._stage.holds(index, count, final[index]) for index, count in counts.items()):
             return False
@@ -161,7 +159,7 @@ class Overlapped:
         return self._stage.holds(last.index, last.last, final[last.index])
 
     def finish(self) -> Answer:
-        """Send the rest and return when the head of an answer is there.
+        """Send the rest and return when the head of an answer has arrived.
 
         Raises:
             httpx.TransportError: see `Conversation.data`.
@@ -187,11 +185,11 @@ class Overlapped:
 
     @property
     def supply(self) -> StreamedBody:
-        """The payload, which is made while it is sent."""
+        """The payload, made while it is sent."""
         return StreamedBody(self._batches, self._nbytes)
 
     def payload(self) -> list[memoryview]:
-        """Return the payload, which is all there after `finish`, so that it can be sent again."""
+        """Return the whole payload, after `finish`, to be sent again."""
         return self._stage.payload(self.order)
 
     def _run(self, send: Send) -> None:
@@ -208,7 +206,7 @@ class Overlapped:
             self._moved.notify_all()
 
     def _batches(self) -> Generator[Batch]:
-        """Yield the payload as it becomes final, and its end when it is right."""
+        """Yield the payload as it becomes final, and its end once the push is known to be right."""
         batch: list[memoryview] = []
         size = sent = 0
         free = max(0, self._nbytes - HELD_BYTES)
@@ -246,12 +244,12 @@ class Overlapped:
         return self._final is not None or unit.index in self._ready
 
     def _fill_(self, place: int, unit: Unit) -> None:
-        """Copy a unit when it is there, unless it was before."""
+        """Copy a unit when its gradient has arrived, unless it was copied before."""
         with self._moved:
             self._moved.wait_for(lambda: self._is_ended or self._there(unit))
             self._check()
             if place < self._filled:
-                return  # the connection turned out to be closed, and all of it is sent over another one
+                return  # the connection was closed, and everything is sent again over another one
             gradient = (self._final or self._ready)[unit.index]
             self._begun = place + 1
         self._stage.fill_(unit, gradient)
@@ -266,7 +264,7 @@ class Overlapped:
 
 @final
 class Overlapping:
-    """Begin the pushes of one worker early, one at a time."""
+    """Begin the pushes of one worker during the backward pass: one at a time, over the same memory."""
 
     def __init__(self) -> None:
         self._stage: Stage | None = None
@@ -281,7 +279,7 @@ class Overlapping:
         encoder: Encoder,
         send: Send,
     ) -> Overlapped | None:
-        """Begin a push, unless the thread of the one before is still at work.
+        """Begin a push, unless the thread of the one before is still running.
 
         Args:
             header, order: see `Overlapped`.
@@ -299,22 +297,22 @@ class Overlapping:
         return self._current
 
     def take(self) -> Overlapped | None:
-        """Return the push that was begun, for the step that it is for."""
+        """Return the push that was begun, for its step."""
         taken, self._current = self._current, None
         return taken
 
     def end(self, why: str) -> None:
-        """Give the push that was begun up, if there is one."""
+        """End the push that was begun, if there is one."""
         if (taken := self.take()) is not None:
             taken.end(why)
 
     def forget_(self) -> None:
-        """Take other memory from the next push on: there are other parameters."""
+        """Use other memory from the next push on, as the parameters have changed."""
         self.end(OTHERS)
         self._stage = None
 
     def close(self, timeout_s: float) -> None:
-        """End for good, once the connections are closed."""
+        """End for good, after the connections are closed."""
         self.end(UNUSED)
         if self._last is not None:
             self._last.join(timeout_s)

@@ -1,8 +1,8 @@
 """Memory for gradients that are sent while others are still being computed.
 
-They are copied here unit by unit, and sent from here: what the server gets is what this memory says, whatever is done
-to a gradient meanwhile. So one comparison, byte by byte, tells in the end whether it got the right ones. Version
-counters would not: `p.grad.data.clamp_(...)` does not move them.
+They are copied here unit by unit, and sent from here: the server gets the contents of this memory, whatever happens to
+a gradient meanwhile. So one comparison at the end, byte by byte, shows whether it got the right ones. Version counters
+would not: `p.grad.data.clamp_(...)` does not change them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from farstep.protocol.memory import tensor_memory
 from farstep.tensors import Encoder, is_plain, memcmp, same_bits
 
 UNIT_BYTES: Final = 512 * 1024
-"""Bytes that are copied at once: they are sent next, while a core's cache still has them."""
+"""Bytes to copy at once: they are sent next, while a core's cache has them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Some of the elements of one gradient, the last excluded."""
+    """A half-open range of the elements of one gradient."""
 
     index: int
     first: int
@@ -33,11 +33,11 @@ class Unit:
 
 @final
 class Stage:
-    """Hold one gradient of each parameter as it travels.
+    """Memory for one gradient of each parameter, as it is sent.
 
     Args:
-        parameters: whose gradients they are; on the CPU.
-        encoder: encodes them, and can do so piece by piece (`Encoder.streams`).
+        parameters: the parameters, on the CPU.
+        encoder: encodes the gradients, piece by piece (`Encoder.streams`).
     """
 
     def __init__(self, parameters: Sequence[Tensor], encoder: Encoder) -> None:
@@ -57,7 +57,7 @@ class Stage:
         return units
 
     def nbytes(self, order: Sequence[int]) -> int:
-        """Return the bytes that gradients travel in."""
+        """Return the size of encoded gradients."""
         return sum(self._memory[index].nbytes for index in order)
 
     def payload(self, order: Sequence[int]) -> list[memoryview]:
@@ -69,7 +69,7 @@ class Stage:
         return tensor_memory(self._encoded(unit.index, unit.first, unit.last))
 
     def _piece(self, index: int) -> int:
-        """Return how many elements of a gradient are copied at once."""
+        """Return the number of elements of a gradient to copy at once."""
         return self._encoder.cut(index, UNIT_BYTES // self._memory[index].element_size())
 
     def _encoded(self, index: int, first: int, last: int) -> Tensor:
@@ -78,7 +78,7 @@ class Stage:
         return self._memory[index][length(index, first) : length(index, last)]
 
     def takes(self, index: int, gradient: Tensor) -> bool:
-        """Return whether a gradient is one that can be here: dense, and of its parameter's dtype and size."""
+        """Return whether a gradient can be staged: dense, and of its parameter's dtype and size."""
         dense = gradient.layout is torch.strided and gradient.dtype is self._dtypes[index]
         return dense and gradient.numel() == self._counts[index]
 
@@ -88,10 +88,10 @@ class Stage:
         self._encoder.encode_(unit.index, source, self._encoded(unit.index, unit.first, unit.last), unit.first)
 
     def holds(self, index: int, count: int, gradient: Tensor) -> bool:
-        """Return whether the first elements of a plain gradient are, in every bit, those that are here.
+        """Return whether the first elements of a plain gradient equal, in every bit, those staged here.
 
         Args:
-            count: how many; units end there.
+            count: how many elements; a unit ends there.
         """
         staged = self._memory[index]
         if not self._encoder.applies(index):
@@ -110,6 +110,6 @@ class Stage:
 
 
 def plain(gradient: Tensor) -> Tensor:
-    """Return a dense gradient as its elements in row-major order, the same memory where that holds them so."""
+    """Return a dense gradient with its elements in row-major order; the same memory if it has that order."""
     gradient = gradient.detach()
     return gradient if is_plain(gradient) else gradient.cpu().resolve_conj().resolve_neg().contiguous()
