@@ -1,17 +1,17 @@
-"""Read one message from bytes that arrive in any pieces, without doing any I/O.
+"""Read one message from bytes that arrive in any pieces, without any I/O.
 
     header not complete  --bytes-->  `buffers_for(header)`  -->  prefix  --bytes-->  content  -->  prefix ... done
 
-The reader of the socket has two ways in, and may change between them at any time:
+The reader of the socket has two ways to pass bytes, and may change between them at any time:
 
 - `get_buffer()` and `buffer_updated(n)`: receive into the memory that is offered (`socket.recv_into`, `readinto`,
   `asyncio.BufferedProtocol`). Content lands at its final place without a copy; the head of the message, the prefixes
   and runs of small tensors go through a scratch buffer, so that a small message is one read.
-- `feed(chunk)`: the bytes are there already, and their content is copied to its place.
+- `feed(chunk)`: the bytes have been received already, and their content is copied to its place.
 
 `buffers_for` decides where the payload goes: called once with the header, it returns memory whose total length is the
-payload's. Nothing is allocated here but the scratch buffer and the header. After an error a decoder is
-spent: it raises the same error again, and what has been written to the placed memory is unspecified.
+payload's. Only the scratch buffer and the header are allocated here. After an error a decoder cannot be used: it raises
+the same error again, and the contents of the memory are unspecified.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from farstep.protocol.limits import DEFAULT_LIMITS, Limits
 
 SCRATCH_BYTES = 64 << 10
 _DIRECT_BYTES = 16 << 10
-"""A read smaller than this would cost more than copying the bytes, so neighbouring small tensors share one."""
+"""A read smaller than this costs more than copying the bytes, so neighbouring small tensors share one."""
 
 BuffersFor = Callable[[dict[str, Any]], Sequence[memoryview]]
 
@@ -39,7 +39,7 @@ class Decoder:
         buffers_for: given the header (valid msgpack within the limits, nothing more), returns the writable memory for
             the payload, in order. What it raises about the header reaches the caller.
         limits: the bounds to hold the message to.
-        side: who is reading, for the error texts.
+        side: the side that reads, for errors.
 
     Attributes:
         header: the header; empty until it is complete, which is when `buffers_for` is called.
@@ -75,8 +75,8 @@ class Decoder:
     def get_buffer(self) -> memoryview:
         """Return memory for the next bytes, never empty.
 
-        Once the header is known the buffer ends where the message can at most end; before that it may be longer than
-        the message, so cut it to what is left of the body where something else follows.
+        Once the header is known, the buffer does not reach beyond the message. Before that it may be longer: cut it to
+            the rest of the body where something else follows.
         """
         if self._failure is not None:
             raise self._failure
@@ -98,7 +98,7 @@ class Decoder:
         return self._scratch[:size]
 
     def buffer_updated(self, count: int) -> None:
-        """Take note that the first `count` bytes of the last `get_buffer` have been written.
+        """Record that the first `count` bytes of the last `get_buffer` have been written.
 
         Raises:
             InvalidRequest, LimitExceeded: the message is not what the protocol says, as early as it can be known.
@@ -126,7 +126,7 @@ class Decoder:
         self._take(memoryview(chunk).cast("B"))
 
     def close(self) -> None:
-        """Take note that no more bytes will come.
+        """Record that no more bytes will come.
 
         Raises:
             Truncated: the message is not complete.
@@ -175,7 +175,7 @@ class Decoder:
         return count
 
     def _open_frame(self, chunk: memoryview) -> int:
-        """Read a frame's prefix, or as much of it as there is, and return how many bytes that took."""
+        """Read a frame's prefix, or the part of it that has arrived, and return the number of bytes used."""
         if not self._prefix and len(chunk) >= PREFIX.size and chunk[0] == BIN32:
             used, size = PREFIX.size, PREFIX.unpack_from(chunk)[1]
         else:

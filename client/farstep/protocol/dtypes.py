@@ -1,7 +1,7 @@
-"""The element types of the wire, under the names that headers use.
+"""The element types of the wire, by their names in headers.
 
-A complex number is two reals in a row, real part first, so complex memory is real memory of twice the length: `real`
-and `parts` say which. Nothing here needs torch; `farstep.protocol.memory` has the way to its dtypes.
+A complex number is two consecutive reals, real part first, so complex memory is real memory of twice the length, given
+by `real` and `parts`. Nothing here needs torch; `farstep.protocol.memory` maps to its dtypes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Dtype:
     Attributes:
         name: its name on the wire, which is torch's.
         itemsize: bytes per element.
-        real: name of the real type its memory is made of; itself unless complex.
+        real: name of the real type of its memory; its own unless complex.
         parts: reals per element, 2 if complex.
     """
 
@@ -44,7 +44,7 @@ DTYPES: Mapping[str, Dtype] = {
 """Every type that occurs in a payload."""
 
 BYTES = Dtype("uint8", 1, "uint8")
-"""The type of encoded memory that is no numbers; never a segment's own."""
+"""The type of encoded memory that does not consist of numbers; never a segment's own."""
 
 INDEX = DTYPES["int64"]
 """The type of a sparse gradient's indices; never a segment's own."""

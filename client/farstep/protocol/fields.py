@@ -1,4 +1,4 @@
-"""State fields: what kinds there are, and which shape each has for one parameter.
+"""State fields: their kinds, and the shape of each for one parameter.
 
     kind        for a parameter (*batch, n, m)      for one of fewer than two dimensions
     number      one number, a 0-dim tensor in torch's state
@@ -11,13 +11,13 @@
     vector      nothing                             the parameter's own shape
     free        a number, or a tensor of a shape of its own; the first parameter's only
 
-A parameter without elements has neither rows nor columns: state is never larger than its parameter. Both sides
-compute shapes by `shape_of`; the only shapes of state fields that travel are those of free ones.
+A parameter without elements has neither rows nor columns: state is never larger than its parameter. Both sides compute
+shapes by `shape_of`; only the shapes of free fields are sent.
 
 Some state exists with certain options only (`max_exp_avg_sq` with `amsgrad`, `momentum_buffer` with `momentum`), and
-most state not before the first step. On the wire such a field's elements are zeros where a parameter lacks it, and the
-number field `present` tells them from zeros that are meant: bit i is set for field i of the list that a join is
-answered with. 0 is a parameter without any state.
+most state only after the first step. On the wire, a field that a parameter lacks is zeros, and the number field
+`present` distinguishes them from real zeros: bit i is set for field i of the list in the answer to a join. 0 is a
+parameter without any state.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from farstep.errors import InvalidRequest, Side
 FieldKind = Literal["number", "count", "precision", "element", "optional", "rows", "columns", "vector", "free"]
 
 NUMBERS: frozenset[FieldKind] = frozenset({"number", "count", "precision"})
-"""Kinds of one number per parameter."""
+"""Kinds with one number per parameter."""
 Shapes = Mapping[str, tuple[int, ...] | None]
-"""Shapes of free fields, which travel with them; None is a number."""
+"""Shapes of free fields, which are sent with them; None is a number."""
 SINGLE = 24
-"""The precision of float32, which torch's numbers have until a load gives them the parameter's dtype."""
+"""The precision of float32, which torch's numbers have until a load casts them to the parameter's dtype."""
 PRECISIONS: Mapping[int, str] = {SINGLE: "float32", 53: "float64", 11: "float16", 8: "bfloat16"}
 """The dtypes that torch's numbers may have, by the bits of their significands."""
 LARGEST_DIMENSION = 2**48
 EVERYWHERE: frozenset[FieldKind] = NUMBERS | {"element"}
-"""Kinds that no parameter with state goes without."""
+"""Kinds that every parameter with state has."""
 
 
 def shape_of(kind: FieldKind, shape: Sequence[int]) -> tuple[int, ...] | None:
-    """Return the shape of a state field of a parameter, None where the parameter never has that field.
+    """Return the shape of a parameter's state field, None if the parameter never has that field.
 
     Args:
         kind: the field's kind.
@@ -68,7 +68,7 @@ def shape_of(kind: FieldKind, shape: Sequence[int]) -> tuple[int, ...] | None:
 
 
 def check_shape(field: str, kind: FieldKind, found: Sequence[int], parameter: Sequence[int]) -> None:
-    """Refuse a value of a state field that does not have the field's shape.
+    """Refuse a state value of another shape than its field's.
 
     Args:
         field: the field's name.
@@ -77,7 +77,7 @@ def check_shape(field: str, kind: FieldKind, found: Sequence[int], parameter: Se
         parameter: the parameter's shape.
 
     Raises:
-        ValueError: it has another one, or the parameter never has that field.
+        ValueError: the shape is wrong, or the parameter never has that field.
     """
     expected = shape_of(kind, parameter)
     if expected is None:
@@ -88,15 +88,15 @@ def check_shape(field: str, kind: FieldKind, found: Sequence[int], parameter: Se
 
 
 def shapes_to_header(shapes: Shapes) -> dict[str, list[int] | None]:
-    """Return shapes as they travel."""
+    """Return shapes as header values."""
     return {name: None if shape is None else list(shape) for name, shape in shapes.items()}
 
 
 def shapes_from_header(values: Mapping[str, Any], side: Side = "server") -> Shapes:
-    """Return shapes that have travelled.
+    """Return shapes from header values.
 
     Raises:
-        InvalidRequest: one of them is no shape.
+        InvalidRequest: one of them is not a shape.
     """
     shapes: dict[str, tuple[int, ...] | None] = {}
     for name, value in values.items():
@@ -113,19 +113,19 @@ def shapes_from_header(values: Mapping[str, Any], side: Side = "server") -> Shap
 
 
 PRESENT = "present"
-"""The field name of that number."""
+"""The name of that number field."""
 
 
 def mask_of(present: Container[str], fields: Sequence[str]) -> int:
-    """Return the number that stands for those of `fields` that are present."""
+    """Return the mask of the present ones among `fields`."""
     return sum(1 << bit for bit, name in enumerate(fields) if name in present)
 
 
 def names_of(mask: float, fields: Sequence[str]) -> tuple[str, ...]:
-    """Return the fields that a number stands for, in their order.
+    """Return the fields in a mask, in their order.
 
     Raises:
-        ValueError: it stands for none of `fields`, or is no whole number.
+        ValueError: the mask has a bit beyond `fields`, or is not a whole number.
     """
     if not 0 <= mask < 1 << len(fields) or mask != int(mask):
         raise ValueError(f"{PRESENT}={mask} stands for no selection of {', '.join(fields)}.")
@@ -137,7 +137,7 @@ State = dict[str, "Tensor | float"]
 
 
 def worth_sending(fields: Mapping[str, FieldKind], states: Iterable[State | None]) -> list[str]:
-    """Return the fields but for those that no parameter has, where a parameter may go without."""
+    """Return the fields, without optional ones that no parameter has."""
     had = {name for own in states if own for name in own}
     return [name for name, kind in fields.items() if kind in EVERYWHERE or name in had]
 
@@ -146,7 +146,7 @@ def shapes_of(fields: Mapping[str, FieldKind], states: Mapping[int, State | None
     """Return the shapes of free fields; None for those that are numbers.
 
     Raises:
-        ValueError: another parameter than the first has them.
+        ValueError: a parameter other than the first has them.
     """
     shapes: dict[str, tuple[int, ...] | None] = {}
     for index, own in states.items():

@@ -4,8 +4,8 @@
     header  = one msgpack map
     frame   = c6 <u32 big endian: size> <size bytes of payload>
 
-Frames cut the payload wherever they like: one frame may hold many tensors, and one tensor may span many frames. Cutting
-costs 5 bytes per 16 MiB and no copy, and nothing here ends at 4 GiB, as one msgpack bin does.
+Frames may cut the payload anywhere: one frame may hold many tensors, and one tensor may span many frames. Cutting costs
+5 bytes per 16 MiB and no copy, and lifts the 4 GiB limit of one msgpack bin.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from farstep.protocol.packing import pack_header
 PREFIX = struct.Struct(">BI")
 BIN8, BIN16, BIN32 = 0xC4, 0xC5, 0xC6
 PREFIX_BYTES = {BIN8: 2, BIN16: 3, BIN32: 5}
-"""Size of a frame's prefix by its first byte. Writers of ours use the last kind only; readers take all three."""
+"""Size of a frame's prefix by its first byte. farstep writes the last kind only, and reads all three."""
 
 
 def encode(
@@ -31,16 +31,16 @@ def encode(
     limits: Limits = DEFAULT_LIMITS,
     side: Side = "server",
 ) -> list[bytes | memoryview]:
-    """Return the buffers of a message, to be sent in this order; the payload's are views of the memory given.
+    """Return the buffers of a message, to be sent in this order; the payload's are views of the given memory.
 
     Args:
         header: the header map, written in its own order.
         payload: contiguous memory of any item type, concatenated; empty pieces vanish, an empty payload has no frames.
-        limits: what the reader accepts; its `frame_bytes` is the size of every frame but the last.
-        side: who is writing, for the error texts.
+        limits: the reader's limits; its `frame_bytes` is the size of every frame but the last.
+        side: the side that writes, for errors.
 
     Raises:
-        InvalidRequest, LimitExceeded: the header is one that no reader accepts.
+        InvalidRequest, LimitExceeded: no reader accepts the header.
         ValueError: a piece of the payload is not contiguous.
     """
     packed = pack_header(header, limits=limits, side=side)
@@ -53,11 +53,11 @@ def encode(
 
 @final
 class Frames:
-    """Put the prefixes of frames between the pieces of a payload, as they come.
+    """Insert frame prefixes between the pieces of a payload, as the pieces come.
 
     Args:
-        payload_bytes: size of the whole payload; more than that is not cut.
-        limits: what the reader accepts.
+        payload_bytes: size of the whole payload; more is an error.
+        limits: the reader's limits.
     """
 
     def __init__(self, payload_bytes: int, *, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -66,10 +66,10 @@ class Frames:
         self._frame_bytes = limits.frame_bytes
 
     def cut(self, payload: Iterable[memoryview]) -> list[bytes | memoryview]:
-        """Return the buffers of the payload's next pieces; those of the payload are views of the memory given.
+        """Return the buffers for the payload's next pieces; those of the payload are views of the given memory.
 
         Raises:
-            ValueError: a piece is not contiguous, or there are more bytes than were announced.
+            ValueError: a piece is not contiguous, or the payload has more bytes than announced.
         """
         buffers: list[bytes | memoryview] = []
         for piece in flat(payload):
@@ -89,7 +89,7 @@ class Frames:
 
 
 def encoded_size(header_bytes: int, payload_bytes: int) -> int:
-    """Return the size in bytes of what `encode` makes: the Content-Length of the message.
+    """Return the size in bytes of an encoded message: its Content-Length.
 
     Args:
         header_bytes: size of the packed header, the first buffer of `encode`.

@@ -1,4 +1,4 @@
-"""The header of a param group that a session grows by: a named write like gradients and contents.
+"""The header of a new param group: a named write like gradients and contents.
 
 worker    append group 2: options, names, shapes, dtypes, and the parameters as the payload
 session   has 2 groups: it grows, as one new version, and every other worker has to add the same group
@@ -19,7 +19,7 @@ from farstep.protocol.messages import WriteName
 
 @dataclass(frozen=True, slots=True)
 class NewParameter:
-    """Announce one parameter of the group; a session checks what is said here when it makes room for it."""
+    """Announce one parameter of the group; the session checks it when it allocates the parameter."""
 
     name: object
     shape: tuple[object, ...]
@@ -31,9 +31,9 @@ class AppendHead:
     """Describe a param group.
 
     Attributes:
-        group: its number, which is the count of groups that the worker knows without it.
+        group: its number: the count of groups that the worker knows before it.
         options: its options at creation.
-        parameters: what it consists of, in the order of the payload.
+        parameters: its parameters, in the order of the payload.
     """
 
     name: WriteName
@@ -67,10 +67,10 @@ class AppendHead:
 
 
 def outgrown(session: str, worker: str, groups: int, *, by: str = "", side: Side = "server") -> Fenced:
-    """Return the error for a worker that knows only the first so many param groups of a session.
+    """Return the error for a worker that knows only the first `groups` param groups of a session.
 
     Args:
-        by: who added the next one, where that is known.
+        by: the worker that added the next one, if known.
     """
     who = "A call that got no answer" if by == worker else f"Worker {by!r}" if by else "Another worker"
     return Fenced(

@@ -1,22 +1,21 @@
-"""Reading the header map: the only msgpack in a message that is built into objects.
+"""Reading the header map, the only msgpack in a message that is built into objects.
 
-Reading happens in two passes. The first only finds where the map ends (`Unpacker.skip`): it builds nothing, remembers
-where it stopped when bytes are missing, and so costs the same whether the header comes whole or byte by byte. Only a
-map that has arrived completely is built, so every array and map it claims is paid for with at least one byte per
-element, and a nest of arrays that promises millions of elements costs nothing. (`unpackb` on such a nest of 5 KB takes
-45 ms and 70 MB with msgpack 1.2.4, because each level is allocated when its length is read.)
+Reading takes two passes. The first only finds the end of the map (`Unpacker.skip`): it builds nothing and resumes where
+bytes were missing, so it costs the same whether the header arrives whole or byte by byte. Only a complete map is built,
+so every array and map in it is paid for with at least one byte per element, and nested arrays that promise millions of
+elements cost nothing. (`unpackb` on such a nest of 5 KB takes 45 ms and 70 MB with msgpack 1.2.4, because each level is
+allocated when its length is read.)
 
-What is built is then held to the protocol: unique string keys, plain values, depth, integers of 64 bits.
+The built map is then checked: unique string keys, plain values, depth, integers of 64 bits.
 
-Without its C extension msgpack reads a header that comes in many pieces again from the start at each piece. That is
-bounded here: a header in too many small pieces is then refused.
+Without its C extension, msgpack rereads a header from the start at each piece. This is bounded: a header in too many
+small pieces is then refused.
 
-msgpack raises many things about bytes that are not right: `ValueError` and its children, but also `OutOfData` and
-`BufferFull`, which are none, and `RecursionError` or `MemoryError` for bytes made to cause them. Here each becomes an
-error of ours.
+msgpack raises many errors for invalid bytes: `ValueError` and its subclasses, `OutOfData` and `BufferFull`, which are
+none, and `RecursionError` or `MemoryError` for bytes made to cause them. Each is translated into a farstep error.
 
-`Header` then takes one checked key of the map after the other, and none may be left over. Each map names its protocol
-version (`farstep/protocol/PROTOCOL.md`); what the keys mean is in `farstep.protocol.messages`.
+`Header` then takes one checked key of the map after the other, and none may remain. Each map names its protocol version
+(`farstep/protocol/PROTOCOL.md`); `farstep.protocol.messages` defines the keys.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ _UNITS = {
 }
 
 FOREIGN = (ValueError, TypeError, OverflowError, RecursionError, MemoryError, msgpack.UnpackException)
-"""What msgpack raises about bytes that are not right."""
+"""The errors that msgpack raises for invalid bytes."""
 
 
 def translate(exc: BaseException, limits: Limits, side: Side) -> InvalidRequest:
-    """Return the error of ours that says what msgpack's, one of `FOREIGN`, said."""
+    """Return the farstep error for an error of msgpack's, one of `FOREIGN`."""
     if isinstance(exc, (msgpack.StackError, RecursionError)):
         return too_deep(limits, side)
     if isinstance(exc, msgpack.BufferFull):
@@ -73,19 +72,19 @@ def translate(exc: BaseException, limits: Limits, side: Side) -> InvalidRequest:
 
 
 def too_long(limits: Limits, side: Side) -> LimitExceeded:
-    """Return the error of a header of too many bytes."""
+    """Return the error for a header of too many bytes."""
     most = limits.header_bytes
     return LimitExceeded(f"The header is larger than {most} bytes.", field="header", limit=most, side=side)
 
 
 def too_deep(limits: Limits, side: Side) -> LimitExceeded:
-    """Return the error of a header nested too deep."""
+    """Return the error for a header nested too deep."""
     most = limits.depth
     return LimitExceeded(f"The header is nested deeper than {most} levels.", field="header", limit=most, side=side)
 
 
 def extension(side: Side) -> InvalidRequest:
-    """Return the error of a header with an extension type."""
+    """Return the error for a header with an extension type."""
     return InvalidRequest(
         "The header holds a msgpack extension type (a timestamp is one).",
         field="header",
@@ -106,14 +105,14 @@ _TEXT = frozenset({str})
 
 
 def parse_header(data: bytes | memoryview, *, limits: Limits = DEFAULT_LIMITS, side: Side = "server") -> dict[str, Any]:
-    """Return the header that `data` holds, all of it and nothing else.
+    """Return the header in `data`, which holds nothing else.
 
     Args:
         data: one complete msgpack map; allocation is bounded by its length, see the module.
 
     Raises:
         InvalidRequest: not a map, repeated or non-string keys, extension types, integers beyond 64 bits, bad UTF-8.
-        LimitExceeded: a bound of `limits` is passed; `field` and `limit` name it.
+        LimitExceeded: a bound of `limits` is exceeded; `field` and `limit` name it.
         Truncated: the map is not complete.
     """
     build = _Build(limits, side)
@@ -140,11 +139,11 @@ def parse_header(data: bytes | memoryview, *, limits: Limits = DEFAULT_LIMITS, s
 
 
 class HeaderReader:
-    """Find and read the header at the start of a stream that comes in pieces.
+    """Find and read the header at the start of a stream that arrives in pieces.
 
     Attributes:
         header: the header, once it is complete.
-        seen: bytes looked at so far.
+        seen: bytes read so far.
     """
 
     def __init__(self, limits: Limits, side: Side) -> None:
@@ -161,7 +160,7 @@ class HeaderReader:
         """Read on and return how many bytes of `chunk` belong to the header.
 
         Raises:
-            InvalidRequest, LimitExceeded: see `parse_header`; as early as it can be known.
+            InvalidRequest, LimitExceeded: see `parse_header`; raised as early as possible.
         """
         if not self.seen and chunk:
             self._check_first(chunk[0])
@@ -221,7 +220,7 @@ class HeaderReader:
 
 
 class _Build:
-    """The hooks msgpack calls for every map, list and extension it has read."""
+    """The hooks that msgpack calls for every map, list and extension."""
 
     __slots__ = ("_left", "_limits", "_side")
 
@@ -259,12 +258,12 @@ class _Build:
 
 
 def check_tree(header: object, limits: Limits, side: Side, *, wide: bool, flat: frozenset[type] = frozenset()) -> None:
-    """Refuse what msgpack accepts and the protocol does not: level by level, each level's types at once.
+    """Refuse what msgpack accepts and the protocol does not, level by level.
 
     Args:
-        wide: whether an integer beyond 32 bits may be present, which is the only time values are looked at. Those below
-            -2**63 cannot be written in msgpack.
-        flat: types that stand for a list of scalars each, which is known to be in order.
+        wide: whether an integer beyond 32 bits may be present; only then are values checked. Integers below -2**63
+            cannot be written in msgpack.
+        flat: types that stand for a list of scalars each, which was checked before.
     """
     lists = _CONTAINERS | flat
 
@@ -284,7 +283,7 @@ def check_tree(header: object, limits: Limits, side: Side, *, wide: bool, flat: 
             else:
                 values += each
         types = set(map(type, values))
-        if not types - flat <= _PLAIN:  # the hooks leave none; a later msgpack may know another type
+        if not types - flat <= _PLAIN:  # the hooks leave none; a later msgpack may have another type
             refuse("The header holds a value that is not a map, array, string, number, bool, nil or binary.")
         if wide and int in types:
             ints = values if types == {int} else [value for value in values if type(value) is int]
@@ -300,7 +299,7 @@ VERSION = 1
 
 
 class Header:
-    """Take values out of a received header map, one checked key after the other."""
+    """Read a received header map, one checked key after the other."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
         if type(version := values.get("v")) is not int or version != VERSION:  # 1.0 and true are equal to 1
@@ -318,7 +317,7 @@ class Header:
 
     @property
     def is_empty(self) -> bool:
-        """Return whether all has been taken."""
+        """Return whether every key has been taken."""
         return not self._values
 
     def integer(self, key: str, *, least: int = 0, most: int = 2**63 - 1, default: int | None = None) -> int:
@@ -362,7 +361,7 @@ class Header:
         return value
 
     def nothing_left(self) -> None:
-        """Refuse keys nobody knows: an option that is not understood is never ignored."""
+        """Refuse unknown keys: an option that is not understood is never ignored."""
         if self._values:
             key = sorted(map(str, self._values))[0]
             raise InvalidRequest(f"Unknown header key {key!r:.80}.", field=key[:80])

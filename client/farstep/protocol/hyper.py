@@ -9,9 +9,8 @@
     options again, equal to the first with the defaults filled in
 
 Each update rule declares its own record, with torch's names and defaults, by deriving from `Hyper`. torch checks ranges
-in an optimizer's constructor only: what a scheduler or a user later puts into a param group is taken as it is, even a
-learning rate of -1e-19 at the end of a cosine. `edited=True` marks such options; their types are checked, their
-ranges are not.
+only in an optimizer's constructor: it accepts what a scheduler or a user later puts into a param group, even a learning
+rate of -1e-19 at the end of a cosine. `edited=True` marks such options; their types are checked, their ranges are not.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from typing import Any, ClassVar, Self
 from farstep.errors import InvalidOption
 
 Option = float | int | bool | str | None | tuple[float | None, ...]
-"""What an option's value may be."""
+"""The types of an option's value."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hyper:
-    """A record of options, as yet without any; base of the record of each rule."""
+    """Base class of the options of each rule."""
 
     rule: ClassVar[str] = "optimizer"
 
@@ -46,14 +45,14 @@ class Hyper:
         _check_finite(self)
 
     def check_possible(self) -> None:
-        """Refuse what cannot be done on a server, whatever torch does.
+        """Refuse options that cannot work on a server, even if torch accepts them.
 
         Raises:
             InvalidOption: naming the option.
         """
 
     def check_ranges(self) -> None:
-        """Refuse what torch's constructor refuses, in the same order and words.
+        """Refuse what torch's constructor refuses, in the same order and with the same messages.
 
         Raises:
             InvalidOption: a value is out of range.
@@ -61,11 +60,11 @@ class Hyper:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], *, edited: bool = False) -> Self:
-        """Read a record from a mapping; missing options take torch's defaults, lists become tuples.
+        """Read a record from a mapping; missing options get torch's defaults, lists become tuples.
 
         Args:
-            options: option name to value, as it came from msgpack or JSON.
-            edited: the options were changed after construction, when torch no longer checks ranges.
+            options: values by option name, as received in msgpack or JSON.
+            edited: the options were changed after construction, where torch does not check ranges.
 
         Raises:
             InvalidOption: an option is unknown, of a wrong type, not finite, or out of range.
@@ -82,7 +81,7 @@ class Hyper:
         return cls(**values, edited=edited)
 
     def to_options(self) -> dict[str, Option]:
-        """Return every option under its name; `from_options` of it gives an equal record."""
+        """Return every option by name; `from_options` turns them into an equal record."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
 
@@ -111,14 +110,14 @@ class CommonHyper(Hyper):
 
 
 def _number(value: Any) -> Any:
-    """Return a huge int, which torch's operations do not take, as the float of its size; everything else as it is."""
+    """Return a huge int, which torch's operations do not take, as a float; everything else unchanged."""
     if type(value) is int and abs(value) >= 2**53:
         return float(value) if abs(value) < 2**1023 else math.inf
     return value
 
 
 def in_range(message: str, inside: bool, *, field: str) -> None:
-    """Raise `InvalidOption` with torch's sentence unless the value is inside its range."""
+    """Raise `InvalidOption` with torch's message unless the value is inside its range."""
     if not inside:
         raise InvalidOption(message, field=field)
 

@@ -1,7 +1,7 @@
-"""What a reader of the wire accepts, and what a writer therefore never sends.
+"""The limits of what a reader accepts, which writers therefore observe.
 
-Every bound is here and in the table of `PROTOCOL.md`; a test compares the two. A bound is checked before the memory it
-speaks of is asked for, so that a body of a few bytes cannot claim more than it brings.
+Every bound is here and in the table of `PROTOCOL.md`; a test compares the two. A bound is checked before memory is
+allocated, so that a body of a few bytes cannot claim more than it brings.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ MAX_FRAME_BYTES = 16 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The bounds of one reader; each is the largest value that is still accepted.
+    """The bounds of one reader; each is the largest accepted value.
 
     Attributes:
         header_bytes: size of the header map.
         frame_bytes: size of one frame's content, without its prefix.
-        frames: frames of one message; bounds the work that very small frames can cause.
+        frames: frames of one message; bounds the work of very small frames.
         depth: nesting of the header; the header map itself is depth 1.
         map_len: pairs of one map.
         array_len: elements of one array; segment ranges of 100,000 segments fit.
         str_bytes: UTF-8 bytes of one string.
         bin_bytes: size of one binary value inside the header.
-        containers: maps and arrays of the whole header; an empty one costs 1 byte on the wire and 64 in memory.
+        containers: maps and arrays of the whole header; an empty one takes 1 byte on the wire and 64 in memory.
     """
 
     header_bytes: int = MAX_HEADER_BYTES
@@ -48,7 +48,7 @@ class Limits:
 
     @property
     def least(self) -> int:
-        """Return the bytes of a header that cannot pass any bound but that of `depth`."""
+        """Return the size up to which a header cannot exceed any bound but `depth`."""
         return min(self.header_bytes, self.map_len, self.array_len, self.str_bytes, self.bin_bytes, self.containers)
 
 

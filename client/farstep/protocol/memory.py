@@ -1,7 +1,7 @@
-"""Tensors as memory: the one module of the wire that needs torch.
+"""Tensors as memory: the only module of the protocol's core that needs torch.
 
-The wire is little-endian and so is the memory of every machine torch is built for, but for big-endian ones, which are
-refused here rather than misread.
+The wire is little-endian, as is the memory of nearly every machine that torch supports; big-endian ones are refused
+here.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 """torch's dtype under each name of the wire."""
 
 MEMORY_DTYPES: Mapping[str, torch.dtype] = {**TORCH_DTYPES, BYTES.name: torch.uint8}
-"""The same, and that of memory which holds encoded bytes."""
+"""The same, with the dtype of encoded bytes."""
 
 _BY_TORCH = {dtype: DTYPES[name] for name, dtype in TORCH_DTYPES.items()}
 
 
 def wire_dtype(dtype: torch.dtype) -> Dtype | None:
-    """Return the wire's element type for torch's, or None if the wire has none."""
+    """Return the wire's element type for a dtype of torch, None if the wire has none."""
     return _BY_TORCH.get(dtype)
 
 
@@ -66,10 +66,10 @@ def tensor_memory(tensor: Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(bytearray())
     array = _array_type(tensor.nbytes).from_address(tensor.data_ptr())
-    array._owner = tensor  # type: ignore[attr-defined]  # the view keeps the array, the array the tensor
+    array._owner = tensor  # type: ignore[attr-defined]  # the view keeps the array alive, and the array the tensor
     return memoryview(array).cast("B")
 
 
 @lru_cache(maxsize=4096)
 def _array_type(size: int) -> type[ctypes.Array[ctypes.c_char]]:
-    return ctypes.c_char * size  # making the type takes longer than all the rest
+    return ctypes.c_char * size  # making the type takes longer than everything else here

@@ -1,7 +1,7 @@
 """The header maps of the data routes, as records.
 
-A message is a header followed by a payload of raw tensor bytes (`farstep/protocol/PROTOCOL.md`). Every write,
-gradients or contents, is named by (session, worker, worker epoch, sequence): that name is what makes a retry harmless.
+A message is a header followed by a payload of raw tensor bytes (`farstep/protocol/PROTOCOL.md`). Every write, gradients
+or contents, is named by (session, worker, worker epoch, sequence), so a retry is harmless.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from farstep.protocol.fields import Shapes, shapes_from_header, shapes_to_header
 from farstep.protocol.header import VERSION, Header
 
 LARGEST_START_VERSION = 2**52
-"""The highest version a session may begin at: room for the steps of a lifetime, and numbers that JSON can hold."""
+"""The highest version that a session may begin at, within the integers that JSON can hold."""
 GROUP = re.compile(r"0|[1-9][0-9]{0,5}")
-"""The number of a param group as a key. No other spelling of it, or one map could name a group twice."""
+"""The number of a param group as a key. Only one spelling is allowed, so that a map cannot name a group twice."""
 OptionsMode = Literal["session", "push"]
-"""Whether options that come with a push are in force from its step on, or for that step alone."""
+"""Whether the options of a push are in force from its step on, or for that step alone."""
 Wanted = Literal["all", "changed", "none"]
 Times = dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
 class WriteName:
-    """Name one write of one session: who, which life of that worker, which of its writes."""
+    """The name of one write in one session: worker, epoch of the worker, number of the write."""
 
     worker: str
     epoch: int
@@ -44,7 +44,7 @@ class WriteName:
 
 @dataclass(frozen=True, slots=True)
 class Sparse:
-    """Announce a sparse gradient: its payload is int64 indices `[dims, nnz]`, then the values."""
+    """A sparse gradient: its payload is int64 indices `[dims, nnz]`, then the values."""
 
     segment: int
     dims: int
@@ -53,7 +53,7 @@ class Sparse:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Say what a closure returned, to an optimizer that asks for the objective again and again within a step.
+    """The result of a closure, for an optimizer that evaluates the objective several times in a step.
 
     Attributes:
         loss: the objective at the parameters of version `base`.
@@ -66,12 +66,12 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True)
 class SharedPush:
-    """Say that a push's gradients are in shared memory (`farstep.protocol.shared_memory`), and not in its body.
+    """The gradients of a push that are in shared memory (`farstep.protocol.shared_memory`), not in its body.
 
     Attributes:
         key: names the memory.
-        count: how often it has been filled; the same number means the same gradients.
-        deliver: the parameters shall be put there, too. Not part of what the push is.
+        count: how often the memory has been filled; the same number means the same gradients.
+        deliver: whether to write the new parameters there, too. Not part of the push's identity.
     """
 
     key: str
@@ -81,20 +81,20 @@ class SharedPush:
 
 @dataclass(frozen=True, slots=True)
 class PushHead:
-    """Describe a push: gradients of some segments, computed on version `base`.
+    """The header of a push: gradients of some segments, computed on version `base`.
 
     Attributes:
-        groups: options by param group: changed ones, in force from this step on, or all of a group for this step alone.
+        groups: options by param group: changed ones, in force from this step on, or all options for this step alone.
         options: which of the two.
         segments: half-open index ranges that have a gradient, flat and ascending; None for all.
-        wanted: which parameters the answer shall carry.
-        have: the version of the parameters this worker holds, for `wanted="changed"`.
-        evaluation: what the closure returned, for an optimizer that asks for it.
-        skip: this worker's gradients overflowed; the step is not taken, by it or by those it steps with.
-        wire_gradients: the codec of float32 gradients; None for as they are.
-        wire_parameters: the codec in which the answer shall carry float32 parameters; None for as they are.
+        wanted: which parameters to answer with.
+        have: the version of this worker's parameters, for `wanted="changed"`.
+        evaluation: what the closure returned, for an optimizer that needs it.
+        skip: this worker's gradients overflowed; all workers skip the step.
+        wire_gradients: the codec of float32 gradients; None for unchanged.
+        wire_parameters: the codec of float32 parameters in the answer; None for unchanged.
         shared: where the gradients are, if not in the body.
-        order: the segments in the order in which their gradients follow; None for ascending.
+        order: the order of the segments whose gradients follow; None for ascending.
     """
 
     name: WriteName
@@ -161,7 +161,7 @@ class PushHead:
             wanted=wanted,  # type: ignore[arg-type]  # compared just above
             have=header.integer("have", default=0),
         )
-        if header.is_empty:  # as most are
+        if header.is_empty:  # the usual push
             return head
         head = replace(
             head,
@@ -190,13 +190,13 @@ class PushHead:
 
 @dataclass(frozen=True, slots=True)
 class PutHead:
-    """Describe contents that replace the session's own: parameters, optimizer state, or both.
+    """The header of contents that replace the session's own: parameters, optimizer state, or both.
 
     Attributes:
         fields: `param`, and the update rule's state fields, in the order of the payload.
-        initial: these are the session's first contents; ignored by a session that has some already.
-        version: the version the session is at afterwards, only with `initial` (a resumed training).
-        shapes: of the fields whose shape is their own.
+        initial: these are the session's first contents; ignored by a session that has contents already.
+        version: the version of the session afterwards, only with `initial` (a resumed training).
+        shapes: of the free fields.
     """
 
     name: WriteName

@@ -1,10 +1,10 @@
-"""Writing the header map: packed, held to the reader's rules, and what many headers share packed only once.
+"""Writing the header map: packed, checked by the reader's rules, with shared lists packed only once.
 
     Names     a list of strings that many headers carry: packed and checked when the first of them is written
     header    packed with an empty list in the place of each `Names`, whose bytes are then put there
 
-The answers of one step name the same workers. With 1,000 of them, packing and checking that list anew took 50 us of
-each answer.
+The answers of one step name the same workers. With 1,000 workers, packing and checking the list for each answer took 50
+us.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Names(tuple[str, ...]):
         """Return the list as msgpack bytes.
 
         Raises:
-            InvalidRequest, LimitExceeded: it is one that no reader of the usual limits accepts.
+            InvalidRequest, LimitExceeded: no reader with the default limits accepts it.
         """
         return pack_header({"": [*self]})[len(_BEFORE) :]
 
@@ -43,13 +43,13 @@ _FLAT = frozenset({Names})
 
 
 def pack_header(header: Mapping[str, Any], *, limits: Limits = DEFAULT_LIMITS, side: Side = "server") -> bytes:
-    """Return the header as msgpack bytes, having held them to the reader's rules.
+    """Return the header as msgpack bytes, checked by the reader's rules.
 
     Args:
-        header: plain values, and `Names`, which are lists to the reader.
+        header: plain values, and `Names`, which the reader gets as lists.
 
     Raises:
-        InvalidRequest: a value msgpack or the protocol has no place for.
+        InvalidRequest: a value that msgpack or the protocol does not allow.
         LimitExceeded: larger than a reader accepts.
     """
     plain = dict(header)
@@ -67,14 +67,14 @@ def pack_header(header: Mapping[str, Any], *, limits: Limits = DEFAULT_LIMITS, s
     if size > limits.header_bytes:
         raise too_long(limits, side)
     if len(data) <= limits.least:
-        check_tree(plain, limits, side, wide=b"\xcf" in data, flat=_FLAT)  # so few bytes pass no other bound
+        check_tree(plain, limits, side, wide=b"\xcf" in data, flat=_FLAT)  # a header this small exceeds no other bound
     else:
         parse_header(data, limits=limits, side=side)
     return _filled(data, gaps) if gaps else data
 
 
 def _packed(header: dict[str, Any]) -> tuple[bytes, list[tuple[int, Names]]]:
-    """Return a header with an empty list for each `Names`, and where these are."""
+    """Return a header with an empty list for each `Names`, and their positions."""
     gaps: list[tuple[int, Names]] = []
 
     def leave_gap(value: object) -> list[str]:
@@ -88,7 +88,7 @@ def _packed(header: dict[str, Any]) -> tuple[bytes, list[tuple[int, Names]]]:
     try:
         return packer.pack(header), gaps
     finally:
-        packer = None  # it and the function would keep each other
+        packer = None  # it and the function would keep each other alive
 
 
 def _filled(data: bytes, gaps: list[tuple[int, Names]]) -> bytes:

@@ -1,4 +1,4 @@
-"""Numbers and strings of other types as Python's own, which is what travels and what records are compared by.
+"""Conversion of numbers and strings of other types to Python's own, which are sent and compared.
 
     numpy.float32(0.1)                  0.10000000149011612, its exact value
     numpy.int64(4), MyIntEnum.FOUR      4
@@ -7,9 +7,9 @@
     Fraction(1, 4), Decimal("0.25")     0.25, the nearest float
     numpy.str_("skip"), MyStrEnum.SKIP  "skip"
 
-What is none of these stays as it is; the option's own check refuses it. Options enter in a few places:
-the param groups of an optimizer, farstep's own options, and the records of modes and policies. Each calls this once,
-so that all behind them sees Python's own types only. Nothing here imports torch or numpy.
+Any other value is returned unchanged; the option's own check refuses it. Options enter in a few places: the param
+groups of an optimizer, farstep's own options, and the records of modes and policies. Each calls this once, so that all
+other code sees only Python's own types. Nothing here imports torch or numpy.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from decimal import Decimal
 from typing import Any, Final
 
 PYTHONS: Final = frozenset({float, int, bool, str, type(None)})
-"""Types of values that are as they shall be."""
+"""Types of values that need no conversion."""
 
 
 def pythons_own(value: Any) -> Any:
-    """Return a number or string of any type as Python's own; everything else as it is.
+    """Return a number or string of any type as Python's own; everything else unchanged.
 
-    A float16, bfloat16 or float32 number becomes the float of exactly its value.
+    A float16, bfloat16 or float32 number becomes the float of its exact value.
     """
     if type(value) in PYTHONS:
         return value
@@ -48,7 +48,7 @@ def pythons_own(value: Any) -> Any:
 
 
 def take_pythons_own_(record: Any) -> None:
-    """Replace the values of a frozen dataclass, while it is being made, by Python's own."""
+    """Convert the values of a frozen dataclass, in its `__post_init__`, to Python's own types."""
     for each in fields(record):
         value = getattr(record, each.name)
         if type(value) not in PYTHONS:

@@ -1,7 +1,7 @@
 """Lists of segments as ranges: `[0, 3, 7, 8]` is segments 0, 1, 2 and 7.
 
-A flat list of half-open ranges, ascending and apart: what a mask of missing gradients looks like when most
-neighbours share their fate. Readers check every bound, since an index decides where bytes go.
+A flat list of half-open ranges, ascending and disjoint: a compact form of the segments with a gradient, since most
+neighbours have one or lack it together. Readers check every bound, since an index decides where bytes go.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from farstep.errors import InvalidRequest, Side
 
 
 def to_ranges(indices: Iterable[int]) -> list[int]:
-    """Return ascending, different, non-negative indices as `[start, stop, start, stop, ...]`, neighbours joined.
+    """Return ascending, distinct, non-negative indices as `[start, stop, start, stop, ...]`, neighbours joined.
 
     Raises:
         ValueError: the indices are not in ascending order, or negative.
@@ -30,11 +30,11 @@ def to_ranges(indices: Iterable[int]) -> list[int]:
 
 
 def from_ranges(ranges: object, count: int, *, field: str = "segments", side: Side = "server") -> list[int]:
-    """Return the indices that `ranges` stands for.
+    """Return the indices in `ranges`.
 
     Args:
-        ranges: what the other side sent under `field`.
-        count: number of segments there are; an index is below it.
+        ranges: the received value of `field`.
+        count: the number of segments; indices are below it.
 
     Raises:
         InvalidRequest: not a list of ascending, non-empty, non-overlapping ranges of ints within `count`.

@@ -1,6 +1,6 @@
-"""What became of a write: what a session commits, answers with, and answers again when the write is repeated.
+"""Receipts: the outcome of a write, which a session commits, answers with, and repeats to a retry.
 
-A `StepReport` adds what the way there and back took, for the worker.
+A `StepReport` adds bytes and times for the worker.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from farstep.protocol import Names
 from farstep.protocol.policies import GRAD_NORM, Facts, facts
 
 Reason = Literal["", "skipped", "late", "stale", "accumulated", "nonfinite"]
-"""Why a push left the parameters alone; "" for one that did not.
+"""Why a push did not change the parameters; "" if it did.
 
 skipped        a worker said that its gradients overflowed
 late           the step it belongs to was taken without it
@@ -23,7 +23,7 @@ nonfinite      the gradients hold NaN or Inf, by themselves or once summed, and 
 """
 
 Ran = Literal["reference", "fused", "mixed"]
-"""Which kernel ran a step; `mixed` is one whose fused kernel failed midway and that the reference kernel finished."""
+"""The kernel that ran a step; `mixed` if the fused kernel failed midway and the reference kernel finished it."""
 
 _NOBODY = Names()
 FEW = 8
@@ -32,7 +32,7 @@ FEW = 8
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """Say what became of a write. A retry gets the receipt of the first time.
+    """The outcome of a write. A retry gets the receipt of the first attempt.
 
     Attributes:
         version: the session's version after the write.
@@ -41,8 +41,8 @@ class Receipt:
         applied: whether the parameters changed by it.
         contributors: the workers whose gradients made the step, in the order of the reduction.
         divisor: what the sum of the gradients was divided by.
-        kernel: which kernel ran, so that a replay can give the same bits.
-        again: the step goes on with another evaluation, at the new parameters.
+        kernel: the kernel that ran, so that a replay gives the same bits.
+        again: the step continues with another evaluation, at the new parameters.
         reason: why nothing was applied.
         detail: the same as a sentence, which names the worker and the tensor where there is one.
         weight: what the gradient counted, or the learning rate was multiplied by, because it was stale.
@@ -71,7 +71,7 @@ class Receipt:
 
     @property
     def counts(self) -> bool:
-        """Return whether what was written is in the parameters, or will be."""
+        """Return whether the write has changed the parameters, or will."""
         return self.applied or self.reason == "accumulated"
 
     def to_header(self) -> dict[str, Any]:
@@ -100,7 +100,7 @@ class Receipt:
 
     @classmethod
     def from_header(cls, values: Mapping[str, Any]) -> Receipt:
-        """Read what this side knows of a receipt; later servers may say more."""
+        """Read the known entries of a receipt; later servers may send more."""
         known = {name: values[name] for name in cls.__slots__ if name in values}
         known["contributors"] = Names(values["contributors"])
         if not values.keys().isdisjoint(facts()):
@@ -112,7 +112,7 @@ class Receipt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """Say what one `step()` did.
+    """The report of one `step()`.
 
     Attributes:
         version: the session's version after it.
@@ -125,24 +125,24 @@ class StepReport:
         facts: what the session's policies say of the step's gradients, by name; `grad_norm` is one of them.
         disagreement: where the workers of the step named different options, and which were used, as a sentence; ""
             where they did not. A Python warning says it, too.
-        duplicate: whether the server had seen this push before, so that this answer is the first one's receipt.
-        earlier: what became of a write before this one that had got no answer and was not repeated: `applied`, or
-            `dropped` because it never arrived or its barrier was given up. None if there was none.
+        duplicate: whether the server had seen this push before, so that this is the receipt of the first attempt.
+        earlier: the outcome of an earlier write that got no answer and was not repeated: `applied`, or `dropped`
+            because it never arrived or its barrier timed out. None without one.
         contributors: the workers whose gradients made the step.
         divisor: what the sum of the gradients was divided by.
         kernel: `reference` or `fused`.
-        again: the step goes on with another evaluation of the closure, at the new parameters.
+        again: the step continues with another evaluation of the closure, at the new parameters.
         weight: what the gradient counted, or the learning rate was multiplied by, because it was stale.
         bytes_sent: payload bytes of the gradients.
         bytes_received: payload bytes of the parameters.
-        attempts: how often the push was sent.
-        bytes_overlapped: those among `bytes_sent` that had been sent when `step()` began.
-        overlap: `streamed` if the push was begun during the backward pass; why it was given up, if it had been begun
-            and the step was an ordinary one; "" if it had not been begun.
-        path: how the tensors moved: `bodies` of requests, or `shared memory`; "" if they did not.
-        seconds: where the time went: `total`; on the server `queue` (waiting for its turn), `receive`, `check`
-            (for NaN and Inf), `barrier`, `kernel`; and here `send`, the answer's way back as the client saw it, and
-            `copy`, from where it arrived into the parameters.
+        attempts: the number of times the push was sent.
+        bytes_overlapped: the bytes of `bytes_sent` that had been sent when `step()` began.
+        overlap: `streamed` if the push was sent during the backward pass; the reason if that was given up and the step
+            sent an ordinary push; "" if it was not tried.
+        path: how the tensors moved: `bodies` of requests, or `shared memory`; "" if none did.
+        seconds: seconds by activity: `total`; on the server `queue` (waiting for its turn), `receive`, `check` (for NaN
+            and Inf), `barrier`, `kernel`; and here `send`, the arrival of the answer as the client saw it, and `copy`,
+            into the parameters.
     """
 
     version: int
@@ -185,7 +185,7 @@ class StepReport:
         seconds: Mapping[str, float],
         path: str = "",
     ) -> StepReport:
-        """Return what a receipt says of a step, with what the worker knows of the way there and back."""
+        """Return the report of a step from its receipt and the worker's own measurements."""
         return cls(
             version=receipt.version,
             staleness=receipt.staleness,

@@ -1,7 +1,7 @@
-"""A session file on this machine (`docs/sessions.md`): what it says about its session, and how it is written.
+"""Session files on this machine (`docs/sessions.md`): their description, and how they are written.
 
-It appears under its name when all of it is on the disk, and nobody but its owner may read it: whoever has it has the
-model. Nothing here needs torch.
+A file appears under its name when all of it is on the disk, and only its owner may read it: it contains the model.
+Nothing here needs torch.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ DESCRIPTION = "farstep_session"
 
 @dataclass(frozen=True, slots=True)
 class SessionFile:
-    """Say what is in a session file.
+    """The description of a session file.
 
     Attributes:
-        file: where it is.
-        name: what the session was called when it was exported.
+        file: its path.
+        name: the session's name at the export.
         optimizer: torch's class name.
-        version: the version that it holds.
-        parameters: how many there are.
+        version: the session's version.
+        parameters: the number of parameters.
         nbytes: the size of the file.
     """
 
@@ -45,10 +45,10 @@ class SessionFile:
 
 
 def description_in(metadata: Mapping[str, str], *, side: Side = "server") -> dict[str, Any]:
-    """Return what a file's metadata say about its session, which nobody has checked.
+    """Return the unchecked description of a session in a file's metadata.
 
     Raises:
-        InvalidFile: it is another kind of safetensors file, or of a format that is newer than this release.
+        InvalidFile: it is another kind of safetensors file, or has a format of a newer release.
     """
     version = metadata.get(FORMAT)
     if version is None or DESCRIPTION not in metadata:
@@ -74,7 +74,7 @@ def look_at(file: Path) -> SessionFile:
     """Read the head of a session file.
 
     Raises:
-        InvalidFile: it is none, or not whole.
+        InvalidFile: it is not a session file, or incomplete.
         InvalidOption: it cannot be read.
     """
     with readable(file), file.open("rb") as opened:
@@ -90,16 +90,16 @@ def look_at(file: Path) -> SessionFile:
 
 
 def write_whole(file: Path, fill: Callable[[Callable[[memoryview], object]], object], *, force: bool) -> SessionFile:
-    """Write a session file: all of it under its name, or nothing.
+    """Write a session file: completely, or not at all.
 
     Args:
-        file: where it goes.
-        fill: given what writes bytes, writes them all.
-        force: take the place of a file that is there.
+        file: its path.
+        fill: given a function that writes bytes, writes the file.
+        force: replace an existing file.
 
     Raises:
-        InvalidOption: the file is there and `force` is not given, or it cannot be written.
-        InvalidFile: what was written is no session file; nothing is left of it.
+        InvalidOption: the file exists and `force` is not given, or it cannot be written.
+        InvalidFile: the bytes written are not a session file; they were removed.
     """
     if not force and os.path.lexists(file):
         raise _there(file)
@@ -120,16 +120,16 @@ def write_whole(file: Path, fill: Callable[[Callable[[memoryview], object]], obj
 
 
 def _put(temporary: str, file: Path, force: bool) -> None:
-    """Give a complete file its name, and let the directory remember it."""
+    """Give a complete file its name, and make that durable."""
     if force:
         os.replace(temporary, file)
     else:
         try:
-            os.link(temporary, file)  # which takes nobody's place, unlike a rename
+            os.link(temporary, file)  # unlike a rename, a link replaces no file
         except OSError:
             if os.path.lexists(file):
                 raise _there(file) from None
-            os.replace(temporary, file)  # not every file system has links
+            os.replace(temporary, file)  # a file system without links
     directory = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -143,7 +143,7 @@ def _there(file: Path) -> InvalidOption:
 
 @contextmanager
 def readable(file: Path) -> Iterator[None]:
-    """Translate what the system says about a file that is being read."""
+    """Translate system errors of reading a file."""
     try:
         yield
     except OSError as exc:

@@ -1,12 +1,11 @@
-"""Memory that a worker and a server on the same machine share: gradients in front, parameters behind.
+"""Memory that a worker and a server on the same machine share: gradients first, then parameters.
 
     gradients      one flat run per dtype, in the order in which the session's parameters first have it
     parameters     the same again
     each run       begins at a multiple of 64 bytes; within it the parameters follow each other without gaps
 
-The worker makes it, as a memfd whose size is sealed: a mapping of it cannot end in a SIGBUS because the other side made
-it shorter. It has no name in any directory; the server opens it as `/proc/<pid>/fd/<fd>`, and knows it by the random
-part of its own name.
+The worker creates it, as a memfd whose size is sealed, so that the other side cannot shrink it and cause a SIGBUS. It
+has no name in any directory; the server opens it as `/proc/<pid>/fd/<fd>`, and verifies the random key in its own name.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ Sizes = Mapping[str, int]
 
 
 def nbytes_of(sizes: Sizes) -> int:
-    """Return the bytes that gradients and parameters of these sizes take together."""
+    """Return the size of gradients and parameters of these sizes together."""
     return 2 * sum(_room(name, size) for name, size in sizes.items())
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class SharedMemory:
-    """The two halves of mapped memory, as flat tensors by dtype. The mapping lives as long as any of them.
+    """The two halves of mapped memory, as flat tensors by dtype, which keep the mapping alive.
 
     Attributes:
         gradients: written by the worker, read by the server.
-        parameters: written by the server in its answer to a push, and otherwise the worker's.
+        parameters: written by the server when it answers a push, and otherwise used by the worker alone.
     """
 
     gradients: Mapping[str, Tensor]
@@ -73,7 +72,7 @@ class SharedMemory:
 @final
 @dataclass(frozen=True, slots=True)
 class OwnedSharedMemory:
-    """An area that this process made, and how the server finds it; `close` ends that, the memory stays."""
+    """Shared memory that this process created; the server finds it by `key` and `fd`, until `close`."""
 
     memory: SharedMemory
     key: str
@@ -85,10 +84,10 @@ class OwnedSharedMemory:
 
 
 def make(sizes: Sizes) -> OwnedSharedMemory:
-    """Make an area; its memory is taken at once, so that nobody finds out later that there is none.
+    """Create shared memory; all of it is allocated at once, so that it cannot run out later.
 
     Raises:
-        OSError: the system has no memory, or none of this kind.
+        OSError: the system has no memory left, or no sealed memory.
     """
     if sys.platform != "linux":
         raise OSError("this system has no sealed memory")

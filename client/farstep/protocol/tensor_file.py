@@ -4,8 +4,8 @@
     n bytes     {"__metadata__": {text: text}, name: {"dtype": "F32", "shape": [3], "data_offsets": [begin, end]}, ...}
     the rest    the tensors' bytes, one after the other without a gap, little-endian and row-major
 
-A farstep session is exported as such a file (`docs/sessions.md`). Here is the container only: what a head says is
-checked against the length of the data and against itself, before anybody takes memory because of it.
+A farstep session is exported as such a file (`docs/sessions.md`). This module knows the container only: a head is
+checked against the length of the data and for consistency before memory is allocated for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from farstep.protocol.dtypes import DTYPES
 
 LENGTH_BYTES = 8
 MAX_HEAD_BYTES = 100_000_000
-"""The longest JSON there may be, which is also the bound of the safetensors library."""
+"""The longest JSON, as in the safetensors library."""
 MAX_TENSORS = 1_000_000
 METADATA = "__metadata__"
 CODES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
@@ -48,14 +48,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class FileHead:
-    """What a file says about itself: its tensors in the order of their bytes, and its metadata."""
+    """The head of a file: its tensors in the order of their bytes, and its metadata."""
 
     entries: Sequence[Entry]
     metadata: Mapping[str, str]
 
 
 def in_file_order(entries: Iterable[Entry]) -> list[Entry]:
-    """Return tensors as they follow each other in a file: larger element types first, so that each is aligned."""
+    """Return tensors in the order of a file: larger element types first, so that each is aligned."""
     return sorted(entries, key=lambda entry: -DTYPES[entry.dtype].itemsize)
 
 
@@ -77,10 +77,10 @@ def write_head(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes:
 
 
 def head_length(first: bytes, file_bytes: int, *, side: Side = "server") -> int:
-    """Return the length of the JSON, which the first eight bytes of a file say.
+    """Return the length of the JSON from the first eight bytes of a file.
 
     Raises:
-        InvalidFile: no file of this size can begin so.
+        InvalidFile: a file of this size cannot have such a head.
     """
     length = int.from_bytes(first, "little")
     if len(first) < LENGTH_BYTES or length > min(file_bytes - LENGTH_BYTES, MAX_HEAD_BYTES):
@@ -93,11 +93,11 @@ def read_head(text: bytes | bytearray, data_bytes: int | None, *, side: Side = "
 
     Args:
         text: the JSON.
-        data_bytes: how many bytes follow it, None if that is not known yet.
-        side: who reads.
+        data_bytes: the number of bytes that follow it, None if unknown.
+        side: the side that reads.
 
     Raises:
-        InvalidFile: it is not such a head, or not that of these data.
+        InvalidFile: it is not a head, or does not match the data.
     """
     # An empty list takes two bytes here and 56 in memory.
     if not text.startswith(b"{") or text.count(b"[") + text.count(b"{") > 3 * MAX_TENSORS + 2:
@@ -155,7 +155,7 @@ def _no_constant(name: str) -> Any:
 
 
 def invalid_file(why: str, side: Side = "server") -> InvalidFile:
-    """Return the error of a file that is not what it should be."""
+    """Return the error for an invalid file."""
     return InvalidFile(
         f"This is not a whole session file: {why}.",
         remedy="Export the session again with `farstep sessions export`, or copy the file again.",

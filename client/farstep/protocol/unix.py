@@ -1,7 +1,7 @@
 """Servers at a path of this machine: `unix:///run/farstep/server.sock`.
 
-What follows `unix://` is the path as it is; nothing in it is decoded. The permissions of the socket file say who may
-speak, so that such a server needs no token.
+The rest after `unix://` is the path, without decoding. The permissions of the socket file decide who may connect, so
+that such a server needs no token.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from farstep.errors import InvalidOption, Side, Unauthorized
 
 SCHEME: Final = "unix://"
 MAX_PATH_BYTES: Final = 107 if sys.platform == "linux" else 103
-"""Bytes that the path of a socket may have; the system's structure holds one more, for the end."""
+"""The longest path of a socket; the system's structure holds one more byte, the terminator."""
 _SHORTEST_S: Final = 0.001  # a timeout of 0 would make the socket non-blocking
 
 
@@ -26,7 +26,7 @@ def url_of_path(path: str) -> str:
 
 
 def path_of_url(url: str) -> str | None:
-    """Return the path that a URL names, None if it is not of this kind."""
+    """Return the path in a unix URL, None for another URL."""
     return url[len(SCHEME) :] if url.startswith(SCHEME) else None
 
 
@@ -34,8 +34,8 @@ def connected(path: str, timeout_s: float | None) -> socket.socket:
     """Return a socket that is connected to the server at a path.
 
     Raises:
-        Unauthorized: the server belongs to somebody else; trying again would not help.
-        OSError: nobody listens there; TimeoutError when the time had passed.
+        Unauthorized: the server belongs to another user; a retry would not help.
+        OSError: no server listens there; TimeoutError after `timeout_s`.
     """
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
@@ -55,12 +55,12 @@ def connected(path: str, timeout_s: float | None) -> socket.socket:
 
 
 def dialer(path: str) -> Callable[[object, float | None], socket.socket]:
-    """Return what connects a transport to the server at a path, whatever origin a request names."""
+    """Return a function that connects a transport to the server at a path, for any origin."""
     return lambda _origin, timeout_s: connected(path, None if timeout_s is None else max(timeout_s, _SHORTEST_S))
 
 
 def check_path(path: str, *, field: str, side: Side) -> None:
-    """Refuse a path that no socket can have.
+    """Refuse a path that is not valid for a socket.
 
     Raises:
         InvalidOption: it is not absolute, names a directory, or is too long; or this system has no such sockets.

@@ -1,4 +1,4 @@
-"""How elements become bytes on the wire: one interface, the codecs behind it, and their names."""
+"""Codecs: how elements become bytes on the wire."""
 
 from farstep.protocol.codecs.codec import Codec
 from farstep.protocol.codecs.elementwise import BFloat16, Float16, Full

@@ -1,4 +1,4 @@
-"""Codecs that encode each element by itself: full, which changes nothing, and half precision.
+"""Codecs that encode each element by itself: full precision, which changes nothing, and half precision.
 
 Rounding is to nearest, ties to even, and widening is exact.
 """
@@ -27,7 +27,7 @@ class _Elementwise(Codec):
 
 @final
 class Full(_Elementwise):
-    """Send every tensor as it is. No header names it: it is what a header without a codec means."""
+    """Send every tensor unchanged. No header names it: a header without a codec means this one."""
 
     name = option = "full"
     element = "float32"

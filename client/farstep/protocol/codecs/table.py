@@ -1,7 +1,7 @@
-"""The codecs there are, by their names in headers, and the option that chooses them.
+"""The table of codecs, by their names in headers, and the option that chooses them.
 
-A codec of this package is one file and its place in `_table`. One of another package is registered in the processes of
-both sides, before they speak of it.
+A codec of this package is one file and an entry in `_table`. One of another package is registered in the processes of
+both sides before its first use.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ def codecs() -> Sequence[Codec]:
 
 
 def register(codec: Codec) -> None:
-    """Add a codec to those that this process knows.
+    """Add a codec to the table of this process.
 
     Raises:
-        ValueError: there is one of that name.
+        ValueError: the table has one of that name.
     """
     if any(codec.name == each.name or codec.option == each.option for each in (FULL, *codecs())):
         raise ValueError(f"There is a codec {codec.name!r}, or one for wire={codec.option!r}, already.")
@@ -36,20 +36,20 @@ def register(codec: Codec) -> None:
 
 
 def unregister(name: str) -> None:
-    """Remove a codec that was registered."""
+    """Remove a registered codec."""
     del _table[name]
 
 
 def codec_named(name: str | None) -> Codec:
-    """Return the codec of a name that was checked; the full one for None."""
+    """Return the codec of a checked name; the full one for None."""
     return FULL if name is None else _table[name]
 
 
 def check_codec(key: str, name: str | None, *, side: Side = "server") -> str | None:
-    """Return the name of a codec, or None, as it was received.
+    """Return the received name of a codec, or None, if it is known.
 
     Raises:
-        InvalidRequest: this process knows no such codec.
+        InvalidRequest: the codec is unknown.
     """
     if name is not None and name not in _table:
         raise InvalidRequest(f"{key!r} is {name!r:.80}; there are {_listed(list(_table))}.", field=key, side=side)
@@ -58,10 +58,10 @@ def check_codec(key: str, name: str | None, *, side: Side = "server") -> str | N
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wire:
-    """Say how a worker's float32 tensors travel, in each direction.
+    """The codecs of a worker's float32 tensors, in each direction.
 
     Attributes:
-        gradients: "bf16" or "fp16", or a registered codec, on the way to the server; None for as they are.
+        gradients: "bf16" or "fp16", or a registered codec, on the way to the server; None for unchanged.
         parameters: the same for the way back.
     """
 
@@ -79,7 +79,7 @@ class Wire:
 
     @classmethod
     def of(cls, wire: Wire | str | None) -> Wire:
-        """Return what an option says: a name is for both directions.
+        """Return the value of an option: a name stands for both directions.
 
         Raises:
             InvalidOption: neither a `Wire` nor the option of a codec.
