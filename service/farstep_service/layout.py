@@ -166,10 +166,11 @@ class Layout:
         Its segments are those of this one: of the dtype of encoded elements, or flat bytes. They may lie in other
         buffers, and next to others.
         """
-        if not any(codec.applies_to(each.dtype) for each in self.segments):
-            return self
         found = self._on_wire.get(codec)
         if found is None:
+            if not any(codec.applies_to(each.dtype) for each in self.segments):
+                self._on_wire[codec] = self
+                return self
             sizes: dict[str, int] = {}
             segments = []
             for each in self.segments:

@@ -121,7 +121,7 @@ class Reply:
 
     Attributes:
         version: of the parameters that follow, or of the session.
-        receipt: the outcome of the write.
+        outcome: the checked members of the write's receipt.
         duplicate: the server had seen it before.
         delivered: the parameters are in shared memory.
         times: seconds by activity.
@@ -129,11 +129,16 @@ class Reply:
     """
 
     version: int
-    receipt: Receipt
+    outcome: Mapping[str, Any]
     duplicate: bool
     delivered: bool
     times: Mapping[str, float]
     consistency: Consistency | None
+
+    @property
+    def receipt(self) -> Receipt:
+        """Return the outcome as a record."""
+        return Receipt.from_header(self.outcome)
 
     @classmethod
     def of(cls, header: Mapping[str, Any], incarnation: str) -> Self:
@@ -160,7 +165,7 @@ class Reply:
                 spent[key] = ReplyReader(spent, "The times of the reply").number(key)
         return cls(
             reply.integer("version"),
-            receipt_of(reply.mapping("receipt")),
+            checked_receipt(reply.mapping("receipt")),
             reply.flag("duplicate"),
             "delivered" in header and reply.flag("delivered"),
             spent,
@@ -168,8 +173,8 @@ class Reply:
         )
 
 
-def receipt_of(values: Mapping[str, Any]) -> Receipt:
-    """Return the receipt in a reply.
+def checked_receipt(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the checked members of the receipt in a reply, without those that are None.
 
     Raises:
         InvalidAnswer: it is not a receipt.
@@ -188,7 +193,7 @@ def receipt_of(values: Mapping[str, Any]) -> Receipt:
     for key in facts():
         if key in values:
             reply.real(key)
-    return Receipt.from_header(values)
+    return values
 
 
 _OPTIONAL: Mapping[str, Callable[[ReplyReader, str], object]] = {

@@ -315,13 +315,14 @@ class Pushing:
         copy_s = time.perf_counter() - copying
         assert reply is not None
         if self._residuals:
-            buffers.encoder.commit(counts=reply.receipt.counts)
+            outcome = reply.outcome
+            buffers.encoder.commit(counts=outcome["applied"] or outcome.get("reason") == "accumulated")
         self._joined.version = reply.version
         if reply.consistency is not None:
             self._joined.follow_(reply.consistency)
         total_s = time.perf_counter() - began
         return StepReport.of(
-            reply.receipt,
+            reply.outcome,
             duplicate=reply.duplicate,
             earlier=self._writer.names.tell(),
             bytes_sent=0 if shared else nbytes_of(payload),

@@ -6,8 +6,8 @@ A `StepReport` adds bytes and times for the worker.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Literal
 
 from farstep.protocol import Names
 from farstep.protocol.policies import GRAD_NORM, Facts, facts
@@ -175,7 +175,7 @@ class StepReport:
     @classmethod
     def of(
         cls,
-        receipt: Receipt,
+        receipt: Mapping[str, Any],
         *,
         duplicate: bool,
         earlier: Literal["applied", "dropped"] | None,
@@ -185,25 +185,24 @@ class StepReport:
         seconds: Mapping[str, float],
         path: str = "",
     ) -> StepReport:
-        """Return the report of a step from its receipt and the worker's own measurements."""
+        """Return the report of a step from its receipt's header and the worker's own measurements."""
         return cls(
-            version=receipt.version,
-            staleness=receipt.staleness,
-            applied=receipt.applied,
+            **{name: receipt[name] for name in _OF_RECEIPT if name in receipt},
+            contributors=tuple(receipt["contributors"]),
+            facts={name: receipt[name] for name in facts() if name in receipt},
             duplicate=duplicate,
             earlier=earlier,
-            contributors=receipt.contributors,
-            divisor=receipt.divisor,
-            kernel=receipt.kernel,
-            again=receipt.again,
-            reason=receipt.reason,
-            detail=receipt.detail,
-            weight=receipt.weight,
-            facts=dict(receipt.facts),
-            disagreement=receipt.disagreement,
             bytes_sent=bytes_sent,
             bytes_received=bytes_received,
             attempts=attempts,
             path=path,
             seconds=seconds,
         )
+
+
+_OF_RECEIPT: Final = tuple(
+    each.name
+    for each in fields(Receipt)
+    if each.name in StepReport.__slots__ and each.name not in ("contributors", "facts")
+)
+"""Members of a receipt that a report has as they are."""

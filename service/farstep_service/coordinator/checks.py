@@ -131,7 +131,8 @@ class Checks:
         Raises:
             SessionLost, Fenced: it is not.
         """
-        self._check_life(worker, incarnation)
+        if incarnation != self._state.incarnation:
+            raise self._other_life(worker)
         return self.roster.check(worker, epoch)
 
     def check_write(self, name: WriteName, incarnation: str) -> None:
@@ -141,7 +142,7 @@ class Checks:
             SessionLost, Fenced, SequenceGap, ReceiptExpired: it belongs to another life of the session, is not next, or
                 its worker does not know all groups.
         """
-        if self.is_new(name, incarnation) and (error := self.outgrown(name.worker)):
+        if self.seen(name, incarnation, None) is None and (error := self.outgrown(name.worker)):
             raise error
 
     def admit(self, name: WriteName, incarnation: str, fingerprint: str) -> Receipt | None:
@@ -165,7 +166,8 @@ class Checks:
         Raises:
             SessionLost, Fenced, SequenceGap, IdempotencyMismatch, ReceiptExpired: see `Roster.judge`.
         """
-        self._check_life(name.worker, incarnation)
+        if incarnation != self._state.incarnation:
+            raise self._other_life(name.worker)
         return self.roster.judge(name, fingerprint)
 
     def holds(self, name: WriteName, fingerprint: str) -> bool:
@@ -209,11 +211,10 @@ class Checks:
         lag = self.roster.lag(worker)
         return None if lag is None else outgrown(self._state.session, worker, lag[0], by=lag[1])
 
-    def _check_life(self, worker: str, incarnation: str) -> None:
-        if incarnation != self._state.incarnation:
-            raise SessionLost(
-                f"Session {self._state.session!r} was created anew since worker {worker!r} joined it.",
-                remedy="Call rejoin() to take on what it holds now, which is another training's unless it was imported "
-                "from a file.",
-                field="incarnation",
-            )
+    def _other_life(self, worker: str) -> SessionLost:
+        return SessionLost(
+            f"Session {self._state.session!r} was created anew since worker {worker!r} joined it.",
+            remedy="Call rejoin() to take on what it holds now, which is another training's unless it was imported "
+            "from a file.",
+            field="incarnation",
+        )

@@ -77,6 +77,8 @@ class Coordinator(Checks):
             now: seconds of a clock that never goes back.
         """
         out: list[Instruction] = []
+        if lapsed := self.roster.sweep(now):
+            self._mode.lapsed(lapsed)
         APPLY[type(event)](self, event, now, out)
         return out
 
@@ -85,7 +87,6 @@ class Coordinator(Checks):
         what = f"Worker {worker!r} joined again while this push waited; it was not applied."
         error = Fenced(what, remedy="If that was another process, give each its own name.", field="epoch")
         self._withdraw(worker, error, now, out)
-        self._sweep(now)
         for gone in sorted({*roster.make_room(worker, now), *roster.forgotten(now), worker}):
             self._remove(gone, out, keep=gone == worker)
         roster.join(worker, now, named=event.named)
@@ -154,7 +155,6 @@ class Coordinator(Checks):
         state.switched = True
         if mode == state.consistency:
             return
-        self._sweep(now)
         for gone in roster.surplus(mode.places, now):
             self._remove(gone, out)
         state.consistency = mode
@@ -190,14 +190,8 @@ class Coordinator(Checks):
 
     def _heard(self, worker: str, now: float) -> None:
         """Renew the lease of a member."""
-        self._sweep(now)
         if self.roster.heard(worker, now):
             self._mode.returned(worker)
-
-    def _sweep(self, now: float) -> None:
-        """Let the leases that have run out lapse."""
-        if lapsed := self.roster.sweep(now):
-            self._mode.lapsed(lapsed)
 
     def _withdraw(self, worker: str, error: FarstepError, now: float, out: list[Instruction]) -> None:
         """Take the push of a worker that waits back, if there is one, and tell it why."""
@@ -229,7 +223,6 @@ class Coordinator(Checks):
     def _decide(self, now: float, out: list[Instruction]) -> None:
         """Do what there is to decide, up to the first instruction with a result."""
         while self._state.running is None:
-            self._sweep(now)
             decision = self._mode.decide(self._state.version, now)
             if decision is None:
                 return
@@ -239,7 +232,8 @@ class Coordinator(Checks):
             if not isinstance(decision, Refuse):
                 for worker in decision.without:
                     self.roster.lapse(worker, now)
-                self._mode.lapsed(decision.without)
+                if decision.without:
+                    self._mode.lapsed(decision.without)
             if isinstance(decision, Abort):
                 error = aborted(decision)
                 out += [Answer(push.head.name, error) for push in pushes]
@@ -250,15 +244,17 @@ class Coordinator(Checks):
 
     def _begin_step(self, decision: Step, pushes: list[Push], out: list[Instruction]) -> None:
         is_named, mode = self.roster.is_named, self._state.consistency
-        named = [push for push in pushes if is_named(push.head.name.worker)]
-        unnamed = len(pushes) - len(named)
-        if unnamed:
-            pushes = named + [push for push in pushes if not is_named(push.head.name.worker)]
+        unnamed = 0
+        if len(pushes) > 1:
+            named = [push for push in pushes if is_named(push.head.name.worker)]
+            unnamed = len(pushes) - len(named)
+            if unnamed:
+                pushes = named + [push for push in pushes if not is_named(push.head.name.worker)]
         step = TakeStep(
-            tuple(push.head.name for push in pushes),
+            tuple([push.head.name for push in pushes]),
             unnamed,
             decision.divisor,
-            tuple(mode.factor(self._state.version - push.head.base) for push in pushes),
+            tuple([mode.factor(self._state.version - push.head.base) for push in pushes]),
             mode.delay_compensation,
         )
         self._run(step, tuple(pushes), out, decision)

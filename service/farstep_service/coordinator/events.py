@@ -21,7 +21,7 @@ from farstep.protocol.consistency import Consistency
 from farstep.protocol.growth import AppendHead
 from farstep.protocol.messages import PushHead, PutHead
 from farstep.protocol.policies import Facts
-from farstep.protocol.receipt import Ran
+from farstep.protocol.receipt import Ran, Reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class NoStep:
         contributors: the workers of a round that was looked at, in the order of its sum.
     """
 
-    reason: str = ""
+    reason: Reason = ""
     detail: str = ""
     disagreement: str = ""
     contributors: tuple[str, ...] = ()

@@ -26,12 +26,13 @@ from farstep.protocol.memory import TORCH_DTYPES
 from farstep.protocol.messages import Evaluation
 from farstep.protocol.receipt import StepReport
 from farstep.settings import WorkerSettings
+from farstep_service.coordinator import NoStep
 from farstep_service.embedded.states import contents_of, states_of
 from farstep_service.kernels import Kernels
 from farstep_service.layout import SegmentSpec
 from farstep_service.plan import KernelMode, Plan
 from farstep_service.store import BorrowedBuffers, Gradients
-from farstep_service.tensors import Left, Steps, state_of
+from farstep_service.tensors import Steps, state_of
 from farstep_service.tensors.contents import Contents
 
 
@@ -122,16 +123,16 @@ class EmbeddedLink(Link):
         self._steps.finish()
         changed = self._state.changed(groups)
         if self._plan.nonfinite != "allow" and (nonfinite := self._nonfinite(gradients, evaluation)):
-            return self._left(Left("nonfinite", nonfinite), changed)
+            return self._no_step(NoStep("nonfinite", nonfinite), changed)
         taken = self._steps.take(self._lent(gradients), (self._worker,), changed, evaluation, checked=True)
-        if isinstance(taken, Left):
-            return self._left(taken)
+        if isinstance(taken, NoStep):
+            return self._no_step(taken)
         ended = time.perf_counter()
         return StepReport(
-            version=taken.applied.version,
-            contributors=taken.workers,
-            kernel=taken.applied.kernel,
-            again=taken.applied.again,
+            version=taken.version,
+            contributors=taken.contributors,
+            kernel=taken.kernel,
+            again=taken.again,
             facts=dict(taken.facts),
             seconds={"total": ended - began, "kernel": ended - began},
         )
@@ -139,12 +140,12 @@ class EmbeddedLink(Link):
     _push_in_ordinary_memory = in_ordinary_memory(_push)
 
     def skip(self, groups: Mapping[int, Options]) -> StepReport:
-        return self._left(Left("skipped"), self._state.changed(groups))
+        return self._no_step(NoStep("skipped"), self._state.changed(groups))
 
-    def _left(self, left: Left, changed: Mapping[int, Hyper] | None = None) -> StepReport:
+    def _no_step(self, no: NoStep, changed: Mapping[int, Hyper] | None = None) -> StepReport:
         """Return the report of gradients that make no step; options that came with them hold."""
         self._state.set_groups(changed or {})
-        return StepReport(version=self.version, applied=False, reason=left.reason, detail=left.detail)
+        return StepReport(version=self.version, applied=False, reason=no.reason, detail=no.detail)
 
     def _lent(self, gradients: Sequence[Tensor | None]) -> Gradients:
         sparse: dict[int, tuple[Tensor, Tensor]] = {}

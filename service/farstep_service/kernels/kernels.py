@@ -140,7 +140,8 @@ class Kernels(KernelSource):
 
     def reference(self, rule: AnyRule) -> Kernel:
         """Return the kernel that is always there."""
-        return self._references.setdefault(rule.name, ReferenceKernel(rule))
+        found = self._references.get(rule.name)
+        return found or self._references.setdefault(rule.name, ReferenceKernel(rule))
 
     def status(self) -> list[KernelStatus]:
         """Return where each compiled kernel that was asked for stands."""

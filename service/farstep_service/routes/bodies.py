@@ -253,7 +253,9 @@ async def answer_pieces(
     headers: Sequence[tuple[bytes, bytes]] = (),
 ) -> None:
     """Answer with a body in pieces; when this returns, none of their memory is needed any more."""
-    size = sum(memoryview(piece).nbytes for piece in pieces)
+    size = 0
+    for piece in pieces:
+        size += len(piece) if isinstance(piece, bytes) else piece.nbytes
     told = [(b"content-type", kind), (b"content-length", str(size).encode()), *headers]
     await send({"type": "http.response.start", "status": status, "headers": told})
     if size <= TAIL_BYTES:

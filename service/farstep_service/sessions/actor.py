@@ -315,8 +315,11 @@ class Actor:
             self._turns.check_open()
             session, grows = self._session, coming()
             takes = session.coming_bytes(grows)
-            with self._share.by(self.plan, grows, takes, session.forget_base, self._held_bytes):
-                outcomes = await self._turns.run(work, self._turns.resolve, inline=inline)
+            self._share.expect(session.plan, grows, takes, session.forget_base, self._held_bytes)
+            try:
+                outcomes = work() if inline else await self._turns.run(work, self._turns.resolve, inline=False)
+            finally:
+                self._share.settle(self._held_bytes())
             outcome = outcomes.get(name)
             future = None if outcome else self._turns.outcome_of(name)
             self._turns.resolve(outcomes)

@@ -9,8 +9,7 @@ Code that is about to take memory asks here first. A request without room is ref
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Self, final
 
 from farstep.errors import Busy, LimitExceeded
@@ -122,11 +121,10 @@ class SessionMemory:
         self._size(plan, nbytes)
         self._budget.check(nbytes)
 
-    @contextmanager
-    def by(
+    def expect(
         self, plan: Plan, growing: int, coming: int, give_way: Callable[[], bool], held: Callable[[], int]
-    ) -> Iterator[None]:
-        """Count what a write is about to take, and afterwards what the session holds.
+    ) -> None:
+        """Count what a write is about to take; `settle` follows, whatever becomes of it.
 
         Args:
             plan: the session's.
@@ -142,12 +140,13 @@ class SessionMemory:
                 self._budget.check(coming)
             self.note(held())
         self.growing = growing
-        self.note(self._held + coming)
-        try:
-            yield
-        finally:
-            self.growing = 0
-            self.note(held())
+        if coming:
+            self.note(self._held + coming)
+
+    def settle(self, held: int) -> None:
+        """Note what the session holds after a write."""
+        self.growing = 0
+        self.note(held)
 
     def note(self, nbytes: int) -> None:
         """Note what the session holds now."""

@@ -91,7 +91,7 @@ class FlatBuffers(Buffers):
             buffer: make(size, dtype=MEMORY_DTYPES[buffer], device=self.device) for buffer, size in layout.sizes.items()
         }
         self._views: dict[tuple[int, int], Tensor] = {}
-        self._nbytes = sum(tensor.nbytes for tensor in self._flat.values())
+        self._nbytes = -1  # not counted yet
 
     @property
     def flat(self) -> Mapping[str, Tensor]:
@@ -101,6 +101,8 @@ class FlatBuffers(Buffers):
     @property
     def nbytes(self) -> int:
         """Return the bytes allocated."""
+        if self._nbytes < 0:
+            self._nbytes = sum(tensor.nbytes for tensor in self._flat.values())
         return self._nbytes
 
     def stretch(self, first: int, length: int) -> Tensor:

@@ -62,7 +62,8 @@ class Decider:
 
     def check_groups(self, groups: Sequence[Hyper]) -> None:
         """Refuse options that are too few, or another optimizer's."""
-        if len(groups) < self._layout.groups or not all(isinstance(each, self._rule.hyper) for each in groups):
+        others = set(map(type, groups)) - {self._rule.hyper}
+        if len(groups) < self._layout.groups or any(not issubclass(kind, self._rule.hyper) for kind in others):
             raise InvalidOption(
                 f"{self._rule.name} needs its options for each of {self._layout.groups} groups.", field="groups"
             )
@@ -108,23 +109,27 @@ class Decider:
         source, target = versions.current, versions.target()
         decision = self._planner.decide(groups, gradients, now.counts, source.borders)
         self._rule.check_gradients(self._layout, groups, decision.cut.dense, gradients.sparse)
-        rows, spread = self._sparse(groups, gradients, decision)
-        written = [*decision.cut.dense, *(its.segment for its, _ in spread)]
+        rows, spread = self._sparse(groups, gradients, decision) if gradients.sparse else ([], [])
+        written = [*decision.cut.dense, *[its.segment for its, _ in spread]]
         runs = [(run.members[0], run.length, its) for run, its in zip(decision.cut.runs, decision.runs, strict=True)]
         segments = self._layout.segments
         runs += [(its.segment, segments[its.segment].length, numbers) for its, numbers in spread]
         forms = frozenset(
-            KernelSignature(segments[first].buffer, its.optional) for first, length, its in runs if length
+            [KernelSignature(segments[first].buffer, its.optional) for first, length, its in runs if length]
         )
         chosen = self._kernels.choose(self._rule, forms, self._device, wanted)
-        state.take_memory(name for numbers in (*decision.runs, *decision.rows) for name in numbers.optional)
+        if self._rule.optional_fields:
+            state.take_memory([name for numbers in (*decision.runs, *decision.rows) for name in numbers.optional])
         gradients.buffers.begin(decision.cut.dense)
         source.begin(decision.cut.touched)
         caller = Caller(self._rule, source, target.buffers, state)
         copies = self._copies(decision, gradients, chosen)
-        calls = caller.dense(decision, gradients.buffers, copies) + caller.spread(spread)
-        check_numbers((call.p.dtype, call.scalars) for call in calls)
-        check_numbers((each.rows.values.dtype, each.numbers.scalars) for each in rows)
+        calls = caller.dense(decision, gradients.buffers, copies)
+        if spread:
+            calls += caller.spread(spread)
+        check_numbers([(call.p.dtype, call.scalars) for call in calls])
+        if rows:
+            check_numbers([(each.rows.values.dtype, each.numbers.scalars) for each in rows])
         version = now.version + 1
         step = Step(
             source=source,
@@ -137,10 +142,12 @@ class Decider:
             rows=rows,
             after=VersionRecord(version, decision.after, now.marked(decision.cut.touched, version)),
             doubled=frozenset(
-                member
-                for run, copy in zip(decision.cut.runs, copies, strict=True)
-                if copy is not None
-                for member in run.members
+                [
+                    member
+                    for run, copy in zip(decision.cut.runs, copies, strict=True)
+                    if copy is not None
+                    for member in run.members
+                ]
             ),
         )
         return step, chosen

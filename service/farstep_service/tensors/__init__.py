@@ -2,7 +2,7 @@
 
 from farstep_service.tensors.snapshot import Snapshot, TensorsRecord
 from farstep_service.tensors.state import SessionState
-from farstep_service.tensors.steps import Left, Steps
+from farstep_service.tensors.steps import Steps
 from farstep_service.tensors.tensors import Tensors, state_of
 
-__all__ = ["Left", "SessionState", "Snapshot", "Steps", "Tensors", "TensorsRecord", "state_of"]
+__all__ = ["SessionState", "Snapshot", "Steps", "Tensors", "TensorsRecord", "state_of"]

@@ -321,6 +321,10 @@ def first_nonfinite(contribution: Contribution) -> int | None:
     buffers = contribution.buffers
     if buffers is None or contribution.known_finite:
         return None
+    if contribution.is_whole and len(buffers.flat) == 1:
+        (whole,) = buffers.flat.values()
+        if whole.nbytes == contribution.on_wire.nbytes and all_finite(whole):
+            return None
     dense = contribution.dense
     for first, last in contribution.on_wire.spans(dense):
         span = buffers.span(first, last)

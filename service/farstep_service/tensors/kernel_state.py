@@ -149,8 +149,9 @@ class KernelState(SessionState):
         rerun: Rerun | None = None,
     ) -> Applied:
         """Take one step with changed groups, which stay in force if it is taken; for errors see `Store.apply`."""
-        before, of_step = self.groups, self._with(changed, passing)
-        self.groups = self._with(changed)
+        before = of_step = self.groups
+        if changed or passing:
+            of_step, self.groups = self._with(changed, passing), self._with(changed)
         store = self.store
         version = store.version
         try:

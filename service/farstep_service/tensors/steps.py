@@ -3,7 +3,7 @@
     a round ──► accumulated? ──► finite? ──► each policy ──► the step
                   │ not enough     │ no
                   ▼                ▼
-                Left             Left, or NonFinite
+                NoStep           NoStep, or NonFinite
 
 What a policy does is its own; here is when. If the first one finds NaN and Inf on its way, nothing else looks for them.
 
@@ -23,36 +23,13 @@ from farstep.errors import NonFinite
 from farstep.protocol.hyper import Hyper
 from farstep.protocol.messages import Evaluation
 from farstep.protocol.policies import Facts
-from farstep.protocol.receipt import Reason
+from farstep_service.coordinator import NoStep, StepTaken
 from farstep_service.kernels.kernel import Rerun
 from farstep_service.plan import Plan
 from farstep_service.store import Applied, Gradients
 from farstep_service.tensors.finite import first_nonfinite_in
 from farstep_service.tensors.policies import Accumulated, Workspace, through
 from farstep_service.tensors.state import NO_GROUPS, SessionState
-
-
-@dataclass(frozen=True, slots=True)
-class Left:
-    """A round that made no step, and why."""
-
-    reason: Reason
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """A step that was taken.
-
-    Attributes:
-        applied: what the state says of it.
-        workers: whose gradients made it, in the order of the sums.
-        facts: what policies say of them.
-    """
-
-    applied: Applied
-    workers: tuple[str, ...]
-    facts: Facts = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +40,24 @@ class _Round:
     facts: Facts
 
 
-class _NoStep(Exception):  # no error: how a check leaves the policies
-    """There is no step of these gradients, and why."""
-
-    def __init__(self, left: Left) -> None:
-        super().__init__(left.detail)
-        self.left = left
+class _Skipped(Exception):  # no error: how a check leaves the policies
+    """There is no step of these gradients, as a sentence."""
 
 
 @final
 class Steps:
-    """Turn rounds into steps of a state, whose plan says how."""
+    """Turn rounds into steps of a state, whose plan says how.
+
+    Attributes:
+        copied: the segments that the last step wrote to `Gradients.copy`, too.
+    """
 
     def __init__(self, state: SessionState, accumulated: Accumulated | None = None) -> None:
         self._state = state
         self._accumulated = accumulated or Accumulated()
         self._workspace = Workspace()
         self._unfinished: _Round | None = None
+        self.copied: frozenset[int] = frozenset()
 
     @property
     def plan(self) -> Plan:
@@ -111,75 +89,87 @@ class Steps:
         *,
         passing: Mapping[int, Hyper] = NO_GROUPS,
         checked: bool,
+        disagreement: str = "",
         rerun: Rerun | None = None,
-    ) -> Taken | Left:
+    ) -> StepTaken | NoStep:
         """Take a round in, and the step that it makes; for the other arguments see `SessionState.step`.
 
         Args:
             workers: whose gradients these are, in the order of their sum.
             checked: they are known to be finite, where the session asks for that.
+            disagreement: where the workers named different options; see `StepTaken`.
 
         Raises:
             NonFinite: a sum of finite gradients is not finite, in a session that refuses such.
             FarstepError: the step is refused. Nothing has changed then.
             StepInterrupted: a kernel failed midway; the step is pending.
         """
-        state, rounds = self._state, self.plan.policies.rounds
-        with torch.no_grad():
-            if self._accumulated.count + 1 < rounds:
-                return self._accumulate(gradients, workers, changed, checked=checked)
-            made_by = (*self._accumulated.workers, *workers)
-            if self._accumulated.count:
-                gradients, checked = self._accumulated.mean_with(gradients, self._workspace), False
-            try:
-                gradients, facts = self._through_policies(gradients, checked=checked)
-            except _NoStep as no:
-                self._leave(changed, no.left)
-                self._accumulated.clear_()
-                return no.left
+        state, rounds = self._state, self._accumulated
+        made_by: tuple[str, ...] = tuple(workers)
+        facts: Facts = ()
+        if not checked or rounds.count or not state.plan.policies.as_they_come:
+            with torch.no_grad():
+                try:
+                    if rounds.count + 1 < state.plan.policies.rounds:
+                        return self._accumulate(gradients, made_by, changed, disagreement, checked=checked)
+                    if rounds.count:
+                        gradients, checked = rounds.mean_with(gradients, self._workspace), False
+                    gradients, facts = self._through_policies(gradients, checked=checked)
+                except _Skipped as skipped:
+                    state.set_groups(changed)
+                    if rounds.count + 1 >= state.plan.policies.rounds:
+                        rounds.clear_()
+                    return NoStep("nonfinite", str(skipped), disagreement, made_by)
+            made_by = (*rounds.workers, *made_by)
         before = state.version
         try:
             applied = state.step(gradients, changed, evaluation, lr_factor, passing=passing, rerun=rerun)
-        finally:
+        except BaseException:
             if state.pending:
                 self._unfinished = _Round(made_by, facts)
             if state.pending or state.version != before:
-                self._accumulated.clear_()
-        return Taken(applied, made_by, facts)
+                rounds.clear_()
+            raise
+        if rounds.count:
+            rounds.clear_()
+        return self._taken(applied, made_by, facts, disagreement)
 
-    def finish(self) -> Taken | None:
+    def finish(self, disagreement: str = "") -> StepTaken | None:
         """Complete a step that failed midway; return None if there was none."""
         applied, unfinished = self._state.finish(), self._unfinished
         if applied is None:
             return None
         self._unfinished = None
         assert unfinished is not None
-        return Taken(applied, unfinished.workers, unfinished.facts)
+        return self._taken(applied, unfinished.workers, unfinished.facts, disagreement)
+
+    def _taken(self, applied: Applied, workers: tuple[str, ...], facts: Facts, disagreement: str) -> StepTaken:
+        self.copied = applied.copied
+        return StepTaken(applied.version, workers, applied.kernel, applied.again, facts, disagreement, applied.switched)
 
     def _accumulate(
-        self, gradients: Gradients, workers: Sequence[str], changed: Mapping[int, Hyper], *, checked: bool
-    ) -> Left:
+        self,
+        gradients: Gradients,
+        workers: tuple[str, ...],
+        changed: Mapping[int, Hyper],
+        disagreement: str,
+        *,
+        checked: bool,
+    ) -> NoStep:
         """Add a round that waits for others to their sum."""
         if not checked:
-            try:
-                self._check_finite(gradients)
-            except _NoStep as no:
-                return self._leave(changed, no.left)
+            self._check_finite(gradients)
         self._state.check_step(changed)
         self._accumulated.add_(gradients, workers)
-        return self._leave(
-            changed, Left("accumulated", f"Round {self._accumulated.count} of {self.plan.policies.rounds}.")
-        )
-
-    def _leave(self, changed: Mapping[int, Hyper], left: Left) -> Left:
         self._state.set_groups(changed)
-        return left
+        round_of = f"Round {self._accumulated.count} of {self.plan.policies.rounds}."
+        return NoStep("accumulated", round_of, disagreement, workers)
 
     def _through_policies(self, gradients: Gradients, *, checked: bool) -> tuple[Gradients, Facts]:
         """Return the gradients of a step, and what policies say of them.
 
         Raises:
-            NonFinite, _NoStep: see `_check_finite`.
+            NonFinite, _Skipped: see `_check_finite`.
         """
         policies = self.plan.policies.changing
         if not checked and not (policies and policies[0].finds_nonfinite):
@@ -194,7 +184,7 @@ class Steps:
 
         Raises:
             NonFinite: the session refuses it.
-            _NoStep: the session skips it.
+            _Skipped: the session skips it.
         """
         plan = self.plan
         if plan.nonfinite == "allow" or (index := first_nonfinite_in(gradients)) is None:
@@ -202,7 +192,7 @@ class Steps:
         name = plan.layout.segments[index].name
         what = f"The sum of the gradients of {name!r} holds NaN or Inf, though each of them is finite"
         if plan.nonfinite == "skip":
-            raise _NoStep(Left("nonfinite", f"{what}."))
+            raise _Skipped(f"{what}.")
         raise NonFinite(
             f"{what}; nothing was applied.",
             remedy="Lower the loss scale, or the gradients' size; nonfinite='skip' would skip such steps.",

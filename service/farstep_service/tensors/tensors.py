@@ -54,7 +54,7 @@ from farstep_service.tensors.reduction import ByContent, mean_evaluation, reduce
 from farstep_service.tensors.snapshot import TensorsRecord
 from farstep_service.tensors.staleness import Bases, check_dense, compensate_, weigh_
 from farstep_service.tensors.state import SessionState
-from farstep_service.tensors.steps import Left, Steps, Taken
+from farstep_service.tensors.steps import Steps
 
 log = logging.getLogger("farstep.session")
 
@@ -238,12 +238,13 @@ class Tensors:
         if rerun is not None:
             self._unfinished = None
             return self._step(unfinished.step, unfinished.pushes, rerun)
-        taken = self.steps.finish()
+        taken = self.steps.finish(unfinished.agreed.disagreement)
         self._unfinished = None
         if taken is None:
             raise InternalError("An unfinished step is recorded, but the store has none.")
         self.kernel_s = 0.0
-        return self._taken(taken, unfinished.pushes, unfinished.agreed)
+        self._note_copied(unfinished.pushes, taken)
+        return taken
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
@@ -252,7 +253,7 @@ class Tensors:
         weights = step.weights
         if step.unnamed > 1:
             pushes, weights = self._ordered(pushes, weights, step.unnamed)
-        state, options = self.state, Agreed()
+        state, options = self.state, NOTHING_SAID
         try:
             options = _agreed(pushes)
             lasting, passing = state.changed(options.lasting), state.whole(options.passing)
@@ -264,39 +265,31 @@ class Tensors:
             began = time.perf_counter()
             taken = self.steps.take(
                 gradients,
-                tuple(push.head.name.worker for push in pushes),
+                tuple([push.head.name.worker for push in pushes]),
                 lasting,
                 mean_evaluation([push.head.evaluation for push in pushes], step.divisor),
                 weights[0] if self._alone(pushes) else 1.0,
                 passing=passing,
                 checked=len(pushes) == 1 and not made_up,
+                disagreement=options.disagreement,
                 rerun=rerun,
             )
         except Exception as exc:
             if state.pending:
                 self._unfinished = _Unfinished(step, pushes, options)
             return Failed(told(exc, "The step"), unfinished=state.pending)
-        if isinstance(taken, Left):
+        if isinstance(taken, NoStep):
             self.kernel_s = 0.0
-            workers = tuple(push.head.name.worker for push in pushes)
-            return NoStep(taken.reason, taken.detail, options.disagreement, workers)
+            return taken
         self.kernel_s = time.perf_counter() - began
-        return self._taken(taken, pushes, options)
+        self._note_copied(pushes, taken)
+        return taken
 
-    def _taken(self, taken: Taken, pushes: Sequence[_Push], options: Agreed) -> StepTaken:
-        applied = taken.applied
-        if applied.copied:
+    def _note_copied(self, pushes: Sequence[_Push], taken: StepTaken) -> None:
+        """Tell the contributions of a step which parameters it has written where their answers are made."""
+        if copied := self.steps.copied:
             for push in pushes:
-                push.contribution.copied = Copied(applied.version, applied.copied)
-        return StepTaken(
-            applied.version,
-            taken.workers,
-            applied.kernel,
-            applied.again,
-            taken.facts,
-            options.disagreement,
-            applied.switched,
-        )
+                push.contribution.copied = Copied(taken.version, copied)
 
     def _ordered(
         self, pushes: list[_Push], weights: Sequence[float], unnamed: int
@@ -379,9 +372,10 @@ NOTHING_SAID: Final = Agreed()
 
 def _agreed(pushes: Sequence[_Push]) -> Agreed:
     """Return what the options of some pushes, in the order of their sum, amount to."""
-    heads = [push.head for push in pushes]
-    if not any(head.groups for head in heads):
+    heads = [push.head for push in pushes if push.head.groups]
+    if not heads:
         return NOTHING_SAID
+    heads = [push.head for push in pushes]
     return agreed([Said(head.name.worker, head.groups, head.options == "push") for head in heads])
 
 
