@@ -15,7 +15,7 @@ from torch import Tensor
 
 import farstep
 from farstep.errors import FarstepError
-from farstep.optim.writers import writing
+from farstep.optim.writers import Writing
 from farstep.settings import RemoteOptions
 from tests.support.client import hogwild
 from tests.support.client.hogwild import LR, gradient, train
@@ -106,10 +106,10 @@ def test_other_parameters_need_no_turn() -> None:
     inside = threading.Event()
 
     def other() -> None:
-        with writing(frozenset({2}), waits=True):
+        with Writing(frozenset({2}), waits=True):
             inside.set()
 
-    with writing(frozenset({1}), waits=True), writing(frozenset({1}), waits=True), ThreadPoolExecutor(1) as threads:
+    with Writing(frozenset({1}), waits=True), Writing(frozenset({1}), waits=True), ThreadPoolExecutor(1) as threads:
         threads.submit(other).result()
     assert inside.is_set()
 

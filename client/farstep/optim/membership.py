@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, final
 
@@ -31,7 +31,7 @@ from farstep.optim.overlap import Overlap
 from farstep.optim.remote_state import RemoteState
 from farstep.optim.scaling import NOT_SCALED, Scaling
 from farstep.optim.torch_form import check_state_dtype, to_session
-from farstep.optim.writers import Claim, writing
+from farstep.optim.writers import Claim, Writing
 from farstep.overlap import Overlapped
 from farstep.protocol.fields import FieldKind, State
 from farstep.protocol.messages import Evaluation
@@ -184,9 +184,8 @@ class Membership:
             self.overlap.watch(chosen.parameters)
         return True
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Exclude other threads and, with a server, other processes from stepping on the parameters.
+    def writing(self) -> Writing:
+        """Return a block that excludes other threads and, with a server, other processes from the parameters.
 
         Raises:
             FarstepError: another one is stepping on them; see `farstep.optim.writers`.
@@ -197,8 +196,7 @@ class Membership:
                 self._claim.take(self.parameters)
             addresses = self.held.addresses
             self._writes_to = addresses, frozenset(filter(None, addresses))
-        with writing(self._writes_to[1], waits=remote and self.link.consistency.waits_for_others):
-            yield
+        return Writing(self._writes_to[1], waits=remote and self.link.consistency.waits_for_others)
 
     # -- steps ------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Final
+from typing import Final, final
 
 from farstep.errors import Fenced, OptionsDiffer
 from farstep.identity import check_name
@@ -71,8 +71,8 @@ def note_latest_(membership: Membership, settings: WorkerSettings) -> None:
     _LATEST[_key(settings)] = membership
 
 
-@contextmanager
-def explaining_namesake(settings: WorkerSettings, membership: Membership | None = None) -> Iterator[None]:
+@final
+class explaining_namesake:  # used like a function, and made at each step: cheaper than a generator
     """Name the other optimizer of this process in the error, where the session refuses this one because of it.
 
     Args:
@@ -82,12 +82,23 @@ def explaining_namesake(settings: WorkerSettings, membership: Membership | None 
     Raises:
         Fenced, OptionsDiffer: as the session did.
     """
-    try:
-        yield
-    except (Fenced, OptionsDiffer) as error:
+
+    __slots__ = ("_membership", "_settings")
+
+    def __init__(self, settings: WorkerSettings, membership: Membership | None = None) -> None:
+        self._settings = settings
+        self._membership = membership
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, Fenced | OptionsDiffer):
+            return
+        settings = self._settings
         other = _LATEST.get(_key(settings))
-        if other is None or other is membership or not other.close.alive:
-            raise
+        if other is None or other is self._membership or not other.close.alive:
+            return
         raise type(error)(
             f"Another optimizer of this process is in session {settings.session!r} as worker {settings.worker!r}, too. "
             f"{error.detail}",

@@ -19,10 +19,9 @@ import socket
 import sys
 import threading
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import final
 
 from torch import Tensor
 
@@ -33,47 +32,52 @@ Memory = tuple[str, int]
 """Shared memory: its device and its inode."""
 
 
-@dataclass(frozen=True, eq=False)
-class _Step:
-    thread: int
-    addresses: frozenset[int]
-    waits: bool
-
-
-_turn = threading.Condition()
-_running: list[_Step] = []
+_turn = threading.Condition(threading.Lock())
+_running: list[Writing] = []
 _claims: dict[Memory, tuple[socket.socket, int]] = {}
 
 
-@contextmanager
-def writing(addresses: frozenset[int], *, waits: bool) -> Iterator[None]:
-    """Exclude other threads from stepping on the parameters at these addresses.
+@final
+class Writing:
+    """Exclude other threads from stepping on some parameters, as a context manager.
 
     Args:
         addresses: where each parameter's memory begins.
         waits: the step may wait for other workers.
-
-    Raises:
-        FarstepError: another thread's step is using them, and one of the two waits for other workers.
     """
-    step = _Step(threading.get_ident(), addresses, waits)
-    with _turn:
-        while others := [each for each in _running if each.thread != step.thread and addresses & each.addresses]:
-            if waits or any(each.waits for each in others):
-                raise FarstepError(
-                    "Another thread is stepping on the same parameters, in a session whose steps wait for several "
-                    "workers: each would undo what the other brings.",
-                    remedy="Give each worker a model of its own (copy.deepcopy); the session makes them equal.",
-                    side="client",
-                )
-            _turn.wait()
-        _running.append(step)
-    try:
-        yield
-    finally:
+
+    __slots__ = ("addresses", "thread", "waits")
+
+    def __init__(self, addresses: frozenset[int], *, waits: bool) -> None:
+        self.addresses = addresses
+        self.waits = waits
+        self.thread = threading.get_ident()
+
+    def __enter__(self) -> None:
+        """Wait for the steps of other threads on the same parameters.
+
+        Raises:
+            FarstepError: there is such a step, and one of the two waits for other workers.
+        """
         with _turn:
-            _running.remove(step)
+            while _running and (others := [each for each in _running if self._collides(each)]):
+                if self.waits or any(each.waits for each in others):
+                    raise FarstepError(
+                        "Another thread is stepping on the same parameters, in a session whose steps wait for several "
+                        "workers: each would undo what the other brings.",
+                        remedy="Give each worker a model of its own (copy.deepcopy); the session makes them equal.",
+                        side="client",
+                    )
+                _turn.wait()
+            _running.append(self)
+
+    def __exit__(self, *error: object) -> None:
+        with _turn:
+            _running.remove(self)
             _turn.notify_all()
+
+    def _collides(self, other: Writing) -> bool:
+        return other.thread != self.thread and not self.addresses.isdisjoint(other.addresses)
 
 
 # -- processes --------------------------------------------------------------------------------------------------------

@@ -149,13 +149,13 @@ class EmbeddedLink(Link):
 
     def _lent(self, gradients: Sequence[Tensor | None]) -> Gradients:
         sparse: dict[int, tuple[Tensor, Tensor]] = {}
-        missing = any(each is None or each.is_sparse for each in gradients)
-        dense = list(gradients)
-        if missing:
-            for index, gradient in enumerate(gradients):
-                if gradient is not None and gradient.is_sparse:
-                    sparse[index] = (gradient._indices(), gradient._values())
-                    dense[index] = None
+        missing, dense = False, list(gradients)
+        for index, gradient in enumerate(gradients):
+            if gradient is None:
+                missing = True
+            elif gradient.is_sparse:
+                sparse[index] = (gradient._indices(), gradient._values())
+                dense[index], missing = None, True
         self._gradients.lend(dense)
         present = [each is not None for each in dense] if missing else None
         return Gradients(self._gradients, present, sparse, borrowed=True)

@@ -167,7 +167,10 @@ class BorrowedBuffers(Buffers):
 
     def _pairs(self, gathered: _Gathered) -> tuple[list[Tensor], list[Tensor]]:
         """Return views of our memory and the user's tensors, which are copied into one another."""
-        views, tensors = gathered.views, [self._lent(index) for index in gathered.small]
+        lent = self._tensors
+        views, tensors = gathered.views, [each for index in gathered.small if (each := lent[index]) is not None]
+        if len(tensors) < len(views):
+            tensors = [self._lent(index) for index in gathered.small]  # which says what is missing
         if self._apart:
             views = views + [shaped(flat, self.layout.segments[index]) for index, flat in self._apart.items()]
             tensors += map(self._lent, self._apart)
