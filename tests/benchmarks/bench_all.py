@@ -25,7 +25,19 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from tests.benchmarks.hardware import hardware
 from tests.benchmarks.rows import Row, absent, from_json, plain, to_json, write_markdown
 
-PARTS = ("wire", "workers", "kernels", "gpu", "overlap", "first", "memory", "embedded", "bookkeeping", "stragglers")
+PARTS = (
+    "wire",
+    "calls",
+    "workers",
+    "kernels",
+    "gpu",
+    "overlap",
+    "first",
+    "memory",
+    "embedded",
+    "bookkeeping",
+    "stragglers",
+)
 """In the order of the table; each is `tests/benchmarks/bench_<part>.py`."""
 APART = ("control", "crowd", "modes", "policies")
 """Benchmarks with a command and a table of their own: they take long, or answer another question."""
