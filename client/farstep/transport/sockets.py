@@ -17,7 +17,7 @@ repetitions. Any other request raises. A deadline over the whole exchange is `ex
 httpx's timeouts are per read and write. There is no limit on connections in use, hence never a `PoolTimeout`.
 
 Not here: HTTP proxies (`HTTP_PROXY` is not consulted, because httpx leaves a transport that it was given alone) and
-HTTP/2. For those use `httpx.HTTPTransport`: everything works over it, slower. BackgroundCompare up a host name has the
+HTTP/2. For those use `httpx.HTTPTransport`: everything works over it, slower. Looking up a host name takes the
 system's own time limit, which no timeout of ours can shorten.
 """
 
