@@ -39,7 +39,7 @@ PARTS = (
     "stragglers",
 )
 """In the order of the table; each is `tests/benchmarks/bench_<part>.py`."""
-APART = ("control", "crowd", "modes", "policies")
+APART = ("control", "crowd", "modes", "policies", "transport")
 """Benchmarks with a command and a table of their own: they take long, or answer another question."""
 FAILED = "failed"
 LIMIT_S = 600.0
