@@ -1,4 +1,4 @@
-"""A worker's tensors on their way: gradients and state out, parameters and state in, and what was edited between."""
+"""A worker's tensors in transit: outgoing gradients and state, incoming parameters and state, and edits in between."""
 
 from farstep.tensors.edits import BackgroundCompare, Edited, Seen, is_plain, memcmp, same_bits
 from farstep.tensors.encoder import Encoder

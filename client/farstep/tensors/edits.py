@@ -1,22 +1,17 @@
-"""Which tensors are not what a copy of them says: compared byte by byte.
+"""Edits of tensors: found by comparing them byte by byte with copies, or by object and version counter (`Seen`).
 
-A comparison can be made at once (`found`), or a part at a time, as `looking` does.
-
-Version counters would be cheaper to look at, but writing through `.data` does not move them, and `p.data.clamp_(...)`
-is what much code does after a step. Comparing costs less than moving the same bytes once
+Version counters are cheaper to check, but writing through `.data` does not change them, and much code calls
+`p.data.clamp_(...)` after a step. Comparing costs less than moving the same bytes once
 (`tests/benchmarks/bench_bookkeeping.py`).
 
-    large tensor        compared where it is, a part at a time
-    small neighbours    their bytes are joined and compared at once: a call for each would take longer than the bytes
+    large tensor        compared in its own memory, a part at a time
+    small neighbours    joined and compared at once: a call for each would take longer than the bytes
     odd                 strided, lazily negated, or not on the CPU: compared by torch
 
-Compare values without arithmetic: a tensor by its object and version counter, or bit by bit.
-
-Look for edits while something else is done: in a thread, while the gradients of a large step are sent.
-
-Sending takes one CPU and comparing another, on the worker's machine as well as where the server is on the same one:
-its receiving does not fill a CPU. The last byte of a request is sent when everything was compared. If something
-differs the request ends before, which changes nothing on the server; the edit is sent, and the request begins anew.
+`Edits.found` compares at once. `BackgroundCompare` compares in a thread while the gradients of a large step are sent:
+sending takes one CPU and comparing another, and a server on the same machine does not fill one by receiving. The last
+byte of the request is sent when everything has been compared. A difference aborts the request before, which changes
+nothing on the server; then the edit is sent, and the request again.
 """
 
 from __future__ import annotations
@@ -33,7 +28,7 @@ from torch import Tensor
 
 
 class Seen(NamedTuple):
-    """Remember a value: the object, the version counter of a tensor, and what a list holds."""
+    """A record of a value: the object, the version counter of a tensor, and the elements of a list."""
 
     value: Any
     version: int
@@ -70,13 +65,13 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 SMALL_BYTES = 16_384
-"""Up to here copying a tensor's bytes takes less than a call of a foreign function."""
+"""Up to this size, copying a tensor's bytes takes less time than a foreign function call."""
 
 PART_BYTES = 1 << 20
-"""What is compared at once."""
+"""The size of one part of a comparison."""
 
 Check = Callable[[], object]
-"""Compare something, and return what is true if it differs."""
+"""Make one comparison, and return a true value if something differs."""
 
 memcmp = ctypes.CDLL(None).memcmp
 memcmp.restype = ctypes.c_int
@@ -84,7 +79,7 @@ memcmp.restype = ctypes.c_int
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """Small tensors whose copies are one piece of memory."""
+    """Small tensors whose copies are adjacent in memory."""
 
     members: Sequence[int]
     here: Sequence[memoryview]
@@ -93,7 +88,7 @@ class _Run:
 
 
 class Comparer(Protocol):
-    """Anything that compares tensors with copies of them."""
+    """An object that compares tensors with copies of them."""
 
     def found(self, addresses: list[int]) -> list[int]:
         """Return the indices of those that differ; `addresses` is where their memory begins now."""
@@ -104,11 +99,11 @@ class Comparer(Protocol):
 
 @final
 class Edits:
-    """Compare tensors with contiguous copies of them on the CPU.
+    """Comparison of tensors with contiguous copies on the CPU.
 
     Args:
-        tensors: whose bytes may change; other memory may be put behind one (`p.data = ...`).
-        copies: what they are compared with, in memory that stays.
+        tensors: the tensors; one may be given other memory (`p.data = ...`).
+        copies: the copies, whose memory stays the same.
     """
 
     def __init__(self, tensors: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
@@ -155,7 +150,7 @@ class Edits:
         return bool(memcmp(here, self._there[index], ctypes.c_size_t(self._nbytes[index])))
 
     def _look_again_(self, addresses: list[int]) -> None:
-        """Find out how each tensor can be compared, now that there is other memory behind some."""
+        """Choose how to compare each tensor, after the memory of some has changed."""
         self._addresses, self._looked = addresses, True
         pairs = list(zip(self._tensors, self._copies, strict=True))
         self._odd = [index for index, (tensor, copy) in enumerate(pairs) if _is_odd(tensor, copy)]
@@ -176,7 +171,7 @@ class Edits:
 
 
 def _neighbours(copies: Sequence[Tensor], left_out: set[int]) -> list[list[int]]:
-    """Return runs of small copies with memory that follows on another's."""
+    """Return runs of small copies that are adjacent in memory."""
     runs: list[list[int]] = []
     after = 0
     for index, copy in enumerate(copies):
@@ -199,28 +194,28 @@ def _bytes_at(address: int, nbytes: int) -> memoryview:
 
 
 def _is_odd(tensor: Tensor, copy: Tensor) -> bool:
-    """Return whether a tensor's memory does not simply hold its elements in order, as the copy's does."""
+    """Return whether a tensor's memory cannot be compared byte by byte with the copy's."""
     alike = tensor.shape == copy.shape and tensor.dtype == copy.dtype and tensor.device == copy.device
     return not (alike and is_plain(tensor))
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor's memory, on the CPU, holds its elements in order and as they are."""
+    """Return whether a tensor's memory, on the CPU, holds its plain elements in row-major order."""
     dense = tensor.layout is torch.strided and tensor.device.type == "cpu" and tensor.is_contiguous()
     return dense and not tensor.is_conj() and not tensor.is_neg()
 
 
 @final
 class Edited(Exception):
-    """Something differs; raised to end a request that has begun."""
+    """Something differs; raised to abort a request that has begun."""
 
 
 @final
 class BackgroundCompare:
-    """Make comparisons in a thread; they may be stopped and gone on with.
+    """Comparisons in a thread, while a large step is sent; they may be stopped and resumed.
 
     Args:
-        checks: returns the comparisons; called in the thread. What they compare stays as it is meanwhile.
+        checks: returns the comparisons; called in the thread. The compared tensors must not change meanwhile.
     """
 
     def __init__(self, checks: Callable[[], Sequence[Check]]) -> None:
@@ -232,13 +227,13 @@ class BackgroundCompare:
         self._error: BaseException | None = None
 
     def start(self) -> None:
-        """Begin, or go on."""
+        """Begin or resume."""
         self._stopped = False
         self._thread = Thread(target=self._run, name="farstep-edits", daemon=True)
         self._thread.start()
 
     def glance(self) -> None:
-        """Tell what has been found so far.
+        """Raise if a difference has been found so far.
 
         Raises:
             Edited: something differs.
@@ -256,7 +251,7 @@ class BackgroundCompare:
         self.glance()
 
     def stop(self) -> None:
-        """End the thread, wherever it is."""
+        """Stop the thread."""
         self._stopped = True
         self._join()
 

@@ -1,7 +1,7 @@
-"""The one place where gradients become bytes: they are encoded here, and what a codec leaves out is kept here.
+"""The encoder of gradients, which also keeps the residuals of lossy codecs.
 
-A codec that rounds coarsely loses what is small. With error feedback it is only late: what was left out of a gradient
-is added to the next one. That residual belongs to a write, and shares its fate:
+A codec that rounds coarsely loses small values. With error feedback they are only delayed: the encoding error of a
+gradient is added to the next one. This residual belongs to a write, and shares its outcome:
 
     begin      of a push: the residual is added to its gradients, and what is left out of those is noted
     commit     its gradients count: the note is the residual from now on
@@ -26,15 +26,15 @@ from farstep.protocol.memory import TORCH_DTYPES
 
 @final
 class Encoder:
-    """Encode the gradients of some parameters.
+    """The encoder for the gradients of some parameters.
 
     Args:
-        parameters: whose gradients they are, in the session's order.
-        codec: encodes those that it applies to.
+        parameters: the parameters, in the session's order.
+        codec: the codec of those that it applies to.
 
     Attributes:
         codec: as above.
-        dtypes: the dtype of the memory in which each gradient travels: its own, or that of encoded elements or bytes.
+        dtypes: the dtype in which each gradient is sent: its own, or that of encoded elements or bytes.
     """
 
     def __init__(self, parameters: Sequence[Tensor], codec: Codec = FULL) -> None:
@@ -53,43 +53,43 @@ class Encoder:
 
     @property
     def elementwise(self) -> bool:
-        """Return whether encoding a gradient is copying it to memory of another dtype, and nothing more."""
+        """Return whether encoding a gradient is just copying it to memory of another dtype."""
         return self.codec.element is not None and not self.codec.residual
 
     @property
     def streams(self) -> bool:
         """Return whether a push can begin before all its gradients are known.
 
-        Whether every number can be encoded is looked at before anything is sent, and what is left out belongs to one
-        push at a time.
+        It cannot if numbers may be out of range, which is checked before anything is sent, or with residuals, which
+        belong to one push at a time.
         """
         return self.codec.block is not None and self.codec.limit is None and not self.codec.residual
 
     def length(self, index: int, elements: int | None = None) -> int:
-        """Return how much memory of its dtype so many elements of a gradient take, None for all of them."""
+        """Return the length, in its dtype, of this many encoded elements of a gradient, None for all of them."""
         count = self._sizes[index] if elements is None else elements
         whole = self._applies[index] and self.codec.element is None
         return self.codec.encoded_bytes(count) if whole else count
 
     def nbytes(self, index: int) -> int:
-        """Return how many bytes a dense gradient travels in."""
+        """Return the encoded size of a dense gradient in bytes."""
         return self.length(index) * self.dtypes[index].itemsize
 
     def cut(self, index: int, elements: int) -> int:
-        """Return into how many elements a gradient may be cut: at most so many, if its codec can be cut there."""
+        """Return the elements of a piece of a gradient: at most `elements`, or all if its codec cannot be cut."""
         block = self.codec.block if self._applies[index] else 1
         return max(1, self._sizes[index]) if block is None else max(1, elements // block) * block
 
     # -- encoding ---------------------------------------------------------------------------------------------------
 
     def encode_(self, index: int, source: Tensor, into: Tensor, first: int = 0) -> None:
-        """Write a gradient, or a piece of it that begins at element `first`, as it travels.
+        """Encode a gradient, or a piece of it that begins at element `first`.
 
         Args:
-            index: whose gradient it is.
+            index: of the parameter.
             source: dense, of any strides, on any device.
             into: memory on the CPU, of its dtype in `dtypes`; of the source's shape, or flat if not `elementwise`.
-            first: where a cut allows it; see `cut`.
+            first: the first element of a piece; see `cut`.
 
         Raises:
             NonFinite: see `check`.
@@ -115,9 +115,9 @@ class Encoder:
         torch.sub(source, left, out=left)
 
     def encoded(self, index: int, values: Tensor, *, sparse: bool = False) -> Tensor:
-        """Return a gradient, or the values of a sparse one, as it travels.
+        """Return an encoded gradient, or the encoded values of a sparse one.
 
-        What is left out of a sparse one is not kept: its rows are others each time.
+        A sparse gradient leaves no residual: its rows differ each time.
 
         Raises:
             NonFinite: see `check`.
@@ -140,10 +140,10 @@ class Encoder:
         return into
 
     def check(self, index: int, encoded: Tensor, source: Tensor) -> None:
-        """Refuse what encoding made infinite. `encoded` is still in the cache.
+        """Refuse a gradient that encoding made infinite. `encoded` is still in the cache.
 
         Raises:
-            NonFinite: a finite number became infinite, which no policy of a session can know.
+            NonFinite: a finite number became infinite, which the session's policy cannot detect.
         """
         if self.codec.limit is None or not self._applies[index] or not self.codec.lost_finite(encoded, source):
             return
@@ -162,21 +162,21 @@ class Encoder:
         self._noted = {}
 
     def commit(self, *, counts: bool) -> None:
-        """Take note that the push was answered, and that its gradients count, or do not."""
+        """Record that the push was answered, and whether its gradients count."""
         if counts:
             self._residuals |= self._noted
         self._noted, self._doubtful = {}, None
 
     def rollback(self) -> None:
-        """Take note that the push was refused: what was left out of its gradients is forgotten."""
+        """Record that the push was refused, and drop its residual."""
         self._noted = {}
 
     def doubt(self, push: object) -> None:
-        """Take note that a push got no answer; `push` is what it is known by until it is settled."""
+        """Record that a push got no answer; `push` identifies it until it is settled."""
         self._doubtful, self._noted = (push, self._noted), {}
 
     def settle(self, push: object) -> bool:
-        """Take note that a push in doubt was applied; return whether gradients are encoded otherwise for it."""
+        """Record that a push in doubt was applied; return whether this changes how gradients are encoded."""
         if self._doubtful is None or self._doubtful[0] is not push or not self._doubtful[1]:
             return False
         self._residuals |= self._doubtful[1]
@@ -184,11 +184,11 @@ class Encoder:
         return True
 
     def forget(self) -> None:
-        """Forget all that was left out: what follows is no continuation of what was pushed."""
+        """Drop all residuals: the next push does not continue the earlier ones."""
         self._residuals, self._noted, self._doubtful = {}, {}, None
 
     def grown(self, parameters: Sequence[Tensor]) -> Encoder:
-        """Return the same for these parameters, which begin with those there are."""
+        """Return an encoder with the same residuals for more parameters, which begin with these."""
         grown = Encoder(parameters, self.codec)
         grown._residuals, grown._doubtful = self._residuals, self._doubtful
         return grown
@@ -200,5 +200,5 @@ def applies(codec: Codec, tensor: Tensor) -> bool:
 
 
 def _flat(source: Tensor) -> Tensor:
-    """Return the elements in row-major order on the CPU, the same memory where that holds them so."""
+    """Return the elements in row-major order on the CPU; the same memory if it has that order."""
     return source.detach().to("cpu").reshape(-1)

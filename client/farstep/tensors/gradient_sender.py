@@ -1,7 +1,7 @@
-"""Gradients on their way out: small neighbours are joined in memory of ours, large ones are sent from where they lie.
+"""Outgoing gradients: small neighbours are joined in a buffer, large ones are sent from their own memory.
 
-A view of a tensor's memory takes as long as a copy of some ten thousand of its bytes, and every buffer of a message
-costs again on its way to the socket. So a step of many small gradients is one copy, and one buffer.
+Making a view of a tensor's memory takes as long as copying some ten thousand bytes, and every buffer of a message costs
+again on its way to the socket. So a step of many small gradients is one copy and one buffer.
 
     up to LARGE_BYTES in all    the payload is there before it is sent
     above                       it is made piece by piece while it is sent; what has to be encoded takes the memory
@@ -26,20 +26,20 @@ from farstep.transport import Batch, StreamedBody
 from farstep.transport.pieces import Payload
 
 SMALL_BYTES: Final = 32 * 1024
-"""Up to here a gradient is copied."""
+"""Up to this size a gradient is copied."""
 PIECE_BYTES: Final = 4 << 20
-"""What is sent at once of a gradient that lies in memory; with pieces of 256 KiB sending takes a third longer."""
+"""The size of pieces of a gradient sent from its own memory; with 256 KiB sending takes a third longer."""
 ENCODED_BYTES: Final = 1 << 20
-"""What is encoded at once, and sent while a cache still has it."""
+"""The size of pieces that are encoded, and sent while a cache has them."""
 JOINED_BYTES: Final = 1 << 20
-"""What is joined at once, at most."""
+"""The largest buffer of joined gradients."""
 LARGE_BYTES: Final = 4 << 20
-"""From here on a payload is made while it is sent."""
+"""From this size on a payload is made while it is sent."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Joined:
-    """Neighbours that are copied, and encoded where they travel so, into one buffer."""
+    """Neighbours that are copied, or encoded, into one buffer."""
 
     first: int
     staged: list[Tensor]
@@ -66,7 +66,7 @@ class _Joined:
 
 @dataclass(frozen=True, slots=True)
 class _Lying:
-    """One that is sent from where it lies."""
+    """A gradient that is sent from its own memory."""
 
     index: int
     nbytes: int
@@ -79,7 +79,7 @@ class _Lying:
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:
-    """One that is encoded, piece by piece, into memory that the next piece takes."""
+    """A gradient that is encoded piece by piece into the same scratch memory."""
 
     index: int
     elements: int
@@ -99,11 +99,11 @@ class _Encoded:
 
 @final
 class GradientSender:
-    """Send the gradients of one optimizer.
+    """The sender of one optimizer's gradients.
 
     Args:
         parameters: whose gradients they are, in the session's order.
-        encoder: encodes them; None where they travel as they are.
+        encoder: encodes them; None if they are sent unchanged.
 
     Attributes:
         nbytes: size of the payload of all of them.
@@ -132,14 +132,14 @@ class GradientSender:
     def payload(
         self, gradients: Sequence[Tensor | None], looking: BackgroundCompare | None = None, *, at_once: bool = False
     ) -> Payload | None:
-        """Return the payload of gradients that are all there and dense, None for others.
+        """Return the payload of gradients that are complete and dense, None for others.
 
-        It is overwritten by the next one.
+        The next payload overwrites it.
 
         Args:
-            gradients: they stay as they are until the payload was sent.
-            looking: edits that are looked for while a large payload is sent: all of them before it is whole.
-            at_once: the payload has to be there, however large; only where all travel as they are.
+            gradients: they must not change until the payload has been sent.
+            looking: the search for edits that runs while a large payload is sent, and ends before the payload does.
+            at_once: make the whole payload now, however large; only without encoding.
 
         Raises:
             NonFinite: see `Encoder.check`; a large payload raises it, and `Edited`, when it is made.

@@ -1,8 +1,8 @@
-"""Parameters that arrive in 16 bits (codecs with an element): widened in the copy into the model, and compared with it
-just as exactly.
+"""Parameters that arrive in 16 bits (codecs with an element): widened in the copy into the model, and compared exactly.
 
-arrived in 16 bits   the session has other bits, but this worker was told these: an unedited parameter is them, widened
-sent by this worker  the session has its float32 values, which are kept until the parameter arrives again
+arrived in 16 bits      this worker's value is the widened one, though the session has more bits: an unedited parameter
+                        equals it
+sent by this worker     the session has the float32 values, which are kept until the parameter arrives again
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ BLOCK = 2**19
 
 @final
 class HalfPrecisionReceiver(ParameterReceiver):
-    """Staging memory for parameters of which the float32 ones arrive in 16 bits; see `ParameterReceiver`.
+    """A receiver of float32 parameters in 16 bits; see `ParameterReceiver`.
 
     Args:
-        parameters: the tensors that arrive, in the session's order.
-        codec: encodes them; one with an element.
+        parameters: the parameters, in the session's order.
+        codec: their codec, which has an element.
     """
 
     def __init__(self, parameters: Sequence[Tensor], codec: Codec) -> None:
@@ -108,7 +108,7 @@ class HalfPrecisionReceiver(ParameterReceiver):
 
 @dataclass(frozen=True, slots=True)
 class _Block:
-    """Neighbours that are widened in one go, and where each is then compared with what."""
+    """Neighbours that are widened together, and the addresses for their comparison."""
 
     narrow: Tensor
     wide: Tensor
@@ -118,10 +118,10 @@ class _Block:
 
 @final
 class WideEdits:
-    """Compare float32 tensors, byte by byte, with 16-bit copies widened; see `Edits`.
+    """Byte-by-byte comparison of float32 tensors with widened 16-bit copies; see `Edits`.
 
     Args:
-        tensors: whose bytes may change; other memory may be put behind one.
+        tensors: the tensors; one may be given other memory.
         copies: 16-bit ones, contiguous, on the CPU.
     """
 
@@ -153,7 +153,7 @@ class WideEdits:
         return not same_bits(self._tensors[index].detach().cpu(), self._copies[index].to(torch.float32))
 
     def _look_again_(self, addresses: list[int]) -> None:
-        """Cut the copies into blocks, now that there is other memory behind some tensors."""
+        """Cut the copies into blocks, after the memory of some tensors has changed."""
         self._addresses = addresses
         self._odd = [index for index, tensor in enumerate(self._tensors) if not is_plain(tensor)]
         odd = set(self._odd)

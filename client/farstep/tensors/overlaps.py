@@ -1,7 +1,7 @@
 """Which tensors share memory, element by element.
 
-Views of one storage need not: the columns of a matrix lie between each other and have nothing in common. So tensors are
-first compared by where they begin and end, and what lies within another's ends is marked, element by element.
+Views of one storage need not share any: the columns of a matrix interleave and have no element in common. So tensors
+are first compared by their ends, and those within another's ends are marked element by element.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class _Extent:
-    """Where one tensor lies.
+    """The extent of one tensor in memory.
 
     Attributes:
-        index: which one it is.
-        tensor: itself.
+        index: of the tensor.
+        tensor: the tensor.
         start, stop: its first byte, and the one after its last.
     """
 
@@ -31,12 +31,12 @@ class _Extent:
 
     @property
     def dense(self) -> bool:
-        """Return whether each byte between its ends is the tensor's."""
+        """Return whether every byte between its ends is the tensor's."""
         return self.stop - self.start == self.tensor.numel() * self.tensor.element_size()
 
 
 def overlapping(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
-    """Return the pairs of tensors that share an element, ascending; each but the first of several is in one pair.
+    """Return the pairs of tensors that share an element, ascending; of several, each but the first is in one pair.
 
     Args:
         tensors: dense ones; those without memory, such as meta tensors, share nothing.
@@ -51,7 +51,7 @@ def overlapping(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
 
 
 def shares_with_itself(tensor: Tensor) -> bool:
-    """Return whether two elements of a dense tensor are one, as in an expanded one."""
+    """Return whether two elements of a dense tensor share memory, as in an expanded one."""
     if not tensor.numel():
         return False
     reach = 0  # of the dimensions with smaller strides
@@ -75,7 +75,7 @@ def _end_of(tensor: Tensor) -> int:
 
 
 def _clusters(extents: Sequence[_Extent]) -> Iterator[list[_Extent]]:
-    """Yield those that lie within each other's ends, given in the order of their beginnings."""
+    """Yield groups of extents that overlap, from extents in the order of their starts."""
     cluster: list[_Extent] = []
     stop = 0
     for extent in extents:
@@ -107,7 +107,7 @@ def _pairs(cluster: Sequence[_Extent]) -> Iterator[tuple[int, int]]:
 
 
 class _Map:
-    """A map of the memory that tensors lie in: who has each part of it; 0 at first."""
+    """A map of the memory of some tensors: the owner of each part, 0 at first."""
 
     def __init__(self, extents: Sequence[_Extent]) -> None:
         self._start = min(each.start for each in extents)
@@ -117,7 +117,7 @@ class _Map:
         self.owners = torch.zeros(length // self._unit, dtype=torch.int32, device="cpu")
 
     def of(self, extent: _Extent) -> Tensor:
-        """Return the parts that a tensor's elements take."""
+        """Return the parts of a tensor's elements."""
         tensor, parts = extent.tensor, extent.tensor.element_size() // self._unit
         strides = [stride * parts for stride in tensor.stride()]
         at = (extent.start - self._start) // self._unit

@@ -1,15 +1,14 @@
-"""The parameters as the session has them: where answers arrive, and what edits are found by.
+"""The parameters as the session has them: memory that receives answers, and that edits are compared with.
 
-Between steps the memory here holds what the session has of each parameter as far as this worker knows, so a parameter
-that differs from it was edited here since. An answer that is cut off leaves the model as it was:
+Between steps this memory holds the session's values of the parameters, as far as this worker knows them, so a parameter
+that differs was edited here. An answer that is cut off leaves the model unchanged:
 
-    all parameters, and large   they arrive in memory of their own and are copied as they come (`landing`);
-                                then the two memories change places
-    other answers               arrive in the memory there is, and are copied when they are complete
+    all parameters, and large    they arrive in spare memory and are copied as they arrive (`landing`); then the two
+                                 memories change places
+    other answers                arrive in the same memory, and are copied when they are complete
 
-Parameters that arrive encoded as bytes: decoded when all of an answer is there, into what is known of the session.
-
-What a codec makes of a parameter is what this worker has of it: an unedited parameter is the decoded one, bit by bit.
+`DecodingReceiver` is for a codec that encodes to bytes: an answer is decoded when it is complete. This worker's value
+of a parameter is the decoded one: an unedited parameter equals it, bit for bit.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from farstep.tensors.encoder import applies
 from farstep.tensors.streaming_copy import StreamingCopy
 
 LARGE_BYTES: Final = 4 << 20
-"""From here on an answer is copied as it comes; a smaller one takes no time to copy."""
+"""From this size on an answer is copied as it arrives; copying a smaller one takes no time."""
 
 
 class _Memory:
@@ -36,8 +35,8 @@ class _Memory:
 
     Attributes:
         staged: each parameter's part of it.
-        views: all of it, in the parameters' order.
-        comparers: what compares parameters with it, with the indices of those; None until it is needed.
+        views: the whole memory, in the parameters' order.
+        comparers: compare parameters with it, each with their indices; None until needed.
     """
 
     def __init__(
@@ -62,12 +61,12 @@ class _Memory:
 
 
 class ParameterReceiver:
-    """Staging memory for the parameters of one optimizer; `keep_` fills it first.
+    """The receiver of one optimizer's parameters; `keep_` fills its memory first.
 
     Args:
         parameters: the tensors that arrive, in the session's order.
-        dtypes: what each arrives as, if not as it is.
-        flat: memory to use, by dtype as large as these take; without it, memory of its own.
+        dtypes: the dtype in which each arrives; its own by default.
+        flat: memory to use, by dtype; allocated by default.
     """
 
     def __init__(
@@ -90,15 +89,15 @@ class ParameterReceiver:
         return self._memory.staged
 
     def rebind_(self, parameters: Sequence[Tensor]) -> None:
-        """Take other tensors of the same shapes and dtypes in the parameters' place; what has arrived stays."""
+        """Replace the parameters by other tensors of the same shapes and dtypes; received values stay."""
         self._parameters = list(parameters)
-        # Views shown as the conjugate or the negative of their memory, which foreach operations do not take.
+        # Lazily conjugated or negated views, which foreach operations do not take.
         self._lazy = any(p.is_conj() or p.is_neg() for p in parameters)
         self._inference = any(p.is_inference() for p in parameters)
         self._compare_anew_()
 
     def within(self, flat: Mapping[torch.dtype, Tensor] | None) -> ParameterReceiver:
-        """Return the same in other memory: `flat`, or memory of its own."""
+        """Return a copy of this receiver in other memory: `flat`, or newly allocated."""
         moved = ParameterReceiver(self._parameters, flat=flat)
         copy_all(moved._staged, self._staged, lazy=False)
         moved._differing = set(self._differing)
@@ -106,7 +105,7 @@ class ParameterReceiver:
         return moved
 
     def grown(self, parameters: Sequence[Tensor]) -> ParameterReceiver:
-        """Return memory for more parameters behind these, taken for what the session has; edits of these stay known."""
+        """Return a receiver with more parameters, whose values the session has; known edits are kept."""
         count = len(self._parameters)
         grown = ParameterReceiver([*self._parameters, *parameters])
         copy_all(grown._staged[:count], self._staged, lazy=False)
@@ -117,7 +116,7 @@ class ParameterReceiver:
     # -- edits ------------------------------------------------------------------------------------------------------
 
     def edited(self, addresses: list[int]) -> list[int]:
-        """Return which parameters differ from what the session has of them; see `Edits.found`."""
+        """Return which parameters differ from the session's; see `Edits.found`."""
         found = set(self._differing)
         for members, comparer in self._comparing():
             found |= {members[place] for place in comparer.found(_of(addresses, members))}
@@ -144,7 +143,7 @@ class ParameterReceiver:
                 memory.comparers = None
 
     def keep_(self, indices: Sequence[int] | None = None, *, but: Sequence[int] = ()) -> None:
-        """Take some parameters (None: all of them) for what the session has, as after they were sent.
+        """Record the values of some parameters (None for all) as the session's, as after sending them.
 
         Args:
             indices: which ones.
@@ -160,7 +159,7 @@ class ParameterReceiver:
         self._overwritten = self._overwritten and indices is not None
 
     def stand_in(self, index: int) -> Tensor | None:
-        """Return a copy of what the session has of a parameter, in its form; None where that is not known."""
+        """Return a copy of the session's value of a parameter, in its form; None if unknown."""
         if self._overwritten or index in self._differing:
             return None
         return self._known(index).clone()
@@ -168,11 +167,11 @@ class ParameterReceiver:
     # -- answers ----------------------------------------------------------------------------------------------------
 
     def targets(self, indices: Sequence[int] | None, *, whole: bool = False) -> list[memoryview]:
-        """Return where the payload of these parameters goes, to be copied when it is complete.
+        """Return the memory for the payload of these parameters, which is copied when it is complete.
 
         Args:
             indices: which ones; None for all of them.
-            whole: they come as they are, whatever was asked for; see `HalfPrecisionReceiver`.
+            whole: they arrive without a codec, even if one was requested; see `HalfPrecisionReceiver`.
         """
         if indices is None:
             self._overwritten = True
@@ -181,9 +180,9 @@ class ParameterReceiver:
         return [tensor_memory(self._staged[i]) for i in indices]
 
     def landing(self) -> list[memoryview]:
-        """Return where the payload of all parameters goes, to be copied as it comes (`advance_`) if it is large.
+        """Return the memory for the payload of all parameters, which is copied as it arrives (`advance_`) if large.
 
-        The parameters have to be what the session had.
+        The parameters must have the session's values.
         """
         if not self._lands or self._overwritten:
             return self.targets(None)
@@ -193,30 +192,30 @@ class ParameterReceiver:
         return self._spare.views
 
     def advance_(self, received_bytes: int) -> None:
-        """Take note that so many bytes of an answer have arrived in all."""
+        """Record the total of bytes of an answer that have arrived."""
         if self._landing is not None:
             with self._writing():
                 self._landing.advance(received_bytes)
 
     def undo_(self) -> None:
-        """Put back what the parameters were before an answer that was cut off, or did not come at all."""
+        """Restore the parameters after an answer that was cut off, or did not come at all."""
         if self._landing is not None:
             with self._writing():
                 self._landing.undo([self._known(index) for index in range(len(self._parameters))])
             self._landing = None
 
     def give_up_(self, *, lost: bool = False) -> None:
-        """Do without an answer: the parameters are as they were, and then what there is of them here as well.
+        """Give up an answer: restore the parameters, and then the record of them here.
 
         Args:
-            lost: the server may have written here; the parameters are what the session had.
+            lost: the server may have written to this memory; the parameters have the session's values.
         """
         self.undo_()
         if self._overwritten or lost:
             self.keep_()
 
     def settle_(self, indices: Sequence[int] | None) -> None:
-        """Bring a complete answer into the parameters: same storage, same strides, version counters bumped."""
+        """Copy a complete answer into the parameters: same storage, same strides, version counters bumped."""
         if self._landing is None:
             self._copy_(indices)
         else:
@@ -236,11 +235,11 @@ class ParameterReceiver:
             copy_all(targets, sources, self._lazy)
 
     def _writing(self) -> AbstractContextManager[object]:
-        """Return a block in which parameters can be written to: those of `torch.inference_mode` only inside it."""
+        """Return a context for writing to the parameters: `torch.inference_mode` for those created in it."""
         return torch.inference_mode() if self._inference else torch.no_grad()
 
     def _known(self, index: int) -> Tensor:
-        """Return what the session has of a parameter."""
+        """Return the session's value of a parameter."""
         return self._staged[index]
 
 
@@ -270,11 +269,11 @@ def copy_all(targets: list[Tensor], sources: list[Tensor], lazy: bool) -> None:
 
 @final
 class DecodingReceiver(ParameterReceiver):
-    """Staging memory for parameters of which a codec without an element encodes some; see `ParameterReceiver`.
+    """A receiver of parameters that a codec encodes to bytes; see `ParameterReceiver`.
 
     Args:
         parameters: the tensors that arrive, in the session's order.
-        codec: how they are encoded.
+        codec: their codec, which has no element.
     """
 
     def __init__(self, parameters: Sequence[Tensor], codec: Codec) -> None:
@@ -302,7 +301,7 @@ class DecodingReceiver(ParameterReceiver):
         return views if whole else [tensor_memory(self._encoded.get(i, self._staged[i])) for i in chosen]
 
     def landing(self) -> list[memoryview]:
-        return self.targets(None)  # nothing is decoded before all of it is there
+        return self.targets(None)  # nothing is decoded before all of it has arrived
 
     def settle_(self, indices: Sequence[int] | None) -> None:
         for index in self._coming:

@@ -1,6 +1,6 @@
-"""Client-side memory: where gradients and state are sent from, and where state arrives.
+"""Client-side memory: for outgoing gradients and state, and for incoming state.
 
-Contiguous CPU tensors are sent from their own memory. Parameters arrive in `receiver`.
+Contiguous CPU tensors are sent from their own memory. `parameter_receiver` has the memory of incoming parameters.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from farstep.protocol.messages import Sparse
 from farstep.tensors.encoder import Encoder
 
 MOST_PAIRS: Final = 2**14
-"""Rows of all parameters' elements that a field of its own shape may have, such as the history of LBFGS."""
+"""The most rows of all parameters' elements in a free field, such as the history of LBFGS."""
 LONGEST_LIST: Final = 2**20
 
 
 def outgoing(tensor: Tensor) -> memoryview:
-    """Return a dense tensor's bytes in row-major order, without a copy where it has them so on the CPU."""
+    """Return a dense tensor's bytes in row-major order, without a copy if its memory on the CPU has that order."""
     return tensor_memory(tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous())
 
 
@@ -71,7 +71,7 @@ def outgoing_gradients(
 
 
 def outgoing_presence(fields: Mapping[str, FieldKind], states: Sequence[State | None]) -> list[memoryview]:
-    """Return which fields each parameter has."""
+    """Return the masks of each parameter's fields."""
     names = list(fields)
     return [
         outgoing(torch.tensor([float(mask_of(own or (), names)) for own in states], dtype=torch.float64, device="cpu"))
@@ -79,7 +79,7 @@ def outgoing_presence(fields: Mapping[str, FieldKind], states: Sequence[State | 
 
 
 def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, State | None]]) -> list[memoryview]:
-    """Return one state field of some parameters; those without it send zeros, those that never have it nothing.
+    """Return one state field of some parameters: zeros for those without it, nothing for those that never have it.
 
     Args:
         field: the field's name.
@@ -87,7 +87,7 @@ def outgoing_state(field: str, kind: FieldKind, chosen: Sequence[tuple[Tensor, S
         chosen: the parameters with their states.
 
     Raises:
-        ValueError: a state that does not have the field's shape.
+        ValueError: a state has another shape than the field's.
     """
     if kind == "free":
         parameter, own = chosen[0]
@@ -119,7 +119,7 @@ def outgoing_contents(
     """Return parameters and state fields of some parameters.
 
     Args:
-        fields: what is sent, in this order: `param`, `present` and state fields.
+        fields: the fields to send, in this order: `param`, `present` and state fields.
         kinds: the optimizer's state fields.
         chosen: the parameters with their states.
     """
@@ -135,7 +135,7 @@ def outgoing_contents(
 
 
 class TensorMeta(NamedTuple):
-    """What a parameter was when the session took it, which its state keeps to whatever becomes of the parameter."""
+    """The form of a parameter when the session took it, which its state keeps."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -147,12 +147,12 @@ class TensorMeta(NamedTuple):
 
 
 class StateArrivals:
-    """Memory for the optimizer state of some parameters.
+    """Memory for the incoming optimizer state of some parameters.
 
     Args:
-        parameters: the forms of those whose state arrives.
-        fields: what it consists of; none where only `present` is asked for.
-        elements: those of all parameters of the session, for what is of a shape of its own.
+        parameters: the forms of the parameters.
+        fields: its fields; none if only `present` is requested.
+        elements: the elements of all parameters of the session, which bound free fields.
     """
 
     def __init__(self, parameters: Sequence[TensorMeta], fields: Mapping[str, FieldKind], elements: int) -> None:
@@ -165,15 +165,15 @@ class StateArrivals:
         self._plain: set[str] = set()
 
     def targets(self, names: Sequence[str], shapes: Shapes) -> list[memoryview]:
-        """Return where the payload of these fields goes.
+        """Return the memory for the payload of these fields.
 
         Args:
             names: the fields.
-            shapes: of those that have one of their own.
+            shapes: the shapes of free fields.
 
         Raises:
-            InvalidRequest: not the fields that were asked for; those that nobody has may be missing.
-            ResponseTooLarge: a shape is none that an optimizer of these parameters has.
+            InvalidRequest: not the requested fields; those that no parameter has may be missing.
+            ResponseTooLarge: no optimizer of these parameters has such a shape.
         """
         needed = {name for name, kind in self._fields.items() if kind in EVERYWHERE} | {PRESENT}
         if not needed <= set(names) <= {*self._fields, PRESENT}:
@@ -214,10 +214,10 @@ class StateArrivals:
         return tensor_memory(self._free[name])
 
     def states(self) -> list[State | None]:
-        """Return what has arrived, on the parameters' devices; None for a parameter that has no state.
+        """Return the received states, on the parameters' devices; None for a parameter without state.
 
         Raises:
-            InvalidRequest: a parameter is said to have what did not come.
+            InvalidRequest: a field that a parameter is said to have did not arrive.
         """
         names = list(self._fields)
         states: list[State | None] = []

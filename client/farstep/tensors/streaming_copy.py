@@ -1,12 +1,12 @@
-"""An answer on its way into the parameters: copied part by part, while a cache still has it and the rest is coming.
+"""An answer copied into the parameters part by part, while a cache has each part and the rest arrives.
 
     memory                  before    while it comes            complete     given up
     what the session had    old       old                       old          old
     where it arrives                  new, as far as it came    new
     parameters              old       new, as far as it came    new          old again, copied from what the session had
 
-So an answer that is cut off leaves the model as it was, and one that is complete is in it when its last byte is. That
-takes parameters that are what the session had: they were compared before.
+So an answer that is cut off leaves the model as it was, and a complete one is in it when its last byte arrives. This
+requires parameters with the session's values, which were compared before.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class _Part:
     """One parameter of the answer.
 
     Attributes:
-        nbytes: how many of its bytes arrive.
-        item: bytes of an element that arrives.
-        here, there: the addresses of the parameter and of where it arrives; 0 where it is not copied in parts.
-        widened: parameter and arrival, flat, where their dtypes differ.
+        nbytes: the number of bytes that arrive.
+        item: bytes of an arriving element.
+        here, there: the addresses of the parameter and of its arrival; 0 if it is not copied in parts.
+        widened: parameter and arrival, flat, if their dtypes differ.
     """
 
     nbytes: int
@@ -40,7 +40,7 @@ class _Part:
     widened: tuple[Tensor, Tensor] | None
 
     def copy(self, start: int, stop: int) -> None:
-        """Copy some of its elements, given as bytes of the arrival."""
+        """Copy some of its elements, given as a range of bytes of the arrival."""
         if self.widened is not None:
             here, there = self.widened
             first, last = start // self.item, stop // self.item
@@ -51,11 +51,11 @@ class _Part:
 
 @final
 class StreamingCopy:
-    """Take one answer in.
+    """The copy of one answer.
 
     Args:
         parameters: all of them, in the session's order.
-        arriving: where they arrive: contiguous, on the CPU.
+        arriving: the memory that receives them: contiguous, on the CPU.
     """
 
     def __init__(self, parameters: Sequence[Tensor], arriving: Sequence[Tensor]) -> None:
@@ -67,7 +67,7 @@ class StreamingCopy:
         self._copied = 0
 
     def advance(self, received_bytes: int) -> None:
-        """Copy what has arrived since; `received_bytes` have in all."""
+        """Copy what has arrived since the last call; `received_bytes` have arrived in total."""
         while self._which < len(self._parts):
             part = self._parts[self._which]
             ready = min(received_bytes - self._begins, part.nbytes)
@@ -80,7 +80,7 @@ class StreamingCopy:
             self._which, self._begins, self._copied = self._which + 1, self._begins + part.nbytes, 0
 
     def finish(self) -> None:
-        """Copy what could not be copied in parts, now that all has arrived, and tell autograd."""
+        """Copy what could not be copied in parts, after everything has arrived, and notify autograd."""
         with torch.no_grad():
             for p, source, part in zip(self._parameters, self._arriving, self._parts, strict=True):
                 if part.nbytes and not part.here:
@@ -88,7 +88,7 @@ class StreamingCopy:
         torch.autograd.graph.increment_version([p for p in self._parameters if not p.is_inference()])
 
     def undo(self, before: Sequence[Tensor]) -> None:
-        """Put back what the parameters were, as far as they are not; autograd need not know."""
+        """Restore the parameters that have changed; autograd need not know."""
         for p, known, part in list(zip(self._parameters, before, self._parts, strict=True))[: self._which + 1]:
             if part.here:
                 p.data.copy_(known)

@@ -1,13 +1,12 @@
-"""HTTP/1.1 heads: bytes of a request's, facts of a response's. No I/O here.
+"""HTTP/1.1 heads, without I/O: a request's as bytes, a response's as a record; and the extensions of both.
 
-The standard library's parser hands every header to the mail parser: 19 us for five headers, where this takes 4, and a
-small push has about 200 in all. It also wants a file to block on, while an answer that arrives during sending has to
-be recognised without waiting. What a body's end is follows RFC 9112 section 6.3; what that section calls an error is
-one here, because two readers that disagree about where a body ends are a security hole.
+The standard library's parser passes every header to the mail parser: 19 us for five headers, where this takes 4, and a
+small push has about 200 in total. It also wants a file to block on, while an answer that arrives during sending has to
+be recognised without waiting. The end of a body follows RFC 9112 section 6.3; what that section calls an error is one
+here, because two readers that disagree about the end of a body are a security hole.
 
-The keys under which a request tells the transport something, and the transport the caller.
-
-They live in `httpx.Request.extensions` and `httpx.Response.extensions`, where other transports ignore them.
+The constants below are keys of `httpx.Request.extensions` and `httpx.Response.extensions`, by which a request
+configures the transport; other transports ignore them.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ MAX_HEAD_BYTES: Final = 65536
 MAX_HEADERS: Final = 256
 END: Final = b"\r\n\r\n"
 HEADS_KEPT: Final = 32
-"""Heads that are remembered: those of one step after the other are alike."""
+"""Heads to remember: those of successive steps are alike."""
 
 _STATUS = re.compile(rb"HTTP/1\.([01]) ([1-5][0-9]{2})(?: ([^\x00\r\n]*))?")
 _HEADER = re.compile(rb"([!#$%&'*+\-.^_`|~0-9A-Za-z]+):[ \t]*([^\x00\r\n]*)")
@@ -44,27 +43,27 @@ _FRAMING: Final = (b"content-length", b"transfer-encoding", b"accept-encoding")
 
 
 class MalformedAnswer(httpx.RemoteProtocolError):
-    """What the server sent is not HTTP/1.1; it would be the same if it was asked again."""
+    """The server's answer is not HTTP/1.1; a retry would not help."""
 
 
 class OversizedAnswer(MalformedAnswer):
-    """A head, or what frames a body, is larger than it may be."""
+    """A head, or the framing of a body, is too large."""
 
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """State what the head of a response says.
+    """The head of a response.
 
     Attributes:
         status: the status code.
         reason: the phrase after it.
         version: `HTTP/1.1` or `HTTP/1.0`.
         headers: names and values in their order.
-        length: bytes of the body; None when only the body's own framing, or the connection's end, tells.
+        length: bytes of the body; None if its own framing, or the end of the connection, delimits it.
         chunked: the body is in chunks.
         reusable: the connection may carry another request after the body.
         kind: the body's `Content-Type`, empty if there is none.
-        coding: its `Content-Encoding`, empty if it is sent as it is.
+        coding: its `Content-Encoding`, empty for none.
     """
 
     status: int
@@ -87,16 +86,15 @@ _HTTPX_ACCEPTS = _default_accept_encoding()
 
 
 def request_head(request: httpx.Request, body_bytes: int | None) -> bytes:
-    """Return the head of a request; one step's is the one of the step before, mostly.
+    """Return the head of a request; cached, as those of successive steps are mostly equal.
 
     Args:
-        request: its own `Content-Length` and `Transfer-Encoding` are replaced by what `body_bytes` says. The
-            `Accept-Encoding` that httpx adds by itself becomes `identity`; one that differs from it is the user's
-            and stays.
+        request: its own `Content-Length` and `Transfer-Encoding` are replaced according to `body_bytes`. The default
+            `Accept-Encoding` of httpx becomes `identity`; another one is the user's and stays.
         body_bytes: the body's length; None for a body in chunks.
 
     Raises:
-        httpx.LocalProtocolError: a header or the target holds what would end the line.
+        httpx.LocalProtocolError: a header or the target holds a character that would end the line.
     """
     return _request_head(request.method, request.url.raw_path, tuple(request.headers.raw), body_bytes)
 
@@ -122,14 +120,14 @@ def _request_head(method: str, target: bytes, raw: tuple[tuple[bytes, bytes], ..
 
 @lru_cache(maxsize=HEADS_KEPT)
 def response_head(block: bytes, method: str) -> ResponseHead:
-    """Return what the head of a response says.
+    """Return the head of a response.
 
     Args:
         block: the head without the empty line that ends it.
         method: the request's method; an answer to HEAD has no body.
 
     Raises:
-        MalformedAnswer: it is not an HTTP/1 head, or does not tell where the body ends.
+        MalformedAnswer: it is not an HTTP/1 head, or does not delimit the body.
         OversizedAnswer: it has too many headers.
     """
     first, *lines = block.split(b"\r\n")

@@ -1,15 +1,14 @@
-"""Request bodies that are buffers, and the place reached while sending some.
+"""Request bodies that are buffers, and the position reached while sending some.
 
-    BufferedBody      all buffers are there
-    StreamedBody      they are made while the ones before them are sent, anew each time; their size is known
+    BufferedBody      all buffers exist before
+    StreamedBody      buffers are made while the ones before them are sent, anew for each attempt; their size is known
+    Payload           what follows a header in a body: memory, or a `StreamedBody`
 
-Tensors lie in memory as separate contiguous blocks. Joining them costs a copy of everything, and httpx as it comes
-copies the unsent rest again at every partial send. A body here keeps the blocks where they are; `Cursor` says which of
-them the kernel should be given next.
+Tensors lie in memory as separate contiguous blocks. Joining them would copy everything, and httpx itself copies the
+unsent rest at every partial send. A body here keeps the blocks in place, and `Cursor` selects those to give to the
+kernel next.
 
-Never give such a buffer to httpx as `content=`: it iterates a memoryview number by number, and zeros vanish.
-
-What follows a header on its way to the server: memory, or what makes it while it is being sent.
+Never pass such a buffer to httpx as `content=`: it iterates a memoryview number by number, and zeros vanish.
 """
 
 from __future__ import annotations
@@ -30,10 +29,10 @@ Batch = Sequence[bytes | memoryview]
 
 @final
 class BufferedBody(httpx.SyncByteStream):
-    """Hold a request body as buffers that are sent from where they lie.
+    """A request body of buffers that are sent from their own memory.
 
-    Iterating yields `bytes` of at most 1 MiB, which is what transports other than `SocketTransport` see. A body can
-    be sent any number of times; its memory must not change until the answer is there.
+    Iterating yields `bytes` of at most 1 MiB, for other transports than `SocketTransport`. A body can be sent any
+    number of times; its memory must not change until the answer has arrived.
 
     Attributes:
         nbytes: the length of the body.
@@ -91,19 +90,19 @@ class BufferedBody(httpx.SyncByteStream):
 
 @final
 class StreamedBody(httpx.SyncByteStream):
-    """Make a request body while it is being sent: the connection takes what is there, and what follows is made then.
+    """A request body that is made while it is sent.
 
-    A batch is asked for when the kernel has all of the one before it, so that its memory may be used again. An error
-    from the iterator ends the request in the middle of its body and reaches the caller as it is; the server has an
-    incomplete body then, and the connection is closed. Batches may be empty: the first one is sent with the head.
+    A batch is requested when the kernel has taken all of the one before it, whose memory may then be reused. An error
+    of the iterator aborts the request in the middle of its body and reaches the caller unchanged; the connection is
+    closed. Batches may be empty: the first one is sent with the head.
 
     Args:
-        begin: returns the batches from the first one on; called whenever the body is sent, also to send it again.
-        nbytes: their length together, which has to be true.
+        begin: returns all batches; called whenever the body is sent, also when it is sent again.
+        nbytes: their exact total length.
 
     Attributes:
         nbytes: the length of the body.
-        whole: it has been made to its end, so that somebody may have all of it.
+        whole: it has been made to its end, so that a server may have all of it.
     """
 
     def __init__(self, begin: Callable[[], Generator[Batch]], nbytes: int) -> None:
@@ -112,10 +111,10 @@ class StreamedBody(httpx.SyncByteStream):
         self.whole = nbytes == 0
 
     def batches(self) -> Generator[Batch]:
-        """Begin to make the body; whoever does not come to its end closes it.
+        """Begin to make the body; a caller that does not exhaust the generator closes it.
 
         Raises:
-            httpx.LocalProtocolError: there is more or less of it than was said; no more than that is yielded.
+            httpx.LocalProtocolError: it is longer or shorter than `nbytes`; no more than `nbytes` are yielded.
         """
         left = self.nbytes
         made = self._begin()
@@ -141,10 +140,10 @@ class StreamedBody(httpx.SyncByteStream):
 
 @final
 class Cursor:
-    """Remember how much of a list of buffers has been sent.
+    """The position up to which a list of buffers has been sent.
 
     Args:
-        views: memoryviews of bytes; empty ones are passed over.
+        views: memoryviews of bytes; empty ones are skipped.
         width: the largest number of buffers the kernel takes at once.
     """
 
@@ -174,12 +173,12 @@ _NBYTES: Final = attrgetter("nbytes")
 
 
 def nbytes_of(payload: Payload) -> int:
-    """Return its size; what is not there yet is not made for it."""
+    """Return the size of a payload, without making it."""
     return payload.nbytes if isinstance(payload, StreamedBody) else sum(map(_NBYTES, payload))
 
 
 def batches_of(payload: Payload) -> Generator[Batch]:
-    """Go through it from its beginning; what is not there yet is made."""
+    """Yield the batches of a payload, which are made now if it is streamed."""
     if not isinstance(payload, StreamedBody):
         yield payload
         return
@@ -188,5 +187,5 @@ def batches_of(payload: Payload) -> Generator[Batch]:
 
 
 def never_sent(payload: Payload) -> bool:
-    """Return whether a server cannot have had all of it, because it was never all there."""
+    """Return whether a server cannot have all of a payload, because it was never completed."""
     return isinstance(payload, StreamedBody) and not payload.whole

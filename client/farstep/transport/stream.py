@@ -4,8 +4,8 @@
     ├── PlainStream         gathers many buffers in one sendmsg
     └── TlsStream        TLS: one buffer after the other, in records of 16 KiB
 
-Waiting is a step of its own because a client that is sending has to notice an answer: a server that refuses a body
-says so at once, and then closes.
+Waiting is a separate step because a client that is sending has to notice an answer: a server that refuses a body
+answers at once, and then closes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ READ: Final = 1
 WRITE: Final = 4
 
 MAX_BUFFERS: Final = 1 if sys.platform == "win32" else min(os.sysconf("SC_IOV_MAX"), 1024)
-"""Buffers that one system call takes."""
+"""The number of buffers that one system call takes."""
 
 _RECORD_BYTES: Final = 16384
 _SECURE_SLICE_BYTES: Final = 1 << 20
@@ -71,20 +71,20 @@ class Stream(ABC):
         return ready[0][1] if ready else 0
 
     def interrupt(self) -> None:
-        """End the connection in both directions, so that a thread that waits for it wakes up."""
+        """Shut the connection down in both directions, which wakes a thread that waits for it."""
         try:
             socket.socket.shutdown(self._sock, socket.SHUT_RDWR)  # SSLSocket's own would turn TLS off for that thread
         except OSError:
             return
 
     def close(self) -> None:
-        """Give the socket back to the system."""
+        """Close the socket."""
         self._sock.close()
 
 
 @final
 class PlainStream(Stream):
-    """Send and receive over TCP, or whatever stream the socket is."""
+    """Send and receive over TCP or another stream socket."""
 
     def send(self, window: Sequence[memoryview]) -> int:
         self.blocked_on = WRITE

@@ -11,19 +11,19 @@ from farstep.protocol.consistency.mode import LARGEST, Mode, check_seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Bounded(Mode):
-    """Apply every push by itself, but let nobody run away (stale synchronous parallel, Ho et al. 2013).
+    """Apply every push by itself, with bounded staleness (stale synchronous parallel, Ho et al. 2013).
 
     A push of a worker that has completed c steps is applied at once if c <= m + staleness, where m is the least number
-    of steps that a live worker has completed. Else it waits until the slowest catches up, leaves, or its lease runs
-    out. If the deadline passes first, it is not applied, and its worker learns for whom it waited. Who joins begins
-    at m.
+    of steps that a live worker has completed. Otherwise it waits until the slowest worker catches up, leaves, or its
+    lease runs out. If the deadline passes first, it is not applied, and the error names the workers it waited for. A
+    joining worker begins at m.
 
-    So among N live workers no gradient is applied that misses more than 2 * (staleness + 1) * (N - 1) steps. A push of
-    a worker whose lease had run out, so that the others went on, is not applied if it misses more: it is answered with
-    the present parameters (`last_step.applied` is false, `last_step.reason` "stale").
+    So among N live workers no gradient is applied that misses more than 2 * (staleness + 1) * (N - 1) steps. A push
+    that misses more, because its worker's lease had run out, is not applied but answered with the present parameters
+    (`last_step.applied` is false, `last_step.reason` "stale").
 
     Attributes:
-        staleness: how many steps a worker may be ahead of the slowest when it pushes.
+        staleness: the number of steps that a worker may be ahead of the slowest when it pushes.
         deadline_s: seconds that a push may wait.
 
     Raises:
@@ -51,7 +51,7 @@ class Bounded(Mode):
 
     @property
     def waits_for_others(self) -> bool:
-        """Return True: those who are ahead wait for the slowest."""
+        """Return True: workers that are ahead wait for the slowest."""
         return True
 
     @property
@@ -60,5 +60,5 @@ class Bounded(Mode):
         return self.deadline_s
 
     def bound(self, workers: int) -> int:
-        """Return how many steps a gradient may miss among so many live workers."""
+        """Return the number of steps that a gradient may miss among this many live workers."""
         return 2 * (self.staleness + 1) * (workers - 1)

@@ -5,15 +5,15 @@
     ├── Sync       a step is one push of each of N workers, of K of them, or of every live one       sync.py
     └── Bounded    as Async, but no worker runs more than a number of steps ahead                    bounded.py
 
-All of them have leases: a worker is live while it pushes, pulls, joins or sends a heartbeat at least every `lease_s`,
-or while a push of it waits. And all can make up for stale gradients. With tau, the versions between a gradient's base
-and the parameters it is applied to:
+All modes have leases: a worker is live while it pushes, pulls, joins or sends a heartbeat at least every `lease_s`, or
+while a push of it waits. All can compensate for stale gradients. With tau, the number of versions between a gradient's
+base and the parameters it is applied to:
 
     staleness_scaling="inverse"    1 / (1 + tau)         Zhang et al. 2016, "Staleness-aware Async-SGD", with 1 + tau
     staleness_scaling="sqrt"       1 / sqrt(1 + tau)     for their tau, so that a fresh gradient counts in full
     delay_compensation=l           g + l * g * g * (w_now - w_base), Zheng et al. 2017, "DC-ASGD"
 
-The factor multiplies the learning rate of a step of one push, and each gradient where a step has several.
+The factor multiplies the learning rate of a step of one push, and each gradient of a step of several.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from farstep.protocol.plain import take_pythons_own_
 
 LONGEST_DEADLINE_S = 7 * 86_400
 LARGEST = 2**53
-"""What a number may be at most: answers carry the mode, and a larger one would not fit into every number there."""
+"""The largest number of an option: answers carry the mode, and JSON numbers hold larger ones inexactly."""
 StalenessScaling = Literal["none", "inverse", "sqrt"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Mode:
-    """What all modes have; not used by itself.
+    """Base class of the modes.
 
     Attributes:
-        staleness_scaling: how less a stale gradient counts: "none" (not less), "inverse" or "sqrt".
+        staleness_scaling: how a stale gradient is weighted: "none" (in full), "inverse" or "sqrt".
         delay_compensation: the strength of DC-ASGD, 0 for none. The session then keeps, for each live worker, the
-            version of the parameters that it last received: up to one more copy of the parameters for each of them.
-        lease_s: seconds without a push, a pull, a join or a heartbeat after which a worker is not live: not waited
-            for, and its place may be taken. Whatever it sends next makes it live again.
+            version of the parameters that it last received: up to one copy of the parameters per worker.
+        lease_s: seconds without a push, a pull, a join or a heartbeat after which a worker is not live: others do not
+            wait for it, and its place may be taken. Its next message makes it live again.
 
     Raises:
-        InvalidOption: a value out of range, or both ways to make up for staleness.
+        InvalidOption: a value out of range, or both kinds of compensation.
     """
 
     staleness_scaling: StalenessScaling = "none"
@@ -51,9 +51,9 @@ class Mode:
     lease_s: float = 60.0
 
     mode: ClassVar[str] = ""
-    """The name that travels."""
+    """The name on the wire."""
     shown: ClassVar[str] = ""
-    """How it is written, for those who are told which modes there are."""
+    """How it is written in Python, for error messages that list the modes."""
 
     def __post_init__(self) -> None:
         take_pythons_own_(self)
@@ -80,7 +80,7 @@ class Mode:
 
     @property
     def waits_for_others(self) -> bool:
-        """Return whether a worker that says nothing keeps others waiting."""
+        """Return whether a silent worker keeps others waiting."""
         return False
 
     @property
@@ -100,15 +100,15 @@ class Mode:
 
     @property
     def longest_wait_s(self) -> float:
-        """Return how long a push may wait for those of others."""
+        """Return the longest time that a push may wait for those of others."""
         return 0.0
 
     def for_one(self) -> Self:
-        """Return the mode as it is for a worker that is alone."""
+        """Return the mode for a single worker."""
         return self
 
     def factor(self, staleness: int) -> float:
-        """Return what a gradient of that staleness counts."""
+        """Return the weight of a gradient of that staleness."""
         if self.staleness_scaling == "none" or staleness <= 0:
             return 1.0
         return 1 / (1 + staleness) if self.staleness_scaling == "inverse" else 1 / math.sqrt(1 + staleness)
@@ -128,7 +128,7 @@ class Async(Mode):
 
 
 def chosen(mode: Mode) -> dict[str, str | int | float]:
-    """Return the options of a mode that are not as they are by default."""
+    """Return the options of a mode that differ from their defaults."""
     said = ((each, getattr(mode, each.name)) for each in fields(mode))
     return {each.name: value for each, value in said if value != each.default}
 

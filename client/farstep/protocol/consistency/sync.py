@@ -11,29 +11,29 @@ from farstep.protocol.consistency.mode import LARGEST, Mode, check_seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class Sync(Mode):
-    """Apply one step for one push of each worker, summed in the order of their names and divided by their number.
+    """Take one step per push of each worker, summed in the order of their names and divided by their number.
 
-    `workers=N`: a step waits for all N. If the deadline passes first, nobody's gradients are applied and every waiting
-    worker learns so. If one of the workers skips the step, because its scaled gradients overflowed, all of them do, as
-    soon as all are there.
+    `workers=N`: a step waits for all N. If the deadline passes first, no gradients are applied and every waiting worker
+    gets an error. If one worker skips the step, because its scaled gradients overflowed, all of them do, once all have
+    pushed.
 
-    `workers=N, quorum=K`: a step is taken as soon as K pushes are there (backup workers, Chen et al. 2016) and divided
-    by the number of those who contributed. Deadlines are as above.
+    `workers=N, quorum=K`: a step is taken as soon as K pushes have arrived (backup workers, Chen et al. 2016) and
+    divided by the number of contributors. Deadlines are as above.
 
-    `workers="live"`: a step waits for every live worker. Whoever leaves, whose lease runs out, or who is missing at the
-    deadline is not waited for: the step is taken with the gradients that are there.
+    `workers="live"`: a step waits for every live worker, but not for one that leaves, whose lease runs out, or that is
+    missing at the deadline: the step is taken with the gradients that have arrived.
 
-    Late is a push whose gradient is older than a step that was made without its worker.
+    A push is late if its gradient is older than a step that was taken without its worker.
 
     Attributes:
-        workers: how many workers there is room for; "live" for any number.
-        quorum: how many pushes make a step; None for those of all workers.
-        deadline_s: seconds from the first push of a step until it is not waited for any more.
+        workers: the number of places for workers; "live" for any number.
+        quorum: the number of pushes that make a step; None for those of all workers.
+        deadline_s: seconds from the first push of a step until the wait ends.
         late: "refuse" answers a late push with the present parameters and does not apply it (`last_step.applied` is
-            false, `last_step.reason` "late"); "fold" takes it as its worker's part in the step that is being collected.
+            false, `last_step.reason` "late"); "fold" counts it as its worker's push for the present step.
 
     Raises:
-        InvalidOption: a worker count below 1, a quorum that cannot be, a deadline that is not positive or over a week.
+        InvalidOption: a worker count below 1, a quorum out of range, a deadline that is not positive or over a week.
     """
 
     workers: int | Literal["live"]
@@ -45,7 +45,7 @@ class Sync(Mode):
     shown: ClassVar[str] = "farstep.Sync(workers=...)"
 
     def __post_init__(self) -> None:
-        super(Sync, self).__post_init__()  # slots make another class of this one, which super() alone does not know
+        super(Sync, self).__post_init__()  # with slots the class is created twice, and super() alone names the first
         workers, quorum = self.workers, self.quorum
         if not _is_live(workers) and (type(workers) is not int or not 1 <= workers <= LARGEST):
             raise invalid_option(
@@ -63,7 +63,7 @@ class Sync(Mode):
 
     @property
     def waits_for_others(self) -> bool:
-        """Return whether a step takes more than one worker, or may."""
+        """Return whether a step may need more than one worker."""
         return self.workers != 1
 
     @property
@@ -72,7 +72,7 @@ class Sync(Mode):
         return self.deadline_s
 
     def for_one(self) -> Sync:
-        """Return a mode of one worker with the same times."""
+        """Return a mode of one worker with the same deadline and lease."""
         return Sync(workers=1, deadline_s=self.deadline_s, lease_s=self.lease_s)
 
     @property
@@ -82,7 +82,7 @@ class Sync(Mode):
 
     @property
     def partial(self) -> bool:
-        """Return whether a step can be made without a worker."""
+        """Return whether a step can be taken without all workers."""
         return self.workers == "live" or self.quorum is not None
 
     @property
@@ -92,5 +92,5 @@ class Sync(Mode):
 
 
 def _is_live(workers: object) -> bool:
-    """Return whether this is the word; an array, compared with it, has no truth."""
+    """Return whether the argument is "live"; a plain comparison with an array has no truth value."""
     return isinstance(workers, str) and workers == "live"

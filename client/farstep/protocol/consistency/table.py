@@ -16,14 +16,14 @@ from farstep.protocol.consistency.sync import Sync
 
 Consistency = Async | Sync | Bounded
 MODES: Mapping[str, type[Consistency]] = {each.mode: each for each in get_args(Consistency)}
-"""Every mode, by the name that travels."""
+"""Every mode, by its name on the wire."""
 
 
 def checked(given: object) -> Consistency:
-    """Return what was given as a mode, if it is one.
+    """Return the argument if it is a mode.
 
     Raises:
-        InvalidOption: it is anything else, such as the name of one.
+        InvalidOption: it is anything else, such as a mode's name.
     """
     if not isinstance(given, Consistency):
         *first, last = (each.shown for each in MODES.values())
@@ -36,7 +36,7 @@ def checked(given: object) -> Consistency:
 
 
 def to_options(consistency: Consistency) -> dict[str, str | int | float]:
-    """Return the mode as the plain document that travels, without what is as it is by default."""
+    """Return the mode as the document on the wire, without options that have their default."""
     return {"mode": consistency.mode, **chosen(consistency)}
 
 
@@ -44,7 +44,7 @@ def from_options(options: Mapping[str, object]) -> Consistency:
     """Return the mode that a document describes.
 
     Raises:
-        InvalidOption: on a mode or an option that nobody knows, and on values out of range.
+        InvalidOption: the mode or an option is unknown, or a value out of range.
     """
     rest = dict(options)
     mode = rest.pop("mode", None)

@@ -17,7 +17,7 @@ from farstep.errors import invalid_option
 from farstep.protocol.policies.policy import Policy, is_number
 
 EMA = "ema"
-"""The name of the view that the average is."""
+"""The name of the average's view."""
 MOST_ROUNDS = 1_000_000
 
 
@@ -27,7 +27,7 @@ class Accumulate(Policy):
     """Take a step of the mean of several rounds.
 
     Attributes:
-        accumulate: how many rounds make a step.
+        accumulate: the number of rounds that make a step.
     """
 
     accumulate: int = 1

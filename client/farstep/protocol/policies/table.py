@@ -66,11 +66,11 @@ def facts() -> tuple[str, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Policies:
-    """Say what a session does around each step; without arguments, nothing.
+    """What a session does around each step; without arguments, nothing.
 
     Attributes:
         asked: the policies that it was asked for, in their order.
-        rounds: how many rounds make a step.
+        rounds: the number of rounds that make a step.
         views: the names of what the session keeps beside parameters and optimizer state.
         changing: those that are given the gradients of a step.
         looking: whether any looks at gradients before it changes them.
@@ -98,7 +98,7 @@ class Policies:
         """Return the policies that are asked for by options; others among them are not looked at.
 
         Raises:
-            InvalidOption: on a value that is out of range.
+            InvalidOption: a value is out of range.
         """
         asked = []
         for kind in _table:
@@ -120,7 +120,7 @@ class Policies:
             return cls.of({name: math.inf if value == "inf" else value for name, value in document.items()})
 
     def to_options(self) -> dict[str, str | float]:
-        """Return what is asked for as the plain document that travels; JSON has no infinity, so it is a string."""
+        """Return the options that differ from their defaults as a JSON document, with infinity as a string."""
         before, now = default_options(), self.options()
         asked = {name: value for name, value in now.items() if value != before[name]}
         return {name: "inf" if value == math.inf else value for name, value in asked.items()}
@@ -131,7 +131,7 @@ class Policies:
 
     @property
     def as_they_come(self) -> bool:
-        """Return whether a step takes the gradients of its round as they are."""
+        """Return whether a step takes the gradients of its round unchanged."""
         return self.rounds == 1 and not self.changing
 
     def of_kind(self, kind: type[P]) -> P | None:
