@@ -1,4 +1,4 @@
-"""What the actor of a session takes and gives: memory for what arrives, views of what leaves, and records."""
+"""Arguments and results of a session's actor: memory for incoming payloads, views of outgoing ones, and records."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Joined:
 
 @dataclass(frozen=True, slots=True)
 class WorkerPage:
-    """Where a worker stands.
+    """The progress of a worker.
 
     Attributes:
         epoch: the current one, 0 if it has not joined.
-        sequence: of its last committed write.
-        waiting: whether a push of it waits.
-        lease_s: how long its lease still runs; 0 for one that is not live.
+        sequence: the number of its last committed write.
+        waiting: whether a push of it is waiting.
+        lease_s: the rest of its lease; 0 if it is not live.
     """
 
     epoch: int
@@ -47,18 +47,18 @@ class WorkerPage:
 
     @property
     def live(self) -> bool:
-        """Whether it was heard of within its lease, or a push of it waits."""
+        """Whether it sent a message within its lease, or a push of it is waiting."""
         return self.lease_s > 0
 
 
 @dataclass(frozen=True, slots=True)
 class Renewed:
-    """What a heartbeat is answered with.
+    """The answer to a heartbeat.
 
     Attributes:
         lapsed: whether the lease had run out.
-        lease_s: how long the new one is.
-        live: how many workers are live.
+        lease_s: the length of the new one.
+        live: the number of live workers.
         version: the session's.
         consistency: its mode.
     """
@@ -72,7 +72,7 @@ class Renewed:
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """Name a worker that reads, in one of its epochs."""
+    """A worker that reads, in one of its epochs."""
 
     worker: str
     epoch: int
@@ -80,11 +80,11 @@ class Reader:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A session as a listing shows it.
+    """A session in a listing.
 
     Attributes:
-        groups, workers: the first of them, as many as were asked for.
-        group_count, worker_count: how many there are.
+        groups, workers: the first of them, as many as requested.
+        group_count, worker_count: their numbers.
         bytes: memory by kind.
     """
 
@@ -100,7 +100,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What a write is answered with."""
+    """The answer to a write."""
 
     receipt: Receipt
     duplicate: bool
@@ -113,19 +113,19 @@ class AtMost(int):
 
 
 class Intake(ABC):
-    """Memory that one body is received into."""
+    """Memory for one incoming body."""
 
     @property
     @abstractmethod
     def views(self) -> Sequence[memoryview]:
-        """Where the payload goes, in order."""
+        """The memory for the payload, in order."""
 
-    def arrived(self, received: int) -> None:  # noqa: B027  # most memory has nothing to do before all is there
-        """Take note that so many bytes of the payload are there."""
+    def arrived(self, received: int) -> None:  # noqa: B027  # most intakes do nothing before the whole payload has arrived
+        """Record the number of payload bytes that have arrived."""
 
 
 class View(ABC):
-    """Contents of one version, which stay as they are until they are released.
+    """Contents of one version, which do not change until they are released.
 
     Attributes:
         version: the version they belong to.
@@ -155,4 +155,4 @@ class View(ABC):
 
     @abstractmethod
     def release(self) -> None:
-        """Give them back."""
+        """Release them."""

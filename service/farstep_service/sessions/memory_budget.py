@@ -1,10 +1,10 @@
-"""The memory of one server: what its sessions hold and its requests are about to take, against one limit.
+"""The memory budget of one server: what sessions hold and requests are about to take, against one limit.
 
     held        parameters, versions, state, averages, rounds that wait, memory that workers share: what is there, not
                 what was announced, so that a session without contents counts nothing
     in flight   bodies on their way in, the gradients of pushes that wait, copies on their way out
 
-Code that is about to take memory asks here first. A request without room is refused before anything has changed.
+Code that is about to allocate memory asks here first. A request that does not fit is refused before anything changes.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ UNBOUNDED = 2**63
 
 @final
 class MemoryBudget:
-    """Count the memory of one server.
+    """The memory of one server.
 
     Args:
-        limit_bytes: how much there may be.
+        limit_bytes: the limit.
 
     Attributes:
-        held_bytes: what sessions hold.
-        in_flight_bytes: what requests take.
+        held_bytes: the memory of sessions.
+        in_flight_bytes: the memory of requests.
     """
 
     def __init__(self, limit_bytes: int = UNBOUNDED) -> None:
@@ -36,15 +36,15 @@ class MemoryBudget:
         self.in_flight_bytes = 0
 
     def has(self, nbytes: int) -> bool:
-        """Return whether there is room for so many bytes more."""
+        """Return whether `nbytes` more fit."""
         return self.held_bytes + self.in_flight_bytes + nbytes <= self.limit_bytes
 
     def check(self, nbytes: int) -> None:
-        """Refuse a request for which there is no room.
+        """Refuse a request that does not fit.
 
         Raises:
-            LimitExceeded: it is more than there may be in all, so that no wait would help.
-            Busy: saying what was asked for and what is left.
+            LimitExceeded: it exceeds the whole limit, so waiting would not help.
+            Busy: naming the requested and the available bytes.
         """
         if nbytes > self.limit_bytes:
             raise LimitExceeded(
@@ -95,19 +95,19 @@ class InFlight:
 
 
 def any_size(plan: Plan, nbytes: int) -> None:
-    """Let a session be as large as it likes."""
+    """Accept any size of a session."""
 
 
 @final
 class SessionMemory:
-    """What one session has of the memory of its server.
+    """The account of one session in the memory budget.
 
     Args:
         budget: the server's.
-        size: called before the session of a plan grows by so many bytes; raises if it would be too large.
+        size: called before the session of a plan grows by a number of bytes; raises if it would be too large.
 
     Attributes:
-        growing: the bytes by which its parameters grow now.
+        growing: the bytes by which its parameters are growing now.
     """
 
     def __init__(self, budget: MemoryBudget | None = None, size: Callable[[Plan, int], None] = any_size) -> None:
@@ -117,7 +117,7 @@ class SessionMemory:
         self.growing = 0
 
     def check_growth(self, plan: Plan, nbytes: int) -> None:
-        """Refuse that the session's parameters grow by so many bytes, if there is no room or they would be too many."""
+        """Refuse to grow the session's parameters by `nbytes` if they would not fit or be too large."""
         self._size(plan, nbytes)
         self._budget.check(nbytes)
 
@@ -128,9 +128,9 @@ class SessionMemory:
 
         Args:
             plan: the session's.
-            growing: bytes of new parameters; they are on their way in already.
-            coming: bytes of what else it may take.
-            give_way: lets something go that the session can do without; returns False if there is nothing left.
+            growing: bytes of new parameters, which are already arriving.
+            coming: other bytes that it may take.
+            give_way: frees memory that the session can do without; returns False if there is none.
             held: returns what the session holds.
         """
         if growing:
@@ -149,6 +149,6 @@ class SessionMemory:
         self.note(held)
 
     def note(self, nbytes: int) -> None:
-        """Note what the session holds now."""
+        """Record the memory that the session holds now."""
         self._budget.held_bytes += nbytes - self._held
         self._held = nbytes

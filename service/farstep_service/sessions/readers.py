@@ -1,13 +1,13 @@
-"""Who reads a session, and how much of its memory they keep. Steps never wait for readers; readers wait for each other.
+"""The readers of a session, and the memory they hold. Steps never wait for readers; readers wait for each other.
 
     pull      parameters for anyone who asks
     answer    parameters in the answers to pushes: a worker never waits for those who merely look
     copy      state, and whole sessions
 
-Each kind has a budget. What a reader needs counts once for all who read the same version. One that would go beyond the
-budget waits until another is done; all who wait then get one version, so that any number of slow readers needs the
-memory of few. While somebody waits, and all who read a version take less than `FAIR_BYTES_PER_S`, the slowest of such
-versions is taken back: the answers end before the length that was announced, so that no client takes them for whole.
+Each kind has a budget. Readers of the same version share its memory, which counts once. A reader that would exceed the
+budget waits until another is done; all waiting readers then get one version, so that any number of slow readers needs
+the memory of few. While a reader waits, the version whose readers are slowest is revoked if they all take less than
+`FAIR_BYTES_PER_S`: the answers end before the announced length, so that no client takes them for complete.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from farstep_service.sessions.coroutines import in_task
 
 ReadKind = Literal["pull", "answer", "copy"]
 FAIR_BYTES_PER_S: Final = 2**20
-"""What a reader has to take while others wait for it."""
+"""The least rate of a reader while others wait for it."""
 GRACE_S: Final = 1.0
-"""Over how long that is measured."""
+"""The time over which the rate is measured."""
 WAIT_S: Final = 30.0
-"""How long a reader waits for others before it gets `Busy`."""
+"""The time that a reader waits for others before it gets `Busy`."""
 LOOK_S: Final = 0.25
-"""How often readers are looked at while somebody waits for them."""
+"""The interval of checking readers while others wait for them."""
 
 Taken = TypeVar("Taken")
 
@@ -39,22 +39,22 @@ class Outgoing(Protocol):
     """An answer on its way to a client."""
 
     def progress(self) -> tuple[float, int] | None:
-        """Return the seconds since its first byte was there to be taken, and the bytes taken; None before."""
+        """Return the seconds since its first byte was available, and the bytes taken; None before."""
 
     def cut(self) -> None:
-        """End it where it is, and the connection with it."""
+        """Abort it, and the connection with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadersPage:
-    """What readers keep of a session.
+    """The readers of a session.
 
     Attributes:
-        readers: how many read.
-        held_bytes: the memory they keep: versions, and copies.
-        limit_bytes: how much that may be, all kinds together.
-        waiting: how many wait for others.
-        cut: how many were cut off, so far.
+        readers: their number.
+        held_bytes: the memory they hold: versions and copies.
+        limit_bytes: the limit of that memory, for all kinds together.
+        waiting: the number of those that wait for others.
+        cut: the number of those that were cut off so far.
     """
 
     readers: int
@@ -66,7 +66,7 @@ class ReadersPage:
 
 @final
 class ReadSlot:
-    """The place of one reader; released when its answer has been sent, or given up."""
+    """The slot of one reader; released when its answer has been sent, or aborted."""
 
     __slots__ = ("_budget", "_group", "_key", "_mark", "outgoing", "rate")
 
@@ -80,13 +80,13 @@ class ReadSlot:
         group.slots[id(self)] = self
 
     def release(self) -> None:
-        """Give the place up; a second time does nothing."""
+        """Release the slot; a second call does nothing."""
         budget, self._budget = self._budget, None
         if budget is not None:
             budget.leave(self._key, self._group, self)
 
     def look(self) -> None:
-        """Note the rate since the last look, in bytes per second, if that was a while ago."""
+        """Record the rate since the last check, in bytes per second, if that was at least `GRACE_S` ago."""
         progress = None if self.outgoing is None else self.outgoing.progress()
         if progress is not None and progress[0] - self._mark[0] >= GRACE_S:
             (before_s, before), self._mark = self._mark, progress
@@ -95,7 +95,7 @@ class ReadSlot:
 
 @dataclass(slots=True)
 class _Group:
-    """Those who read the same."""
+    """Readers of the same memory."""
 
     nbytes: int
     slots: dict[int, ReadSlot] = field(default_factory=dict)
@@ -103,7 +103,7 @@ class _Group:
 
     @property
     def rate(self) -> float:
-        """Return the rate of the fastest of them, which decides when the last is done."""
+        """Return the rate of the fastest of them."""
         return max(slot.rate for slot in self.slots.values())
 
 
@@ -146,7 +146,7 @@ class _KindBudget:
                 self._freed()
 
     def watch(self) -> None:
-        """Cut slow readers off, for as long as others wait for them."""
+        """Cut off slow readers while others wait for them."""
         self._look = None
         if not self.waiting:
             return
@@ -167,7 +167,7 @@ class _KindBudget:
             self.watch()
 
     def end(self) -> None:
-        """Let go of the session, which would keep itself through these, and its memory until it is collected."""
+        """Drop references to the session, which would otherwise live until garbage collection."""
         self.limit, self._freed = int, _nothing
         if self._look is not None:
             self._look.cancel()
@@ -175,7 +175,7 @@ class _KindBudget:
 
 
 def _nothing() -> None:
-    """Do nothing: no connection waits."""
+    """Do nothing."""
 
 
 @final
@@ -184,7 +184,7 @@ class Readers:
 
     Args:
         limit: returns the bytes that readers of a kind may keep.
-        freed: run when readers of a kind wait and there may be room; calls `admit`, in the session's turn.
+        freed: run when readers of a kind wait and may fit; calls `admit`, in the session's turn.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class Readers:
 
     @property
     def page(self) -> ReadersPage:
-        """Return what readers keep now."""
+        """Return the present readers."""
         budgets = self._budgets.values()
         return ReadersPage(
             readers=sum(len(group.slots) for budget in budgets for group in budget.groups.values()),
@@ -211,23 +211,23 @@ class Readers:
         )
 
     def enter(self, kind: ReadKind, key: object, nbytes: int, outgoing: Outgoing | None) -> ReadSlot | None:
-        """Return a slot, None where the reader has to wait.
+        """Return a slot, None if the reader has to wait.
 
         Args:
             kind: what kind of reader.
             key: equal for those who need the same memory.
             nbytes: how much that is.
-            outgoing: how its answer leaves, where that is known; a reader without is never cut off.
+            outgoing: its answer, if known; a reader without one is never cut off.
         """
         return self._budgets[kind].enter(key, nbytes, outgoing, waited=self._admitting)
 
     async def wait(self, kind: ReadKind, take: Callable[[], Taken | None], give_back: Callable[[Taken], None]) -> Taken:
-        """Return what `take` returns as soon as there is room.
+        """Return the result of `take` as soon as it fits the budget.
 
         Args:
             kind: what kind of reader.
             take: called in the session's turn; enters, or returns None.
-            give_back: takes what no reader waits for any more.
+            give_back: takes a result that no reader waits for any more.
 
         Raises:
             Busy: others read for too long.
@@ -263,7 +263,7 @@ class Readers:
         task.add_done_callback(self._tasks.discard)
 
     def admit(self, kind: ReadKind) -> None:
-        """Let those in who wait, in their order, as far as there is room."""
+        """Admit waiting readers, in their order, as far as there is room."""
         budget, self._admitting = self._budgets[kind], True
         try:
             while budget.waiting:
@@ -282,7 +282,7 @@ class Readers:
             self._admitting = False
 
     def close(self, error: Callable[[], Exception]) -> None:
-        """Tell all who wait that there is nothing to be read any more."""
+        """Raise an error in all waiting readers: the session has ended."""
         for budget in self._budgets.values():
             budget.end()
             while budget.waiting:

@@ -1,8 +1,7 @@
-"""Views of the versions of one session. A step never waits for them: `farstep_service.sessions.readers` says how many
-there may be.
+"""Reads of one session: views of its versions, for which steps never wait (limits: `farstep_service.sessions.readers`).
 
-A view of a version keeps it until the view is released. A copy, in a codec or from a device, does not: it gives the
-version back when it has been made, and is shared by all who read that version.
+A view of a version holds it until the view is released. A copy, in a codec or from a device, does not: it releases the
+version when it is made, and is shared by all readers of that version.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ class Views:
 
     @property
     def nbytes(self) -> int:
-        """Return the memory of copies that others may share."""
+        """Return the memory of shared copies."""
         return self._encoded.nbytes
 
     async def of(
@@ -59,7 +58,7 @@ class Views:
         Args:
             held, codec, chosen: the version, the name of a codec if one is wanted, and the segments.
             spent: see `Actor.parameters`.
-            released: called when the view is.
+            released: called when the view is released.
         """
         layout = held.buffers.layout
         whole = len(chosen) == len(layout.segments)
@@ -73,9 +72,9 @@ class Views:
 
 
 def cost_of(held: Held, codec: str | None, chosen: Sequence[int], spent: Intake | None) -> tuple[object, int]:
-    """Return what equals for readers who need the same memory, and the bytes of that memory.
+    """Return a key, equal for readers of the same memory, and the bytes of that memory.
 
-    For the arguments see `Views.of`. Gradients that are written over are counted as the push that they came with.
+    For the arguments see `Views.of`. Gradients that are overwritten are counted with their push.
     """
     layout = held.buffers.layout
     if codec is None:
@@ -88,7 +87,7 @@ def cost_of(held: Held, codec: str | None, chosen: Sequence[int], spent: Intake 
 
 
 def chosen_of(held: Held, layout: Layout, since: int | None) -> Sequence[int]:
-    """Return those segments of a version that a reader knows, and that changed after a version if one is given."""
+    """Return the segments of a version that a reader knows, or those of them that changed after version `since`."""
     known = len(layout.segments)
     if since is None:
         return range(known)
@@ -100,13 +99,13 @@ def chosen_of(held: Held, layout: Layout, since: int | None) -> Sequence[int]:
 
 @final
 class Reads:
-    """Let readers have versions of one session, within a budget of memory that they keep.
+    """Give readers versions of one session, within a memory budget.
 
     Args:
         session: the session.
         turns: who may call it.
         executor: converts large versions.
-        versions: how many versions readers of one kind may keep; see `farstep_service.sessions.readers`.
+        versions: the number of versions that readers of one kind may hold; see `farstep_service.sessions.readers`.
     """
 
     def __init__(self, session: Session, turns: Turns, executor: Executor, versions: int) -> None:
@@ -118,12 +117,12 @@ class Reads:
 
     @property
     def nbytes(self) -> int:
-        """Return the memory of versions that were converted for readers."""
+        """Return the memory of versions that were encoded for readers."""
         return self._views.nbytes
 
     @property
     def page(self) -> ReadersPage:
-        """Return who reads at the moment."""
+        """Return the present readers."""
         return self._readers.page
 
     def close(self) -> None:
@@ -142,11 +141,11 @@ class Reads:
         """Hold the parameters of the current version: all, or those that changed after version `since`.
 
         Args:
-            write: leave those of groups out that its worker did not know when it made this write.
-            codec: the name of the codec to give them in; None for as they are.
-            spent: a push's, which has been answered for: its memory may be written over.
-            reader: who reads them, where that is not the worker of a write; its lease is renewed.
-            outgoing: the answer that they go into, where it is known; a slow one is cut while others wait for it.
+            write: the write that is answered; groups that its worker did not know are left out.
+            codec: the name of their codec; None for unchanged.
+            spent: the intake of a push that has its outcome: its memory may be overwritten.
+            reader: the reader, if it is not the worker of a write; its lease is renewed.
+            outgoing: the answer that they go into, if known; a slow one is cut while others wait for it.
 
         Raises:
             Busy: others read for too long.
@@ -205,7 +204,7 @@ class Reads:
 
     @asynccontextmanager
     async def copying(self, nbytes: int, outgoing: Outgoing | None) -> AsyncIterator[None]:
-        """Wait until so many bytes of the session may be copied, and count them while the copy is being sent.
+        """Wait until `nbytes` of the session may be copied, and count them while the copy is sent.
 
         Raises:
             Busy: others read for too long.
@@ -224,12 +223,12 @@ class Reads:
             slot.release()
 
     def _read_bytes(self, kind: ReadKind) -> int:
-        """Return the bytes that readers of a kind may keep."""
+        """Return the bytes that readers of a kind may hold."""
         fields = 1 + len(self._session.plan.rule.tensor_fields) if kind == "copy" else 1
         return self._versions * self._session.plan.layout.nbytes * fields
 
     async def _make_room(self, kind: ReadKind) -> None:
-        """Let readers in who wait for those who have just left."""
+        """Admit readers that waited for those that have just left."""
         async with self._turns.lock:
             self._readers.admit(kind)
 

@@ -4,7 +4,7 @@
     place     the same, created if there is none
     remove    end a session
 
-By these verbs the routes get at a session, wherever its actor lives; today all of them live in this process.
+Through these methods the routes find a session's actor, wherever it lives; at present all of them are in this process.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from farstep_service.settings import Settings
 from farstep_service.tensors import Snapshot
 
 INLINE_PARTS: Final = 1000
-"""Parameters and param groups of a session up to which it is compared with another on the event loop."""
+"""The parameters and param groups up to which two plans are compared on the event loop."""
 DEFAULT_SHARE: Final = 0.9
-"""What sessions and requests may take of the memory that is there when a server starts; the rest is for all else."""
+"""The share of the free memory at the start of a server that sessions and requests may take."""
 
 
 def default_bytes(device: str) -> int:
-    """Return how much sessions and requests may take by default: of what this process may use, most of the rest."""
+    """Return the default limit of sessions and requests: most of the free memory that this process may use."""
     usable = usable_bytes(device)
     if usable is None:
         return UNBOUNDED
@@ -43,7 +43,7 @@ def default_bytes(device: str) -> int:
 
 
 class Registry:
-    """Hold the sessions of one server by name.
+    """The sessions of one server, by name.
 
     Args:
         settings: limits and device.
@@ -73,7 +73,7 @@ class Registry:
         return list(self._actors.values())
 
     def actors_after(self, name: str, most: int) -> list[Actor]:
-        """Return the first `most` of the sessions whose names come after one, in the order of their names."""
+        """Return the first `most` sessions after a name, in the order of names."""
         first = bisect_right(self._names, name)
         return [self._actors[each] for each in self._names[first : first + most]]
 
@@ -97,14 +97,14 @@ class Registry:
         return actor
 
     async def place(self, plan: Plan, *, options: bool = True) -> tuple[Actor, bool]:
-        """Return the session of the plan's name, created if there is none, and whether it was.
+        """Return the session of the plan's name, created if it does not exist, and whether it was created.
 
         Args:
-            plan: what the worker that joins takes the session for.
-            options: its options have to be those that the session was created with, or those in force.
+            plan: the plan of the joining worker.
+            options: its options must equal those at the session's creation, or those in force.
 
         Raises:
-            OptionsDiffer: there is one with another plan; the error says what differs.
+            OptionsDiffer: the session exists with another plan; the error names the difference.
             LimitExceeded, Busy: the session is too large, or the server has no room for it.
         """
         async with self._turn:
@@ -124,7 +124,7 @@ class Registry:
             return self._add(self._new_session(plan)), True
 
     def check_free(self, plan: Plan) -> None:
-        """Refuse a session that could not be added to the others.
+        """Refuse a session that cannot be added.
 
         Raises:
             SessionExists: its name is taken.
@@ -139,11 +139,11 @@ class Registry:
         self._check_room(plan)
 
     async def restore(self, snapshot: Snapshot) -> Actor:
-        """Add a session that begins with a snapshot; it can be joined when it is complete, and not before.
+        """Add a session from a snapshot; it can be joined when it is complete, and not before.
 
         Raises:
             SessionExists, LimitExceeded, Busy: see `check_free`.
-            TensorMismatch: a state that no session can have.
+            TensorMismatch: the state is invalid.
         """
         plan = snapshot.plan
         self.check_free(plan)
@@ -151,7 +151,7 @@ class Registry:
         # Not inline: it may wait for a kernel to be built.
         await asyncio.get_running_loop().run_in_executor(self._executor, session.restore, snapshot)
         async with self._turn:
-            self.check_free(plan)  # another one may have come first
+            self.check_free(plan)  # another one may have been added meanwhile
             return self._add(session)
 
     def _add(self, session: Session) -> Actor:
@@ -172,15 +172,15 @@ class Registry:
         return Session(plan, incarnation=secrets.token_hex(16), kernels=kernels, device=self._settings.device)
 
     def _check_room(self, plan: Plan) -> None:
-        """Refuse a session that is too large, or that there is no room for."""
+        """Refuse a session that is too large, or for which memory is short."""
         self._check_size(plan.layout.nbytes)
         limit = self._settings.max_sessions
         if len(self._actors) >= limit:
             raise Busy(f"The server has {len(self._actors)} sessions.", remedy="Remove one that is done.", limit=limit)
-        self.budget.check(plan.layout.nbytes)  # nothing is taken, or counted, before the contents arrive
+        self.budget.check(plan.layout.nbytes)  # nothing is allocated, or counted, before the contents arrive
 
     def _check_growth(self, plan: Plan, nbytes: int) -> None:
-        """Refuse that the session of a plan grows by so many bytes, if it is too large then."""
+        """Refuse to grow the session of a plan by `nbytes` if it would be too large."""
         self._check_size(plan.layout.nbytes + nbytes)
 
     def _check_size(self, nbytes: int) -> None:
@@ -193,7 +193,7 @@ class Registry:
             )
 
     def check_room_to_share(self, actor: Actor) -> None:
-        """Refuse memory that a worker would share with a session, if there is no room for it.
+        """Refuse to map a worker's shared memory if memory is short.
 
         Raises:
             Busy: see `MemoryBudget.check`.
@@ -211,9 +211,9 @@ class Registry:
             del self._actors[name]
             del self._names[bisect_left(self._names, name)]
         await removed[0].close()
-        # What held the session is let go of in a thread: it may be gigabytes, and 100,000 objects.
+        # Freed in a thread: the session may have gigabytes and 100,000 objects.
         await asyncio.to_thread(removed.clear)
 
     def in_flight(self) -> InFlight:
-        """Account for the memory of one request as long as it is answered; see `MemoryBudget.in_flight`."""
+        """Account for the memory of one request until it is answered; see `MemoryBudget.in_flight`."""
         return self.budget.in_flight()

@@ -1,15 +1,13 @@
-"""The memory that workers share with one session: each worker's latest, for as long as its epoch lasts.
+"""The memory that workers share with one session: mapped and checked, and kept until a worker's epoch ends.
 
-The server's side of shared memory (`farstep.protocol.shared_memory`): what it maps, and what it refuses to.
+The server's side of `farstep.protocol.shared_memory`. A mapping must not be able to crash this process. So the memory
+has to be a memfd of this user, sealed against changes of its size, exactly as large as the session's layout requires,
+fully allocated, and the one whose random key the handle names: a descriptor of a process in another container names
+something else here.
 
-A mapping must not be able to end this process. So the memory has to be a memfd of this user's, sealed against changes
-of its size, exactly as large as the session's layout says, all of it allocated, and the very one that the handle names
-by its random key: a number of a process in another container names something else here.
-
-Whatever else a worker writes into it, at whatever time, are numbers: its own gradients, or the parameters that only it
-reads there. So that what has been looked for in its gradients is true of those that a step takes, a session that looks
-at gradients copies them first, into memory that is kept for the worker's next push: 100 MB of fresh memory took five
-times as long as the copy itself.
+A worker may write other numbers into it at any time: its own gradients, or the parameters that only it reads there. A
+session that checks gradients therefore copies them first, so that the step uses what was checked. The copy's memory is
+kept for the worker's next push: 100 MB of fresh memory took five times as long as the copy itself.
 """
 
 from __future__ import annotations
@@ -32,45 +30,45 @@ from farstep_service.tensors.contribution import Contribution
 
 @final
 class SharedMemories:
-    """Keep what workers share, by worker."""
+    """The mapped shared memory of workers, by worker."""
 
     def __init__(self) -> None:
         self._shared: dict[str, MappedMemory] = {}
 
     @property
     def nbytes(self) -> int:
-        """Return the size of all of it."""
+        """Return its total size."""
         return sum(each.nbytes for each in self._shared.values()) if self._shared else 0
 
     def share(self, worker: str, handle: SharedMemoryHandle, plan: Plan) -> None:
-        """Map memory of a worker, in the place of what it shared before.
+        """Map memory of a worker, in place of what it shared before.
 
         Raises:
-            InvalidOption: it is not memory that can be shared. What it shared before is let go of even so.
+            InvalidOption: it is not memory that can be shared. The earlier memory is unmapped even so.
         """
         self._shared.pop(worker, None)
         self._shared[worker] = MappedMemory(handle, plan)
 
     def keep_only(self, epoch: Callable[[str], int]) -> None:
-        """Let go of the memory of epochs that are over.
+        """Unmap the memory of past epochs.
 
         Args:
-            epoch: returns the current one of a worker.
+            epoch: returns the current epoch of a worker.
         """
         self._shared = {worker: each for worker, each in self._shared.items() if epoch(worker) == each.epoch}
 
     def clear(self) -> None:
-        """Let go of all of it."""
+        """Unmap all of it."""
         self._shared.clear()
 
     def delivering(self, head: PushHead) -> MappedMemory | None:
-        """Return the memory in which a push wants its answer, None if it wants it in a body."""
+        """Return the memory to write a push's answer to, None for an answer in the body."""
         push, memory = head.shared, self._shared.get(head.name.worker)
         wanted = push is not None and push.deliver and memory is not None and memory.key == push.key
         return memory if wanted else None
 
     def copy_of(self, head: PushHead, contribution: Contribution) -> Buffers | None:
-        """Return where the step of a push may write its answer: over its gradients, or into shared memory."""
+        """Return the memory to which the step of a push may write its answer: its gradients', or shared memory."""
         if head.wanted == "none":
             return None
         if head.wire_parameters is not None:
@@ -79,7 +77,7 @@ class SharedMemories:
         return shared.parameters if shared is not None and shared.layout is contribution.layout else None
 
     def gradients_in(self, head: PushHead, contribution: Contribution) -> MappedMemory | None:
-        """Return the shared memory that a push's gradients are in, None if they come in its body.
+        """Return the shared memory of a push's gradients, None if they come in its body.
 
         Raises:
             InvalidRequest: the worker shares no such memory.
@@ -100,7 +98,7 @@ _F_SEAL_EXEC: Final = 0x20  # a kernel may put it on every memfd (vm.memfd_noexe
 
 @dataclass(frozen=True, slots=True)
 class SharedMemoryHandle:
-    """Name memory of a worker: its key, and where its process has it open."""
+    """A handle of a worker's memory: its key, and the process and descriptor that have it open."""
 
     epoch: int
     key: str
@@ -110,22 +108,22 @@ class SharedMemoryHandle:
 
 @final
 class MappedMemory:
-    """Memory that a worker shares with its session.
+    """The mapped memory that a worker shares with its session.
 
     Attributes:
         key: its name in pushes.
-        epoch: the life of the worker that it belongs to.
-        layout: what it has room for.
-        nbytes: what it takes, with the copy of the gradients.
+        epoch: the epoch of its worker.
+        layout: the layout of either half.
+        nbytes: its size, with the copy of the gradients.
         gradients, parameters: its halves.
-        secured: where gradients are copied to before they are looked at; None in a session that does not.
+        secured: memory to copy gradients to before they are checked; None in a session that does not check them.
     """
 
     def __init__(self, handle: SharedMemoryHandle, plan: Plan) -> None:
-        """Map what is offered.
+        """Map the memory of a handle.
 
         Raises:
-            InvalidOption: it is not what it has to be.
+            InvalidOption: it does not meet the requirements.
         """
         layout = plan.layout
         if any(segment.is_complex for segment in layout.segments):
@@ -140,7 +138,7 @@ class MappedMemory:
 
 
 def nbytes_beside(plan: Plan) -> int:
-    """Return the bytes that a session takes for each worker's shared memory beside that memory itself."""
+    """Return the additional bytes that a session takes for each worker's shared memory."""
     return plan.layout.nbytes if plan.looks_at_gradients else 0
 
 
@@ -156,7 +154,7 @@ def _mapped(handle: SharedMemoryHandle, nbytes: int) -> mmap.mmap:
         raise not_shared("this system has no sealed memory")
     path = f"/proc/{handle.pid}/fd/{handle.fd}"
     try:
-        # Looked at first: merely to open something else, such as a device, could have effects.
+        # Checked first: opening something else, such as a device, could have effects.
         found = os.readlink(path)
     except OSError as exc:
         raise not_shared(f"it cannot be opened ({exc.strerror})") from exc
@@ -170,7 +168,7 @@ def _mapped(handle: SharedMemoryHandle, nbytes: int) -> mmap.mmap:
         _check(fd, nbytes)
         try:
             return mmap.mmap(fd, nbytes)
-        except (OSError, ValueError) as exc:  # not around the check, whose refusals are a ValueError too
+        except (OSError, ValueError) as exc:  # not around the check, whose refusals are also a ValueError
             raise not_shared(f"it cannot be mapped ({exc})") from exc
     finally:
         os.close(fd)

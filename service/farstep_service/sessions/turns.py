@@ -1,8 +1,8 @@
-"""One turn at a time: work on a session where it belongs, and answers for those who wait.
+"""Turns: one piece of work at a time on a session, in the right thread, and the outcomes of waiting writes.
 
 Work on a small session runs on the event loop, other work in a thread: a thread hop costs more than a small step, and a
-large step would keep the event loop from answering anybody. The session's size decides, not the message's: the gradient
-of one segment can make a step copy all the others.
+large step would block the event loop. The session's size decides, not the message's: the gradient of one segment can
+make a step copy all the others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ INLINE_BYTES: Final = 1280 * 1024
 """Work on a session of fewer bytes than this is done on the event loop itself: it takes up to a millisecond with the
 reference kernel and a quarter of one with a fused one, of which the hop to a thread and back would take half again."""
 SEGMENT_COST_BYTES: Final = 512
-"""What a segment's bookkeeping adds to a step, as the bytes that take as long."""
+"""The cost of a segment's bookkeeping in a step, as the bytes that take equally long."""
 
 Result = TypeVar("Result")
 
@@ -50,13 +50,13 @@ class Size:
 async def run(
     executor: Executor, work: Callable[[], Result], abandoned: Callable[[Result], None], *, inline: bool
 ) -> Result:
-    """Do work; this returns or raises only when it has ended, even if the caller has gone.
+    """Do work; return or raise only when it has ended, even if the caller was cancelled.
 
     Args:
         executor: runs large work.
         work: what to do.
-        abandoned: takes the result in the place of one who has gone, since others may wait for it.
-        inline: do it here and now.
+        abandoned: takes the result in the place of a cancelled caller, since others may wait for it.
+        inline: run it on the event loop.
     """
     if inline:
         return work()
@@ -68,12 +68,12 @@ async def run(
             abandoned(await running)
         raise
     finally:
-        del running  # an error in it and this frame would keep each other, and the gradients with them
+        del running  # an error in it and this frame would keep each other alive, and the gradients
 
 
 @final
 class PendingOutcomes:
-    """The writes of one session that have no answer yet: one that is sent again waits for the same outcome."""
+    """The pending outcomes of one session's writes: a retry waits for the same outcome."""
 
     def __init__(self) -> None:
         self._futures: dict[WriteName, list[asyncio.Future[Outcome]]] = {}
@@ -82,20 +82,20 @@ class PendingOutcomes:
         return len(self._futures)
 
     def of(self, name: WriteName) -> asyncio.Future[Outcome]:
-        """Return where the outcome of a write is going to be, for one who waits: who gives up, does so alone."""
+        """Return a future of the outcome of a write, one for each waiting request, which may be cancelled by itself."""
         future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
         self._futures.setdefault(name, []).append(future)
         return future
 
     def resolve(self, outcomes: Outcomes) -> None:
-        """Tell those whose writes have been decided about."""
+        """Resolve the futures of decided writes."""
         for name, outcome in outcomes.items():
             for future in self._futures.pop(name, ()):
                 if not future.done():
                     future.set_result(outcome)
 
     def end(self, error: Callable[[], FarstepError]) -> None:
-        """Tell everybody that nothing will be decided any more; each of them gets an error of its own."""
+        """Resolve all futures with an error of their own: nothing will be decided any more."""
         for future in chain.from_iterable(self._futures.values()):
             if not future.done():
                 future.set_result(Outcome(error()))
@@ -107,7 +107,7 @@ OnDeadline = Callable[[], Coroutine[Any, Any, None]]
 
 @final
 class DeadlineTimer:
-    """The event loop's timer, set to the time at which a session may have something to decide.
+    """The timer of a session's next deadline, on the event loop.
 
     Args:
         clock: monotonic seconds.
@@ -124,14 +124,14 @@ class DeadlineTimer:
         return self._timer is not None
 
     def set(self, deadline: float | None, on_deadline: OnDeadline) -> None:
-        """Call `on_deadline` at this time of the clock, and not at the one set before; None for not at all."""
+        """Call `on_deadline` at this time of the clock, in place of the time set before; None for never."""
         self.cancel()
         if deadline is not None:
             delay_s = max(0.0, deadline - self._clock())
             self._timer = asyncio.get_running_loop().call_later(delay_s, self._begin, on_deadline)
 
     def cancel(self) -> None:
-        """Forget the time that was set."""
+        """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -144,17 +144,17 @@ class DeadlineTimer:
 
 @final
 class Turns:
-    """Let one thing at a time happen to a session, and tell those who wait what became of their writes.
+    """Serialise the work on a session, and resolve the outcomes of waiting writes.
 
     Args:
-        session: the session; it is called by who has the turn.
+        session: the session; called only by the holder of the turn.
         executor: runs large work.
         clock: monotonic seconds.
 
     Attributes:
-        lock: held by who has the turn.
+        lock: held during a turn.
         closed: the session was removed.
-        leaving: the server is about to end, and no write waits for others any more.
+        leaving: the server is about to stop, and no write waits for others any more.
     """
 
     def __init__(self, session: Session, executor: Executor, clock: Callable[[], float]) -> None:
@@ -181,10 +181,10 @@ class Turns:
         return self.size.small
 
     def check_open(self) -> None:
-        """Refuse what comes after the session was removed.
+        """Refuse work after the session was removed.
 
         Raises:
-            SessionLost: it was.
+            SessionLost: the session was removed.
         """
         if self.closed:
             raise self.gone()
@@ -195,15 +195,15 @@ class Turns:
         return SessionLost(f"Session {name!r} was removed.", remedy="Join again to create a new one.")
 
     async def run(self, work: Callable[[], Result], abandoned: Callable[[Result], None], *, inline: bool) -> Result:
-        """Do work on the session, which the caller has the turn for; see `run`."""
+        """Do work on the session, within the caller's turn; see `run`."""
         return await run(self._executor, work, abandoned, inline=inline)
 
     def outcome_of(self, name: WriteName) -> asyncio.Future[Outcome]:
-        """Return where the outcome of a write is going to be that waits for others."""
+        """Return a future of the outcome of a write that waits for others."""
         return self._waiting.of(name)
 
     def resolve(self, outcomes: Outcomes) -> None:
-        """Tell those who wait what became of their writes, and set the timer to what is to be decided next."""
+        """Resolve the outcomes of writes, and set the timer to the next deadline."""
         if self._waiting:
             self._waiting.resolve(outcomes)
         if self.leaving:
@@ -218,14 +218,14 @@ class Turns:
                 self.resolve(await self.run(lambda: self._session.tick(now), self.resolve, inline=self.small))
 
     async def interrupt(self) -> None:
-        """Answer every write that waits, and every one that would from now on."""
+        """Answer every waiting write, and from now on every write that would wait."""
         async with self.lock:
             self.leaving = True
             if not self.closed:
                 self.resolve({})
 
     def close(self) -> None:
-        """End the session, which the caller has the turn for; those who wait are told so."""
+        """End the session, within the caller's turn; waiting writes get an error."""
         self.closed = True
         self._timer.cancel()
         self._waiting.end(self.gone)

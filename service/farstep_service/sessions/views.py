@@ -1,11 +1,12 @@
-"""Memory on its way in and out of a session in this process.
+"""Memory of incoming bodies, and views of a session's contents for answers.
 
-Parameters on their way out in a codec, or from a device: one conversion for all who ask for a version while one
-still reads it.
+    PushIntake, ContentsIntake    memory for an incoming payload
+    HeldView                      parameters in the memory of a held version
+    EncodedView                   parameters encoded by a codec, or copied from a device: one copy for all readers of a
+                                  version, which is released at once, so that the next step may write over it
+    CopiedView                    a copy of some fields
 
-A step whose gradients came in the same 16 bits has mostly written them already, over those gradients, in its own pass.
-
-A conversion is a copy, so the version it was made of is given back at once, and the next step may write over it.
+A step whose gradients came in the same 16 bits has mostly encoded its parameters already, over those gradients.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CPU = torch.device("cpu")
 
 
 def check_fit(payload_bytes: int, body_bytes: int) -> None:
-    """Refuse a body that cannot carry what its header announces, before memory is taken for it.
+    """Refuse a body that cannot carry what its header announces, before memory is allocated.
 
     Raises:
         TensorMismatch: it is shorter than the payload, or longer than payload, frames and header can be.
@@ -48,7 +49,7 @@ def check_fit(payload_bytes: int, body_bytes: int) -> None:
 
 @final
 class PushIntake(Intake):
-    """Memory for the gradients of a push; where they are in shared memory already, nothing is to come."""
+    """Memory for the gradients of a push; for gradients in shared memory no payload follows."""
 
     def __init__(
         self, contribution: Contribution, body_bytes: int, shared: MappedMemory | None = None, *, watch: bool = False
@@ -85,13 +86,13 @@ class ContentsIntake(Intake):
 
 
 def missing(indices: Sequence[int], there: frozenset[int]) -> Sequence[int]:
-    """Return those of some segments that are not there."""
+    """Return the segments that have not been written yet."""
     return [index for index in indices if index not in there] if there else indices
 
 
 @final
 class HeldView(View):
-    """The parameters of a held version, or some of them."""
+    """All parameters of a held version, or some of them."""
 
     def __init__(
         self,
@@ -158,7 +159,7 @@ class CopiedView(View):
 
 @final
 class EncodedVersion:
-    """A copy of one version in memory of the CPU, as it travels in a codec."""
+    """A copy of one version in CPU memory, encoded by a codec."""
 
     def __init__(self, held: Held, codec: Codec, indices: Sequence[int], spent: Contribution | None) -> None:
         layout = held.buffers.layout.on_wire(codec)
@@ -176,7 +177,7 @@ class EncodedVersion:
 
 @final
 class EncodedVersions:
-    """The conversions that are being read.
+    """The encoded versions that are being read.
 
     Args:
         executor: runs large ones.
@@ -189,18 +190,18 @@ class EncodedVersions:
 
     @property
     def nbytes(self) -> int:
-        """Return the memory of conversions that others may share."""
+        """Return the memory of shared copies."""
         return sum(each.buffers.nbytes for each in self._made.values()) if self._made else 0
 
     async def of(
         self, held: Held, codec: Codec, indices: Sequence[int], spent: Contribution | None, *, inline: bool
     ) -> EncodedVersion:
-        """Return some segments of a held version, which is given back, as they travel in a codec.
+        """Encode some segments of a held version, and release it.
 
-        Only a conversion of all segments is shared: others are of one worker's own.
+        Only copies of all segments are shared: others are of one worker.
 
         Args:
-            spent: gradients whose memory may be written over, or was by the step that this answers.
+            spent: gradients whose memory may be overwritten, or was by the step that is answered.
         """
         count = len(held.buffers.layout.segments)
         if len(indices) < count:
@@ -228,7 +229,7 @@ class EncodedVersions:
 
 @final
 class EncodedView(View):
-    """Parameters of a version in a copy, or some of them."""
+    """All parameters of an encoded version, or some of them."""
 
     def __init__(
         self, encoded: EncodedVersion, indices: Sequence[int], ranges: list[int] | None, released: Callable[[], None]

@@ -1,11 +1,11 @@
-"""Memory that stays the user's: the tensors of an embedded session.
+"""Borrowed memory: the user's own tensors, in an embedded session.
 
     large, contiguous segment      the kernel works on the user's tensor itself
     small segment (< 64k)          gathered with its neighbours into one flat run, and scattered back: two calls for all
     not contiguous, or conjugated  the same, on memory of its own
 
-300 small tensors then cost one kernel call and a few foreach copies. Nothing is kept between steps but the memory for
-the runs, so whatever the user does to the tensors between steps is seen.
+300 small tensors then cost one kernel call and a few foreach copies. Only the memory for the runs is kept between
+steps, so edits of the tensors between steps take effect.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from farstep_service.layout import Layout
 from farstep_service.store.buffers import Buffers, flattened, shaped
 
 SMALL = 2**16
-"""Elements below which a segment is gathered: copying them twice costs less than a kernel call of their own."""
+"""Segments with fewer elements are gathered: copying them twice costs less than a kernel call of their own."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Gathered:
-    """Which of some segments are gathered, and where to."""
+    """Which of some segments are gathered, with their views of the staging memory."""
 
     segments: Sequence[int]
     small: list[int]
@@ -42,8 +42,8 @@ class BorrowedBuffers(Buffers):
 
     Args:
         layout: the segments.
-        tensors: one tensor per segment, on one device; None where there is none, as for a missing gradient.
-        device: where they are.
+        tensors: one tensor per segment, on one device; None for a missing gradient.
+        device: of the tensors.
         small: elements below which a segment is gathered.
     """
 
@@ -80,7 +80,7 @@ class BorrowedBuffers(Buffers):
         return [tensor is not None for tensor in self._tensors]
 
     def lend(self, tensors: Sequence[Tensor | None]) -> None:
-        """Put other tensors in the place of the present ones, as a backward pass does with gradients.
+        """Replace the tensors, as a backward pass replaces gradients.
 
         Raises:
             TensorMismatch: the number of tensors, or a shape, dtype, layout or device, is not the segment's.
@@ -105,7 +105,7 @@ class BorrowedBuffers(Buffers):
         self._tensors = list(tensors)
 
     def release(self) -> None:
-        """Keep none of the tensors, nor copies of those that are not contiguous: their owner may want them freed."""
+        """Drop the tensors, and copies of those that are not contiguous, so that their owner can free them."""
         self._tensors = [None] * len(self._shapes)
         self._apart = {}
 
@@ -119,7 +119,7 @@ class BorrowedBuffers(Buffers):
         return flattened(tensor) if last == first + 1 and self._is_plain(tensor) else None
 
     def stretch(self, first: int, length: int) -> Tensor:
-        """Return what a kernel works on, between `begin` and `end`."""
+        """Return the memory that a kernel works on, between `begin` and `end`."""
         place = self._places[first]
         if place is None:
             apart = self._apart.get(first)
@@ -133,7 +133,7 @@ class BorrowedBuffers(Buffers):
         return found
 
     def begin(self, segments: Sequence[int]) -> None:
-        """Gather the small ones, and those whose memory a kernel cannot walk through."""
+        """Gather the small segments, and those whose memory a kernel cannot traverse."""
         gathered = self._gather(segments)
         self._apart = {
             index: torch.empty(
@@ -148,7 +148,7 @@ class BorrowedBuffers(Buffers):
         _copy(views, tensors)
 
     def end(self, segments: Sequence[int]) -> None:
-        """Scatter them again, and tell autograd about the others, which a kernel wrote to behind its back."""
+        """Scatter them again, and notify autograd of the others, which a kernel has changed."""
         gathered = self._gather(segments)
         views, tensors = self._pairs(gathered)
         _copy(tensors, views)
@@ -158,7 +158,7 @@ class BorrowedBuffers(Buffers):
         self._apart = {}
 
     def _gather(self, segments: Sequence[int]) -> _Gathered:
-        """Return which of the segments are gathered; a step asks twice, and mostly as the step before did."""
+        """Return which of the segments are gathered; cached, as a step asks twice, and mostly like the step before."""
         if segments is not self._last.segments:
             small = [index for index in segments if self._places[index] is not None]
             large = [index for index in segments if self._places[index] is None]
@@ -166,7 +166,7 @@ class BorrowedBuffers(Buffers):
         return self._last
 
     def _pairs(self, gathered: _Gathered) -> tuple[list[Tensor], list[Tensor]]:
-        """Return views of our memory and the user's tensors, which are copied into one another."""
+        """Return views of the staging memory and the user's tensors, to copy from one to the other."""
         lent = self._tensors
         views, tensors = gathered.views, [each for index in gathered.small if (each := lent[index]) is not None]
         if len(tensors) < len(views):
@@ -190,7 +190,7 @@ class BorrowedBuffers(Buffers):
         return found
 
     def _is_plain(self, tensor: Tensor) -> bool:
-        """Return whether the tensor's memory holds its elements one after the other, as they are, where kernels run."""
+        """Return whether the tensor's memory holds its plain elements contiguously, on the kernels' device."""
         return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and tensor.device == self.device
 
     def _lent(self, index: int) -> Tensor:
@@ -201,7 +201,7 @@ class BorrowedBuffers(Buffers):
 
 
 def _stage(layout: Layout, small: int) -> tuple[list[int | None], dict[str, int], frozenset[int]]:
-    """Return where each small segment is gathered to, the size of that memory by dtype, and the borders."""
+    """Return the position of each small segment in the staging memory, its size by dtype, and the borders."""
     places: list[int | None] = []
     sizes: dict[str, int] = {}
     borders: set[int] = set()
@@ -220,7 +220,7 @@ def _stage(layout: Layout, small: int) -> tuple[list[int | None], dict[str, int]
 
 
 def _copy(into: list[Tensor], sources: list[Tensor]) -> None:
-    """Copy tensors, all in one call unless torch cannot: it does not write many lazily conjugated ones at once."""
+    """Copy tensors, in one call unless torch cannot: it does not write several lazily conjugated ones at once."""
     if not into:
         return
     try:

@@ -36,7 +36,7 @@ class Buffers(ABC):
     @property
     @abstractmethod
     def nbytes(self) -> int:
-        """Return the bytes allocated for it by us."""
+        """Return the bytes allocated by farstep."""
 
     @abstractmethod
     def stretch(self, first: int, length: int) -> Tensor:
@@ -50,19 +50,19 @@ class Buffers(ABC):
         return None if length is None else self.stretch(first, length)
 
     def element(self, index: int) -> str:
-        """Return the dtype of a segment's memory, which may be narrower than the layout's."""
+        """Return the dtype of a segment's memory, which may have fewer bits than the layout's."""
         return self.layout.segments[index].buffer
 
     def segment(self, index: int) -> Tensor:
-        """Return a segment as its parameter looks: its shape, its dtype. It shares memory with the buffer."""
+        """Return a segment in its parameter's shape and dtype, sharing memory with the buffer."""
         segment = self.layout.segments[index]
         return shaped(self.stretch(index, segment.length), segment)
 
-    def begin(self, segments: Sequence[int]) -> None:  # noqa: B027  # most memory has nothing to bring
-        """Bring these segments to where `stretch` finds them, before a step."""
+    def begin(self, segments: Sequence[int]) -> None:  # noqa: B027  # most memory needs no gathering
+        """Gather these segments for `stretch`, before a step."""
 
     def end(self, segments: Sequence[int]) -> None:  # noqa: B027
-        """Bring what a step wrote into these segments to where its owner finds it."""
+        """Scatter what a step wrote into these segments to their owner's memory."""
 
 
 @final
@@ -73,7 +73,7 @@ class FlatBuffers(Buffers):
         layout: the segments.
         device: where to allocate.
         zero: fill with zeros; otherwise the contents are undefined until they are written.
-        flat: memory that somebody else has allocated there, as large as the layout says, to use as it is.
+        flat: memory to use, allocated elsewhere with the layout's sizes.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class FlatBuffers(Buffers):
         return found
 
     def copy_(self, other: Buffers, segments: Sequence[int] | None = None) -> Self:
-        """Take over the contents of another memory of the same layout, of some segments or of all."""
+        """Copy the contents of other buffers of the same layout, for some segments or all."""
         if segments is None and isinstance(other, FlatBuffers):
             for buffer, tensor in self._flat.items():
                 tensor.copy_(other._flat[buffer])
@@ -135,12 +135,12 @@ class FlatBuffers(Buffers):
 
 @final
 class HalfPrecisionBuffers(Buffers):
-    """Memory in which float32 segments have 16 bits, seen in the layout of their parameters; stretches are narrow.
+    """Memory in which float32 segments have 16 bits, in the layout of their parameters; so do stretches.
 
     Args:
         layout: the parameters'.
-        codec: the one that they came in, which has an element.
-        memory: in the layout in which they travel.
+        codec: their codec, which has an element.
+        memory: the memory, in the codec's layout.
     """
 
     def __init__(self, layout: Layout, codec: Codec, memory: FlatBuffers) -> None:
@@ -164,7 +164,7 @@ class HalfPrecisionBuffers(Buffers):
         return self.memory.layout.segments[index].buffer
 
     def segment(self, index: int) -> Tensor:
-        """Return a segment as its parameter looks; a copy, where it was narrow."""
+        """Return a segment in its parameter's shape and dtype; a copy if it has 16 bits."""
         segment = self.layout.segments[index]
         return shaped(self.stretch(index, segment.length).to(TORCH_DTYPES[segment.buffer]), segment)
 
@@ -181,7 +181,7 @@ def pieces(layout: Layout, segments: Sequence[int], *buffers: Buffers) -> Iterat
 
 
 def encode_(into: FlatBuffers, source: Buffers, codec: Codec, segments: Sequence[int]) -> None:
-    """Write segments as they travel in a codec.
+    """Encode segments with a codec.
 
     Args:
         into: in the layout of the codec, on the CPU.
@@ -201,7 +201,7 @@ def encode_(into: FlatBuffers, source: Buffers, codec: Codec, segments: Sequence
 
 
 def decode_(into: FlatBuffers, source: FlatBuffers, codec: Codec, segments: Sequence[int]) -> None:
-    """Write segments in the session's layout that came as bytes of a codec, which is what `encode_` does backwards."""
+    """Decode segments into the session's layout: the inverse of `encode_`."""
     for index in segments:
         segment, encoded = into.layout.segments[index], source.layout.segments[index]
         if codec.applies_to(segment.dtype):
@@ -211,7 +211,7 @@ def decode_(into: FlatBuffers, source: FlatBuffers, codec: Codec, segments: Sequ
 
 
 def shaped(flat: Tensor, segment: Segment) -> Tensor:
-    """Return a segment's flat memory as its parameter looks."""
+    """Return a segment's flat memory in its parameter's shape and dtype."""
     if segment.is_complex:
         return torch.view_as_complex(flat.view(*segment.shape, 2))
     return flat.view(segment.shape)

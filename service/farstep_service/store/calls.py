@@ -1,4 +1,4 @@
-"""The kernel calls of a step: which stretches of memory, with which numbers.
+"""The kernel calls of a step: their stretches of memory and their numbers.
 
 dense      one call per run of segments with a dense gradient
 spread     one per sparse gradient that is made dense
@@ -24,7 +24,7 @@ from farstep_service.store.runs import Decision, Numbers
 
 
 class RowCall(NamedTuple):
-    """One sparse gradient whose rows a step changes, and no other."""
+    """A step on the rows of one sparse gradient."""
 
     rule: RowRule[Any]
     rows: Rows
@@ -32,7 +32,7 @@ class RowCall(NamedTuple):
 
 
 def check_numbers(steps: Iterable[tuple[torch.dtype, tuple[float, ...]]]) -> None:
-    """Refuse a step whose numbers its dtype cannot hold, which torch's operations would refuse one by one, midway.
+    """Refuse a step whose numbers its dtype cannot hold, which torch's operations would refuse midway.
 
     Raises:
         InvalidOption: naming the number and the dtype.
@@ -55,7 +55,7 @@ class Caller:
     Args:
         rule: the optimizer.
         source, target: parameters before and after.
-        state: the optimizer state, with the memory of every field in use.
+        state: the optimizer state, with memory for every field in use.
     """
 
     def __init__(self, rule: AnyRule, source: Buffers, target: Buffers, state: OptimizerState) -> None:
@@ -68,9 +68,9 @@ class Caller:
         """Return one call for each run that has elements.
 
         Args:
-            decision: what the step does.
+            decision: of the step.
             gradients: the dense ones.
-            copies: for each run where its new parameters go as well.
+            copies: for each run a second target of its new parameters.
         """
         runs = zip(decision.cut.runs, decision.runs, copies, strict=True)
         return [

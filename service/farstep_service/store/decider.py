@@ -1,10 +1,10 @@
-"""What a step is going to do, decided over the store's memory before anything is written.
+"""The decision of a step over the store's memory, before anything is written.
 
     planner    cuts the step into runs and says with which numbers              runs.py
     calls      what a kernel does with each of them                             calls.py
     step       all of it, and how far it has come                               step.py
 
-Whatever is wrong with a step is found here. Memory is taken here too: a step that finds none has not begun.
+Every error of a step is found here. Memory is allocated here, too: a step that finds none has not begun.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from farstep_service.store.step import Step, VersionRecord
 from farstep_service.store.versions import Versions
 
 WORTH_A_KERNEL = 2**18
-"""Elements of a run from which a pass of its own, to widen gradients or to copy parameters, is worth being avoided."""
+"""Elements of a run from which a kernel that avoids a separate pass, for widening or copying, is worth building."""
 
 
 @final
@@ -39,8 +39,8 @@ class Decider:
     Args:
         layout: the segments.
         rule: the optimizer.
-        kernels: where kernels come from.
-        device: where the state is kept, and the parameters are.
+        kernels: the source of kernels.
+        device: the device of state and parameters.
     """
 
     def __init__(self, layout: Layout, rule: AnyRule, kernels: KernelSource, device: torch.device) -> None:
@@ -51,17 +51,17 @@ class Decider:
         self._planner = Planner(layout, rule)
 
     def forget(self) -> None:
-        """Cut the next step anew, because counts have been replaced."""
+        """Forget how the last step was cut, because counts have been replaced."""
         self._planner.forget()
 
     def prepare(self, groups: Sequence[Hyper]) -> None:
-        """Have kernels made ready for what the layout holds."""
+        """Have kernels prepared for the layout's dtypes."""
         kinds = {(segment.buffer, segment.group) for segment in self._layout.segments}
         forms = {KernelSignature(dtype, self._rule.optional(groups[group])) for dtype, group in kinds}
         self._kernels.prepare(self._rule, sorted(forms), self._device)
 
     def check_groups(self, groups: Sequence[Hyper]) -> None:
-        """Refuse options that are too few, or another optimizer's."""
+        """Refuse too few options, or those of another optimizer."""
         others = set(map(type, groups)) - {self._rule.hyper}
         if len(groups) < self._layout.groups or any(not issubclass(kind, self._rule.hyper) for kind in others):
             raise InvalidOption(
@@ -71,7 +71,7 @@ class Decider:
     def check_step(
         self, groups: Sequence[Hyper], changed: Container[int], counts: Sequence[SegmentCounters | None]
     ) -> None:
-        """Refuse options of changed groups with which their next step could not be taken.
+        """Refuse options of changed groups with which their next step would fail.
 
         Raises:
             InvalidOption: naming what stands in the way.
@@ -92,13 +92,13 @@ class Decider:
         now: VersionRecord,
         wanted: KernelName | None,
     ) -> tuple[Step, Kernel]:
-        """Decide everything about a step; nothing that anybody sees is written.
+        """Decide everything about a step; no visible memory is written.
 
         Args:
             groups: options of each param group.
-            gradients: what to step along.
-            versions, state, now: what the store has.
-            wanted: the kernel to run, None for the best one that is ready.
+            gradients: of the step.
+            versions, state, now: the store's.
+            wanted: the kernel to run, None for the best one available.
 
         Raises:
             FarstepError: the step is refused.
@@ -153,9 +153,9 @@ class Decider:
         return step, chosen
 
     def _copies(self, decision: Decision, gradients: Gradients, kernel: Kernel) -> list[Tensor | None]:
-        """Return for each run where its new parameters go as well, which is up to its kernel.
+        """Return for each run a second target of its new parameters, if its kernel can write it.
 
-        Kernels for gradients in 16 bits, and for copies, are asked for where there is enough to win.
+        Kernels for gradients in 16 bits, and for copies, are requested for large enough runs.
         """
         segments, source, into = self._layout.segments, gradients.buffers, gradients.copy
         if into is not None and not into.borders <= source.borders:
@@ -177,7 +177,7 @@ class Decider:
     def _sparse(
         self, groups: Sequence[Hyper], gradients: Gradients, decision: Decision
     ) -> tuple[list[RowCall], list[tuple[Rows, Numbers]]]:
-        """Return the sparse gradients whose rows alone change, and those that are to be made dense."""
+        """Return the sparse gradients of which only the rows change, and those to make dense."""
         rows, spread = [], []
         for (index, (indices, values)), numbers in zip(gradients.sparse.items(), decision.rows, strict=True):
             segment = self._layout.segments[index]
@@ -190,13 +190,13 @@ class Decider:
 
 
 def check_first_step(layout: Layout, rule: AnyRule, groups: Sequence[Hyper], beginning: int = 0) -> None:
-    """Refuse options with which the first step of a session, or of groups that are added to it, could not be taken.
+    """Refuse options with which the first step of a session, or of added groups, would fail.
 
     Args:
         layout: the segments.
         rule: the optimizer.
         groups: options of each param group.
-        beginning: the first of the groups to look at.
+        beginning: the first group to check.
 
     Raises:
         InvalidOption: naming what stands in the way.

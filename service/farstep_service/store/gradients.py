@@ -17,14 +17,14 @@ from farstep_service.store.buffers import Buffers
 
 @dataclass(frozen=True, slots=True)
 class Gradients:
-    """What a step is computed from.
+    """The gradients of a step.
 
     Attributes:
-        buffers: dense gradients, in the layout of the parameters; elsewhere than where `present` says, undefined.
+        buffers: dense gradients, in the layout of the parameters; undefined where not `present`.
         present: which segments have a dense gradient; None for all but the sparse ones.
         sparse: by segment, int64 indices `(sparse dims, nnz)` and values `(nnz, *dense shape)`; duplicates are summed.
-        borrowed: the buffers are somebody else's, to be read only.
-        copy: where the new parameters are written as well, if that costs no pass of its own; it may be `buffers`.
+        borrowed: the buffers are borrowed, and read only.
+        copy: a second target of the new parameters, if that needs no separate pass; it may be `buffers`.
     """
 
     buffers: Buffers
@@ -48,7 +48,7 @@ class Gradients:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """A sparse gradient whose rows are named once each.
+    """A sparse gradient with distinct rows.
 
     Attributes:
         segment: the parameter's number.
@@ -63,7 +63,7 @@ class Rows:
     values: Tensor
 
     def dense(self) -> Tensor:
-        """Return the whole gradient, as a matrix of rows."""
+        """Return the dense gradient, as a matrix of rows."""
         whole = torch.zeros(self.shape, dtype=self.values.dtype, device=self.values.device)
         return whole.index_copy_(0, self.rows, self.values)
 

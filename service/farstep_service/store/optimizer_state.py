@@ -1,4 +1,4 @@
-"""The optimizer state of a session: flat buffers for its tensors, counts for what each segment has beside them."""
+"""The optimizer state of a session: flat buffers for its tensors, and counts for each segment."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ FieldValues = Buffers | Sequence[Number | None]
 
 @final
 class OptimizerState:
-    """Hold the tensor fields, and know what state is allowed to be. Optional fields take memory when they are used.
+    """The tensor fields, and the checks of state. Optional fields are allocated when they are used.
 
     Args:
         layout: the segments.
         rule: the optimizer.
-        groups: options of each param group at construction; they say what state begins with.
-        device: where the tensor fields are kept.
+        groups: options of each param group at construction, which define the initial state.
+        device: the device of the tensor fields.
 
     Attributes:
         nbytes: the bytes allocated.
@@ -51,11 +51,11 @@ class OptimizerState:
         self.refill([segment for segment in range(len(layout.segments)) if self._begins_filled(segment)])
 
     def appended(self, layout: Layout, groups: Sequence[Hyper]) -> OptimizerState:
-        """Return this state with what the segments at the end of a longer layout begin with; this one is unchanged.
+        """Return a copy of this state, extended by the initial state of the new segments of a longer layout.
 
         Args:
             layout: this one with more segments.
-            groups: options of each param group of it; what is known of the present ones stays.
+            groups: options of its param groups; those of the present groups are ignored.
         """
         grown = OptimizerState(layout, self._rule, (*self._groups, *groups[len(self._groups) :]), self._device)
         for name, buffers in self.fields.items():
@@ -63,18 +63,18 @@ class OptimizerState:
         return grown
 
     def missing_bytes(self, names: Iterable[str]) -> int:
-        """Return the bytes that these fields would take, of which some may be there."""
+        """Return the bytes that allocating these fields would take, without those allocated."""
         return sum(self._layouts[name].nbytes for name in names if name not in self.fields)
 
     def memory(self, name: str) -> FlatBuffers:
-        """Return a tensor field's memory, and take it if nobody has used the field yet."""
+        """Return a tensor field's memory, which is allocated on first use."""
         if name not in self.fields:
             self.fields[name] = FlatBuffers(self._layouts[name], self._device)
             self.nbytes += self.fields[name].nbytes
         return self.fields[name]
 
     def take_memory(self, names: Iterable[str]) -> None:
-        """Take the memory of fields that are going to be used."""
+        """Allocate the memory of fields."""
         for name in names:
             if name not in self.fields:
                 self.memory(name)
@@ -89,18 +89,18 @@ class OptimizerState:
         return {name: self.fields[name].segment(segment) for name in self._rule.fields(optional, shape)}
 
     def initial_counts(self, segment: int) -> SegmentCounters | None:
-        """Return the counts of a segment that has not stepped; None if its state begins with its first step."""
+        """Return the counts of a segment before its first step; None if that creates the state."""
         return self._having(segment, None, ()) if self._rule.has_initial_state else None
 
     def refill(self, segments: Sequence[int]) -> None:
-        """Fill the tensor fields of segments with what they begin with."""
+        """Fill the tensor fields of segments with their initial values."""
         for name, buffers in self.fields.items():
             for segment in segments:
                 value = self._rule.initial(name, self._options(segment))
                 buffers.stretch(segment, buffers.layout.segments[segment].length).fill_(value)
 
     def clear_absent(self, segments: Sequence[int], counts: Sequence[SegmentCounters | None]) -> None:
-        """Clear the optional fields that segments with state do not have, so that they begin anew when used."""
+        """Clear the optional fields that segments with state lack, so that they start anew when used."""
         for name in self._rule.optional_fields:
             if name in self.fields:
                 for segment in segments:
@@ -109,11 +109,11 @@ class OptimizerState:
                         self.fields[name].stretch(segment, self._layout.segments[segment].length).zero_()
 
     def _begins_filled(self, segment: int) -> bool:
-        """Return whether state begins with anything but zeros, which fresh memory holds without being touched."""
+        """Return whether the initial state is anything but zeros, which fresh memory holds already."""
         return any(self._rule.initial(name, self._options(segment)) != 0 for name in self.fields)
 
     def check_field(self, field: str, known: Sequence[str]) -> None:
-        """Refuse a field that is not one of `known`."""
+        """Refuse an unknown field."""
         if field not in known:
             raise TensorMismatch(f"{self._rule.name} has no such field {field!r:.80}: {', '.join(known)}.", field=field)
 
@@ -124,16 +124,16 @@ class OptimizerState:
         contents: Mapping[str, FieldValues],
         has: Sequence[Fields | None] | None,
     ) -> list[SegmentCounters | None]:
-        """Check other contents for some segments and return the counts they lead to; nothing is written.
+        """Check other contents for some segments and return the resulting counts; nothing is written.
 
         Args:
-            counts: what every segment has lived through.
+            counts: of every segment.
             segments: those that are written to.
             contents: what is written.
             has: for each of `segments` the tensor fields it has afterwards; see `Store.write`.
 
         Raises:
-            TensorMismatch: an unknown field, another layout, or a number that no segment can have.
+            TensorMismatch: an unknown field, another layout, or an invalid number.
         """
         after = list(counts)
         for field, values in contents.items():
@@ -164,7 +164,7 @@ class OptimizerState:
         return after
 
     def _having(self, segment: int, counts: SegmentCounters | None, more: Iterable[str]) -> SegmentCounters:
-        """Return counts, or those of a segment without state, with these tensor fields beside what it has."""
+        """Return counts, by default those of a new state, with these tensor fields added."""
         counts = counts or self._rule.first(self._options(segment))
         shape = self._layout.segments[segment].shape
         return replace(counts, fields=self._rule.fields((*counts.fields, *more), shape))

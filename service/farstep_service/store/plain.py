@@ -1,11 +1,11 @@
-"""Versions of parameters that somebody else computes: for an optimizer whose new parameters come from outside.
+"""Versions of parameters that are computed elsewhere: for an optimizer that is no rule, such as LBFGS.
 
     buffers()          what is there now, to be copied before anything else is called
     write(segments)    other contents of some segments, as one new version
-    hold()             the current version, which nobody changes until it is released
+    hold()             the current version, which does not change until it is released
 
-No kernel works on the memory, so nothing can be left half done: new contents are complete before they are written, and
-memory that is held by nobody becomes the current version when they are.
+No kernel works on the memory, so nothing can be left unfinished: new contents are complete before they are written, and
+then the memory that no reader holds becomes the current version.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class PlainStore:
     Args:
         layout: the segments.
         device: where the parameters are.
-        parameters: their memory; flat buffers belong to the store from now on.
+        parameters: their memory; the store takes ownership of flat buffers.
         version: the number of the first version.
     """
 
@@ -54,20 +54,20 @@ class PlainStore:
 
     @property
     def coming_bytes(self) -> int:
-        """Return the parameter memory that the next version takes beside what is there."""
+        """Return the additional parameter memory that the next version takes."""
         return self._versions.coming_bytes
 
     def hold(self) -> Held:
-        """Return the current version, kept as it is until it is released."""
+        """Return the current version, which does not change until it is released."""
         with self._lock, torch.no_grad():
             return self._versions.hold(self.version, self._changed)
 
     def write(self, segments: Sequence[int], values: Buffers | None) -> int:
-        """Make one new version, with other contents of some segments, and return its number.
+        """Create a new version with other contents of some segments, and return its number.
 
         Args:
             segments: those that change.
-            values: memory in the store's layout; None where nothing changes but the number.
+            values: memory in the store's layout; None if only the number changes.
         """
         with self._lock, torch.no_grad():
             version = self.version + 1

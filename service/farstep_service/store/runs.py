@@ -4,10 +4,9 @@
     runs       ──  ──      ──  ──  ──         one each, since the numbers of neighbours differ
     with lr 0.1 everywhere: two runs, [w0 b0] and [b1 w2 b2], interrupted by w1
 
-Neighbours belong to one run if the step's numbers, and the state it uses, are equal for both and nothing lies between
-them in any memory. The usual step is one run per group. A rule that looks at whole tensors has a run for each segment,
-and one that tells complex numbers from pairs of reals has no run of both.
-No tensor is touched here.
+Neighbours belong to one run if the step's numbers and the state in use are equal for both, and they are adjacent in
+every memory. The usual step is one run per group. A rule for whole tensors has a run for each segment, and one that
+distinguishes complex numbers from pairs of reals has no run of both. No tensor is touched here.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class Run:
     """Segments that one call updates.
 
     Attributes:
-        members: the segments, in order; of one dtype, so others may lie between them.
+        members: the segments, in order and of one dtype; segments of others may lie between them.
         length: elements of all of them.
     """
 
@@ -38,7 +37,7 @@ class Run:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How a step is cut.
+    """The runs of a step.
 
     Attributes:
         dense: the segments with a dense gradient.
@@ -52,7 +51,7 @@ class Cut:
 
 
 class Numbers(NamedTuple):
-    """What a step takes from a segment's options and counts.
+    """What a step needs of a segment's options and counts.
 
     Attributes:
         scalars: the rule's numbers.
@@ -65,10 +64,10 @@ class Numbers(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a step does, in numbers.
+    """The decision of a step, in numbers.
 
     Attributes:
-        cut: which calls it takes.
+        cut: its runs.
         runs: the numbers of each run.
         rows: the numbers of each sparse gradient, in its order.
         after: every segment's counts after the step.
@@ -82,10 +81,10 @@ class Decision:
 
 @final
 class Planner:
-    """Decide steps, remembering how the last one was cut.
+    """Decide steps, with a cache of how the last one was cut.
 
     The same segments with the same pattern of equal groups are cut in the same way, as long as the members of each run
-    have lived through the same. Then a step costs a few calls of Python whatever the number of segments.
+    have equal counts. Then a step costs a few Python calls, independent of the number of segments.
     """
 
     def __init__(self, layout: Layout, rule: AnyRule) -> None:
@@ -94,7 +93,7 @@ class Planner:
         self._apart: Container[int] = range(len(layout.segments))
         if isinstance(rule, ElementwiseRule):
             self._apart = _changes(layout) if rule.complex_numbers else ()
-        # Segments of these shapes have the same fields whatever they have lived through.
+        # Segments of these shapes have the same fields, independent of their counts.
         self._shapes = [segment.shape if rule.special else () for segment in layout.segments]
         self._key: tuple[object, ...] | None = None
         self._cut = Cut([], [], [])
@@ -114,12 +113,12 @@ class Planner:
 
         Args:
             groups: options of each param group.
-            gradients: which segments it changes, and how.
-            counts: what each segment has lived through.
+            gradients: of the step.
+            counts: of each segment.
             borders: segments that begin a new piece of the parameters' memory.
 
         Raises:
-            InvalidOption: the options lead to numbers that do not exist, such as a division by zero.
+            InvalidOption: the options lead to undefined numbers, such as a division by zero.
         """
         classes: dict[Hyper, int] = {}
         pattern = [classes.setdefault(hyper, number) for number, hyper in enumerate(groups)]
@@ -130,7 +129,7 @@ class Planner:
 
         def advance(segment: int) -> Numbers:
             group = self._layout.segments[segment].group
-            # SegmentCounters that are equal are mostly one object; comparing them by identity is several times faster.
+            # Equal SegmentCounters are mostly one object; comparing identities is several times faster.
             where = (pattern[group], id(counts[segment]), self._shapes[segment])
             found = known.get(where)
             if found is None:
@@ -169,7 +168,7 @@ class Planner:
         return Numbers(scalars, optional), after if after.fields == fields else replace(after, fields=fields)
 
     def _is_steady(self, run: Run, pattern: Sequence[int], after: Sequence[SegmentCounters | None]) -> bool:
-        """Return whether the members of a run will have equal numbers in the next step, too."""
+        """Return whether the members of a run will also have equal numbers in the next step."""
         first, *others = run.members
         group = pattern[self._layout.segments[first].group]
         return all(
@@ -181,7 +180,7 @@ def next_step(rule: AnyRule, counts: SegmentCounters | None, hyper: Hyper) -> tu
     """Return the numbers of the step that follows `counts`, None for the first one, and the counts after it.
 
     Raises:
-        InvalidOption: there is no such step.
+        InvalidOption: the step is undefined.
     """
     try:
         now = counts or rule.first(hyper)
@@ -204,7 +203,7 @@ def runs_of(
     Args:
         layout: the session's.
         segments: those with a dense gradient, ascending.
-        numbers: what has to be equal for them to be joined, for each of them.
+        numbers: for each of them a value that must be equal for joining.
         borders: segments that begin a new piece of memory, for each kind of memory.
     """
     open_runs: dict[str, tuple[list[int], Hashable, int]] = {}
@@ -221,7 +220,7 @@ def runs_of(
 
 
 def _changes(layout: Layout) -> frozenset[int]:
-    """Return the segments that are complex where the one before them in memory is not, or the other way round."""
+    """Return the segments that are complex while the one before them in memory is not, or vice versa."""
     before: dict[str, bool] = {}
     changes = set()
     for index, segment in enumerate(layout.segments):

@@ -1,12 +1,12 @@
-"""One step on its way: everything it will do, decided before anything is written, and how far it has come.
+"""A step in progress: its decision, made before anything is written, and its progress.
 
     begin      copies unchanged segments into the new version's memory      (only if the old one is held)
     calls      one per run, on dense gradients, and one per sparse gradient that was made dense
     rows       one per sparse gradient whose rows alone change
     end        brings results to where their owner finds them               (only memory of the user)
 
-Each part can be stopped anywhere, by a kernel that fails or by an interrupt from the keyboard, and be continued: what
-has been done is never done twice, but for plain copies, which do not mind.
+Each part can be stopped anywhere, by a failing kernel or a keyboard interrupt, and continued: nothing is done twice
+except plain copies, which are idempotent.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Applied:
 
     Attributes:
         version: the version it made.
-        kernel: what ran it; replay with the same kernel gives the same bits.
-        runs: kernel calls it took.
-        again: it is part of a larger step, which goes on with another evaluation of the objective.
-        copied: the segments that are in `Gradients.copy`, too.
-        switched: of a mixed step, where the reference kernel went on; see `Rerun`.
+        kernel: the kernel that ran it; replay with the same kernel gives the same bits.
+        runs: the number of its kernel calls.
+        again: it is part of a larger step, which continues with another evaluation of the objective.
+        copied: the segments that were also written to `Gradients.copy`.
+        switched: of a mixed step, where the reference kernel continued; see `Rerun`.
     """
 
     version: int
@@ -50,11 +50,11 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class VersionRecord:
-    """A version without its tensors.
+    """The record of a version, without its tensors.
 
     Attributes:
         version: its number.
-        counts: for each segment what it has lived through; None without state.
+        counts: of each segment; None without state.
         changed: for each segment the version that last changed its parameter.
     """
 
@@ -63,14 +63,14 @@ class VersionRecord:
     changed: Sequence[int]
 
     def marked(self, segments: Sequence[int], version: int) -> list[int]:
-        """Return which version changed each segment last, when that version changes these segments."""
+        """Return the version that last changed each segment, after a version that changes these."""
         changed = list(self.changed)
         for index in segments:
             changed[index] = version
         return changed
 
     def stale(self, since: int, written: Sequence[int]) -> list[int]:
-        """Return the segments that changed since a version, those that are about to be written left out."""
+        """Return the segments that changed since a version, except those about to be written."""
         skipped = set(written)
         return [index for index, last in enumerate(self.changed) if last > since and index not in skipped]
 
@@ -81,14 +81,14 @@ class Step:
     """A step that has been decided.
 
     Attributes:
-        source, target: parameters before and after; the same memory if nobody holds the version before.
-        state: the tensor fields that there are.
-        gradients: what it is computed from; they must stay as they are until the step is complete.
+        source, target: parameters before and after; the same memory if no reader holds the version before.
+        state: the optimizer state.
+        gradients: its gradients, which must not change until the step is complete.
         touched: the segments it changes.
         stale: the segments to copy from source to target first.
         calls, rows: what it does.
         after: the contents it makes.
-        doubled: the segments that its calls write to `Gradients.copy`, too.
+        doubled: the segments that its calls also write to `Gradients.copy`.
     """
 
     source: Buffers
@@ -108,7 +108,7 @@ class Step:
     switched: tuple[int, int] = (0, 0)
 
     def begin(self, kernel: Kernel, switched: tuple[int, int]) -> None:
-        """Run a kernel up to where another one went on when the step was taken before."""
+        """Run a kernel up to the point where another one continued when the step was first taken."""
         call, element = switched
         self._copy_unchanged()
         kernel.execute([*self.calls[:call], *([cut(self.calls[call], 0, element)] if element else [])], Progress())
@@ -122,10 +122,10 @@ class Step:
             self.copied = True
 
     def carry_out(self, kernel: Kernel) -> Applied:
-        """Do what is left of the step.
+        """Do the rest of the step.
 
         Raises:
-            Exception: whatever the kernel raised; the step can be continued.
+            Exception: the kernel's own; the step can be continued.
         """
         self._copy_unchanged()
         before = self.progress.at

@@ -1,14 +1,14 @@
-"""The store of one session: its parameters, its optimizer state, and the only way either changes.
+"""The store of one session: its parameters, its optimizer state, and all changes of them.
 
-    apply(groups, gradients)     one step: all of it or, after a failure, none of it to see until it is finished
-    hold()                       the current version, which nobody changes until it is released
+    apply(groups, gradients)     one step: all of it or, after a failure, nothing visible until it is finished
+    hold()                       the current version, which does not change until it is released
     write(segments, contents)    other contents, as one new version
     append(layout, ...)          more segments at the end, as one new version
     buffers(field), numbers()    what is there now, to be copied before anything else is called
 
-A step is decided before anything is written; whatever is wrong with it is found then. If a kernel fails midway the step
-stays pending, and `finish` rolls it forward with the reference kernel before anything else happens: nobody observes
-half a step, and the version number changes when the step is complete.
+A step is decided before anything is written, and all its errors are found then. If a kernel fails midway, the step
+stays pending, and `finish` rolls it forward with the reference kernel before anything else happens: no reader sees half
+a step, and the version number changes when the step is complete.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class StoreBytes:
     """Memory of a store.
 
     Attributes:
-        parameters: the current version; of borrowed memory only what we allocated beside it.
-        versions: older versions that are still held, and a spare.
+        parameters: the current version; for borrowed memory only the staging memory.
+        versions: older versions that are still held, and the spare.
         state: the tensor fields.
     """
 
@@ -64,17 +64,17 @@ def without_grad() -> AbstractContextManager[object]:
 
 @final
 class Store:
-    """Hold a session's parameters and state.
+    """A session's parameters and state.
 
-    All methods wait for a step that runs in another thread; `Held.release` does not.
+    All methods wait for a step that runs in another thread, except `Held.release`.
 
     Args:
         layout: the segments.
         rule: the optimizer.
-        groups: options of each param group at construction; they say what state is filled with before the first step.
-        kernels: where kernels come from.
-        device: where the state is kept, and the parameters are.
-        parameters: the parameters; zeros if None. Flat buffers belong to the store from now on.
+        groups: options of each param group at construction, which define the initial state.
+        kernels: the source of kernels.
+        device: the device of state and parameters.
+        parameters: the parameters; zeros if None. The store takes ownership of flat buffers.
         version: the number of the first version.
     """
 
@@ -118,7 +118,7 @@ class Store:
 
     @property
     def pending(self) -> bool:
-        """Return whether a step failed midway and has to be finished; its gradients must be kept until then."""
+        """Return whether a step failed midway and must be finished; its gradients must be kept until then."""
         return self._pending is not None
 
     @property
@@ -136,21 +136,21 @@ class Store:
         return self._versions.current.nbytes + self._versions.other_bytes + self._state.nbytes
 
     def check_step(self, groups: Sequence[Hyper], changed: Container[int]) -> None:
-        """Refuse options of changed groups with which their next step could not be taken.
+        """Refuse options of changed groups with which their next step would fail.
 
         Raises:
-            InvalidOption: naming what stands in the way.
+            InvalidOption: naming the cause.
         """
         with self._lock:
             self._decider.check_step(groups, changed, self._now.counts)
 
     def coming_bytes(self, groups: Sequence[Hyper]) -> int:
-        """Return the memory that a step with these options takes beside what is there."""
+        """Return the additional memory that a step with these options takes."""
         names = {name for group in groups for name in self.rule.optional(group)} if self.rule.optional_fields else ()
         return self._versions.coming_bytes + (self._state.missing_bytes(names) if names else 0)
 
     def hold(self) -> Held:
-        """Return the current version, kept as it is until it is released.
+        """Return the current version, which does not change until it is released.
 
         Raises:
             StepInterrupted: a pending step could not be finished.
@@ -171,13 +171,13 @@ class Store:
             return self._state.memory(field)
 
     def counts(self, segment: int) -> SegmentCounters | None:
-        """Return what a segment has lived through, None if it has no state."""
+        """Return a segment's counts, None without state."""
         with self._lock:
             self.finish()
             return self._now.counts[segment]
 
     def all_counts(self) -> Sequence[SegmentCounters | None]:
-        """Return what each segment has lived through, None for one without state."""
+        """Return each segment's counts, None without state."""
         with self._lock:
             self.finish()
             return self._now.counts
@@ -198,8 +198,8 @@ class Store:
 
         Args:
             groups: options of each param group.
-            gradients: what to step along. They must stay as they are until the step is complete.
-            rerun: how it ran before, for a replay; with the best kernel that is ready if None.
+            gradients: of the step. They must not change until it is complete.
+            rerun: how it ran before, for a replay; None for the best kernel available.
 
         Raises:
             FarstepError: the step is refused; nothing has changed.
@@ -239,7 +239,7 @@ class Store:
                 remedy="The step is finished before anything else happens; ask again under the same name.",
             ) from exc
         except BaseException:
-            # An interrupt from the keyboard goes on its way when the step is whole.
+            # A keyboard interrupt is passed on when the step is complete.
             step.carry_out(self._kernels.reference(self.rule))
             self._complete(step)
             raise
@@ -268,12 +268,12 @@ class Store:
             contents: for `param` and tensor fields, buffers in the store's layout, or in the one derived for the field;
                 for fields with one number per segment, that number for each of `segments`, or None to take the
                 segment's state away.
-            has: for each of `segments` the tensor fields it has afterwards, None for one without state. Not given, a
-                segment has what it had and what is written, and whatever no rule goes without.
-            bump: count the version up; without it the contents belong to the present one, as the first ones do.
+            has: for each of `segments` the tensor fields it has afterwards, None for no state. By default a segment has
+                its earlier fields, the written ones, and those that the rule always has.
+            bump: increment the version; without it the contents belong to the present version, as the first ones do.
 
         Raises:
-            TensorMismatch: an unknown field, another layout, or a number that no segment can have; nothing has changed.
+            TensorMismatch: an unknown field, another layout, or an invalid number; nothing has changed.
         """
         with self._lock, torch.no_grad():
             self.finish()
@@ -285,7 +285,7 @@ class Store:
                 for field, values in contents.items()
                 if isinstance(values, Buffers) and field != PARAMETERS
             }
-            self._state.take_memory(fields)  # all of it, before anything is written
+            self._state.take_memory(fields)  # all of it before anything is written
             if isinstance(parameters, Buffers):
                 self._write_parameters(segments, parameters, version)
             for field, values in fields.items():
@@ -298,13 +298,13 @@ class Store:
     def append(self, layout: Layout, groups: Sequence[Hyper], parameters: Buffers) -> None:
         """Grow by the segments at the end of a longer layout, as one new version.
 
-        Whatever fails, memory that is short included, leaves the store as it was.
+        Any failure, also for lack of memory, leaves the store unchanged.
 
         Args:
-            layout: this one with more segments; the places of the present ones are the same.
+            layout: this one with more segments; the present ones keep their positions.
             groups: options of each param group of it.
-            parameters: memory of that layout, which holds the parameters of the new segments and belongs to the store
-                from now on. Those of the present ones are copied into it, unless it is the user's, which has them.
+            parameters: memory of that layout with the parameters of the new segments, owned by the store from now on.
+                The present ones are copied into it, unless it is the user's and has them.
         """
         with self._lock, torch.no_grad():
             self.finish()

@@ -1,8 +1,8 @@
-"""Versions of the parameters: a version that somebody holds never changes.
+"""Versions of the parameters: a version that a reader holds never changes.
 
-    nobody holds v     the step writes over v, in place
-    somebody holds v   the step writes v+1 into other memory, the spare one or new; v goes when its last holder does
-    released           its memory becomes the spare; a spare that some steps in a row did not need is given back
+    v has no holder    the step writes over v, in place
+    v has holders      the step writes v+1 into other memory, the spare one or new; v is freed with its last holder
+    released           its memory becomes the spare; a spare that some steps in a row did not need is freed
     the layout grows   v+1 is in memory of the new layout; v stays with its holders, and its memory is no spare
 
 So readers never lock, copy or tear, and the lone worker pays nothing. The memory of an embedded session belongs to
@@ -23,7 +23,7 @@ from torch import Tensor
 from farstep_service.store.buffers import Buffers, FlatBuffers
 
 SPARE_STEPS = 8
-"""Steps in a row that have to go without the spare before it is given back."""
+"""The number of steps in a row without need of the spare after which it is freed."""
 
 
 @dataclass(slots=True, eq=False)
@@ -32,8 +32,8 @@ class VersionMemory:
 
     Attributes:
         buffers: the memory.
-        version: the version that was written to it; -1 while there is none.
-        holders: how many hold it.
+        version: the version in it; -1 for none.
+        holders: the number of readers that hold it.
     """
 
     buffers: Buffers
@@ -43,12 +43,12 @@ class VersionMemory:
 
 @final
 class Held:
-    """One version of the parameters, as it was and will be until it is released.
+    """One version of the parameters, which does not change until it is released.
 
-    Also a context manager. One that is forgotten is released when it is collected; until then every step pays for it.
+    Also a context manager. A forgotten one is released by garbage collection; until then every step pays for it.
 
     Attributes:
-        version: which one.
+        version: its number.
         buffers: its memory, to be read only.
     """
 
@@ -64,7 +64,7 @@ class Held:
         return self.buffers.span(first, last)
 
     def segment(self, index: int) -> Tensor:
-        """Return a segment as its parameter looks."""
+        """Return a segment in its parameter's shape and dtype."""
         return self.buffers.segment(index)
 
     def changed_since(self, version: int) -> list[int]:
@@ -72,7 +72,7 @@ class Held:
         return [index for index, changed in enumerate(self._changed) if changed > version]
 
     def release(self) -> None:
-        """Give the version up; a second time does nothing."""
+        """Release the version; a second call does nothing."""
         self._release()
 
     def __enter__(self) -> Self:
@@ -118,16 +118,16 @@ class Versions:
 
     @property
     def coming_bytes(self) -> int:
-        """Return the memory that the next version takes beside what is there."""
+        """Return the additional memory that the next version takes."""
         with self._lock:
             other = self._current.holders and self._spare is None
             return self.current.layout.nbytes if other else 0
 
     def hold(self, version: int, changed: Sequence[int]) -> Held:
-        """Return the current version, kept as it is until it is released.
+        """Return the current version, which does not change until it is released.
 
         Args:
-            version: its number, which is higher than that of its memory if later versions left the parameters alone.
+            version: its number, which is higher than its memory's if later versions did not change the parameters.
             changed: for each segment the version that last changed it; never altered afterwards.
         """
         with self._lock:
@@ -140,7 +140,7 @@ class Versions:
         return Held(version, memory, changed, self)
 
     def drop(self, memory: VersionMemory) -> None:
-        """Count one holder less; memory that nobody holds and that is not current becomes the spare."""
+        """Remove one holder; memory without holders that is not current becomes the spare."""
         with self._lock:
             memory.holders -= 1
             if not memory.holders and memory is not self._current:
@@ -148,7 +148,7 @@ class Versions:
                 self._retire(memory)
 
     def target(self) -> VersionMemory:
-        """Return where the next version goes: the current memory if nobody holds it, else the spare or new memory."""
+        """Return the memory for the next version: the current one if it has no holder, else the spare or new memory."""
         with self._lock:
             if not self._current.holders:
                 return self._current
@@ -185,7 +185,7 @@ class Versions:
                 self._older.append(old)
 
     def _retire(self, memory: VersionMemory) -> None:
-        """Keep memory that nobody needs as the spare, the newest if there are two: less of it is out of date."""
+        """Keep unused memory as the spare, the newer of two, as less of it is out of date."""
         if memory.buffers.layout is not self.current.layout:
             return  # from before the layout grew
         if self._spare is None or self._spare.version < memory.version:
