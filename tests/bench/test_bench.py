@@ -18,7 +18,7 @@ from farstep.conversation import Conversation
 from farstep_service.bench import PARTS, Workload
 from farstep_service.bench.steps import opened
 from farstep_service.cli.bench import PARTS_TOLD
-from farstep_service.cli.program import program
+from farstep_service.cli.entry import program
 from tests.support.client.carrying import Carrying
 from tests.support.service.servers import TOKEN, RunningServer, farstep, running_server
 
@@ -206,7 +206,7 @@ def test_a_token_is_asked_for(server: RunningServer) -> None:
 )
 def test_what_makes_no_sense_is_refused(arguments: list[str], word: str) -> None:
     """Bad arguments, and a model that no memory holds: status 2, in words, at once."""
-    done = CliRunner().invoke(program, ["bench", *arguments], env={"FARSTEP_SERVER": ""})
+    done = CliRunner().invoke(program(), ["bench", *arguments], env={"FARSTEP_SERVER": ""})
     assert (done.exit_code, done.stdout) == (2, "")
     assert word in done.stderr
     assert isinstance(done.exception, SystemExit)
