@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from farstep.conversation import Conversation
 from farstep_service.bench import PARTS, Workload
-from farstep_service.bench.steps import opened
-from farstep_service.cli.bench import PARTS_TOLD
+from farstep_service.bench.steps import open_session
+from farstep_service.cli.bench import PART_LABELS
 from farstep_service.cli.entry import program
 from tests.support.client.carrying import Carrying
 from tests.support.service.servers import TOKEN, RunningServer, farstep, running_server
@@ -62,7 +62,7 @@ def test_a_person_reads_link_device_and_what_to_expect(bench: Bench, server: Run
     for each in ("100,000 float32 parameters in 4 tensors (400 kB)", "Adagrad, ", server.url, "on cpu", "round trip",
                  "p99",
                  "/s up", "/s down", "400 kB there and 400 kB back", "steps per second", "1,000,000,000", "estimated",
-                 "less than 10% of it, the backward pass has to take", *PARTS_TOLD.values()):  # fmt: skip
+                 "less than 10% of it, the backward pass has to take", *PART_LABELS.values()):  # fmt: skip
         assert each in done.stdout
     assert "measuring steps of 100,000 parameters" in done.stderr
 
@@ -117,7 +117,7 @@ def test_without_a_server_a_step_is_embedded() -> None:
     assert found["where_s"]["total"] == pytest.approx(found["where_s"]["update"] + found["where_s"]["client"])
     told = farstep("bench", *SMALL, env=env, loaded=True).stdout
     assert "embedded in this process" in told
-    assert PARTS_TOLD["down"] not in told
+    assert PART_LABELS["down"] not in told
 
 
 # -- interrupted
@@ -150,7 +150,7 @@ class StopsAfterJoining(Carrying):
     """Interrupt the caller when the answer to the first request, which creates a session, is there."""
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Ask, and do not tell."""
+        """Send the request, and drop the answer."""
         super().handle_request(request).read()
         raise KeyboardInterrupt
 
@@ -158,15 +158,15 @@ class StopsAfterJoining(Carrying):
 def test_a_session_whose_creation_was_interrupted_is_removed(talk: Conversation) -> None:
     """The server has created it and the client does not know: it is found by its name and removed."""
     work = Workload.of("Adagrad", "float32", 10, 1)
-    with pytest.raises(KeyboardInterrupt), opened(work, talk, TOKEN, StopsAfterJoining()):
-        pytest.fail("a session that nobody knows was entered")
+    with pytest.raises(KeyboardInterrupt), open_session(work, talk, TOKEN, StopsAfterJoining()):
+        pytest.fail("a session that the client does not know was entered")
 
 
 # -- refused
 
 
 def test_a_server_that_is_away() -> None:
-    """Nobody listens: two lines and status 1, before anything is measured."""
+    """If no server listens there are two lines and status 1, before anything is measured."""
     done = farstep("bench", "--server", "http://127.0.0.1:9", loaded=True)
     assert done.returncode == 1
     assert done.stderr.splitlines()[0] == "error unavailable: http://127.0.0.1:9 does not answer: Connection refused."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from farstep.protocol.receipt import StepReport
-from farstep_service.bench.expectation import Costs, Expectation
+from farstep_service.bench.expectation import CostModel, Expectation
 from farstep_service.bench.steps import PARTS, Sample, Steps
 from farstep_service.bench.workload import Workload
 from farstep_service.cli.bench import ms
@@ -45,9 +45,9 @@ def test_an_embedded_step_is_update_and_bookkeeping() -> None:
 
 def test_odd_steps_do_not_count_in_the_usual_one() -> None:
     """The usual step is the mean of the middle half, and its parts add up to it."""
-    usual = steps([1.0, 2.0, 1.1, 1.2, 1.3, 100.0, 1.4, 0.001]).usual()
-    assert usual.total_s == pytest.approx((1.1 + 1.2 + 1.3 + 1.4) / 4)
-    assert sum(usual.parts_s.values()) == pytest.approx(usual.total_s)
+    typical = steps([1.0, 2.0, 1.1, 1.2, 1.3, 100.0, 1.4, 0.001]).typical()
+    assert typical.total_s == pytest.approx((1.1 + 1.2 + 1.3 + 1.4) / 4)
+    assert sum(typical.parts_s.values()) == pytest.approx(typical.total_s)
 
 
 def test_the_median_and_nine_of_ten() -> None:
@@ -58,7 +58,7 @@ def test_the_median_and_nine_of_ten() -> None:
 
 def test_costs_on_one_line_are_that_line() -> None:
     """Fixed cost and cost of a byte are found again, between the sizes and beyond them."""
-    costs = Costs([(nbytes, 2.0 + 3.0 * nbytes) for nbytes in (4, 10, 100)])
+    costs = CostModel([(nbytes, 2.0 + 3.0 * nbytes) for nbytes in (4, 10, 100)])
     assert (costs.fixed_s, costs.per_byte_s) == pytest.approx((2.0, 3.0))
     for nbytes in (0, 2, 4, 7, 10, 50, 100, 1000):
         assert costs.at(nbytes) == pytest.approx(2.0 + 3.0 * nbytes)
@@ -66,16 +66,16 @@ def test_costs_on_one_line_are_that_line() -> None:
 
 def test_large_sizes_follow_the_largest_ones() -> None:
     """Where bytes become dearer, as beyond a cache, the last slope goes on, and sizes that were measured are met."""
-    costs = Costs([(10, 1.0), (20, 2.0), (40, 10.0)])
+    costs = CostModel([(10, 1.0), (20, 2.0), (40, 10.0)])
     assert [costs.at(nbytes) for nbytes in (10, 20, 30, 40, 50)] == pytest.approx([1.0, 2.0, 6.0, 10.0, 14.0])
 
 
 def test_no_byte_and_no_step_costs_less_than_nothing() -> None:
     """Noise that makes a larger size cheaper gives no slope below 0, and no fixed cost below 0."""
-    assert Costs([(10, 2.0), (20, 1.0)]).per_byte_s == 0
-    assert Costs([(10, 2.0), (20, 1.0)]).fixed_s == 2.0
-    assert Costs([(10, 1.0), (20, 5.0)]).fixed_s == 0
-    assert Costs([(10, 1.0), (20, 5.0)]).at(5) == pytest.approx(0.5)
+    assert CostModel([(10, 2.0), (20, 1.0)]).per_byte_s == 0
+    assert CostModel([(10, 2.0), (20, 1.0)]).fixed_s == 2.0
+    assert CostModel([(10, 1.0), (20, 5.0)]).fixed_s == 0
+    assert CostModel([(10, 1.0), (20, 5.0)]).at(5) == pytest.approx(0.5)
 
 
 def test_break_even_is_ten_times_the_step() -> None:

@@ -10,7 +10,7 @@ import torch
 import farstep
 from farstep.errors import InvalidOption, LimitExceeded
 from farstep_service.bench.run import LARGE_BYTES, check_memory, sizes_of
-from farstep_service.bench.workload import OTHERWISE, Workload, count_of, read_shapes
+from farstep_service.bench.workload import UNSUPPORTED, Workload, count_of, read_shapes
 from farstep_service.machine import available_bytes
 
 
@@ -63,7 +63,7 @@ def test_the_state_is_what_the_optimizer_keeps_at_most() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "dtype", "word"),
     [("Adam2", "float32", "Adagrad"), ("Adam", "int8", "bfloat16"), ("Adam", "complex64", "float32"),
-     *[(name, "float32", remedy) for name, remedy in OTHERWISE.items()]],
+     *[(name, "float32", remedy) for name, remedy in UNSUPPORTED.items()]],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused(optimizer: str, dtype: str, word: str) -> None:
     """An optimizer or dtype that there is not, or whose steps no shapes foretell, is refused with what to do."""
@@ -75,8 +75,8 @@ def test_what_cannot_be_measured_is_refused(optimizer: str, dtype: str, word: st
 def test_every_other_optimizer_can_be_measured() -> None:
     """Each optimizer of the client has a workload, but for those that say what to do instead."""
     names = {name for name in farstep.optim.__all__ if isinstance(vars(torch.optim).get(name), type)}
-    assert names >= set(OTHERWISE)
-    for name in names - set(OTHERWISE):
+    assert names >= set(UNSUPPORTED)
+    for name in names - set(UNSUPPORTED):
         assert Workload.of(name, "float32", 100, 2).state_bytes >= 0
 
 

@@ -28,7 +28,7 @@ from farstep.errors import (
     UnsupportedMedia,
 )
 from farstep.optim import Adagrad
-from farstep_service.cli.remote import conversation, sessions_of
+from farstep_service.cli.remote import open_conversation, sessions_of
 from tests.support.client.failing import SHAPES, SHORT_S
 from tests.support.client.hostile import (
     PICKLED,
@@ -81,8 +81,8 @@ def step_after_a_bad_answer(twins: Twins, liar: Liar, tmp_path: Path) -> None:
 
 
 def listing(twins: Twins, liar: Liar, tmp_path: Path) -> None:
-    with conversation(liar.url, TOKEN) as speaking:
-        sessions_of(speaking)
+    with open_conversation(liar.url, TOKEN) as conversation:
+        sessions_of(conversation)
 
 
 TRIALS = {

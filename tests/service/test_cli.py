@@ -237,7 +237,7 @@ def test_a_token_is_shown_where_it_is_asked_for() -> None:
             done = farstep("status", env={**env, "FARSTEP_TOKEN": token}, loaded=True)
             assert done.returncode == 2
             assert done.stderr.startswith("error unauthorized: ")
-        assert "a token is asked for" in farstep("status", env={**env, "FARSTEP_TOKEN": TOKEN}, loaded=True).stdout
+        assert "asks for a token" in farstep("status", env={**env, "FARSTEP_TOKEN": TOKEN}, loaded=True).stdout
         assert farstep("sessions", "ls", "--token", TOKEN, env=env, loaded=True).returncode == 0
         assert farstep("healthcheck", env=env, loaded=True).returncode == 0
 

@@ -166,7 +166,7 @@ def test_the_command_line_switches_modes(raw: RawClient, server: RunningServer) 
     assert "OPTION=VALUE" in done.stderr
     done = farstep("sessions", "mode", "verbal", "sync", "workers=2", "workers=3", "--server", server.url, loaded=True)
     assert done.returncode != 0
-    assert "'workers' is there twice." in done.stderr
+    assert "'workers' is given twice." in done.stderr
     assert raw.request("GET", w0.path).document["consistency"]["workers"] == 3
 
 

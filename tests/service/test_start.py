@@ -259,7 +259,7 @@ def listening(address: str) -> Listening:
         ("127.0.0.1", (), "off: loopback only"),
         ("127.0.0.1", (TOKEN,), "on: 1 token"),
         ("0.0.0.0", (TOKEN, OTHER_TOKEN), "on: 2 tokens"),
-        ("0.0.0.0", (), "OFF: whoever reaches this machine"),
+        ("0.0.0.0", (), "OFF: anyone who reaches this machine"),
     ],
 )
 def test_the_banner_has_six_lines_at_most(address: str, tokens: tuple[str, ...], auth: str) -> None:

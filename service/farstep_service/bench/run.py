@@ -1,9 +1,9 @@
-"""Measure a link and a device with steps of a model, and of other sizes for the lines between them.
+"""Measure a link and a device with steps of a model, and with steps of other sizes for the estimates.
 
     memory on both sides? ── yes ──► round trips ──► sizes, ascending: open a session, warm up, take steps, remove it
           │ no
           ▼
-    refused, nothing was taken
+    refused, before any is taken
 
 The smallest session waits for the fused kernel, which is the same for all sizes.
 """
@@ -23,29 +23,29 @@ from urllib.parse import urlsplit
 from farstep.conversation import Conversation
 from farstep.errors import LimitExceeded, invalid_option
 from farstep_service.bench.expectation import Expectation, RoundTrip
-from farstep_service.bench.steps import Steps, await_fused, measure, opened
+from farstep_service.bench.steps import Steps, measure, open_session, wait_for_fused
 from farstep_service.bench.workload import Workload
 from farstep_service.machine import answered, available_bytes
 from farstep_service.settings import is_loopback
 
 REQUESTS = 200
-REQUESTS_WITHIN_S = 3.0
-FEWEST_REQUESTS = 10
+REQUESTS_MAX_S = 3.0
+MIN_REQUESTS = 10
 LARGE_BYTES = 4_000_000
-"""The largest size is at least this, so that bytes count in it."""
-APART = 8
-"""How many times the largest size is the one between."""
-OWN_SHARE = 0.6
-"""What part of the seconds the model itself gets; the other sizes have the rest."""
+"""The largest size is at least this, so that its bytes matter."""
+SPREAD = 8
+"""How many times larger the largest size is than the middle one."""
+MODEL_SHARE = 0.6
+"""The share of the seconds for the model itself; the other sizes get the rest."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """Say what to measure.
+class BenchOptions:
+    """Choose what to measure.
 
     Attributes:
         workload: the model.
-        steps: how many steps of each size; None for as many as fit into the time.
+        steps: how many steps of each size; None for as many as fit into the seconds.
         seconds: how long the steps of all sizes may take together.
         wait_s: how long to wait for a fused kernel.
     """
@@ -57,40 +57,44 @@ class Asked:
 
 
 def run(
-    asked: Asked, speaking: Conversation | None, token: str | None, info: dict[str, Any], tell: Callable[[str], None]
+    options: BenchOptions,
+    conversation: Conversation | None,
+    token: str | None,
+    info: dict[str, Any],
+    progress: Callable[[str], None],
 ) -> Expectation:
-    """Measure and return what to expect. No session is left, also when it is interrupted.
+    """Measure, and return the result. No session is left, even if the run is interrupted.
 
     Args:
-        asked: what to measure.
-        speaking: a conversation with the server; None for a session in this process.
+        options: what to measure.
+        conversation: a conversation with the server; None for a session in this process.
         token: the server's token.
-        info: what the server says about itself; {} without one.
-        tell: called with what is being done, for a person who waits.
+        info: the server's `/v1/info`; {} without a server.
+        progress: called with a description of each stage.
 
     Raises:
-        InvalidOption: there is too little memory here.
-        LimitExceeded: there is too little on the server, or it allows less.
-        FarstepError: what else the server refused.
+        InvalidOption: this machine has too little memory.
+        LimitExceeded: the server has too little memory, or a lower limit.
+        FarstepError: another refusal of the server.
         KeyboardInterrupt: on SIGINT or SIGTERM.
     """
-    sizes = sizes_of(asked.workload)
-    check_memory(max(sizes, key=lambda each: each.nbytes), None if speaking is None else speaking.server, info)
+    sizes = sizes_of(options.workload)
+    check_memory(max(sizes, key=lambda each: each.nbytes), None if conversation is None else conversation.server, info)
     with interruptible():
-        trip = None if speaking is None else round_trips(speaking)
+        trip = None if conversation is None else round_trips(conversation)
         measured: list[Steps] = []
         for place, size in enumerate(sizes):
-            share = OWN_SHARE if size is asked.workload else (1 - OWN_SHARE) / (len(sizes) - 1)
-            with opened(size, speaking, token) as optimizer:
+            share = MODEL_SHARE if size is options.workload else (1 - MODEL_SHARE) / (len(sizes) - 1)
+            with open_session(size, conversation, token) as optimizer:
                 if not place and size.fuses:
-                    await_fused(optimizer, asked.wait_s, tell)
-                tell(f"measuring steps of {size.parameters:,} parameters")
-                measured.append(measure(size, optimizer, steps=asked.steps, seconds=share * asked.seconds))
+                    wait_for_fused(optimizer, options.wait_s, progress)
+                progress(f"measuring steps of {size.parameters:,} parameters")
+                measured.append(measure(size, optimizer, steps=options.steps, seconds=share * options.seconds))
     return Expectation(
-        None if speaking is None else speaking.server,
+        None if conversation is None else conversation.server,
         str(info.get("device", "cpu")),
         trip,
-        next(each for each in measured if each.workload is asked.workload),
+        next(each for each in measured if each.workload is options.workload),
         measured,
     )
 
@@ -101,19 +105,19 @@ def sizes_of(workload: Workload) -> list[Workload]:
     large = own if 2 * workload.nbytes >= LARGE_BYTES else LARGE_BYTES // workload.itemsize
     others = [
         count
-        for count in (min(len(workload.shapes), large), large // APART, large)
+        for count in (min(len(workload.shapes), large), large // SPREAD, large)
         if count > 2 * own or 2 * count < own
     ]
     return sorted([workload, *map(workload.scaled, others)], key=lambda each: each.nbytes)
 
 
 def check_memory(workload: Workload, server: str | None, info: dict[str, Any]) -> None:
-    """Refuse a workload for which there is too little memory, before any is taken.
+    """Refuse a workload for which memory is too small, before any is taken.
 
     Args:
-        workload: the largest that will be measured.
-        server: its URL, None for a session in this process.
-        info: what it says about itself.
+        workload: the largest to be measured.
+        server: the server's URL; None for a session in this process.
+        info: the server's `/v1/info`.
     """
     here, there = 2 * workload.nbytes, 3 * workload.nbytes + workload.state_bytes
     who = "this process"
@@ -146,21 +150,21 @@ def _gb(nbytes: int) -> str:
     return f"{nbytes / 1e9:,.3g} GB" if nbytes < 1e12 else f"{nbytes / 1e9:,.0f} GB"
 
 
-def round_trips(speaking: Conversation) -> RoundTrip:
-    """Return what empty requests over one connection take."""
+def round_trips(conversation: Conversation) -> RoundTrip:
+    """Return the round-trip time of empty requests over one connection."""
     seconds: list[float] = []
-    speaking.control("GET", "/healthz")  # opens the connection
-    until = time.monotonic() + REQUESTS_WITHIN_S
-    while len(seconds) < FEWEST_REQUESTS or (len(seconds) < REQUESTS and time.monotonic() < until):
+    conversation.control("GET", "/healthz")  # opens the connection
+    until = time.monotonic() + REQUESTS_MAX_S
+    while len(seconds) < MIN_REQUESTS or (len(seconds) < REQUESTS and time.monotonic() < until):
         began = time.perf_counter()
-        speaking.control("GET", "/healthz")
+        conversation.control("GET", "/healthz")
         seconds.append(time.perf_counter() - began)
     return RoundTrip(median(seconds), quantiles(seconds, n=100, method="inclusive")[-1], len(seconds))
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn the first SIGINT or SIGTERM into KeyboardInterrupt, and let nothing interrupt the clean-up after it."""
+    """Raise `KeyboardInterrupt` at the first SIGINT or SIGTERM; ignore others, which would interrupt the clean-up."""
 
     def stop(_signum: int, _frame: FrameType | None) -> None:
         for each in interrupting:

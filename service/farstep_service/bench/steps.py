@@ -1,15 +1,15 @@
-"""Real steps in a session of their own, and where the time of each went.
+"""Real steps in a session of their own, and how the time of each divides.
 
-    up       gradients there, as the server receives them
-    queue    waiting for the session's turn
-    check    looking for NaN and Inf
-    update   the kernel
-    down     parameters back, as they arrive here
-    copy     from where they arrived into the model
-    client   around the exchange: groups, edits, hooks
-    other    what is left: the first byte's way there and back, heads of requests, threads
+    up       the server receives the gradients
+    queue    the push waits for its turn
+    check    the server looks for NaN and Inf
+    update   the kernel runs
+    down     parameters arrive here
+    copy     they are copied into the model
+    client   work around the exchange: groups, edits, hooks
+    other    the rest: latency of the first byte, request headers, threads
 
-The parts of a step add up to it. The session is removed at the end, whatever happens.
+The parts of a step add up to it. The session is removed at the end, even after an error.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from farstep_service.bench.workload import Workload
 
 PARTS = ("up", "queue", "check", "update", "down", "copy", "client", "other")
 WARM_UP = 3
-FEWEST = 5
-MOST = 5_000
+MIN_STEPS = 5
+MAX_STEPS = 5_000
 REMOVE_WITHIN_S = 5.0
 LOOK_AGAIN_S = 0.05
 
-_ON_THE_SERVER = {
+_REPORTED_AS = {
     "up": "receive",
     "queue": "queue",
     "check": "check",
@@ -52,15 +52,15 @@ _ON_THE_SERVER = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """State what one step took, in seconds, and its parts."""
+    """Record the seconds of one step and of its parts."""
 
     total_s: float
     parts_s: dict[str, float]
 
     @classmethod
     def of(cls, total_s: float, report: StepReport) -> Sample:
-        """Divide the seconds of a step by what its report says; the last part is what it does not explain."""
-        parts = {part: report.seconds.get(name, 0.0) for part, name in _ON_THE_SERVER.items()}
+        """Divide the seconds of a step into the parts of its report; the last part is the rest."""
+        parts = {part: report.seconds.get(name, 0.0) for part, name in _REPORTED_AS.items()}
         parts["client"] = total_s - report.seconds["total"]
         parts["other"] = total_s - sum(parts.values())
         return cls(total_s, parts)
@@ -68,7 +68,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Steps:
-    """Hold the steps that were measured with one workload, and the report of the last one."""
+    """Hold the measured steps of one workload, and the report of the last one."""
 
     workload: Workload
     samples: Sequence[Sample]
@@ -81,13 +81,13 @@ class Steps:
 
     @property
     def p90_s(self) -> float:
-        """Return what nine of ten steps do not exceed."""
+        """Return the 90th percentile of the steps."""
         return quantiles([each.total_s for each in self.samples], n=10, method="inclusive")[-1]
 
-    def usual(self) -> Sample:
-        """Return the mean of the steps in the middle: those between the first quarter and the last by their time.
+    def typical(self) -> Sample:
+        """Return the mean of the middle half of the steps, ordered by their time.
 
-        Medians of parts would not add up to the median of the whole; means do, and these leave out the odd ones.
+        Medians of parts do not add up to the median of the whole; means do, and these leave out outliers.
         """
         ordered = sorted(self.samples, key=lambda each: each.total_s)
         aside = len(ordered) // 4
@@ -99,17 +99,17 @@ class Steps:
 
 
 @contextmanager
-def opened(
+def open_session(
     workload: Workload,
-    speaking: Conversation | None,
+    conversation: Conversation | None,
     token: str | None,
     transport: httpx.BaseTransport | None = None,
 ) -> Iterator[RemoteOptimizer]:
     """Open a session of a workload, with gradients; remove it at the end of the block.
 
     Args:
-        workload: what is in it.
-        speaking: a conversation with the server; None for a session in this process.
+        workload: the session's parameters and optimizer.
+        conversation: a conversation with the server; None for a session in this process.
         token: the server's token.
         transport: carries the steps.
     """
@@ -122,7 +122,7 @@ def opened(
         parameter.grad = torch.empty(shape, dtype=dtype, device="cpu").normal_(generator=generator)
         parameters.append(parameter)
     place: RemoteOptions = {
-        "server": None if speaking is None else speaking.server,
+        "server": None if conversation is None else conversation.server,
         "session": name,
         "worker": "bench",
         "token": token,
@@ -135,36 +135,36 @@ def opened(
     finally:
         if optimizer is not None:
             optimizer.close()
-        if speaking is not None:  # by its name, so that one is found whose creation was interrupted
+        if conversation is not None:  # by name: the creation may have been interrupted
             with suppress(FarstepError, httpx.HTTPError, OSError):
-                speaking.control("DELETE", f"/v1/sessions/{name}", within_s=REMOVE_WITHIN_S)
+                conversation.control("DELETE", f"/v1/sessions/{name}", within_s=REMOVE_WITHIN_S)
 
 
-def await_fused(optimizer: RemoteOptimizer, within_s: float, tell: Callable[[str], None]) -> None:
-    """Take steps until a fused kernel runs them or the time is up."""
+def wait_for_fused(optimizer: RemoteOptimizer, within_s: float, progress: Callable[[str], None]) -> None:
+    """Take steps until a fused kernel runs them, or the time is up."""
     until = time.monotonic() + within_s
     optimizer.step()
     if optimizer.last_step and optimizer.last_step.kernel != "fused":
-        tell(f"waiting for the fused kernel, at most {within_s:g} s")
+        progress(f"waiting for the fused kernel, at most {within_s:g} s")
     while optimizer.last_step and optimizer.last_step.kernel != "fused" and time.monotonic() < until:
         time.sleep(LOOK_AGAIN_S)  # it is being built, with the cores that steps would take
         optimizer.step()
 
 
 def measure(workload: Workload, optimizer: RemoteOptimizer, *, steps: int | None, seconds: float) -> Steps:
-    """Take steps and return what they took.
+    """Take steps and return their times.
 
     Args:
-        workload: what the optimizer has.
+        workload: the optimizer's parameters.
         optimizer: takes the steps.
         steps: how many; None for as many as fit, within limits, into the seconds.
-        seconds: how long to go on.
+        seconds: for how long.
     """
     for _ in range(WARM_UP):
         optimizer.step()
     samples: list[Sample] = []
     until = time.monotonic() + seconds
-    while len(samples) < (steps or FEWEST) or (not steps and len(samples) < MOST and time.monotonic() < until):
+    while len(samples) < (steps or MIN_STEPS) or (not steps and len(samples) < MAX_STEPS and time.monotonic() < until):
         began = time.perf_counter()
         optimizer.step()
         total_s = time.perf_counter() - began

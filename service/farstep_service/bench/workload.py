@@ -1,7 +1,7 @@
-"""What is measured: parameters of certain shapes, the optimizer that updates them, and the memory that takes.
+"""What a bench measures: parameters of given shapes, their optimizer, and the memory that a step takes.
 
-    this process   parameters, their gradients, and a copy in which parameters arrive      3 x the parameters
-    the server     two versions of the parameters, gradients on their way, and the state   3 x, and the state
+    this process   parameters, gradients, and a buffer in which parameters arrive           3 x the parameters
+    the server     two versions of the parameters, gradients on arrival, and the state      3 x, and the state
     embedded       parameters, gradients and state, all in this process
 
 Nothing here takes that memory.
@@ -24,12 +24,12 @@ from farstep_service.optimizers import METHODS, RULES
 from farstep_service.plan import Plan
 
 MATRICES_ONLY = frozenset({"Muon", "Adafactor"})
-"""Optimizers that see whole tensors; measured with square ones, as those of a layer are."""
-OTHERWISE = {
-    "LBFGS": "Each evaluation of its closure is one exchange: measure SGD, and count evaluations.",
-    "SparseAdam": "Its cost is that of the rows that have a gradient, which only the model knows.",
+"""Optimizers of whole tensors; square matrices stand for those of layers."""
+UNSUPPORTED = {
+    "LBFGS": "Each evaluation of its closure is one exchange: measure SGD, and multiply by the evaluations.",
+    "SparseAdam": "Its cost depends on the rows that have a gradient, which only the model knows.",
 }
-"""Optimizers whose steps no shapes foretell, and what to do instead."""
+"""Optimizers whose step times do not follow from shapes, and what to do instead."""
 LARGEST_COUNT = 10**15
 MOST_TENSORS = 100_000
 
@@ -39,7 +39,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "b": 10**9, "t": 10**12}
 
 @dataclass(frozen=True)
 class Workload:
-    """State parameters and their optimizer.
+    """Describe parameters and their optimizer.
 
     Attributes:
         optimizer: a name of `farstep.optim`.
@@ -47,7 +47,7 @@ class Workload:
         shapes: one for each parameter.
 
     Raises:
-        InvalidOption: there is no such optimizer or dtype, or no shapes can stand for it.
+        InvalidOption: an unknown optimizer or dtype, or one whose step times do not follow from shapes.
     """
 
     optimizer: str
@@ -57,8 +57,8 @@ class Workload:
     def __post_init__(self) -> None:
         if self.optimizer not in METHODS:
             raise _invalid("optimizer", self.optimizer, f"There are {', '.join(sorted(METHODS))}.")
-        if self.optimizer in OTHERWISE:
-            raise _invalid("optimizer", self.optimizer, OTHERWISE[self.optimizer])
+        if self.optimizer in UNSUPPORTED:
+            raise _invalid("optimizer", self.optimizer, UNSUPPORTED[self.optimizer])
         if self.dtype not in DTYPES or not self.dtype.startswith(("float", "bfloat")):
             known = [name for name in DTYPES if name.startswith(("float", "bfloat"))]
             raise _invalid("dtype", self.dtype, f"There are {', '.join(known)}.")
@@ -67,9 +67,9 @@ class Workload:
 
     @classmethod
     def of(cls, optimizer: str, dtype: str, parameters: int, tensors: int) -> Workload:
-        """Return so many parameters in so many tensors of about the same size.
+        """Return a workload of `tensors` vectors of about the same size, with `parameters` elements in all.
 
-        They are vectors, or for optimizers that see whole tensors square matrices of a few elements fewer.
+        Optimizers of whole tensors get square matrices instead, with a few elements fewer.
         """
         if not 1 <= tensors <= MOST_TENSORS:
             raise _invalid("tensors", tensors, f"There may be 1 to {MOST_TENSORS}.")
@@ -81,12 +81,12 @@ class Workload:
         return cls(optimizer, dtype, tuple(shapes))
 
     def scaled(self, parameters: int) -> Workload:
-        """Return about so many parameters in as many tensors, as far as there is one for each."""
+        """Return a workload of about `parameters` elements in as many tensors as this one, or one element in each."""
         return Workload.of(self.optimizer, self.dtype, parameters, min(len(self.shapes), parameters))
 
     @cached_property
     def parameters(self) -> int:
-        """Return how many parameters there are."""
+        """Return the number of parameters."""
         return sum(map(math.prod, self.shapes))
 
     @property
@@ -96,12 +96,12 @@ class Workload:
 
     @property
     def nbytes(self) -> int:
-        """Return the bytes of the parameters; their gradients take as many."""
+        """Return the bytes of the parameters; the gradients take as many."""
         return self.parameters * self.itemsize
 
     @cached_property
     def state_bytes(self) -> int:
-        """Return the bytes that the optimizer's state takes at most, if every option asks for state."""
+        """Return the bytes of the optimizer's state at most, with every option that needs state."""
         plan = Plan.build(
             name="bench",
             optimizer=self.optimizer,
@@ -115,11 +115,11 @@ class Workload:
 
     @property
     def fuses(self) -> bool:
-        """Return whether there is a fused kernel for the optimizer."""
+        """Return whether the optimizer has a fused kernel."""
         return "fused" in RULES[self.optimizer].kernels
 
     def document(self) -> dict[str, Any]:
-        """Return it for `--json`."""
+        """Return the workload as `--json` prints it."""
         return {
             "optimizer": self.optimizer,
             "dtype": self.dtype,
@@ -130,10 +130,10 @@ class Workload:
 
 
 def count_of(text: str) -> int:
-    """Return a number of parameters as people write it: `25M`, `2.5k`, `1e9`, `7B`.
+    """Parse a number of parameters: `25M`, `2.5k`, `1e9`, `7B`.
 
     Raises:
-        InvalidOption: it is none.
+        InvalidOption: the text is no such number.
     """
     found = _COUNT.fullmatch(text.strip().replace("_", "").replace(",", ""))
     if found is None:
@@ -145,10 +145,10 @@ def count_of(text: str) -> int:
 
 
 def read_shapes(file: Path) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes in a file: one in each line, `64x3x7x7`; empty lines and lines that begin with # do not count.
+    """Read shapes from a file: one per line, `64x3x7x7`; empty lines and lines that begin with # do not count.
 
     Raises:
-        InvalidOption: the file cannot be read, has no shape, or has a line that is none.
+        InvalidOption: the file cannot be read, or has no shape, or a line that is no shape.
     """
     try:
         lines = [line.strip() for line in file.read_text().splitlines()]
@@ -161,15 +161,15 @@ def read_shapes(file: Path) -> tuple[tuple[int, ...], ...]:
             continue
         lengths = line.split("x")
         if not all(length.isascii() and length.isdecimal() and 0 < len(length) < 16 for length in lengths):
-            raise _invalid("shapes", line, f"Line {number} of {file} is to be a shape such as 64x3x7x7.")
+            raise _invalid("shapes", line, f"Line {number} of {file} must be a shape such as 64x3x7x7.")
         shapes.append(tuple(map(int, lengths)))
     if not shapes or not 1 <= sum(map(math.prod, shapes)) <= LARGEST_COUNT or len(shapes) > MOST_TENSORS:
-        raise _invalid("shapes", str(file), f"Give 1 to {MOST_TENSORS} shapes, one in a line, such as 64x3x7x7.")
+        raise _invalid("shapes", str(file), f"Give 1 to {MOST_TENSORS} shapes, one per line, such as 64x3x7x7.")
     return tuple(shapes)
 
 
 def _square(length: int) -> tuple[int, int]:
-    """Return the shape of a matrix with about so many elements, at most."""
+    """Return the shape of a nearly square matrix with at most `length` elements."""
     side = math.isqrt(length)
     return side, length // side
 

@@ -12,7 +12,7 @@ from farstep.errors import FarstepError, InvalidOption
 from farstep.errors.connecting import cause_of, check_address, without_secrets
 from farstep.protocol.unix import check_path, connected, path_of_url
 from farstep_service.cli.output import FAILED, JsonOutput, print_json, reporting, size
-from farstep_service.cli.remote import Server, Token, conversation, document_of, own_server, sessions_of
+from farstep_service.cli.remote import Server, Token, document_of, local_server, open_conversation, sessions_of
 from farstep_service.cli.sessions import print_sessions
 
 HEALTHY = b'"status":"ok"'
@@ -21,7 +21,7 @@ SESSIONS_SHOWN = 15
 
 def healthcheck(
     server: Server,
-    timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="Longest silence.")] = 4.0,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=0.1, metavar="SECONDS", help="Longest wait.")] = 4.0,
     json_output: JsonOutput = False,
 ) -> None:
     """Exit 0 if a server answers, 1 if not: for containers and load balancers."""
@@ -35,9 +35,9 @@ def healthcheck(
 
 
 def fault_of(server: str, timeout_s: float) -> str:
-    """Say what is wrong with a server, "" if nothing is.
+    """Return what is wrong with a server, "" if nothing is.
 
-    The standard library asks, because this runs every few seconds in a new process, and httpx takes longer to import.
+    It uses the standard library: it runs every few seconds in a new process, and httpx takes longer to import.
     """
     try:
         check_address(server)
@@ -45,19 +45,19 @@ def fault_of(server: str, timeout_s: float) -> str:
     except InvalidOption as exc:
         return exc.detail
     except (ValueError, KeyError):
-        return f"that is no URL of a server; give one such as {own_server()}"
+        return f"not the URL of a server; give one such as {local_server()}"
     try:
         connection.request("GET", base + "/healthz")
         answer = connection.getresponse()
         if answer.status != 200:
             return f"answers {answer.status}"
         if answer.getheader("content-encoding", "identity") != "identity":
-            return "answers compressed, which was not asked for"
+            return "answers with compression, which the request does not allow"
         return "" if HEALTHY in answer.read(1024).replace(b" ", b"") else "answers, but is not a farstep server"
     except FarstepError as exc:
         return f"no answer: {exc.detail}"
-    except (ConnectionResetError, RemoteDisconnected, BadStatusLine):  # what a port of TLS does to a plain request
-        return "no answer: it hung up, or does not speak HTTP; if it speaks TLS, its URL begins with https://"
+    except (ConnectionResetError, RemoteDisconnected, BadStatusLine):  # a TLS port answers a plain request like this
+        return "no answer: it closed the connection, or does not speak HTTP; if it speaks TLS, its URL begins with https://"
     except (OSError, HTTPException, ValueError) as exc:
         cause = None if isinstance(exc, ConnectionError) else cause_of(exc)
         if isinstance(exc, ConnectionError) and exc.strerror:
@@ -68,7 +68,7 @@ def fault_of(server: str, timeout_s: float) -> str:
 
 
 def _connection(server: str, timeout_s: float) -> tuple[HTTPConnection, str]:
-    """Return a connection to a server, not yet open, and what its paths begin with."""
+    """Return a connection to a server, not yet open, and the prefix of its paths."""
     path = path_of_url(server)
     if path is not None:
         check_path(path, field="server", side="client")
@@ -91,13 +91,13 @@ class _UnixConnection(HTTPConnection):
 
 def status(server: Server, token: Token = None, json_output: JsonOutput = False) -> None:
     """Show a server and its sessions on one screen."""
-    with reporting(json_output), conversation(server, token) as speaking:
-        info = document_of(speaking, "/v1/info", "farstep")
-        sessions = sessions_of(speaking)
+    with reporting(json_output), open_conversation(server, token) as conversation:
+        info = document_of(conversation, "/v1/info", "farstep")
+        sessions = sessions_of(conversation)
     if json_output:
         print_json({"server": info | {"url": server}, "sessions": sessions})
         return
-    asks = "a token is asked for" if info["authentication"] else "no token is asked for"
+    asks = "asks for a token" if info["authentication"] else "asks for no token"
     typer.echo(f"farstep {info['farstep']} at {server}, on {info['device']}, {asks}")
     typer.echo(f"optimizers: {', '.join(info['optimizers'])}")
     typer.echo(f"sessions: {info['sessions']}, with {size(info['parameter_bytes'])} of parameters")

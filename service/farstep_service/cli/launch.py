@@ -1,6 +1,6 @@
-"""`farstep launch`: start a training script several times, as torchrun does, each as one worker of a session.
+"""`farstep launch`: run a training script as several workers of a session, as torchrun does.
 
-`farstep demo`: watch a training whose optimizer lives in a server process.
+`farstep demo`: train handwritten digits with the optimizer in a server process.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from farstep_service.cli.output import JsonOutput, print_json, reporting
 from farstep_service.cli.serve import check_variables
 
 SETTINGS = {"allow_interspersed_args": False}
-"""What follows the script is the script's."""
+"""Arguments after the script are the script's own."""
 BROKEN_PIPE = 141
-"""What shells call a program that wrote to nobody."""
+"""The exit code of a program whose output is read no more, as shells give it."""
 
 
 def launch(
-    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="What each worker runs.")],
+    script: Annotated[str, typer.Argument(metavar="SCRIPT", help="The program of each worker.")],
     arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Its arguments.")] = None,
     nproc_per_node: Annotated[
         int,
@@ -35,35 +35,39 @@ def launch(
             "--restarts",
             metavar="N",
             min=0,
-            help="How often each worker is started again after it failed.",
+            help="How often each worker that failed is restarted.",
         ),
     ] = 3,
     server: Annotated[
         str | None,
-        typer.Option(envvar="FARSTEP_SERVER", metavar="URL", help="Which server; one of the launch's own if none."),
+        typer.Option(envvar="FARSTEP_SERVER", metavar="URL", help="The server; by default the launch starts one."),
     ] = None,
     session: Annotated[
-        str | None, typer.Option(envvar="FARSTEP_SESSION", metavar="NAME", help="Which session; a fresh one if none.")
+        str | None, typer.Option(envvar="FARSTEP_SESSION", metavar="NAME", help="The session; a fresh one by default.")
     ] = None,
-    module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is a module, as for python -m.")] = False,
+    module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is a module, as with python -m.")] = False,
     no_python: Annotated[
-        bool, typer.Option("--no-python", "--no_python", help="SCRIPT is a program by itself.")
+        bool, typer.Option("--no-python", "--no_python", help="SCRIPT is a program, not Python code.")
     ] = False,
     nnodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines that run as many workers.")] = 1,
     node_rank: Annotated[
-        int, typer.Option("--node-rank", "--node_rank", metavar="N", min=0, help="Which of them this one is.")
+        int, typer.Option("--node-rank", "--node_rank", metavar="N", min=0, help="Number of this machine, from 0.")
     ] = 0,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
-            "--shutdown-timeout", "--shutdown_timeout", metavar="S", min=0, help="Seconds to end after a signal."
+            "--shutdown-timeout",
+            "--shutdown_timeout",
+            metavar="S",
+            min=0,
+            help="Seconds to end after a signal.",
         ),
     ] = 30.0,
     json_output: JsonOutput = False,
 ) -> None:
-    """Start N workers, and start those again that fail. Options come before SCRIPT, its own after it.
+    """Start N workers, and restart those that fail. Options come before SCRIPT, its own arguments after it.
 
-    Each has FARSTEP_SERVER, FARSTEP_SESSION and FARSTEP_WORKER, and torchrun's RANK, WORLD_SIZE and LOCAL_RANK.
+    Each worker gets FARSTEP_SERVER, FARSTEP_SESSION and FARSTEP_WORKER, and torchrun's RANK, WORLD_SIZE and LOCAL_RANK.
 
     Exits with 0 when all have finished, else with the exit code of the first that failed for good.
     """
@@ -84,7 +88,7 @@ def launch(
         try:
             summary = run(plan, server=server, session=session, environment=os.environ)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python flushes it once more when it exits
             raise typer.Exit(BROKEN_PIPE) from None
         if json_output:
             print_json(asdict(summary))
@@ -95,9 +99,10 @@ def demo(
     json_output: JsonOutput = False,
     workers: Annotated[int, typer.Option(metavar="N", min=1, max=64, help="Worker processes.")] = 2,
     epochs: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Passes over the data; enough of them otherwise.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Passes over the data; enough to learn the digits by default."),
     ] = None,
-    optimizer: Annotated[str, typer.Option(metavar="NAME", help="Which optimizer.")] = "Adagrad",
+    optimizer: Annotated[str, typer.Option(metavar="NAME", help="The optimizer.")] = "Adagrad",
 ) -> None:
     """Train on handwritten digits with the optimizer in a server process, and compare with torch.optim."""
     with reporting(json_output):

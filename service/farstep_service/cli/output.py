@@ -1,4 +1,4 @@
-"""What every verb prints alike: one line of JSON, tables, and errors in one or two lines."""
+"""Output that all verbs share: one line of JSON, tables, and errors in one or two lines."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _WIDTH_OF_PIPES = 160
 
 
 def print_json(document: object) -> None:
-    """Print a document as one line, at once."""
+    """Print a document as one line of JSON."""
     typer.echo(json.dumps(document))
 
 
 def printable(text: object) -> str:
-    """Return text that came from elsewhere without what a terminal would obey."""
+    """Remove control characters from text that came from elsewhere."""
     return str(text).translate(_CONTROL)
 
 
 @contextmanager
 def reporting(json_output: bool) -> Iterator[None]:
-    """Turn an error of ours into one or two lines and an exit code.
+    """Print an error of farstep in one or two lines, and exit.
 
     Raises:
-        typer.Exit: 2 for what was refused (an option, a token), 1 for everything else.
+        typer.Exit: 2 for a refusal (an option, a token), 1 for any other error.
     """
     try:
         yield
@@ -50,7 +50,7 @@ def reporting(json_output: bool) -> Iterator[None]:
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows under bold column names, as wide as the terminal; columns of numbers stand to the right."""
+    """Print rows under bold column names, as wide as the terminal; numbers are right-aligned."""
     import os
     import sys
 
@@ -78,7 +78,7 @@ def print_facts(facts: Mapping[str, Any]) -> None:
 
 
 def size(nbytes: int) -> str:
-    """Return a number of bytes for people: `3.2 MB`, powers of 1000."""
+    """Format a number of bytes in powers of 1000: `3.2 MB`."""
     amount, units = float(nbytes), iter(("B", "kB", "MB", "GB", "TB"))
     unit = next(units)
     while amount >= 999.5 and unit != "TB":

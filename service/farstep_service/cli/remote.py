@@ -1,4 +1,4 @@
-"""How a verb asks a server: which one, with which token, and what to say when it does not answer."""
+"""Requests of a verb to a server: the URL, the token, and errors when it does not answer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 READ_TIMEOUT_S = 10.0
 SESSIONS_PAGE = 100
 MEMBERS_PAGE = 500
-"""How many sessions, and workers or param groups, are asked for at once: as many as a server gives."""
+"""Sessions, and workers or param groups, of one request: as many as a server gives at once."""
 MOST_SESSIONS = 100_000
-"""A server that always has another page is no server of ours."""
+"""A server that has still another page after these is not a farstep server."""
 LISTING_BYTES = 16 << 20
-"""Size of a list of sessions, or of one session's workers, at most."""
+"""The largest list of sessions, or of one session's workers."""
 INFO: Mapping[str, type] = {
     "farstep": str,
     "device": str,
@@ -49,10 +49,10 @@ SESSION: Mapping[str, type] = {
     "workers": dict,
 }
 WORKER: Mapping[str, type] = {"epoch": int, "sequence": int, "waiting": bool, "live": bool}
-"""Members of the server's documents that verbs show."""
+"""Members of the server's documents that verbs print."""
 
 
-def own_server() -> str:
+def local_server() -> str:
     """Return the URL of the server that `farstep serve` starts on this machine in this environment."""
     if path := os.environ.get("FARSTEP_SERVE_UNIX"):
         return url_of_path(path)
@@ -60,23 +60,23 @@ def own_server() -> str:
 
 
 Server = Annotated[
-    str, typer.Option(default_factory=own_server, envvar="FARSTEP_SERVER", metavar="URL", help="Which server.")
+    str, typer.Option(default_factory=local_server, envvar="FARSTEP_SERVER", metavar="URL", help="The server.")
 ]
 Token = Annotated[
     str | None,
-    typer.Option(envvar="FARSTEP_TOKEN", metavar="TOKEN", help="Its token; in the variable nobody else sees it."),
+    typer.Option(envvar="FARSTEP_TOKEN", metavar="TOKEN", help="Its token; the variable hides it from other users."),
 ]
 
 
 @contextmanager
-def conversation(server: str, token: str | None) -> Iterator[Conversation]:
-    """Open a conversation with a server and close it, translating what goes wrong below.
+def open_conversation(server: str, token: str | None) -> Iterator[Conversation]:
+    """Open a conversation with a server and close it; translate errors of the transport.
 
     Raises:
-        InvalidOption: the URL is none.
-        Unavailable: no answer came.
+        InvalidOption: the URL is invalid.
+        Unavailable: the server does not answer.
         InvalidAnswer: the answer is not a farstep server's.
-        FarstepError: what the server answered.
+        FarstepError: the server's error.
     """
     import httpx
 
@@ -85,11 +85,11 @@ def conversation(server: str, token: str | None) -> Iterator[Conversation]:
     from farstep.errors.connecting import without_secrets
     from farstep.settings import resolve
 
-    speaking = None
+    conversation = None
     try:
         server = resolve({"server": server}, environment={}).server or server
-        speaking = Conversation(server, token and token.strip(), read_timeout_s=READ_TIMEOUT_S)
-        yield speaking
+        conversation = Conversation(server, token and token.strip(), read_timeout_s=READ_TIMEOUT_S)
+        yield conversation
     except FarstepError:
         raise
     except httpx.TransportError as exc:
@@ -103,24 +103,24 @@ def conversation(server: str, token: str | None) -> Iterator[Conversation]:
     except (httpx.InvalidURL, ValueError) as exc:
         raise invalid_option(f"The URL {without_secrets(server)!r} or the token cannot be used.") from exc
     finally:
-        if speaking is not None:
-            speaking.close()
+        if conversation is not None:
+            conversation.close()
 
 
-def document_of(speaking: Conversation, path: str, known_by: str) -> dict[str, Any]:
-    """Return a document that the server has at a path and that has the key `known_by`.
+def document_of(conversation: Conversation, path: str, known_by: str) -> dict[str, Any]:
+    """Return the document at a path of the server, which has the key `known_by`.
 
     Raises:
         InvalidAnswer: the answer is not a farstep server's.
     """
-    answer: object = speaking.control("GET", path, largest=LISTING_BYTES)
+    answer: object = conversation.control("GET", path, largest=LISTING_BYTES)
     if not isinstance(answer, dict) or known_by not in answer or not _whole(answer):
-        raise not_a_server(speaking.server)
+        raise not_a_server(conversation.server)
     return answer
 
 
-def sessions_of(speaking: Conversation) -> list[dict[str, Any]]:
-    """Return what the server says about each of its sessions, asking for one page after the other.
+def sessions_of(conversation: Conversation) -> list[dict[str, Any]]:
+    """Return the server's document of each of its sessions, page by page.
 
     Raises:
         InvalidAnswer: the answer is not a farstep server's.
@@ -129,37 +129,37 @@ def sessions_of(speaking: Conversation) -> list[dict[str, Any]]:
     after = ""
     while True:
         query = urlencode({"after": after, "limit": SESSIONS_PAGE})
-        page: object = speaking.control("GET", f"/v1/sessions?{query}", largest=LISTING_BYTES)
+        page: object = conversation.control("GET", f"/v1/sessions?{query}", largest=LISTING_BYTES)
         if not isinstance(page, list) or not all(isinstance(each, dict) and _whole(each) for each in page):
-            raise not_a_server(speaking.server)
+            raise not_a_server(conversation.server)
         new = {each["name"]: each for each in page if each["name"] not in found}
         found |= new
-        if not new or len(page) != SESSIONS_PAGE or len(found) > MOST_SESSIONS:  # one that knows no pages gives all
+        if not new or len(page) != SESSIONS_PAGE or len(found) > MOST_SESSIONS:  # an old server has no pages
             return list(found.values())
         after = page[-1]["name"]
 
 
-def session_of(speaking: Conversation, path: str) -> dict[str, Any]:
-    """Return what the server says about one session, with all of its workers and param groups.
+def session_of(conversation: Conversation, path: str) -> dict[str, Any]:
+    """Return the server's document of one session, with all of its workers and param groups.
 
     Raises:
         InvalidAnswer: the answer is not a farstep server's.
     """
-    found = document_of(speaking, path, "version")
+    found = document_of(conversation, path, "version")
     workers, groups = found["workers"], found["groups"]
     while workers and len(workers) < found.get("worker_count", 0):
         query = urlencode({"after": max(workers), "limit": MEMBERS_PAGE})
-        page: object = speaking.control("GET", f"{path}/workers?{query}", largest=LISTING_BYTES)
+        page: object = conversation.control("GET", f"{path}/workers?{query}", largest=LISTING_BYTES)
         if not isinstance(page, dict) or not _are_workers(page):
-            raise not_a_server(speaking.server)
+            raise not_a_server(conversation.server)
         if page.keys() <= workers.keys():
             break  # some have left meanwhile
         workers |= page
     while len(groups) < found.get("group_count", 0):
         query = urlencode({"after": len(groups) - 1, "limit": MEMBERS_PAGE})
-        more = speaking.control("GET", f"{path}/groups?{query}", largest=LISTING_BYTES).get("groups")
+        more = conversation.control("GET", f"{path}/groups?{query}", largest=LISTING_BYTES).get("groups")
         if not isinstance(more, list) or not all(isinstance(each, dict) for each in more):
-            raise not_a_server(speaking.server)
+            raise not_a_server(conversation.server)
         if not more:
             break
         groups += more
@@ -167,7 +167,7 @@ def session_of(speaking: Conversation, path: str) -> dict[str, Any]:
 
 
 def _whole(document: dict[str, Any]) -> bool:
-    """Return whether a server's page, or a session's, has the members that verbs show, of the types that they show."""
+    """Return whether the document of a server or session has the members that verbs print, with their types."""
     needed = SESSION if "incarnation" in document else INFO
     if not all(isinstance(document.get(key), kind) for key, kind in needed.items()):
         return False
@@ -187,7 +187,7 @@ def _are_workers(pages: dict[str, Any]) -> bool:
 
 
 def not_a_server(server: str) -> InvalidAnswer:
-    """Return the error of something that answers, but not as a farstep server."""
+    """Return the error for an answer that is not a farstep server's."""
     return InvalidAnswer(
         f"{server} does not answer as a farstep server does.", remedy="Check the URL and its port.", side="client"
     )

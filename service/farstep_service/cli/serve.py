@@ -1,4 +1,4 @@
-"""`farstep serve`: what was asked for becomes settings, and a banner of six lines says what came of it.
+"""`farstep serve`: turn options into settings, start the server, and print a banner of five lines.
 
 Options have variables `FARSTEP_SERVE_*`. There is no `FARSTEP_PORT`: Kubernetes sets that one in every container beside
 a service called farstep, to `tcp://10.0.0.1:7171`.
@@ -30,13 +30,13 @@ LARGEST_GIB = 2**30
 TOKEN_VARIABLE = "FARSTEP_TOKEN"
 
 SECRETS = ("/run/secrets/", "/var/run/secrets/")
-"""Where container runtimes put secrets."""
+"""Directories where container runtimes put secrets."""
 
-_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # what RFC 6750 lets follow `Bearer`
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/-]+=*")  # RFC 6750 allows this after `Bearer`
 
 
 class LogLevel(StrEnum):
-    """How much the server writes to its log."""
+    """The level of the server's log."""
 
     debug = "debug"
     info = "info"
@@ -45,7 +45,7 @@ class LogLevel(StrEnum):
 
 
 OPTIONS: list[str] = []
-"""The options of `serve` that have variables."""
+"""The options of `serve` that also have a variable."""
 VARIABLES = "FARSTEP_SERVE_"
 
 
@@ -55,7 +55,7 @@ def variable_of(option: str) -> str:
 
 
 def option(name: str, help: str, *, metavar: str | None = None, **bounds: Any) -> Any:
-    """Return an option whose variable is FARSTEP_SERVE_ and its name; the help says so once for all."""
+    """Return an option whose variable is FARSTEP_SERVE_ and its name; the help of the verb mentions them all."""
     OPTIONS.append(name)
     return typer.Option(name, help=help, envvar=variable_of(name), show_envvar=False, metavar=metavar, **bounds)
 
@@ -72,7 +72,7 @@ def serve(
     ] = DEFAULTS.unix,
     no_tcp: Annotated[bool, option("--no-tcp", "Listen at the socket only.")] = not DEFAULTS.tcp,
     device: Annotated[
-        str, option("--device", "Where sessions live: cpu, cuda, cuda:1.", metavar="NAME")
+        str, option("--device", "Device of the sessions: cpu, cuda, cuda:1.", metavar="NAME")
     ] = DEFAULTS.device,
     token_file: Annotated[
         Path | None,
@@ -82,13 +82,13 @@ def serve(
         list[str] | None,
         option(
             "--allowed-hosts",
-            "Names to answer to beside its addresses; several with commas. Any if there are tokens and none is given.",
+            "Host names to answer to beside its addresses, separated by commas. With tokens, any by default.",
             metavar="NAME",
         ),
     ] = None,
     insecure_no_auth: Annotated[bool, option("--insecure-no-auth", "Listen on any address without a token.")] = False,
     max_sessions: Annotated[
-        int, option("--max-sessions", "How many sessions there may be.", metavar="N", min=1)
+        int, option("--max-sessions", "Most sessions at a time.", metavar="N", min=1)
     ] = DEFAULTS.max_sessions,
     max_session_gib: Annotated[
         float, option("--max-session-gib", "Largest parameters of one session.", metavar="GIB")
@@ -101,16 +101,16 @@ def serve(
         int, option("--held-versions", "Versions of a session kept for slow readers.", metavar="N", min=1, max=1000)
     ] = DEFAULTS.held_versions,
     threads: Annotated[
-        int, option("--threads", "Large steps that may run at once.", metavar="N", min=1, max=256)
+        int, option("--threads", "Most large steps at a time.", metavar="N", min=1, max=256)
     ] = DEFAULTS.threads,
-    log_level: Annotated[LogLevel, option("--log-level", "How much goes to the standard error.")] = LogLevel.info,
+    log_level: Annotated[LogLevel, option("--log-level", "Level of the log on the standard error.")] = LogLevel.info,
     json_output: JsonOutput = False,
 ) -> None:
     """Run a server. Sessions live in its memory, and end with it.
 
-    FARSTEP_TOKEN holds the token that clients must show.
+    FARSTEP_TOKEN holds the token that clients must send.
 
-    Options have variables, too: FARSTEP_SERVE_HOST, FARSTEP_SERVE_MAX_GIB and so on.
+    Options also have variables: FARSTEP_SERVE_HOST, FARSTEP_SERVE_MAX_GIB and so on.
     """
     with reporting(json_output):
         check_variables(os.environ)
@@ -157,10 +157,10 @@ def serve(
 
 
 def bytes_of(gib: float, field: str) -> int:
-    """Return a number of GiB in bytes.
+    """Convert GiB to bytes.
 
     Raises:
-        InvalidOption: it is not a positive, imaginable number.
+        InvalidOption: the number is not positive, or too large.
     """
     if not 0 < gib <= LARGEST_GIB:
         raise InvalidOption(
@@ -170,10 +170,10 @@ def bytes_of(gib: float, field: str) -> int:
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
-    """Refuse variables of `farstep serve` that it does not have; warn of others whose name is nearly one of ours.
+    """Refuse unknown variables FARSTEP_SERVE_*; warn of other variables with a name close to one of farstep's.
 
     Raises:
-        InvalidOption: naming the variable, and the one that was probably meant.
+        InvalidOption: naming the variable, and the most similar one.
     """
     known = {variable_of(option) for option in OPTIONS}
     for name, near in unknown(environment, VARIABLES, known):
@@ -185,19 +185,20 @@ def check_variables(environment: Mapping[str, str]) -> None:
 
 
 def names_of(given: list[str]) -> tuple[str, ...]:
-    """Return the names of hosts in options or a variable, each of which may hold several with commas between them."""
+    """Split host names of options or a variable at commas."""
     return tuple(name.strip() for names in given for name in names.split(",") if name.strip())
 
 
 def tokens_of(variable: str, file: Path | None) -> tuple[str, ...]:
-    """Return the accepted tokens: the one of the environment, and those of a file, each once.
+    """Return the accepted tokens: that of the environment, and those of a file, each once.
 
     Args:
-        variable: the value of FARSTEP_TOKEN; blanks around it do not count, "" is none.
+        variable: the value of FARSTEP_TOKEN, without regard to blanks around it; "" is no token.
         file: one token per line; empty lines and lines that begin with # do not count.
 
     Raises:
-        InvalidOption: the file cannot be read or holds none, or a token cannot be sent in a header. No token is shown.
+        InvalidOption: the file cannot be read or holds no token, or a token cannot be sent in a header. Messages show
+            no token.
     """
     tokens = {TOKEN_VARIABLE: variable.strip()} if variable.strip() else {}
     if file is not None:
@@ -232,13 +233,13 @@ def tokens_of(variable: str, file: Path | None) -> tuple[str, ...]:
 
 
 def check_private(file: Path, found: os.stat_result) -> None:
-    """Refuse a token file that others may change, or read although it is this user's; warn of others that all may read.
+    """Refuse a token file of this user that others may read, or any that others may write; warn if all may read it.
 
-    Secrets that a container runtime puts into `/run/secrets` are root's, or ours where we are root, and readable by all
-    within the container, which is nobody else.
+    Secrets that a container runtime puts into `/run/secrets` belong to root and are readable by all users of the
+    container, which is fine: a container has no other users.
 
     Raises:
-        InvalidOption: naming the file and what is wrong with it.
+        InvalidOption: naming the file and the fault.
     """
     if not stat.S_ISREG(found.st_mode):
         return
@@ -262,7 +263,7 @@ def check_private(file: Path, found: os.stat_result) -> None:
 
 
 def banner(listening: Listening, settings: Settings) -> list[str]:
-    """Return the lines that a person sees when the server has started."""
+    """Return the lines that `farstep serve` prints when it has started."""
     local = not listening.port or is_loopback(listening.address)
     wide = "" if local else f" (listens on {listening.address}, reachable from other machines)"
     also = f" and {listening.unix}" if listening.port and listening.unix else ""
@@ -270,7 +271,7 @@ def banner(listening: Listening, settings: Settings) -> list[str]:
     if settings.tokens:
         auth = f"on: {len(settings.tokens)} token{'s' if len(settings.tokens) > 1 else ''}"
     elif wide:
-        auth = "OFF: whoever reaches this machine can read and change every session"
+        auth = "OFF: anyone who reaches this machine can read and change every session"
     else:
         auth = "off: loopback only" if listening.port else "off: this user only"
     return [

@@ -1,4 +1,4 @@
-"""`farstep sessions`: list, show, remove, set the mode; export into a file and import from one."""
+"""`farstep sessions`: list, show and remove sessions, set their mode, export them to files and import them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import typer
 from farstep.errors import invalid_option
 from farstep.protocol.consistency import MODES
 from farstep_service.cli.output import JsonOutput, print_facts, print_json, print_table, reporting, size
-from farstep_service.cli.remote import Server, Token, conversation, document_of, session_of, sessions_of
+from farstep_service.cli.remote import Server, Token, document_of, open_conversation, session_of, sessions_of
 
 sessions = typer.Typer(
     help="List, show, remove, switch, export and import the sessions of a server.", no_args_is_help=True
@@ -25,8 +25,8 @@ Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's name.")
 @sessions.command("ls")
 def list_sessions(server: Server, token: Token = None, json_output: JsonOutput = False) -> None:
     """List every session."""
-    with reporting(json_output), conversation(server, token) as speaking:
-        found = sessions_of(speaking)
+    with reporting(json_output), open_conversation(server, token) as conversation:
+        found = sessions_of(conversation)
     if json_output:
         print_json(found)
     elif found:
@@ -38,8 +38,8 @@ def list_sessions(server: Server, token: Token = None, json_output: JsonOutput =
 @sessions.command("show")
 def show_session(name: Name, server: Server, token: Token = None, json_output: JsonOutput = False) -> None:
     """Show one session: its options, memory and workers."""
-    with reporting(json_output), conversation(server, token) as speaking:
-        found = session_of(speaking, path_of(name))
+    with reporting(json_output), open_conversation(server, token) as conversation:
+        found = session_of(conversation, path_of(name))
     if json_output:
         print_json(found)
         return
@@ -63,7 +63,7 @@ def show_session(name: Name, server: Server, token: Token = None, json_output: J
         print_table(
             ("WORKER", "EPOCH", "LAST WRITE", "NOW"),
             [
-                (worker, page["epoch"], page["sequence"], standing_of(page))
+                (worker, page["epoch"], page["sequence"], worker_state(page))
                 for worker, page in sorted(found["workers"].items())
             ],
         )
@@ -74,18 +74,18 @@ def remove_session(
     name: Name,
     server: Server,
     token: Token = None,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
     json_output: JsonOutput = False,
 ) -> None:
     """Remove a session with its parameters and optimizer state."""
-    with reporting(json_output), conversation(server, token) as speaking:
+    with reporting(json_output), open_conversation(server, token) as conversation:
         if json_output and not yes:
-            raise invalid_option("With --json nobody can be asked.", remedy="Add --yes.", field="yes")
+            raise invalid_option("With --json there is no confirmation.", remedy="Add --yes.", field="yes")
         if not yes:
-            found = document_of(speaking, path_of(name), "version")
+            found = document_of(conversation, path_of(name), "version")
             facts = f"version {found['version']}, {worker_count(found)} workers"
-            typer.confirm(f"Remove session {name} ({facts}) and all it holds?", abort=True)
-        speaking.control("DELETE", path_of(name))
+            typer.confirm(f"Remove session {name} ({facts}) and its state?", abort=True)
+        conversation.control("DELETE", path_of(name))
     if json_output:
         print_json({"removed": name})
     else:
@@ -103,10 +103,10 @@ def set_mode(
     token: Token = None,
     json_output: JsonOutput = False,
 ) -> None:
-    """Let a session go on in another consistency mode. Pushes that wait are offered to it."""
-    with reporting(json_output), conversation(server, token) as speaking:
-        wanted = {"mode": mode, **options_in(options or ())}
-        found = speaking.control("PUT", f"{path_of(name)}/consistency", {"consistency": wanted})
+    """Switch a session to another consistency mode. Pushes that wait for a step go on in it."""
+    with reporting(json_output), open_conversation(server, token) as conversation:
+        wanted = {"mode": mode, **parse_options(options or ())}
+        found = conversation.control("PUT", f"{path_of(name)}/consistency", {"consistency": wanted})
     if json_output:
         print_json(found)
     else:
@@ -116,17 +116,17 @@ def set_mode(
 @sessions.command("export")
 def export_session(
     name: Name,
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="Where to; readable by you alone.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The file to write, readable by you alone.")],
     server: Server,
     token: Token = None,
-    force: Annotated[bool, typer.Option("--force", "-f", help="Take the place of a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Overwrite the file.")] = False,
     json_output: JsonOutput = False,
 ) -> None:
-    """Write one version of a session, all of it, into a safetensors file. Workers may go on."""
+    """Write one version of a session to a safetensors file. Workers may go on meanwhile."""
     from farstep.transfer import save
 
-    with reporting(json_output), conversation(server, token) as speaking:
-        found = save(speaking, name, file, force=force)
+    with reporting(json_output), open_conversation(server, token) as conversation:
+        found = save(conversation, name, file, force=force)
     if json_output:
         print_json({**asdict(found), "file": str(file)})
     else:
@@ -135,19 +135,19 @@ def export_session(
 
 @sessions.command("import")
 def import_session(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="What `export` wrote.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A file that `export` wrote.")],
     server: Server,
     token: Token = None,
-    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="What to call it instead.")] = None,
+    name: Annotated[str | None, typer.Option("--name", metavar="NAME", help="Another name for the session.")] = None,
     json_output: JsonOutput = False,
 ) -> None:
-    """Create a session from a file that was exported."""
+    """Create a session from an exported file."""
     from farstep.protocol.session_file import look_at
     from farstep.transfer import load
 
-    with reporting(json_output), conversation(server, token) as speaking:
+    with reporting(json_output), open_conversation(server, token) as conversation:
         found = look_at(file)
-        created = load(speaking, found, name)
+        created = load(conversation, found, name)
     if json_output:
         print_json({**asdict(found), "file": str(file), "name": created})
     else:
@@ -155,7 +155,7 @@ def import_session(
 
 
 def print_sessions(found: Sequence[dict[str, Any]]) -> None:
-    """Print a table of sessions; nothing if there are none."""
+    """Print a table of sessions, or nothing without sessions."""
     if found:
         print_table(
             ("SESSION", "OPTIMIZER", "VERSION", "MODE", "WORKERS", "PARAMETERS", "MEMORY", "KERNEL"),
@@ -176,39 +176,39 @@ def print_sessions(found: Sequence[dict[str, Any]]) -> None:
 
 
 def worker_count(found: dict[str, Any]) -> int:
-    """Return how many workers a session has, of which a listing shows the first only."""
+    """Return the number of a session's workers; a listing holds only the first ones."""
     return int(found.get("worker_count", len(found["workers"])))
 
 
-def standing_of(page: dict[str, Any]) -> str:
-    """Return what a worker is at, in words."""
+def worker_state(page: dict[str, Any]) -> str:
+    """Describe the state of a worker."""
     return "waits for others" if page["waiting"] else "" if page["live"] else "not heard of for its lease"
 
 
 def options_of(group: dict[str, Any]) -> str:
-    """Return a param group's options in one line, those that are switched off left out."""
+    """Return a param group's options in one line, without those that are off."""
     return ", ".join(f"{key} {value}" for key, value in group.items() if value is not None and value is not False)
 
 
-def options_in(said: Sequence[str]) -> dict[str, str | int | float]:
-    """Return the values of several `NAME=VALUE`.
+def parse_options(said: Sequence[str]) -> dict[str, str | int | float]:
+    """Parse several `NAME=VALUE`.
 
     Raises:
-        InvalidOption: one has no value, or a name is there twice.
+        InvalidOption: one has no value, or a name is given twice.
     """
     found: dict[str, str | int | float] = {}
-    for name, value in map(option_of, said):
+    for name, value in map(parse_option, said):
         if name in found:
-            raise invalid_option(f"{name!r:.80} is there twice.", remedy="Give each option once.", field=name[:80])
+            raise invalid_option(f"{name!r:.80} is given twice.", remedy="Give each option once.", field=name[:80])
         found[name] = value
     return found
 
 
-def option_of(said: str) -> tuple[str, str | int | float]:
-    """Return name and value of `NAME=VALUE`, a number where it is one.
+def parse_option(said: str) -> tuple[str, str | int | float]:
+    """Parse `NAME=VALUE`, with a number as the value if it is one.
 
     Raises:
-        InvalidOption: it has no value.
+        InvalidOption: the text has no value.
     """
     name, equals, value = said.partition("=")
     if not equals or not name or name == "mode":
@@ -223,10 +223,10 @@ def path_of(name: str) -> str:
     """Return the path of a session.
 
     Raises:
-        InvalidOption: no session can have that name.
+        InvalidOption: the name is invalid.
     """
     from farstep.identity import NAME
 
     if not NAME.fullmatch(name):
-        raise invalid_option(f"No session can be called {name!r:.80}.", field="name")
+        raise invalid_option(f"Invalid name of a session: {name!r:.80}.", field="name")
     return f"/v1/sessions/{name}"

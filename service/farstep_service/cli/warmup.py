@@ -1,4 +1,4 @@
-"""`farstep warmup`: build fused kernels ahead of the first session that wants them."""
+"""`farstep warmup`: build fused kernels before the first session needs them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HALVES = tuple(codec.element for codec in codecs() if codec.element is not None)
 
 
 class Dtype(StrEnum):
-    """What a kernel can be built for; complex parameters run those of their real parts."""
+    """Dtypes of kernels; complex parameters use the kernels of their real parts."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
@@ -30,13 +30,13 @@ class Dtype(StrEnum):
 
 def warmup(
     optimizers: Annotated[
-        str, typer.Option(metavar="NAMES", help="Which optimizers, separated by commas; all of them otherwise.")
+        str, typer.Option(metavar="NAMES", help="Optimizers, separated by commas; all by default.")
     ] = "",
     dtypes: Annotated[
-        str, typer.Option(metavar="DTYPES", help=f"Which of {', '.join(Dtype)}, separated by commas.")
+        str, typer.Option(metavar="DTYPES", help=f"Any of {', '.join(Dtype)}, separated by commas.")
     ] = Dtype.float32,
     everything: Annotated[
-        bool, typer.Option("--all", help="Every element type and every choice of optional state, as amsgrad asks for.")
+        bool, typer.Option("--all", help="Every dtype, and every choice of optional state, such as that of amsgrad.")
     ] = False,
     wire: Annotated[
         str,
@@ -44,17 +44,17 @@ def warmup(
             metavar="DTYPES", help=f"Also for float32 with gradients and answers in {' or '.join(HALVES)}, or both."
         ),
     ] = "",
-    device: Annotated[str, typer.Option(envvar="FARSTEP_SERVE_DEVICE", help="For which device.")] = "cpu",
+    device: Annotated[str, typer.Option(envvar="FARSTEP_SERVE_DEVICE", help="The device.")] = "cpu",
     json_output: JsonOutput = False,
 ) -> None:
     """Build fused kernels ahead, so that no session begins on the slower reference ones.
 
-    Without options those that most sessions ask for: every optimizer in float32. A server builds any other kernel when
-    a session first asks for it, in the background, and steps with the reference kernel meanwhile.
+    Without options, build the kernels that most sessions need: every optimizer in float32. A server builds any other
+    kernel in the background when a session first needs it, and uses the reference kernel meanwhile.
     """
     with reporting(json_output):
-        chosen = chosen_of("" if everything else dtypes, list(Dtype), "dtypes")
-        halves = chosen_of(wire, list(HALVES), "wire") if wire else []
+        chosen = choose("" if everything else dtypes, list(Dtype), "dtypes")
+        halves = choose(wire, list(HALVES), "wire") if wire else []
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
         import torch
@@ -64,7 +64,7 @@ def warmup(
         from farstep_service.optimizers import RULES
         from farstep_service.server import check_device, check_device_name
 
-        names = chosen_of(optimizers, list(RULES), "optimizers")
+        names = choose(optimizers, list(RULES), "optimizers")
         check_device_name(device)
         check_device(device)
         kernels = Kernels("auto", build=build_on_all_cores)
@@ -88,21 +88,21 @@ def warmup(
         raise typer.Exit(FAILED)
 
 
-def chosen_of(text: str, known: list[str], field: str) -> list[str]:
-    """Return the names in a list separated by commas, all that are known for "".
+def choose(text: str, known: list[str], field: str) -> list[str]:
+    """Return the names in a list separated by commas, all known ones for "".
 
     Raises:
-        InvalidOption: nobody knows one of them.
+        InvalidOption: a name is unknown.
     """
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            raise InvalidOption(f"Unknown {field}: {name!r:.80}.", remedy=f"There are {', '.join(known)}.", field=field)
+            raise InvalidOption(f"Unknown {field}: {name!r:.80}.", remedy=f"Known are {', '.join(known)}.", field=field)
     return [str(name) for name in names or known]
 
 
 def line_of(status: KernelStatus) -> str:
-    """Return a line that says where one kernel stands."""
+    """Describe the state of one kernel."""
     package = status.package
     threads = "one thread" if package.threads == "one" else "many threads"
     rule = " with ".join([package.rule, *filter(None, [", ".join(package.optional)])])
@@ -113,7 +113,7 @@ def line_of(status: KernelStatus) -> str:
 
 
 def document_of(status: KernelStatus) -> dict[str, Any]:
-    """Return one kernel's standing as JSON."""
+    """Return the state of one kernel as `--json` prints it."""
     package = status.package
     return {
         "optimizer": package.rule,
