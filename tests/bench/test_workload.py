@@ -66,7 +66,7 @@ def test_the_state_is_what_the_optimizer_keeps_at_most() -> None:
      *[(name, "float32", remedy) for name, remedy in UNSUPPORTED.items()]],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused(optimizer: str, dtype: str, word: str) -> None:
-    """An optimizer or dtype that there is not, or whose steps no shapes foretell, is refused with what to do."""
+    """An unknown optimizer or dtype, or an optimizer that shapes say little about, is refused with a remedy."""
     with pytest.raises(InvalidOption) as error:
         Workload.of(optimizer, dtype, 100, 2)
     assert word in error.value.remedy
@@ -173,5 +173,5 @@ def test_a_container_has_what_its_limit_leaves(
 
 
 def test_a_machine_that_does_not_say_is_not_guessed(tmp_path: Path) -> None:
-    """Where there are no such files nobody knows."""
+    """Without such files the answer is None."""
     assert available_bytes(meminfo=tmp_path / "none", cgroup=tmp_path) is None

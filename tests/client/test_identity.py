@@ -17,7 +17,7 @@ import farstep
 from farstep.errors import InvalidOption
 from farstep.identity import NAME
 from farstep.settings import RemoteOptions, resolve
-from farstep_service.launch import Plan
+from farstep_service.launch import LaunchPlan
 from tests.support.client.twins import drawn, parameters
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "12", "TORCHELASTIC_RESTART_COUNT": "2"}
@@ -29,7 +29,7 @@ SRUN = {"SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "12",
 
 def test_a_worker_of_farstep_launch_is_who_it_was_told_to_be() -> None:
     """Name, rank, count, restarts, session and server are those that the launcher says."""
-    plan = Plan(command=("x",), workers=6, nodes=2, node=1)
+    plan = LaunchPlan(command=("x",), workers=6, nodes=2, node=1)
     me = farstep.worker(environment=plan.environment(5, 1, "http://box:7171", "run", {}))
     assert (me.name, me.rank, me.count, me.local_rank, me.restart) == ("w11", 11, 12, 5, 1)
     assert (me.session, me.server) == ("run", "http://box:7171")

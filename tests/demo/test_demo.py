@@ -57,7 +57,7 @@ def test_the_demo_meets_its_targets():
 
 @pytest.mark.parametrize("victim", ["worker-01", SERVER])
 def test_a_killed_process_ends_the_demo(victim: str):
-    """When a worker or the server is killed in the middle, the demo names it in one line, fails, and leaves nobody."""
+    """When a worker or the server is killed, the demo names it in one line, fails, and leaves no process."""
     pids: dict[str, int] = {}
     with processes() as started:
         started.start("demo", DEMO, environment_of(os.environ))
@@ -129,7 +129,7 @@ def test_the_training_survives_a_killed_worker_and_a_killed_server():
     ids=["number", "server"],
 )
 def test_a_worker_says_what_is_wrong_with_its_settings(environment: dict[str, str], complaint: str):
-    """A worker whose variables cannot be ends with one line that says so."""
+    """A worker with invalid variables ends with one line that names them."""
     with processes() as started:
         settings = {"FARSTEP_SERVER": "http://127.0.0.1:9", **environment}
         command = (sys.executable, "-m", "farstep_service.demo.worker")

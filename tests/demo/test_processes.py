@@ -39,7 +39,7 @@ with processes() as started:
 """A program that starts one process as the demo does, and waits."""
 
 
-def test_nobody_outlives_the_demo():
+def test_no_process_outlives_the_demo():
     """Leaving ends what still runs, also by an error, and also a process that does not listen to SIGTERM."""
     pids = []
 

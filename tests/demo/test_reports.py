@@ -1,4 +1,4 @@
-"""What workers report, what is made of it, and when the demo is content."""
+"""The reports of workers, the pace they show, and the result of the demo."""
 
 import json
 from dataclasses import replace
@@ -29,7 +29,7 @@ def test_a_report_survives_its_line():
 
 @pytest.mark.parametrize("line", ["", "a warning", "[1]", '{"worker": "w"}', '{"kernels": [], "surprise": 1}', "null"])
 def test_other_lines_are_no_reports(line: str):
-    """A line that some library printed is told from a report."""
+    """A line that a library printed is no report."""
     assert Report.from_line(line) is None
 
 

@@ -17,11 +17,11 @@ TRAINING = Training(workers=1, epochs=2)
 
 
 class Session:
-    """A session of one worker in this process, whose calls fail as a script says.
+    """A session of one worker in this process; its calls fail as a script says.
 
     Args:
         failures: errors by (call, how often it was called before).
-        committed: the steps whose answer is lost, but which happen.
+        committed: a step that fails as unavailable happens, and only its answer is lost.
     """
 
     worker = "worker-00"
@@ -111,7 +111,7 @@ BUSY = Unavailable("No answer.")
     ("failures", "committed", "rejoined"),
     [
         ({}, False, []),
-        ({("step", 3): BarrierTimeout("Not everybody came.")}, False, []),
+        ({("step", 3): BarrierTimeout("A worker was missing.")}, False, []),
         ({("step", 3): BUSY, ("step", 4): BUSY, ("pull", 1): BUSY}, False, []),
         ({("step", 3): BUSY}, True, []),
         ({("step", HALFWAY): LOST}, False, [TRAINING.steps_per_epoch]),
@@ -159,7 +159,7 @@ def test_what_waiting_does_not_mend_is_let_out(error: FarstepError):
         train(Session({("step", 3): error}))
 
 
-@pytest.mark.parametrize("error", [BUSY, BarrierTimeout("Not everybody came."), LOST], ids=lambda error: error.code)
+@pytest.mark.parametrize("error", [BUSY, BarrierTimeout("A worker was missing."), LOST], ids=lambda error: error.code)
 def test_patience_ends(error: FarstepError):
     """A worker that has not stepped for the time it gives the session ends with the last error."""
     session = Session({("step", -1): error})

@@ -114,6 +114,6 @@ def test_worker_names_sort_like_their_numbers():
     ],
 )
 def test_a_training_that_cannot_be_is_refused(options: dict, complaint: str):
-    """Numbers out of range and optimizers without options for the demo are refused with what there is."""
+    """Numbers out of range and optimizers without options for the demo are refused, with the valid ones."""
     with pytest.raises(InvalidOption, match=complaint):
         Training(**options)

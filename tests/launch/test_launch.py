@@ -1,6 +1,6 @@
-"""`farstep launch` with real processes: what workers get, what is seen of them, and how they end.
+"""`farstep launch` with real processes: the variables of workers, their output, and how they end.
 
-Most scripts speak with no server: the address of one that is not there is enough.
+Most scripts need no server: an address at which none listens is enough.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.launch.launching import LIMIT_S, NOBODY, Gone, heard, launching, said, watcher_of
+from tests.support.launch.launching import LIMIT_S, NO_SERVER, Gone, heard, launching, said, watcher_of
 from tests.support.service.servers import TOKEN, farstep, running_server
 
 PAUSE = "import signal; signal.pause()"
@@ -110,7 +110,7 @@ def test_the_end_of_the_server_ends_the_run(script: Path):
 
 @pytest.mark.parametrize(("token", "stranger"), [(TOKEN, "refused"), (None, "let in")])
 def test_a_server_of_its_own_asks_for_the_token(script: Path, token: str | None, stranger: str):
-    """With `FARSTEP_TOKEN` set its workers have it and whoever has another one is refused; unset, nobody is asked."""
+    """With `FARSTEP_TOKEN` set its workers have it, and another token is refused; unset, any client may join."""
     script.write_text(
         "import torch, farstep\n"
         "for options in ({}, {'token': 'another' * 4}):\n"
@@ -126,7 +126,7 @@ def test_a_server_of_its_own_asks_for_the_token(script: Path, token: str | None,
 
 
 def test_a_server_that_cannot_start_says_why(script: Path):
-    """What a server of the launch's own complains of is seen beside the end of the run."""
+    """The errors of the launch's own server appear before the end of the run."""
     script.write_text(PAUSE)
     done = farstep("launch", str(script), env={"FARSTEP_TOKEN": "short"})
     assert done.returncode == 1
@@ -157,15 +157,15 @@ def test_a_session_on_a_named_server_stays(script: Path):
 # -- what workers get ------------------------------------------------------------------------------------------------
 
 
-def test_what_workers_are_told(script: Path):
-    """Arguments after the script are its own, options included, and the token and other variables are handed on."""
+def test_the_variables_of_workers(script: Path):
+    """Arguments after the script are its own, options included; workers inherit the token and other variables."""
     script.write_text(
         "import json, os, sys\n"
         "print(json.dumps([sys.argv[1:], {k: v for k, v in os.environ.items() if k.startswith('FARSTEP_')}]))"
     )
     done = farstep(
         "launch",
-        *NOBODY,
+        *NO_SERVER,
         "--session",
         "run",
         "-n",
@@ -177,10 +177,10 @@ def test_what_workers_are_told(script: Path):
         env={"FARSTEP_TOKEN": "secret"},
     )
     for name in ("w0", "w1"):
-        arguments, told = json.loads(said(done.stdout, name)[0])
-        told.pop("FARSTEP_KERNEL_CACHE", None)  # what the whole run of tests may have
+        arguments, variables = json.loads(said(done.stdout, name)[0])
+        variables.pop("FARSTEP_KERNEL_CACHE", None)  # the run of tests may set it
         assert arguments == ["-n", "7", "--lr=1"]
-        assert told == {
+        assert variables == {
             "FARSTEP_SERVER": "http://127.0.0.1:9",
             "FARSTEP_SESSION": "run",
             "FARSTEP_RUN": "run",
@@ -191,10 +191,10 @@ def test_what_workers_are_told(script: Path):
 
 
 def test_modules_and_programs():
-    """`-m` runs a module and `--no-python` a program, as with torchrun; one that is not there is said to be missing."""
-    assert said(farstep("launch", *NOBODY, "-m", "calendar", "2026", "1").stdout, "w0")[0].strip() == "January 2026"
-    assert said(farstep("launch", *NOBODY, "--no-python", "echo", "hello").stdout, "w0") == ["hello"]
-    missing = farstep("launch", *NOBODY, "--max-restarts", "0", "--no-python", "./not-there")
+    """`-m` runs a module and `--no-python` a program, as with torchrun; one that does not exist is reported."""
+    assert said(farstep("launch", *NO_SERVER, "-m", "calendar", "2026", "1").stdout, "w0")[0].strip() == "January 2026"
+    assert said(farstep("launch", *NO_SERVER, "--no-python", "echo", "hello").stdout, "w0") == ["hello"]
+    missing = farstep("launch", *NO_SERVER, "--max-restarts", "0", "--no-python", "./not-there")
     assert missing.returncode == 127
     assert said(missing.stderr, "w0") == ["Cannot run ./not-there: No such file or directory."]
 
@@ -212,7 +212,7 @@ def test_lines_of_workers_are_whole_and_named(script: Path):
         "            stream.write(piece); stream.flush()\n"
         "sys.stdout.write('no end')\n"
     )
-    done = farstep("launch", *NOBODY, "-n", "3", str(script))
+    done = farstep("launch", *NO_SERVER, "-n", "3", str(script))
     whole = ["a" * 30 + "b" * 30 + str(number) for number in range(200)]
     for name in ("w0", "w1", "w2"):
         assert said(done.stdout, name) == [*whole, "no end"]
@@ -220,10 +220,10 @@ def test_lines_of_workers_are_whole_and_named(script: Path):
     assert all(line.startswith("launch | ") or " | a" in line for line in done.stderr.splitlines())
 
 
-def test_nobody_listens_any_more(script: Path):
-    """When what reads the output has ended, so do the workers and the launch."""
+def test_a_launch_ends_with_the_reader_of_its_output(script: Path):
+    """When the process that reads the output has ended, so do the workers and the launch."""
     script.write_text("import os\nprint(os.getpid(), flush=True)\nwhile True: print('more', flush=True)")
-    with launching(*NOBODY, str(script)) as process:
+    with launching(*NO_SERVER, str(script)) as process:
         assert process.stdout is not None
         gone = Gone(int(process.stdout.readline().split()[-1]))
         process.stdout.close()
@@ -241,7 +241,7 @@ def test_the_limit_of_restarts(script: Path):
         "print('life', os.environ['FARSTEP_RESTART'], flush=True)\n"
         "sys.exit(7) if os.environ['RANK'] == '1' else signal.pause()\n"
     )
-    done = farstep("launch", *NOBODY, "-n", "2", "--max-restarts", "2", "--json", str(script))
+    done = farstep("launch", *NO_SERVER, "-n", "2", "--max-restarts", "2", "--json", str(script))
     assert done.returncode == 7
     assert said(done.stdout, "w1") == ["life 0", "life 1", "life 2"]
     assert "launch | w1 ended with exit code 7, after 2 restarts; all others are ended" in done.stderr
@@ -251,7 +251,7 @@ def test_the_limit_of_restarts(script: Path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_signals_are_handed_on(script: Path, number: signal.Signals):
-    """Each worker gets the signal and may end as it likes; nobody is started again, and the exit code names it."""
+    """Each worker gets the signal and may end as it likes; none is restarted, and the exit code names the signal."""
     script.write_text(
         "import signal, sys\n"
         "def leave(number, _):\n"
@@ -259,7 +259,7 @@ def test_signals_are_handed_on(script: Path, number: signal.Signals):
         f"signal.signal({int(number)}, leave)\n"
         "print('here', flush=True); signal.pause()\n"
     )
-    with launching(*NOBODY, "-n", "2", str(script)) as process:
+    with launching(*NO_SERVER, "-n", "2", str(script)) as process:
         heard(process, "w0     | here", "w1     | here")
         process.send_signal(number)
         stdout, _ = process.communicate(timeout=LIMIT_S)
@@ -269,14 +269,14 @@ def test_signals_are_handed_on(script: Path, number: signal.Signals):
 
 @pytest.mark.parametrize("again", [True, False])
 def test_a_worker_that_does_not_listen_is_killed(script: Path, again: bool):
-    """Who ignores the signal is killed by a second one, or when the time is up."""
+    """A worker that ignores the signal is killed by a second one, or when the time is up."""
     script.write_text(
         "import signal\n"
         "for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)\n"
         "print('here', flush=True)\n"
         "while True: signal.pause()\n"
     )
-    with launching(*NOBODY, "--shutdown-timeout", "1000" if again else "0.1", str(script)) as process:
+    with launching(*NO_SERVER, "--shutdown-timeout", "1000" if again else "0.1", str(script)) as process:
         heard(process, "w0     | here")
         process.send_signal(signal.SIGINT)
         if again:
@@ -290,15 +290,15 @@ def test_a_worker_that_does_not_listen_is_killed(script: Path, again: bool):
 
 @pytest.mark.promise("No process of a launch outlives it, also if it is killed.", area="launch")
 @pytest.mark.parametrize("how", ["worker ends", "launch is killed"])
-def test_nobody_is_left(script: Path, how: str):
-    """Neither what a worker has started, nor a worker whose launcher was killed with SIGKILL, stays behind."""
+def test_no_process_is_left(script: Path, how: str):
+    """Processes that a worker started end with it, and workers end with a launcher that SIGKILL killed."""
     script.write_text(
         "import os, subprocess, sys\n"
         f"child = subprocess.Popen([sys.executable, '-c', {PAUSE!r}])\n"
         "print(os.getpid(), child.pid, flush=True)\n"
         f"{PAUSE}\n"
     )
-    with launching(*NOBODY, "--max-restarts", "0", str(script)) as process:
+    with launching(*NO_SERVER, "--max-restarts", "0", str(script)) as process:
         assert process.stdout is not None
         worker, child = map(int, process.stdout.readline().split()[-2:])
         worker_gone, child_gone = Gone(worker), Gone(child)
@@ -349,7 +349,7 @@ def test_a_killed_launch_leaves_no_directory(script: Path) -> None:
     ],
 )
 def test_what_cannot_be_is_refused(arguments: list[str], words: str):
-    """Options that contradict themselves or that nobody knows are refused before anything is started."""
+    """Options that contradict themselves, and unknown ones, are refused before anything is started."""
     began = time.monotonic()
     done = farstep("launch", *arguments)
     assert done.returncode == 2

@@ -1,19 +1,19 @@
-"""Which workers there are, and what they are told."""
+"""The workers of a launch, and their variables."""
 
 import sys
 
 import pytest
 
 from farstep.errors import InvalidOption
-from farstep_service.launch import Plan
+from farstep_service.launch import LaunchPlan
 from farstep_service.launch.plan import command_of
 
 
-def test_a_worker_is_told_where_it_is_and_who():
+def test_the_variables_of_a_worker():
     """Variables of torchrun have its meaning, on the second of two machines, too."""
-    plan = Plan(command=("x",), workers=6, nodes=2, node=1, max_restarts=2)
-    told = plan.environment(5, 1, "http://box:7171", "run", {"PATH": "/bin", "FARSTEP_WORKER": "mine"})
-    assert told == {
+    plan = LaunchPlan(command=("x",), workers=6, nodes=2, node=1, max_restarts=2)
+    variables = plan.environment(5, 1, "http://box:7171", "run", {"PATH": "/bin", "FARSTEP_WORKER": "mine"})
+    assert variables == {
         "PATH": "/bin",
         "OMP_NUM_THREADS": "1",
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -36,16 +36,16 @@ def test_a_worker_is_told_where_it_is_and_who():
 
 def test_what_the_user_has_set_stays():
     """Threads are the user's choice; a worker alone has all of them."""
-    alone = Plan(command=("x",)).environment(0, 0, "u", "s", {})
+    alone = LaunchPlan(command=("x",)).environment(0, 0, "u", "s", {})
     assert "OMP_NUM_THREADS" not in alone
-    several = Plan(command=("x",), workers=2).environment(0, 0, "u", "s", {"OMP_NUM_THREADS": "4"})
+    several = LaunchPlan(command=("x",), workers=2).environment(0, 0, "u", "s", {"OMP_NUM_THREADS": "4"})
     assert several["OMP_NUM_THREADS"] == "4"
 
 
 @pytest.mark.parametrize(("workers", "first"), [(1, "w0"), (10, "w0"), (11, "w00"), (1000, "w000")])
 def test_names_sort_as_ranks_do(workers: int, first: str):
     """The order of names, in which a sync step sums gradients, is that of the ranks."""
-    plan = Plan(command=("x",), workers=workers)
+    plan = LaunchPlan(command=("x",), workers=workers)
     names = [plan.name(local) for local in range(workers)]
     assert names[0] == first
     assert names == sorted(names)
@@ -58,7 +58,7 @@ def test_names_sort_as_ranks_do(workers: int, first: str):
 def test_numbers_that_cannot_be(wrong: dict[str, int], field: str):
     """Too many workers, none, and a machine that is not among those counted are refused by name."""
     with pytest.raises(InvalidOption) as refused:
-        Plan(command=("x",), **wrong)
+        LaunchPlan(command=("x",), **wrong)
     assert refused.value.field == field
 
 

@@ -24,5 +24,5 @@ def test_the_line_says_where_session_and_workers_are():
 
 
 def test_before_the_session_is_there():
-    """Until somebody has created the session there is no version."""
+    """Until a worker has created the session there is no version."""
     assert line("digits", None, 0.0, RestartPolicy(["w0"], 0)) == "digits  not there yet  |  w0 outside"

@@ -1,4 +1,4 @@
-"""What follows on what: restarts, their limit, signals, and the exit code of a run."""
+"""Restarts, their limit, signals, and the exit code of a run."""
 
 import signal
 
@@ -33,7 +33,7 @@ def test_the_dead_are_started_again_up_to_the_limit():
 
 
 def test_without_restarts_the_first_failure_ends_the_run():
-    """With a limit of 0 nobody is started again."""
+    """With a limit of 0 no worker is restarted."""
     policy = RestartPolicy(["w0", "w1"], 0)
     assert policy.ended("w0", 3) == TERM
     assert policy.ended("w1", -signal.SIGTERM) is None
@@ -41,7 +41,7 @@ def test_without_restarts_the_first_failure_ends_the_run():
 
 
 def test_a_signal_is_handed_on_and_the_next_one_kills():
-    """After a signal nobody is started again, and the run's exit code is the signal's, however the workers end."""
+    """After a signal no worker is restarted, and the run's exit code is the signal's, however the workers end."""
     policy = RestartPolicy(["w0", "w1"], 3)
     assert policy.signalled(signal.SIGINT) == Stop(signal.SIGINT)
     assert policy.ended("w0", 1) is None

@@ -1,4 +1,4 @@
-"""Where `farstep launch` writes to: terminals, which may be closed, and pipes, which may be full."""
+"""The output of `farstep launch`: to terminals, which may be closed, and pipes, which may be full."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from farstep_service.launch.terminal import Terminal
-from tests.support.launch.launching import LIMIT_S, NOBODY, Gone
+from tests.support.launch.launching import LIMIT_S, NO_SERVER, Gone
 
 ERASED = "\x1b[2K"
 """What a terminal is sent before a line is drawn anew."""
@@ -63,7 +63,7 @@ def test_a_line_of_progress_on_a_terminal(script: Path, tmp_path: Path):
 
 
 def test_a_terminal_that_is_closed_is_a_signal_for_the_workers(script: Path, tmp_path: Path):
-    """Its SIGHUP is handed on and may be answered in peace; what cannot be written meanwhile ends nothing."""
+    """Workers get its SIGHUP and may take their time; output that cannot be written meanwhile does not end the run."""
     script.write_text(
         "import signal, sys\n"
         "def leave(number, _frame):\n"
@@ -75,7 +75,7 @@ def test_a_terminal_that_is_closed_is_a_signal_for_the_workers(script: Path, tmp
     )
     pid, terminal = pty.fork()
     if not pid:
-        os.execv(sys.executable, [sys.executable, "-m", "farstep_service", "launch", *NOBODY, str(script)])
+        os.execv(sys.executable, [sys.executable, "-m", "farstep_service", "launch", *NO_SERVER, str(script)])
     until(terminal, "w0     | here")
     os.close(terminal)
     assert Gone(pid)()
@@ -84,12 +84,12 @@ def test_a_terminal_that_is_closed_is_a_signal_for_the_workers(script: Path, tmp
 
 
 def test_output_that_does_not_wait_for_its_reader_arrives_whole(script: Path):
-    """A standard output that somebody has set to return at once when it is full holds the launcher up, not down."""
+    """A full standard output that is non-blocking makes the launcher wait, and loses no line."""
     script.write_text("for i in range(3000): print(i, 'x' * 100)")
     ours, theirs = os.pipe()
     os.set_blocking(theirs, False)
     with subprocess.Popen(
-        [sys.executable, "-m", "farstep_service", "launch", *NOBODY, str(script)],
+        [sys.executable, "-m", "farstep_service", "launch", *NO_SERVER, str(script)],
         stdin=subprocess.DEVNULL,
         stdout=theirs,
     ) as process:
@@ -105,7 +105,7 @@ def until(terminal: int, wanted: str | None) -> str:
     while wanted is None or wanted not in shown.decode():
         try:
             chunk = os.read(terminal, 65536)
-        except OSError:  # what Linux says when nobody has the terminal open any more
+        except OSError:  # Linux answers so when no process has the terminal open any more
             chunk = b""
         if not chunk:
             assert wanted is None, shown.decode()
@@ -155,7 +155,7 @@ def test_the_line_of_progress_fits_the_terminal(terminal: tuple[int, int]):
 
 
 def test_the_cursor_stays_visible(terminal: tuple[int, int]):
-    """A launch that is killed leaves a terminal whose cursor is seen: while the run goes on, it is not hidden."""
+    """The cursor is visible while the run goes on, because a killed launch could not bring it back."""
     ours, theirs = terminal
     shown = Terminal(["w0"], {"stdout": theirs, "stderr": theirs})
     shown.progress("digits")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.support.launch.launching import LIMIT_S, NOBODY, said
+from tests.support.launch.launching import LIMIT_S, NO_SERVER, said
 from tests.support.service.servers import farstep
 
 WHO = """
@@ -21,11 +21,11 @@ print(json.dumps(mine) + "\\n", end="", flush=True)  # at once: torchrun's worke
 """
 
 
-def test_one_script_is_a_worker_whoever_starts_it(tmp_path: Path):
+def test_one_script_is_a_worker_of_any_launcher(tmp_path: Path):
     """By farstep launch, torchrun, by hand with variables and alone: each process knows who it is, and its share."""
     script = tmp_path / "train.py"
     script.write_text(WHO)
-    launched = farstep("launch", *NOBODY, "--session", "run", "-n", "2", str(script))
+    launched = farstep("launch", *NO_SERVER, "--session", "run", "-n", "2", str(script))
     assert [json.loads(said(launched.stdout, name)[0]) for name in ("w0", "w1")] == [
         ["w0", 0, 2, 0, 0, "run", [0, 2, 4]],
         ["w1", 1, 2, 1, 0, "run", [1, 3]],
@@ -49,8 +49,8 @@ def printed(*command: str, **environment: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_a_worker_that_is_told_nonsense_ends_with_a_line_that_says_what():
-    """A rank that cannot be is refused by its variable before anything is joined or trained."""
+def test_a_worker_with_an_invalid_rank_ends_with_a_line_that_names_it():
+    """An invalid rank is refused, with the name of its variable, before anything is joined or trained."""
     done = subprocess.run(
         [sys.executable, "-c", "import farstep; farstep.worker()"],
         env={**os.environ, "RANK": "2", "WORLD_SIZE": "2"},

@@ -14,7 +14,7 @@ from farstep.tensors.gradient_sender import LARGE_BYTES
 from farstep_service.cli.warmup import Dtype
 from farstep_service.coordinator.roster import FORGOTTEN_AFTER_S, LAPSED_KEPT
 from farstep_service.kernels import possible, usual
-from farstep_service.launch import Plan
+from farstep_service.launch import LaunchPlan
 from farstep_service.optimizers import RULES
 from farstep_service.settings import Settings
 from farstep_service.store.decider import WORTH_A_KERNEL
@@ -32,7 +32,7 @@ ELEMENT_TYPES = [dtype.value for dtype in Dtype]
         ("deploy/README.md", f"for one thread and for many: {2 * len(usual(RULES.values(), ['float32']))} |"),
         ("deploy/README.md", f"| {2 * len(usual(RULES.values(), ['float32']))} kernels: every elementwise optimizer"),
         ("deploy/README.md", f"| {2 * len(possible(RULES.values(), ELEMENT_TYPES))} kernels, five to six times"),
-        ("docs/launch.md", f"`--max-restarts` | {Plan(command=('x',)).max_restarts} (torchrun: 0)"),
+        ("docs/launch.md", f"`--max-restarts` | {LaunchPlan(command=('x',)).max_restarts} (torchrun: 0)"),
         ("docs/optimizers.md", f"From {LARGE_BYTES >> 20} MiB of gradients on"),
         ("docs/optimizers.md", f"a session of {WORTH_A_KERNEL:,} parameters or more in one piece"),
         ("docs/overlap.md", f"gradients of less than {LEAST_BYTES >> 10} KiB together go in `step()`"),

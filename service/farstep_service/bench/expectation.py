@@ -46,8 +46,8 @@ class CostModel:
         points = [(0, self.fixed_s), *self.points]
         if nbytes >= points[-1][0]:
             return points[-1][1] + (nbytes - points[-1][0]) * self.per_byte_s
-        place = next(place for place, (larger, _) in enumerate(points) if larger > nbytes)
-        (x0, y0), (x1, y1) = points[place - 1 : place + 1]
+        index = next(index for index, (larger, _) in enumerate(points) if larger > nbytes)
+        (x0, y0), (x1, y1) = points[index - 1 : index + 1]
         return y0 + (y1 - y0) * (nbytes - x0) / (x1 - x0)
 
 

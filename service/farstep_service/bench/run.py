@@ -83,10 +83,10 @@ def run(
     with interruptible():
         trip = None if conversation is None else round_trips(conversation)
         measured: list[Steps] = []
-        for place, size in enumerate(sizes):
+        for index, size in enumerate(sizes):
             share = MODEL_SHARE if size is options.workload else (1 - MODEL_SHARE) / (len(sizes) - 1)
             with open_session(size, conversation, token) as optimizer:
-                if not place and size.fuses:
+                if not index and size.fuses:
                     wait_for_fused(optimizer, options.wait_s, progress)
                 progress(f"measuring steps of {size.parameters:,} parameters")
                 measured.append(measure(size, optimizer, steps=options.steps, seconds=share * options.seconds))
@@ -120,13 +120,13 @@ def check_memory(workload: Workload, server: str | None, info: dict[str, Any]) -
         info: the server's `/v1/info`.
     """
     here, there = 2 * workload.nbytes, 3 * workload.nbytes + workload.state_bytes
-    who = "this process"
+    owner = "this process"
     if server is None:
         here += workload.state_bytes
     else:
         here += workload.nbytes  # where parameters arrive
         if is_loopback(urlsplit(server).hostname or "localhost") and info.get("device") == "cpu":
-            who, here = "this process and the server", here + there
+            owner, here = "this process and the server", here + there
         elif (room := info.get("available_bytes")) is not None and there > room:
             raise LimitExceeded(
                 f"A session of {workload.parameters:,} {workload.dtype} parameters takes about {_gb(there)} on "
@@ -138,7 +138,7 @@ def check_memory(workload: Workload, server: str | None, info: dict[str, Any]) -
     free = available_bytes()
     if free is not None and here > free:
         raise invalid_option(
-            f"Measuring {workload.parameters:,} {workload.dtype} parameters takes about {_gb(here)} in {who}, "
+            f"Measuring {workload.parameters:,} {workload.dtype} parameters takes about {_gb(here)} in {owner}, "
             f"and {_gb(free)} are available.",
             remedy="Ask for fewer parameters: the other sizes are estimated.",
             field="parameters",

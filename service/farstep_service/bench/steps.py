@@ -121,7 +121,7 @@ def open_session(
         parameter = torch.nn.Parameter(torch.zeros(shape, dtype=dtype, device="cpu"))
         parameter.grad = torch.empty(shape, dtype=dtype, device="cpu").normal_(generator=generator)
         parameters.append(parameter)
-    place: RemoteOptions = {
+    remote: RemoteOptions = {
         "server": None if conversation is None else conversation.server,
         "session": name,
         "worker": "bench",
@@ -130,7 +130,7 @@ def open_session(
     }
     optimizer: RemoteOptimizer | None = None
     try:
-        optimizer = getattr(farstep.optim, workload.optimizer)(parameters, **place)
+        optimizer = getattr(farstep.optim, workload.optimizer)(parameters, **remote)
         yield optimizer
     finally:
         if optimizer is not None:

@@ -29,7 +29,7 @@ UNSUPPORTED = {
     "LBFGS": "Each evaluation of its closure is one exchange: measure SGD, and multiply by the evaluations.",
     "SparseAdam": "Its cost depends on the rows that have a gradient, which only the model knows.",
 }
-"""Optimizers whose step times do not follow from shapes, and what to do instead."""
+"""Optimizers with step times that do not follow from shapes, and what to do instead."""
 LARGEST_COUNT = 10**15
 MOST_TENSORS = 100_000
 
@@ -47,7 +47,7 @@ class Workload:
         shapes: one for each parameter.
 
     Raises:
-        InvalidOption: an unknown optimizer or dtype, or one whose step times do not follow from shapes.
+        InvalidOption: an unknown optimizer or dtype, or an unsupported optimizer.
     """
 
     optimizer: str
@@ -76,7 +76,7 @@ class Workload:
         if not tensors <= parameters <= LARGEST_COUNT:
             raise _invalid("parameters", parameters, f"There may be one for each tensor, up to {LARGEST_COUNT:.0e}.")
         each, rest = divmod(parameters, tensors)
-        lengths = [each + (place < rest) for place in range(tensors)]
+        lengths = [each + (index < rest) for index in range(tensors)]
         shapes = [_square(length) if optimizer in MATRICES_ONLY else (length,) for length in lengths]
         return cls(optimizer, dtype, tuple(shapes))
 
@@ -106,7 +106,7 @@ class Workload:
             name="bench",
             optimizer=self.optimizer,
             groups=[{}],
-            segments=[SegmentSpec(str(place), shape, self.dtype, 0) for place, shape in enumerate(self.shapes)],
+            segments=[SegmentSpec(str(index), shape, self.dtype, 0) for index, shape in enumerate(self.shapes)],
             consistency=to_options(Async()),
             nonfinite="refuse",
             kernel="auto",

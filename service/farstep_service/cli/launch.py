@@ -17,7 +17,7 @@ from farstep_service.cli.serve import check_variables
 SETTINGS = {"allow_interspersed_args": False}
 """Arguments after the script are the script's own."""
 BROKEN_PIPE = 141
-"""The exit code of a program whose output is read no more, as shells give it."""
+"""The exit code of a program when the reader of its output has ended, as shells give it."""
 
 
 def launch(
@@ -73,11 +73,11 @@ def launch(
     """
     with reporting(json_output):
         check_variables(os.environ)
-        from farstep_service.launch import Plan
+        from farstep_service.launch import LaunchPlan
         from farstep_service.launch import launch as run
         from farstep_service.launch.plan import command_of
 
-        plan = Plan(
+        plan = LaunchPlan(
             command=command_of(script, arguments or [], module=module, python=not no_python),
             workers=nproc_per_node,
             nodes=nnodes,

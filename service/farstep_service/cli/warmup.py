@@ -97,7 +97,7 @@ def choose(text: str, known: list[str], field: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in known:
-            raise InvalidOption(f"Unknown {field}: {name!r:.80}.", remedy=f"Known are {', '.join(known)}.", field=field)
+            raise InvalidOption(f"Unknown {field}: {name!r:.80}.", remedy=f"There are {', '.join(known)}.", field=field)
     return [str(name) for name in names or known]
 
 

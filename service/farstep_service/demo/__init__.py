@@ -1,4 +1,4 @@
-"""A training run to watch: handwritten digits, an optimizer in a server process, workers, and torch.optim beside it."""
+"""The demo: workers train on handwritten digits with an optimizer in a server process, and torch.optim repeats it."""
 
 from farstep_service.demo.run import run
 

@@ -87,7 +87,7 @@ def shuffled(count: int, *seeds: int) -> Tensor:
 
 
 def build_model(seed: int = SEED) -> nn.Sequential:
-    """Return the network, whose initial parameters depend on the seed alone; torch's random state does not change."""
+    """Return the network with initial parameters that depend on the seed alone; torch's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(

@@ -1,4 +1,4 @@
-"""What a person sees of a running demo: live lines in a terminal, plain ones elsewhere, none beside JSON."""
+"""The display of a running demo: live lines on a terminal, plain lines elsewhere, none with JSON."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Silent(Display):
 
 
 class Plain(Display):
-    """Print a line at the end of each epoch of one worker, and what is unusual of all."""
+    """Print a line at the end of each epoch of one worker, and the notes of all."""
 
     def __init__(self) -> None:
         self._first = ""
@@ -95,7 +95,7 @@ class Live(Display):
 
 @contextmanager
 def display(*, silent: bool) -> Iterator[Display]:
-    """Yield what fits the standard output."""
+    """Yield the display that fits the standard output."""
     if silent:
         yield Silent()
     elif not sys.stdout.isatty():
@@ -103,4 +103,5 @@ def display(*, silent: bool) -> Iterator[Display]:
     else:
         name, figures = TextColumn("{task.description}"), TextColumn("{task.fields[figures]}")
         with Progress(name, BarColumn(10), MofNCompleteColumn(), figures, console=Console()) as progress:
+            progress.console.show_cursor()  # rich hides it, and a killed demo could not bring it back
             yield Live(progress)

@@ -1,12 +1,12 @@
-"""One worker's training against a session: every step that is left, through restarts of the server.
+"""One worker's training against a session: all remaining steps, through restarts of the server.
 
-the server says            what happened                                  the worker
+the server's answer        its meaning                                    the worker
 a receipt                  the step is committed                          goes on
-barrier_timeout            not everybody came; nothing was applied        pulls, and takes the step again
+barrier_timeout            a worker was missing; nothing was applied      pulls, and takes the step again
 unavailable                no answer; the step may have been committed    pulls, and goes on where the session is
 session_lost               the server restarted                           rejoins with its last checkpoint
-fenced, and everything     another process took its name, or something    lets the error out
-else                       that waiting does not mend
+fenced, and any other      another process took its name, or an error     raises the error
+                           that waiting does not repair
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from farstep_service.demo.reports import Report
 from farstep_service.demo.training import Training
 
 GIVE_UP_S = 300.0
-"""How long a worker goes on trying without a step."""
+"""How long a worker retries without a step."""
 REPORT_EVERY_S = 0.2
 
 
 class Joined(Protocol):
-    """What a trainer needs of an optimizer that has joined a session; `farstep.optim` has more."""
+    """The part of an optimizer in a session that a trainer uses."""
 
     @property
     def version(self) -> int: ...
@@ -55,7 +55,7 @@ class Joined(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """What a worker needs to create the session anew."""
+    """The state from which a worker recreates the session."""
 
     version: int
     parameters: Mapping[str, Tensor]
@@ -66,11 +66,11 @@ class Trainer:
     """Train until the session has all its steps.
 
     Args:
-        training: what is trained.
-        index: which shard is this worker's.
-        optimizer: has joined the session.
-        model: holds the optimizer's parameters.
-        report: takes each report.
+        training: the training to take part in.
+        index: the number of this worker, and of its shard.
+        optimizer: an optimizer that has joined the session.
+        model: the model of the optimizer's parameters.
+        report: called with each report.
         every_s: seconds between reports within an epoch.
         clock: monotonic seconds.
     """
@@ -102,10 +102,10 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """Take every step that is left.
+        """Take all remaining steps.
 
         Raises:
-            FarstepError: what cannot be mended by waiting or joining again, or no step for `GIVE_UP_S`.
+            FarstepError: an error that neither waiting nor rejoining repairs, or no step for `GIVE_UP_S`.
         """
         self._say(note="joined the session")
         first: Callable[[], object] | None = self._save
@@ -123,7 +123,7 @@ class Trainer:
             except (BarrierTimeout, Unavailable):
                 if self._overdue():
                     raise
-                # Whether the step happened is unknown, or it did not: the session's version says where to go on.
+                # The step failed, or its outcome is unknown: the session's version shows where to go on.
                 first = self._rejoin if first == self._rejoin else self._optimizer.pull
         self._say(accuracy=accuracy_of(self._model, self._training.test), fingerprint=fingerprint_of(self._model))
 
@@ -172,13 +172,13 @@ class Trainer:
         self._report(replace(self._now, accuracy=accuracy, fingerprint=fingerprint, note=note))
 
     def _save(self) -> None:
-        """Keep what the session holds. No step happens meanwhile: it would need this worker."""
+        """Keep the session's state. No step happens meanwhile: it would need this worker."""
         version = self._optimizer.version
         parameters = {name: value.clone() for name, value in self._model.state_dict().items()}
         self._checkpoint = Checkpoint(version, parameters, self._optimizer.state_dict())
 
     def _rejoin(self) -> None:
-        """Create the session anew from the last checkpoint, or join the one that another worker has created."""
+        """Recreate the session from the last checkpoint, or join the one that another worker has recreated."""
         saved = self._checkpoint
         if saved is None:
             created = self._optimizer.rejoin()

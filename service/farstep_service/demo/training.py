@@ -29,7 +29,8 @@ OPTIMIZER = "Adagrad"
 SESSION = "digits"
 KERNEL: KernelChoice = "reference"
 """Reference kernels give torch's bits. Fused ones may round the last bit of a step differently, and training magnifies
-that: two runs whose first parameters differ in the last bit end 0.2 apart, equally good, and comparing says nothing."""
+that: two runs with initial parameters that differ in the last bit end 0.2 apart, equally good, so that a comparison
+proves nothing."""
 OPTIONS: Mapping[str, Mapping[str, float]] = {
     "Adagrad": {"lr": 0.03},
     "Adadelta": {"lr": 1.0},
@@ -49,10 +50,10 @@ class Training:
         workers: how many workers share the training images.
         epochs: how often each worker sees its shard.
         optimizer: a name of `OPTIONS`.
-        seed: decides the split, the shards' order and the first parameters.
+        seed: decides the split, the shards' order and the initial parameters.
 
     Raises:
-        InvalidOption: no worker, no epoch, an optimizer the demo has no options for, or a worker without a full batch.
+        InvalidOption: no worker, no epoch, an optimizer without options here, or a worker without a full batch.
     """
 
     workers: int = WORKERS
@@ -95,11 +96,11 @@ class Training:
         return self.epochs * self.steps_per_epoch
 
     def batch(self, step: int, worker: int) -> Digits:
-        """Return what a worker sees at a step."""
+        """Return the images of a worker at a step."""
         return self.train.take(self.indices(step, worker))
 
     def indices(self, step: int, worker: int) -> Tensor:
-        """Return which training images a worker sees at a step. Each epoch shuffles its shard anew."""
+        """Return the indices of a worker's training images at a step. Each epoch shuffles its shard anew."""
         epoch, position = divmod(step, self.steps_per_epoch)
         own = shard(len(self.train), worker, self.workers)
         order = shuffled(len(own), self.seed, worker, epoch)

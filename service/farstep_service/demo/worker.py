@@ -3,10 +3,10 @@
     FARSTEP_SERVER   the server's URL                          FARSTEP_SESSION   the session, `digits` if not named
     FARSTEP_WORKER   this worker's name, ending in its number  FARSTEP_TOKEN     the server's token, if it asks for one
 
-The step a worker is at is the session's version, and its batch is a pure function of that number. So a worker that
-joins late, or again, goes on where the session is. Sessions live in the server's memory: when the server restarts,
-every worker still has its last checkpoint, and the first one to come back creates the session anew from it; the others
-join. From there all take the same steps again, and the training ends as if nothing had happened.
+A worker's step is the session's version, and its batch is a pure function of that number. So a worker that joins late,
+or again, continues at the session's version. Sessions live in the server's memory: when the server restarts, each
+worker still has its last checkpoint, and the first one to come back recreates the session from it; the others join.
+From there all take the same steps again, and the training ends as it would have without the restart.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         training = Training(workers=options.workers, epochs=options.epochs, optimizer=options.optimizer)
         name, index = _identity(options.worker, training.workers)
         model = build_model(training.seed)
-        place: RemoteOptions = {
+        remote: RemoteOptions = {
             "server": options.server,
             "session": options.session,
             "worker": name,
             "kernel": options.kernel,
         }
-        optimizer = remote_optimizer(training, model, place)
+        optimizer = remote_optimizer(training, model, remote)
         try:
             every_s = REPORT_EVERY_S if options.json else float("inf")
             Trainer(training, index, optimizer, model, _print_json if options.json else _print, every_s=every_s).run()

@@ -1,6 +1,6 @@
-"""Workers on this machine, started together and kept running: what `farstep launch` does."""
+"""Start workers on this machine and keep them running: `farstep launch`."""
 
-from farstep_service.launch.plan import Plan
+from farstep_service.launch.plan import LaunchPlan
 from farstep_service.launch.run import Summary, launch
 
-__all__ = ["Plan", "Summary", "launch"]
+__all__ = ["LaunchPlan", "Summary", "launch"]

@@ -1,11 +1,13 @@
-"""Which workers there are, and what each of them is told: variables, as torchrun sets them, and farstep's own.
+"""The workers of a launch, and the variables of each: torchrun's, and farstep's own.
 
-    FARSTEP_SERVER, FARSTEP_SESSION, FARSTEP_WORKER     where its optimizer is; FARSTEP_TOKEN is handed on
-    FARSTEP_RUN                                         the session's name, put before names that the script gives
-    FARSTEP_RESTART, TORCHELASTIC_RESTART_COUNT         how often this worker was started again
-    RANK, WORLD_SIZE                                    its number among all workers, and how many there are
+    FARSTEP_SERVER, FARSTEP_SESSION, FARSTEP_WORKER     the session of its optimizer, and its name in it
+    FARSTEP_RUN                                         the session's name, as the prefix of names in the script
+    FARSTEP_RESTART, TORCHELASTIC_RESTART_COUNT         how often this worker was restarted
+    RANK, WORLD_SIZE                                    its number among all workers, and their number
     LOCAL_RANK, LOCAL_WORLD_SIZE, GROUP_RANK            the same on this machine, and the machine's number
-    TORCHELASTIC_MAX_RESTARTS, TORCHELASTIC_RUN_ID      the limit, and the session's name
+    TORCHELASTIC_MAX_RESTARTS, TORCHELASTIC_RUN_ID      the limit of restarts, and the session's name
+
+A worker also inherits the launcher's variables, FARSTEP_TOKEN among them.
 
 There is no MASTER_ADDR: workers meet in the session, and form no process group.
 """
@@ -24,19 +26,19 @@ MOST_WORKERS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
-    """State what is to be run.
+class LaunchPlan:
+    """Describe the workers of a launch.
 
     Attributes:
         command: the program of a worker and its arguments.
-        workers: how many of them run on this machine.
-        nodes: how many machines run as many.
-        node: which of those this machine is.
-        max_restarts: how often each worker is started again after it failed.
-        stop_s: seconds that workers get to end by themselves when they are asked to.
+        workers: their number on this machine.
+        nodes: the number of machines, each with as many workers.
+        node: the number of this machine, from 0.
+        max_restarts: how often each worker that failed is restarted.
+        stop_s: seconds that workers get to end after a signal.
 
     Raises:
-        InvalidOption: a number that cannot be.
+        InvalidOption: a number is out of range.
     """
 
     command: tuple[str, ...]
@@ -61,11 +63,11 @@ class Plan:
 
     @property
     def world(self) -> int:
-        """Return how many workers there are on all machines."""
+        """Return the number of workers on all machines."""
         return self.workers * self.nodes
 
     def name(self, local: int) -> str:
-        """Return the name of a worker of this machine; names sort as their ranks do."""
+        """Return the name of a worker of this machine; names sort as ranks do."""
         return name_of_rank(self.node * self.workers + local, self.world)
 
     def environment(
@@ -75,9 +77,9 @@ class Plan:
 
         Args:
             local: its number on this machine.
-            restarts: how often it was started again.
-            server, session: where its optimizer is.
-            inherited: what it is told beside that, unless it is told so here.
+            restarts: how often it was restarted.
+            server, session: URL and name of its optimizer's session.
+            inherited: the launcher's variables; the worker's own replace them.
         """
         crowded = {"OMP_NUM_THREADS": "1"} if self.workers > 1 else {}
         defaults = {**crowded, "OMP_WAIT_POLICY": "PASSIVE", "PYTHONUNBUFFERED": "1"}
@@ -104,7 +106,7 @@ def command_of(script: str, arguments: Sequence[str], *, module: bool = False, p
     """Return a worker's command: `python script arguments`, `python -m script arguments`, or the script by itself.
 
     Raises:
-        InvalidOption: there is no such script, or a module is to be run without Python.
+        InvalidOption: the script does not exist, or `module` is true without Python.
     """
     if not python:
         if module:

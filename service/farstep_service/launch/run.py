@@ -16,7 +16,7 @@ from farstep.protocol.unix import url_of_path
 from farstep.settings import resolve
 from farstep_service.launch.children import Children, Event, LineWritten, ProcessExited, SignalReceived, children
 from farstep_service.launch.own_server import SERVER, command_at_socket, environment_of, socket_path
-from farstep_service.launch.plan import Plan
+from farstep_service.launch.plan import LaunchPlan
 from farstep_service.launch.progress import EVERY_S, polling
 from farstep_service.launch.restart_policy import RestartPolicy, Start, Stop, in_words
 from farstep_service.launch.terminal import Terminal
@@ -44,7 +44,7 @@ class Summary:
     codes: Mapping[str, int]
 
 
-def launch(plan: Plan, *, server: str | None, session: str | None, environment: Mapping[str, str]) -> Summary:
+def launch(plan: LaunchPlan, *, server: str | None, session: str | None, environment: Mapping[str, str]) -> Summary:
     """Run the workers of a plan until all have ended, and return how the run went. No process is left.
 
     Args:
@@ -78,7 +78,7 @@ class _Run:
     """A run under way."""
 
     def __init__(
-        self, plan: Plan, processes: Children, server: str, session: str, environment: Mapping[str, str]
+        self, plan: LaunchPlan, processes: Children, server: str, session: str, environment: Mapping[str, str]
     ) -> None:
         self._plan = plan
         self._processes = processes

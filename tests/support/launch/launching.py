@@ -13,7 +13,7 @@ from pathlib import Path
 
 from farstep_service.launch.children import Children, Event, LineWritten
 
-NOBODY = ("--server", "http://127.0.0.1:9")
+NO_SERVER = ("--server", "http://127.0.0.1:9")
 LIMIT_S = 60.0
 
 
