@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
-from farstep_service.coordinator import Agreed, Said, agreed
+from farstep.protocol.messages import PushHead, WriteName
+from farstep_service.coordinator import Agreed, agreed
 
 
-def said(worker: str, lr: float, *, passing: bool = False, group: int = 0, **more: object) -> Said:
-    return Said(worker, {group: {"lr": lr, **more}}, passing)
+def named(worker: str, groups: Mapping[int, Mapping[str, Any]], passing: bool = False) -> PushHead:
+    return PushHead(WriteName(worker, 1, 1), "here", 0, groups=groups, options="push" if passing else "session")
+
+
+def said(worker: str, lr: float, *, passing: bool = False, group: int = 0, **more: object) -> PushHead:
+    return named(worker, {group: {"lr": lr, **more}}, passing)
 
 
 def test_pushes_without_options_change_nothing() -> None:
     """No push names any: what is in force stays so."""
-    assert agreed([Said("w0", {}, False), Said("w1", {}, True)]) == Agreed()
+    assert agreed([named("w0", {}, False), named("w1", {}, True)]) == Agreed()
 
 
 def test_the_later_of_two_changes_counts_and_the_difference_is_said() -> None:
@@ -27,14 +35,14 @@ def test_the_later_of_two_changes_counts_and_the_difference_is_said() -> None:
 @pytest.mark.parametrize("passing", [False, True])
 def test_workers_that_say_the_same_do_not_disagree(passing: bool) -> None:
     """Equal values are no difference, nor is a worker that changes nothing."""
-    found = agreed([said("w0", 0.1, passing=passing), said("w1", 0.1, passing=passing), Said("w2", {}, False)])
+    found = agreed([said("w0", 0.1, passing=passing), said("w1", 0.1, passing=passing), named("w2", {}, False)])
     assert found.disagreement == ""
     assert (found.passing if passing else found.lasting) == {0: {"lr": 0.1}}
 
 
 def test_changes_of_different_options_all_hold() -> None:
     """Options that one worker alone changes hold beside those of another."""
-    found = agreed([Said("w0", {0: {"lr": 0.1}}, False), Said("w1", {0: {"eps": 1e-3}, 1: {"lr": 0.2}}, False)])
+    found = agreed([named("w0", {0: {"lr": 0.1}}, False), named("w1", {0: {"eps": 1e-3}, 1: {"lr": 0.2}}, False)])
     assert found == Agreed({0: {"lr": 0.1, "eps": 1e-3}, 1: {"lr": 0.2}})
 
 
@@ -48,7 +56,7 @@ def test_options_of_one_step_count_before_those_that_stay() -> None:
 
 def test_what_is_said_stays_short() -> None:
     """With many workers, values and options three of each are named, and the number of the others."""
-    pushes = [Said(f"w{i}", {0: {f"o{j}": i // 5 for j in range(9)}}, False) for i in range(40)]
+    pushes = [named(f"w{i}", {0: {f"o{j}": i // 5 for j in range(9)}}, False) for i in range(40)]
     words = agreed(pushes).disagreement
     assert words.startswith("o0 of group 0 is 0 from w0, w1, w2 and 2 more, 1 from w5,")
     assert "and 5 other values; 7 was used." in words

@@ -36,9 +36,10 @@ from farstep_service.coordinator.instructions import (
     TakeStep,
     Write,
 )
-from farstep_service.coordinator.options import Agreed, Said, agreed
+from farstep_service.coordinator.options import NOTHING_NAMED, Agreed, agreed
 
 __all__ = [
+    "NOTHING_NAMED",
     "Agreed",
     "Answer",
     "Append",
@@ -65,7 +66,6 @@ __all__ = [
     "Put",
     "Receive",
     "Result",
-    "Said",
     "SetMode",
     "SetOptions",
     "StepTaken",

@@ -13,27 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Final
+
+from farstep.protocol.messages import PushHead
 
 SHOWN = 3
 """Differences, and workers of one value, that are named; of more the number."""
 
 Groups = Mapping[int, Mapping[str, Any]]
 _Values = dict[tuple[int, str], list[tuple[str, Any]]]
-
-
-class Said(NamedTuple):
-    """The options that came with a push.
-
-    Attributes:
-        worker: whose push it was.
-        groups: options by group.
-        passing: they are for one step alone, and all options of their groups.
-    """
-
-    worker: str
-    groups: Groups
-    passing: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,23 +39,26 @@ class Agreed:
     disagreement: str = ""
 
 
-def agreed(pushes: Sequence[Said]) -> Agreed:
+NOTHING_NAMED: Final = Agreed()
+
+
+def agreed(heads: Sequence[PushHead]) -> Agreed:
     """Return what the options of some pushes, in the order of the sum, amount to."""
-    said = [push for push in pushes if push.groups]
-    if not said:
-        return Agreed()
+    naming = [head for head in heads if head.groups]
+    if not naming:
+        return NOTHING_NAMED
     lasting: dict[int, dict[str, Any]] = {}
     passing: dict[int, dict[str, Any]] = {}
     values: _Values = {}
-    for push in said:
-        for index, options in push.groups.items():
-            if push.passing:
+    for head in naming:
+        for index, options in head.groups.items():
+            if head.options == "push":
                 passing[index] = dict(options)
             else:
                 lasting.setdefault(index, {}).update(options)
-            if len(said) > 1:
+            if len(naming) > 1:
                 for name, value in options.items():
-                    values.setdefault((index, name), []).append((push.worker, value))
+                    values.setdefault((index, name), []).append((head.name.worker, value))
     return Agreed(lasting, passing, _disagreement(values, lasting, passing))
 
 

@@ -25,24 +25,7 @@ from farstep.protocol.growth import AppendHead
 from farstep.protocol.hyper import Hyper
 from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep.protocol.receipt import Receipt
-from farstep_service.coordinator import (
-    Append,
-    ChangeMode,
-    ChangeOptions,
-    Coordinator,
-    CoordinatorState,
-    DropBase,
-    Event,
-    Heartbeat,
-    Interrupt,
-    Join,
-    Leave,
-    Push,
-    Put,
-    Receive,
-    Result,
-    Tick,
-)
+from farstep_service.coordinator import Coordinator, CoordinatorState, Event, Result, events
 from farstep_service.coordinator.written import read_back
 from farstep_service.kernels.kernel import KernelSource
 from farstep_service.layout import Layout
@@ -174,7 +157,7 @@ class Session:
         """
         if not self._coordinator.roster.bases():
             return False
-        self._machine.happen(DropBase(), self._machine.now)
+        self._machine.happen(events.DropBase(), self._machine.now)
         return True
 
     # -- membership -------------------------------------------------------------------------------------------------
@@ -194,7 +177,7 @@ class Session:
         """
         outcomes = self._machine.finish()
         self._coordinator.check_join(worker, now)
-        outcomes |= self._machine.happen(Join(worker, named), now)
+        outcomes |= self._machine.happen(events.Join(worker, named), now)
         return self._coordinator.roster.epoch(worker), outcomes
 
     def initialises(self, worker: str) -> bool:
@@ -206,12 +189,12 @@ class Session:
         outcomes = self._machine.finish()
         if not epoch or self._coordinator.roster.epoch(worker) != epoch:
             return outcomes
-        return outcomes | self._machine.happen(Leave(worker), now)
+        return outcomes | self._machine.happen(events.Leave(worker), now)
 
     def received(self, worker: str, epoch: int, now: float) -> None:
         """Note that a worker is being sent the present version, if that is its epoch."""
         if epoch and self._coordinator.roster.epoch(worker) == epoch:
-            self._machine.happen(Receive(worker), now)
+            self._machine.happen(events.Receive(worker), now)
 
     def renew(self, worker: str, epoch: int, incarnation: str, now: float) -> tuple[bool, int]:
         """Renew a worker's lease without a write; return whether it had run out, and how many workers are live.
@@ -222,7 +205,7 @@ class Session:
         self._coordinator.check_worker(worker, epoch, incarnation)
         roster = self._coordinator.roster
         lapsed = not roster.is_live_at(worker, now)
-        self._machine.happen(Heartbeat(worker), now)
+        self._machine.happen(events.Heartbeat(worker), now)
         return lapsed, roster.live
 
     def set_consistency(self, mode: Consistency, now: float) -> Outcomes:
@@ -235,11 +218,11 @@ class Session:
         outcomes = self._machine.finish()
         replace(self.plan, consistency=mode).check_consistency()
         self._coordinator.check_mode(mode, now)
-        return outcomes | self._machine.happen(ChangeMode(mode), now)
+        return outcomes | self._machine.happen(events.ChangeMode(mode), now)
 
     def interrupt(self, now: float) -> Outcomes:
         """Take back every push that waits, because the server is about to end."""
-        return self._machine.happen(Interrupt(), now)
+        return self._machine.happen(events.Interrupt(), now)
 
     def layout_at(self, name: WriteName) -> Layout:
         """Return the layout that a worker knew when it made a write: the session's, or what it was before it grew."""
@@ -285,12 +268,12 @@ class Session:
             return outcomes
         nonfinite = self._tensors.check_push(head, contribution)
         self._tensors.receive_push(head, contribution)
-        decided = self._machine.happen(Push(head, fingerprint, nonfinite), now)
+        decided = self._machine.happen(events.Push(head, fingerprint, nonfinite), now)
         return outcomes | decided if outcomes else decided
 
     def _again(self, name: WriteName, receipt: Receipt, now: float) -> Outcomes:
         """Return the outcome of a write that was committed before, whose worker is alive."""
-        self._machine.happen(Heartbeat(name.worker), now)
+        self._machine.happen(events.Heartbeat(name.worker), now)
         return {name: Outcome(receipt, duplicate=True)}
 
     def tick(self, now: float) -> Outcomes:
@@ -300,7 +283,7 @@ class Session:
             outcomes = self._machine.finish()
         if self._coordinator.unfinished:
             return outcomes
-        return outcomes | self._machine.happen(Tick(), now)
+        return outcomes | self._machine.happen(events.Tick(), now)
 
     def intake(self, head: PutHead) -> Contents:
         """Return memory for new contents; see `SessionState.intake` for what it refuses."""
@@ -313,7 +296,7 @@ class Session:
             return outcomes | self._again(head.name, receipt, now)
         self._coordinator.check_nothing_waits(head.name)
         self._tensors.receive_contents(head, contents)
-        return outcomes | self._machine.happen(Put(head, fingerprint), now, raising=head.name)
+        return outcomes | self._machine.happen(events.Put(head, fingerprint), now, raising=head.name)
 
     # -- growing ----------------------------------------------------------------------------------------------------
 
@@ -351,7 +334,7 @@ class Session:
         there = plan is self.plan
         if not there:
             self._tensors.receive_group(head.name, arrived, plan)
-        return outcomes | self._machine.happen(Append(head, fingerprint, there), now, raising=head.name)
+        return outcomes | self._machine.happen(events.Append(head, fingerprint, there), now, raising=head.name)
 
     def _plan_with(self, head: AppendHead) -> Plan:
         """Return the plan with a new group, or the present one if it has that group."""
@@ -371,7 +354,7 @@ class Session:
         """
         outcomes = self._machine.finish()
         self._state.check_step(self._state.given(changes))
-        return outcomes | self._machine.happen(ChangeOptions(changes), self._machine.now)
+        return outcomes | self._machine.happen(events.ChangeOptions(changes), self._machine.now)
 
     # -- reads ------------------------------------------------------------------------------------------------------
 

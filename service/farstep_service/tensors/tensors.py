@@ -15,13 +15,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Final, final
+from typing import final
 
 import torch
 
 from farstep.errors import FarstepError, InternalError, InvalidOption
 from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep_service.coordinator import (
+    NOTHING_NAMED,
+    Agreed,
     AtOnce,
     Awaited,
     DropBases,
@@ -31,7 +33,6 @@ from farstep_service.coordinator import (
     LeaveOut,
     NoStep,
     Result,
-    Said,
     SetMode,
     SetOptions,
     StepTaken,
@@ -40,7 +41,6 @@ from farstep_service.coordinator import (
     Written,
     agreed,
 )
-from farstep_service.coordinator.options import Agreed
 from farstep_service.kernels.kernel import KernelSource, Rerun
 from farstep_service.machine import out_of_memory
 from farstep_service.optimizers.rule import Rule
@@ -253,9 +253,9 @@ class Tensors:
         weights = step.weights
         if step.unnamed > 1:
             pushes, weights = self._ordered(pushes, weights, step.unnamed)
-        state, options = self.state, NOTHING_SAID
+        state, options = self.state, NOTHING_NAMED
         try:
-            options = _agreed(pushes)
+            options = agreed([push.head for push in pushes])
             lasting, passing = state.changed(options.lasting), state.whole(options.passing)
             made_up = self._make_up(pushes, weights, step.compensation)
             contributions = [push.contribution for push in pushes]
@@ -336,7 +336,7 @@ class Tensors:
 
     def _leave_out(self, pushes: list[_Push]) -> Result:
         """Put options into force that came with pushes, since their workers are told that they arrived."""
-        options, self.kernel_s = _agreed(pushes), 0.0
+        options, self.kernel_s = agreed([push.head for push in pushes]), 0.0
         try:
             self.state.whole(options.passing)
             self.state.set_groups(self.state.changed(options.lasting))
@@ -365,18 +365,6 @@ class Tensors:
             error.__cause__ = exc
             return Failed(error)
         return Written(base, self.state.version)
-
-
-NOTHING_SAID: Final = Agreed()
-
-
-def _agreed(pushes: Sequence[_Push]) -> Agreed:
-    """Return what the options of some pushes, in the order of their sum, amount to."""
-    heads = [push.head for push in pushes if push.head.groups]
-    if not heads:
-        return NOTHING_SAID
-    heads = [push.head for push in pushes]
-    return agreed([Said(head.name.worker, head.groups, head.options == "push") for head in heads])
 
 
 def state_of(plan: Plan, *, kernels: KernelSource, device: torch.device) -> SessionState:
