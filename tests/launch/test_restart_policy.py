@@ -5,7 +5,7 @@ import signal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from farstep_service.launch.restart_policy import RestartPolicy, Start, Stop, exit_code, in_words
+from farstep_service.launch.restart_policy import Restart, RestartPolicy, Stop, exit_code, in_words
 
 TERM = Stop(signal.SIGTERM)
 
@@ -22,9 +22,9 @@ def test_all_that_finish_make_a_run_that_went_well():
 def test_the_dead_are_started_again_up_to_the_limit():
     """Each worker has its own count; the first to reach the limit ends the run, with its exit code."""
     policy = RestartPolicy(["w0", "w1", "w2"], 2)
-    assert policy.ended("w0", -signal.SIGKILL) == Start("w0", 1)
-    assert policy.ended("w1", 5) == Start("w1", 1)
-    assert policy.ended("w0", 1) == Start("w0", 2)
+    assert policy.ended("w0", -signal.SIGKILL) == Restart("w0", 1)
+    assert policy.ended("w1", 5) == Restart("w1", 1)
+    assert policy.ended("w0", 1) == Restart("w0", 2)
     assert policy.ended("w2", 0) is None
     assert policy.ended("w0", -signal.SIGKILL) == TERM
     assert policy.running == {"w1"}
@@ -80,7 +80,7 @@ def test_every_run_ends_with_the_code_of_the_first_failure_for_good(limit: int, 
             assert first == 0
             first = exit_code(code)
             assert policy.restarts[names[index]] == limit
-        assert (names[index] in policy.running) == isinstance(decided, Start)
+        assert (names[index] in policy.running) == isinstance(decided, Restart)
     assert policy.failure == first
     assert max(policy.restarts.values()) <= limit
     assert policy.over == (not policy.running)

@@ -49,7 +49,7 @@ def launch(
     no_python: Annotated[
         bool, typer.Option("--no-python", "--no_python", help="SCRIPT is a program, not Python code.")
     ] = False,
-    nnodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines that run as many workers.")] = 1,
+    nnodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines, each with N workers.")] = 1,
     node_rank: Annotated[
         int, typer.Option("--node-rank", "--node_rank", metavar="N", min=0, help="Number of this machine, from 0.")
     ] = 0,

@@ -74,9 +74,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--worker", default=environment("FARSTEP_WORKER") or worker_name(0), help="name that ends in a number"
     )
-    parser.add_argument(
-        "--workers", type=int, default=environment("DEMO_WORKERS") or WORKERS, help="how many there are"
-    )
+    parser.add_argument("--workers", type=int, default=environment("DEMO_WORKERS") or WORKERS, help="number of workers")
     parser.add_argument("--epochs", type=int, default=environment("DEMO_EPOCHS") or EPOCHS, help="passes over the data")
     parser.add_argument("--optimizer", default=environment("DEMO_OPTIMIZER") or OPTIMIZER, help="such as Adagrad")
     parser.add_argument("--kernel", default=environment("DEMO_KERNEL") or KERNEL, help="auto, reference or fused")

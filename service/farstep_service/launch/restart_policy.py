@@ -18,7 +18,7 @@ from typing import final
 
 
 @dataclass(frozen=True, slots=True)
-class Start:
+class Restart:
     """Restart a worker."""
 
     worker: str
@@ -60,11 +60,11 @@ class RestartPolicy:
         """Return whether all workers have ended."""
         return not self.running
 
-    def ended(self, worker: str, code: int) -> Start | Stop | None:
+    def ended(self, worker: str, code: int) -> Restart | Stop | None:
         """Decide what follows the end of a worker, given the exit code of `subprocess`."""
         if code and not self._stopping and self.restarts[worker] < self._max_restarts:
             self.restarts[worker] += 1
-            return Start(worker, self.restarts[worker])
+            return Restart(worker, self.restarts[worker])
         self.running.discard(worker)
         self.codes[worker] = exit_code(code)
         if not code or self._stopping:

@@ -18,7 +18,7 @@ from farstep_service.launch.children import Children, Event, LineWritten, Proces
 from farstep_service.launch.own_server import SERVER, command_at_socket, environment_of, socket_path
 from farstep_service.launch.plan import LaunchPlan
 from farstep_service.launch.progress import EVERY_S, polling
-from farstep_service.launch.restart_policy import RestartPolicy, Start, Stop, in_words
+from farstep_service.launch.restart_policy import Restart, RestartPolicy, Stop, in_words
 from farstep_service.launch.terminal import Terminal
 
 LAUNCH = "launch"
@@ -149,9 +149,9 @@ class _Run:
         else:
             self._follow(event, policy.ended(event.process, event.code))
 
-    def _follow(self, exited: ProcessExited, decision: Start | Stop | None) -> None:
+    def _follow(self, exited: ProcessExited, decision: Restart | Stop | None) -> None:
         how, limit = f"{exited.process} {in_words(exited.code)}", self._plan.max_restarts
-        if isinstance(decision, Start):
+        if isinstance(decision, Restart):
             self._say(f"{how}; restart {decision.restarts} of {limit}")
             self._start(decision.worker, decision.restarts)
         elif decision is not None:
