@@ -1,4 +1,4 @@
-"""Put a server together: rooms, routes, and the edge around them."""
+"""The composition of a server: sessions, routes, and the edge around them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Every error is an `application/problem+json` document with a stable `code`."""
 
 @final
 class Service:
-    """The ASGI application of one server, and what it does when the server is about to end.
+    """The ASGI application of one server, and its actions before the server stops.
 
     Args:
         app: answers requests.
@@ -53,7 +53,7 @@ class Service:
         await self.app(scope, receive, send)
 
     async def interrupt(self) -> None:
-        """Answer every push that waits for others, so that nobody waits for them until the server is killed."""
+        """Answer every push that waits for others, so that the server can stop."""
         await asyncio.gather(*(actor.interrupt() for actor in self._registry.actors))
 
 
@@ -80,8 +80,8 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotoni
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
-        openapi_url=None,  # it would be made on the event loop
-        docs_url=None,  # the framework's pages take their scripts from elsewhere
+        openapi_url=None,  # FastAPI would build it on the event loop
+        docs_url=None,  # the framework's pages load scripts from other sites
         redoc_url=None,
     )
     app.include_router(control_router(registry, settings))
@@ -110,10 +110,10 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotoni
 
 @final
 class Description:
-    """What `/openapi.json` and `/docs` answer: made in a thread when it is first asked for, and kept.
+    """The answers of `/openapi.json` and `/docs`: built in a thread on the first request, and cached.
 
     Args:
-        app: what is described.
+        app: the described application.
     """
 
     def __init__(self, app: FastAPI) -> None:
@@ -134,10 +134,10 @@ class Description:
 
 
 class FastLane:
-    """Hand pushes and pulls straight to their endpoints: a framework's layers would cost more than a small step.
+    """Route pushes and pulls directly to their endpoints: a framework's layers would cost more than a small step.
 
     Args:
-        app: answers everything else, and wrong methods on these paths; it has these routes too.
+        app: answers everything else, and wrong methods on these paths; it has these routes, too.
         routes: the data routes.
     """
 
@@ -152,12 +152,12 @@ class FastLane:
                     scope["path_params"] = match.groupdict()
                     await endpoint(scope, receive, send)
                     return
-            await in_task()  # as everything that builds on anyio needs
+            await in_task()  # needed by everything based on anyio
         await self.app(scope, receive, send)
 
 
 class Application(FastAPI):
-    """FastAPI without its outermost layer, which would answer 500 to every error of ours before the edge sees it."""
+    """FastAPI without its outermost layer, which would answer 500 to farstep's errors before the edge sees them."""
 
     def build_middleware_stack(self) -> ASGIApp:
         """Return the stack inside `ServerErrorMiddleware`."""
@@ -166,7 +166,7 @@ class Application(FastAPI):
 
 
 class ProblemResponse(Response):
-    """An error that the framework found, as a problem document."""
+    """An error found by the framework, as a problem document."""
 
     media_type = PROBLEM.decode()
 

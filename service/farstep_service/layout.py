@@ -1,14 +1,14 @@
-"""Where each parameter of a session lives: segments, back to back in one flat buffer per dtype.
+"""The layout of a session's parameters: segments, back to back in one flat buffer per dtype.
 
     parameter (user)      segment (wire order)                     flat buffer (server)
     w   (3, 4) float32    0: float32 [ 0, 12)                      float32   | w w w w w w w w w w w w | z z z z |
     h   (5,)   bfloat16   1: bfloat16 [ 0,  5)                     bfloat16  | h h h h h |
     z   (2,) complex64    2: float32 [12, 16), as 2 x 2 reals
 
-A layout is plain data: no tensor and no torch in it. Segments keep the order of the parameters, which is the order on
-the wire. Offsets and lengths count elements of the real dtype in which the segment is stored; there is no padding
-but for an element before a complex segment at an odd place, so neighbours of one dtype are one contiguous span. A
-layout only grows at its end.
+A layout is plain data, without tensors or torch. Segments keep the order of the parameters, which is the order on the
+wire. Offsets and lengths count elements of the real dtype in which the segment is stored. The only padding is one
+element before a complex segment at an odd offset, so neighbours of one dtype are one contiguous span. A layout only
+grows at its end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MAX_TOTAL_BYTES = 2**60
 
 @dataclass(frozen=True, slots=True)
 class SegmentSpec:
-    """What a client says about one parameter; nothing in it has been checked, its types included."""
+    """A client's description of one parameter; nothing in it has been checked, not even the types."""
 
     name: object
     shape: Sequence[object]
@@ -44,7 +44,7 @@ class SegmentSpec:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One parameter's place.
+    """The position of one parameter.
 
     Attributes:
         name: the parameter's name, unique in the session.
@@ -68,7 +68,7 @@ class Segment:
 
     @property
     def stop(self) -> int:
-        """Return the element after its last one."""
+        """Return the end of its range of elements."""
         return self.offset + self.length
 
     @property
@@ -103,11 +103,11 @@ class Layout:
 
     @classmethod
     def empty(cls) -> Self:
-        """Return a layout without segments, to append to."""
+        """Return a layout without segments."""
         return cls((), MappingProxyType({}), 0)
 
     def append(self, specs: Iterable[SegmentSpec]) -> Self:
-        """Return this layout with more segments at its end; the places of the present ones do not change."""
+        """Return this layout with more segments at its end; the present ones keep their positions."""
         segments, sizes, nbytes = list(self.segments), dict(self.sizes), self.nbytes
         names = {segment.name for segment in segments}
         for spec in specs:
@@ -129,7 +129,7 @@ class Layout:
         return type(self)(tuple(segments), MappingProxyType(sizes), nbytes)
 
     def first(self, groups: int) -> Self:
-        """Return what this layout was before it grew beyond these first param groups."""
+        """Return this layout as it was with only the first `groups` param groups."""
         count = len(self.segments)
         while count and self.segments[count - 1].group >= groups:
             count -= 1
@@ -140,7 +140,7 @@ class Layout:
 
     @cached_property
     def elements(self) -> int:
-        """Return the numbers that all parameters have together; a complex one counts once."""
+        """Return the number of elements of all parameters; a complex one counts once."""
         return sum(math.prod(segment.shape) for segment in self.segments)
 
     @cached_property
@@ -149,7 +149,7 @@ class Layout:
         return 1 + max((segment.group for segment in self.segments), default=-1)
 
     def derived(self, kind: FieldKind) -> Layout:
-        """Return the layout of a state field: the same segments in its shapes, empty where a parameter never has it."""
+        """Return the layout of a state field: these segments in its shapes, empty for parameters without it."""
         if kind in ("element", "optional"):
             return self
         if kind not in self._derived:
@@ -161,10 +161,10 @@ class Layout:
         return self._derived[kind]
 
     def on_wire(self, codec: Codec) -> Layout:
-        """Return the layout in which parameters or gradients travel in a codec; this one if it applies to none of them.
+        """Return the layout of encoded parameters or gradients; this one if the codec applies to none of them.
 
-        Its segments are those of this one: of the dtype of encoded elements, or flat bytes. They may lie in other
-        buffers, and next to others.
+        It has the same segments, of the dtype of encoded elements, or flat bytes. They may lie in other buffers, with
+        other neighbours.
         """
         found = self._on_wire.get(codec)
         if found is None:
@@ -186,7 +186,7 @@ class Layout:
         return found
 
     def apart_on_wire(self, codec: Codec) -> frozenset[int]:
-        """Return the segments that follow on the one before them here, but not in the layout in which they travel."""
+        """Return the segments that directly follow the one before them here, but not in the encoded layout."""
         wire = self.on_wire(codec)
         if wire is self:
             return frozenset()
@@ -215,7 +215,7 @@ class Layout:
         return {}
 
     def chosen(self, ranges: list[int] | None) -> Sequence[int]:
-        """Return the segments that a header's ranges `[start, stop, start, stop, ...]` name; all for None.
+        """Return the segments in a header's ranges `[start, stop, start, stop, ...]`; all for None.
 
         Raises:
             InvalidRequest: the ranges are not ascending, or reach beyond the last segment.
@@ -225,11 +225,11 @@ class Layout:
         return from_ranges(ranges, len(self.segments))
 
     def bytes_of(self, segments: Iterable[int]) -> int:
-        """Return the bytes of the payload that carries these segments once."""
+        """Return the size of a payload of these segments."""
         return sum(self.segments[index].nbytes for index in segments)
 
     def spans(self, segments: Sequence[int]) -> list[tuple[int, int]]:
-        """Cut a list of segments into spans `(first, last)`, the last excluded, that are contiguous in a flat buffer.
+        """Cut a list of segments into half-open spans `(first, last)` that are contiguous in a flat buffer.
 
         The spans keep the order given, so their bytes one after the other are the bytes of the segments.
         """
@@ -251,7 +251,7 @@ class Layout:
         return spans
 
     def stretch(self, first: int, last: int) -> int | None:
-        """Return the elements from segment `first` to before `last`, None if they are none, or not contiguous."""
+        """Return the number of elements from segment `first` to before `last`, None if empty or not contiguous."""
         known = self._stretches
         if (first, last) not in known:
             if len(known) > 2 * len(self.segments):
@@ -271,7 +271,7 @@ class Layout:
 
 
 def _placed(sizes: dict[str, int], name: str, shape: tuple[int, ...], dtype: Dtype, group: int) -> Segment:
-    """Return a segment behind those that have taken these sizes, which grow by it."""
+    """Return a segment behind those of these sizes, and increase the sizes."""
     elements = math.prod(shape)
     offset = sizes.get(dtype.real, 0)
     offset += offset % (1 if dtype.name == dtype.real else 2)  # pairs of reals are complex only at even places
@@ -281,7 +281,7 @@ def _placed(sizes: dict[str, int], name: str, shape: tuple[int, ...], dtype: Dty
 
 
 def _checked(spec: SegmentSpec, names: set[str]) -> tuple[str, tuple[int, ...], int]:
-    """Return a parameter's name, shape and group, or refuse it, saying what is wrong with it."""
+    """Return a parameter's name, shape and group; refuse an invalid one."""
     name = spec.name
     if not isinstance(name, str) or not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME_BYTES:
         raise TensorMismatch(

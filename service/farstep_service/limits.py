@@ -1,10 +1,10 @@
-"""What each state of a connection may cost: bytes, requests, time, and the rate below which it is given up.
+"""The limits of each state of a connection: bytes, requests, time, and the least rate.
 
-A connection is in one state at a time. Each has a row here, `farstep_service.server.protocol` holds connections to it,
-and docs/limits.md shows the same rows to users; a test compares the two.
+A connection is in one state at a time. Each state has a row here, `farstep_service.server.protocol` enforces it, and
+docs/limits.md shows the same rows to users; a test compares the two.
 
-A state in which a client without a token can be costs little: kilobytes, and seconds. Behind the token a body is as
-large as the session that it is for, and then it is the rate that tells a slow client from one that never ends.
+A state that a client without a token can reach costs little: kilobytes and seconds. With a token, a body is as large as
+its session, and only its rate distinguishes a slow client from one that never ends.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ UNBOUNDED = sys.maxsize
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
-    """Bound one state of a connection; where a field keeps its default, something else is the bound.
+    """The limits of one state of a connection; a default means that something else is the bound.
 
     Attributes:
-        state: where the connection is, in words.
+        state: a description of the state.
         token: whether this state needs a token; a server without tokens asks for none.
         most_bytes: bytes received in this state.
-        most: how many `things` there may be.
+        most: the largest number of `things`.
         things: what is counted.
-        within_s: seconds in this state, however much happens.
+        within_s: seconds in this state in total.
         silent_s: seconds without a byte.
-        least_bytes_per_s: rate on the whole, once `silent_s` has passed.
-        beyond: what happens to a connection that passes a bound.
+        least_bytes_per_s: rate overall, once `silent_s` has passed.
+        beyond: what happens to a connection that exceeds a limit.
     """
 
     state: str
@@ -53,7 +53,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionLimits:
-    """The table: one limit for each state of a connection, in the order in which a request goes through them."""
+    """The table: the limits of each state of a connection, in the order in which a request passes them."""
 
     waiting: Limit = Limit(
         state="connected, nothing sent yet",
@@ -128,32 +128,32 @@ class ConnectionLimits:
     )
     idle: Limit = Limit(
         state="between two requests",
-        within_s=120.0,  # longer than clients keep theirs (60 s), or a push would meet a closed one
+        within_s=120.0,  # longer than clients keep theirs (60 s), so that no push uses a closed one
         beyond="closed without a word",
     )
 
     def rows(self) -> Mapping[str, Limit]:
-        """Return every limit by its name."""
+        """Return every limit by name."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DocumentLimits:
-    """Bytes of the JSON documents that come in, by route.
+    """The largest incoming JSON documents, by route.
 
     Attributes:
         other_bytes: for routes that are not named.
-        by_route: bytes by method and path, as `POST /v1/sessions`.
+        by_route: bytes by method and path, such as `POST /v1/sessions`.
     """
 
     other_bytes: int
     by_route: Mapping[str, int]
 
     def most_bytes(self, method: str, path: str) -> int:
-        """Return the bytes that a document may have.
+        """Return the largest size of a document.
 
         Args:
-            path: the route's path with its parameters in braces, as `/v1/sessions/{name}/groups`.
+            path: the route's path with its parameters in braces, such as `/v1/sessions/{name}/groups`.
         """
         return self.by_route.get(f"{method} {path}", self.other_bytes)
 

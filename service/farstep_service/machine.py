@@ -1,14 +1,10 @@
-"""How much memory this process may use, and the error for a request that found none.
+"""The machine's resources for this process: memory and CPUs; the error for a failed allocation; signal handlers.
+
+The lowest of these memory limits counts, because a process that exceeds it is killed:
 
     the machine          /proc/meminfo
     its containers       control groups, of version 2 and of version 1: the process's own, and each around it
     the process itself   RLIMIT_AS and RLIMIT_DATA
-
-The lowest of them holds: a process that goes beyond it is killed, whatever the machine has.
-
-How many CPUs this process may use, as the machine or the container says.
-
-Signals that are answered in another way for a while.
 """
 
 from __future__ import annotations
@@ -51,9 +47,9 @@ _FILES: Final = {
     "memory.max": ("memory.current", "inactive_file"),
     "memory.limit_in_bytes": ("memory.usage_in_bytes", "total_inactive_file"),
 }
-"""By the file that holds a control group's limit: the file that holds its use, and what of that could be dropped."""
+"""By the file of a control group's limit: the file of its use, and the key of its droppable part."""
 _HIERARCHICAL: Final = "hierarchical_memory_limit"
-"""What version 1 says of the groups around one, also of those that a container does not see."""
+"""Version 1's limit of a group and its ancestors, also of those outside a container."""
 _ASKED = re.compile(r"tried to allocate ([\d.]+) ?(bytes|B|KiB|MiB|GiB)", re.IGNORECASE)
 _UNITS: Final = {"bytes": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
@@ -61,10 +57,10 @@ _UNITS: Final = {"bytes": 1, "b": 1, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 def available_bytes(
     device: str = "cpu", *, meminfo: Path = MEMINFO, cgroup: Path = CGROUP, membership: Path = MEMBERSHIP
 ) -> int | None:
-    """Return the bytes that could be taken on a device now, None where the machine does not say.
+    """Return the memory available on a device now, None if unknown.
 
-    On the CPU that is what the kernel calls available, or less where the process is in a container with a limit; pages
-    of files that could be dropped count as available in both.
+    On the CPU that is the kernel's available memory, or less in a container with a limit; file pages that could be
+    dropped count as available.
 
     Args:
         device: a torch device.
@@ -89,9 +85,9 @@ def available_bytes(
 def usable_bytes(
     device: str = "cpu", *, meminfo: Path = MEMINFO, cgroup: Path = CGROUP, membership: Path = MEMBERSHIP
 ) -> int | None:
-    """Return the bytes of a device that this process may use in all, None where the machine does not say.
+    """Return the memory of a device that this process may use in total, None if unknown.
 
-    On the CPU that is the memory of the machine, or the lowest limit of the process and of the containers it is in.
+    On the CPU that is the memory of the machine, or the lowest limit of the process and its containers.
 
     Args:
         device: a torch device.
@@ -111,21 +107,21 @@ def usable_bytes(
 
 
 def resident_bytes() -> int:
-    """Return the memory that this process takes now, 0 where the machine does not say."""
+    """Return the memory of this process, 0 if unknown."""
     return _pages(1)
 
 
 def out_of_memory(exc: BaseException, what: str) -> OutOfMemory | None:
-    """Return the error for a request that the machine gave no memory, None for an exception of another kind.
+    """Return the error for a failed allocation, None for another exception.
 
     Args:
-        exc: a MemoryError, or what torch raises in the place of one.
+        exc: a MemoryError, or torch's equivalent.
         what: the request, as the beginning of a sentence.
     """
     text = str(exc)
     if not (
         isinstance(exc, MemoryError)
-        or type(exc).__name__ == "OutOfMemoryError"  # torch's, for CUDA; this module is read where torch is not loaded
+        or type(exc).__name__ == "OutOfMemoryError"  # torch's, for CUDA; this module does not load torch
         or (isinstance(exc, RuntimeError) and ("allocate memory" in text or "out of memory" in text))
     ):
         return None
@@ -150,7 +146,7 @@ def _has_cuda() -> bool:
 
 
 def _pages(column: int) -> int:
-    """Return the address space of this process (column 0), or what of it is in memory (column 1), in bytes."""
+    """Return the address space of this process (column 0), or its resident part (column 1), in bytes."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[column]) * os.sysconf("SC_PAGE_SIZE")
     except (OSError, ValueError, IndexError):
@@ -167,10 +163,10 @@ def _limits_of_process() -> list[int]:
 
 
 def _groups(cgroup: Path, membership: Path) -> Iterator[Path]:
-    """Yield the directories of the control groups that this process is in, up to where they are mounted.
+    """Yield the directories of this process's control groups, up to their mount.
 
-    The paths are those that the process sees. A container that has no namespace of its own sees the machine's, which
-    lead nowhere under its mount; there its own group is the mount itself.
+    The paths are those that the process sees. A container without a namespace of its own sees the machine's, which do
+    not exist under its mount; there its own group is the mount itself.
     """
     try:
         lines = [line.split(":", 2) for line in membership.read_text().splitlines()]
@@ -190,7 +186,7 @@ def _groups(cgroup: Path, membership: Path) -> Iterator[Path]:
 
 
 def _number(file: Path) -> int | None:
-    """Return the number that is a file, None if there is no such file, or no number in it: "max"."""
+    """Return the number in a file, None without a file or for another content, such as "max"."""
     try:
         return int(file.read_text())
     except (OSError, ValueError):
@@ -198,7 +194,7 @@ def _number(file: Path) -> int | None:
 
 
 def _numbers(file: Path) -> dict[str, int]:
-    """Return the numbers of a file whose lines are a name, a number, and perhaps a unit."""
+    """Return the numbers in a file whose lines are a name, a number, and an optional unit."""
     try:
         lines = [line.split() for line in file.read_text().splitlines()]
     except OSError:
@@ -211,7 +207,7 @@ SignalAction = Callable[[int, FrameType | None], object] | signal.Handlers
 
 @contextmanager
 def answered(action: SignalAction, *numbers: signal.Signals) -> Iterator[None]:
-    """Answer signals with `action` for a while. Only the main thread can; in another one nothing is changed."""
+    """Handle signals by `action` inside a `with` block. Only the main thread can; in another one this does nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

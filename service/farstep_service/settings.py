@@ -1,4 +1,4 @@
-"""What a server is told at start: one frozen record, filled by the command line or by code."""
+"""A server's settings: one frozen record, filled by the command line or by code."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ _HOST_NAME = re.compile(r"(?:\*\.)?[a-z0-9_](?:[a-z0-9._-]{0,251}[a-z0-9_])?")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """Configure one server.
+    """The settings of one server.
 
     Attributes:
-        host: address to listen on; loopback unless told otherwise.
+        host: address to listen on; loopback by default.
         port: TCP port, 0 for any free one.
         tcp: listen on that address and port.
         unix: path of a socket to listen at, which only this process's user may use; "" for none.
         device: torch device of the sessions: `cpu`, `cuda`, `cuda:1`.
-        tokens: accepted bearer tokens; none means that nobody has to show one.
+        tokens: accepted bearer tokens; without any, none is required.
         allowed_hosts: names that it answers to beside its addresses (`routes/auth.py`): `box`, `*.lab`, `*`.
         insecure_no_auth: allow another address than loopback without a token.
-        max_sessions: how many sessions may exist.
-        max_session_bytes: largest parameters of one session.
-        max_bytes: what all sessions hold and requests take, together; None for most of what this process may use.
-        held_versions: versions of a session that may be kept for those who pull, and as many for those who push, when
-            the session is further already; as many copies of a session may be on their way.
-        idle_body_s: seconds of silence within a request body after which the connection is given up.
+        max_sessions: the largest number of sessions.
+        max_session_bytes: the largest size of one session's parameters.
+        max_bytes: the memory of all sessions and requests together; None for most of what this process may use.
+        held_versions: the number of old versions of a session that may be held for pulls, and again for answers to
+            pushes; also the number of copies of a session that may be sent at the same time.
+        idle_body_s: seconds of silence within a request body after which the connection is closed.
         threads: threads that run kernels; each uses torch's own threads inside one step.
     """
 
@@ -75,7 +75,7 @@ class Settings:
             )
         if self.tcp and not self.tokens and not self.insecure_no_auth and not is_loopback(self.host):
             raise InvalidOption(
-                f"Refusing to listen on {self.host} without a token: whoever reaches it could change every session.",
+                f"Refusing to listen on {self.host} without a token: any client could change every session.",
                 remedy="Set FARSTEP_TOKEN (or --token-file), listen on 127.0.0.1, or pass --insecure-no-auth.",
                 field="host",
             )
@@ -93,7 +93,7 @@ def is_loopback(host: str) -> bool:
 
 
 def is_address(host: str) -> bool:
-    """Return whether a host is given by its number."""
+    """Return whether a host is an IP address."""
     try:
         ipaddress.ip_address(host)
     except ValueError:

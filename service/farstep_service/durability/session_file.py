@@ -1,4 +1,4 @@
-"""A session as a safetensors file: one version of everything, which anybody can read (`docs/sessions.md`).
+"""A session as a safetensors file: one version of everything, in a common format (`docs/sessions.md`).
 
     metadata            farstep_format   "1"
                         farstep_session  a JSON document: what the session is, its version, the options in force
@@ -7,8 +7,8 @@
     step                numbers: float64, one per parameter in the document's order
     present             which of the document's fields each parameter has, a number whose bits they are
 
-The head is written here and the tensors are sent from the memory they are in; a file that comes in is received into the
-memory it is meant for. Nothing is joined.
+The head is written here, and the tensors are sent from their own memory; an incoming file is received into its final
+memory. Nothing is joined.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from farstep_service.tensors.snapshot import Snapshot
 
 SMALL_BYTES = 16 * 1024
 JOINED_AT_MOST = 1024
-"""Pieces that are sent as one."""
+"""The number of pieces that are joined."""
 
 
 def file_of(snapshot: Snapshot) -> list[bytes | memoryview]:
@@ -40,7 +40,7 @@ def file_of(snapshot: Snapshot) -> list[bytes | memoryview]:
 
 
 def _small_ones_joined(pieces: Sequence[memoryview]) -> Iterator[bytes | memoryview]:
-    """Go through pieces, neighbours that are small as one: sending each by itself takes longer than copying them."""
+    """Yield pieces, small neighbours joined: sending each by itself takes longer than copying them."""
     for small, group in groupby(pieces, lambda piece: len(piece) < SMALL_BYTES):
         if not small:
             yield from group
@@ -71,10 +71,10 @@ def _description(snapshot: Snapshot) -> dict[str, Any]:
 
 
 def places_of(head: FileHead, contents: Contents) -> list[memoryview]:
-    """Return where the bytes of a file's tensors go, in their order, and take the memory for them.
+    """Allocate the memory for the tensors of a file, and return it in the file's order.
 
     Raises:
-        InvalidFile: a tensor is missing, is one too many, or has another dtype or shape than its session says.
+        InvalidFile: a tensor is missing or superfluous, or has another dtype or shape than its session says.
     """
     wanted = contents.entries()
     found = {entry.name: entry for entry in head.entries}

@@ -1,7 +1,7 @@
 """The link to a session in the caller's own process: no server, no socket, no copy of the parameters.
 
-The store works on the optimizer's own tensors, on whatever device they are, and the same session code applies the same
-rules. There is one worker and no network, so a step needs no name and no receipt.
+The store works on the optimizer's own tensors, on any device, and the same session code applies the same rules. With
+one worker and no network, a step needs no name and no receipt.
 """
 
 from __future__ import annotations
@@ -107,11 +107,11 @@ class EmbeddedLink(Link):
         evaluation: Evaluation | None = None,
     ) -> StepReport:
         inside = torch.is_inference_mode_enabled() and any(p.is_inference() for p in self._parameters)
-        push = self._push if inside else self._push_in_ordinary_memory  # only inside can those be written to
+        push = self._push if inside else self._push_in_ordinary_memory  # those can be written to only inside
         try:
             return push(gradients, groups, evaluation)
         finally:
-            if not self._state.pending:  # else they are needed to finish the step
+            if not self._state.pending:  # otherwise they are needed to finish the step
                 self._gradients.release()
 
     def _push(
@@ -143,7 +143,7 @@ class EmbeddedLink(Link):
         return self._no_step(NoStep("skipped"), self._state.changed(groups))
 
     def _no_step(self, no: NoStep, changed: Mapping[int, Hyper] | None = None) -> StepReport:
-        """Return the report of gradients that make no step; options that came with them hold."""
+        """Return the report of gradients that make no step; their options take effect."""
         self._state.set_groups(changed or {})
         return StepReport(version=self.version, applied=False, reason=no.reason, detail=no.detail)
 
@@ -161,7 +161,7 @@ class EmbeddedLink(Link):
         return Gradients(self._gradients, present, sparse, borrowed=True)
 
     def _nonfinite(self, gradients: Sequence[Tensor | None], evaluation: Evaluation | None) -> str:
-        """Return what in a push holds NaN or Inf, as a sentence; "" for nothing.
+        """Return which part of a push holds NaN or Inf, as a sentence; "" for none.
 
         Raises:
             NonFinite: the session refuses it.
@@ -194,7 +194,7 @@ class EmbeddedLink(Link):
 
     @in_ordinary_memory
     def stand_in(self, index: int) -> Tensor | None:
-        if self._plan.policies.views:  # whose step takes in the value of every parameter
+        if self._plan.policies.views:  # its step reads the value of every parameter
             return None
         segment = self._plan.layout.segments[index]
         return torch.zeros((), dtype=TORCH_DTYPES[segment.dtype], device=self._device).expand(segment.shape)
@@ -284,11 +284,11 @@ class EmbeddedLink(Link):
         return True
 
     def close(self) -> None:
-        """Nothing outlives the optimizer."""
+        """Do nothing: the session ends with the optimizer."""
 
 
 def _check_alone(mode: Consistency) -> None:
-    """Refuse a mode in which a lone worker would wait for ever."""
+    """Refuse a mode in which a single worker would wait forever."""
     if mode.places not in (1, None):
         raise invalid_option(
             f"A {mode.mode} session of {mode.places} workers needs a server, and none is named.",
@@ -298,7 +298,7 @@ def _check_alone(mode: Consistency) -> None:
 
 
 def _one_device(parameters: Sequence[Tensor]) -> torch.device:
-    """Return the device that all parameters are on."""
+    """Return the device of all parameters."""
     devices = sorted({str(p.device) for p in parameters})
     if len(devices) > 1:
         raise invalid_option(

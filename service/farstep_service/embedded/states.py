@@ -1,4 +1,4 @@
-"""State on its way between an optimizer and the session of its own process.
+"""Conversion of state between an optimizer and the session of its own process.
 
 contents_of    by parameter, as `farstep.protocol.fields` has it  ──►  by field, as a session takes it
 states_of      and back

@@ -1,4 +1,4 @@
-"""What runs the rules over memory: torch's own operations, or kernels compiled ahead of time."""
+"""Kernels that run the rules over memory: torch's own operations, or programs compiled ahead of time."""
 
 from farstep_service.kernels.kernel import Call, Kernel, KernelSource, Position, Progress, Rerun, Write, cut
 from farstep_service.kernels.kernels import MODES, Kernels, KernelStatus, Mode, possible, usual

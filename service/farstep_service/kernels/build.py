@@ -1,8 +1,8 @@
 """Compile kernels in a process of their own: `python -m farstep_service.kernels.build DIRECTORY LANE NICE NAME...`.
 
-Compiling takes seconds, hundreds of megabytes and a C++ compiler; it must neither slow a step down nor end the server
-when it fails. Each package is announced on standard output by one line of JSON, `{"package": ..., "error": ...}`. The
-process ends, with every compiler it started, when its standard input closes: whoever asked has gone.
+Compiling takes seconds, hundreds of megabytes and a C++ compiler; it must neither slow down a step nor crash the
+server. Each package is announced on standard output by one line of JSON, `{"package": ..., "error": ...}`. The process
+ends, with every compiler it started, when its standard input closes, that is, when its parent has ended.
 
     build_in_subprocess      one process, while steps go on
     build_on_all_cores       one process for each core, when there is nothing else to do: `farstep warmup`
@@ -28,20 +28,20 @@ from farstep_service.kernels.compiled_kernels import CompiledKernel, open_direct
 from farstep_service.machine import usable_cpus
 
 Report = Callable[[CompiledKernel, str | None], None]
-"""Called with each package as soon as it is ready (None), or with why it could not be built."""
+"""Called with each package as soon as it is ready (None), or with the reason why it could not be built."""
 
 Builder = Callable[[Sequence[CompiledKernel], Path, Report], None]
 """Builds packages in a directory and reports each of them, in order."""
 
 
 SCRATCH = ".scratch-"
-"""How the names of directories begin that are there while packages are built."""
+"""The prefix of directories that exist while packages are built."""
 
 
 def build_in_subprocess(packages: Sequence[CompiledKernel], directory: Path, report: Report) -> None:
-    """Build packages in another process, which gives way to steps, and report each of them.
+    """Build packages in another process of low priority, and report each of them.
 
-    No pool of threads: the interpreter would wait for it at its end, and so for the compiler.
+    Without a thread pool: at its exit the interpreter would wait for it, and so for the compiler.
     """
     open_directory(directory)
     with _scratch(directory) as scratch:
@@ -49,7 +49,7 @@ def build_in_subprocess(packages: Sequence[CompiledKernel], directory: Path, rep
 
 
 def build_on_all_cores(packages: Sequence[CompiledKernel], directory: Path, report: Report) -> None:
-    """Build packages in as many processes as there are CPUs to use, and report each of them, from several threads."""
+    """Build packages in one process per usable CPU, and report each of them, from several threads."""
     lanes = min(usable_cpus(), len(packages))
     open_directory(directory)
     with _scratch(directory) as scratch, ThreadPoolExecutor(lanes) as threads:
@@ -72,7 +72,7 @@ def _build_lane(
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
-        # What is written on the way lies where others cannot write.
+        # Temporary files go where other users cannot write.
         env={**os.environ, **caches, "TMPDIR": str(scratch), "PYTHONPATH": os.pathsep.join(paths)},
         start_new_session=True,
     )
@@ -83,14 +83,14 @@ def _build_lane(
                 told = json.loads(line)
                 package = waiting.pop(told["package"])
             except (ValueError, KeyError, TypeError):
-                continue  # the compiler talks, too
+                continue  # output of the compiler
             report(package, told["error"])
     for package in waiting.values():
         report(package, f"the process that builds it ended with status {process.returncode}")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Build what the command line names."""
+    """Build the packages named on the command line."""
     directory, lane, nice, *names = arguments
     os.nice(int(nice))
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -129,16 +129,16 @@ def _build(package: CompiledKernel, directory: Path, lane: str) -> None:
 
 @contextmanager
 def _alone(directory: Path, lane: str) -> Iterator[None]:
-    """Let one process build at a time in each lane, so that several servers that start together compile once."""
+    """Allow one process at a time in each lane, so that servers that start together compile once."""
     with _locked(directory / f".lock-{lane}"):
         yield
 
 
 @contextmanager
 def _scratch(directory: Path) -> Iterator[Path]:
-    """Return a place for what is needed while packages are built; first remove those of processes that were killed.
+    """Yield a scratch directory for building; first remove those of killed processes.
 
-    Who uses one holds its lock, which the kernel lets go of when the process is no more.
+    A process holds the lock of its directory, which the kernel releases when the process ends.
     """
     with ExitStack() as used:
         with _locked(directory / ".lock"):
@@ -153,10 +153,10 @@ def _scratch(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def _locked(path: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold the lock of a directory, or of a file that is made if it is not there.
+    """Hold the lock of a directory, or of a file, which is created if missing.
 
     Raises:
-        BlockingIOError: another process holds it, and we are not to wait.
+        BlockingIOError: another process holds it, and `wait` is false.
     """
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -1,10 +1,9 @@
-"""Compiled kernels as files: which one belongs to this machine, where it is, and whether to trust it.
+"""Compiled kernels as files: their names for this machine, their directory, and the check of their owner.
 
 A package is a shared library that is loaded into this process (on a GPU an archive with one in it), so the directory
-must belong to us (or to root, as in an image) and nobody else may be able to write there. A file's name holds a hash of
-everything its contents depend on: torch, the source of the rule and of what compiles it, the element type, the
-machine's instructions, the number of threads it was made for. A name that exists is therefore right, and files are put
-in place by renaming.
+must belong to this user (or to root, as in an image), and other users must not be able to write there. A file's name
+holds a hash of everything its contents depend on: torch, the source of the rule and of the compilation, the element
+type, the machine's instructions, the number of threads. So a file that exists is valid; files are created by renaming.
 """
 
 from __future__ import annotations
@@ -28,18 +27,18 @@ from farstep_service.optimizers import arithmetic
 from farstep_service.optimizers.rule import AnyRule, Fields, KernelSignature, Rule
 
 Threads = Literal["one", "many"]
-"""Whether a package uses one thread or all that torch has. Waking a second one costs more than a small span."""
+"""Whether a package uses one thread or all of torch's. Waking a second one costs more than a small span."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompiledKernel:
-    """Name one compiled kernel.
+    """The identity of one compiled kernel.
 
     Attributes:
         rule: the rule's name.
         dtype: the element type, under its wire name.
         device: the torch device it runs on.
-        threads: what it was compiled for; always `one` on a GPU.
+        threads: the threads it was compiled for; always `one` on a GPU.
         optional: the optional state fields in use.
         gradient, copy: the element types of the gradients and of a copy, as `KernelSignature` has them.
     """
@@ -59,12 +58,12 @@ class CompiledKernel:
 
     @property
     def form(self) -> KernelSignature:
-        """Return what the rule is compiled for."""
+        """Return the signature that the rule is compiled for."""
         return KernelSignature(self.dtype, self.optional, self.gradient, self.copy)
 
 
 ARCHIVE = ".pt2"
-"""The ending of torch's own archives."""
+"""The suffix of torch's own archives."""
 
 
 def default_directory() -> Path:
@@ -76,7 +75,7 @@ def default_directory() -> Path:
 
 
 def file_name(package: CompiledKernel, rule: AnyRule) -> str:
-    """Return the name under which the package for this machine and these sources is kept."""
+    """Return the file name of the package for this machine and these sources."""
     facts = [torch.__version__, _sources(type(rule)), *package.form, package.threads, machine(package.device)]
     key = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:24]
     types = [package.dtype, package.gradient and f"from-{package.gradient}", package.copy and f"to-{package.copy}"]
@@ -109,12 +108,12 @@ INSTRUCTIONS = (
     "aes",
     "vaes",
 )
-"""How the flags of x86 processors begin that say what a compiler may use; others differ between equal processors."""
+"""Prefixes of x86 processor flags that a compiler may use; others differ between equal processors."""
 
 
 @cache
 def machine(device: str) -> str:
-    """Describe what compiled code depends on: the processor's instructions, or the GPU's architecture."""
+    """Return what compiled code depends on: the processor's instructions, or the GPU's architecture."""
     chosen = torch.device(device)
     if chosen.type == "cuda":
         return f"{torch.cuda.get_device_name(chosen)} {torch.cuda.get_device_capability(chosen)} {torch.version.cuda}"
@@ -129,10 +128,10 @@ def machine(device: str) -> str:
 
 
 def open_directory(directory: Path) -> None:
-    """Make the directory, readable by this user only, if it is not there.
+    """Create the directory, accessible by this user only, if it is missing.
 
     Raises:
-        Unavailable: it cannot be made, or somebody else could write into it.
+        Unavailable: it cannot be created, or another user could write into it.
     """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -148,7 +147,7 @@ def find(directory: Path, package: CompiledKernel, rule: AnyRule) -> Path | None
     """Return the package's file, None if it has not been built.
 
     Raises:
-        Unavailable: the file or its directory could have been written by somebody else.
+        Unavailable: another user could have written the file or its directory.
     """
     path = directory / file_name(package, rule)
     if not path.exists():

@@ -1,7 +1,8 @@
 """The fused kernel: a rule's compiled program over whole stretches of memory, one pass over each.
 
-Gradients in 16 bits have programs of their own, which widen them in registers. Until those are built, or where none are
-wanted, they are widened a block at a time, which the rule's usual program then finds in the cache: the same numbers.
+Gradients in 16 bits have programs of their own, which widen them in registers. Until those are built, or if they are
+not wanted, a block at a time is widened and run by the rule's usual program while it is in the cache, with the same
+bits.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from farstep_service.kernels.reference import ReferenceKernel
 from farstep_service.optimizers.rule import AnyRule, Fields, KernelSignature
 
 MANY_THREADS_FROM = 2**20
-"""Elements from which it pays to wake other threads."""
+"""The elements from which waking other threads pays."""
 BATCH = 2**21
-"""Elements of calls that are made in one go: a millisecond's work."""
+"""The elements of calls in one batch: a millisecond's work."""
 WIDEN = 2**18
-"""Elements that are widened together; a multiple of any vector's length, so that cuts change no bit."""
+"""The elements that are widened together; a multiple of any vector's length, so that cuts change no bit."""
 NUMBERS_KEPT = 256
 HALF_PRECISION = frozenset({torch.float16, torch.bfloat16})
 
 
 class _Key(NamedTuple):
-    """What a program is chosen by."""
+    """The key by which a program is chosen."""
 
     dtype: torch.dtype
     fields: Fields
@@ -44,7 +45,7 @@ class _Key(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """A program with its inputs, how many elements it takes, and the point that follows it."""
+    """A program with its inputs, the number of their elements, and the position after it."""
 
     then: Position
     program: Program
@@ -72,7 +73,7 @@ class FusedKernel(Kernel):
         self._numbers: dict[tuple[float, ...], Tensor] = {}
 
     def add(self, form: KernelSignature, program: Program, *, many_threads: bool = False) -> None:
-        """Take in a program; one for many threads is used for long stretches only."""
+        """Add a program; one for many threads is used for long stretches only."""
         (self._many if many_threads else self._one)[self._key(form)] = program
 
     def ready(self, forms: Iterable[KernelSignature]) -> bool:
@@ -89,11 +90,11 @@ class FusedKernel(Kernel):
         return _Key(TORCH_DTYPES[form.dtype], self._rule.fields(form.optional), gradient, copy)
 
     def execute(self, calls: Sequence[Call], progress: Progress) -> None:
-        """Carry calls out from where `progress` stands, a batch of pieces at a time."""
+        """Execute calls from `progress` on, a batch of pieces at a time."""
         progress.resume()
         while progress.at.call < len(calls):
             at, call = progress.at, calls[progress.at.call]
-            # One that has begun goes on in blocks, though its program may be ready by now.
+            # One that has begun continues in blocks, though its program may be ready now.
             if (
                 _is_half_precision(call)
                 and call.p.numel() - at.element >= LEAST
@@ -110,7 +111,7 @@ class FusedKernel(Kernel):
         return _Key.of(call) in self._one
 
     def _pieces(self, calls: Sequence[Call], start: int) -> list[_Piece]:
-        """Return what there is to do up to the next call that is too short for a program, or has none of its own."""
+        """Return the pieces up to the next call that is too short for a program, or has none."""
         pieces = []
         for index in range(start, len(calls)):
             call = calls[index]
@@ -120,7 +121,7 @@ class FusedKernel(Kernel):
         return pieces
 
     def _widened(self, at: Position, call: Call) -> _Piece:
-        """Return the next block of a call whose gradients are widened first."""
+        """Return the next block of a call, with widened gradients."""
         length = call.p.numel()
         stop = at.element + WIDEN
         if length - stop < LEAST:
@@ -150,7 +151,7 @@ class FusedKernel(Kernel):
 def _run(batch: Sequence[_Piece], progress: Progress) -> None:
     """Run a batch of pieces.
 
-    If that is interrupted, `progress` says which ones have run.
+    After an interrupt, `progress` shows which ones have run.
     """
     ready = [piece.program(piece.inputs) for piece in batch]
     returned: list[object] = []
@@ -164,7 +165,7 @@ def _run(batch: Sequence[_Piece], progress: Progress) -> None:
 
 
 def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
-    """Join short pieces until they are worth a millisecond: after each batch, Python's own work finds cold caches."""
+    """Join short pieces up to a millisecond's work: after each batch, Python runs with cold caches."""
     batch: list[_Piece] = []
     elements = 0
     for piece in pieces:
@@ -178,9 +179,9 @@ def _batches(pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
 
 
 def _check(call: Call) -> None:
-    """Refuse what a program, which trusts its inputs, would turn into a write beyond the end of memory.
+    """Refuse inputs with which a program, which does not check them, would write beyond the end of memory.
 
-    Whether there is a program for the dtypes of gradients and copy is seen when it is looked for.
+    The lookup of the program checks the dtypes of gradients and copy.
     """
     shape, dtype = call.p.shape, call.p.dtype
     alike = (call.p, call.out, *call.state.values(), *([] if _is_half_precision(call) else [call.g]))

@@ -27,13 +27,13 @@ class Call(NamedTuple):
     """One application of a rule to a stretch of memory.
 
     Attributes:
-        p: parameters before the step, flat and real for an elementwise rule, one in its own shape for the others.
-        g: gradients, like `p`, though maybe in 16 bits: the rule gets them in the dtype of `p`.
+        p: parameters before the step: flat and real for an elementwise rule, one parameter in its own shape for others.
+        g: gradients, like `p`, possibly in 16 bits: the rule gets them in the dtype of `p`.
         state: the tensor fields in use, changed in place.
-        out: where the new parameters go; may be `p` itself.
+        out: the target of the new parameters; may be `p` itself.
         scalars: the numbers of this step.
-        copy: where they go as well, maybe in another dtype; may be `g` itself if that is in this dtype.
-        pairs: whether all of these are pairs of reals which the rule wants as complex numbers.
+        copy: a second target, possibly in another dtype; may be `g` itself if it has that dtype.
+        pairs: whether these are pairs of reals that the rule needs as complex numbers.
     """
 
     p: Tensor
@@ -53,14 +53,14 @@ def cut(call: Call, start: int, stop: int) -> Call:
 
 
 class Write(NamedTuple):
-    """New values on their way into memory; carrying it out twice is as good as once."""
+    """New values to write into memory; writing twice has the same effect as once."""
 
     into: Tensor
     values: Tensor
     rows: Tensor | None = None
 
     def commit(self) -> None:
-        """Put the values in their place: all of `into`, or the rows named."""
+        """Write the values: to all of `into`, or to the named rows."""
         if self.rows is None:
             self.into.copy_(self.values)
         else:
@@ -68,10 +68,10 @@ class Write(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A point in a list of calls: this many are done, and so many elements of the next.
+    """A position in a list of calls: the number of completed calls, and of completed elements of the next.
 
-    `writes` are computed and may be half carried out; whoever continues carries all of them out again, after which
-    `then` is the point.
+    `writes` are computed and may be partly done; to continue, all of them are done again, and then the position is
+    `then`.
     """
 
     call: int = 0
@@ -81,11 +81,11 @@ class Position(NamedTuple):
 
 
 class Rerun(NamedTuple):
-    """How a step is to run once more, so that it gives the same bits.
+    """How a step ran, to run it again with the same bits.
 
     Attributes:
-        kernel: what ran it.
-        switched: of a mixed one, the call and the element where the reference kernel went on.
+        kernel: the kernel that ran it.
+        switched: of a mixed one, the call and the element where the reference kernel continued.
     """
 
     kernel: Ran
@@ -94,17 +94,17 @@ class Rerun(NamedTuple):
 
 @dataclass(slots=True)
 class Progress:
-    """How far a list of calls has come: one attribute, so that no interrupt sees half of a change."""
+    """The progress of a list of calls: one attribute, so that an interrupt cannot see half of a change."""
 
     at: Position = field(default_factory=Position)
 
     def commit(self, writes: Iterable[Write], *, call: int, element: int = 0) -> None:
-        """Carry writes out and move on to the point that follows them."""
+        """Do writes and move to the position after them."""
         self.at = Position(self.at.call, self.at.element, tuple(writes), (call, element))
         self.resume()
 
     def resume(self) -> None:
-        """Carry out what was computed before an interruption."""
+        """Do the writes that were computed before an interrupt."""
         if self.at.writes:
             for write in self.at.writes:
                 write.commit()
@@ -112,29 +112,29 @@ class Progress:
 
 
 class Kernel(ABC):
-    """Carries calls of one rule out."""
+    """A kernel, which executes calls of one rule."""
 
     name: KernelName
 
     def takes(self, form: KernelSignature) -> bool:
-        """Return whether it runs this form in one pass over memory; only then may a call ask for a copy."""
+        """Return whether it runs this form in one pass over memory; only then may a call have a copy."""
         return False
 
     @abstractmethod
     def execute(self, calls: Sequence[Call], progress: Progress) -> None:
-        """Carry calls out from where `progress` stands.
+        """Execute calls from `progress` on.
 
-        Whenever this returns or raises, by an interrupt from the keyboard too, `progress` is right: what it says is
-        done is in memory, and nothing beyond it is.
+        When this returns or raises, also after a keyboard interrupt, `progress` is exact: everything up to it is in
+            memory, and nothing beyond it.
         """
 
 
 class KernelSource(ABC):
-    """Where the kernel of a step comes from."""
+    """The source of a step's kernel."""
 
     @abstractmethod
     def prepare(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> None:
-        """Begin to make ready what a session will need, without waiting for it."""
+        """Begin to prepare the kernels that a session will need, without waiting for them."""
 
     @abstractmethod
     def choose(
@@ -143,17 +143,17 @@ class KernelSource(ABC):
         """Return the kernel for a step over memory of these forms.
 
         Args:
-            wanted: the kernel of the step that is being replayed, None for the best one ready.
+            wanted: the kernel of a replayed step, None for the best one available.
 
         Raises:
-            Unavailable: the kernel wanted cannot be had on this machine.
+            Unavailable: the wanted kernel is not available on this machine.
         """
 
-    def improve(  # noqa: B027  # a source without such kernels has nothing to do
+    def improve(  # noqa: B027  # a source without such kernels does nothing
         self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device
     ) -> None:
-        """Begin to make ready what steps can do without, but would be faster with; never wait for it."""
+        """Begin to prepare optional kernels that make steps faster, without waiting for them."""
 
     @abstractmethod
     def reference(self, rule: AnyRule) -> Kernel:
-        """Return the kernel that is always there; it finishes interrupted steps."""
+        """Return the kernel that is always available; it finishes interrupted steps."""

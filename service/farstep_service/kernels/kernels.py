@@ -1,4 +1,4 @@
-"""Which kernel runs a step: the fused one as soon as it is there, the reference one until then.
+"""The choice of a step's kernel: the fused one as soon as it is ready, the reference one until then.
 
     prepare(rule, forms, device)       a session opens, or its options ask for more state
         │  in the cache directory? ── yes ──► loaded (milliseconds)          ready
@@ -9,7 +9,7 @@
         ▼
     failed: said once in the log, kept in `status()`; the reference kernel goes on
 
-One step runs one kernel for all its memory, and its name is recorded with the step, so that replay gives the same bits.
+One step runs one kernel for all its memory, whose name is recorded with the step, so that replay gives the same bits.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class KernelStatus:
-    """Where one compiled kernel stands, and why if it failed."""
+    """The status of one compiled kernel, and the reason if it failed."""
 
     package: CompiledKernel
     state: Literal["building", "ready", "failed"]
@@ -50,13 +50,13 @@ class KernelStatus:
 
 @final
 class Kernels(KernelSource):
-    """Hold the kernels of this process.
+    """The kernels of this process.
 
     Args:
         mode: `auto` as drawn above; `reference` compiles nothing; `fused` waits for the compiled kernel and fails
             without it.
-        directory: where packages are kept; the user's cache directory by default.
-        build: builds packages; another process by default.
+        directory: the directory of packages; in the user's cache directory by default.
+        build: builds packages; by default in another process.
     """
 
     def __init__(
@@ -76,10 +76,10 @@ class Kernels(KernelSource):
         self._warned = False
 
     def prepare(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> None:
-        """Load what has been built and begin to build the rest; wait for it only in the mode `fused`.
+        """Load the packages that exist and begin to build the rest; wait only in the mode `fused`.
 
         Raises:
-            Unavailable: the mode is `fused` and the kernel cannot be had.
+            Unavailable: the mode is `fused` and the kernel is not available.
         """
         if self.mode != "reference" and "fused" in rule.kernels:
             needed = self.begin([(rule, form) for form in forms], device)
@@ -87,11 +87,10 @@ class Kernels(KernelSource):
                 self._require(needed)
 
     def begin(self, wanted: Iterable[tuple[AnyRule, KernelSignature]], device: torch.device) -> list[CompiledKernel]:
-        """Load what has been built and begin to build the rest in one process; return what a step cannot do without.
+        """Load the packages that exist, begin to build the rest in one process, and return those that a step needs.
 
         Args:
-            wanted: rules and the forms they are to run in.
-            device: where.
+            wanted: rules and their forms. device: of the memory.
         """
         needed: list[CompiledKernel] = []
         for rule, form in wanted:
@@ -107,13 +106,13 @@ class Kernels(KernelSource):
         return needed
 
     def improve(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> None:
-        """Load these or begin to build them, if any kernel is to be compiled here."""
+        """Load these packages or begin to build them, if this process compiles kernels."""
         forms = list(forms)
         if self.mode != "reference" and "fused" in rule.kernels and not self.ready(rule, forms, device):
             self.begin([(rule, form) for form in forms], device)
 
     def ready(self, rule: AnyRule, forms: Iterable[KernelSignature], device: torch.device) -> bool:
-        """Return whether the fused kernel could run a step over memory of these forms now."""
+        """Return whether the fused kernel can run a step over memory of these forms now."""
         fused = self._fused.get((rule.name, device))
         return fused is not None and fused.ready(forms)
 
@@ -139,17 +138,17 @@ class Kernels(KernelSource):
         return self._fused[rule.name, device]
 
     def reference(self, rule: AnyRule) -> Kernel:
-        """Return the kernel that is always there."""
+        """Return the kernel that is always available."""
         found = self._references.get(rule.name)
         return found or self._references.setdefault(rule.name, ReferenceKernel(rule))
 
     def status(self) -> list[KernelStatus]:
-        """Return where each compiled kernel that was asked for stands."""
+        """Return the status of each requested kernel."""
         with self._changed:
             return list(self._status.values())
 
     def wait(self, timeout_s: float | None = None) -> bool:
-        """Wait until nothing is being built and builders have tidied up; return False if that took too long."""
+        """Wait until all builds have ended and cleaned up; return False on a timeout."""
         with self._changed:
             return self._changed.wait_for(lambda: self._builders == 0, timeout_s)
 
@@ -164,7 +163,7 @@ class Kernels(KernelSource):
             )
 
     def _load(self, package: CompiledKernel) -> bool:
-        """Load a package that has been built; return False, and count it as being built, if it has not."""
+        """Load a package; if it does not exist, mark it as being built and return False."""
         rule, device = self._rules[package.rule], torch.device(package.device)
         try:
             path = find(self._directory, package, rule)
@@ -213,7 +212,7 @@ class Kernels(KernelSource):
 
 
 def usual(rules: Iterable[AnyMethod], dtypes: Sequence[str]) -> list[tuple[AnyRule, KernelSignature]]:
-    """Return what is worth building ahead: each rule that can be fused, with the state that most options ask for."""
+    """Return the kernels worth building ahead: each rule that can be fused, with the state that most options use."""
     return [
         (rule, KernelSignature(dtype, optional))
         for rule in _fusible(rules)
@@ -223,7 +222,7 @@ def usual(rules: Iterable[AnyMethod], dtypes: Sequence[str]) -> list[tuple[AnyRu
 
 
 def possible(rules: Iterable[AnyMethod], dtypes: Sequence[str]) -> list[tuple[AnyRule, KernelSignature]]:
-    """Return each rule that can be fused with every choice of optional state: the usual ones first, then the others."""
+    """Return each rule that can be fused with every choice of optional state: the usual ones first."""
     found = dict.fromkeys(usual(rules, dtypes))
     for rule in _fusible(rules):
         for count in range(len(rule.optional_fields) + 1):

@@ -5,8 +5,8 @@ On a CPU a program is a shared library with one C function (`library.py`), calle
     brief    Python waits for it: no other thread can keep the interpreter when it comes back
     long     all other threads of Python go on meanwhile
 
-so that a step of a large model does not stop the event loop, nor the step of another session. On a GPU a program
-returns when it has been launched, so torch's loader does.
+so that a step of a large model blocks neither the event loop nor the step of another session. On a GPU a program
+returns when it has been launched, so torch's loader is sufficient.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from torch import Tensor
 from farstep_service.kernels.library import ENTRY
 
 LONG_FROM = 2**17
-"""Elements from which a call takes so long (25 us) that the other threads of Python are worth waiting for them."""
+"""The elements from which a call takes so long (25 us) that other Python threads should run meanwhile."""
 
 Bound = Callable[[], object]
-"""A call of a program on certain tensors, still to be made, once. It keeps nothing but their addresses alive.
+"""A prepared call of a program on some tensors, to be made once. It holds only their addresses.
 
-It is made of C functions alone, so no interrupt from the keyboard comes between its end and whoever called it.
+It consists of C functions only, so no keyboard interrupt comes between its end and the caller.
 """
 
 Program = Callable[[list[Tensor]], Bound]
@@ -36,13 +36,13 @@ Program = Callable[[list[Tensor]], Bound]
 
 
 def load(path: Path, device: torch.device) -> Program:
-    """Load a program into this process; the file must have been checked before.
+    """Load a program into this process, from a checked file.
 
-    `torch._inductor.aoti_load_package` does the same, but first asks the compiler what the processor can do: 16 to 35 s
-    in a fresh container, and nothing to do with loading.
+    `torch._inductor.aoti_load_package` does the same, but first asks the compiler for the processor's abilities, which
+    takes 16 to 35 s in a fresh container and is not needed for loading.
 
     Raises:
-        OSError, RuntimeError: the file is not such a program.
+        OSError, RuntimeError: the file is not a program.
     """
     if device.type == "cpu":
         return NativeProgram(path)
@@ -55,14 +55,14 @@ class NativeProgram:
     """A program for a CPU.
 
     Args:
-        path: the shared library; it must stay as it is.
+        path: the shared library, which must not change.
     """
 
     def __init__(self, path: Path) -> None:
         self._brief, self._long = (_entry(library(str(path))) for library in (ctypes.PyDLL, ctypes.CDLL))
 
     def __call__(self, inputs: list[Tensor]) -> Bound:
-        """Return the call on these tensors, which must be there until it has been made."""
+        """Return the call on these tensors, which must live until it has been made."""
         length = inputs[0].numel()
         memory = (ctypes.c_void_p * len(inputs))(*[each.data_ptr() for each in inputs])
         return partial(self._brief if length < LONG_FROM else self._long, memory, length)

@@ -4,8 +4,8 @@ It needs no compiler and gives the bits of `torch.optim` with `foreach=False` on
 whatever the cuts between blocks. A block is small enough to stay in a core's cache over all the operations of a rule,
 which makes it up to twice as fast as whole tensors, and it bounds the memory for temporaries.
 
-The new values of a block are computed first and written then, so a block is all or nothing. What a rule looks at as a
-whole is one block.
+The new values of a block are computed before they are written, so a block is all or nothing. A rule for whole tensors
+has one block per tensor.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ BLOCK = 2**17
 """Elements of a block, an even number of them, for pairs. 64k to 256k are equally fast; smaller ones cost more calls,
 larger ones leave the cache."""
 GPU_BLOCK = 2**25
-"""Elements of a block on a GPU, where every operation is a launch and blocks only bound the memory for temporaries."""
+"""Elements of a block on a GPU, where each operation is a launch and blocks only bound the memory of temporaries."""
 
 
 @final
@@ -44,11 +44,11 @@ class ReferenceKernel(Kernel):
         self._gpu_block = gpu_block
 
     def takes(self, form: KernelSignature) -> bool:
-        """Say so of every form: a block is in the cache while it is widened and copied."""
+        """Return True: a block is in the cache while it is widened and copied."""
         return True
 
     def execute(self, calls: Sequence[Call], progress: Progress) -> None:
-        """Carry calls out from where `progress` stands, a block at a time."""
+        """Execute calls from `progress` on, a block at a time."""
         progress.resume()
         while progress.at.call < len(calls):
             index, start = progress.at.call, progress.at.element

@@ -1,12 +1,12 @@
-"""Who may speak, and under which name of the server: decided before the first body byte is read.
+"""Authorisation: tokens, and the names that a server answers to, checked before the first body byte is read.
 
-Two checks stand outermost, around every route.
+Two checks surround every route.
 
-Tokens: what is public is an exact list; everything else needs a token where the server has any. Tokens are kept as
-SHA-256 digests and compared in constant time.
+Tokens: public routes are an exact list; all others need a token if the server has any. Tokens are kept as SHA-256
+digests and compared in constant time.
 
-Hosts: a web page whose own name comes to resolve to this machine ("DNS rebinding") is let by a browser read and change
-what a server without a token holds. What it cannot change is the name it asks for, so a server answers to these only:
+Hosts: a web page whose own name resolves to this machine ("DNS rebinding") could read and change the sessions of a
+server without a token. It cannot change the host name in its requests, so a server answers only to these:
 
     localhost, 127.0.0.1, [::1] and their like      always
     the address it listens on                       always; on 0.0.0.0 and [::] any address: no name server moves those
@@ -14,8 +14,8 @@ what a server without a token holds. What it cannot change is the name it asks f
     any name                                        with tokens and without `--allowed-hosts`: a page has no token
     any name                                        over a unix socket, which no page reaches
 
-A page that stays under its own name sends an `Origin`; that has to be the name that it asks for, or one of the first
-three. `X-Forwarded-Host` and its like count for nothing: anyone can write them.
+A page under its own name sends an `Origin`, which must be the requested host, or one of the first three.
+`X-Forwarded-Host` and similar headers are ignored: any client can set them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from farstep.errors import HostNotAllowed, InvalidRequest, OriginNotAllowed, Una
 from farstep_service.settings import ANY_HOST, Settings, is_address, is_loopback
 
 PUBLIC = frozenset({("GET", "/healthz"), ("HEAD", "/healthz")})
-"""Method and path of what anyone may ask, compared exactly."""
+"""Method and path of the public routes, compared exactly."""
 
 
 class Tokens:
@@ -43,7 +43,7 @@ class Tokens:
 
     @property
     def required(self) -> bool:
-        """Return whether a token has to be shown at all."""
+        """Return whether a token is required at all."""
         return bool(self._digests)
 
     def check(self, method: str, path: str, authorization: Iterable[bytes]) -> None:
@@ -62,7 +62,7 @@ class Tokens:
         scheme, _, credential = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
         digest = _digest(credential.strip())
         known = False
-        for each in self._digests:  # every digest is compared, so that the time tells nothing
+        for each in self._digests:  # every digest is compared, so that the time reveals nothing
             known |= hmac.compare_digest(digest, each)
         if scheme.lower() != b"bearer" or not known:
             raise Unauthorized(
@@ -71,10 +71,10 @@ class Tokens:
             )
 
     def masked(self, text: bytes, authorization: Iterable[bytes]) -> bytes:
-        """Return a text with asterisks in the place of every accepted token, and of what a request showed as one.
+        """Return a text with asterisks in place of every accepted token, and of the request's own credential.
 
         Args:
-            text: may repeat what a client sent, such as a path in which a token stands.
+            text: may repeat what a client sent, such as a path with a token in it.
             authorization: the values of the request's `Authorization` headers.
         """
         for value in authorization:
@@ -87,7 +87,7 @@ class Tokens:
 
 
 SHORTEST_SECRET = 8
-"""Bytes of a shown credential that is masked; what is shorter is no secret, and may be part of any word."""
+"""The least bytes of a credential to mask; a shorter one is not a secret, and may be part of any word."""
 _WORD = re.compile(rb"[A-Za-z0-9._~+=-]{16,}")  # a token of `farstep_service.settings`, but for slashes
 
 
@@ -96,9 +96,9 @@ class AllowedHosts:
     """The names that a server answers to.
 
     Args:
-        bound: the address it listens on, "" for none.
+        bound: the address that it listens on, "" for none.
         allowed: further names: `box`, `*.lab`, or `*` for any.
-        guarded: it has tokens; then any name will do if none is given.
+        guarded: it has tokens; then any name is accepted if `allowed` is empty.
     """
 
     def __init__(self, bound: str = "", allowed: Iterable[str] = (), *, guarded: bool = False) -> None:
@@ -108,7 +108,7 @@ class AllowedHosts:
         self._below = tuple(name.removeprefix("*") for name in names if name.startswith("*."))
         self._names = names | {_spelled_once(bound)}
         self._any_address = not bound or (is_address(bound) and ipaddress.ip_address(bound).is_unspecified)
-        self._known = lru_cache(maxsize=64)(self._decide)  # a worker asks for one name, step after step
+        self._known = lru_cache(maxsize=64)(self._decide)  # a worker uses one name, step after step
 
     @classmethod
     def of(cls, settings: Settings) -> AllowedHosts:
@@ -124,9 +124,9 @@ class AllowedHosts:
             unix: it came over a unix socket.
 
         Raises:
-            InvalidRequest: it has more than one `Host`, none in HTTP/1.1, or one that no host can be called.
-            HostNotAllowed: it asks for a name that is not this server's.
-            OriginNotAllowed: it is that of a page that has no business here.
+            InvalidRequest: it has more than one `Host`, none in HTTP/1.1, or an invalid one.
+            HostNotAllowed: the name is not this server's.
+            OriginNotAllowed: it is from a page of another origin.
         """
         if not hosts and version == "1.0" and not origins:
             return
@@ -162,7 +162,7 @@ _HOST = re.compile(rb"(?:([A-Za-z0-9._-]{1,253})|\[([0-9A-Fa-f:.]{2,45})(?:%[^\]
 
 @lru_cache(maxsize=256)  # a worker says the same, step after step
 def _host_of(authority: bytes) -> str | None:
-    """Return the host of `host:port`: lower case, an IPv6 address without brackets; None if that is none."""
+    """Return the host of `host:port` in lower case, an IPv6 address without brackets; None if invalid."""
     found = _HOST.fullmatch(authority)
     if found is None:
         return None
@@ -172,7 +172,7 @@ def _host_of(authority: bytes) -> str | None:
 
 
 def _spelled_once(host: str) -> str:
-    """Return a host in one spelling of the many that mean the same."""
+    """Return a host in a canonical spelling."""
     host = host.lower().partition("%")[0].removesuffix(".")
     return str(ipaddress.ip_address(host)) if is_address(host) else host
 

@@ -1,7 +1,7 @@
-"""Bodies in and out: stream a request into the memory it is meant for, and answer from the memory of a held version.
+"""Bodies: a request is streamed into its final memory, and an answer sent from the memory of a held version.
 
-Nothing is joined, and nothing is allocated because a client claims it: a body's expected size follows from the
-session's layout, and a claim (`Content-Length`) that does not fit is refused before memory is taken.
+Nothing is joined, and nothing is allocated because of a client's claim: a body's expected size follows from the
+session's layout, and a `Content-Length` that does not fit is refused before memory is allocated.
 """
 
 from __future__ import annotations
@@ -24,44 +24,44 @@ from farstep_service.sessions.coroutines import in_task
 
 MSGPACK = CONTENT_TYPE.encode()
 TAIL_BYTES = 128 * 1024
-"""Size of the copied end of an answer. uvicorn reports a write as drained when up to 16 KiB of it are left in its
-buffer; these must not be memory that the next step writes to."""
+"""Size of the copied end of an answer. uvicorn reports a write as drained while up to 16 KiB are left in its buffer,
+which must not be memory that the next step writes to."""
 
 BuffersFor = Callable[[dict[str, Any], int], Sequence[memoryview]]
-"""Given the header and the bytes of the body, `AtMost` where it comes in chunks, return where the payload goes."""
+"""Given the header and the size of the body, `AtMost` for one in chunks, returns the memory for the payload."""
 
 
 RECEIVE_INTO = "farstep.receive_into"
-"""The ASGI extension of a server that receives bodies into memory we name: `await it(sink, size, pace)`."""
+"""The ASGI extension of a server that receives bodies into given memory: `await it(sink, size, pace)`."""
 
 OUTGOING = "farstep.outgoing"
-"""The ASGI extension of a server that shows how fast an answer is taken, and can cut it: an `Outgoing`."""
+"""The ASGI extension of a server that reports the progress of an answer, and can cut it: an `Outgoing`."""
 
 
 def outgoing_of(scope: Scope) -> Outgoing | None:
-    """Return the answer to a request, as the server shows it."""
+    """Return the `Outgoing` of a request's answer, if the server has it."""
     found: Outgoing | None = (scope.get("extensions") or {}).get(OUTGOING)
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How slowly a body may come.
+    """The least pace of a body.
 
     Attributes:
-        idle_s: seconds of silence at most.
-        bytes_per_s: on the whole, at least.
+        idle_s: the most seconds of silence.
+        bytes_per_s: the least rate overall.
     """
 
     idle_s: float
     bytes_per_s: float = CONNECTION.body.least_bytes_per_s
 
     def allowed_s(self, received: int) -> float:
-        """Return the seconds that so many bytes may take."""
+        """Return the seconds that `received` bytes may take."""
         return self.idle_s + received / self.bytes_per_s
 
     def too_slow(self, received: int, size: int | None, elapsed_s: float, *, silent: bool) -> Truncated | None:
-        """Return the error for a body that comes too slowly, None for one that does not.
+        """Return the error for a body that is too slow, None otherwise.
 
         Args:
             size: its length, None if that is not known.
@@ -77,28 +77,28 @@ class Pace:
 
 
 class Sink(Protocol):
-    """Where a body goes, as `farstep.protocol.Decoder` has it."""
+    """The receiver of a body, such as `farstep.protocol.Decoder`."""
 
     def get_buffer(self) -> memoryview:
         """Return memory for the next bytes."""
 
     def buffer_updated(self, count: int) -> None:
-        """Take note that so many bytes are in it."""
+        """Record the number of bytes written to it."""
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Take bytes that are somewhere else."""
+        """Take bytes from other memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A complete body: its header and what identifies its content."""
+    """A complete body: its header and the fingerprint of its content."""
 
     header: dict[str, Any]
     fingerprint: str
 
 
 class _Message:
-    """A message on its way into memory, and its fingerprint."""
+    """An incoming message, and its fingerprint."""
 
     def __init__(
         self,
@@ -129,20 +129,20 @@ class _Message:
         self._arrived(self._decoder.received)
 
     def close(self) -> Body:
-        """Return the complete message; raise if it is not."""
+        """Return the message; raise if it is incomplete."""
         self._decoder.close()
         return Body(self._decoder.header, self._digest.hexdigest())
 
     def _count(self, count: int) -> None:
         self._left -= count
-        if self._left < 0:  # with a length, the server itself sees to that
+        if self._left < 0:  # a server enforces an announced length itself
             raise LimitExceeded(
                 f"The body has more than {self._most_bytes} bytes.", field="transfer-encoding", limit=self._most_bytes
             )
 
 
 def _ignored(received: int) -> None:
-    """Do nothing with what has arrived until all is there."""
+    """Do nothing."""
 
 
 async def read_body(
@@ -154,17 +154,17 @@ async def read_body(
     pace: Pace,
     arrived: Callable[[int], None] = _ignored,
 ) -> Body:
-    """Receive one message into the memory that `buffers_for` names.
+    """Receive one message into the memory of `buffers_for`.
 
     Args:
-        arrived: told how many bytes of the payload are there, as they come.
-        largest: bytes a body may have at most.
-        pace: how slowly it may come.
+        arrived: called with the number of payload bytes that have arrived.
+        largest: the largest size of a body.
+        pace: its least pace.
 
     Raises:
         InvalidRequest: the body is not a message of the protocol, or was cut off, or stalled.
         ClientDisconnect: the connection is gone.
-        FarstepError: what `buffers_for` raises about the header.
+        FarstepError: raised by `buffers_for`.
     """
     size = declared(scope, MSGPACK, largest)
     announced = AtMost(largest) if size is None else size
@@ -179,10 +179,10 @@ async def read_body(
 
 
 async def chunks(receive: Receive, size: int | None, pace: Pace) -> AsyncIterator[bytes]:
-    """Receive a body piece by piece, as every ASGI server gives it; `size` is its length, None if that is not known.
+    """Receive a body piece by piece, from any ASGI server; `size` is its length, None if unknown.
 
     Raises:
-        Truncated: it comes too slowly.
+        Truncated: it is too slow.
         ClientDisconnect: the connection is gone.
     """
     await in_task()
@@ -208,11 +208,11 @@ async def chunks(receive: Receive, size: int | None, pace: Pace) -> AsyncIterato
 
 
 def declared(scope: Scope, wanted: bytes, largest: int) -> int | None:
-    """Return the length of a body that has a content type, uncompressed; None if it comes in chunks.
+    """Return the length of an uncompressed body of a content type; None for one in chunks.
 
     Raises:
         UnsupportedMedia: another content type, or an encoding.
-        InvalidRequest: it does not say how long it is, and does not come in chunks.
+        InvalidRequest: it has no length, and is not in chunks.
         LimitExceeded: it is longer than `largest`.
     """
     headers: Mapping[bytes, bytes] = dict(scope["headers"])
@@ -240,7 +240,7 @@ def declared(scope: Scope, wanted: bytes, largest: int) -> int | None:
 async def answer_message(
     send: Send, header: Mapping[str, Any], payload: Sequence[memoryview], *, status: int = 200
 ) -> None:
-    """Answer with a message; when this returns, no byte of `payload` is needed any more."""
+    """Answer with a message; after this returns, `payload` may change."""
     await answer_pieces(send, MSGPACK, encode(header, payload), status=status)
 
 
@@ -252,7 +252,7 @@ async def answer_pieces(
     status: int = 200,
     headers: Sequence[tuple[bytes, bytes]] = (),
 ) -> None:
-    """Answer with a body in pieces; when this returns, none of their memory is needed any more."""
+    """Answer with a body in pieces; after this returns, their memory may change."""
     size = 0
     for piece in pieces:
         size += len(piece) if isinstance(piece, bytes) else piece.nbytes
@@ -270,7 +270,7 @@ async def answer_pieces(
 
 
 def _split(pieces: list[bytes | memoryview]) -> tuple[list[bytes | memoryview], bytes]:
-    """Cut the last `TAIL_BYTES` off, as a copy of their own."""
+    """Split off the last `TAIL_BYTES`, as a copy."""
     tail: list[bytes] = []
     missing = TAIL_BYTES
     while missing:

@@ -1,9 +1,8 @@
 """The control routes: JSON documents, described in OpenAPI at `/openapi.json` and `/docs`.
 
-No answer keeps the event loop for long, however large a session is and however many there are. What lists things
-answers with a page of them, and names the next one in a `Link` header (RFC 8288) as long as there is one; a session
-shows the first of its workers and param groups, and how many there are. Work that grows with a session is done in a
-thread.
+No answer blocks the event loop for long, even with large sessions and many of them. Lists are answered in pages, with a
+`Link` header (RFC 8288) to the next one; a session shows the first of its workers and param groups, and their numbers.
+Work that grows with a session is done in a thread.
 """
 
 from __future__ import annotations
@@ -45,13 +44,13 @@ from farstep_service.sessions.registry import Registry
 from farstep_service.settings import Settings
 
 SESSIONS_PAGE: Final = 100
-"""Sessions of a page at most."""
+"""The most sessions of a page."""
 MEMBERS_PAGE: Final = 500
-"""Workers or param groups of a page at most, and in the description of a session."""
+"""The most workers or param groups of a page, and in the description of a session."""
 LISTED: Final = 50
-"""Workers and param groups that a listing shows of each session at most."""
+"""The most workers and param groups of each session in a list."""
 INLINE_PARTS: Final = 500
-"""Parameters and param groups of a document that is made a plan on the event loop."""
+"""The parameters and param groups of a document up to which its plan is built on the event loop."""
 
 After = Annotated[str, Query(max_length=63)]
 GroupBefore = Annotated[int, Digits, Query(ge=0)]
@@ -67,18 +66,18 @@ PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 
 class Shard(BaseModel):
-    """Where some segments live. An empty URL is this server's own."""
+    """The server of some segments. An empty URL is this server's own."""
 
     url: str
     segments: list[int]
 
 
 class JoinedDocument(BaseModel):
-    """What a worker is told when it has joined.
+    """The answer to a worker that joins.
 
-    `initialise`: this worker is asked for the first parameters. `initialised`: they are there. `fields`: the state
-    and the kind of each field, which says its shape; the number field `present` says which of them a parameter has.
-    `groups`: the options in force.
+    `initialise`: this worker is asked to send the first parameters. `initialised`: they have arrived. `fields`: the
+    state fields with their kinds, which determine their shapes; the number field `present` tells which of them a
+    parameter has. `groups`: the options in force.
     """
 
     name: str
@@ -98,7 +97,7 @@ class JoinedDocument(BaseModel):
 class WorkerDocument(BaseModel):
     """Where a worker stands.
 
-    Its epoch, its last committed write, if a push of its waits, if it is live, and the seconds its lease still runs.
+    Its epoch, its last committed write, whether a push of it is waiting, whether it is live, and the rest of its lease.
     """
 
     incarnation: str
@@ -110,9 +109,9 @@ class WorkerDocument(BaseModel):
 
 
 class RenewedDocument(BaseModel):
-    """What a heartbeat is answered with.
+    """The answer to a heartbeat.
 
-    `lapsed`: the lease had run out. `lease_s`: the seconds of the new one. `live`: how many workers are live.
+    `lapsed`: the lease had run out. `lease_s`: the seconds of the new one. `live`: the number of live workers.
     """
 
     incarnation: str
@@ -126,10 +125,10 @@ class RenewedDocument(BaseModel):
 
 
 class SessionView(BaseModel):
-    """A session as it is now, with the first of its param groups and workers, and how many there are.
+    """The present state of a session, with the first of its param groups and workers, and their numbers.
 
-    `bytes`: the memory it takes. `readers`: how many read parameters, state or a file, how many wait for others, and
-    how many were cut off; the bytes that are kept for them, and how many that may be.
+    `bytes`: its memory. `readers`: the number of readers of parameters, state or files, of those that wait and that
+    were cut off; the bytes that they hold, and their limit.
     """
 
     name: str
@@ -152,7 +151,7 @@ class SessionView(BaseModel):
 
 
 class Info(BaseModel):
-    """What this server is. `available_bytes`: what its device could still give, null where nobody says."""
+    """The properties of this server. `available_bytes`: the free memory of its device, null if unknown."""
 
     farstep: str
     protocol: int
@@ -168,7 +167,7 @@ class Info(BaseModel):
 
 
 def worker_document(actor: Actor, page: WorkerPage) -> WorkerDocument:
-    """Say where a worker of a session stands."""
+    """Return the document of a worker."""
     return WorkerDocument(
         incarnation=actor.incarnation,
         epoch=page.epoch,
@@ -204,11 +203,11 @@ async def view_of(actor: Actor, most: int) -> SessionView:
 
 
 def page_answer(body: bytes, after: object, limit: int, *, more: bool) -> Response:
-    """Answer with a page of a listing, and if there may be more with the way to the next one.
+    """Answer with a page of a list, and a link to the next one if there may be more.
 
     Args:
-        after: what the next page begins after.
-        limit: how much it may hold.
+        after: the last entry of this page.
+        limit: of a page.
     """
     following = urlencode({"after": after, "limit": limit})
     headers = {"link": f'<?{following}>; rel="next"'} if more else None
@@ -216,12 +215,12 @@ def page_answer(body: bytes, after: object, limit: int, *, more: bool) -> Respon
 
 
 def groups_answer(actor: Actor, document: object, last: int, limit: int) -> Response:
-    """Answer with options of param groups, the last of which has the number `last`."""
+    """Answer with options of param groups up to number `last`."""
     return page_answer(json.dumps(document).encode(), last, limit, more=last + 1 < len(actor.plan.groups))
 
 
 def planned(document: SessionDocument) -> Plan:
-    """Return the plan of a document, with the sum over all parameters that is asked for later."""
+    """Return the plan of a document, with its cached sum over all parameters."""
     plan = plan_of(document)
     _ = plan.layout.elements
     return plan
@@ -230,17 +229,17 @@ def planned(document: SessionDocument) -> Plan:
 def control_router(registry: Registry, settings: Settings) -> APIRouter:
     """Return the control routes of a server."""
     router = APIRouter(route_class=DocumentRoute, responses=PROBLEMS)
-    installed = version("farstep")  # which reads a file
+    installed = version("farstep")  # read once: it reads a file
 
     @router.head("/healthz", include_in_schema=False)
     @router.get("/healthz", tags=["server"])
     async def healthz() -> dict[str, str]:
-        """Say that the server answers. The one route that never asks for a token."""
+        """Report that the server answers. The only route that never needs a token."""
         return {"status": "ok"}
 
     @router.get("/v1/info", tags=["server"])
     async def info() -> Info:
-        """Say what this server is and what it can do."""
+        """Describe this server."""
         return Info(
             farstep=installed,
             protocol=VERSION,
@@ -260,7 +259,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         """Create a session, or join the one of that name. Other options are refused, naming the difference."""
         few = parts_of(document) <= INLINE_PARTS
         plan = planned(document) if few else await asyncio.to_thread(planned, document)
-        if await request.is_disconnected():  # a session that nobody heard of would stay for ever
+        if await request.is_disconnected():  # a session without a worker would stay forever
             raise ClientDisconnect
         actor, created = await registry.place(plan, options=document.options is None)
         joined = await actor.join(document.worker, len(plan.groups), named=document.named)
@@ -281,12 +280,12 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
 
     @router.get("/v1/sessions", tags=["sessions"], response_model=list[SessionView])
     async def sessions(after: After = "", limit: SessionsLimit = SESSIONS_PAGE) -> Response:
-        """List the sessions whose names come after one, in the order of their names."""
+        """List the sessions after a name, in the order of names."""
         views = []
         found = registry.actors_after(after, limit + 1)
         for actor in found[:limit]:
             views.append((await view_of(actor, LISTED)).model_dump_json().encode())
-            await asyncio.sleep(0)  # others have their turn between two sessions
+            await asyncio.sleep(0)  # other requests run between two sessions
         more = len(found) > limit
         return page_answer(b"[%b]" % b",".join(views), found[limit - 1].name if more else "", limit, more=more)
 
@@ -298,13 +297,13 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
 
     @router.delete("/v1/sessions/{name}", tags=["sessions"], status_code=204)
     async def remove(name: NamePath) -> Response:
-        """Remove a session with its parameters and state. Whoever waits in it is told."""
+        """Remove a session with its parameters and state. Waiting requests get an error."""
         await registry.remove(name)
         return Response(status_code=204)
 
     @router.get("/v1/sessions/{name}/groups", tags=["sessions"], response_model=dict[str, list[dict[str, Any]]])
     async def groups(name: NamePath, after: GroupBefore = -1, limit: MembersLimit = MEMBERS_PAGE) -> Response:
-        """List the options in force of the param groups that follow one, in the order of their numbers."""
+        """List the options in force of the param groups after a number, in order."""
         actor = registry.find(name)
         found = await actor.groups(after + 1, limit)
         return groups_answer(actor, {"groups": found}, after + len(found), limit)
@@ -319,14 +318,14 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
 
     @router.put("/v1/sessions/{name}/consistency", tags=["sessions"])
     async def set_consistency(name: NamePath, document: ConsistencyDocument) -> dict[str, Any]:
-        """Go on in another consistency mode, and return it. Pushes that wait are offered to it."""
+        """Switch to another consistency mode, and return it. Waiting pushes are offered to it."""
         mode = from_options(document.consistency)
         await registry.find(name).set_consistency(mode)
         return {"consistency": to_options(mode)}
 
     @router.get("/v1/sessions/{name}/workers", tags=["workers"], response_model=dict[str, WorkerDocument])
     async def workers(name: NamePath, after: After = "", limit: MembersLimit = MEMBERS_PAGE) -> Response:
-        """List where the workers stand whose names come after one, in the order of their names."""
+        """List the workers after a name, in the order of names."""
         actor = registry.find(name)
         found = await actor.workers(after, limit)
         body = json.dumps({worker: worker_document(actor, each).model_dump() for worker, each in found.items()})
@@ -334,13 +333,13 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
 
     @router.get("/v1/sessions/{name}/workers/{worker}", tags=["workers"])
     async def worker_page(name: NamePath, worker: NamePath) -> WorkerDocument:
-        """Say where a worker stands; epoch 0 is one that has not joined."""
+        """Describe a worker; epoch 0 means that it has not joined."""
         actor = registry.find(name)
         return worker_document(actor, await actor.worker(worker))
 
     @router.put("/v1/sessions/{name}/workers/{worker}/lease", tags=["workers"])
     async def renew(name: NamePath, worker: NamePath, document: LeaseDocument) -> RenewedDocument:
-        """Renew the lease of a worker that has nothing to push or pull, and say how things are."""
+        """Renew the lease of a worker that has nothing to push or pull, and describe the session."""
         actor = registry.find(name)
         renewed = await actor.renew(worker, document.epoch, document.incarnation)
         return RenewedDocument(
@@ -356,7 +355,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
 
     @router.put("/v1/sessions/{name}/workers/{worker}/memory", tags=["workers"], status_code=204)
     async def share(name: NamePath, worker: NamePath, document: MemoryDocument, request: Request) -> Response:
-        """Map memory of a worker on this machine, which its pushes name from then on; over a unix socket only."""
+        """Map memory of a worker on this machine for its following pushes; over a unix socket only."""
         if not over_unix(request.scope):
             raise InvalidOption("Memory is shared over a unix socket only.", field="memory")
         actor = registry.find(name)
@@ -366,7 +365,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
 
     @router.delete("/v1/sessions/{name}/workers/{worker}", tags=["workers"], status_code=204)
     async def leave(name: NamePath, worker: NamePath, epoch: EpochQuery) -> Response:
-        """Give a worker's place up, if the epoch is its current one."""
+        """Release a worker's place, if the epoch is its current one."""
         await registry.find(name).leave(worker, epoch)
         return Response(status_code=204)
 

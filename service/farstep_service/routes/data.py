@@ -7,8 +7,8 @@
     PUT  /v1/sessions/{name}/contents             parameters and state in
     POST /v1/sessions/{name}/groups               a param group and its parameters in
 
-Each is a plain ASGI endpoint: the body is streamed into the memory it is meant for, and the answer is sent from the
-memory of a held version.
+Each is a plain ASGI endpoint: the body is streamed into its final memory, and the answer sent from the memory of a held
+version.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from farstep_service.settings import Settings
 
 WriteHead = TypeVar("WriteHead", PushHead, PutHead, AppendHead)
 QUERY = frozenset({"fields", "segments", "wire_parameters", "worker", "epoch"})
-"""What the query of a pull may say."""
+"""The keys of a pull's query."""
 Reserve = Callable[[int], None]
-"""Called with the bytes of memory that are about to be taken; raises `Busy` if there is no room."""
+"""Called with the bytes of memory about to be allocated; raises `Busy` if they do not fit."""
 
 
 class Endpoint(ABC):
@@ -73,7 +73,7 @@ class Endpoint(ABC):
         *,
         largest: int,
     ) -> tuple[WriteHead, Intake, str]:
-        """Receive a body into the memory that `begin` names, and return its header, that memory and its fingerprint."""
+        """Receive a body into the memory of `begin`, and return its header, that memory and its fingerprint."""
         parts: list[tuple[WriteHead, Intake]] = []
 
         def buffers_for(header: dict[str, Any], body_bytes: int) -> Sequence[memoryview]:
@@ -82,7 +82,7 @@ class Endpoint(ABC):
             if known:
                 reserve(body_bytes)
             intake = begin(head, body_bytes)
-            if not known:  # then what its header announces is what is coming; the memory is there, but not touched
+            if not known:  # the size follows from the header; the memory is allocated, but not touched yet
                 reserve(sum(view.nbytes for view in intake.views))
             parts.append((head, intake))
             return intake.views
@@ -98,7 +98,7 @@ class Endpoint(ABC):
 
 
 class PushEndpoint(Endpoint):
-    """Take gradients in, answer with the receipt and the parameters asked for."""
+    """Receive gradients; answer with the receipt and the requested parameters."""
 
     async def serve(self, actor: Actor, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
         began = time.perf_counter()
@@ -121,7 +121,7 @@ class PushEndpoint(Endpoint):
             and codec_named(head.wire_gradients).element is not None
         )
         spent = intake if in_place or head.shared is not None else None
-        del intake  # the gradients' memory is free while the answer is sent, if that is not in it
+        del intake  # frees the gradients' memory while the answer is sent, unless that uses it
         header = _header(actor, answer, {"receive": received_s})
         if head.wanted == "none":
             await answer_message(send, {**header, "version": answer.receipt.version, "segments": []}, ())
@@ -134,7 +134,7 @@ class PushEndpoint(Endpoint):
 
 
 class ContentsEndpoint(Endpoint):
-    """Give and take parameters and optimizer state."""
+    """Send and receive parameters and optimizer state."""
 
     async def serve(self, actor: Actor, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] != "PUT":
@@ -176,7 +176,7 @@ class ContentsEndpoint(Endpoint):
 
 
 class GroupsEndpoint(Endpoint):
-    """Take a param group in; answer with the receipt, and to a worker that had to learn the group with parameters."""
+    """Receive a param group; answer with the receipt, and with parameters if another worker had added the group."""
 
     async def serve(self, actor: Actor, reserve: Reserve, scope: Scope, receive: Receive, send: Send) -> None:
         head, intake, fingerprint = await self.take(
@@ -206,19 +206,19 @@ async def _delivered(actor: Actor, head: PushHead, view: View, spent: Intake | N
 
 
 def fingerprint_of(head: PushHead, shared: SharedPush) -> str:
-    """Return what identifies a push whose gradients are in shared memory: all of its header but where answers go.
+    """Return the fingerprint of a push with gradients in shared memory: its header without the target of the answer.
 
-    The worker has promised that the same filling holds the same gradients.
+    The worker guarantees that the same count of fillings means the same gradients.
     """
     same = replace(head, shared=replace(shared, deliver=False))
     return xxhash.xxh3_128_hexdigest(repr(same).encode())
 
 
 async def answer_view(send: Send, header: dict[str, Any], view: View, *, delivered: bool = False) -> None:
-    """Answer with the contents of a version, and give it back.
+    """Answer with the contents of a version, and release it.
 
     Args:
-        delivered: they are in shared memory already.
+        delivered: they have been written to shared memory.
     """
     try:
         header |= {"version": view.version, "count": view.count}
@@ -234,7 +234,7 @@ async def answer_view(send: Send, header: dict[str, Any], view: View, *, deliver
 
 
 async def _size(actor: Actor, fields: Sequence[str], indices: Sequence[int] | None) -> int:
-    """Return the bytes that fields take, about; more where they are of the parameters' shapes."""
+    """Return an upper estimate of the bytes of fields."""
     layout, kinds = actor.plan.layout, actor.plan.rule.kinds
     free = [name for name in fields if kinds.get(name) == "free"]
     one = layout.nbytes if indices is None else layout.bytes_of(indices)
@@ -248,11 +248,11 @@ async def _size(actor: Actor, fields: Sequence[str], indices: Sequence[int] | No
 
 
 def _converted_bytes(plan: Plan, head: PushHead) -> int:
-    """Return the bytes that a push takes beside its body.
+    """Return the additional bytes that a push takes beside its body.
 
-    Gradients that came as bytes of a codec are decoded first. Those in 16 bits are widened before they are clipped,
-    corrected, added to others, or go to what is no rule. Parameters in the same 16 bits take the gradients' place, in
-    another codec their own.
+    Gradients encoded as bytes are decoded first. Those in 16 bits are widened before they are clipped, compensated,
+    added to others, or used by an optimizer that is no rule. Parameters in the same 16 bits use the gradients' memory,
+    in another codec their own.
     """
     mode = plan.consistency
     alone = mode.alone and not mode.delay_compensation and isinstance(plan.rule, Rule)
@@ -263,17 +263,17 @@ def _converted_bytes(plan: Plan, head: PushHead) -> int:
 
 
 def _indices(query: Sequence[str], count: int) -> list[int]:
-    """Return the segments of a query such as `segments=0,3,7,8`, which are ranges as in a header."""
+    """Return the segments of a query such as `segments=0,3,7,8`: ranges as in a header."""
     bounds = ",".join(query).split(",")
     ranges = [int(each) if each.isascii() and each.isdecimal() and len(each) < 10 else each for each in bounds]
     return from_ranges(ranges, count)
 
 
 def _reader(query: Mapping[str, Sequence[str]]) -> Reader | None:
-    """Return who pulls, None where the query does not say.
+    """Return the worker that pulls, None if the query does not name it.
 
     Raises:
-        InvalidRequest: it says half of it, or no epoch that there can be.
+        InvalidRequest: it names only worker or epoch, or an invalid epoch.
     """
     if "worker" not in query and "epoch" not in query:
         return None

@@ -1,7 +1,7 @@
-"""The JSON documents that come in: what nobody knows is refused, never ignored.
+"""Incoming JSON documents: unknown fields are refused, never ignored.
 
-The first mistake ends the reading: a document of a million mistakes costs no more than one of one. Large fields are
-read and checked in pieces by `farstep_service.routes.reading`, and are then not checked again.
+Reading stops at the first mistake, so a document of a million mistakes costs no more than one. Large fields are read
+and checked in pieces by `farstep_service.routes.reading`, and not checked again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from farstep_service.tensors import Snapshot
 from farstep_service.tensors.contents import PARAM, Contents
 
 MAX_OPTIONS: Final = 64
-"""Options that one param group may have."""
+"""The most options of one param group."""
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$"
 Name = Annotated[str, Field(pattern=NAME)]
@@ -40,7 +40,7 @@ NamePath = Annotated[str, Path(pattern=NAME)]
 
 
 def _digits(value: object) -> object:
-    """Refuse what pydantic would make a number of, such as `1.0` or `+1`."""
+    """Refuse spellings that pydantic would convert to a number, such as `1.0` or `+1`."""
     if isinstance(value, str) and not (value.isascii() and value.isdecimal() and len(value) < 16):
         raise ValueError("it must be a whole number in digits")
     return value
@@ -51,18 +51,18 @@ EpochQuery = Annotated[int, Digits, Query(ge=1)]
 
 
 class Document(BaseModel):
-    """Base of the documents that come in: what nobody knows is refused, never ignored."""
+    """Base class of incoming documents: unknown fields are refused, never ignored."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Whole(Document):
-    """Base of a whole document."""
+    """Base class of a whole document."""
 
     @model_validator(mode="before")
     @classmethod
     def _refuse_unknown(cls, document: object) -> object:
-        """Refuse the first field that nobody knows, instead of counting them all."""
+        """Refuse the first unknown field, instead of counting them all."""
         for key in document if isinstance(document, dict) else ():
             if key not in cls.model_fields:
                 raise ValueError(f"there is no field {key!r:.80}")
@@ -78,7 +78,7 @@ class ReadMembers(dict[str, Any]):
 
 
 def _once(value: object, check: ValidatorFunctionWrapHandler) -> object:
-    """Check what was not checked in pieces."""
+    """Check a value that was not checked in pieces."""
     return value if isinstance(value, (Read, ReadMembers, Layout)) else check(value)
 
 
@@ -96,7 +96,7 @@ class SegmentDocument(Document):
 
 
 class PlanDocument(Whole):
-    """Base of the documents that say what a session is."""
+    """Base class of documents that describe a session."""
 
     name: Name
     optimizer: str
@@ -111,9 +111,9 @@ class PlanDocument(Whole):
 class SessionDocument(PlanDocument):
     """A session to create or join, and the worker that joins it.
 
-    `options`: `session` joins whatever options are in force, `push` brings other ones with each push. Without it the
-    groups have to be as they were created, or as they are now. `named`: the worker's name was chosen, and is the same
-    in every run.
+    `options`: `session` joins with any options in force, `push` sends its own with each push. Without it the groups
+    must equal those at the creation, or those in force. `named`: the worker's name was chosen, and is the same in every
+    run.
     """
 
     worker: Name
@@ -122,7 +122,7 @@ class SessionDocument(PlanDocument):
 
 
 class SnapshotDocument(PlanDocument):
-    """What a session file says about its session: the options in force and the state fields beside what it is."""
+    """The description of a session in a session file, with the options in force and the state fields."""
 
     version: Annotated[int, Field(ge=0, le=LARGEST_START_VERSION)]
     options: Annotated[list[dict[str, Any]], Field(min_length=1, max_length=MAX_GROUPS), FailFast()]
@@ -131,7 +131,7 @@ class SnapshotDocument(PlanDocument):
 
 
 class MemoryDocument(Document):
-    """Memory that a worker offers to share: the random key in its name, and where the worker's process has it open."""
+    """Memory that a worker shares: the random key in its name, and the process and descriptor that have it open."""
 
     epoch: Annotated[int, Field(ge=1)]
     key: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -140,7 +140,7 @@ class MemoryDocument(Document):
 
 
 class LeaseDocument(Whole):
-    """A worker that is there: the epoch and the life of the session that it joined."""
+    """A live worker: its epoch, and the incarnation of the session that it joined."""
 
     epoch: Annotated[int, Field(ge=1)]
     incarnation: Annotated[str, Field(max_length=64)]
@@ -156,25 +156,25 @@ class GroupsDocument(Whole):
 
 
 class ConsistencyDocument(Whole):
-    """The mode that a session shall go on in, with its options."""
+    """The mode to switch a session to, with its options."""
 
     consistency: dict[str, Any]
 
 
 def spec_of(segment: SegmentDocument) -> SegmentSpec:
-    """Return what a document says about one parameter."""
+    """Return the spec of one parameter."""
     return SegmentSpec(segment.name, tuple(segment.shape), segment.dtype, segment.group)
 
 
 def parts_of(document: PlanDocument) -> int:
-    """Return how many parameters and param groups a document has together."""
+    """Return the number of parameters and param groups of a document."""
     segments: object = document.segments
     count = len(segments.segments) if isinstance(segments, Layout) else len(document.segments)
     return len(document.groups) + count
 
 
 def plan_of(document: PlanDocument) -> Plan:
-    """Return the plan a document describes; see `Plan.build` for what it refuses."""
+    """Return the plan in a document; for errors see `Plan.build`."""
     segments: object = document.segments
     if not isinstance(segments, Layout):
         segments = Layout.build(map(spec_of, document.segments))
@@ -191,14 +191,14 @@ def plan_of(document: PlanDocument) -> Plan:
 
 
 def snapshot_of(head: FileHead, name: str | None) -> Snapshot:
-    """Return the snapshot that a session file describes, its contents without memory as yet.
+    """Return the snapshot in a session file's head; its contents have no memory yet.
 
     Args:
         head: of the file.
-        name: what the session shall be called, if not what it was.
+        name: the session's new name, None for the one in the file.
 
     Raises:
-        InvalidFile: the description is not one of a session, or of another release's optimizer.
+        InvalidFile: the description is invalid, or of another release's optimizer.
         FarstepError: see `Plan.build`.
     """
     try:
@@ -209,7 +209,7 @@ def snapshot_of(head: FileHead, name: str | None) -> Snapshot:
         raise invalid_file(f"its session says something odd about {where!r:.100}: {first['msg']:.200}") from None
     plan = plan_of(document if name is None else document.model_copy(update={"name": name}))
     kinds = plan.rule.kinds
-    # Files of before there were precisions have none, and the numbers in them are float32's.
+    # Files of older releases have no precisions, and the numbers in them are float32's.
     known = [item for item in kinds.items() if item[1] != "precision" or item[0] in document.fields]
     if list(document.fields.items()) != known:
         raise InvalidFile(

@@ -1,10 +1,10 @@
-"""The page at `/docs`: the OpenAPI description in plain HTML, whole in itself: it needs no internet.
+"""The page at `/docs`: the OpenAPI description in plain, self-contained HTML.
 
     title, description
     one section per tag, with its operations:   method and path, what it does, what it takes and answers
     the documents that they name, each with its members
 
-Nothing is loaded from elsewhere, and the page's policy forbids a browser to.
+It loads nothing else, and its policy forbids a browser to.
 """
 
 from __future__ import annotations
@@ -80,14 +80,14 @@ def _table(rows: Iterable[tuple[str, str, str]]) -> str:
 
 
 def _content(body: Described) -> str:
-    """Say what a body holds."""
+    """Return the content of a body as HTML."""
     return ", ".join(
         f"{_kind(each['schema'])} <small>{escape(kind)}</small>" for kind, each in body.get("content", {}).items()
     )
 
 
 def _kind(schema: Described) -> str:
-    """Say of what kind a value is."""
+    """Return the kind of a value as HTML."""
     if "$ref" in schema:
         name = escape(schema["$ref"].rpartition("/")[2])
         return f'<a href="#{name}">{name}</a>'
@@ -105,7 +105,7 @@ def _kind(schema: Described) -> str:
 
 
 def _bounds(schema: Described, required: bool) -> str:
-    """Say what a value must be beside its kind."""
+    """Return the bounds of a value as HTML."""
     said = ["required" if required else "optional"]
     if "default" in schema:
         said.append(f"default <code>{escape(json.dumps(schema['default']))}</code>")
@@ -116,5 +116,5 @@ def _bounds(schema: Described, required: bool) -> str:
 
 
 def _prose(text: str) -> str:
-    """Return text as HTML; what stands between backticks is code."""
+    """Return text as HTML, with code between backticks."""
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))

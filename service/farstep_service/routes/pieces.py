@@ -1,14 +1,13 @@
-"""JSON documents that are read in pieces, so that no single piece keeps the event loop from answering.
+"""Reading JSON documents in pieces, so that no single piece blocks the event loop.
 
     {"name": "s", "segments": [{...}, {...}, ... 100,000 of them], "groups": [{...}, ...]}
                                └ a piece ┘
 
-`json.loads` holds the interpreter's lock from the first byte to the last: for a document of 32 MB that is a second in
-which nothing else runs, whichever thread it is in. Here the decoder is called once for each element of a large list,
-and once for each member of a large object. Between two calls another thread may have its turn, and a piece is of
-bounded length.
+`json.loads` holds the interpreter's lock from the first byte to the last: for a document of 32 MB nothing else runs for
+a second, in any thread. Here the decoder is called once for each element of a large list, and once for each member of a
+large object. Between two calls another thread may run, and the length of a piece is bounded.
 
-The text is UTF-8, as RFC 8259 has it. A key that is there twice is refused: of two values, either could be meant.
+The text is UTF-8, as RFC 8259 requires. A repeated key is refused: either value could be meant.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from typing import Final, NoReturn, final
 from farstep.errors import InvalidRequest
 
 PIECE_CHARS: Final = 512 * 1024
-"""Characters that one value may have, unless it is read in pieces; decoding them takes a few milliseconds."""
+"""The most characters of a value that is not read in pieces; decoding them takes a few milliseconds."""
 CHUNK_BYTES: Final = 16 * 1024
 """Bytes that are decoded together."""
 
 _REST_OF_NUMBER: Final = len("e+1")
-"""Characters that have to follow a value for it to be known that no number goes on there."""
+"""Characters that must follow a value to show that it is not a number that continues."""
 _SPACE: Final = re.compile(r"[ \t\n\r]*")
 _DECODER: Final = json.JSONDecoder()
 
@@ -36,13 +35,13 @@ _DECODER: Final = json.JSONDecoder()
 class JsonReader:
     """Read one document from its first character to its last.
 
-    Each value is read by one of `value`, `elements` and `members`, in the order in which values come.
+    Each value is read by one of `value`, `elements` and `members`, in the document's order.
 
     Args:
         chunks: the document's bytes.
 
     Raises:
-        InvalidRequest: it is no JSON, or one value is too long.
+        InvalidRequest: it is not JSON, or one value is too long.
     """
 
     def __init__(self, chunks: Iterable[bytes]) -> None:
@@ -54,7 +53,7 @@ class JsonReader:
         self._over = False
 
     def peek(self) -> str:
-        """Return the next character that is no white space, "" at the end."""
+        """Return the next character that is not white space, "" at the end."""
         while True:
             match = _SPACE.match(self._text, self._at)
             assert match is not None
@@ -65,7 +64,7 @@ class JsonReader:
                 return ""
 
     def value(self) -> object:
-        """Read a whole value, which may not be long."""
+        """Read a whole value of limited length."""
         self.peek()
         while True:
             try:
@@ -84,7 +83,7 @@ class JsonReader:
             return found
 
     def elements(self) -> Iterator[None]:
-        """Go through a list; each of its elements has to be read before the next one is asked for."""
+        """Iterate over a list; each element must be read before the next iteration."""
         self._take("[")
         if self.peek() == "]":
             self._at += 1
@@ -95,7 +94,7 @@ class JsonReader:
                 return
 
     def members(self) -> Iterator[str]:
-        """Go through an object's keys; the value of each has to be read before the next one is asked for."""
+        """Iterate over an object's keys; each value must be read before the next iteration."""
         self._take("{")
         if self.peek() == "}":
             self._at += 1
@@ -114,7 +113,7 @@ class JsonReader:
                 return
 
     def end(self) -> None:
-        """See that nothing follows."""
+        """Refuse anything that follows."""
         if self.peek():
             self._fail("Something follows", self._at)
 
@@ -126,7 +125,7 @@ class JsonReader:
         return found
 
     def _twice_as_much(self) -> bool:
-        """Decode so much that looking at a long value again and again takes no longer than looking at it twice."""
+        """Double the decoded text, so that rescanning a long value costs no more than scanning it twice."""
         wanted = 2 * (len(self._text) - self._at)
         before = self._before + len(self._text)
         while len(self._text) - self._at < wanted and self._more():
@@ -134,7 +133,7 @@ class JsonReader:
         return self._before + len(self._text) > before
 
     def _more(self) -> bool:
-        """Let go of what was read, and decode more; return whether there was more."""
+        """Drop what was read, and decode more; return whether there was more."""
         if self._over:
             return False
         if len(self._text) - self._at > PIECE_CHARS:

@@ -1,7 +1,7 @@
-"""Turn errors into answers, in one place: RFC 9457 problem documents, also on the msgpack routes.
+"""Errors as answers, in one place: RFC 9457 problem documents, also on the msgpack routes.
 
-A client never sees a traceback. What is not an error of ours becomes `internal_error` with a number that stands in the
-server's log beside the traceback.
+A client never sees a traceback. Any other error than farstep's own becomes `internal_error` with a number, which the
+server's log shows beside the traceback.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ from farstep_service.routes.auth import PUBLIC, AllowedHosts, Tokens
 PROBLEM = b"application/problem+json"
 RETRY_AFTER_S = b"1"
 LONGEST = {"detail": 1000, "field": 200, "limit": 200}
-"""Characters of a problem's texts."""
+"""The most characters of a problem's texts."""
 
 ADMITTED = "farstep.admitted"
-"""In the scope of a request that has shown what it has to; the server takes more time for its body than for others'."""
+"""Set in the scope of an authorised request; the server allows more time for its body."""
 
 log = logging.getLogger("farstep.server")
 
 
 class Edge:
-    """Stand outermost: check the token and the host, run the application, and translate what it raises."""
+    """The outermost layer: check the token and the host, run the application, and translate its errors."""
 
     def __init__(self, app: ASGIApp, tokens: Tokens, hosts: AllowedHosts) -> None:
         self.app = app
@@ -58,7 +58,7 @@ class Edge:
         if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
             return
-        if scope["type"] != "http":  # nothing here speaks anything else
+        if scope["type"] != "http":  # only HTTP is supported
             await send({"type": "websocket.close", "code": 1008})
             return
         started = failed = False
@@ -85,12 +85,13 @@ class Edge:
         except Exception as exc:
             if started:
                 raise
-            # A decoder that failed and its error keep each other, and the error's frames the gradients and the session.
+            # A failed decoder and its error keep each other alive, and the error's frames the gradients and the
+            # session.
             traceback.clear_frames(exc.__traceback__)
             await answer(error_of(exc), noting_send)
 
     def _masked(self, scope: Scope, text: bytes) -> bytes:
-        """Return what repeats something that a client sent, without the credentials in it."""
+        """Return a text that repeats data of a client, without credentials in it."""
         shown = (value for name, value in scope["headers"] if name == b"authorization")
         return self._tokens.masked(text, shown)
 
@@ -117,7 +118,7 @@ def over_unix(scope: Scope) -> bool:
 
 
 def error_of(exc: Exception) -> FarstepError:
-    """Return the error of ours that an exception stands for."""
+    """Return the farstep error for an exception."""
     if isinstance(exc, FarstepError):
         return exc
     if isinstance(exc, RequestValidationError):
@@ -139,7 +140,7 @@ def error_of(exc: Exception) -> FarstepError:
 
 
 class Problem(BaseModel):
-    """An error, as RFC 9457 has it. Some codes add facts of their own, such as `expected`."""
+    """An error, as in RFC 9457. Some codes add facts of their own, such as `expected`."""
 
     type: str
     title: str
@@ -153,12 +154,12 @@ class Problem(BaseModel):
 
 
 def too_large(limit: int) -> LimitExceeded:
-    """Return the error of a JSON document of more bytes than its route takes."""
+    """Return the error for a JSON document that is too large for its route."""
     return LimitExceeded(f"The document is larger than {limit} bytes.", limit=limit)
 
 
 def http_error(status: int, detail: str) -> FarstepError:
-    """Return the error for a status that the framework itself decided on."""
+    """Return the error for a status set by the framework."""
     if status == NoSuchRoute.status:
         return NoSuchRoute("There is no such path here.", remedy="The routes are listed at /docs.")
     if status == NoSuchMethod.status:
@@ -169,10 +170,10 @@ def http_error(status: int, detail: str) -> FarstepError:
 
 
 def problem_of(error: FarstepError, *, status: int | None = None) -> bytes:
-    """Return the document that tells an error; what a client sent is not sent back at any length.
+    """Return the problem document of an error, with bounded texts, as these may repeat data of a client.
 
     Args:
-        status: the HTTP status it goes with, where that is not the error's own.
+        status: the HTTP status, if not the error's own.
     """
     document = error.to_problem()
     if status is not None:

@@ -1,4 +1,4 @@
-"""The body of a control route, within its route's bound; one that may be large is read in pieces.
+"""The bodies of control routes, within their bounds; large ones are read in pieces.
 
 up to 16 KiB     on the event loop: a fraction of a millisecond
 more             in a thread, one document of a route after the other; the lists of a document of 100,000 parameters
@@ -37,9 +37,9 @@ from farstep_service.routes.pieces import JsonReader
 from farstep_service.routes.problems import too_large
 
 SMALL_BYTES: Final = 16 * 1024
-"""Documents of no more than this are read on the event loop."""
+"""Documents up to this size are read on the event loop."""
 BATCH: Final = 128
-"""Elements that are checked together."""
+"""The number of elements that are checked together."""
 
 Element = TypeVar("Element")
 Pieced = Callable[[JsonReader], object]
@@ -51,12 +51,12 @@ _CHANGES = TypeAdapter(dict[GroupNumber, Options], config=ConfigDict(strict=True
 
 
 def _checked(field: str, reader: JsonReader, check: TypeAdapter[list[Element]], most: int) -> Iterator[Element]:
-    """Read a list and yield its elements, which were checked in batches.
+    """Read a list and yield its elements, checked in batches.
 
     Raises:
-        InvalidRequest: it is none.
+        InvalidRequest: it is not a list.
         LimitExceeded: it has more than `most` elements.
-        RequestValidationError: what is wrong with the first element that is not as it has to be.
+        RequestValidationError: the first invalid element.
     """
     number = 0
     batch: list[object] = []
@@ -81,7 +81,7 @@ def _valid(field: str, check: TypeAdapter[list[Element]], batch: list[object], n
 
 
 def _segments(reader: JsonReader) -> object:
-    """Read the parameters of a session, which become its layout as they come."""
+    """Read the parameters of a session into a layout."""
     if reader.peek() != "[":
         return reader.value()
     layout = Layout.empty().append(map(spec_of, _checked("segments", reader, _SEGMENTS, MAX_SEGMENTS)))
@@ -117,15 +117,15 @@ IN_PIECES: Final[Mapping[str, tuple[type[Whole], Mapping[str, Pieced]]]] = {
     "POST /v1/sessions": (SessionDocument, {"segments": _segments, "groups": _groups}),
     "PATCH /v1/sessions/{name}/groups": (GroupsDocument, {"groups": _changes}),
 }
-"""The documents that may be large, and how their large fields are read."""
+"""The documents that may be large, with the readers of their large fields."""
 
 
 def read(chunks: Iterable[bytes], model: type[Whole], pieced: Mapping[str, Pieced]) -> object:
-    """Return a document whose large fields are checked, and the others as they came.
+    """Return a document whose large fields are checked, and the others unchecked.
 
     Raises:
-        InvalidRequest, LimitExceeded, RequestValidationError: it is no JSON, or the first thing that is wrong with it.
-        TensorMismatch: a parameter that cannot be stored.
+        InvalidRequest, LimitExceeded, RequestValidationError: it is not JSON, or its first mistake.
+        TensorMismatch: a parameter is invalid.
     """
     reader = JsonReader(chunks)
     if reader.peek() != "{":
@@ -142,10 +142,10 @@ def read(chunks: Iterable[bytes], model: type[Whole], pieced: Mapping[str, Piece
 
 
 class DocumentRoute(APIRoute):
-    """A route that reads documents within its bound, large ones in pieces and one after the other."""
+    """A route that reads documents within its bound, large ones in pieces and one at a time."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler, with a bound around what it receives."""
+        """Return the handler, with a bound on what it receives."""
         handle = super().get_route_handler()
         (method, *_) = sorted(self.methods or ())
         limit = DOCUMENTS.most_bytes(method, self.path)
@@ -163,7 +163,7 @@ class DocumentRoute(APIRoute):
                 message = await request.receive()
                 left -= len(message.get("body", b""))
                 if left < 0:
-                    raise HTTPException(LimitExceeded.status)  # FastAPI hides every other error in here
+                    raise HTTPException(LimitExceeded.status)  # FastAPI hides every other error here
                 return message
 
             request_within = Request(request.scope, receive)
@@ -193,7 +193,7 @@ class _Given(Request):
         self._document = document
 
     async def body(self) -> bytes:
-        """Return bytes, so that somebody asks for the document."""
+        """Return bytes, so that FastAPI asks for the document."""
         return b"{}"
 
     async def json(self) -> object:

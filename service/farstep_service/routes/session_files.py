@@ -1,10 +1,10 @@
-"""A whole session as a file: out of a server, and into one that does not have it.
+"""Whole sessions as files: export from a server, and import into one.
 
     GET  /v1/sessions/{name}/file     one version of the session as a safetensors file (`docs/sessions.md`)
     PUT  /v1/sessions/{name}/file     such a file becomes the session of that name, which must be free
 
-A file is checked before memory is taken for its tensors, and the session is there when all of it is: whatever goes
-wrong before leaves nothing behind.
+A file is checked before memory is allocated for its tensors, and the session appears when it is complete: an earlier
+error leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from farstep_service.settings import Settings
 
 FILE = b"application/octet-stream"
 LARGEST = 2**63
-"""Bytes of a file at most; what it may be is decided by its head, which is read before memory is taken."""
+"""The largest file; the real bound follows from its head, which is read before memory is allocated."""
 
 
 @final
 class SessionFileEndpoint:
-    """Give and take sessions as files."""
+    """Send and receive sessions as files."""
 
     def __init__(self, registry: Registry, settings: Settings) -> None:
         self._registry = registry
@@ -73,7 +73,7 @@ class SessionFileEndpoint:
             text = bytearray(length)
             await incoming.fill([memoryview(text)])
 
-            # In threads: the head of 100,000 parameters takes a while.
+            # In threads: reading a head of 100,000 parameters takes a while.
             behind = None if size is None else size - LENGTH_BYTES - length
             head = await asyncio.to_thread(read_head, text, behind)
             snapshot = await asyncio.to_thread(snapshot_of, head, name)
@@ -87,14 +87,14 @@ class SessionFileEndpoint:
 
 @final
 class Incoming:
-    """Put a body that comes in chunks into memory, in the order asked for."""
+    """Read a body in chunks into given memory."""
 
     def __init__(self, body: AsyncIterator[bytes]) -> None:
         self._body = body
         self._rest = memoryview(b"")
 
     async def fill(self, places: Sequence[memoryview]) -> None:
-        """Receive as many bytes as there is room for.
+        """Fill the given memory.
 
         Raises:
             Truncated: the body ends before.
@@ -108,7 +108,7 @@ class Incoming:
                 place, self._rest = place[count:], self._rest[count:]
 
     async def end(self) -> None:
-        """See that nothing follows."""
+        """Refuse anything that follows."""
         rest = len(self._rest) + sum([len(chunk) async for chunk in self._body])
         if rest:
             raise InvalidRequest(f"{rest} bytes follow the end of the file.")

@@ -1,4 +1,4 @@
-"""One server as a process: its socket, its share of the machine, its life from the first signal to the last answer."""
+"""One server as a process: its sockets, its resources, and its life from start to shutdown."""
 
 from farstep_service.server.process import check_device, check_device_name
 from farstep_service.server.running import Listening, run

@@ -1,15 +1,13 @@
-"""The answer to one request on its way out: its head goes into the same write as the first of its body.
+"""Answers on their way to the client, and the watch on clients that read slowly.
 
-Between two writes the client wakes up for the head alone, and sleeps again. ASGI asks for this order too: a server
-begins to answer when there is a body to send.
+The head of an answer goes into the same write as the start of its body: between two writes the client would wake up for
+the head alone. ASGI asks for this order, too: a server begins to answer when there is a body to send.
 
-    whole      a body in one piece, over a connection that is kept: written here, head and body at once
-    else       what uvicorn's cycle writes for it, the head held back until the body begins
+    whole      a body in one piece, on a connection that is kept: head and body are written here at once
+    else       uvicorn's cycle writes the answer, and the head is held back until the body begins
 
-A client that does not take at once what is written for it, and for how long that may go on.
-
-A client that reads an answer slowly holds what the answer is made of: a version of the parameters, or a connection that
-is to be closed. It has to take something now and then, and enough on the whole.
+A slow reader holds the memory of its answer, such as a version of the parameters, and its connection. So `SlowReader`
+demands some progress within a time, and a rate overall.
 """
 
 from __future__ import annotations
@@ -28,19 +26,19 @@ from farstep_service.routes import OUTGOING, PROBLEM, problem_of
 from farstep_service.routes.problems import RETRY_AFTER_S
 
 LOOKS = 4
-"""How often within the time for which a reader may take nothing its progress is looked at."""
+"""The number of checks within the time that a reader may stall."""
 
 
 @final
 class SlowReader:
-    """Watch what is taken from a connection's buffer, and cut the connection off when that is too little.
+    """Watch the rate at which a connection's buffer drains, and abort the connection when it is too low.
 
     Args:
-        transport: the connection, with something in its buffer.
-        limit: how little is too little.
+        transport: the connection, with data in its buffer.
+        limit: the limit of its rate.
 
     Attributes:
-        over: whether all has been taken, so that there is nothing to watch.
+        over: whether the buffer is empty, so that the watch has ended.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop, transport: asyncio.Transport, limit: Limit) -> None:
@@ -54,11 +52,11 @@ class SlowReader:
         self._timer = self._in_a_while(LOOKS)
 
     def wrote(self, count: int) -> None:
-        """Take note of bytes that go into the buffer behind the others."""
+        """Record bytes that were added to the buffer."""
         self._left += count
 
     def stop(self) -> None:
-        """Watch no longer."""
+        """Stop watching."""
         self.over = True
         self._timer.cancel()
 
@@ -82,20 +80,20 @@ class SlowReader:
 
 LENGTH = b"content-length"
 PLAIN = frozenset({LENGTH, b"content-type", b"date", b"server"})
-"""Headers after which a connection goes on as before."""
+"""Headers that do not affect the connection."""
 HEADS_KEPT = 64
-"""Heads that are remembered; those of one step after the other differ in a length at most."""
+"""Heads to remember; those of successive steps differ at most in a length."""
 
 
 @final
 class Answering:
-    """Stand around the application, and between what uvicorn writes for it and the connection.
+    """A wrapper of the application, and of the connection that uvicorn writes its answers to.
 
     Args:
         app: answers the request.
         cycle: the request, as uvicorn sees it.
         transport: the connection.
-        wrote: called with how many bytes go into the connection's buffer, where not all of them leave it at once.
+        wrote: called with the number of bytes written to the connection, unless they are sent at once.
     """
 
     def __init__(
@@ -119,7 +117,7 @@ class Answering:
         try:
             await self._app(scope, receive, partial(self._send, send))
         finally:
-            # These two lead from the request back to itself, and would leave each to the garbage collector.
+            # Break these reference cycles, which would leave each request to the garbage collector.
             self._cycle.transport = self._transport
             scope.pop("extensions", None)
 
@@ -142,7 +140,7 @@ class Answering:
                 self._let_go()
 
     def _write_whole(self, start: Message, message: Message) -> bool:
-        """Write an answer that is all there, if nothing about it is unusual; return whether that was done."""
+        """Write a complete, ordinary answer; return whether that was done."""
         cycle, body = self._cycle, message.get("body", b"")
         usual = cycle.keep_alive and not (
             message.get("more_body") or cycle.access_log or cycle.disconnected or cycle.flow.write_paused
@@ -153,7 +151,7 @@ class Answering:
         if head is None:
             return False
         cycle.response_started = cycle.response_complete = True
-        self._transport.set_write_buffer_limits(high=0)  # it leaves now, and not when all that is left to do is done
+        self._transport.set_write_buffer_limits(high=0)  # sent now, and not at the end of this turn of the loop
         self._transport.writelines((head, body))
         self._transport.set_write_buffer_limits()
         cycle.message_event.set()
@@ -169,20 +167,20 @@ class Answering:
     # -- what others see of it (`farstep_service.sessions.Outgoing`) --------------------------------------------------
 
     def progress(self) -> tuple[float, int] | None:
-        """Return the seconds since the first of the body was there to be taken, and the bytes taken; None before."""
+        """Return the seconds since the body's first byte was available, and the bytes taken; None before."""
         if not self._handed:
             return None
         seconds = asyncio.get_running_loop().time() - self._began
         return seconds, self._handed - self._transport.get_write_buffer_size()
 
     def cut(self) -> None:
-        """End the connection at once, within the answer."""
+        """Abort the connection within the answer."""
         self._transport.abort()
 
     # -- what uvicorn's cycle asks of a transport ---------------------------------------------------------------------
 
     def write(self, data: bytes) -> None:
-        """Write, or keep for the write that follows."""
+        """Write, or hold back for the next write."""
         if self._held is None:
             self._wrote(len(data))
             self._transport.write(data)
@@ -190,7 +188,7 @@ class Answering:
             self._held.append(data)
 
     def close(self) -> None:
-        """Write what is kept and close."""
+        """Write what was held back, and close."""
         self._let_go()
         self._transport.close()
 
@@ -200,10 +198,10 @@ class Answering:
 
 
 def last_answer(error: FarstepError, status: int | None = None) -> bytes:
-    """Return the whole answer to what is not handed to the application; the connection is closed behind it.
+    """Return the complete answer to a request that the application does not get; the connection is closed after it.
 
     Args:
-        status: the HTTP status, where that is not the error's own.
+        status: the HTTP status, if not the error's own.
     """
     body = problem_of(error, status=status)
     busy = b"retry-after: %s\r\n" % RETRY_AFTER_S if isinstance(error, Busy) else b""
@@ -214,7 +212,7 @@ def last_answer(error: FarstepError, status: int | None = None) -> bytes:
 
 @lru_cache(maxsize=HEADS_KEPT)
 def _head(status: int, headers: tuple[tuple[bytes, bytes], ...], size: int) -> bytes | None:
-    """Return the head of an answer whose body has `size` bytes; None if that is for uvicorn to judge."""
+    """Return the head of an answer whose body has `size` bytes; None if uvicorn has to write it."""
     lengths = [value for name, value in headers if name == LENGTH]
     known = all(name in PLAIN and not HEADER_VALUE_RE.search(value) for name, value in headers)
     if not known or lengths != [b"%d" % size]:

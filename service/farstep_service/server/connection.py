@@ -1,4 +1,4 @@
-"""How a connection ends: by deadlines, by refusals, by readers that do not read, and where descriptors run out.
+"""How a connection ends: by deadlines, refusals, stalled readers, and lack of descriptors.
 
 connection_made     there is room for it, or one that waits makes room (`descriptors.py`)
 _within             the state that it enters has so many seconds
@@ -21,7 +21,7 @@ from farstep_service.server.descriptors import descriptors_of
 
 
 class Connection(HttpToolsProtocol):
-    """Hold a connection to its limits, whatever is spoken over it."""
+    """A connection that keeps to its limits, independent of its requests."""
 
     limits = CONNECTION
 
@@ -46,22 +46,22 @@ class Connection(HttpToolsProtocol):
 
     @property
     def idle_since(self) -> tuple[bool, float] | None:
-        """Return whether it has shown a token, and when its last answer was complete; None while one is to come."""
+        """Return whether it has shown a token, and when its last answer was complete; None while one is pending."""
         under_way = self._lent or not self._is_answered()
         return None if under_way or self.transport.is_closing() else (self._known, self._since)
 
     def make_room(self) -> None:
-        """End a connection that waits."""
+        """Close an idle connection."""
         self._close()
         self.transport.abort()
 
     def _is_answered(self) -> bool:
-        """Return whether no request waits for its answer."""
+        """Return whether no request is waiting for its answer."""
         cycle = cast("RequestResponseCycle | None", self.cycle)
         return cycle is None or cycle.response_complete
 
     def _refuse(self, error: FarstepError, status: int | None = None) -> None:
-        """Answer what cannot be answered by the application, and close."""
+        """Answer a request that the application does not get, and close."""
         if self._closed or self.transport.is_closing():
             return
         begun = self._dropping
@@ -74,14 +74,14 @@ class Connection(HttpToolsProtocol):
         self._close()
 
     def _close(self) -> None:
-        """Close when what was written has left, which a reader cannot put off for ever."""
+        """Close after the written data has been sent, which a reader cannot delay forever."""
         self._closed, self._rest = True, b""
         self._within(None)
         self.transport.close()
         self._watch_reader()
 
     def _within(self, seconds: float | None, then: Callable[..., None] | None = None, *args: object) -> None:
-        """Give the connection so long in the state that it enters; None for one without an end of its own."""
+        """Set a deadline for the connection's new state; None for no deadline."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = None if seconds is None or then is None else self.loop.call_later(seconds, then, *args)
@@ -106,7 +106,7 @@ class Connection(HttpToolsProtocol):
             self._reader.wrote(count)
 
     def eof_received(self) -> None:
-        """Close when what was written has left."""
+        """Close after the written data has been sent."""
         self._watch_reader()
 
     def connection_lost(self, exc: Exception | None) -> None:

@@ -1,7 +1,7 @@
 """Turns between connections that sent several requests at once: one request of each, then the event loop.
 
-Thousands of small requests may come in one write. Answered in one go they would keep everyone else waiting who has
-sent one request and waits for its answer; so what follows the first waits here, and the connection is not read from.
+Thousands of small requests may arrive in one write. Answering them together would delay all clients that sent one
+request; so the requests after the first wait here, and the connection is not read from.
 
     turn        one request of each connection that waits, for `TURN_S` together at most
     between     the event loop reads from sockets, answers who has asked for one thing, and fires timers
@@ -17,19 +17,19 @@ from typing import Protocol, final
 from weakref import WeakKeyDictionary
 
 TURN_S = 0.001
-"""Seconds of a turn: what all requests that came early may together add to the waiting of others."""
+"""Seconds of a turn: the delay of others by all early requests together."""
 
 
 class TurnTaker(Protocol):
-    """A connection with requests that have come and were not begun."""
+    """A connection with requests that have arrived and were not begun."""
 
     def take_turn(self) -> None:
-        """Begin one of them, and wait again if there are more."""
+        """Begin one of them, and wait again if more remain."""
 
 
 @final
 class ConnectionTurns:
-    """Give turns to the connections of one event loop.
+    """The turns of the connections of one event loop.
 
     Args:
         clock: seconds.
@@ -37,12 +37,12 @@ class ConnectionTurns:
 
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.perf_counter) -> None:
         self._loop = loop
-        self._clock = clock  # the loop's own may stand still while it runs callbacks
+        self._clock = clock  # the loop's own may not advance while it runs callbacks
         self._waiting: deque[TurnTaker] = deque()
         self._called = False
 
     def wait(self, connection: TurnTaker) -> None:
-        """Let a connection that does not wait yet wait for its turn, which comes soon."""
+        """Add a connection that waits for its turn."""
         self._waiting.append(connection)
         self._call()
 

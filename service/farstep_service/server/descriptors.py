@@ -1,11 +1,11 @@
-"""File descriptors that are kept free: a server without one can accept no connection, and cannot even say so.
+"""A reserve of file descriptors: a server without one cannot accept a connection, and cannot report it.
 
-The kernel gives the lowest number that is free. So a connection whose number is close to the limit says that hardly one
-is left, before the last one is gone: then the connection that has been idle longest makes room, those first that have
-never shown a token. Connections are accepted one after the other, so that room is there before the next one needs it.
+The kernel assigns the lowest free number. So a connection whose number is close to the limit shows that few are left:
+then the connection that has been idle longest is closed, those without a token first. Connections are accepted one
+after the other, so that a descriptor is free before the next one needs it.
 
-Event loops do this badly: they accept all that come at once, and when none is left, uvloop takes connections and closes
-them without a word, and asyncio's own stops taking any for a second.
+Event loops handle this badly: they accept all pending connections at once, and when no descriptor is left, uvloop
+silently closes connections, and asyncio stops accepting for a second.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from typing import Protocol, final
 from weakref import WeakKeyDictionary
 
 TOLD_EVERY_S = 600.0
-"""Seconds from one line in the log to the next one, while connections are closed all the time."""
+"""Seconds between two log lines while connections are being closed."""
 PAUSE_S = 0.05
-"""Seconds until a connection is accepted again after one could not be."""
+"""Seconds before accepting again after a failure."""
 
 log = logging.getLogger("farstep.server")
 
 
 class Evictable(Protocol):
-    """A connection that may have to make room."""
+    """A connection that may be closed to free its descriptor."""
 
     @property
     def idle_since(self) -> tuple[bool, float] | None:
-        """Return whether it has shown a token, and the time since when it waits; None while a request is under way."""
+        """Return whether it has shown a token, and since when it is idle; None during a request."""
 
     def make_room(self) -> None:
-        """End it."""
+        """Close it."""
 
 
 def most_descriptors() -> int:
-    """Return how many this process may have."""
+    """Return the limit of this process."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return soft if soft != resource.RLIM_INFINITY else 1 << 62
 
 
 @final
 class Descriptors:
-    """Keep some descriptors of a server free.
+    """Keep a reserve of a server's descriptors free.
 
     Args:
-        most: returns how many there may be.
+        most: returns the limit.
         clock: seconds.
     """
 
@@ -63,11 +63,11 @@ class Descriptors:
         self._crowd = inf
 
     def are_enough(self, number: int, reserve: int, connection: Evictable, connections: Collection[Evictable]) -> bool:
-        """Return whether a new connection may stay; where hardly a descriptor is left, another one makes room for it.
+        """Return whether a new connection may stay; if few descriptors are left, another one is closed for it.
 
         Args:
             number: its descriptor.
-            reserve: how many are to be free; a quarter of all is enough.
+            reserve: the number to keep free, at most a quarter of all.
             connection: the new one.
             connections: all of them.
         """
@@ -76,11 +76,11 @@ class Descriptors:
             self._crowd = min(self._crowd, others)
         elif others < self._crowd / 2:
             self._crowd = inf
-        # Those who make room leave low numbers behind: the next ones get them, and make the crowd no smaller.
+        # Closed connections free low numbers, which the next ones get: their numbers do not show the crowd.
         return others < self._crowd or self.make_room(each for each in connections if each is not connection)
 
     def make_room(self, others: Iterable[Evictable]) -> bool:
-        """Close the connection that has waited longest, and return whether there was one."""
+        """Close the connection that has been idle longest, and return whether there was one."""
         now = self._clock()
         if now >= self._silent_until:
             self._silent_until = now + TOLD_EVERY_S
@@ -104,7 +104,7 @@ async def accept(
     Args:
         listening: the socket that listens.
         protocol: makes the protocol of a connection.
-        connections: those that there are.
+        connections: the present connections.
     """
     loop = asyncio.get_running_loop()
     listening.setblocking(False)
@@ -112,7 +112,7 @@ async def accept(
         try:
             accepted, _ = await loop.sock_accept(listening)
         except OSError as exc:
-            if exc.errno in (errno.EMFILE, errno.ENFILE):  # others than connections took what was kept free
+            if exc.errno in (errno.EMFILE, errno.ENFILE):  # something else than connections took the reserve
                 descriptors_of(loop).make_room(connections)
             elif exc.errno != errno.ECONNABORTED:
                 log.warning("a connection could not be accepted: %s", exc)
@@ -129,7 +129,7 @@ _DESCRIPTORS: WeakKeyDictionary[asyncio.AbstractEventLoop, Descriptors] = WeakKe
 
 
 def descriptors_of(loop: asyncio.AbstractEventLoop) -> Descriptors:
-    """Return the descriptors of the server that runs in an event loop."""
+    """Return the descriptors of the server in an event loop."""
     descriptors = _DESCRIPTORS.get(loop)
     if descriptors is None:
         descriptors = _DESCRIPTORS[loop] = Descriptors()

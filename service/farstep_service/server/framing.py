@@ -1,12 +1,12 @@
-"""Where a head and the body of a request end, found without I/O.
+"""The framing of requests: the ends of heads and bodies, without I/O.
 
     Heading     empty lines, a request line, headers, an empty line
     Sized       Content-Length: the next `left` bytes
     Chunked     a line with a size, content of that size, an empty line, and so on; a last chunk of no size, trailers,
                 an empty line
 
-What stands around the content has a budget: a chunk's line and its extensions, chunks that are too small to be worth
-theirs, trailers. Extensions and trailers are dropped: what a request says of itself, it says in its head.
+Everything around the content has a limit: a chunk's line and its extensions, the number of small chunks, trailers.
+Extensions and trailers are dropped: a request describes itself in its head.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})[ \t]*(?:;[\t\x20-\x7e\x80-\xff]*)?\r\n"
 TRAILER = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+:[\t\x20-\x7e\x80-\xff]*\r\n")
 EMPTY = b"\r\n"
 END = b"\r\n\r\n"
-"""What ends a head; the parser takes nothing else for its end."""
+"""The end of a head; the parser accepts no other."""
 WORTH_BYTES = 64
-"""Content that a chunk has to bring so that it is not counted among the small ones."""
+"""The content from which a chunk does not count as small."""
 
 
 @final
 class Heading:
-    """The head of a request, behind empty lines that may come before it.
+    """The head of a request, after optional empty lines.
 
     Args:
-        limits: what both may cost.
+        limits: of both.
 
     Attributes:
-        received: bytes of the head that have come.
+        received: bytes of the head that have arrived.
     """
 
     def __init__(self, limits: ConnectionLimits) -> None:
@@ -44,10 +44,10 @@ class Heading:
         self._tail = b""
 
     def take(self, data: bytes) -> tuple[bytes, bytes | None]:
-        """Return the part of the head that is in `data`, and what is behind it; None if its end is to come.
+        """Return the part of the head in `data`, and the bytes behind it; None if the end has not arrived.
 
         Raises:
-            InvalidRequest: empty lines come, and no request.
+            InvalidRequest: only empty lines arrive.
             LimitExceeded: the head is too large.
         """
         if not self.received:
@@ -65,7 +65,7 @@ class Heading:
         return head, rest
 
     def _end(self, data: bytes) -> int:
-        """Return where in `data` the head ends, 0 if that is to come."""
+        """Return the position in `data` where the head ends, 0 if its end has not arrived."""
         seam = (self._tail + data[: len(END) - 1]).find(END)
         if seam >= 0:
             return seam + len(END) - len(self._tail)
@@ -75,11 +75,11 @@ class Heading:
 
 @final
 class Sized:
-    """A body whose length was announced.
+    """A body of announced length.
 
     Attributes:
-        left: bytes that are still to come.
-        received: bytes of its content that have come.
+        left: bytes that have not arrived.
+        received: bytes of its content that have arrived.
     """
 
     announced: ClassVar[bool] = True
@@ -90,7 +90,7 @@ class Sized:
 
     @property
     def over(self) -> bool:
-        """Return whether all of it has come."""
+        """Return whether all of it has arrived."""
         return self.left == 0
 
     def take(self, data: bytes) -> tuple[list[memoryview], int]:
@@ -107,15 +107,15 @@ class Sized:
 
 @final
 class Chunked:
-    """A body that comes in chunks.
+    """A body in chunks.
 
     Args:
-        limits: what may stand around its content.
+        limits: the limits of the data around its content.
 
     Attributes:
-        left: bytes of content that come next, before anything else does.
-        received: bytes of content that have come.
-        over: whether its end has come.
+        left: bytes of content that follow in the present chunk.
+        received: bytes of content that have arrived.
+        over: whether its end has arrived.
     """
 
     announced: ClassVar[bool] = False
@@ -135,7 +135,7 @@ class Chunked:
         """Return the content in `data`, and how many of its bytes belong to this body.
 
         Raises:
-            InvalidRequest, LimitExceeded: it is not framed as it should be; where the next request begins is not known.
+            InvalidRequest, LimitExceeded: the framing is invalid, so the start of the next request is unknown.
         """
         view, pieces, at = memoryview(data), [], 0
         while at < len(data) and not self.over:
@@ -206,10 +206,10 @@ Framing = Sized | Chunked
 
 
 def framing_of(headers: list[tuple[bytes, bytes]], limits: ConnectionLimits) -> Framing:
-    """Return where the body ends, of a request whose headers httptools has accepted.
+    """Return the framing of a request's body, from headers that httptools has accepted.
 
     Raises:
-        UnsupportedMedia: the body is encoded, besides that it comes in chunks.
+        UnsupportedMedia: the body has another transfer encoding than chunked.
     """
     for name, value in headers:
         if name == b"content-length":

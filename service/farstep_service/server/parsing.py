@@ -1,14 +1,13 @@
-"""The parser of a connection, to which every request is one of HTTP/1.1: an `Upgrade` is declined by not answering it.
+"""The parser of a connection, for HTTP/1.1 only: an `Upgrade` is declined by ignoring it.
 
-httptools takes a request that asks for another protocol (`Upgrade: h2c`, from `curl --http2` and Java's HttpClient) for
-the last one of HTTP/1.1 and does not read its body, which would then be the next request. A server that does not change
-the protocol has to go on as if it had not been asked (RFC 9110, 7.8), so such a head is parsed again without the words
-that ask:
+httptools treats a request for another protocol (`Upgrade: h2c`, from `curl --http2` and Java's HttpClient) as the last
+one of HTTP/1.1 and does not read its body, which would then be the next request. A server that does not upgrade has to
+ignore the request for it (RFC 9110, 7.8), so such a head is parsed again without it:
 
     head with Upgrade       url and headers are collected, nothing is begun
     the same without        as any other: it begins, and its body follows
 
-A target that names a host stands above the `Host` header (RFC 9112, 3.2.2); that header then says the same.
+The host in a target overrides the `Host` header (RFC 9112, 3.2.2), which is then set to it.
 """
 
 from __future__ import annotations
@@ -18,11 +17,11 @@ from typing import Protocol, final
 import httptools
 
 ASKING = frozenset({b"upgrade", b"http2-settings"})
-"""Headers, and words of `Connection`, that ask for another protocol."""
+"""Headers, and words of `Connection`, that request another protocol."""
 
 
 class Listener(Protocol):
-    """What hears of the parts of requests, as uvicorn's protocol does; names of headers are in lower case."""
+    """The receiver of a request's parts, such as uvicorn's protocol; header names are in lower case."""
 
     url: bytes
     headers: list[tuple[bytes, bytes]]
@@ -40,7 +39,7 @@ class Parser:
     """Parse the requests of a connection.
 
     Args:
-        listener: hears of their parts.
+        listener: receives their parts.
     """
 
     def __init__(self, listener: Listener) -> None:
@@ -53,11 +52,11 @@ class Parser:
         self._parser = self._fresh()
 
     def feed_data(self, data: bytes | memoryview) -> None:
-        """Parse what has come.
+        """Parse received data.
 
         Raises:
             httptools.HttpParserError: it is not HTTP.
-            httptools.HttpParserUpgrade: a CONNECT, behind which nothing is HTTP.
+            httptools.HttpParserUpgrade: a CONNECT, after which nothing is HTTP.
         """
         while True:
             try:
@@ -74,7 +73,7 @@ class Parser:
                 return
 
     def on_headers_complete(self) -> None:
-        """Begin the request, unless its head has to be parsed again."""
+        """Begin the request, unless its head must be parsed again."""
         self._asked = self._parser.should_upgrade() and self._parser.get_method() != b"CONNECT"
         if self._asked:
             return
@@ -106,7 +105,7 @@ class Parser:
 
     def _fresh(self) -> httptools.HttpRequestParser:
         parser = httptools.HttpRequestParser(self)
-        # Bytes behind a last request are dropped: its answer is to be read all the same.
+        # Bytes behind a last request are dropped; the client still reads its answer.
         parser.set_dangerous_leniencies(lenient_data_after_close=True)
         return parser
 

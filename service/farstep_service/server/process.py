@@ -1,4 +1,4 @@
-"""What the machine has for a server: CPUs, a device, kernels that were built ahead."""
+"""The resources of a server process: CPU threads, memory, the collector, a device, prebuilt kernels."""
 
 from __future__ import annotations
 
@@ -16,22 +16,21 @@ _TOP_PAD = -2
 """glibc's M_TOP_PAD."""
 
 GARBAGE = (100_000, 5, 2)
-"""How many more objects than are freed there may be before the collector looks at the young ones, and how often it
-looks at those before it looks at older ones.
+"""The garbage collector's thresholds: of new objects, and of the collections before older generations are collected.
 
-A request leaves nothing to collect, however it ends. What the collector finds are pushes that wait: a thousand are
-60,000 objects, and looking at them again and again took a quarter of the time that their answers take.
+A request leaves nothing to collect, however it ends. The collector only traverses waiting pushes: a thousand are 60,000
+objects, and traversing them repeatedly took a quarter of the time of their answers.
 """
 
 _DEVICE = re.compile(r"cpu|cuda(?::(\d{1,3}))?")
 
 
 def tune_(environment: MutableMapping[str, str], steps: int) -> None:
-    """Set the variables that OpenMP and torch read when torch is loaded; those that the user has set stay.
+    """Set the variables that OpenMP and torch read when torch is loaded; keep those that the user has set.
 
-    Each step gets its share of the CPUs, and threads that wait for each other sleep: with two that spin on two busy
-    cores a step takes 50 times longer. Tensors lie in huge pages where the kernel grants them: writing 100 MB of fresh
-    memory for the first time took 47 ms in small pages, 9 ms in huge ones, and 5 ms is the copy itself.
+    Each step gets its share of the CPUs, and waiting threads sleep: with two that spin on two busy cores a step takes
+    50 times longer. Tensors use huge pages where the kernel grants them: writing 100 MB of fresh memory for the first
+    time took 47 ms in small pages, 9 ms in huge ones, and 5 ms is the copy itself.
     """
     wanted = {
         "OMP_WAIT_POLICY": "PASSIVE",
@@ -44,10 +43,10 @@ def tune_(environment: MutableMapping[str, str], steps: int) -> None:
 
 
 def keep_freed_memory(kept_bytes: int = 64 << 20) -> None:
-    """Let the allocator keep that much freed memory at hand instead of returning it to the kernel at once.
+    """Let the allocator keep freed memory instead of returning it to the kernel at once.
 
-    uvicorn makes a `bytes` of 256 KiB for each piece of a body. With glibc's own settings each is fresh memory again:
-    receiving 100 MB then takes 120 ms in place of 43.
+    uvicorn makes a `bytes` of 256 KiB for each piece of a body. With glibc's own settings each is fresh memory:
+    receiving 100 MB then takes 120 ms instead of 43.
     """
     try:
         ctypes.CDLL(None).mallopt(_TOP_PAD, kept_bytes)
@@ -56,24 +55,25 @@ def keep_freed_memory(kept_bytes: int = 64 << 20) -> None:
 
 
 TURN_S = 0.001
-"""Seconds for which a thread that runs Python may keep the event loop from going on."""
+"""Seconds for which a Python thread may block the event loop."""
 
 
 def take_turns() -> None:
-    """Let the event loop have its turn a millisecond after it asks for it, in place of five.
+    """Let the event loop get the interpreter within a millisecond, instead of five.
 
-    It asks after each call of the system. While a thread read the document of a session of 100,000 parameters, a turn
-    of the loop took 19 ms in the middle and 56 at most; so it takes 1.2 ms, and 20 at most. Kernels run no Python.
+    It needs the interpreter after each system call. While a thread read the document of a session of 100,000
+    parameters, a turn of the loop took 19 ms (median) and 56 at most; with this it takes 1.2 ms, and 20 at most.
+    Kernels run no Python.
     """
     sys.setswitchinterval(TURN_S)
 
 
 @contextmanager
 def loaded_for_good() -> Iterator[None]:
-    """Load what a server consists of without a collector, which leaves all of it alone afterwards.
+    """Load a server's modules without the garbage collector, and exclude them from later collections.
 
-    torch and FastAPI come to half a million objects. Looking at them took 0.4 s and more, in which no session
-    answered, and with a thousand workers under way every few thousand pushes: their requests are what grows old.
+    torch and FastAPI have half a million objects. Traversing them took 0.4 s and more, in which no session answered,
+    and with a thousand workers happened every few thousand pushes.
     """
     gc.disable()
     try:
@@ -85,7 +85,7 @@ def loaded_for_good() -> Iterator[None]:
 
 
 def check_device_name(name: str) -> None:
-    """Refuse a device that there cannot be, before torch is loaded.
+    """Refuse an invalid device name, before torch is loaded.
 
     Raises:
         InvalidOption: it is neither `cpu` nor `cuda` nor `cuda:<number>`.
@@ -120,7 +120,7 @@ def check_device(name: str) -> None:
 
 
 def kernels_at_hand(device: str) -> str:
-    """Say which kernels the first steps on a device will run; nothing is built or loaded for the answer."""
+    """Return which kernels the first steps on a device will run, in words; nothing is built or loaded."""
     from farstep_service.kernels import usual
     from farstep_service.kernels.compiled_kernels import CompiledKernel, default_directory, find
     from farstep_service.optimizers import RULES

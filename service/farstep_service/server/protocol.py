@@ -7,13 +7,13 @@
     dropping    the rest of a body whose request was answered before
     idle        between two requests; or the next has come already, and waits for its turn (`turns.py`)
 
-What each state may cost is a row of `farstep_service.limits`. This module holds connections to it, and `receiving.py`,
-to which one is lent while a body comes.
+The limits of each state are a row of `farstep_service.limits`. This module enforces them, together with `receiving.py`,
+to which a connection is lent while a body arrives.
 
-A request begins when all that came with its head has been read, and goes as far as it can without waiting: a small push
-is answered before the event loop turns, and never becomes a task (`farstep_service.sessions.coroutines`).
+A request begins when all data that came with its head has been read, and runs until it first waits: a small push is
+answered within the same turn of the event loop, and never becomes a task (`farstep_service.sessions.coroutines`).
 
-What uvicorn decides about messages stays its own; this only adds what it leaves out.
+uvicorn still decides about messages; this only adds what it leaves out.
 """
 
 from __future__ import annotations
@@ -71,13 +71,13 @@ class Protocol(Connection):
             self._go_on()
 
     def take_turn(self) -> None:
-        """Begin a request that came before the one ahead of it was answered."""
+        """Begin a request that arrived before the one ahead of it was answered."""
         self._waits = False
         if not self._closed:
             self._go_on()
 
     def _go_on(self) -> None:
-        """Take what has come, up to where a request begins and with what is there of its body."""
+        """Process received data up to the start of a request, with the part of its body that has arrived."""
         if self._closed:
             self._rest = b""
             return
@@ -90,7 +90,7 @@ class Protocol(Connection):
         self._settle()
 
     def _settle(self) -> None:
-        """Read on, unless another request has come that has to wait: for its turn, or for the answer ahead of it."""
+        """Continue reading, unless another request has arrived that must wait for its turn or for an answer."""
         if self._closed:
             return
         early = bool(self._rest)
@@ -108,7 +108,7 @@ class Protocol(Connection):
     # -- the head ---------------------------------------------------------------------------------------------------
 
     def _take_head(self) -> None:
-        """Feed the parser with the next head, or with the part of it that has come."""
+        """Feed the parser the next head, or the part of it that has arrived."""
         heading = self._heading = self._heading or Heading(self.limits)
         try:
             head, rest = heading.take(self._rest)
@@ -144,7 +144,7 @@ class Protocol(Connection):
             self._refuse(InvalidRequest(f"What came is not a request of HTTP/1.1{why}."))
 
     def _head_is_over(self, whole: bytes) -> None:
-        """Find out where the body ends; `whole` is the head, if it came in one piece."""
+        """Determine the framing of the body; `whole` is the head if it came in one piece."""
         self._within(None)
         self._heading, self._begun = None, False
         try:
@@ -155,7 +155,7 @@ class Protocol(Connection):
             return
         self._framing = framing
         if not framing.over:
-            self.parser = Parser(self)  # type: ignore[assignment]  # this one would wait for a body
+            self.parser = Parser(self)  # type: ignore[assignment]  # the old one would wait for a body
         if whole and isinstance(framing, Sized) and framing.left == len(self._rest):
             self._head = RequestHead.of(whole + self._rest, cast("dict[str, Any]", self.scope))
 
@@ -169,18 +169,18 @@ class Protocol(Connection):
             self._refuse(LimitExceeded(detail, limit=most), HEADERS_TOO_LARGE)
             return
         super().on_headers_complete()
-        # The next request may be parsed before this one is answered, so the cycle is bound.
+        # Bind the cycle: the next request may be parsed before this one is answered.
         cast("dict[str, Any]", self.scope)["extensions"] = {RECEIVE_INTO: partial(self._receive_into, self.cycle)}
 
     def on_message_complete(self) -> None:
-        """Leave it to the framing to say where a body ends."""
+        """Do nothing: the framing determines the end of a body."""
 
     def _head_is_late(self) -> None:
         detail = f"The request's head was not complete after {self.limits.head.within_s:g} s."
         self._refuse(InvalidRequest(detail, remedy="Send it in one go."), 408)
 
     def _is_idle(self) -> bool:
-        """Return whether the request before is answered."""
+        """Return whether the previous request is answered."""
         return (
             self.cycle.response_complete
             and self._framing is None
@@ -189,7 +189,7 @@ class Protocol(Connection):
         )
 
     def _repeat(self, head: RequestHead, body: bytes) -> None:
-        """Begin a request whose head came before, and which is complete."""
+        """Begin a complete request whose head is a repetition."""
         self._within(None)
         scope = head.scope()
         self.cycle = head.cycle(self, scope, self.on_response_complete)
@@ -203,7 +203,7 @@ class Protocol(Connection):
     # -- the body ---------------------------------------------------------------------------------------------------
 
     def _take_body(self, framing: Framing) -> None:
-        """Take the part of a body that has come: to the endpoint, or nowhere if its request was answered."""
+        """Pass the received part of a body to the endpoint, or drop it if its request was answered."""
         data, self._rest = self._rest, b""
         try:
             pieces, used = framing.take(data)
@@ -222,7 +222,7 @@ class Protocol(Connection):
             self._body_is_over(data[used:])
         elif self._drop_bytes < 0:
             self.transport.pause_reading()
-            self.transport.write_eof()  # and not close: what it reads after that would be lost
+            self.transport.write_eof()  # not close: the client would lose the answer
         if pieces or framing.over:
             self.cycle.message_event.set()
 
@@ -236,10 +236,10 @@ class Protocol(Connection):
             self._within(self.limits.idle.within_s, self._close)
 
     def _look_at_body(self, framing: Framing, began: float, seen: int) -> None:
-        """See whether a body that comes in pieces comes, and fast enough on the whole."""
+        """Check that a body in pieces arrives fast enough."""
         limit, now, received = self.limits.body, self.loop.time(), framing.received
         pace = Pace(limit.silent_s, limit.least_bytes_per_s)
-        if self.flow.read_paused:  # it is us who are slow
+        if self.flow.read_paused:  # the endpoint is slow, not the client
             began = now - received / limit.least_bytes_per_s
         elif error := pace.too_slow(received, None, now - began, silent=received == seen):
             self._refuse(error)
@@ -247,12 +247,12 @@ class Protocol(Connection):
         self._within(limit.silent_s, self._look_at_body, framing, began, received)
 
     async def _receive_into(self, cycle: RequestResponseCycle, sink: Sink, size: int | None, pace: Pace) -> None:
-        """Receive the body of a request, of `size` bytes if that is known, into the memory a sink names.
+        """Receive the body of a request, of `size` bytes if known, into the memory of a sink.
 
         Raises:
             ClientDisconnect: the connection is gone.
-            FarstepError: what the sink raises, `Truncated` when the body comes too slowly, or what is wrong with its
-                chunks. The rest of the body is read and dropped, so that the client reads the answer.
+            FarstepError: the sink's error, `Truncated` for a body that is too slow, or an error of its chunks. The rest
+                of the body is read and dropped, so that the client reads the answer.
         """
         if cycle.disconnected:
             raise ClientDisconnect
@@ -281,10 +281,10 @@ class Protocol(Connection):
             receiver.drop()
             raise
         finally:
-            del receiver  # an error in it and this frame would keep each other
+            del receiver  # an error in it and this frame would keep each other alive
 
     def _take_back(self, rest: bytes) -> None:
-        """Go on with a connection that was lent for the length of a body."""
+        """Take the connection back after a body."""
         self.transport.pause_reading()
         self.transport.set_protocol(self)
         self._lent, self._paused = False, True
@@ -298,7 +298,7 @@ class Protocol(Connection):
         self._next = cycle, app
 
     def _begin_next(self) -> None:
-        """Answer the request that is next, as far as that needs no waiting."""
+        """Run the next request until it first waits."""
         if self._next is None:
             return
         (cycle, app), self._next = self._next, None
@@ -319,7 +319,7 @@ class Protocol(Connection):
         if self.transport.is_closing():
             self._close()
             return
-        if self._lent:  # it is read on, and dropped
+        if self._lent:  # the rest is read and dropped
             return
         self.flow.resume_reading()
         if self._framing is None:

@@ -1,12 +1,12 @@
-"""The body of one request on its way into memory, with no copy in between.
+"""Receiving the body of one request into its memory, without a copy.
 
     reading     bytes go where the sink says              until all are there, the sink raises, or the pace is too slow
     dropping    bytes go nowhere                          until all are there: then the client reads why; not for ever
     over        the connection is HTTP again
 
-A connection is handed to this protocol for the length of a body and handed back after it. The content of a body of
-known length, and of large chunks, is received where it is used; what stands around chunks goes through a small buffer,
-and the bytes in it that are behind the body are handed back.
+A connection is lent to this protocol for the length of a body. The content of a body of known length, and of large
+chunks, is received directly into its memory; the data around chunks goes through a small buffer, and bytes in it behind
+the body are given back.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from farstep_service.routes import Pace, Sink
 from farstep_service.server.framing import Framing
 
 PIECE_BYTES = 512 * 1024
-"""Bytes received at once, at most: they are hashed next, while a core's cache still has them."""
+"""Bytes to receive at once, at most: they are hashed next, while a core's cache has them."""
 SCRATCH_BYTES = 64 * 1024
 DIRECT_BYTES = 16 * 1024
-"""Content of a chunk that is worth a read of its own."""
+"""The content of a chunk from which a read of its own pays."""
 
 
 @final
@@ -35,16 +35,16 @@ class BodyReceiver(asyncio.BufferedProtocol):
 
     Args:
         transport: the connection.
-        sink: says where the bytes go.
-        framing: says where the body ends.
-        size: bytes of content that are still to come; None if that is not known.
-        pace: how slow they may come.
-        dropping: how long the rest may take once it is no longer wanted.
-        over: called when all have come, with bytes behind the body.
-        lost: called when the connection is gone.
+        sink: provides the memory.
+        framing: determines the end of the body.
+        size: bytes of content that have not arrived; None if unknown.
+        pace: the least pace.
+        dropping: the limits of the rest once it is dropped.
+        over: called at the end, with bytes behind the body.
+        lost: called when the connection is lost.
 
     Attributes:
-        ill_framed: whether the body's end cannot be found any more, nor the next request; nothing is read then.
+        ill_framed: whether the framing is invalid, so that neither the body's end nor the next request can be found.
     """
 
     def __init__(
@@ -77,18 +77,18 @@ class BodyReceiver(asyncio.BufferedProtocol):
         self.ill_framed = False
 
     def start(self) -> None:
-        """Take the connection over."""
+        """Take over the connection."""
         self._transport.pause_reading()
         self._transport.set_protocol(self)
         self._transport.resume_reading()
 
     async def wait(self) -> None:
-        """Wait for the whole body; see `Protocol._receive_into` for what is raised."""
+        """Wait for the whole body; for errors see `Protocol._receive_into`."""
         if self._done is not None:
             await self._done
 
     def drop(self) -> None:
-        """Let what is still to come go nowhere, and forget who waited: an error would keep its memory through us."""
+        """Drop the rest of the body, and references to the waiter, whose error would keep its memory alive."""
         self._sink = self._done = None
         if not self._framing.over:
             self._end = asyncio.get_running_loop().call_later(self._dropping.within_s, self._transport.abort)
@@ -96,7 +96,7 @@ class BodyReceiver(asyncio.BufferedProtocol):
     # -- asyncio.BufferedProtocol -----------------------------------------------------------------------------------
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        """Return where the next bytes go."""
+        """Return memory for the next bytes."""
         framing = self._framing
         self._direct = framing.announced or framing.left >= DIRECT_BYTES
         if self._direct and self._sink is not None:
@@ -109,7 +109,7 @@ class BodyReceiver(asyncio.BufferedProtocol):
         return self._scratch[: framing.left] if self._direct else self._scratch
 
     def buffer_updated(self, nbytes: int) -> None:
-        """Take note of bytes that have come."""
+        """Record received bytes."""
         rest = b""
         if self._direct:
             self._framing.took(nbytes)
@@ -122,31 +122,31 @@ class BodyReceiver(asyncio.BufferedProtocol):
             rest = self._take(bytes(self._scratch[:nbytes]))
         if self._framing.over:
             self._stop()
-            self._sink = None  # uvloop remembers whose buffer it read into last, for as long as the connection lives
+            self._sink = None  # uvloop keeps the last buffer alive as long as the connection
             self._over(rest)
             if self._done is not None and not self._done.done():
                 self._done.set_result(None)
 
     def eof_received(self) -> bool:
-        """Close: the client has said its last byte, and it was not the body's."""
+        """Close: the client ended the stream before the end of the body."""
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Tell who waits, and the connection's owner."""
+        """Raise in the waiter, and notify the connection's owner."""
         self._stop()
         self._fail(ClientDisconnect())
         self._lost(exc)
 
     def pause_writing(self) -> None:
-        """Have nothing to do: an answer is written after the body."""
+        """Do nothing: an answer is written after the body."""
 
     def resume_writing(self) -> None:
-        """Have nothing to do."""
+        """Do nothing."""
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
     def _take(self, data: bytes) -> bytes:
-        """Take content and what stands around it; return what is behind the body."""
+        """Process content and the data around it; return the bytes behind the body."""
         try:
             pieces, used = self._framing.take(data)
         except InvalidRequest as exc:
@@ -176,12 +176,12 @@ class BodyReceiver(asyncio.BufferedProtocol):
             self._done.set_exception(exc)
 
     def _look(self) -> None:
-        """See whether bytes have come, and fast enough on the whole."""
+        """Check that bytes arrive fast enough."""
         loop = asyncio.get_running_loop()
         elapsed_s, received = loop.time() - self._began, self._framing.received
         error = self._pace.too_slow(received - self._before, self._size, elapsed_s, silent=received == self._seen)
         if error is not None:
-            if self._sink is None:  # nobody is interested any more, and the client does not come to an end
+            if self._sink is None:  # the body is being dropped, and the client does not end it
                 self._transport.abort()
                 return
             self._fail(error)

@@ -1,7 +1,7 @@
-"""Heads that a connection repeats: a worker's pushes have heads that are alike to the byte, step after step.
+"""Repeated heads: a worker's pushes have byte-identical heads, step after step.
 
-Such a head is parsed once. A later request that begins with the same bytes, at the same place, and ends with its body,
-means the same: what the parser made of the first one is taken over.
+Such a head is parsed once. For a later request that consists of the same head and its body, the parser's first result
+is reused.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from farstep_service.server.framing import END
 LENGTH = b"content-length"
 KEPT = (b"connection", b"keep-alive")
 OWN = frozenset({"state", "extensions", "path_params"})
-"""What each request has of its own in its scope."""
+"""Entries of the scope that each request has for itself."""
 PLAIN = frozenset({b"host", b"user-agent", b"accept", b"accept-encoding", b"authorization", b"content-type"})
-"""Headers that say nothing about the connection, or where a body ends."""
+"""Headers that affect neither the connection nor the framing."""
 
 
 @final
 class RequestHead:
-    """A head that may come again.
+    """A head that may be repeated.
 
     Attributes:
         raw: its bytes.
@@ -39,11 +39,11 @@ class RequestHead:
 
     @classmethod
     def of(cls, data: bytes, scope: dict[str, Any]) -> Self | None:
-        """Return the head of a request, None for one that says more than where to, what and how long.
+        """Return the head of a request, None for one with other headers than usual.
 
         Args:
             data: the request, and nothing else.
-            scope: what the parser made of it.
+            scope: the parser's result.
         """
         headers: list[tuple[bytes, bytes]] = scope["headers"]
         lengths = [value for name, value in headers if name == LENGTH]
@@ -55,22 +55,22 @@ class RequestHead:
         return head if head.begins(data) else None
 
     def begins(self, data: bytes) -> bool:
-        """Return whether `data` is this head with its body, and nothing else."""
+        """Return whether `data` is exactly this head with its body."""
         return len(data) == len(self.raw) + self.body_bytes and data.startswith(self.raw)
 
     def scope(self) -> dict[str, Any]:
-        """Return what the parser would make of it."""
+        """Return the scope that the parser would make."""
         return {**self._scope, "headers": list(self._scope["headers"])}
 
     def cycle(
         self, owner: HttpToolsProtocol, scope: dict[str, Any], on_response: Callable[[], None]
     ) -> RequestResponseCycle:
-        """Return the request and its answer as uvicorn would make them when it has parsed this head.
+        """Return the request cycle that uvicorn would make after parsing this head.
 
         Args:
             owner: the connection.
-            scope: what `scope` has returned.
-            on_response: called when it is answered.
+            scope: the result of `scope`.
+            on_response: called after the answer.
         """
         return RequestResponseCycle(
             scope=cast(HTTPScope, scope),

@@ -1,4 +1,4 @@
-"""Run one server in this process, from the first look at its settings to the last answer.
+"""Run one server in this process, from its settings to the last answer.
 
 bind          port and path are taken and listened on: of two servers started at once, one is refused
 threads       chosen before torch is loaded, which reads them from the environment once
@@ -7,7 +7,7 @@ serve         `announce` is called when requests are answered
 leave         on SIGTERM or SIGINT: no new connections, pushes that wait for others are answered, GRACE_S for other
               requests in flight, then every session is closed
 
-SIGHUP, which comes when a terminal is closed, ends nothing: sessions would be gone with it.
+SIGHUP, from a closed terminal, is ignored: it would end all sessions.
 """
 
 from __future__ import annotations
@@ -49,17 +49,17 @@ GRACE_S = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Listening:
-    """What a server that has started can say about itself.
+    """The facts about a started server.
 
     Attributes:
-        url: where a client on this machine reaches it.
+        url: its URL for a client on this machine.
         address: the address it listens on, "" without TCP.
         port: its TCP port, 0 without TCP.
         unix: the URL of its socket, "" without one.
-        device: where sessions live.
-        steps: how many large steps may run at once.
+        device: of the sessions.
+        steps: the number of large steps that may run at once.
         threads: CPU threads within one step.
-        kernels: which kernels the first steps will run, in words.
+        kernels: the kernels of the first steps, in words.
     """
 
     url: str
@@ -76,8 +76,8 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
     """Serve until SIGTERM or SIGINT, then finish what is in flight and return.
 
     Raises:
-        InvalidOption: the address, the port, the path or the device cannot be had.
-        SystemExit: a signal came while the server was still loading.
+        InvalidOption: the address, the port, the path or the device is not available.
+        SystemExit: a signal arrived while the server was loading.
     """
     server: uvicorn.Server | None = None
 
@@ -87,7 +87,7 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
         server.should_exit = True
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, leave)  # uvicorn puts its own in front, and repeats to ours what it caught
+        signal.signal(number, leave)  # uvicorn installs its own, and re-raises signals to these
     if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:
         signal.signal(signal.SIGHUP, _stay)
     _log_to_stderr(log_level)
@@ -137,7 +137,7 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
 
 @contextmanager
 def _sockets(settings: Settings) -> Iterator[list[socket.socket]]:
-    """Yield the sockets that listen, that of TCP first."""
+    """Yield the listening sockets, TCP first."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(bind(settings.host, settings.port))] if settings.tcp else []
         if settings.unix:
@@ -161,7 +161,7 @@ class _Addresses(TypedDict):
 
 
 class _Server(uvicorn.Server):
-    """Says when requests are answered, and when they will not be for long."""
+    """A uvicorn server that calls `announce` when it answers requests, and `interrupt` before it stops."""
 
     def __init__(
         self, config: uvicorn.Config, announce: Callable[[], None], interrupt: Callable[[], Awaitable[None]]
@@ -173,12 +173,12 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         super().handle_exit(sig, frame)
-        if self.force_exit:  # what is cut off by a second Ctrl-C is no defect to be written down with a traceback
+        if self.force_exit:  # requests cut off by a second Ctrl-C need no traceback
             logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
             logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=[])  # it would accept all that come at once
+        await super().startup(sockets=[])  # it would accept all pending connections at once
 
         def protocol() -> asyncio.Protocol:
             made: Callable[..., asyncio.Protocol] = self.config.http_protocol_class

@@ -1,10 +1,8 @@
-"""Where a server listens on this machine only: a socket file that nobody but its user may use.
+"""The listening sockets of a server: on an address of this machine, or at a path that only its user may use.
 
-The file has mode 0600 before the socket listens, and its directory must not let others put something in its place. One
-that a server left behind when it was killed is removed if, and only if, nobody listens on it; of two servers started at
-once, which would both find it, the directory's lock lets one look at a time.
-
-Where a server listens: the socket is taken early, and every reason not to get it has a remedy.
+Both are opened early, and every error has a remedy. A socket file has mode 0600 before the socket listens, and its
+directory must not let other users replace it. A file left behind by a killed server is removed only if no server
+listens on it; the directory's lock serialises servers that start at the same time.
 """
 
 from __future__ import annotations
@@ -22,7 +20,7 @@ from farstep.errors import InvalidOption
 from farstep.protocol.unix import check_path
 
 BACKLOG = 2048
-"""Connections that may wait to be accepted."""
+"""The number of connections that may wait to be accepted."""
 
 _REMEDIES = {
     errno.EADDRINUSE: "Another program, perhaps another server of ours, has it: choose another --port, or 0 for any.",
@@ -69,7 +67,7 @@ def url_of(sock: socket.socket) -> str:
 
 OWNER_ONLY = 0o600
 ASK_WITHIN_S = 1.0
-"""How long a socket that is there may take to accept; one that is too busy to is in use."""
+"""The time that an existing socket has to accept a connection; a busy one counts as in use."""
 
 
 @contextmanager
@@ -93,7 +91,7 @@ def listening(path: str) -> Iterator[socket.socket]:
             yield sock
     finally:
         with suppress(FileNotFoundError):
-            if _identity(os.lstat(path)) == identity:  # else another one has taken its place
+            if _identity(os.lstat(path)) == identity:  # otherwise another one has replaced it
                 os.unlink(path)
 
 
