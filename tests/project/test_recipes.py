@@ -11,6 +11,7 @@ import pytest
 import farstep
 from farstep.errors import InvalidOption
 from farstep.optim import RemoteOptimizer
+from farstep.protocol.codecs import Codec, codecs
 from farstep.protocol.consistency import MODES, Async, Consistency, checked
 from farstep.protocol.policies import default_options
 from farstep.settings import RemoteOptions, options_of_copy, resolve
@@ -90,6 +91,13 @@ def test_the_command_line_names_every_mode() -> None:
     """`farstep sessions mode --help` says which modes there are."""
     shown = command("sessions", "mode", "--help", env={"COLUMNS": "200", "NO_COLOR": "1"}).stdout
     assert [mode for mode in MODES if not re.search(rf"\b{mode}\b", shown)] == []
+
+
+@pytest.mark.parametrize("codec", codecs(), ids=lambda codec: codec.name)
+def test_a_codec_is_in_the_protocol_and_in_the_table(codec: Codec) -> None:
+    """PROTOCOL.md has its name and format, and docs/optimizers.md the option that chooses it."""
+    assert f"`{codec.name}`" in (ROOT / "client" / "farstep" / "protocol" / "PROTOCOL.md").read_text()
+    assert any(f'`"{codec.option}"`' in row.split("|")[1] for row in rows("docs/optimizers.md"))
 
 
 @pytest.mark.parametrize("name", POLICIES)
