@@ -74,6 +74,7 @@ class Policies:
         views: the names of what the session keeps beside parameters and optimizer state.
         changing: those that are given the gradients of a step.
         looking: whether any looks at gradients before it changes them.
+        as_they_come: whether a step takes the gradients of its round as they are.
     """
 
     asked: tuple[Policy, ...] = ()
@@ -81,6 +82,7 @@ class Policies:
     views: tuple[str, ...] = field(init=False, compare=False, repr=False)
     changing: tuple[Policy, ...] = field(init=False, compare=False, repr=False)
     looking: bool = field(init=False, compare=False, repr=False)
+    as_they_come: bool = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         accumulate = self.of_kind(Accumulate)
@@ -90,6 +92,7 @@ class Policies:
             "changing": tuple(each for each in self.asked if each.changes_gradients),
             "looking": any(each.looks for each in self.asked),
         }
+        derived["as_they_come"] = derived["rounds"] == 1 and not derived["changing"]
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
@@ -128,11 +131,6 @@ class Policies:
     def options(self) -> dict[str, Any]:
         """Return every option of every policy, as an optimizer takes them."""
         return {**default_options(), **{name: value for each in self.asked for name, value in each.options.items()}}
-
-    @property
-    def as_they_come(self) -> bool:
-        """Return whether a step takes the gradients of its round unchanged."""
-        return self.rounds == 1 and not self.changing
 
     def of_kind(self, kind: type[P]) -> P | None:
         """Return the policy of a kind, None if it was not asked for."""
