@@ -1,8 +1,8 @@
 """`optimizer.state` of a session: fetched when it is read, and compared with what was fetched before the next step.
 
-    unknown    nothing is known of the session's state, as after each step
-    known      which parameters have state was asked: eight bytes each
-    read       a parameter's state was fetched because somebody looked at it
+    unknown    the client knows nothing of the session's state, as after each step
+    known      the client asked which parameters have state: eight bytes each
+    read       a parameter's state was fetched because the program read it
 
 The state of one parameter is a plain dict of tensors, as in torch. Edits by the user, in place or by other tensors, are
 found by comparison with a record of what was fetched; edits through `.data` are not seen. Entries under other keys than

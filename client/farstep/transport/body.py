@@ -5,7 +5,7 @@
     └── Collected     from any other transport's chunks of bytes
 
 A body ends after Content-Length bytes, or with its last chunk, or with the connection. Then its connection goes back
-to the pool at once; one whose body nobody read to the end is closed.
+to the pool at once; after an unfinished body it is closed.
 """
 
 from __future__ import annotations

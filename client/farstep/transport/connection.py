@@ -105,7 +105,7 @@ class Connection:
         self._came_since, self._came_bytes = None, 0
 
     def quiet(self) -> bool:
-        """Tell whether an idle connection still is one: open, ours and without a byte nobody asked for."""
+        """Return whether an idle connection is still usable: open, this process's and without unread bytes."""
         mine = not self.closed and self._process is this.process
         return mine and self._start == self._end and not self._stream.wait(READ, 0)
 

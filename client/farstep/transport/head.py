@@ -183,7 +183,7 @@ def _framing(status: int, method: str, lengths: set[bytes], codings: list[bytes]
     if len(lengths) > 1 or any(not each.isdigit() or len(each) > 18 for each in lengths):
         raise MalformedAnswer(f"The server sent an invalid Content-Length: {sorted(lengths)}.")
     if codings not in ([], [b"chunked"]):
-        raise MalformedAnswer(f"The server sent a Transfer-Encoding nobody asked for: {codings}.")
+        raise MalformedAnswer(f"The server sent a Transfer-Encoding that the client cannot read: {codings}.")
     if method == "HEAD" or status < 200 or status in (204, 304):
         return 0, False
     if codings:

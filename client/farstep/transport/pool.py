@@ -114,4 +114,4 @@ class Pool:
         self._process = this.process
         self._lock = threading.Lock()
         self._idle: dict[Origin, list[Connection]] = {}
-        self._open: weakref.WeakSet[Connection] = weakref.WeakSet()  # a response nobody closed is not kept alive
+        self._open: weakref.WeakSet[Connection] = weakref.WeakSet()  # weak: keep no unclosed response alive
