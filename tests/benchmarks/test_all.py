@@ -69,10 +69,10 @@ def test_a_step_over_the_wire_is_compared_with_each_peer():
     found = Found(reports=dict.fromkeys((MIDDLE, SMALL)))  # type: ignore[arg-type]
     for side in ("raw", *OURS, *RPC):
         for work in (MIDDLE, SMALL):
-            found.add(side, work, [0.001, 0.002, 0.003] if side in RPC else [0.0009, 0.001, 0.5])
+            found.add(side, work, [0.002, 0.003, 0.004] if side in RPC else [0.0009, 0.001, 0.5])
     rows = wire_rows(found)
     by_raw, by_rpc, _, _, by_ray, *_ = rows
-    assert (by_raw.ratio, by_raw.met, by_rpc.ratio, by_rpc.met) == (1.0, True, 2.0, True)
+    assert (by_raw.ratio, by_raw.met, by_rpc.ratio, by_rpc.met) == (1.0, True, 3.0, True)
     assert by_ray.measured is None
     assert "pip install" in by_ray.against
     assert [row.work for row in rows if row.met is False] == []
