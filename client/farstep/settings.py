@@ -38,7 +38,7 @@ KernelChoice = Literal["auto", "reference", "fused"]
 
 
 class RemoteOptions(TypedDict, total=False):
-    """The keyword-only options that every farstep optimizer takes beside torch's own.
+    """The keyword-only options that every farstep optimizer takes in addition to torch's own.
 
     server: URL of a farstep server, without credentials; `unix:///path` for a socket of this machine. Without a server
         the optimizer runs embedded, in this process.

@@ -97,7 +97,7 @@ class Layout:
 
         Raises:
             TensorMismatch: a name, shape, dtype or group is not acceptable.
-            LimitExceeded: there are more segments, dimensions or bytes than a session may have.
+            LimitExceeded: it has more segments, dimensions or bytes than a session may have.
         """
         return cls.empty().append(specs)
 

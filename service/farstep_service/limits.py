@@ -28,7 +28,7 @@ class Limit:
         token: whether this state needs a token; a server without tokens asks for none.
         most_bytes: bytes received in this state.
         most: the largest number of `things`.
-        things: what is counted.
+        things: the counted things.
         within_s: seconds in this state in total.
         silent_s: seconds without a byte.
         least_bytes_per_s: rate overall, once `silent_s` has passed.

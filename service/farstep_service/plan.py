@@ -111,7 +111,7 @@ class Plan:
 
     @property
     def looks_at_gradients(self) -> bool:
-        """Return whether a step depends on what is found in its gradients, which must not change after that."""
+        """Return whether a step depends on a check of its gradients, which must not change after it."""
         return self.nonfinite != "allow" or self.policies.looking
 
     def append(self, options: Mapping[str, Any], segments: Sequence[SegmentSpec]) -> Plan:

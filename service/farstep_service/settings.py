@@ -28,7 +28,7 @@ class Settings:
         unix: path of a socket to listen at, which only this process's user may use; "" for none.
         device: torch device of the sessions: `cpu`, `cuda`, `cuda:1`.
         tokens: accepted bearer tokens; without any, none is required.
-        allowed_hosts: names that it answers to beside its addresses (`routes/auth.py`): `box`, `*.lab`, `*`.
+        allowed_hosts: names that it answers to in addition to its addresses (`routes/auth.py`): `box`, `*.lab`, `*`.
         insecure_no_auth: allow another address than loopback without a token.
         max_sessions: the largest number of sessions.
         max_session_bytes: the largest size of one session's parameters.

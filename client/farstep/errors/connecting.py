@@ -133,7 +133,7 @@ def _system(error: OSError) -> Cause:
     if isinstance(error, ConnectionRefusedError):
         return Cause("nothing accepts connections there", SERVE)
     if isinstance(error, FileNotFoundError):
-        return Cause("nothing accepts connections there: there is no such socket", SERVE)
+        return Cause("nothing accepts connections there: no such socket exists", SERVE)
     if isinstance(error, TimeoutError):
         return Cause(
             "it did not accept a connection in time",

@@ -343,9 +343,9 @@ class InternalError(FarstepError):
 def invalid_option(
     detail: str, field: str | None = None, remedy: str = "", limit: float | str | None = None
 ) -> InvalidOption:
-    """Return the error of an option that was given in this process, where a client has found it.
+    """Return the error of an option given in this process, found by a client.
 
-    Who reads the options of others says so by `found_by`.
+    Code that reads the options of others sets `found_by`.
     """
     return InvalidOption(detail, field=field, remedy=remedy, limit=limit, side="client")
 

@@ -309,7 +309,7 @@ class InSession(torch.optim.Optimizer):
             raise unusable(
                 f"Session {self.session!r}, which other workers may share, keeps the parameters it began with; in "
                 "the groups some were added, removed, reordered, or have another shape or dtype now.",
-                "Put the parameters back as they were, or make a new optimizer for those that there are.",
+                "Restore the parameters, or make a new optimizer for the present ones.",
             )
         before = dict(vars(self))
         try:

@@ -92,7 +92,7 @@ class LBFGS(RemoteOptimizer):
             return member.push(self._options(), evaluation=evaluation)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add the constructor's group; there is only one.
+        """Add the constructor's group, the only one.
 
         Raises:
             ValueError: torch's own, for a second group; torch itself adds it and refuses the next step.

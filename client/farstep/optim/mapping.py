@@ -21,7 +21,7 @@ class Fetched(defaultdict[Any, Any]):
 
     @abstractmethod
     def know_(self) -> None:
-        """Find out which keys there are."""
+        """Fetch the keys."""
 
     @abstractmethod
     def read_(self, keys: Sequence[Any]) -> None:

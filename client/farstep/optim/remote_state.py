@@ -5,8 +5,8 @@
     read       a parameter's state was fetched because the program read it
 
 The state of one parameter is a plain dict of tensors, as in torch. Edits by the user, in place or by other tensors, are
-found by comparison with a record of what was fetched; edits through `.data` are not seen. Entries under other keys than
-the optimizer's are the user's own and stay here.
+found by comparison with a record of the fetched state, which misses edits through `.data`. Entries under other keys
+than the optimizer's are the user's own and stay here.
 """
 
 from __future__ import annotations

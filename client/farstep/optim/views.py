@@ -60,7 +60,7 @@ class WithViews(InSession):
     def swap_to(self, view: str) -> Iterator[None]:
         """Give the parameters the values of a view inside a `with` block, and restore their own after it, bit for bit.
 
-        What is written into the parameters inside is lost. A step there is refused.
+        Writes to the parameters inside are lost. A step there raises an error.
 
         Raises:
             InvalidOption: the session has no such view.

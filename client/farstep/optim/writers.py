@@ -57,7 +57,7 @@ class Writing:
         """Wait for the steps of other threads on the same parameters.
 
         Raises:
-            FarstepError: there is such a step, and one of the two waits for other workers.
+            FarstepError: such a step runs, and one of the two waits for other workers.
         """
         with _turn:
             while _running and (others := [each for each in _running if self._collides(each)]):

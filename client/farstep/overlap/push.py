@@ -302,7 +302,7 @@ class Overlapping:
         return taken
 
     def end(self, why: str) -> None:
-        """End the push that was begun, if there is one."""
+        """End the present push, if any."""
         if (taken := self.take()) is not None:
             taken.end(why)
 

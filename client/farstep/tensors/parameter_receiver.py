@@ -301,7 +301,7 @@ class DecodingReceiver(ParameterReceiver):
         return views if whole else [tensor_memory(self._encoded.get(i, self._staged[i])) for i in chosen]
 
     def landing(self) -> list[memoryview]:
-        return self.targets(None)  # nothing is decoded before all of it has arrived
+        return self.targets(None)  # decode nothing before all of it has arrived
 
     def settle_(self, indices: Sequence[int] | None) -> None:
         for index in self._coming:

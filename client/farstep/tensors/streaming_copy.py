@@ -67,7 +67,7 @@ class StreamingCopy:
         self._copied = 0
 
     def advance(self, received_bytes: int) -> None:
-        """Copy what has arrived since the last call; `received_bytes` have arrived in total."""
+        """Copy the bytes received since the last call; `received_bytes` is their total."""
         while self._which < len(self._parts):
             part = self._parts[self._which]
             ready = min(received_bytes - self._begins, part.nbytes)

@@ -186,7 +186,7 @@ class SocketTransport(httpx.BaseTransport):
             self._pool.add(connection)
             return self._exchange(connection, asked, message)
         except httpx.RequestError as exc:
-            exc.request = asked.request  # httpx's client does this too, but not everybody comes through it
+            exc.request = asked.request  # httpx's client does this too, but not all callers use it
             raise
 
     def _exchange(

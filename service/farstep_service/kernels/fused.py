@@ -77,11 +77,11 @@ class FusedKernel(Kernel):
         (self._many if many_threads else self._one)[self._key(form)] = program
 
     def ready(self, forms: Iterable[KernelSignature]) -> bool:
-        """Return whether there is a program for each of these forms."""
+        """Return whether each of these forms has a program."""
         return all(map(self.takes, forms))
 
     def takes(self, form: KernelSignature) -> bool:
-        """Return whether there is a program for this form."""
+        """Return whether this form has a program."""
         return self._key(form) in self._one
 
     def _key(self, form: KernelSignature) -> _Key:

@@ -133,7 +133,7 @@ class JsonReader:
         return self._before + len(self._text) > before
 
     def _more(self) -> bool:
-        """Drop what was read, and decode more; return whether there was more."""
+        """Drop the characters read so far and decode more; return whether more followed."""
         if self._over:
             return False
         if len(self._text) - self._at > PIECE_CHARS:

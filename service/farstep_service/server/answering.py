@@ -188,7 +188,7 @@ class Answering:
             self._held.append(data)
 
     def close(self) -> None:
-        """Write what was held back, and close."""
+        """Write the bytes held back, and close."""
         self._let_go()
         self._transport.close()
 

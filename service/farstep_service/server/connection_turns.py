@@ -4,7 +4,7 @@ Thousands of small requests may arrive in one write. Answering them together wou
 request; so the requests after the first wait here, and the connection is not read from.
 
     turn        one request of each connection that waits, for `TURN_S` together at most
-    between     the event loop reads from sockets, answers who has asked for one thing, and fires timers
+    between     the event loop reads from sockets, answers single requests, and fires timers
 """
 
 from __future__ import annotations

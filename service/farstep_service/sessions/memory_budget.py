@@ -65,7 +65,7 @@ class MemoryBudget:
             )
 
     def in_flight(self) -> InFlight:
-        """Return the account of one request, open as long as it is answered."""
+        """Return the account of one request, open until its answer ends."""
         return InFlight(self)
 
 
@@ -80,7 +80,7 @@ class InFlight:
         self._taken = 0
 
     def __call__(self, nbytes: int) -> None:
-        """Take so many bytes; raise `Busy` where there is no room."""
+        """Take so many bytes; raise `Busy` if they exceed the budget."""
         budget = self._budget
         if nbytes > budget.limit_bytes - budget.held_bytes - budget.in_flight_bytes:
             budget.check(nbytes)
@@ -130,7 +130,7 @@ class SessionMemory:
             plan: the session's.
             growing: bytes of new parameters, which are already arriving.
             coming: other bytes that it may take.
-            give_way: frees memory that the session can do without; returns False if there is none.
+            give_way: frees memory that the session can do without; returns False if it has none.
             held: returns what the session holds.
         """
         if growing:

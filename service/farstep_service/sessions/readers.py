@@ -1,7 +1,7 @@
 """The readers of a session, and the memory they hold. Steps never wait for readers; readers wait for each other.
 
-    pull      parameters for anyone who asks
-    answer    parameters in the answers to pushes: a worker never waits for those who merely look
+    pull      parameters for any client
+    answer    parameters in the answers to pushes: a worker never waits for mere readers
     copy      state, and whole sessions
 
 Each kind has a budget. Readers of the same version share its memory, which counts once. A reader that would exceed the

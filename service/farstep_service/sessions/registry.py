@@ -1,7 +1,7 @@
 """The sessions of one server, within budgets that protect each from the rest.
 
     find      the actor of a session, by its name
-    place     the same, created if there is none
+    place     the same, created if missing
     remove    end a session
 
 Through these methods the routes find a session's actor, wherever it lives; at present all of them are in this process.

@@ -120,7 +120,7 @@ class DeadlineTimer:
 
     @property
     def is_set(self) -> bool:
-        """Return whether there is a time at which it rings."""
+        """Return whether its deadline is set."""
         return self._timer is not None
 
     def set(self, deadline: float | None, on_deadline: OnDeadline) -> None:

@@ -109,7 +109,7 @@ class Versions:
 
     @property
     def other_bytes(self) -> int:
-        """Return the memory beside the current version's: versions still held, and the spare."""
+        """Return the memory of versions still held and of the spare, without the current version's."""
         if not self._older and self._spare is None:
             return 0
         with self._lock:

@@ -90,7 +90,7 @@ class Mode:
 
     @property
     def places(self) -> int | None:
-        """Return how many workers there is room for, None for any number."""
+        """Return the largest number of workers, None for any number."""
         return None
 
     @property
@@ -134,7 +134,7 @@ def chosen(mode: Mode) -> dict[str, str | int | float]:
 
 
 def check_seconds(name: str, seconds: float) -> None:
-    """Refuse what is no time that a worker may have to wait.
+    """Refuse a value that is no waiting time of a worker.
 
     Raises:
         InvalidOption: naming the option.

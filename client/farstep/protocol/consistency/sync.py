@@ -77,7 +77,7 @@ class Sync(Mode):
 
     @property
     def places(self) -> int | None:
-        """Return how many workers there is room for, None for any number."""
+        """Return the largest number of workers, None for any number."""
         return None if self.workers == "live" else self.workers
 
     @property

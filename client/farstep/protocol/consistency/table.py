@@ -1,4 +1,4 @@
-"""The consistency modes there are, by the names that travel, and how one is written and read.
+"""The consistency modes by their names on the wire, and how to write and read one.
 
 A mode is one file here, with its options, and its line in `Consistency`; and one file on the service, with its state
 machine.

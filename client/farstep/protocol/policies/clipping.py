@@ -58,7 +58,7 @@ class ClipValue(Policy):
 @final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClipNorm(Policy):
-    """Scale all gradients where their norm is too large, and say what it was.
+    """Scale all gradients if their norm is too large, and report the norm.
 
     A norm that is finite shows that every gradient is. Where nothing has to be clipped the gradients are left alone,
     instead of being multiplied by 1.
