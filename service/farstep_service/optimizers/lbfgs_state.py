@@ -32,7 +32,7 @@ LARGEST_COUNTER = 2**53
 
 
 def fields_of(memory: Memory) -> dict[str, Number]:
-    """Return what there is of a memory; it shares no memory with it but for the vectors."""
+    """Return the fields of an LBFGS memory, which share only their vectors with it."""
     fields: dict[str, Number] = {}
     for name in FIELDS:
         value = getattr(memory, name)
