@@ -134,7 +134,7 @@ class JoinedSession:
     def _lost(self, what: str) -> SessionLost:
         return SessionLost(
             f"Session {self.spec.name!r}, of which worker {self._settings.worker!r} held version {self.version}, "
-            f"{what} {self._writer.server}: the server restarted, or somebody removed it.",
+            f"{what} {self._writer.server}: the server restarted, or the session was removed.",
             remedy="Its optimizer state is lost, unless it was imported from a file: then call rejoin(), "
             "else load your last checkpoint and call rejoin(state_dict).",
             side="client",

@@ -70,7 +70,7 @@ class Coordinator(Checks):
     # -- events -----------------------------------------------------------------------------------------------------
 
     def apply(self, event: Event | Result, now: float) -> list[Instruction]:
-        """Take an event in and return what there is to do, in order; the last one may have a result to come back with.
+        """Apply an event and return the instructions that follow, in order; only the last one may have a result.
 
         Args:
             event: admitted by the check that belongs to it; a result is that of the instruction that is awaited.
@@ -221,7 +221,7 @@ class Coordinator(Checks):
     # -- decisions --------------------------------------------------------------------------------------------------
 
     def _decide(self, now: float, out: list[Instruction]) -> None:
-        """Do what there is to decide, up to the first instruction with a result."""
+        """Act on decisions up to the first instruction with a result."""
         while self._state.running is None:
             decision = self._mode.decide(self._state.version, now)
             if decision is None:

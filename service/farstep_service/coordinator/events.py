@@ -62,7 +62,7 @@ class Push:
     """The gradients of a worker arrived.
 
     Attributes:
-        fingerprint: identifies the body, so that a retry is told from another content under the same name.
+        fingerprint: identifies the body: a retry has the same one, another content under the same name has not.
         nonfinite: what in them holds NaN or Inf, as a sentence, where that skips the step; "" for nothing.
     """
 

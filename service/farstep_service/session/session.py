@@ -254,7 +254,7 @@ class Session:
         """Take a complete push in and return every outcome it decides; none under its own name means that it waits.
 
         Args:
-            fingerprint: identifies the body, so that a retry is told from another content under the same name.
+            fingerprint: identifies the body: a retry has the same one, another content under the same name has not.
             now: monotonic seconds.
 
         Raises:
@@ -277,9 +277,9 @@ class Session:
         return {name: Outcome(receipt, duplicate=True)}
 
     def tick(self, now: float) -> Outcomes:
-        """Let time decide: leases run out, and whoever waits longer than its mode's deadline is answered."""
+        """Apply the time: leases run out, and pushes that waited until their mode's deadline are answered."""
         outcomes: Outcomes = {}
-        with suppress(StepInterrupted):  # it stays unfinished until somebody asks again
+        with suppress(StepInterrupted):  # it stays unfinished until the next request
             outcomes = self._machine.finish()
         if self._coordinator.unfinished:
             return outcomes
@@ -359,7 +359,7 @@ class Session:
     # -- reads ------------------------------------------------------------------------------------------------------
 
     def hold(self) -> tuple[Held, Outcomes]:
-        """Hold the current version, which nobody changes until it is released."""
+        """Hold the current version, which stays unchanged until it is released."""
         outcomes = self._machine.finish()
         return self._state.hold(), outcomes
 

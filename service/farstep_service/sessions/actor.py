@@ -34,7 +34,7 @@ class Actor:
     """Let one write at a time happen to a session, and acknowledge it; this is the only place that does.
 
     Args:
-        session: the session; nobody else may call it.
+        session: the session; only the actor calls it.
         executor: runs large work.
         clock: monotonic seconds.
         share: its part of the memory of the server.

@@ -62,7 +62,7 @@ class Contribution:
         on_wire: the layout of `buffers`: in 16 bits, if they came so.
         sparse: indices and values of the sparse gradients, by segment.
         check_s: the seconds that looking for NaN and Inf in it took, when all of it was there.
-        watch: looks for them while it arrives; None if nobody does.
+        watch: looks for them while it arrives; None where none are looked for.
         borrowed: the memory is the worker's, which may write to it at any time; it is only read here.
         reused: the memory is for the worker's next push as well, so nothing may keep it.
         copy: where the parameters of its step may be written as well, for the answer; None without such memory.
@@ -258,7 +258,7 @@ class Contribution:
         return self.buffers
 
     def spent(self) -> FlatBuffers | None:
-        """Return memory of dense gradients in 16 bits, which nobody needs once they were widened into a step's."""
+        """Return memory of dense gradients in 16 bits, which is free once they were widened into a step."""
         return None if self.on_wire is self.layout else self.buffers
 
     def check_indices(self) -> None:

@@ -194,7 +194,7 @@ class KernelState(SessionState):
         return self.store.buffers(PARAM)
 
     def hold(self) -> Held:
-        """Hold the current version, which nobody changes until it is released."""
+        """Hold the current version, which stays unchanged until it is released."""
         return self.store.hold()
 
     def copy(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> Contents:

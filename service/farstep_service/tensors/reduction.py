@@ -139,7 +139,7 @@ def _there(copy: Buffers | None, device: torch.device) -> Buffers | None:
 def mean_evaluation(evaluations: Sequence[Evaluation | None], divisor: int) -> Evaluation | None:
     """Return the evaluation of one step: losses summed in the order given and divided, None where there is none.
 
-    It continues a step if all do: where somebody begins one, all begin it, since all are at the same parameters.
+    It continues a step if all do: where one worker begins a step, all begin it, since all are at the same parameters.
     """
     made = [each for each in evaluations if each is not None]
     if not made:
@@ -188,7 +188,7 @@ def _densify_(layout: Layout, total: FlatBuffers, index: int, pair: tuple[Tensor
 
 
 def _joined(pairs: list[tuple[Tensor, Tensor]], divisor: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return several sparse gradients as one, uncoalesced: rows named twice are added up by whoever coalesces."""
+    """Return several sparse gradients as one, uncoalesced: coalescing adds up rows that are named twice."""
     indices = torch.cat([indices for indices, _ in pairs], dim=1)
     values = torch.cat([values for _, values in pairs])
     return indices.to(device), (values / divisor if divisor != 1 else values).to(device)

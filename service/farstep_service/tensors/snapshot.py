@@ -1,6 +1,6 @@
-"""One version of a session, whole: what it is, what it holds, and which options are in force.
+"""One version of a session: its plan, its contents, and the options in force; and all of its tensors at one moment.
 
-The tensors of one session at one moment: with the state of its coordinator, all that a session is.
+A `TensorsRecord` and the state of the coordinator are all that a session is.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from farstep_service.tensors.staleness import Kept
 class Snapshot:
     """Hold everything that one version of a session consists of, in memory of its own.
 
-    Workers are not part of it: whoever joins a session that began with a snapshot begins a life of its own there, so a
-    write from before is refused and never applied twice.
+    Workers are not part of it: a session that begins with a snapshot begins a life of its own, so a write from
+    before is refused and never applied twice.
 
     Attributes:
         plan: what the session is, its options at its creation among it.

@@ -306,7 +306,7 @@ class SessionState(ABC):
 
     @abstractmethod
     def hold(self) -> Held:
-        """Hold the current version, which nobody changes until it is released."""
+        """Hold the current version, which stays unchanged until it is released."""
 
     @abstractmethod
     def copy(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> Contents:
@@ -319,7 +319,7 @@ class SessionState(ABC):
 
     @property
     def views(self) -> tuple[str, ...]:
-        """Return what there is beside parameters and optimizer state."""
+        """Return the names of the views beside parameters and optimizer state."""
         return ()
 
     def snapshot(self) -> Snapshot:

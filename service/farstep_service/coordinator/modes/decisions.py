@@ -15,7 +15,7 @@ class Pushed(NamedTuple):
     Attributes:
         fingerprint: identifies its content.
         base: the version its gradients were computed on.
-        skip: it has no gradients to give to this step, and asks that nobody takes it.
+        skip: it has no gradients for this step, and asks all workers to skip it.
     """
 
     name: WriteName

@@ -108,7 +108,7 @@ class Accumulated:
 
 
 def _joined(ones: Sparse, others: Sparse) -> dict[int, tuple[Tensor, Tensor]]:
-    """Return the sums of sparse gradients, uncoalesced: rows named twice are added up by whoever coalesces."""
+    """Return the sums of sparse gradients, uncoalesced: coalescing adds up rows that are named twice."""
     joined = {**others, **ones}
     for index in ones.keys() & others.keys():
         (rows, values), (more, others_values) = ones[index], others[index]
