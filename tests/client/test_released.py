@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 
 import pytest
 import torch
 
+from farstep.conversation import Conversation
 from farstep.settings import RemoteOptions
 from tests.support.client.options import NAMES
 from tests.support.client.twins import gradients_of, ours, parameters, start_of
@@ -60,3 +62,15 @@ def test_a_sum_of_rounds_is_not_the_users_to_change(name: str, place: RemoteOpti
         ends.append(ps)
         optimizer.close()
     assert all(torch.equal(p, q) for p, q in zip(*ends, strict=True))
+
+
+def test_a_conversation_that_is_dropped_goes_at_once() -> None:
+    """Its sockets do not stay open until a collector comes by."""
+    gc.disable()
+    try:
+        conversation = Conversation("http://127.0.0.1:9", None)
+        dropped = weakref.ref(conversation)
+        del conversation
+        assert dropped() is None
+    finally:
+        gc.enable()

@@ -328,3 +328,49 @@ def test_gradients_are_given_back_at_once(elements: int, how: str) -> None:
         assert gone() is None
 
     run(body)
+
+
+def test_a_page_that_finishes_a_step_answers_those_who_waited_for_it() -> None:
+    """Looking at a session finishes a step that failed midway; the push that then steps is answered, not forgotten."""
+
+    async def body() -> None:
+        place = Place(SMALL, {"mode": "bounded", "staleness": 0, "deadline_s": 600.0})
+        await place.begin("w0", "w1")
+        await place.push("w0", 2)
+        waits = asyncio.create_task(place.push("w0", 3))
+        await place.waiting("w0")
+        place.kernels.gate.failure = place.kernels.finishing = RuntimeError("no luck")
+        with pytest.raises(StepInterrupted):
+            await place.push("w1")
+        place.kernels.gate.failure = place.kernels.finishing = None
+        await place.host.summary(10)
+        assert (await asyncio.wait_for(waits, 10)).receipt.version == 3
+
+    run(body)
+
+
+@pytest.mark.parametrize(
+    "mode", [ASYNC, {"mode": "bounded", "staleness": 1}, sync(1)], ids=lambda mode: str(mode["mode"])
+)
+@pytest.mark.parametrize("elements", [SMALL, LARGE])
+def test_a_lease_begins_anew_with_the_answer(
+    elements: int, mode: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that only pushes has its whole lease after each answer, however long its step took."""
+
+    async def body() -> None:
+        place = Place(elements, {**mode, "lease_s": 10.0})
+        await place.begin("w0")
+        answered = place.kernels.gate.execute
+
+        def slow(*arguments: Any) -> None:
+            answered(*arguments)
+            place.now += 12.0
+
+        monkeypatch.setattr(place.kernels.gate, "execute", slow)
+        await place.push("w0", 2)
+        view = await place.host.reads.parameters(write=WriteName("w0", 1, 2))
+        view.release()
+        assert (await place.host.worker("w0")).lease_s == 10.0
+
+    run(body)

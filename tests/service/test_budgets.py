@@ -215,3 +215,25 @@ def test_a_server_says_how_much_memory_it_could_still_give() -> None:
     with running_server(loaded=True) as server, RawClient(server.url) as raw:
         free = raw.request("GET", "/v1/info").document["available_bytes"]
     assert 0 < free <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_a_round_that_a_deadline_takes_is_in_the_account(raw: RawClient) -> None:
+    """What the server holds is what its session's page says, also when a tick was the last that changed it."""
+
+    def held() -> int:
+        return int(raw.request("GET", "/v1/info").document["held_bytes"])
+
+    def page() -> int:
+        return int(sum(raw.request("GET", "/v1/sessions/ticked").document["bytes"].values()))
+
+    before = held()
+    live = {"mode": "sync", "workers": "live", "deadline_s": 0.2}
+    parameters = (torch.zeros(1000),)
+    policy = {"accumulate": 2}
+    first, _ = raw.begun("ticked", "w0", "w1", parameters=parameters, consistency=live, policy=policy)
+    try:
+        for _ in range(4):
+            assert first.push([torch.ones(1000)]).status == 200
+            assert held() - before == page()
+    finally:
+        raw.request("DELETE", "/v1/sessions/ticked")

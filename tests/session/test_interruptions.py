@@ -193,3 +193,34 @@ def test_memory_of_gradients_that_are_being_finished_is_kept() -> None:
     with pytest.raises(StepInterrupted):
         writer.push(values(session, 8))
     assert equal(parameters(session), twin.step(gradients))
+
+
+READS: dict[str, Callable[[Session], object]] = {
+    "hold": lambda session: session.hold(),
+    "parameters": lambda session: session.parameters(),
+    "copy": lambda session: session.copy(["param"]),
+    "snapshot": lambda session: session.snapshot(),
+    "record": lambda session: session.record(),
+    "position": lambda session: session.position("fast"),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_read_after_which_the_next_step_fails_too_leaves_a_session_that_goes_on(read: str) -> None:
+    """The read finishes one step, the push that waited for it steps and fails midway: it is finished as well."""
+    kernels = FailingKernels()
+    mode: dict[str, object] = {"mode": "bounded", "staleness": 0}
+    session = new_session(names=("w", "b"), kernels=kernels, consistency=mode)
+    fast, slow = begun(session, "fast", "slow")
+    fast.push(values(session, 1))
+    waits = fast.named()
+    fast.push(values(session, 2))
+    kernels.fault.at = 2
+    slow.push(values(session, 3))
+    kernels.fault.at = 2
+    READS[read](session)
+    kernels.fault.at = None
+    assert session.position("fast")[1] == waits.sequence
+    assert session.version == 3
+    if read in ("record", "position"):  # which return no outcomes: whoever waits is told by the one who asked
+        assert receipt(session.late, waits).version == 3

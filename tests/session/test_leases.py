@@ -202,3 +202,32 @@ def test_a_push_that_waits_is_taken_back_when_its_name_is_taken() -> None:
         "If that was another process, give each its own name."
     )
     assert session.version == 0
+
+
+def test_a_repeated_push_does_not_hide_that_a_barrier_is_complete() -> None:
+    """It renews one lease at the moment at which another runs out: there is something to decide at once, not later."""
+    session = new_session(consistency=to_options(Sync(workers="live", deadline_s=60.0, lease_s=LEASE_S)))
+    w0, w1, w2 = begun(session, "w0", "w1", "w2")
+    first = values(session, 1)
+    for writer in (w0, w1, w2):
+        writer.push(first, now=0.0)
+    for writer in (w0, w1, w2):
+        writer.last = session.position(writer.name)[1]
+    committed = w0.last
+    w0.push(values(session, 2), now=5.0)
+    w2.push(values(session, 3), now=5.0)
+    w0.push(first, sequence=committed, now=LEASE_S)
+    assert session.deadline == LEASE_S
+    assert {name.worker for name in session.tick(LEASE_S)} == {"w0", "w2"}
+
+
+def test_a_worker_that_comes_back_does_not_wait_for_one_that_has_just_joined() -> None:
+    """The slowest left while the other's lease had run out unnoticed: the new one begins where the other stands."""
+    session = new_session(consistency=to_options(Bounded(staleness=0, lease_s=4.0, deadline_s=60.0)))
+    fast, slow = begun(session, "fast", "slow")
+    fast.push(values(session, 1), now=0.0)
+    renew(session, slow, 3.0)
+    session.leave("slow", slow.epoch, 5.0)
+    session.join("new", 5.0)
+    name = fast.named()
+    assert receipt(fast.push(values(session, 2), now=5.0), name).applied

@@ -111,7 +111,6 @@ class Conversation:
         )
         self._urls: dict[str, httpx.URL] = {}
         self._routes: dict[tuple[str, str, float], Route] = {}
-        self._exchange = _Exchange(self._lasting)
         self._reached = False
         self._greeted = False
 
@@ -145,7 +144,7 @@ class Conversation:
         request = self._request(method, path, None if content is None else BufferedBody([content]), 0.0, kind=JSON)
         if within_s is not None:
             request.extensions[DEADLINE_S] = within_s
-        with self._exchange:
+        with _Exchange(self._lasting):
             return cast("dict[str, Any]", self._document(self._send(request), path, largest, len(content or b"")))
 
     def _document(self, answer: Answer, path: str, largest: int, sent_bytes: int) -> object:
@@ -199,14 +198,14 @@ class Conversation:
         self, method: str, path: str, header: Mapping[str, Any] | None, payload: Payload, *, wait_s: float = 0.0
     ) -> Answer:
         """Do the first half of `data` and return when the head of an answer has arrived, for `receive`."""
-        with self._exchange:
+        with _Exchange(self._lasting):
             return self._ask(method, path, None if header is None else message(header, payload), wait_s)
 
     def receive(
         self, answer: Answer, buffers_for: BuffersFor, path: str, *, arrived: Arrived | None = None, sent_bytes: int = 0
     ) -> Received:
         """Do the second half of `data`; `path` is what was asked for, with a body of `sent_bytes`."""
-        with self._exchange:
+        with _Exchange(self._lasting):
             try:
                 if not answer.ok:
                     raise error_of(answer, self.server, path, sent_bytes=sent_bytes)
@@ -286,7 +285,7 @@ class Conversation:
             FarstepError: the problem the server answered with.
             httpx.TransportError: no complete answer came.
         """
-        with self._exchange:
+        with _Exchange(self._lasting):
             answer = self._send(self._request("GET", path, None, wait_s))
             try:
                 if not answer.ok:
@@ -312,7 +311,7 @@ class Conversation:
             httpx.TransportError: no complete answer came.
         """
         request = self._request("PUT", path, body, wait_s, kind=FILE, nbytes=nbytes)
-        with self._exchange:
+        with _Exchange(self._lasting):
             return cast("dict[str, Any]", self._document(self._send(request), path, DOCUMENT_BYTES, nbytes))
 
     def _request(

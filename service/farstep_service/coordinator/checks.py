@@ -78,6 +78,7 @@ class Checks:
         self.roster = Roster(mode.places, mode.lease_s, state.roster)
         self._mode = mode_for(mode, self.roster, state.mode)
         self._waiting = state.waiting
+        self._due: float | None = None  # when leases lapsed and nothing was decided since
 
     @property
     def state(self) -> CoordinatorState:
@@ -107,7 +108,9 @@ class Checks:
     @property
     def deadline(self) -> float | None:
         """Return the time at which `Tick` may have something to decide; None for none, or while one is unfinished."""
-        return self._mode.deadline if self._state.running is None else None
+        if self._state.running is not None:
+            return None
+        return self._mode.deadline if self._due is None else self._due
 
     @property
     def keeps_bases(self) -> bool:

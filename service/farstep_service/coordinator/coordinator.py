@@ -77,8 +77,6 @@ class Coordinator(Checks):
             now: seconds of a clock that never goes back.
         """
         out: list[Instruction] = []
-        if lapsed := self.roster.sweep(now):
-            self._mode.lapsed(lapsed)
         APPLY[type(event)](self, event, now, out)
         return out
 
@@ -87,6 +85,7 @@ class Coordinator(Checks):
         what = f"Worker {worker!r} joined again while this push waited; it was not applied."
         error = Fenced(what, remedy="If that was another process, give each its own name.", field="epoch")
         self._withdraw(worker, error, now, out)
+        self._sweep(now)
         for gone in sorted({*roster.make_room(worker, now), *roster.forgotten(now), worker}):
             self._remove(gone, out, keep=gone == worker)
         roster.join(worker, now, named=event.named)
@@ -155,6 +154,7 @@ class Coordinator(Checks):
         state.switched = True
         if mode == state.consistency:
             return
+        self._sweep(now)
         for gone in roster.surplus(mode.places, now):
             self._remove(gone, out)
         state.consistency = mode
@@ -190,8 +190,15 @@ class Coordinator(Checks):
 
     def _heard(self, worker: str, now: float) -> None:
         """Renew the lease of a member."""
+        self._sweep(now)
         if self.roster.heard(worker, now):
             self._mode.returned(worker)
+
+    def _sweep(self, now: float) -> None:
+        """Let the leases that have run out lapse, which may lead to a decision."""
+        if lapsed := self.roster.sweep(now):
+            self._mode.lapsed(lapsed)
+            self._due = now
 
     def _withdraw(self, worker: str, error: FarstepError, now: float, out: list[Instruction]) -> None:
         """Take the push of a worker that waits back, if there is one, and tell it why."""
@@ -223,8 +230,10 @@ class Coordinator(Checks):
     def _decide(self, now: float, out: list[Instruction]) -> None:
         """Act on decisions up to the first instruction with a result."""
         while self._state.running is None:
+            self._sweep(now)
             decision = self._mode.decide(self._state.version, now)
             if decision is None:
+                self._due = None
                 return
             pushes = [self._waiting.pop(worker) for worker in decision.workers]
             for worker in decision.workers:

@@ -219,6 +219,11 @@ class Roster:
             return 0.0
         return self._lease_s if member.until is None else max(0.0, member.until - now)
 
+    def is_fresh(self, worker: str, now: float) -> bool:
+        """Return whether a lease has run for less than a hundredth of its time."""
+        member = self._members.get(worker)
+        return member is not None and member.until is not None and member.until - now > 0.99 * self._lease_s
+
     def heard(self, worker: str, now: float) -> bool:
         """Renew the lease of a member; return whether it had lapsed."""
         member = self._members[worker]

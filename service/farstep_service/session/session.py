@@ -50,6 +50,9 @@ class Session:
         device: where parameters and state live.
         journal: told of each event before it is applied, and of each result.
         record: what another session was, which this one goes on with.
+
+    Attributes:
+        late: outcomes of writes that were decided about on the occasion of something else; who tells them clears it.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Session:
             coordinator = Coordinator(read_back(record.written))
         self._machine = StateMachine(coordinator, tensors, journal)
         self._coordinator, self._tensors, self._state = coordinator, tensors, tensors.state
+        self.late = self._machine.late
 
     def record(self) -> SessionRecord:
         """Return all that the session is; see `StateMachine.record`."""
@@ -133,7 +137,7 @@ class Session:
 
     def position(self, worker: str) -> tuple[int, int, bool]:
         """Return a worker's epoch (0: none), its last committed sequence, and whether a push of it waits."""
-        self._machine.finish()
+        self.late |= self._machine.finish()
         roster = self._coordinator.roster
         return roster.epoch(worker), roster.sequence(worker), self._coordinator.waits(worker)
 
@@ -192,8 +196,14 @@ class Session:
         return outcomes | self._machine.happen(events.Leave(worker), now)
 
     def received(self, worker: str, epoch: int, now: float) -> None:
-        """Note that a worker is being sent the present version, if that is its epoch."""
-        if epoch and self._coordinator.roster.epoch(worker) == epoch:
+        """Note that a worker is being sent the present version, if that is its epoch.
+
+        A lease that has just begun, with the write that this answers, does not begin again.
+        """
+        coordinator = self._coordinator
+        if not epoch or coordinator.roster.epoch(worker) != epoch:
+            return
+        if coordinator.keeps_bases or not coordinator.roster.is_fresh(worker, now):
             self._machine.happen(events.Receive(worker), now)
 
     def renew(self, worker: str, epoch: int, incarnation: str, now: float) -> tuple[bool, int]:

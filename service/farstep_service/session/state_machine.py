@@ -66,12 +66,14 @@ class StateMachine:
 
     Attributes:
         now: the time of the last event.
+        late: outcomes of writes that were decided about on the occasion of something else, until they are told.
     """
 
     def __init__(self, coordinator: Coordinator, tensors: Tensors, journal: Journal | None = None) -> None:
         self.coordinator = coordinator
         self.tensors = tensors
         self.now = 0.0
+        self.late: Outcomes = {}
         self._journal = journal
 
     def happen(
@@ -139,9 +141,14 @@ class StateMachine:
         Raises:
             StepInterrupted: it failed again.
         """
-        if not self.coordinator.unfinished:
-            return {}
-        return self.happen(self.tensors.finish(), self.now)
+        outcomes: Outcomes = {}
+        try:
+            while self.coordinator.unfinished:  # the step after it may fail midway, too
+                outcomes |= self.happen(self.tensors.finish(), self.now)
+        except BaseException:
+            self.late |= outcomes
+            raise
+        return outcomes
 
     # -- written down, and again ------------------------------------------------------------------------------------
 
@@ -151,7 +158,7 @@ class StateMachine:
         Raises:
             StepInterrupted: a kernel failed midway, and again.
         """
-        self.finish()
+        self.late |= self.finish()
         return SessionRecord(write_down(self.coordinator.state), self.tensors.record())
 
     def replay(self, event: Event | Result, now: float, results: Sequence[Result]) -> Outcomes:

@@ -59,6 +59,7 @@ class Actor:
         self._turns = Turns(session, executor, clock)
         self.reads = Reads(session, self._turns, executor, versions)
         self._shared_memories = SharedMemories()
+        self._turns.settled = self._note_held
 
     @property
     def plan(self) -> Plan:
@@ -96,7 +97,7 @@ class Actor:
         Raises:
             OptionsDiffer: the session has grown since the worker's plan was compared with its own.
         """
-        async with self._turns.lock:
+        async with self._turns:
             self._turns.check_open()
             if (now := len(self.plan.groups)) != groups:
                 raise OptionsDiffer(
@@ -111,7 +112,7 @@ class Actor:
 
     async def leave(self, worker: str, epoch: int) -> None:
         """Give a worker's place up."""
-        async with self._turns.lock:
+        async with self._turns:
             self._turns.resolve(self._session.leave(worker, epoch, self._turns.clock()))
             self._unshare()
 
@@ -121,30 +122,31 @@ class Actor:
         Raises:
             SessionLost, Fenced: the worker joined another life of the session, or its epoch is over.
         """
-        async with self._turns.lock:
+        async with self._turns:
             self._turns.check_open()
             session, now = self._session, self._turns.clock()
             lapsed, live = session.renew(worker, epoch, incarnation, now)
+            self._turns.resolve({})
             return Renewed(lapsed, session.lease_s(worker, now), live, session.version, session.plan.consistency)
 
     async def worker(self, worker: str) -> WorkerPage:
         """Say where a worker stands."""
-        async with self._turns.lock:
+        async with self._turns:
             return self._page(worker)
 
     async def workers(self, after: str, most: int) -> dict[str, WorkerPage]:
         """Say where the first `most` workers stand whose names come after one."""
-        async with self._turns.lock:
+        async with self._turns:
             return self._pages(after, most)
 
     async def groups(self, first: int, most: int) -> list[dict[str, Any]]:
         """Return the options of `most` param groups from one on."""
-        async with self._turns.lock:
+        async with self._turns:
             return self._options(first, most)
 
     async def summary(self, most: int = 0) -> Summary:
         """Describe the session as it is now, with the first `most` of its groups and workers."""
-        async with self._turns.lock:
+        async with self._turns:
             session = self._session
             groups, workers = self._options(0, most), self._pages("", most)
             nbytes = session.nbytes()
@@ -162,7 +164,7 @@ class Actor:
 
     async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> None:
         """Change options of param groups."""
-        async with self._turns.lock:
+        async with self._turns:
             self._turns.check_open()
             outcomes = await self._turns.run(
                 lambda: self._session.set_groups(changes),
@@ -178,7 +180,7 @@ class Actor:
             SessionFull: there are more live workers than the mode has places for.
             InvalidOption: the optimizer does not go with the mode.
         """
-        async with self._turns.lock:
+        async with self._turns:
             self._turns.check_open()
             now = self._turns.clock()
             outcomes = await self._turns.run(
@@ -213,14 +215,14 @@ class Actor:
             Fenced: the worker has another epoch.
             InvalidOption: it is not memory that can be shared.
         """
-        async with self._turns.lock:
+        async with self._turns:
             self._turns.check_open()
             if self._session.position(worker)[0] != handle.epoch or not handle.epoch:
                 raise Fenced(f"Epoch {handle.epoch} of worker {worker!r} is not the current one.", field="epoch")
             if self._session.layout_of(worker) is not self.plan.layout:
                 raise not_shared("the worker does not know all param groups")
             self._shared_memories.share(worker, handle, self.plan)
-            self._share.note(self._held_bytes())
+            self._note_held()
 
     async def deliver(self, head: PushHead, view: View, spent: Intake | None) -> bool:
         """Put parameters where a push wants them; return whether they are there, and need no body.
@@ -239,13 +241,16 @@ class Actor:
         await self._turns.run(lambda: copy_to(shared.parameters, there), lambda _: None, inline=self._turns.small)
         return True
 
+    def _note_held(self) -> None:
+        self._share.note(self._held_bytes())
+
     def _held_bytes(self) -> int:
         return self._session.held_bytes + self._shared_memories.nbytes + self.reads.nbytes
 
     def _unshare(self) -> None:
         """Let go of the memory of epochs that are over."""
         self._shared_memories.keep_only(lambda worker: self._session.position(worker)[0])
-        self._share.note(self._held_bytes())
+        self._note_held()
 
     # -- writes -----------------------------------------------------------------------------------------------------
 
@@ -310,7 +315,7 @@ class Actor:
         self, name: WriteName, work: Callable[[], Outcomes], *, inline: bool, coming: Callable[[], int] = int
     ) -> Answer:
         asked = time.perf_counter()
-        async with self._turns.lock:
+        async with self._turns:
             began = time.perf_counter()
             self._turns.check_open()
             session, grows = self._session, coming()
@@ -344,7 +349,7 @@ class Actor:
 
     async def close(self) -> None:
         """End the session; those who wait are told so."""
-        async with self._turns.lock:
+        async with self._turns:
             self._turns.close()
             self.reads.close()
             self._shared_memories.clear()

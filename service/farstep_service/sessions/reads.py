@@ -152,7 +152,7 @@ class Reads:
         """
         kind: ReadKind = "pull" if write is None else "answer"
         if write is not None and since is None and codec is None and spent is None and self._turns.small:
-            async with self._turns.lock:
+            async with self._turns:
                 if (copied := self._copied(write)) is not None:
                     return copied
 
@@ -167,8 +167,7 @@ class Reads:
             if slot is None:
                 held.release()
                 return None
-            who = reader or (write if self._session.keeps_bases else None)  # a write has renewed its worker's lease
-            if who is not None:
+            if (who := reader or write) is not None:
                 self._session.received(who.worker, who.epoch, self._turns.clock())
             return held, chosen, slot
 
@@ -176,7 +175,7 @@ class Reads:
             taken[0].release()
             taken[2].release()
 
-        async with self._turns.lock:
+        async with self._turns:
             taken = take()
         if taken is None:
             taken = await self._readers.wait(kind, take, give_back)
@@ -199,6 +198,7 @@ class Reads:
             self._turns.resolve(outcomes)
         if buffers.device.type != "cpu":
             return None
+        session.received(write.worker, write.epoch, self._turns.clock())
         count = len(buffers.layout.segments)
         return BytesView(session.version, count, layout, buffers)
 
@@ -229,12 +229,12 @@ class Reads:
 
     async def _make_room(self, kind: ReadKind) -> None:
         """Admit readers that waited for those that have just left."""
-        async with self._turns.lock:
+        async with self._turns:
             self._readers.admit(kind)
 
     async def contents(self, fields: Sequence[str], indices: Sequence[int] | None = None) -> View:
         """Copy fields of the current version, of some segments or of all."""
-        async with self._turns.lock:
+        async with self._turns:
             self._turns.check_open()
             contents, outcomes = await self._turns.run(
                 lambda: self._session.copy(fields, indices),
@@ -247,7 +247,7 @@ class Reads:
 
     async def snapshot(self) -> Snapshot:
         """Copy all of the current version, with the options in force at it."""
-        async with self._turns.lock:
+        async with self._turns:
             self._turns.check_open()
             snapshot, outcomes = await self._turns.run(
                 self._session.snapshot, lambda unasked: self._turns.resolve(unasked[1]), inline=self._turns.small

@@ -142,9 +142,15 @@ class DeadlineTimer:
         task.add_done_callback(self._tasks.discard)
 
 
+def _nothing() -> None:
+    """Do nothing."""
+
+
 @final
 class Turns:
-    """Serialise the work on a session, and resolve the outcomes of waiting writes.
+    """Serialise the work on a session, and resolve the outcomes of waiting writes; `async with` it for one turn.
+
+    A turn does not end before the writes that it decided about on the way are resolved.
 
     Args:
         session: the session; called only by the holder of the turn.
@@ -152,21 +158,32 @@ class Turns:
         clock: monotonic seconds.
 
     Attributes:
-        lock: held during a turn.
         closed: the session was removed.
         leaving: the server is about to stop, and no write waits for others any more.
+        settled: called after a tick, when the session may hold more or less than before.
     """
 
     def __init__(self, session: Session, executor: Executor, clock: Callable[[], float]) -> None:
-        self.lock = asyncio.Lock()
+        self._lock = asyncio.Lock()
         self.closed = False
         self.leaving = False
+        self.settled: Callable[[], None] = _nothing
         self.clock = clock
         self._session = session
         self._executor = executor
         self._waiting = PendingOutcomes()
         self._timer = DeadlineTimer(clock)
         self._size = Size(session.plan)
+
+    async def __aenter__(self) -> None:
+        await self._lock.acquire()
+
+    async def __aexit__(self, *error: object) -> None:
+        try:
+            if self._session.late and not self.closed:
+                self.resolve({})
+        finally:
+            self._lock.release()
 
     @property
     def size(self) -> Size:
@@ -204,6 +221,9 @@ class Turns:
 
     def resolve(self, outcomes: Outcomes) -> None:
         """Resolve the outcomes of writes, and set the timer to the next deadline."""
+        if late := self._session.late:
+            outcomes = late | outcomes
+            late.clear()
         if self._waiting:
             self._waiting.resolve(outcomes)
         if self.leaving:
@@ -212,14 +232,15 @@ class Turns:
             self._timer.set(deadline, self._tick)
 
     async def _tick(self) -> None:
-        async with self.lock:
+        async with self:
             if not self.closed:
                 now = self.clock()
                 self.resolve(await self.run(lambda: self._session.tick(now), self.resolve, inline=self.small))
+                self.settled()
 
     async def interrupt(self) -> None:
         """Answer every waiting write, and from now on every write that would wait."""
-        async with self.lock:
+        async with self:
             self.leaving = True
             if not self.closed:
                 self.resolve({})
@@ -227,5 +248,6 @@ class Turns:
     def close(self) -> None:
         """End the session, within the caller's turn; waiting writes get an error."""
         self.closed = True
+        self.settled = _nothing
         self._timer.cancel()
         self._waiting.end(self.gone)
