@@ -18,6 +18,7 @@ from farstep import Async, Sync
 from farstep.conversation import Conversation
 from farstep.errors import BarrierTimeout, Fenced, OptionsDiffer, SessionFull, SessionLost
 from farstep.optim import Adagrad
+from farstep.protocol.consistency import to_options
 from farstep.settings import RemoteOptions
 from tests.support.client.carrying import Carrying
 from tests.support.client.twins import SHAPES, check_equal, check_parameters, check_states, drawn, ours, parameters
@@ -353,7 +354,7 @@ def test_a_step_after_one_that_still_waits_at_the_barrier(
 ) -> None:
     """The same gradients join the push that waits; others wait until the barrier has decided about it."""
     transport = Impatient()
-    place = synced(shared, 2, deadline_s=30.0 if completed else 0.5)
+    place = synced(shared, 2, deadline_s=30.0 if completed else 1.5)
     first, second = Worker({**place, "transport": transport}, "w0"), Worker(place, "w1")
     reference = Reference()
     transport.armed = True
@@ -364,13 +365,18 @@ def test_a_step_after_one_that_still_waits_at_the_barrier(
 
     again = threads.submit(first.step, drawn(1 if same else 2))
     if not completed:
-        # Nobody comes to the first barrier.
+        # Nobody comes to the first barrier. The second one gives all the time they need.
+        session = f"/v1/sessions/{first.optimizer.session}"
+        longer = {"consistency": to_options(Sync(workers=2, deadline_s=30.0))}
         if same:
             with pytest.raises(BarrierTimeout):
                 again.result()
+            talk.control("PUT", f"{session}/consistency", longer)
             again = threads.submit(first.step, drawn(1))
-        while talk.control("GET", f"/v1/sessions/{first.optimizer.session}/workers/w0")["waiting"]:
-            pass
+        else:
+            while talk.control("GET", f"{session}/workers/w0")["waiting"]:
+                pass
+            talk.control("PUT", f"{session}/consistency", longer)
         waits(talk, first)
     second.step(drawn(11))
     reference.step(drawn(1 if same or completed else 2), drawn(11))
