@@ -3,7 +3,7 @@
     make bench        or        python tests/benchmarks/bench_calls.py [--lines]
 
 One Adagrad step of two small tensors over TCP, async, with the reference kernel. Counted are calls of functions that
-are written in Python, whoever wrote them: torch's own `Optimizer.step` takes some forty of the worker's. The server is
+are written in Python, in any package: torch's own `Optimizer.step` takes some forty of the worker's. The server is
 a process of its own, whose main thread counts between two signals.
 """
 

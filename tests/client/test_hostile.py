@@ -298,6 +298,9 @@ def test_an_answer_that_does_not_come_is_given_up(lie: str, liar: Liar, tmp_path
 
 WRONG: list[Any] = ["3", -1, float("nan"), 2**63, 1e300, None, True, [1], {"a": 1}]
 """What stands in the place of a whole number."""
+NO_TEXTS: list[Any] = [-1, 2.5, True, [1], {"a": 1}]
+"""What stands in the place of a text."""
+TEXTS = [("push", "receipt.disagreement"), ("push", "receipt.detail"), ("push", "receipt.kernel")]
 NUMBERS = [("push", key) for key in ("version", "receipt.version", "receipt.base", "receipt.divisor")] + [
     ("pull", "version"),
     ("pull", "count"),
@@ -308,14 +311,14 @@ NUMBERS = [("push", key) for key in ("version", "receipt.version", "receipt.base
 ]
 
 
-@pytest.mark.parametrize(("name", "key"), [*NUMBERS, ("push", "segments"), ("pull", "segments")])
+@pytest.mark.parametrize(("name", "key"), [*NUMBERS, *TEXTS, ("push", "segments"), ("pull", "segments")])
 def test_a_member_of_a_wrong_type_is_refused(
     name: str, key: str, liar: Liar, of_kind: Callable[[str], Twins], tmp_path: Path
 ) -> None:
-    """A version that is a word, negative, NaN or huge, and segments that were not asked for, reach nothing here."""
+    """Versions that are words, negative, NaN or huge, texts that are none, and other segments reach nothing here."""
     trial, twins = TRIALS[name], of_kind(name)
     segments: list[Any] = ["all", [0, 1], [0, 9], [1, 0], [0.0, 2.0], [0, 1, 2], [-1, 1], {"a": 1}]
-    for value in segments if key == "segments" else WRONG:
+    for value in segments if key == "segments" else NO_TEXTS if (name, key) in TEXTS else WRONG:
         if name == "join" and isinstance(value, float):
             continue  # which JSON has no way to write, or writes as another number
 

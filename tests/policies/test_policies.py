@@ -167,7 +167,7 @@ def test_a_value_out_of_range_is_refused_on_the_side_that_reads_it(row: Row) -> 
 
 @every_row
 def test_what_is_written_is_read_again(row: Row) -> None:
-    """Options travel as a document that has what was asked for and no more; a worker that asks for others is told."""
+    """Options travel as a document that names the policies asked for and no others; a worker with others is refused."""
     asked = Policies.of(row.options)
     assert asked.to_options() == row.written
     assert Policies.from_options(asked.to_options()) == asked

@@ -222,5 +222,5 @@ def test_a_read_after_which_the_next_step_fails_too_leaves_a_session_that_goes_o
     kernels.fault.at = None
     assert session.position("fast")[1] == waits.sequence
     assert session.version == 3
-    if read in ("record", "position"):  # which return no outcomes: whoever waits is told by the one who asked
+    if read in ("record", "position"):  # which return no outcomes: the actor resolves them
         assert receipt(session.late, waits).version == 3

@@ -200,6 +200,7 @@ _OPTIONAL: Mapping[str, Callable[[ReplyReader, str], object]] = {
     "again": ReplyReader.flag,
     "reason": lambda reply, key: reply.among(key, REASONS),
     "detail": ReplyReader.text,
+    "disagreement": ReplyReader.text,
     "weight": ReplyReader.number,
 }
 

@@ -315,8 +315,7 @@ class Pushing:
         copy_s = time.perf_counter() - copying
         assert reply is not None
         if self._residuals:
-            outcome = reply.outcome
-            buffers.encoder.commit(counts=outcome["applied"] or outcome.get("reason") == "accumulated")
+            buffers.encoder.commit(counts=reply.receipt.counts)
         self._joined.version = reply.version
         if reply.consistency is not None:
             self._joined.follow_(reply.consistency)

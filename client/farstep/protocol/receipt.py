@@ -103,10 +103,7 @@ class Receipt:
         """Read the known entries of a receipt; later servers may send more."""
         known = {name: values[name] for name in cls.__slots__ if name in values}
         known["contributors"] = Names(values["contributors"])
-        if not values.keys().isdisjoint(facts()):
-            known["facts"] = tuple((name, values[name]) for name in facts() if name in values)
-        else:
-            known["facts"] = ()
+        known["facts"] = tuple((name, values[name]) for name in facts() if name in values)
         return cls(**known)
 
 

@@ -221,8 +221,7 @@ class Roster:
 
     def is_fresh(self, worker: str, now: float) -> bool:
         """Return whether a lease has run for less than a hundredth of its time."""
-        member = self._members.get(worker)
-        return member is not None and member.until is not None and member.until - now > 0.99 * self._lease_s
+        return self.left_s(worker, now) > 0.99 * self._lease_s
 
     def heard(self, worker: str, now: float) -> bool:
         """Renew the lease of a member; return whether it had lapsed."""
