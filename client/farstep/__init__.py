@@ -15,6 +15,7 @@ from farstep.errors import FarstepError
 from farstep.identity import Worker, worker
 from farstep.protocol.codecs import Wire
 from farstep.protocol.consistency import Async, Bounded, Sync
+from farstep.protocol.durability import Journal, Snapshot
 
 if TYPE_CHECKING:
     from farstep import optim
@@ -31,8 +32,10 @@ __all__ = [
     "DiLoCo",
     "FarstepError",
     "Heartbeat",
+    "Journal",
     "LocalSGD",
     "RemoteOptions",
+    "Snapshot",
     "StepReport",
     "Sync",
     "Wire",

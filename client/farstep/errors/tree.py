@@ -26,15 +26,19 @@
     │   ├── Fenced                409  the worker's name was taken, or the session has grown
     │   ├── SessionFull           409  every place of a sync session is taken
     │   ├── BarrierTimeout        409  a push waited for others until its deadline; it was not applied
-    │   └── StepDiscarded         409  the step that an evaluation belongs to was given up meanwhile
+    │   ├── StepDiscarded         409  the step that an evaluation belongs to was given up meanwhile
+    │   └── StateRolledBack       409  the session went back to an older version, without steps that were acknowledged
     ├── IdempotencyMismatch       422  the same push name with another content
     ├── UnknownSession            404  no session of that name
     ├── SessionLost               410  the session this worker joined is gone, with its optimizer state
     ├── Unavailable               503  the other side cannot answer now; the outcome of the call is unknown
     │   ├── Busy                  503  a budget is used up for the moment
     │   ├── OutOfMemory           503  the machine gave the server no memory for the request
-    │   └── StepInterrupted       503  a kernel failed midway; the step is finished before anything else happens
+    │   ├── StepInterrupted       503  a kernel failed midway; the step is finished before anything else happens
+    │   ├── Recovering            503  the server is reading the session from its disk; it says how long that may take
+    │   └── NotDurable            507  the server's disk is full or fails; nothing was applied
     ├── CannotConnect             503  the address does not lead to a server, however often it is tried
+    ├── DamagedJournal            503  what the server's disk has of the session is damaged
     └── InternalError             500  a defect of ours
 
 There is one class for each thing a caller would do differently. `code` is stable and documented in `docs/errors.md`;
@@ -276,6 +280,12 @@ class StepDiscarded(Conflict):
     code = "step_discarded"
 
 
+class StateRolledBack(Conflict):
+    """The session went back to an older version; steps that had been acknowledged are lost."""
+
+    code = "rolled_back"
+
+
 class IdempotencyMismatch(FarstepError):
     """The same push name came with another content."""
 
@@ -325,6 +335,26 @@ class StepInterrupted(Unavailable):
     """A kernel failed midway; the step is finished before anything else happens."""
 
     code = "step_interrupted"
+
+
+class Recovering(Unavailable):
+    """The server is reading the session from its disk, and does not answer for it before that is done."""
+
+    code = "recovering"
+
+
+class NotDurable(Unavailable):
+    """The server's disk is full or fails, so that it cannot keep the write; nothing was applied."""
+
+    code = "not_durable"
+    status = 507
+
+
+class DamagedJournal(FarstepError):
+    """What the server's disk has of the session is damaged; the server's other sessions are not concerned."""
+
+    code = "damaged_journal"
+    status = 503
 
 
 class CannotConnect(FarstepError):
