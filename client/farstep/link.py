@@ -18,6 +18,7 @@ from torch import Tensor
 from farstep.heartbeat import Heartbeat
 from farstep.overlap import Overlapped
 from farstep.protocol.consistency import Consistency, to_options
+from farstep.protocol.durability import Durability, to_document
 from farstep.protocol.fields import FieldKind, State
 from farstep.protocol.messages import Evaluation
 from farstep.protocol.policies import NO_POLICIES, Policies
@@ -81,6 +82,7 @@ class SessionSpec:
     nonfinite: NonFinitePolicy
     kernel: KernelChoice
     policies: Policies = NO_POLICIES
+    durability: Durability | None = None
 
     def to_document(self) -> dict[str, Any]:
         """Return the spec as the JSON document of `POST /v1/sessions`."""
@@ -97,6 +99,7 @@ class SessionSpec:
             "nonfinite": self.nonfinite,
             "kernel": self.kernel,
             **({"policy": policy} if policy else {}),
+            **({} if self.durability is None else {"durability": to_document(self.durability)}),
         }
 
 

@@ -27,6 +27,8 @@ from farstep.errors.connecting import check_address, without_secrets
 from farstep.identity import Worker, check_name, fresh_name
 from farstep.protocol.codecs import Wire
 from farstep.protocol.consistency import Async, Consistency, checked
+from farstep.protocol.durability import NONE, Durability
+from farstep.protocol.durability import checked as checked_durability
 from farstep.protocol.messages import OptionsMode
 from farstep.protocol.plain import pythons_own
 from farstep.protocol.policies import NO_POLICIES, Policies, default_options
@@ -48,6 +50,8 @@ class RemoteOptions(TypedDict, total=False):
         these names; those of unnamed workers follow, in the order of their contents.
     token: the server's bearer token.
     consistency: `farstep.Async()`, `farstep.Bounded(staleness=S)` or `farstep.Sync(workers=N)`.
+    durability: what the session's server keeps on its disk: "none", `farstep.Snapshot(...)` or `farstep.Journal(...)`.
+        None takes what the session has, or the server's default where it is created. Not for embedded sessions.
     nonfinite: what the session does with a gradient that holds NaN or Inf: "refuse" it (the default with a server),
         "allow" it as torch does (the default of an embedded optimizer), or "skip" the step for all its workers.
     clip_norm: the largest norm of the gradients of a step, which are clipped after their reduction.
@@ -75,6 +79,7 @@ class RemoteOptions(TypedDict, total=False):
     worker: str | Worker | None
     token: str | None
     consistency: Consistency
+    durability: Durability | None
     nonfinite: NonFinitePolicy | None
     clip_norm: float | None
     clip_norm_type: float
@@ -115,6 +120,7 @@ class WorkerSettings:
     overlap: bool = False
     counted_as: str | None = None
     options: OptionsMode | None = None
+    durability: Durability | None = None
 
 
 def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> WorkerSettings:
@@ -168,6 +174,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
             remedy="Give every worker the same session=..., or set FARSTEP_SESSION.",
             field="session",
         )
+    durability = _durability(options.get("durability"), server)
     return WorkerSettings(
         server=server.rstrip("/") if server else None,
         session=session or _fresh_session(),
@@ -185,6 +192,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         options=_options(options.get("options") or environment.get("FARSTEP_OPTIONS") or None),
         overlap=_flag(options.get("overlap"), environment.get("FARSTEP_OVERLAP")),
         counted_as=(worker or "") if session and own is None else None,
+        durability=durability,
     )
 
 
@@ -208,6 +216,7 @@ def options_of_copy(settings: WorkerSettings) -> RemoteOptions:
     return {
         "server": settings.server,
         "consistency": settings.consistency.for_one(),
+        "durability": settings.durability,
         "nonfinite": settings.nonfinite,
         "kernel": settings.kernel,
         "wire": settings.wire,
@@ -237,6 +246,21 @@ def _flag(said: object, variable: str | None) -> bool:
             field="overlap",
         )
     return said
+
+
+def _durability(said: object, server: str | None) -> Durability | None:
+    """Return the level that was asked for, None for the server's choice."""
+    if said is None:
+        return None
+    durability = checked_durability(said)
+    if server is None and durability != NONE:
+        raise invalid_option(
+            "An embedded session ends with its process and keeps nothing on disk.",
+            remedy="Start `farstep serve --data-dir DIR` and give server=... or set FARSTEP_SERVER; or leave "
+            "durability out, and save state_dict().",
+            field="durability",
+        )
+    return durability
 
 
 def _options(said: object) -> OptionsMode | None:

@@ -27,6 +27,7 @@ ARGUMENTS: Final[Mapping[str, str]] = {
         ("TIMEOUT", "timeout_s"),
         ("TIMEOUT_S", "timeout_s"),
         ("CONSISTENCY", "consistency"),
+        ("DURABILITY", "durability"),
         ("NONFINITE", "nonfinite"),
         ("URL", "server"),
     )

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
-from farstep.errors import InvalidOption, LimitExceeded
+from farstep.errors import InvalidOption, LimitExceeded, found_by
 from farstep.protocol.consistency import Consistency, from_options
+from farstep.protocol.durability import Durability, from_document, to_text
 from farstep.protocol.hyper import Hyper
 from farstep.protocol.policies import NO_POLICIES, Policies
 from farstep_service.layout import Layout, SegmentSpec
@@ -32,6 +33,8 @@ class Plan:
         nonfinite: `refuse` or `allow` gradients that hold NaN or Inf, or `skip` their steps.
         kernel: which kernels may run.
         policies: what is done to the gradients before a step, and to the parameters after it.
+        durability: what is kept of it on disk. None in the plan of a worker that joins with any level; a session that
+            was created has one.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Plan:
     nonfinite: str
     kernel: KernelMode
     policies: Policies = NO_POLICIES
+    durability: Durability | None = None
 
     @classmethod
     def build(
@@ -55,6 +59,7 @@ class Plan:
         nonfinite: str,
         kernel: str,
         policy: Mapping[str, Any] | None = None,
+        durability: Mapping[str, Any] | None = None,
     ) -> Plan:
         """Check what a client asks for.
 
@@ -89,6 +94,7 @@ class Plan:
             nonfinite=_one_of("nonfinite", nonfinite, ("refuse", "skip", "allow")),
             kernel=_kernel(rule, kernel),
             policies=wanted,
+            durability=None if durability is None else _durability(durability),
         )
         plan.check_consistency()
         return plan
@@ -160,7 +166,11 @@ class Plan:
         for key in ("consistency", "nonfinite", "kernel"):
             if getattr(self, key) != getattr(other, key):
                 return f"its {key} is {getattr(self, key)!r}, not {getattr(other, key)!r}"
-        return self.policies.difference(other.policies)
+        if difference := self.policies.difference(other.policies):
+            return difference
+        if self.durability is None or other.durability in (None, self.durability):
+            return None
+        return f"its durability is {to_text(self.durability)}, not {to_text(other.durability)}"
 
     def _other_options(self, other: Plan, in_force: Sequence[Hyper]) -> str | None:
         """Return where the options of another plan are neither those of the creation nor those in force."""
@@ -204,6 +214,11 @@ def _check_policies(rule: AnyMethod, layout: Layout, nonfinite: str, policies: P
     for policy in policies.asked:
         for segment in layout.segments:
             policy.check_parameter(segment.name, is_complex=segment.is_complex)
+
+
+def _durability(document: Mapping[str, Any]) -> Durability:
+    with found_by("server"):
+        return from_document(document)
 
 
 def _kernel(rule: AnyMethod, wanted: str) -> KernelMode:

@@ -7,12 +7,14 @@ import re
 from dataclasses import dataclass
 
 from farstep.errors import InvalidOption
+from farstep.protocol.durability import NONE, Durability, Journal, to_text
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 7171
 GIB = 2**30
 ANY_HOST = "*"
 HELD_VERSIONS = 2
+MAX_JOURNAL_BYTES = 8 * GIB
 
 _HOST_NAME = re.compile(r"(?:\*\.)?[a-z0-9_](?:[a-z0-9._-]{0,251}[a-z0-9_])?")
 
@@ -37,6 +39,9 @@ class Settings:
             pushes; also the number of copies of a session that may be sent at the same time.
         idle_body_s: seconds of silence within a request body after which the connection is closed.
         threads: threads that run kernels; each uses torch's own threads inside one step.
+        data_dir: the directory that sessions are kept in; "" for none.
+        durability: what is kept of sessions that name no level; None for the default, see `default_durability`.
+        max_journal_bytes: the largest journal of one session; a snapshot is taken before it is reached.
     """
 
     host: str = DEFAULT_HOST
@@ -53,6 +58,9 @@ class Settings:
     held_versions: int = HELD_VERSIONS
     idle_body_s: float = 30.0
     threads: int = 2
+    data_dir: str = ""
+    durability: Durability | None = None
+    max_journal_bytes: int = MAX_JOURNAL_BYTES
 
     def __post_init__(self) -> None:
         for token in self.tokens:
@@ -78,6 +86,27 @@ class Settings:
                 f"Refusing to listen on {self.host} without a token: any client could change every session.",
                 remedy="Set FARSTEP_TOKEN (or --token-file), listen on 127.0.0.1, or pass --insecure-no-auth.",
                 field="host",
+            )
+        self.check_durability(self.durability)
+
+    @property
+    def default_durability(self) -> Durability:
+        """Return what is kept of sessions that name no level: a journal if there is a data directory, else nothing."""
+        if self.durability is not None:
+            return self.durability
+        return Journal() if self.data_dir else NONE
+
+    def check_durability(self, durability: Durability | None) -> None:
+        """Refuse a level that needs a disk on a server without a data directory.
+
+        Raises:
+            InvalidOption: it is such a level.
+        """
+        if durability is not None and durability != NONE and not self.data_dir:
+            raise InvalidOption(
+                f"This server has no data directory, so it cannot keep a session at the level {to_text(durability)}.",
+                remedy="Start it with `farstep serve --data-dir DIR`, or ask for the durability none.",
+                field="durability",
             )
 
 

@@ -294,7 +294,7 @@ def test_output_for_a_pipe_has_no_colours(ask: Run, session: str) -> None:
         assert "\x1b" not in ask(*verb).stdout
     header = next(line for line in ask("sessions", "ls").stdout.splitlines() if line.startswith("SESSION"))
     assert header.split() == [
-        "SESSION", "OPTIMIZER", "VERSION", "MODE", "WORKERS", "PARAMETERS", "MEMORY", "KERNEL",
+        "SESSION", "OPTIMIZER", "VERSION", "MODE", "WORKERS", "PARAMETERS", "MEMORY", "DURABILITY", "KERNEL",
     ]  # fmt: skip
 
 

@@ -225,6 +225,7 @@ class InSession(torch.optim.Optimizer):
             nonfinite=settings.nonfinite,
             kernel=settings.kernel,
             policies=settings.policies,
+            durability=settings.durability,
         )
         with explaining_namesake(settings):
             self._membership = Membership(

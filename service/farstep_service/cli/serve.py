@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from farstep import __version__
-from farstep.errors import InvalidOption
+from farstep.errors import InvalidOption, found_by
+from farstep.protocol.durability import NONE, Durability, from_text, to_text
 from farstep.variables import KNOWN, OURS, unknown
 from farstep_service.cli.output import JsonOutput, print_json, reporting
 from farstep_service.settings import DEFAULT_HOST, DEFAULT_PORT, GIB, Settings, is_loopback
@@ -103,10 +104,24 @@ def serve(
     threads: Annotated[
         int, option("--threads", "Most large steps at a time.", metavar="N", min=1, max=256)
     ] = DEFAULTS.threads,
+    data_dir: Annotated[
+        str, option("--data-dir", "Keep sessions in this directory, so that they outlive the server.", metavar="DIR")
+    ] = DEFAULTS.data_dir,
+    durability: Annotated[
+        str | None,
+        option(
+            "--durability",
+            "Level of sessions that name none: none, snapshot:every_s=60, journal:os, journal:group.",
+            metavar="LEVEL",
+        ),
+    ] = None,
+    max_journal_gib: Annotated[
+        float, option("--max-journal-gib", "Largest journal of one session.", metavar="GIB")
+    ] = DEFAULTS.max_journal_bytes / GIB,
     log_level: Annotated[LogLevel, option("--log-level", "Level of the log on the standard error.")] = LogLevel.info,
     json_output: JsonOutput = False,
 ) -> None:
-    """Run a server. Sessions live in its memory, and end with it.
+    """Run a server. Sessions live in its memory, and end with it unless it has a --data-dir.
 
     FARSTEP_TOKEN holds the token that clients must send.
 
@@ -128,6 +143,9 @@ def serve(
             max_bytes=None if max_gib is None else bytes_of(max_gib, "max_gib"),
             held_versions=held_versions,
             threads=threads,
+            data_dir=data_dir,
+            durability=level_of(durability),
+            max_journal_bytes=bytes_of(max_journal_gib, "max_journal_gib"),
         )
         from farstep_service.server import run
 
@@ -145,7 +163,9 @@ def serve(
                         "kernels": listening.kernels,
                         "docs": f"{listening.url}/docs" if listening.port else "",
                         "tokens": len(settings.tokens),
-                        "durable": False,
+                        "durable": bool(settings.data_dir),
+                        "data_dir": settings.data_dir,
+                        "durability": to_text(settings.default_durability),
                         "version": __version__,
                         "pid": os.getpid(),
                     }
@@ -167,6 +187,18 @@ def bytes_of(gib: float, field: str) -> int:
             f"Invalid {field}: {gib}. Must be positive, and at most {LARGEST_GIB}.", field=field, limit=LARGEST_GIB
         )
     return int(gib * GIB)
+
+
+def level_of(text: str | None) -> Durability | None:
+    """Return the level that a text describes, None for none.
+
+    Raises:
+        InvalidOption: the level or an option is unknown, or a value out of range.
+    """
+    if text is None or not text.strip():
+        return None
+    with found_by("server"):
+        return from_text(text)
 
 
 def check_variables(environment: Mapping[str, str]) -> None:
@@ -280,5 +312,15 @@ def banner(listening: Listening, settings: Settings) -> list[str]:
         f"{listening.kernels}",
         f"  docs    {docs}{', with the token' if settings.tokens else ''}",
         f"  auth    {auth}",
-        "  data    memory only: sessions end with the server",
+        f"  data    {data_line(settings)}",
     ]
+
+
+def data_line(settings: Settings) -> str:
+    """Return what is kept of the sessions, and where."""
+    if not settings.data_dir:
+        return "memory only: sessions end with the server"
+    level = settings.default_durability
+    if level == NONE:
+        return f"{settings.data_dir}, for sessions that ask for it; others end with the server"
+    return f"{settings.data_dir}, {to_text(level)} for sessions that name no level"

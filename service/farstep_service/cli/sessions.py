@@ -53,6 +53,7 @@ def show_session(name: Name, server: Server, token: Token = None, json_output: J
             "kernel": found["kernel"],
             "consistency": ", ".join(f"{key} {value}" for key, value in found["consistency"].items()),
             "nonfinite": found["nonfinite"],
+            **({"durability": level} if (level := found.get("durability")) else {}),
             **({"policy": options_of(policy)} if (policy := found.get("policy")) else {}),
             "incarnation": found["incarnation"],
             **{f"group {number}": options_of(group) for number, group in enumerate(found["groups"])},
@@ -158,7 +159,7 @@ def print_sessions(found: Sequence[dict[str, Any]]) -> None:
     """Print a table of sessions, or nothing without sessions."""
     if found:
         print_table(
-            ("SESSION", "OPTIMIZER", "VERSION", "MODE", "WORKERS", "PARAMETERS", "MEMORY", "KERNEL"),
+            ("SESSION", "OPTIMIZER", "VERSION", "MODE", "WORKERS", "PARAMETERS", "MEMORY", "DURABILITY", "KERNEL"),
             [
                 (
                     each["name"],
@@ -168,6 +169,7 @@ def print_sessions(found: Sequence[dict[str, Any]]) -> None:
                     worker_count(each),
                     each["parameters"],
                     size(sum(each["bytes"].values())),
+                    each.get("durability", "none"),
                     each["kernel"],
                 )
                 for each in found

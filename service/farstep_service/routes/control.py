@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect
 
 from farstep.errors import InvalidOption
 from farstep.protocol.consistency import from_options, to_options
+from farstep.protocol.durability import NONE, to_text
 from farstep.protocol.fields import FieldKind
 from farstep.protocol.header import VERSION
 from farstep_service.machine import available_bytes
@@ -77,7 +78,7 @@ class JoinedDocument(BaseModel):
 
     `initialise`: this worker is asked to send the first parameters. `initialised`: they have arrived. `fields`: the
     state fields with their kinds, which determine their shapes; the number field `present` tells which of them a
-    parameter has. `groups`: the options in force.
+    parameter has. `groups`: the options in force. `durability`: what is kept of the session on disk.
     """
 
     name: str
@@ -92,6 +93,7 @@ class JoinedDocument(BaseModel):
     eager: bool
     groups: list[dict[str, Any]]
     placement: list[Shard]
+    durability: str
 
 
 class WorkerDocument(BaseModel):
@@ -142,6 +144,7 @@ class SessionView(BaseModel):
     nonfinite: str
     kernel: str
     policy: dict[str, Any]
+    durability: str
     parameters: int
     segments: int
     bytes: dict[str, int]
@@ -193,6 +196,7 @@ async def view_of(actor: Actor, most: int) -> SessionView:
         nonfinite=plan.nonfinite,
         kernel=plan.kernel,
         policy=plan.policies.to_options(),
+        durability=durability_of(plan),
         parameters=plan.layout.elements,
         segments=len(plan.layout.segments),
         bytes=summary.bytes,
@@ -200,6 +204,11 @@ async def view_of(actor: Actor, most: int) -> SessionView:
         workers={name: worker_document(actor, page) for name, page in summary.workers.items()},
         worker_count=summary.worker_count,
     )
+
+
+def durability_of(plan: Plan) -> str:
+    """Return what is kept of a session, for people."""
+    return to_text(NONE if plan.durability is None else plan.durability)
 
 
 def page_answer(body: bytes, after: object, limit: int, *, more: bool) -> Response:
@@ -221,7 +230,7 @@ def groups_answer(actor: Actor, document: object, last: int, limit: int) -> Resp
 
 def planned(document: SessionDocument) -> Plan:
     """Return the plan of a document, with its cached sum over all parameters."""
-    plan = plan_of(document)
+    plan = plan_of(document, document.durability)
     _ = plan.layout.elements
     return plan
 
@@ -259,6 +268,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
         """Create a session, or join the one of that name. Other options are refused, naming the difference."""
         few = parts_of(document) <= INLINE_PARTS
         plan = planned(document) if few else await asyncio.to_thread(planned, document)
+        settings.check_durability(plan.durability)
         if await request.is_disconnected():  # a session without a worker would stay forever
             raise ClientDisconnect
         actor, created = await registry.place(plan, options=document.options is None)
@@ -276,6 +286,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             eager=plan.rule.has_initial_state,
             groups=[group.to_options() for group in actor.options],
             placement=[Shard(url="", segments=[0, len(plan.layout.segments)])],
+            durability=durability_of(actor.plan),
         )
 
     @router.get("/v1/sessions", tags=["sessions"], response_model=list[SessionView])

@@ -113,12 +113,13 @@ class SessionDocument(PlanDocument):
 
     `options`: `session` joins with any options in force, `push` sends its own with each push. Without it the groups
     must equal those at the creation, or those in force. `named`: the worker's name was chosen, and is the same in every
-    run.
+    run. `durability`: without it the session's own, or the server's default for a new one.
     """
 
     worker: Name
     named: bool = True
     options: Literal["session", "push"] | None = None
+    durability: dict[str, Any] | None = None
 
 
 class SnapshotDocument(PlanDocument):
@@ -173,8 +174,8 @@ def parts_of(document: PlanDocument) -> int:
     return len(document.groups) + count
 
 
-def plan_of(document: PlanDocument) -> Plan:
-    """Return the plan in a document; for errors see `Plan.build`."""
+def plan_of(document: PlanDocument, durability: dict[str, Any] | None = None) -> Plan:
+    """Return the plan in a document, with a level if one is named; for errors see `Plan.build`."""
     segments: object = document.segments
     if not isinstance(segments, Layout):
         segments = Layout.build(map(spec_of, document.segments))
@@ -187,6 +188,7 @@ def plan_of(document: PlanDocument) -> Plan:
         nonfinite=document.nonfinite,
         kernel=document.kernel,
         policy=document.policy,
+        durability=durability,
     )
 
 

@@ -15,6 +15,7 @@ import time
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable
 from concurrent.futures import Executor
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
@@ -169,6 +170,8 @@ class Registry:
         kernels = self._kernels.get(plan.kernel)
         if kernels is None:
             kernels = self._kernels[plan.kernel] = Kernels(plan.kernel)
+        if plan.durability is None:
+            plan = replace(plan, durability=self._settings.default_durability)
         return Session(plan, incarnation=secrets.token_hex(16), kernels=kernels, device=self._settings.device)
 
     def _check_room(self, plan: Plan) -> None:
