@@ -17,7 +17,8 @@ from multiprocessing.context import ForkServerProcess
 
 import torch
 
-from farstep.protocol.consistency import Async
+from farstep.protocol.consistency import Async, Consistency
+from farstep.settings import RemoteOptions
 from tests.support.client import training_process
 from tests.support.client.training_process import SLOTS, WORKERS
 from tests.support.faults import Network, faulty
@@ -53,10 +54,29 @@ class Ledger:
 
 
 class Worker:
-    """One worker after the other under the same name, and the slots that they were told of."""
+    """One worker after the other under the same name, and the slots that they were told of.
 
-    def __init__(self, url: str, number: int) -> None:
-        self._url, self._number = url, number
+    Args:
+        url: the server.
+        number: whose slots are its own.
+        session: what it joins.
+        mode: the session's.
+        remote: further options of its optimizer.
+
+    Attributes:
+        counted, unknown: how often it was told of a step of each of its slots, and how often it was killed in one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        number: int,
+        *,
+        session: str = "ledger",
+        mode: Consistency = Async(),  # noqa: B008  # frozen
+        remote: RemoteOptions | None = None,
+    ) -> None:
+        self._place = (url, session, f"w{number}", mode, number, remote)
         self.counted = [0] * SLOTS
         self.unknown = [0] * SLOTS
         self._slot = 0
@@ -64,7 +84,7 @@ class Worker:
 
     def _start(self) -> None:
         self.pipe, theirs = PROCESSES.Pipe()
-        arguments = (theirs, self._url, "ledger", f"w{self._number}", Async(), self._number)
+        arguments = (theirs, *self._place)
         self._process: ForkServerProcess = PROCESSES.Process(target=training_process.train, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -139,7 +159,7 @@ def attack(server: RunningServer, *, seed: int, steps: int) -> Ledger:
                 result.kills += 1
         for worker in workers:
             result.steps += worker.kill()
-    _compare(server, workers, result)
+    compare(server.url, workers, result)
     return result
 
 
@@ -148,11 +168,20 @@ def _disturb(network: Network, rng: random.Random) -> None:
     rng.choice((network.cut_request, network.cut_response))(after=after)
 
 
-def _compare(server: RunningServer, workers: list[Worker], result: Ledger) -> None:
-    with RawClient(server.url) as raw:
-        payload = raw.request("GET", "/v1/sessions/ledger/contents").payload
+def compare(url: str, workers: list[Worker], result: Ledger, *, session: str = "ledger", divisor: int = 1) -> None:
+    """Count the steps that are lost or doubled.
+
+    Args:
+        url: the server.
+        workers: all of the session, which step no more.
+        result: takes the numbers.
+        session: what they joined.
+        divisor: by how much the session divided each gradient.
+    """
+    with RawClient(url) as raw:
+        payload = raw.request("GET", f"/v1/sessions/{session}/contents").payload
     (parameters,) = tensors_of(payload, [torch.zeros(WORKERS * SLOTS)])
-    applied = (-parameters).to(torch.int64).tolist()
+    applied = (-parameters * divisor).to(torch.int64).tolist()
     for number, worker in enumerate(workers):
         mine = applied[number * SLOTS : (number + 1) * SLOTS]
         for found, counted, unknown in zip(mine, worker.counted, worker.unknown, strict=True):

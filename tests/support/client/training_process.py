@@ -23,27 +23,37 @@ import torch._dynamo  # which torch imports with the first optimizer, and takes 
 from farstep.errors import BarrierTimeout
 from farstep.optim import SGD
 from farstep.protocol.consistency import Consistency
+from farstep.settings import RemoteOptions
 
 WORKERS = 4
 SLOTS = 64
 
 
-def train(pipe: Connection, server: str, session: str, worker: str, mode: Consistency, number: int) -> None:
+def train(
+    pipe: Connection,
+    server: str,
+    session: str,
+    worker: str,
+    mode: Consistency,
+    number: int,
+    remote: RemoteOptions | None = None,
+) -> None:
     """Join and step, until a line comes or the test has ended.
 
     Args:
         pipe: takes the lines.
         server, session, worker, mode: where to, as whom, and how.
         number: whose slots are its own.
+        remote: further options of the optimizer.
     """
     torch.set_num_threads(1)
     parent = parent_process()
     assert parent is not None
     parameter = torch.nn.Parameter(torch.zeros(WORKERS * SLOTS))
     slots = itertools.cycle(range(number * SLOTS, (number + 1) * SLOTS))
-    optimizer = SGD(
-        [parameter], lr=1.0, server=server, session=session, worker=worker, kernel="reference", consistency=mode
-    )
+    place: RemoteOptions = {"server": server, "session": session, "worker": worker, "kernel": "reference"}
+    place |= {"consistency": mode, **(remote or {})}
+    optimizer = SGD([parameter], lr=1.0, **place)
     say(pipe, {"joined": worker})
     while parent.is_alive() and not pipe.poll():
         slot = next(slots)

@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import IO, Any
 
 import httpx
@@ -120,30 +121,35 @@ class RunningServer:
         self.process.wait(GONE_WITHIN_S)
         self._close()
 
-    def restart(self) -> None:
-        """End it if it runs, and start it anew with the same options on the same port."""
+    def restart(self, variables: Mapping[str, str] | None = None) -> None:
+        """End it if it runs, and start it anew with the same options on the same port.
+
+        Args:
+            variables: what its environment has beside that of its predecessors, for this start.
+        """
         self.stop()
         self._port = self.port
-        self._start()
+        self._start(variables or {})
 
-    def _start(self) -> None:
+    def _start(self, variables: Mapping[str, str] = MappingProxyType({})) -> None:
         port = [] if self._port is None else ["--port", str(self._port)]
-        self.process = self._begun("serve", "--json", *port, *self._arguments)
+        environment = {**self._environment, **variables}
+        self.process = self._begun(environment, "serve", "--json", *port, *self._arguments)
         try:
             self.said: dict[str, Any] = json.loads(self._first_line())
         except BaseException:
             self.kill()
             raise
 
-    def _begun(self, *arguments: str) -> subprocess.Popen[bytes] | Forked:
+    def _begun(self, environment: Mapping[str, str], *arguments: str) -> subprocess.Popen[bytes] | Forked:
         if self._loaded:
-            return forked(arguments, self._environment, self._log)
+            return forked(arguments, environment, self._log)
         return subprocess.Popen(
             [sys.executable, "-m", "farstep_service", *arguments],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            env=self._environment,
+            env=dict(environment),
         )
 
     def _first_line(self) -> bytes:
