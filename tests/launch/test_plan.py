@@ -6,6 +6,7 @@ import pytest
 
 from farstep.errors import InvalidOption
 from farstep_service.launch import LaunchPlan
+from farstep_service.launch.own_server import environment_of
 from farstep_service.launch.plan import command_of
 
 
@@ -67,3 +68,12 @@ def test_commands():
     assert command_of(__file__, ["-x"]) == (sys.executable, __file__, "-x")
     assert command_of("pkg.train", ["-x"], module=True) == (sys.executable, "-m", "pkg.train", "-x")
     assert command_of("train.sh", ["-x"], python=False) == ("train.sh", "-x")
+
+
+def test_the_server_of_a_run_is_nobody_elses():
+    """The server that a run starts takes neither the address nor the data directory of a server beside it."""
+    others = {"FARSTEP_SERVE_PORT": "7171", "FARSTEP_SERVE_DATA_DIR": "/data", "FARSTEP_SERVE_DURABILITY": "journal"}
+    assert environment_of({"FARSTEP_SERVE_MAX_GIB": "2", "PATH": "/bin", **others}) == {
+        "FARSTEP_SERVE_MAX_GIB": "2",
+        "PATH": "/bin",
+    }

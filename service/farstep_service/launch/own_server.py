@@ -17,8 +17,9 @@ from farstep.protocol.unix import MAX_PATH_BYTES
 
 SERVER = "server"
 """The server's name among the processes of a run."""
-ADDRESS_OPTIONS = ("HOST", "PORT", "UNIX", "NO_TCP")
-"""Options of `farstep serve` that set its address; the run sets the address of its own server."""
+OTHERS_OPTIONS = ("HOST", "PORT", "UNIX", "NO_TCP", "DATA_DIR", "DURABILITY")
+"""Options of `farstep serve` that are not for the server of a run. The run sets its address. Its sessions end with the
+run, and a data directory of the environment may belong to a server beside it, as in the image."""
 
 
 @contextmanager
@@ -39,9 +40,9 @@ def command_at_socket(path: str) -> tuple[str, ...]:
     return _serve("--unix", path, "--no-tcp", "--log-level", "warning")
 
 
-def command_on_loopback(port: int = 0) -> tuple[str, ...]:
+def command_on_loopback(port: int = 0, *options: str) -> tuple[str, ...]:
     """Return the command of a server on loopback TCP; 0 is any free port."""
-    return _serve("--host", "127.0.0.1", "--port", str(port), "--json")
+    return _serve("--host", "127.0.0.1", "--port", str(port), "--json", *options)
 
 
 def _serve(*options: str) -> tuple[str, ...]:
@@ -63,6 +64,6 @@ def address_of(line: bytes) -> tuple[str, int]:
 
 
 def environment_of(inherited: Mapping[str, str]) -> dict[str, str]:
-    """Return the server's environment: the user's, without the variables that set a server's address."""
-    own = {f"FARSTEP_SERVE_{option}" for option in ADDRESS_OPTIONS}
+    """Return the server's environment: the user's, without the variables that are not for it."""
+    own = {f"FARSTEP_SERVE_{option}" for option in OTHERS_OPTIONS}
     return {name: value for name, value in inherited.items() if name not in own}
