@@ -6,12 +6,12 @@ A session grows by param groups: it then has a new plan, whose beginning is the 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
 
 from farstep.errors import InvalidOption, LimitExceeded, found_by
 from farstep.protocol.consistency import Consistency, from_options
-from farstep.protocol.durability import Durability, from_document, to_text
+from farstep.protocol.durability import NONE, Durability, from_document, to_text
 from farstep.protocol.hyper import Hyper
 from farstep.protocol.policies import NO_POLICIES, Policies
 from farstep_service.layout import Layout, SegmentSpec
@@ -35,6 +35,7 @@ class Plan:
         policies: what is done to the gradients before a step, and to the parameters after it.
         durability: what is kept of it on disk. None in the plan of a worker that joins with any level; a session that
             was created has one.
+        level: the same as text, for answers.
     """
 
     name: str
@@ -46,6 +47,10 @@ class Plan:
     kernel: KernelMode
     policies: Policies = NO_POLICIES
     durability: Durability | None = None
+    level: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "level", to_text(NONE if self.durability is None else self.durability))
 
     @classmethod
     def build(
@@ -170,7 +175,7 @@ class Plan:
             return difference
         if self.durability is None or other.durability in (None, self.durability):
             return None
-        return f"its durability is {to_text(self.durability)}, not {to_text(other.durability)}"
+        return f"its durability is {self.level}, not {other.level}"
 
     def _other_options(self, other: Plan, in_force: Sequence[Hyper]) -> str | None:
         """Return where the options of another plan are neither those of the creation nor those in force."""

@@ -94,3 +94,30 @@ def test_what_is_no_level_is_refused(given: Any) -> None:
     with pytest.raises(InvalidOption) as refused:
         resolve({"server": "http://box", "durability": given}, {})
     assert (refused.value.field, refused.value.side) == ("durability", "client")
+
+
+@pytest.mark.parametrize(
+    ("level", "shown"),
+    [(None, "journal:os"), ("none", "none"), (farstep.Snapshot(every_s=5), "snapshot:every_s=5")],
+)
+def test_a_step_reports_the_level(keeping: RunningServer, level: Durability | None, shown: str) -> None:
+    """`last_step.durability` is the session's level, however the tensors moved and whatever became of the step."""
+    parameters = weights()
+    optimizer = farstep.optim.SGD(parameters, lr=0.1, server=keeping.url, durability=level, nonfinite="skip")
+    for value, applied in ((1.0, True), (float("nan"), False)):
+        parameters[0].grad = torch.full((3,), value)
+        optimizer.step()
+        assert optimizer.last_step is not None
+        assert (optimizer.last_step.durability, optimizer.last_step.applied) == (shown, applied)
+    optimizer.close()
+
+
+def test_a_step_of_an_embedded_session_keeps_nothing() -> None:
+    """Without a server every step reports the level none."""
+    parameters = weights()
+    optimizer = farstep.optim.SGD(parameters, lr=0.1, nonfinite="skip")
+    for value in (1.0, float("nan")):
+        parameters[0].grad = torch.full((3,), value)
+        optimizer.step()
+        assert optimizer.last_step is not None
+        assert optimizer.last_step.durability == "none"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import farstep
 from farstep.conversation import Conversation
@@ -16,6 +17,7 @@ from farstep.protocol.durability import Durability, from_text, to_document, to_t
 from farstep_service.cli.serve import banner
 from farstep_service.server import Listening
 from farstep_service.settings import Settings
+from tests.support.service.raw import RawClient
 from tests.support.service.servers import RunningServer, running_server
 from tests.support.service.servers import farstep as run_farstep
 
@@ -138,6 +140,22 @@ def test_a_document_out_of_range_is_refused_by_the_server(
     with pytest.raises(InvalidOption) as refused:
         talk.control("POST", "/v1/sessions", whole)
     assert (refused.value.field, refused.value.side) == (field, "server")
+
+
+def test_every_answer_of_a_write_has_the_level(keeping: RunningServer) -> None:
+    """First contents, a push, its repetition, contents and a new group are answered with the level; so are skips."""
+    with RawClient(keeping.url) as raw:
+        worker = raw.join("answered", durability=to_document(GROUP))
+        answers = [
+            worker.begin(),
+            worker.push([torch.ones(4)]),
+            worker.push([torch.ones(4)], seq=2),
+            worker.push([None], segments=[], skip=True),
+            worker.put({"param": [torch.ones(4)]}),
+            worker.append({"late": torch.ones(2)}),
+        ]
+    assert [answer.status for answer in answers] == [200] * 6
+    assert [answer.header["durability"] for answer in answers] == ["journal:group"] * 6
 
 
 # -- the command line

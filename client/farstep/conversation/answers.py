@@ -13,6 +13,7 @@ from typing import Any, Final, Self, cast, get_args
 from farstep.conversation.replies import LARGEST_INT, ReplyReader, invalid_answer
 from farstep.errors import FarstepError, ProtocolMismatch
 from farstep.protocol.consistency import Consistency, from_options
+from farstep.protocol.durability import LONGEST_TEXT
 from farstep.protocol.fields import FieldKind
 from farstep.protocol.header import VERSION
 from farstep.protocol.policies import facts
@@ -126,6 +127,7 @@ class Reply:
         delivered: the parameters are in shared memory.
         times: seconds by activity.
         consistency: the session's mode, if it was switched after the creation.
+        durability: what the server keeps of the session, as text; "" from an older server.
     """
 
     version: int
@@ -134,6 +136,7 @@ class Reply:
     delivered: bool
     times: Mapping[str, float]
     consistency: Consistency | None
+    durability: str
 
     @property
     def receipt(self) -> Receipt:
@@ -163,6 +166,9 @@ class Reply:
         for key, value in spent.items():
             if type(value) is not float or not 0.0 <= value <= LARGEST_INT:
                 spent[key] = ReplyReader(spent, "The times of the reply").number(key)
+        durability = header.get("durability", "")
+        if type(durability) is not str or len(durability) > LONGEST_TEXT:
+            raise invalid_answer(f"The reply names the durability {durability!r:.80}.", "durability")
         return cls(
             reply.integer("version"),
             checked_receipt(reply.mapping("receipt")),
@@ -170,6 +176,7 @@ class Reply:
             "delivered" in header and reply.flag("delivered"),
             spent,
             mode_of(reply.mapping("consistency")) if "consistency" in header else None,
+            durability,
         )
 
 

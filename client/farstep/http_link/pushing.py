@@ -327,6 +327,7 @@ class Pushing:
             bytes_sent=0 if shared else nbytes_of(payload),
             bytes_received=received.payload_bytes,
             attempts=self._writer.attempts,
+            durability=reply.durability,
             path="" if not payload else "shared memory" if shared else "bodies",
             seconds={"total": total_s, **reply.times, "send": received.receive_s, "copy": copy_s},
         )

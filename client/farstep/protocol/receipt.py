@@ -136,6 +136,8 @@ class StepReport:
         bytes_overlapped: the bytes of `bytes_sent` that had been sent when `step()` began.
         overlap: `streamed` if the push was sent during the backward pass; the reason if that was given up and the step
             sent an ordinary push; "" if it was not tried.
+        durability: what the server keeps of the session on its disk, such as `journal:os`; "none" in an embedded
+            session, "" from a server of an older release.
         path: how the tensors moved: `bodies` of requests, or `shared memory`; "" if none did.
         seconds: seconds by activity: `total`; on the server `queue` (waiting for its turn), `receive`, `check` (for NaN
             and Inf), `barrier`, `kernel`; and here `send`, the arrival of the answer as the client saw it, and `copy`,
@@ -161,6 +163,7 @@ class StepReport:
     attempts: int = 1
     bytes_overlapped: int = 0
     overlap: str = ""
+    durability: str = ""
     path: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -181,6 +184,7 @@ class StepReport:
         attempts: int,
         seconds: Mapping[str, float],
         path: str = "",
+        durability: str = "",
     ) -> StepReport:
         """Return the report of a step from its receipt's header and the worker's own measurements."""
         return cls(
@@ -193,6 +197,7 @@ class StepReport:
             bytes_received=bytes_received,
             attempts=attempts,
             path=path,
+            durability=durability,
             seconds=seconds,
         )
 

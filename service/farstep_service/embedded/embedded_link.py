@@ -134,6 +134,7 @@ class EmbeddedLink(Link):
             kernel=taken.kernel,
             again=taken.again,
             facts=dict(taken.facts),
+            durability=self._plan.level,
             seconds={"total": ended - began, "kernel": ended - began},
         )
 
@@ -145,7 +146,9 @@ class EmbeddedLink(Link):
     def _no_step(self, no: NoStep, changed: Mapping[int, Hyper] | None = None) -> StepReport:
         """Return the report of gradients that make no step; their options take effect."""
         self._state.set_groups(changed or {})
-        return StepReport(version=self.version, applied=False, reason=no.reason, detail=no.detail)
+        return StepReport(
+            version=self.version, applied=False, reason=no.reason, detail=no.detail, durability=self._plan.level
+        )
 
     def _lent(self, gradients: Sequence[Tensor | None]) -> Gradients:
         sparse: dict[int, tuple[Tensor, Tensor]] = {}

@@ -20,7 +20,6 @@ from starlette.requests import ClientDisconnect
 
 from farstep.errors import InvalidOption
 from farstep.protocol.consistency import from_options, to_options
-from farstep.protocol.durability import NONE, to_text
 from farstep.protocol.fields import FieldKind
 from farstep.protocol.header import VERSION
 from farstep_service.machine import available_bytes
@@ -196,7 +195,7 @@ async def view_of(actor: Actor, most: int) -> SessionView:
         nonfinite=plan.nonfinite,
         kernel=plan.kernel,
         policy=plan.policies.to_options(),
-        durability=durability_of(plan),
+        durability=plan.level,
         parameters=plan.layout.elements,
         segments=len(plan.layout.segments),
         bytes=summary.bytes,
@@ -204,11 +203,6 @@ async def view_of(actor: Actor, most: int) -> SessionView:
         workers={name: worker_document(actor, page) for name, page in summary.workers.items()},
         worker_count=summary.worker_count,
     )
-
-
-def durability_of(plan: Plan) -> str:
-    """Return what is kept of a session, for people."""
-    return to_text(NONE if plan.durability is None else plan.durability)
 
 
 def page_answer(body: bytes, after: object, limit: int, *, more: bool) -> Response:
@@ -286,7 +280,7 @@ def control_router(registry: Registry, settings: Settings) -> APIRouter:
             eager=plan.rule.has_initial_state,
             groups=[group.to_options() for group in actor.options],
             placement=[Shard(url="", segments=[0, len(plan.layout.segments)])],
-            durability=durability_of(actor.plan),
+            durability=actor.plan.level,
         )
 
     @router.get("/v1/sessions", tags=["sessions"], response_model=list[SessionView])
