@@ -301,11 +301,6 @@ WRONG: list[Any] = ["3", -1, float("nan"), 2**63, 1e300, None, True, [1], {"a": 
 NO_TEXTS: list[Any] = [-1, 2.5, True, [1], {"a": 1}]
 """What stands in the place of a text."""
 TEXTS = [("push", key) for key in ("durability", "receipt.disagreement", "receipt.detail", "receipt.kernel")]
-    ("push", "durability"),
-    ("push", "receipt.disagreement"),
-    ("push", "receipt.detail"),
-    ("push", "receipt.kernel"),
-]
 NUMBERS = [("push", key) for key in ("version", "receipt.version", "receipt.base", "receipt.divisor")] + [
     ("pull", "version"),
     ("pull", "count"),
