@@ -16,7 +16,10 @@ from typing import Final
 OURS: Final = "FARSTEP_"
 KNOWN: Final = frozenset(
     OURS + name
-    for name in ("SERVER", "SESSION", "WORKER", "TOKEN", "WIRE", "OVERLAP", "OPTIONS", "RUN", "RESTART", "KERNEL_CACHE")
+    for name in (
+        *("SERVER", "SESSION", "WORKER", "TOKEN", "WIRE", "OVERLAP", "OPTIONS", "RUN", "RESTART", "KERNEL_CACHE"),
+        "FAILPOINT",
+    )
 )
 """Variables that client or service read; those of `farstep serve` follow from its options."""
 ARGUMENTS: Final[Mapping[str, str]] = {
