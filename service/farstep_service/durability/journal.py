@@ -10,26 +10,33 @@
     group    acknowledged after `sync`               one call for all who wait
     always   acknowledged after `sync`               one call for each
 
-A disk that is full is found before anything is acknowledged: a segment's blocks are taken when it is made.
-A sync that failed is final: the journal takes nothing any more, and says so to everybody who waits.
+A disk that is full is found before anything is acknowledged: a segment's blocks are taken when it is made. A sync that
+failed is final: the journal takes nothing any more, and raises the same error for everybody, until a snapshot has taken
+the place of the segments that it was to sync, and these are forgotten.
+
+A segment that is forgotten is used again, its file and its pages, unless a payload in it is still referred to: a body
+may be arriving into it, or a step reading it. Then its file goes, and its memory stays until the last reference ends.
 """
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, final
 
+from farstep_service.durability.reading import JournalReader as JournalReader
+from farstep_service.durability.reading import Recovered as Recovered
+from farstep_service.durability.reading import name_of, segments_in
 from farstep_service.durability.segments import (
     ALIGN,
+    FIRST,
     NO_CHAIN,
     Place,
-    Reading,
     Segment,
-    Written,
+    boot_name,
     chained,
-    damaged,
+    padded,
     record_bytes,
 )
 from farstep_service.durability.storage import Storage
@@ -38,39 +45,50 @@ from farstep_service.failpoints import reached
 Sync = Literal["os", "group", "always"]
 SEGMENT_BYTES: Final = 64 << 20
 """Bytes of a segment, unless a payload needs more."""
-SUFFIX: Final = ".journal"
+SPARE_SEGMENTS: Final = 4
+"""Segments that are kept to be used again, unless the caller says how many bytes."""
+NOTHING: Final = Recovered(0, NO_CHAIN)
+"""A journal that is not there yet."""
 SPARE: Final = ".spare"
+NEW: Final = ".new"
 
 
-@dataclass(frozen=True, slots=True)
-class Recovered:
-    """What was found of a journal.
+@dataclass(slots=True)
+class _Kept:
+    """A segment that is needed.
 
     Attributes:
-        number, chain: of its last event that holds.
-        dropped: the name and the offset of what was torn off its end; None if nothing was.
+        name, nbytes: of its file.
+        written: its memory, if this journal has written it.
     """
 
-    number: int
-    chain: bytes
-    dropped: tuple[str, int] | None = None
+    name: str
+    nbytes: int
+    written: Segment | None
 
 
 @final
 class Journal:
-    """Write the events of one session.
+    """Write the events of one session. Any thread may call any method.
 
     Args:
         storage: the files.
         folder: where the segments are.
         sync: when an event may be acknowledged.
         after: what was found of it, if it was there before.
-        segment: the number of the first segment that is written.
-        segment_bytes: the usual size of one.
+        segment: the number of the first segment that is written, behind those that are there; None: the next one.
+        segment_bytes: the usual size of one; a multiple of 64 is made of it.
+        spare_bytes: how many bytes of segments are kept at most to be used again; None: four of the usual size.
 
     Attributes:
-        number: of the last event.
-        durable: of the last event that is known to be on the disk.
+        sync_policy: `sync`.
+        number, chain: of the last event.
+        durable: the last event that is known to be on the disk. What was found at the start counts after the first
+            sync, which includes it: a process that died may have left it in the kernel's memory.
+        failed: the error of the sync that failed; None while there is none, or when its segments are forgotten.
+
+    Raises:
+        OSError: the first segment cannot be made.
     """
 
     def __init__(
@@ -79,190 +97,210 @@ class Journal:
         folder: str,
         sync: Sync,
         *,
-        after: Recovered = Recovered(0, NO_CHAIN),
-        segment: int = 1,
+        after: Recovered = NOTHING,
+        segment: int | None = None,
         segment_bytes: int = SEGMENT_BYTES,
+        spare_bytes: int | None = None,
     ) -> None:
         self.sync_policy: Sync = sync
-        self.number = self.durable = after.number
+        self.number, self.chain = after.number, after.chain
+        self.durable = 0
+        self.failed: OSError | None = None
+        self._failed_before = 0
         self._storage = storage
         self._folder = folder
-        self._chain = after.chain
-        self._segment_bytes = segment_bytes
+        self._boot = boot_name(storage.boot)
+        self._segment_bytes = padded(max(segment_bytes, FIRST + 2 * ALIGN))
+        self._spare_bytes = SPARE_SEGMENTS * self._segment_bytes if spare_bytes is None else spare_bytes
+        self._kept_free = 0  # bytes at the end of the segment that only `append` may use
+        self._writing = threading.Lock()  # taken inside `_syncing`, if both are
         self._syncing = threading.Lock()
-        self._unsynced: list[str] = []
+        self._segments = {
+            number: _Kept(name, storage.size(name), None) for number, name in segments_in(storage, folder)
+        }
+        self._unsynced = [each.name for each in self._segments.values()]
         self._spares: list[str] = []
-        self._segment = self._begin(segment, segment_bytes)
+        last = max(self._segments, default=0)
+        if segment is not None and segment <= last:
+            raise ValueError(f"Segment {last} is there, so the next one cannot be {segment}.")
+        self._adopt_spares()
+        self._present = self._begin(last + 1 if segment is None else segment, self._segment_bytes)
 
     @property
     def segment(self) -> int:
         """Return the number of the segment that is written."""
-        return self._segment.number
+        return self._present.number
+
+    @property
+    def first(self) -> int:
+        """Return the number of the first segment that is kept; a payload in an older one has to be copied."""
+        return min(self._segments)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the bytes of the segments that are kept, without those that wait to be used again."""
+        with self._writing:
+            return sum(each.nbytes for each in self._segments.values())
+
+    @property
+    def spare_nbytes(self) -> int:
+        """Return the bytes of the segments that wait to be used again."""
+        return len(self._spares) * self._segment_bytes
 
     def reserve(self, nbytes: int) -> tuple[Place, memoryview]:
-        """Return room for a payload, and where it is.
+        """Return room for a payload, and where it is. Its memory stays what it is while anything refers to it.
 
         Raises:
-            OSError: the disk has no room for it; nothing has changed.
+            OSError: the disk has no room for it, or failed; nothing has changed.
         """
-        self._make_room(nbytes)
-        return self._segment.reserve(nbytes)
+        with self._writing:
+            self._raise_failed()
+            self._make_room(record_bytes(nbytes) + self._kept_free)
+            return self._present.reserve(nbytes)
 
-    def append(self, body: bytes) -> int:
+    def append(self, body: bytes, room: int = 0) -> int:
         """Write an event and return its number.
 
+        Args:
+            body: what it is.
+            room: bytes of the next event's body, for which there will be room whatever is reserved meanwhile.
+
         Raises:
-            OSError: the disk has no room for it; nothing has changed.
+            OSError: the disk has no room for it, or failed; nothing has changed.
         """
-        self._make_room(len(body))
-        number = self.number + 1
-        chain = chained(self._chain, number, body)
-        reached("journal.append.before")
-        self._segment.append(body, number, self.durable, chain)
-        self.number, self._chain = number, chain
-        reached("journal.append.after")
-        return number
+        kept_free = record_bytes(room) if room else 0
+        with self._writing:
+            self._raise_failed()
+            self._make_room(record_bytes(len(body)) + kept_free)
+            number = self.number + 1
+            chain = chained(self.chain, number, body)
+            reached("journal.append.before")
+            self._present.append(body, number, self.durable, chain)
+            self.number, self.chain, self._kept_free = number, chain, kept_free
+            reached("journal.append.after")
+            return number
 
     def sync(self, number: int) -> None:
-        """Return when an event is on the disk; may be called by any thread, and waits for the disk.
+        """Return when an event is on the disk; waits for the disk.
 
         Raises:
             OSError: the disk failed, now or before. What it holds of the events that are not durable is unknown.
         """
-        if number <= self.durable:
+        shared = self.sync_policy != "always"
+        if shared and number <= self.durable:
             return
         with self._syncing:
-            if number <= self.durable:  # who waited shares the call of another
+            if shared and number <= self.durable:  # another call has included it
                 return
-            upto, names = self.number, [*self._unsynced]
+            with self._writing:
+                self._raise_failed()
+                upto, names = self.number, [*self._unsynced]
             reached("journal.sync.before")
-            for name in names:
-                self._storage.sync(name)
+            try:
+                for name in names:
+                    self._storage.sync(name)
+            except OSError as exc:
+                with self._writing:
+                    self.failed, self._failed_before = exc, self._present.number + 1
+                raise
+            with self._writing:
+                del self._unsynced[: len(names) - 1]  # the last one was the present one
+                self.durable = max(self.durable, upto)
+                self._present.mark(self.durable)
             reached("journal.sync.after")
-            del self._unsynced[: len(names) - 1]  # the last one is still written
-            self.durable = max(self.durable, upto)
 
     def rotate(self) -> int:
-        """Begin a segment and return its number.
+        """Begin a segment and return its number; also after a sync that failed.
 
         Raises:
             OSError: the disk has no room for it; the present one goes on.
         """
         reached("journal.rotate")
-        self._segment = self._begin(self._segment.number + 1, self._segment_bytes)
-        return self._segment.number
+        with self._writing:
+            self._present = self._begin(self._present.number + 1, self._segment_bytes)
+            return self._present.number
 
     def forget(self, segment: int) -> None:
-        """Let go of the segments before one; one of the usual size is kept to be used again."""
+        """Let go of the segments before one, at most of those before the present one.
+
+        Raises:
+            OSError: a file could not be removed, or the disk failed; those that are there go with the next call.
+        """
         reached("journal.forget.before")
-        for number, name in segments_in(self._storage, self._folder):
-            if number >= segment:
-                break
-            if not self._spares and self._storage.size(name) == self._segment_bytes:
-                spare = f"{self._folder}/{number:08}{SPARE}"
-                self._storage.rename(name, spare)
-                self._spares.append(spare)
-            else:
-                self._storage.remove(name)
-            if name in self._unsynced:
-                self._unsynced.remove(name)
-        self._storage.sync_names(self._folder)
+        with self._syncing:
+            with self._writing:
+                old = {number: each for number, each in self._segments.items() if number < segment}
+                old.pop(self._present.number, None)
+            for number, each in old.items():
+                spare = self._let_go(number, each)
+                with self._writing:
+                    del self._segments[number]
+                    self._unsynced = [name for name in self._unsynced if name != each.name]
+                    self._spares += spare
+            if old:
+                self._storage.sync_names(self._folder)
+            with self._writing:
+                if self.failed is not None and self.first >= self._failed_before:
+                    self.failed = None
         reached("journal.forget.after")
 
+    def _let_go(self, number: int, kept: _Kept) -> list[str]:
+        """Remove a segment's file, or keep it under another name, which is returned."""
+        written, kept.written = kept.written, None
+        alone = written is not None and self._storage.unmap(written.memory)
+        usual = kept.nbytes == self._segment_bytes and self.spare_nbytes + kept.nbytes <= self._spare_bytes
+        if alone and usual and self.failed is None:
+            spare = f"{self._folder}/{number:08}{SPARE}"
+            self._storage.rename(kept.name, spare)
+            return [spare]
+        self._storage.remove(kept.name)
+        return []
+
+    def _raise_failed(self) -> None:
+        if self.failed is not None:
+            raise self.failed.with_traceback(None)
+
     def _make_room(self, nbytes: int) -> None:
-        if self._segment.room < nbytes:
-            size = max(self._segment_bytes, ALIGN + record_bytes(nbytes) + ALIGN)
-            self._segment = self._begin(self._segment.number + 1, size)
+        if self._present.room < nbytes:
+            size = max(self._segment_bytes, FIRST + nbytes)
+            self._present = self._begin(self._present.number + 1, size)
 
     def _begin(self, number: int, nbytes: int) -> Segment:
+        """Make a segment: its size, head and name, in this order, so that one with a name has the others.
+
+        Raises:
+            OSError: it could not be made; nothing has changed.
+        """
         name = name_of(self._folder, number)
-        if self._spares and nbytes == self._segment_bytes:
-            self._storage.rename(self._spares.pop(), name)
-        else:
-            self._storage.create(name, nbytes)
-        reached("journal.begin.created")
-        segment = Segment(self._storage.map(name), number, self._chain)
-        reached("journal.begin.mapped")
-        self._storage.sync_names(self._folder)
+        usual = nbytes == self._segment_bytes
+        file = self._spares.pop() if usual and self._spares else f"{self._folder}/{number:08}{NEW}"
+        try:
+            if file.endswith(NEW):
+                self._storage.create(file, nbytes)
+                self._storage.sync(file)
+            reached("journal.begin.created")
+            segment = Segment(self._storage.map(file), number, self.chain, self._boot)
+            reached("journal.begin.mapped")
+            self._storage.rename(file, name)
+            self._storage.sync_names(self._folder)
+        except OSError:
+            for each in (file, name):
+                with contextlib.suppress(OSError):
+                    self._storage.remove(each)
+            raise
         reached("journal.begin.named")
+        self._segments[number] = _Kept(name, nbytes, segment)
         self._unsynced.append(name)
         return segment
 
-
-def name_of(folder: str, segment: int) -> str:
-    """Return the file name of a segment."""
-    return f"{folder}/{segment:08}{SUFFIX}"
-
-
-def segments_in(storage: Storage, folder: str) -> Iterator[tuple[int, str]]:
-    """Yield the segments of a folder, in their order."""
-    for each in storage.names(folder):
-        stem = each.removesuffix(SUFFIX)
-        if stem != each and stem.isdecimal():
-            yield int(stem), f"{folder}/{each}"
-
-
-@final
-class JournalReader:
-    """Read the events of a journal that follow a point.
-
-    Args:
-        storage, folder: as of a `Journal`.
-        number, chain: of the last event before the point.
-        segment: the first segment to read.
-
-    Attributes:
-        found: what was found, once `events` has come to its end.
-    """
-
-    def __init__(self, storage: Storage, folder: str, number: int, chain: bytes, segment: int) -> None:
-        self.found = Recovered(number, chain)
-        self._readings = [
-            (each, Reading(storage.map(name, writable=False), name))
-            for each, name in segments_in(storage, folder)
-            if each >= segment
-        ]
-
-    def events(self) -> Iterator[Written]:
-        """Go through the events that hold.
-
-        Raises:
-            DamagedJournal: one does not that was on the disk.
-        """
-        number, chain = self.found.number, self.found.chain
-        for place, (segment, reading) in enumerate(self._readings):
-            end = ALIGN
-            if reading.number == segment and reading.chain == chain:
-                for event in reading.events(number + 1, chain):
-                    number, chain, end = event.number, event.chain, event.end
-                    yield event
-            if self._goes_on(place, chain):
+    def _adopt_spares(self) -> None:
+        """Take over what an earlier process kept to use again, as far as it is of use."""
+        for each in self._storage.names(self._folder):
+            name = f"{self._folder}/{each}"
+            if not each.endswith((SPARE, NEW)):
                 continue
-            behind = max(
-                (each.durable_behind(end if each is reading else ALIGN) for _, each in self._readings[place:]),
-                default=0,
-            )
-            if behind > number:
-                raise damaged(reading.name, end, f"event {number + 1} is not there")
-            torn = (reading.name, end) if behind or place + 1 < len(self._readings) else None
-            self.found = Recovered(number, chain, torn)
-            return
-        self.found = Recovered(number, chain)
-
-    def payload(self, place: Place) -> memoryview:
-        """Return the bytes of a payload.
-
-        Raises:
-            DamagedJournal: there is no such place.
-        """
-        for segment, reading in self._readings:
-            if segment == place.segment:
-                return reading.extent(place)
-        raise damaged(f"segment {place.segment}", place.offset, "it is not there, and an event needs it")
-
-    def _goes_on(self, place: int, chain: bytes) -> bool:
-        """Return whether the next segment follows on what was read so far."""
-        if place + 1 == len(self._readings):
-            return False
-        (segment, _), (following, reading) = self._readings[place], self._readings[place + 1]
-        return following == segment + 1 and reading.number == following and reading.chain == chain
+            has_room = self.spare_nbytes + self._segment_bytes <= self._spare_bytes
+            if each.endswith(SPARE) and has_room and self._storage.size(name) == self._segment_bytes:
+                self._spares.append(name)
+            else:
+                self._storage.remove(name)

@@ -1,31 +1,36 @@
 """The file format of a journal: segments of records, which survive being cut off, and in which no damage goes unseen.
 
-    segment    head (64 bytes) record record ... zeros, or what an earlier use of the file left
+    segment    head (64 bytes) mark (64 bytes) record record ... zeros, or what an earlier use of the file left
     record     head (64 bytes) body, padded to a multiple of 64
     event      a body of bytes that a session is replayed from
     extent     room for a payload, which is received straight into it; an event says where it is and what it holds
 
-    head of a segment    farstepJ  version  number  salt(16)  chain(16)  checksum(8)
-    head of a record     frec  kind  nbytes(8)  number(8)  durable(8)  chain(16)  checksum(8)  0(8)
+    head of a segment    farstepJ  version(4)  size/64(4)  number(8)  salt(8)  boot(8)  chain(16)  checksum(8)
+    mark                 fsyn  0(4)  durable(8)  checksum(8)  zeros
+    head of a record     frec  kind(1)  zeros(3)  nbytes(8)  number(8)  durable(8)  chain(16)  checksum(8)  zeros(8)
 
 All numbers are little-endian. `salt` is drawn anew each time that a file becomes a segment, and seeds the checksums of
-its heads: what an earlier use left behind is not read. `chain` of an event is xxh3_128 over the chain of the event
-before, its number and its body: an event that was changed, left out, repeated or moved breaks it. `number` counts the
-events of a journal from 1; `durable` is the number up to which events were known to be on the disk when this one was
-written.
+its records and its mark: what an earlier use left behind is not read. `chain` of an event is xxh3_128 over the chain of
+the event before, its number and its body: an event that was changed, left out, repeated or moved breaks it. `number`
+counts the events of a journal from 1. `durable` is the number up to which events were on the disk when this was
+written; the mark is written after each sync. `boot` names the time since the machine was started: memory of files that
+a process wrote survives its death, but not a loss of power.
 
-Where a record does not hold, reading asks whether anything behind it was written later:
+A file gets its size before it gets the name of a segment, and its head, too. The magic of a record's head is written
+last, and zeros stand where the next one will be. So where reading ends:
 
-    nothing behind it                                the end was torn off: it was never acknowledged, and is dropped
-    an event whose `durable` is below its number     the disk had not yet been told to keep it: the same
-    an event whose `durable` is not                  it was on the disk, and is damaged: the journal is refused
+    zeros, and no event behind them                  the end
+    anything else, and the machine was not           damage: a process that dies leaves nothing of that kind
+    started since the segment was begun
+    an event or a mark behind it whose `durable`     damage: it was on the disk
+    includes the event that is missing
+    anything else                                    the end was torn off when the power went
 """
 
 from __future__ import annotations
 
 import secrets
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple, final
 
@@ -36,22 +41,26 @@ from farstep_service.failpoints import reached
 
 ALIGN: Final = 64
 """Bytes of a head, and what bodies are padded to."""
+FIRST: Final = 2 * ALIGN
+"""Where the first record of a segment is."""
 VERSION: Final = 1
 EVENT: Final = 1
 EXTENT: Final = 2
-_SEGMENT: Final = struct.Struct("<8sIIQ16s16sQ")
-_RECORD: Final = struct.Struct("<4sB3xQQQ16sQQ")
-_SEGMENT_MAGIC: Final = b"farstepJ"
-_RECORD_MAGIC: Final = b"frec"
 NO_CHAIN: Final = bytes(16)
 """The chain before the first event of a journal."""
+SEGMENT_HEAD: Final = struct.Struct("<8sIIQ8s8s16sQ")
+MARK: Final = struct.Struct("<4s4xQQ")
+RECORD_HEAD: Final = struct.Struct("<4sB3xQQQ16sQ8x")
+SEGMENT_MAGIC: Final = b"farstepJ"
+MARK_MAGIC: Final = b"fsyn"
+RECORD_MAGIC: Final = b"frec"
 
 
 class DamagedJournal(FarstepError):
-    """A journal holds a damaged record before one that is whole."""
+    """A file of a session's journal is damaged, and what it held was on the disk."""
 
     code = "damaged_journal"
-    status = 500
+    status = 503
 
 
 class Place(NamedTuple):
@@ -98,152 +107,83 @@ def chained(before: bytes, number: int, body: bytes | memoryview) -> bytes:
     return digest.digest()
 
 
+def boot_name(boot: bytes) -> bytes:
+    """Return eight bytes for the time since the machine was started; zeros if that is not known."""
+    return xxhash.xxh3_64_digest(boot) if boot else bytes(8)
+
+
 @final
 class Segment:
-    """One segment that is being written.
+    """One segment that is written. Its head is there when this returns; its file must not have its name before.
 
     Args:
-        memory: its bytes.
+        memory: its bytes, a multiple of `ALIGN`.
         number: its place among the segments of the journal.
         chain: the chain before its first event.
+        boot: as `boot_name` returns it.
 
     Attributes:
+        number, memory: as above.
         end: where the next record goes.
     """
 
-    def __init__(self, memory: memoryview, number: int, chain: bytes) -> None:
+    def __init__(self, memory: memoryview, number: int, chain: bytes, boot: bytes = bytes(8)) -> None:
         self.number = number
-        self.end = ALIGN
-        self._memory = memory
-        salt = secrets.token_bytes(16)
-        self._seed = _seed_of(salt)
-        head = _SEGMENT.pack(_SEGMENT_MAGIC, VERSION, 0, number, salt, chain, 0)[:-8]
-        memory[: len(head) + 8] = head + xxhash.xxh3_64(head).intdigest().to_bytes(8, "little")
-        memory[len(head) + 8 : ALIGN + ALIGN] = bytes(2 * ALIGN - len(head) - 8)
+        self.memory = memory
+        self.end = FIRST
+        salt = secrets.token_bytes(8)
+        self._seed = int.from_bytes(salt, "little")
+        memory[ALIGN : FIRST + ALIGN] = bytes(FIRST)  # no mark, and no first record
+        memory[:ALIGN] = with_checksum(
+            SEGMENT_HEAD.pack(SEGMENT_MAGIC, VERSION, len(memory) // ALIGN, number, salt, boot, chain, 0)
+        )
 
     @property
     def room(self) -> int:
-        """Return the bytes of the largest body that there is room for."""
-        return max(0, (len(self._memory) - self.end) // ALIGN * ALIGN - ALIGN)
+        """Return the bytes that are left for records."""
+        return len(self.memory) - self.end
 
     def reserve(self, nbytes: int) -> tuple[Place, memoryview]:
         """Return room for a payload, and where it is; its contents are undefined until they are written."""
         self._put_head(EXTENT, nbytes, self.end, 0, NO_CHAIN)
         place = Place(self.number, self.end + ALIGN, nbytes)
         self.end += record_bytes(nbytes)
-        return place, self._memory[place.offset : place.offset + nbytes]
+        return place, self.memory[place.offset : place.offset + nbytes]
 
     def append(self, body: bytes, number: int, durable: int, chain: bytes) -> None:
         """Write an event; `chain` is the one after it. The head comes last, so that a record with a head is whole."""
         start = self.end + ALIGN
-        self._memory[start : start + len(body)] = body
+        self.memory[start : start + len(body)] = body
         reached("journal.append.written")
         self._put_head(EVENT, len(body), number, durable, chain)
         self.end += record_bytes(len(body))
 
+    def mark(self, durable: int) -> None:
+        """Note that the events up to a number are on the disk."""
+        packed = MARK.pack(MARK_MAGIC, durable, 0)[:-8]
+        checksum = xxhash.xxh3_64(packed, seed=self._seed).intdigest()
+        self.memory[ALIGN : ALIGN + MARK.size] = packed + checksum.to_bytes(8, "little")
+
     def _put_head(self, kind: int, nbytes: int, number: int, durable: int, chain: bytes) -> None:
-        behind = self.end + record_bytes(nbytes)
-        if behind + ALIGN <= len(self._memory):
-            self._memory[behind : behind + ALIGN] = bytes(ALIGN)  # not even by chance what an earlier use left
-        self._memory[self.end : self.end + ALIGN] = _head(kind, nbytes, number, durable, chain, self._seed)
+        at, behind = self.end, self.end + record_bytes(nbytes)
+        if behind + ALIGN <= len(self.memory):
+            self.memory[behind : behind + ALIGN] = bytes(ALIGN)  # not even by chance what an earlier use left
+        packed = RECORD_HEAD.pack(RECORD_MAGIC, kind, nbytes, number, durable, chain, 0)
+        head = packed[:48] + xxhash.xxh3_64(packed[:48], seed=self._seed).intdigest().to_bytes(8, "little")
+        # The magic comes last: a process that dies between the two has written nothing.
+        self.memory[at + len(RECORD_MAGIC) : at + len(head)] = head[len(RECORD_MAGIC) :]
+        self.memory[at : at + len(RECORD_MAGIC)] = RECORD_MAGIC
 
 
-def _head(kind: int, nbytes: int, number: int, durable: int, chain: bytes, seed: int) -> bytes:
-    packed = _RECORD.pack(_RECORD_MAGIC, kind, nbytes, number, durable, chain, 0, 0)
-    checksum = xxhash.xxh3_64(packed[:48], seed=seed).intdigest()
-    return packed[:48] + checksum.to_bytes(8, "little") + packed[56:]
-
-
-def _seed_of(salt: bytes) -> int:
-    return int.from_bytes(salt[:8], "little")
-
-
-class _Found(NamedTuple):
-    kind: int
-    nbytes: int
-    number: int
-    durable: int
-    chain: bytes
-
-
-@final
-class Reading:
-    """One segment that is read.
-
-    Args:
-        memory: its bytes.
-        name: what to call it in errors.
-
-    Attributes:
-        number, chain: see `Segment`; None if it has no whole head.
-    """
-
-    def __init__(self, memory: memoryview, name: str) -> None:
-        self.name = name
-        self.number: int | None = None
-        self.chain = NO_CHAIN
-        self._memory = memory
-        self._seed = 0
-        if len(memory) < 2 * ALIGN:
-            return
-        packed = bytes(memory[: _SEGMENT.size])
-        magic, version, _, number, salt, chain, checksum = _SEGMENT.unpack(packed)
-        if magic == _SEGMENT_MAGIC and version == VERSION and xxhash.xxh3_64(packed[:-8]).intdigest() == checksum:
-            self.number, self.chain, self._seed = number, chain, _seed_of(salt)
-
-    def events(self, number: int, chain: bytes) -> Iterator[Written]:
-        """Go through the events that hold, the first of which is to be `number`, with the chain before it."""
-        at = ALIGN
-        while (found := self._at(at)) is not None:
-            behind = at + record_bytes(found.nbytes)
-            if found.kind == EVENT:
-                body = bytes(self._memory[at + ALIGN : at + ALIGN + found.nbytes])
-                if found.number != number or chained(chain, number, body) != found.chain:
-                    return
-                chain = found.chain
-                yield Written(number, body, chain, self.number or 0, behind)
-                number += 1
-            elif found.number != at:
-                return
-            at = behind
-
-    def durable_behind(self, at: int) -> int:
-        """Return the highest number up to which an event from `at` on says that all were on the disk, 0 for none."""
-        highest = 0
-        for place in range(at, len(self._memory) - ALIGN + 1, ALIGN):
-            if bytes(self._memory[place : place + 4]) == _RECORD_MAGIC:
-                found = self._at(place)
-                if found is not None and found.kind == EVENT:
-                    highest = max(highest, found.durable)
-        return highest
-
-    def extent(self, place: Place) -> memoryview:
-        """Return the bytes of a payload.
-
-        Raises:
-            DamagedJournal: it reaches beyond the segment.
-        """
-        if place.offset + place.nbytes > len(self._memory):
-            raise damaged(self.name, place.offset, "a payload reaches beyond its end")
-        return self._memory[place.offset : place.offset + place.nbytes]
-
-    def _at(self, at: int) -> _Found | None:
-        """Return the head of a record, None where there is none that holds."""
-        if at + ALIGN > len(self._memory):
-            return None
-        packed = bytes(self._memory[at : at + ALIGN])
-        magic, kind, nbytes, number, durable, chain, checksum, _ = _RECORD.unpack(packed)
-        if magic != _RECORD_MAGIC or xxhash.xxh3_64(packed[:48], seed=self._seed).intdigest() != checksum:
-            return None
-        if at + record_bytes(nbytes) > len(self._memory):
-            return None
-        return _Found(kind, nbytes, number, durable, chain)
+def with_checksum(packed: bytes) -> bytes:
+    """Return the head of a segment with its last eight bytes filled in."""
+    return packed[:-8] + xxhash.xxh3_64(packed[:-8]).intdigest().to_bytes(8, "little")
 
 
 def damaged(name: str, offset: int, what: str) -> DamagedJournal:
     """Return the error for damage that is not the end of a journal."""
     return DamagedJournal(
-        f"{name} is damaged at byte {offset}: {what}, and events behind it were written later.",
+        f"{name} is damaged at byte {offset}: {what}.",
         remedy="`farstep sessions fsck` says what can be saved.",
         field=name,
     )

@@ -2,8 +2,9 @@
 
     create(name, nbytes)   a new file of zeros, whose blocks are taken from the disk: writing to it cannot fail for room
     map(name)              its bytes as memory; what is written there survives the process, and a power loss once synced
+    unmap(memory)          let go of that memory
     write(name, pieces)    a new file, whole
-    sync(name)             what the file holds is on the disk when this returns
+    sync(name)             what the file holds, and its size, are on the disk when this returns
     sync_names(folder)     which files there are, under which names, is on the disk when this returns
     rename, remove, names  as of a file system; a rename replaces
 
@@ -11,14 +12,18 @@ Names are relative, `sessions/x/000001.journal`; no other module opens a file of
 storage, which keeps only what was synced, or fails at the k-th operation.
 
 A sync that failed once is final for its file: the kernel may have dropped the pages that it could not write, and a
-second call would say that all is well.
+second call would succeed without them.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import shutil
+import stat
+import sys
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,14 +32,20 @@ from typing import Final, final
 DIRECTORY: Final = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
 FILE_MODE: Final = 0o600
 DIRECTORY_MODE: Final = 0o700
+BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
 class Storage(ABC):
     """Files below one directory."""
 
+    @property
+    @abstractmethod
+    def boot(self) -> bytes:
+        """Return what is another one once the machine has lost its memory; empty if that cannot be known."""
+
     @abstractmethod
     def create(self, name: str, nbytes: int) -> None:
-        """Make a file of zeros, and the folders it is in.
+        """Make a file of zeros, and the folders it is in; the names of these are on the disk at once.
 
         Raises:
             OSError: there is no room for it, or such a file is there; then nothing has changed.
@@ -43,6 +54,10 @@ class Storage(ABC):
     @abstractmethod
     def map(self, name: str, *, writable: bool = True) -> memoryview:
         """Return the bytes of a file as memory, for as long as the memory is referred to."""
+
+    @abstractmethod
+    def unmap(self, memory: memoryview) -> bool:
+        """Release what `map` returned, and return whether nothing else refers to that memory, a slice or an array."""
 
     @abstractmethod
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> int:
@@ -95,7 +110,10 @@ class Storage(ABC):
 
 @final
 class DiskStorage(Storage):
-    """Files of this machine.
+    """Files of this machine. Any thread may use it, each file one thread at a time but for `sync`.
+
+    A symbolic link below the directory is not followed: whoever may write there would choose what the server reads and
+    overwrites.
 
     Args:
         root: the directory, which is there.
@@ -103,32 +121,46 @@ class DiskStorage(Storage):
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._boot = _boot_id()
+        self._lock = threading.Lock()  # of the two tables, not of the files
         self._open: dict[str, int] = {}
         self._failed: dict[str, OSError] = {}
 
+    @property
+    def boot(self) -> bytes:
+        return self._boot
+
     def create(self, name: str, nbytes: int) -> None:
         path = self._path(name)
-        path.parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, FILE_MODE)
+        self._make_folder(path.parent)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, FILE_MODE)
         try:
             _allocate(descriptor, nbytes)
         except BaseException:
             os.close(descriptor)
             path.unlink(missing_ok=True)
             raise
-        self._open[name] = descriptor
+        self._keep(name, descriptor)
 
     def map(self, name: str, *, writable: bool = True) -> memoryview:
-        descriptor = self._descriptor(name)
-        size = os.fstat(descriptor).st_size
-        if not size:
-            return memoryview(b"")
-        return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ))
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(self._path(name), flags)
+        try:
+            size = os.fstat(descriptor).st_size
+            if not size:
+                return memoryview(b"")
+            return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ))
+        finally:
+            os.close(descriptor)
+
+    def unmap(self, memory: memoryview) -> bool:
+        return unmapped(memory)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> int:
         path = self._path(name)
-        path.parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, FILE_MODE)
+        self._make_folder(path.parent)
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(path, flags, FILE_MODE)
         written = 0
         try:
             for piece in pieces:
@@ -140,14 +172,15 @@ class DiskStorage(Storage):
         except BaseException:
             os.close(descriptor)
             path.unlink(missing_ok=True)
+            self._close(name)
             raise
         self._close(name)
-        self._open[name] = descriptor
+        self._keep(name, descriptor)
         return written
 
     def sync(self, name: str) -> None:
-        if name in self._failed:
-            raise self._failed[name]
+        if (failed := self._failed.get(name)) is not None:
+            raise failed.with_traceback(None)
         try:
             os.fdatasync(self._descriptor(name))
         except OSError as exc:
@@ -155,30 +188,28 @@ class DiskStorage(Storage):
             raise
 
     def sync_names(self, folder: str) -> None:
-        descriptor = os.open(self._path(folder), DIRECTORY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_directory(self._path(folder))
 
     def rename(self, old: str, new: str) -> None:
-        self._path(new).parent.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
-        os.replace(self._path(old), self._path(new))
+        path = self._path(new)
+        self._make_folder(path.parent)
+        os.replace(self._path(old), path)
         self._close(new)
-        for kept in (self._open, self._failed):
-            if old in kept:
-                kept[new] = kept.pop(old)  # type: ignore[assignment]  # each of its own kind
+        with self._lock:
+            if (descriptor := self._open.pop(old, None)) is not None:
+                self._open[new] = descriptor
+            if (failed := self._failed.pop(old, None)) is not None:
+                self._failed[new] = failed
 
     def remove(self, name: str) -> None:
         path = self._path(name)
-        if path.is_dir() and not path.is_symlink():
-            for each in [*self._open]:
-                if each.startswith(f"{name}/"):
-                    self._close(each)
+        if path.is_dir():
             shutil.rmtree(path)
-            return
-        path.unlink(missing_ok=True)
-        self._close(name)
+        else:
+            path.unlink(missing_ok=True)
+        for each in [*self._open]:
+            if each == name or each.startswith(f"{name}/"):
+                self._close(each)
 
     def names(self, folder: str) -> Sequence[str]:
         try:
@@ -199,19 +230,80 @@ class DiskStorage(Storage):
             self._close(name)
 
     def _path(self, name: str) -> Path:
-        return self._root / name
+        """Return where a file is.
+
+        Raises:
+            OSError: it, or a folder it is in, is a symbolic link, or the name leads out of the directory.
+        """
+        path = self._root
+        for part in name.split("/"):
+            path = path / part
+            if part in ("", ".", "..") or _is_link(path):
+                raise OSError(errno.ELOOP, "A data directory has no symbolic links and no paths out of it", str(path))
+        return path
+
+    def _make_folder(self, path: Path) -> None:
+        """Make a folder and those it is in, with names that survive a power loss."""
+        if path.is_dir():
+            return
+        self._make_folder(path.parent)
+        path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+        _sync_directory(path.parent)
 
     def _descriptor(self, name: str) -> int:
-        found = self._open.get(name)
-        if found is None:
-            found = self._open[name] = os.open(self._path(name), os.O_RDWR | os.O_NOFOLLOW)
-        return found
+        with self._lock:
+            found = self._open.get(name)
+            if found is None:
+                flags = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+                found = self._open[name] = os.open(self._path(name), flags)
+            return found
+
+    def _keep(self, name: str, descriptor: int) -> None:
+        with self._lock:
+            self._open[name] = descriptor
 
     def _close(self, name: str) -> None:
-        self._failed.pop(name, None)
-        descriptor = self._open.pop(name, None)
+        with self._lock:
+            self._failed.pop(name, None)
+            descriptor = self._open.pop(name, None)
         if descriptor is not None:
             os.close(descriptor)
+
+
+def unmapped(memory: memoryview) -> bool:
+    """Release the memory of a `mmap`, and return whether that was the last of what refers to it."""
+    mapping = memory.obj
+    memory.release()
+    if not isinstance(mapping, mmap.mmap):  # an empty file
+        return True
+    try:
+        mapping.close()
+    except BufferError:  # exported to another view, an array or a tensor
+        return False
+    return True
+
+
+def _is_link(path: Path) -> bool:
+    try:
+        return stat.S_ISLNK(path.lstat().st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _boot_id() -> bytes:
+    """Return the kernel's name for the time since it was started, empty where it has none."""
+    try:
+        return BOOT_ID.read_bytes().strip() if sys.platform == "linux" else b""
+    except OSError:
+        return b""
 
 
 def _allocate(descriptor: int, nbytes: int) -> None:
