@@ -1,0 +1,84 @@
+"""A storage whose k-th operation fails, as a disk that is full or broken."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from farstep_service.durability.storage import Storage
+from tests.support.durability.power import PowerStorage
+
+
+@dataclass(slots=True)
+class FaultyStorage(Storage):
+    """Pass everything on to another storage, but for one operation.
+
+    Args:
+        inner: where to.
+        error: the errno of the one that fails.
+        at: which one, from 1; 0 for none.
+
+    Attributes:
+        operations: how many there were.
+        hit: the name of the one that failed; empty while none has.
+    """
+
+    inner: PowerStorage
+    error: int
+    at: int
+    operations: int = 0
+    hit: str = ""
+
+    @property
+    def boot(self) -> bytes:
+        return self.inner.boot
+
+    def create(self, name: str, nbytes: int) -> None:
+        self._reach("create")
+        self.inner.create(name, nbytes)
+
+    def map(self, name: str, *, writable: bool = True) -> memoryview:
+        self._reach("map")
+        return self.inner.map(name, writable=writable)
+
+    def unmap(self, memory: memoryview) -> bool:
+        return self.inner.unmap(memory)
+
+    def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> int:
+        self._reach("write")
+        return self.inner.write(name, pieces)
+
+    def sync(self, name: str) -> None:
+        self._reach("sync", lambda: self.inner.lose(name))
+        self.inner.sync(name)
+
+    def sync_names(self, folder: str) -> None:
+        self._reach("sync_names")
+        self.inner.sync_names(folder)
+
+    def rename(self, old: str, new: str) -> None:
+        self._reach("rename")
+        self.inner.rename(old, new)
+
+    def remove(self, name: str) -> None:
+        self._reach("remove")
+        self.inner.remove(name)
+
+    def names(self, folder: str) -> Sequence[str]:
+        self._reach("names")
+        return self.inner.names(folder)
+
+    def size(self, name: str) -> int:
+        self._reach("size")
+        return self.inner.size(name)
+
+    def free_bytes(self) -> int:
+        return self.inner.free_bytes()
+
+    def _reach(self, what: str, failing: Callable[[], object] = lambda: None) -> None:
+        self.operations += 1
+        if self.operations == self.at:
+            self.hit = what
+            failing()
+            raise OSError(self.error, os.strerror(self.error))
