@@ -10,8 +10,8 @@ import random
 
 import pytest
 
+from farstep.errors import DamagedJournal
 from farstep_service.durability.journal import Sync
-from farstep_service.durability.segments import DamagedJournal
 from tests.support.durability.life import FOLDER, Life
 from tests.support.durability.power import File, PowerStorage
 

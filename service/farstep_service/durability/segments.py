@@ -36,7 +36,7 @@ from typing import Final, NamedTuple, final
 
 import xxhash
 
-from farstep.errors import FarstepError
+from farstep.errors import DamagedJournal
 from farstep_service.failpoints import reached
 
 ALIGN: Final = 64
@@ -54,13 +54,6 @@ RECORD_HEAD: Final = struct.Struct("<4sB3xQQQ16sQ8x")
 SEGMENT_MAGIC: Final = b"farstepJ"
 MARK_MAGIC: Final = b"fsyn"
 RECORD_MAGIC: Final = b"frec"
-
-
-class DamagedJournal(FarstepError):
-    """A file of a session's journal is damaged, and what it held was on the disk."""
-
-    code = "damaged_journal"
-    status = 503
 
 
 class Place(NamedTuple):
