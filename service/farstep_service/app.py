@@ -69,9 +69,9 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotoni
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await registry.begin()
         yield
-        for actor in registry.actors:
-            await actor.close()
+        await registry.end()
         executor.shutdown(wait=True)
 
     app = Application(

@@ -3,8 +3,8 @@
     FARSTEP_FAILPOINT=journal.append.written       the process ends when it first comes there
     FARSTEP_FAILPOINT=journal.append.written:3     when it comes there for the third time
 
-The variable is read when the process first comes to a place. Without it, a call of `reached` costs a comparison.
-Nothing is flushed and no handler runs (`os._exit`), and the exit status is that of a process killed with -9.
+The variable is read when this module is imported. Without it, a call of `reached` costs a comparison. Nothing is
+flushed and no handler runs (`os._exit`), and the exit status is that of a process killed with -9.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
-from functools import cache
 from typing import Final, Literal, final, get_args
 
 VARIABLE: Final = "FARSTEP_FAILPOINT"
@@ -20,17 +19,31 @@ KILLED: Final = 137
 """The exit status that a shell shows for a process ended by SIGKILL."""
 
 Name = Literal[
+    "directory.remove.before",
+    "directory.remove.renamed",
+    "journal.append.after",
     "journal.append.before",
     "journal.append.written",
-    "journal.append.after",
     "journal.begin.created",
     "journal.begin.mapped",
     "journal.begin.named",
-    "journal.forget.before",
     "journal.forget.after",
+    "journal.forget.before",
     "journal.rotate",
-    "journal.sync.before",
     "journal.sync.after",
+    "journal.sync.before",
+    "session.create.after",
+    "session.create.before",
+    "session.rotate",
+    "session.synced",
+    "snapshot.forget",
+    "snapshot.forgotten",
+    "snapshot.manifest",
+    "snapshot.named",
+    "snapshot.renamed",
+    "snapshot.state",
+    "snapshot.synced",
+    "snapshot.written",
 ]
 """Every place; a test compares these with the calls in the sources."""
 NAMES: Final[tuple[Name, ...]] = get_args(Name)
@@ -70,14 +83,10 @@ class Failpoint:
             return not self._left
 
 
-@cache
-def _failpoint() -> Failpoint:
-    """Return that of this process; read late, since a process may be forked from one with another environment."""
-    return Failpoint.of(os.environ)
+_FAILPOINT: Final = Failpoint.of(os.environ)
 
 
 def reached(name: Name) -> None:
     """End the process if this is the place and the visit that its environment names."""
-    failpoint = _failpoint()
-    if name == failpoint.name and failpoint.visit():
+    if name == _FAILPOINT.name and _FAILPOINT.visit():
         os._exit(KILLED)

@@ -324,7 +324,7 @@ def test_a_step_that_was_interrupted_happens_again(block: int) -> None:
     kernels, journal = FailingKernels(), list[tuple[Event | Result, float]]()
     session = new_session(names=("w", "b"), kernels=kernels)
     (writer,) = begun(session)
-    session._machine._journal = lambda event, now: journal.append((event, now))
+    session.journal = lambda event, now: journal.append((event, now))
     record, gradients, name = session.record(), values(session, 2), writer.named()
     kernels.fault.at = block
     writer.push(gradients)

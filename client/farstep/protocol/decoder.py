@@ -40,6 +40,7 @@ class Decoder:
             the payload, in order. What it raises about the header reaches the caller.
         limits: the bounds to hold the message to.
         side: the side that reads, for errors.
+        placed: called with each piece of the payload when it is in its place; the pieces come in order.
 
     Attributes:
         header: the header; empty until it is complete, which is when `buffers_for` is called.
@@ -47,7 +48,14 @@ class Decoder:
         payload_bytes: size of the whole payload; 0 until the header is complete.
     """
 
-    def __init__(self, buffers_for: BuffersFor, *, limits: Limits = DEFAULT_LIMITS, side: Side = "server") -> None:
+    def __init__(
+        self,
+        buffers_for: BuffersFor,
+        *,
+        limits: Limits = DEFAULT_LIMITS,
+        side: Side = "server",
+        placed: Callable[[memoryview], object] | None = None,
+    ) -> None:
         self.header: dict[str, Any] = {}
         self.payload_bytes = 0
         self.received = 0
@@ -55,6 +63,7 @@ class Decoder:
         self._limits = limits
         self._side: Side = side
         self._reader = HeaderReader(limits, side)
+        self._note = placed
         self._placed = False
         self._views: list[memoryview] = []
         self._which = 0  # the view being filled
@@ -233,6 +242,8 @@ class Decoder:
         return count
 
     def _advance(self, count: int) -> None:
+        if self._note is not None:
+            self._note(self._views[self._which][self._at : self._at + count])
         self.received += count
         self._frame_left -= count
         self._at += count

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from farstep.errors import Fenced, SessionLost
+from farstep.errors import FarstepError, Fenced, SessionLost, StateRolledBack
 from farstep.protocol.consistency import Consistency
 from farstep.protocol.growth import outgrown
 from farstep.protocol.messages import WriteName
@@ -50,6 +50,7 @@ class CoordinatorState:
         mode: what the state machine of the mode knows.
         waiting: by worker, its push that waits.
         running: the instruction that is being carried out; None between two events, unless it is unfinished.
+        predecessors: the lives of the ledger before this one, of which steps that were acknowledged are lost.
     """
 
     session: str
@@ -63,6 +64,7 @@ class CoordinatorState:
     mode: Any = None
     waiting: dict[str, Push] = field(default_factory=dict)
     running: Running | None = None
+    predecessors: tuple[str, ...] = ()
 
 
 class Checks:
@@ -135,7 +137,7 @@ class Checks:
             SessionLost, Fenced: it is not.
         """
         if incarnation != self._state.incarnation:
-            raise self._other_life(worker)
+            raise self._other_life(worker, incarnation)
         return self.roster.check(worker, epoch)
 
     def check_write(self, name: WriteName, incarnation: str) -> None:
@@ -170,7 +172,7 @@ class Checks:
             SessionLost, Fenced, SequenceGap, IdempotencyMismatch, ReceiptExpired: see `Roster.judge`.
         """
         if incarnation != self._state.incarnation:
-            raise self._other_life(name.worker)
+            raise self._other_life(name.worker, incarnation)
         return self.roster.judge(name, fingerprint)
 
     def holds(self, name: WriteName, fingerprint: str) -> bool:
@@ -214,7 +216,16 @@ class Checks:
         lag = self.roster.lag(worker)
         return None if lag is None else outgrown(self._state.session, worker, lag[0], by=lag[1])
 
-    def _other_life(self, worker: str) -> SessionLost:
+    def _other_life(self, worker: str, incarnation: str) -> FarstepError:
+        if incarnation in self._state.predecessors:
+            version = self._state.version
+            return StateRolledBack(
+                f"Session {self._state.session!r} was rolled back to version {version}: the server ended before the "
+                "steps after it were kept.",
+                remedy="Call rejoin() to go on from there, or create the optimizer with on_rollback='accept'.",
+                field="incarnation",
+                version=version,
+            )
         return SessionLost(
             f"Session {self._state.session!r} was created anew since worker {worker!r} joined it.",
             remedy="Call rejoin() to take on what it holds now, which is another training's unless it was imported "

@@ -85,6 +85,7 @@ class Journal:
         number, chain: of the last event.
         durable: the last event that is known to be on the disk. What was found at the start counts after the first
             sync, which includes it: a process that died may have left it in the kernel's memory.
+        since_rotation: how many bytes were taken since `rotate`.
         failed: the error of the sync that failed; None while there is none, or when its segments are forgotten.
 
     Raises:
@@ -105,6 +106,7 @@ class Journal:
         self.sync_policy: Sync = sync
         self.number, self.chain = after.number, after.chain
         self.durable = 0
+        self.since_rotation = 0
         self.failed: OSError | None = None
         self._failed_before = 0
         self._storage = storage
@@ -156,6 +158,7 @@ class Journal:
         with self._writing:
             self._raise_failed()
             self._make_room(record_bytes(nbytes) + self._kept_free)
+            self.since_rotation += record_bytes(nbytes)
             return self._present.reserve(nbytes)
 
     def append(self, body: bytes, room: int = 0) -> int:
@@ -176,6 +179,7 @@ class Journal:
             chain = chained(self.chain, number, body)
             reached("journal.append.before")
             self._present.append(body, number, self.durable, chain)
+            self.since_rotation += record_bytes(len(body))
             self.number, self.chain, self._kept_free = number, chain, kept_free
             reached("journal.append.after")
             return number
@@ -218,6 +222,7 @@ class Journal:
         reached("journal.rotate")
         with self._writing:
             self._present = self._begin(self._present.number + 1, self._segment_bytes)
+            self.since_rotation = 0
             return self._present.number
 
     def forget(self, segment: int) -> None:

@@ -14,15 +14,19 @@ memory. Nothing is joined.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby, islice
 from typing import Any
 
+from farstep.errors import InvalidFile
 from farstep.protocol.consistency import to_options
-from farstep.protocol.fields import shapes_to_header
+from farstep.protocol.fields import EVERYWHERE, PRESENT, Shapes, shapes_from_header, shapes_to_header
+from farstep.protocol.hyper import Hyper
 from farstep.protocol.session_file import DESCRIPTION, FORMAT, FORMAT_VERSION
 from farstep.protocol.tensor_file import FileHead, in_file_order, invalid_file, write_head
-from farstep_service.tensors.contents import Contents
+from farstep_service.layout import SegmentSpec
+from farstep_service.plan import Plan
+from farstep_service.tensors.contents import PARAM, Contents
 from farstep_service.tensors.snapshot import Snapshot
 
 SMALL_BYTES = 16 * 1024
@@ -35,7 +39,8 @@ def file_of(snapshot: Snapshot) -> list[bytes | memoryview]:
     entries = snapshot.contents.entries()
     memory = dict(zip((each.name for each in entries), snapshot.contents.memory_of_entries(), strict=True))
     ordered = in_file_order(entries)
-    metadata = {FORMAT: FORMAT_VERSION, DESCRIPTION: json.dumps(_description(snapshot), ensure_ascii=False)}
+    described = describe(snapshot.plan, snapshot.groups, snapshot.version, snapshot.contents.shapes)
+    metadata = {FORMAT: FORMAT_VERSION, DESCRIPTION: json.dumps(described, ensure_ascii=False)}
     return [write_head(ordered, metadata), *_small_ones_joined([memory[each.name] for each in ordered])]
 
 
@@ -49,25 +54,88 @@ def _small_ones_joined(pieces: Sequence[memoryview]) -> Iterator[bytes | memoryv
             yield b"".join(batch)
 
 
-def _description(snapshot: Snapshot) -> dict[str, Any]:
-    plan = snapshot.plan
+def describe(plan: Plan, groups: Sequence[Hyper], version: int, shapes: Shapes) -> dict[str, Any]:
+    """Return what a session is as a document of plain values.
+
+    Args:
+        groups: the options in force.
+        version, shapes: of the contents that the document is about.
+    """
     return {
         "name": plan.name,
         "optimizer": plan.rule.name,
-        "version": snapshot.version,
+        "version": version,
         "groups": [group.to_options() for group in plan.groups],
-        "options": [group.to_options() for group in snapshot.groups],
+        "options": [group.to_options() for group in groups],
         "consistency": to_options(plan.consistency),
         "nonfinite": plan.nonfinite,
         "kernel": plan.kernel,
         **({"policy": policy} if (policy := plan.policies.to_options()) else {}),
         "fields": plan.rule.kinds,
-        "shapes": shapes_to_header(snapshot.contents.shapes),
+        "shapes": shapes_to_header(shapes),
         "segments": [
             {"name": each.name, "shape": list(each.shape), "dtype": each.dtype, "group": each.group}
             for each in plan.layout.segments
         ],
     }
+
+
+def plan_in(described: Mapping[str, Any]) -> Plan:
+    """Return the plan in a document; for errors see `Plan.build`."""
+    segments = [
+        SegmentSpec(each["name"], tuple(each["shape"]), each["dtype"], each["group"]) for each in described["segments"]
+    ]
+    return Plan.build(
+        name=described["name"],
+        optimizer=described["optimizer"],
+        groups=described["groups"],
+        segments=segments,
+        consistency=described["consistency"],
+        nonfinite=described["nonfinite"],
+        kernel=described["kernel"],
+        policy=described.get("policy"),
+    )
+
+
+def options_in(described: Mapping[str, Any], plan: Plan) -> list[Hyper]:
+    """Return the options in force, from a document.
+
+    Raises:
+        InvalidFile: there are options for another number of groups.
+    """
+    options = described["options"]
+    if len(options) != len(plan.groups):
+        raise invalid_file(f"it has {len(plan.groups)} param groups and options for {len(options)}")
+    return [
+        plan.rule.hyper.from_options({**created.to_options(), **each}, edited=True)
+        for created, each in zip(plan.groups, options, strict=True)
+    ]
+
+
+def snapshot_in(head: FileHead, described: Mapping[str, Any], plan: Plan) -> Snapshot:
+    """Return the snapshot that the head of a file announces; its contents have no memory yet.
+
+    Raises:
+        InvalidFile: it is of another release's optimizer.
+    """
+    kinds, fields = plan.rule.kinds, described["fields"]
+    # Files of older releases have no precisions, and the numbers in them are float32's.
+    known = [item for item in kinds.items() if item[1] != "precision" or item[0] in fields]
+    if list(fields.items()) != known:
+        raise InvalidFile(
+            f"In this file {plan.rule.name} has the state {', '.join(fields)!s:.300}; here it has {', '.join(kinds)}.",
+            remedy="Import it with the release that wrote it, and take the state over by state_dict.",
+            field="fields",
+        )
+    groups = options_in(described, plan)
+    stored = {entry.name.partition("/")[0] for entry in head.entries}
+    certain = {PARAM, PRESENT, *(name for name, kind in known if kind in EVERYWHERE)}
+    chosen = [each for each in (PARAM, *kinds, PRESENT) if each in certain or each in stored]
+    chosen += [view for view in plan.policies.views if view in stored]
+    shapes = shapes_from_header(described["shapes"])
+    every = range(len(plan.layout.segments))
+    contents = Contents(plan.layout, plan.rule, chosen, every, shapes, views=plan.policies.views)
+    return Snapshot(plan, groups, contents, described["version"])
 
 
 def places_of(head: FileHead, contents: Contents) -> list[memoryview]:

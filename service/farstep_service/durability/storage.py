@@ -53,7 +53,11 @@ class Storage(ABC):
 
     @abstractmethod
     def map(self, name: str, *, writable: bool = True) -> memoryview:
-        """Return the bytes of a file as memory, for as long as the memory is referred to."""
+        """Return the bytes of a file as memory, for as long as the memory is referred to.
+
+        Args:
+            writable: what is written there goes to the file; otherwise it stays with this memory.
+        """
 
     @abstractmethod
     def unmap(self, memory: memoryview) -> bool:
@@ -149,7 +153,7 @@ class DiskStorage(Storage):
             size = os.fstat(descriptor).st_size
             if not size:
                 return memoryview(b"")
-            return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ))
+            return memoryview(mmap.mmap(descriptor, size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_COPY))
         finally:
             os.close(descriptor)
 

@@ -91,9 +91,10 @@ class Sink(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """A complete body: its header and the fingerprint of its content."""
+    """A complete body: its header, the xxh3_128 of its payload, and the fingerprint of both."""
 
     header: dict[str, Any]
+    digest: bytes
     fingerprint: str
 
 
@@ -106,32 +107,31 @@ class _Message:
         arrived: Callable[[int], None],
         most_bytes: int,
     ) -> None:
-        self._decoder = Decoder(buffers_for)
+        self._digest = xxhash.xxh3_128()
+        self._decoder = Decoder(buffers_for, placed=self._digest.update)
         self._arrived = arrived
         self._most_bytes = self._left = most_bytes
-        self._digest = xxhash.xxh3_128()
-        self._offered = memoryview(b"")
 
     def get_buffer(self) -> memoryview:
-        self._offered = self._decoder.get_buffer()
-        return self._offered
+        return self._decoder.get_buffer()
 
     def buffer_updated(self, count: int) -> None:
         self._count(count)
-        self._digest.update(self._offered[:count])
         self._decoder.buffer_updated(count)
         self._arrived(self._decoder.received)
 
     def feed(self, chunk: bytes | bytearray | memoryview) -> None:
         self._count(len(chunk))
-        self._digest.update(chunk)
         self._decoder.feed(chunk)
         self._arrived(self._decoder.received)
 
     def close(self) -> Body:
         """Return the message; raise if it is incomplete."""
         self._decoder.close()
-        return Body(self._decoder.header, self._digest.hexdigest())
+        digest = self._digest.digest()
+        whole = xxhash.xxh3_128(repr(self._decoder.header).encode())
+        whole.update(digest)
+        return Body(self._decoder.header, digest, whole.hexdigest())
 
     def _count(self, count: int) -> None:
         self._left -= count

@@ -94,6 +94,7 @@ class Endpoint(ABC):
         pace = Pace(self._settings.idle_body_s)
         body = await read_body(scope, receive, buffers_for, largest=largest, pace=pace, arrived=arrived)
         ((head, intake),) = parts
+        intake.complete(body.digest)
         return head, intake, body.fingerprint
 
 

@@ -21,15 +21,13 @@ from pydantic import (
     model_validator,
 )
 
-from farstep.errors import InvalidFile
-from farstep.protocol.fields import EVERYWHERE, PRESENT, shapes_from_header
 from farstep.protocol.messages import LARGEST_START_VERSION
 from farstep.protocol.session_file import description_in
 from farstep.protocol.tensor_file import FileHead, invalid_file
+from farstep_service.durability.session_file import snapshot_in
 from farstep_service.layout import MAX_SEGMENTS, Layout, SegmentSpec
 from farstep_service.plan import MAX_GROUPS, Plan
 from farstep_service.tensors import Snapshot
-from farstep_service.tensors.contents import PARAM, Contents
 
 MAX_OPTIONS: Final = 64
 """The most options of one param group."""
@@ -210,27 +208,4 @@ def snapshot_of(head: FileHead, name: str | None) -> Snapshot:
         where = ".".join(map(str, first["loc"]))
         raise invalid_file(f"its session says something odd about {where!r:.100}: {first['msg']:.200}") from None
     plan = plan_of(document if name is None else document.model_copy(update={"name": name}))
-    kinds = plan.rule.kinds
-    # Files of older releases have no precisions, and the numbers in them are float32's.
-    known = [item for item in kinds.items() if item[1] != "precision" or item[0] in document.fields]
-    if list(document.fields.items()) != known:
-        raise InvalidFile(
-            f"In this file {plan.rule.name} has the state {', '.join(document.fields)!s:.300}; "
-            f"here it has {', '.join(kinds)}.",
-            remedy="Import it with the release that wrote it, and take the state over by state_dict.",
-            field="fields",
-        )
-    if len(document.options) != len(plan.groups):
-        raise invalid_file(f"it has {len(plan.groups)} param groups and options for {len(document.options)}")
-    stored = {entry.name.partition("/")[0] for entry in head.entries}
-    certain = {PARAM, PRESENT, *(name for name, kind in known if kind in EVERYWHERE)}
-    fields = [each for each in (PARAM, *kinds, PRESENT) if each in certain or each in stored]
-    fields += [view for view in plan.policies.views if view in stored]
-    shapes = shapes_from_header(document.shapes)
-    chosen = range(len(plan.layout.segments))
-    contents = Contents(plan.layout, plan.rule, fields, chosen, shapes, views=plan.policies.views)
-    groups = [
-        plan.rule.hyper.from_options({**created.to_options(), **options}, edited=True)
-        for created, options in zip(plan.groups, document.options, strict=True)
-    ]
-    return Snapshot(plan, groups, contents, document.version)
+    return snapshot_in(head, document.model_dump(), plan)

@@ -19,10 +19,9 @@ from typing import final
 
 import torch
 
-from farstep.errors import StepInterrupted
+from farstep.errors import NotDurable, StepInterrupted
 from farstep.protocol.consistency import Consistency
 from farstep.protocol.growth import AppendHead
-from farstep.protocol.hyper import Hyper
 from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator import Coordinator, CoordinatorState, Event, Result, events
@@ -30,17 +29,19 @@ from farstep_service.coordinator.written import read_back
 from farstep_service.kernels.kernel import KernelSource
 from farstep_service.layout import Layout
 from farstep_service.plan import Plan
+from farstep_service.session.facts import SessionFacts
 from farstep_service.session.growth import grown, room_for
-from farstep_service.session.state_machine import Journal, Outcome, Outcomes, SessionRecord, StateMachine
+from farstep_service.session.state_machine import Journal, Outcome, Outcomes, SessionRecord
 from farstep_service.store import Buffers, Held
 from farstep_service.tensors import Snapshot, Tensors, state_of
 from farstep_service.tensors.contents import Contents
 from farstep_service.tensors.contribution import Contribution
+from farstep_service.tensors.payload import Payload, fill
 from farstep_service.tensors.state import GroupChanges
 
 
 @final
-class Session:
+class Session(SessionFacts):
     """Order the writes of one session.
 
     Args:
@@ -48,7 +49,7 @@ class Session:
         incarnation: a name for this life of the session, random hex.
         kernels: runs the update rules.
         device: where parameters and state live.
-        journal: told of each event before it is applied, and of each result.
+        journal: called with each event before it is applied, and with each result.
         record: what another session was, which this one goes on with.
 
     Attributes:
@@ -72,87 +73,67 @@ class Session:
         else:
             tensors = Tensors.of(record.tensors, kernels=kernels, device=torch.device(device))
             coordinator = Coordinator(read_back(record.written))
-        self._machine = StateMachine(coordinator, tensors, journal)
-        self._coordinator, self._tensors, self._state = coordinator, tensors, tensors.state
-        self.late = self._machine.late
+        super().__init__(coordinator, tensors, journal)
 
-    def record(self) -> SessionRecord:
+    def record(self, *, pushes: bool = True) -> SessionRecord:
         """Return all that the session is; see `StateMachine.record`."""
-        return self._machine.record()
+        return self._machine.record(pushes=pushes)
 
     def replay(self, event: Event | Result, now: float, results: Sequence[Result]) -> Outcomes:
         """Let an event of a journal happen again; see `StateMachine.replay`."""
         return self._machine.replay(event, now, results)
 
-    # -- what is there ----------------------------------------------------------------------------------------------
+    def begin_anew(self, incarnation: str, predecessors: tuple[str, ...]) -> None:
+        """Go on as another life of the session, since acknowledged steps were lost.
 
-    @property
-    def plan(self) -> Plan:
-        """Return what the session is by now: it may have grown, and gone over to another mode."""
-        return self._state.plan
+        No worker of a life before is a member of it, and no push of one waits.
 
-    @property
-    def initialised(self) -> bool:
-        """Return whether the first parameters have arrived."""
-        return self._state.initialised
+        Args:
+            incarnation: the name of this life.
+            predecessors: those of the lives before it, whose workers are told that the state was rolled back.
+        """
+        before = self._coordinator.state
+        state = CoordinatorState(
+            before.session,
+            incarnation,
+            before.consistency,
+            before.switched,
+            initialised=before.initialised,
+            version=self._state.version,
+            predecessors=predecessors,
+        )
+        self.incarnation = incarnation
+        self._tensors.forget_workers()
+        self._coordinator = self._machine.coordinator = Coordinator(state)
 
-    @property
-    def version(self) -> int:
-        """Return the count of committed writes that changed the contents."""
-        return self._state.version
+    def arrive(self, head: PushHead | PutHead | AppendHead, payload: Payload | None, memory: memoryview) -> None:
+        """Receive what came with a write that is about to happen again.
 
-    @property
-    def groups(self) -> Sequence[Hyper]:
-        """Return the current options of each param group."""
-        return self._state.groups
+        Args:
+            payload: says what it is; None for nothing.
+            memory: its bytes in the journal, which are not written to.
 
-    @property
-    def keeps_bases(self) -> bool:
-        """Return whether versions that workers have received are kept."""
-        return self._coordinator.keeps_bases
-
-    @property
-    def switched(self) -> bool:
-        """Return whether the session was told to go over to another mode."""
-        return self._coordinator.switched
-
-    @property
-    def workers(self) -> list[str]:
-        """Return the workers that joined, in the order of their names."""
-        return self._coordinator.roster.names()
-
-    @property
-    def worker_count(self) -> int:
-        """Return how many workers there are."""
-        return len(self._coordinator.roster)
-
-    def workers_after(self, worker: str, most: int) -> list[str]:
-        """Return the first `most` of the workers whose names come after one."""
-        return self._coordinator.roster.names_after(worker, most)
-
-    @property
-    def deadline(self) -> float | None:
-        """Return the time at which `tick` may have something to decide."""
-        return self._coordinator.deadline
+        Raises:
+            TensorMismatch: they have another size than the head says.
+        """
+        if isinstance(head, PushHead):
+            contribution = self.contribution(head)
+            contribution.fill_again(payload, memory)
+            self._tensors.receive_push(head, contribution)
+        elif isinstance(head, PutHead):
+            contents = self.intake(head)
+            fill(contents.allocate(), memory)
+            self._tensors.receive_contents(head, contents)
+        else:
+            contents = self.addition(head)
+            fill(contents.allocate(), memory)
+            self._tensors.receive_group(head.name, contents, self._plan_with(head))
 
     def position(self, worker: str) -> tuple[int, int, bool]:
         """Return a worker's epoch (0: none), its last committed sequence, and whether a push of it waits."""
         self.late |= self._machine.finish()
         roster = self._coordinator.roster
         return roster.epoch(worker), roster.sequence(worker), self._coordinator.waits(worker)
-
-    def nbytes(self) -> dict[str, int]:
-        """Return the memory the session takes, in bytes by kind."""
-        return {**self._state.nbytes(), "waiting": self._tensors.waiting_bytes}
-
-    @property
-    def held_bytes(self) -> int:
-        """Return the memory that the session holds, but for gradients that wait, whose requests are in flight."""
-        return self._state.held_bytes + self._tensors.kept_bytes
-
-    def coming_bytes(self, growing: int = 0) -> int:
-        """Return the bytes that the next write may take beside that; see `SessionState.coming_bytes`."""
-        return self._state.coming_bytes(growing)
 
     def forget_base(self) -> bool:
         """Let the oldest of the versions go that workers have; return whether there was one.
@@ -165,10 +146,6 @@ class Session:
         return True
 
     # -- membership -------------------------------------------------------------------------------------------------
-
-    def lease_s(self, worker: str, now: float) -> float:
-        """Return how long a worker's lease still runs: all of it while a push of it waits, 0 for one not live."""
-        return self._coordinator.roster.left_s(worker, now)
 
     def join(self, worker: str, now: float, *, named: bool = True) -> tuple[int, Outcomes]:
         """Open a new epoch of a worker that knows all groups, fencing its older one; return it, and what that decided.
@@ -183,10 +160,6 @@ class Session:
         self._coordinator.check_join(worker, now)
         outcomes |= self._machine.happen(events.Join(worker, named), now)
         return self._coordinator.roster.epoch(worker), outcomes
-
-    def initialises(self, worker: str) -> bool:
-        """Return whether a worker that joined is asked for the first contents."""
-        return not self.initialised and self._coordinator.initialises(worker)
 
     def leave(self, worker: str, epoch: int, now: float) -> Outcomes:
         """Give a worker's place up; an epoch that is not current has nothing to give up."""
@@ -204,7 +177,8 @@ class Session:
         if not epoch or coordinator.roster.epoch(worker) != epoch:
             return
         if coordinator.keeps_bases or not coordinator.roster.is_fresh(worker, now):
-            self._machine.happen(events.Receive(worker), now)
+            with suppress(NotDurable):  # parameters can be read while nothing can be written
+                self._machine.happen(events.Receive(worker), now)
 
     def renew(self, worker: str, epoch: int, incarnation: str, now: float) -> tuple[bool, int]:
         """Renew a worker's lease without a write; return whether it had run out, and how many workers are live.

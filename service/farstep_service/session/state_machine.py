@@ -18,12 +18,15 @@ from farstep.protocol.messages import WriteName
 from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator import (
     Answer,
+    Append,
     Coordinator,
     Event,
     Failed,
     Grow,
     LeaveOut,
     NoStep,
+    Push,
+    Put,
     Result,
     StepTaken,
     TakeStep,
@@ -62,7 +65,8 @@ class StateMachine:
     Args:
         coordinator: decides.
         tensors: carry out.
-        journal: told of each event before it is applied, and of each result; None for no journal.
+        journal: called with each event before it is applied, and with each result; None for no journal. An event that
+            it refuses does not happen.
 
     Attributes:
         now: the time of the last event.
@@ -74,7 +78,7 @@ class StateMachine:
         self.tensors = tensors
         self.now = 0.0
         self.late: Outcomes = {}
-        self._journal = journal
+        self.journal = journal
 
     def happen(
         self,
@@ -88,16 +92,19 @@ class StateMachine:
 
         Args:
             raising: the write whose error is raised instead of returned.
-            again: the results that are to come of it, for a replay.
+            again: the results that came of it, for a replay; where there are no more, the journal ended, and what
+                follows happens for the first time.
         """
-        coordinator, tensors, journal = self.coordinator, self.tensors, self._journal
+        coordinator, tensors, journal = self.coordinator, self.tensors, self.journal
         outcomes: Outcomes = {}
         self.now, kernel_s = now, 0.0
         happening: Event | Result | None = event
+        known = again is not None  # it is in the journal
         while happening is not None:
-            if journal is not None:
-                journal(happening, now)
+            if journal is not None and not known:
+                self._note(journal, happening, now)
             following, happening = coordinator.apply(happening, now), None
+            known = bool(again)
             for instruction in following:
                 if isinstance(instruction, Answer):
                     tensors.release(instruction.name)
@@ -112,19 +119,28 @@ class StateMachine:
             raise error
         return outcomes
 
+    def _note(self, journal: Journal, happening: Event | Result, now: float) -> None:
+        """Write down what happens; where that fails, what arrived with it goes."""
+        try:
+            journal(happening, now)
+        except BaseException:
+            if isinstance(happening, Push | Put | Append):
+                self.tensors.release(happening.head.name)
+            raise
+
     def _carried_out(
         self, instruction: TakeStep | LeaveOut | Write | Grow, now: float, again: list[Result] | None
     ) -> Result:
         """Carry out an instruction; one that is cut short by an exception has changed nothing, or is unfinished."""
-        if again is not None:
+        if again:
             return self._replayed(instruction, again.pop(0))
         try:
             return self.tensors.carry_out(instruction)
         except BaseException:
             error = InternalError("This write was cut short; it was not applied.", remedy="Send it again.")
             failed = Failed(error, unfinished=self.tensors.pending)
-            if self._journal is not None:
-                self._journal(failed, now)
+            if self.journal is not None:
+                self.journal(failed, now)
             self.coordinator.apply(failed, now)
             raise
 
@@ -152,14 +168,17 @@ class StateMachine:
 
     # -- written down, and again ------------------------------------------------------------------------------------
 
-    def record(self) -> SessionRecord:
+    def record(self, *, pushes: bool = True) -> SessionRecord:
         """Return all that the session is, in memory of its own.
+
+        Args:
+            pushes: the gradients that wait, too; a journal has them anyhow.
 
         Raises:
             StepInterrupted: a kernel failed midway, and again.
         """
         self.late |= self.finish()
-        return SessionRecord(write_down(self.coordinator.state), self.tensors.record())
+        return SessionRecord(write_down(self.coordinator.state), self.tensors.record(pushes=pushes))
 
     def replay(self, event: Event | Result, now: float, results: Sequence[Result]) -> Outcomes:
         """Let an event of a journal happen again, with the kernels that ran then; what arrived has been received.

@@ -18,6 +18,7 @@ from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep_service.plan import Plan
 from farstep_service.session import Outcomes, Session
 from farstep_service.sessions.answers import Answer, Intake, Joined, Renewed, Summary, View, WorkerPage
+from farstep_service.sessions.keeper import Keeper
 from farstep_service.sessions.memory_budget import SessionMemory
 from farstep_service.sessions.reads import Reads
 from farstep_service.sessions.shared_memory import SharedMemories, SharedMemoryHandle, not_shared
@@ -39,6 +40,7 @@ class Actor:
         clock: monotonic seconds.
         share: its part of the memory of the server.
         versions: how many versions readers of one kind may keep; see `farstep_service.sessions.readers`.
+        keeper: keeps it on the disk; None for memory only.
 
     Attributes:
         reads: how its versions are read.
@@ -51,15 +53,20 @@ class Actor:
         clock: Callable[[], float] = time.monotonic,
         share: SessionMemory | None = None,
         versions: int = HELD_VERSIONS,
+        keeper: Keeper | None = None,
     ) -> None:
         self.name = session.plan.name
         self.incarnation = session.incarnation
+        self._keeper = keeper
         self._session = session
         self._share = share or SessionMemory()
         self._turns = Turns(session, executor, clock)
-        self.reads = Reads(session, self._turns, executor, versions)
+        self._kept = _kept_at_once if keeper is None else keeper.kept
+        self.reads = Reads(session, self._turns, executor, versions, self._kept)
         self._shared_memories = SharedMemories()
         self._turns.settled = self._note_held
+        if keeper is not None:
+            keeper.begin(self._turns)
 
     @property
     def plan(self) -> Plan:
@@ -108,13 +115,16 @@ class Actor:
             epoch, outcomes = self._session.join(worker, self._turns.clock(), named=named)
             self._unshare()
             self._turns.resolve(outcomes)
-            return Joined(epoch, self._session.initialised, self._session.initialises(worker), self._session.version)
+            joined = Joined(epoch, self._session.initialised, self._session.initialises(worker), self._session.version)
+        await self._kept()
+        return joined
 
     async def leave(self, worker: str, epoch: int) -> None:
         """Give a worker's place up."""
         async with self._turns:
             self._turns.resolve(self._session.leave(worker, epoch, self._turns.clock()))
             self._unshare()
+        await self._kept()
 
     async def renew(self, worker: str, epoch: int, incarnation: str) -> Renewed:
         """Renew a worker's lease without a write.
@@ -172,6 +182,7 @@ class Actor:
                 inline=len(changes) <= INLINE_GROUPS,
             )
             self._turns.resolve(outcomes)
+        await self._kept()
 
     async def set_consistency(self, mode: Consistency) -> None:
         """Go on in another mode, from the next push on and for those that wait.
@@ -189,6 +200,7 @@ class Actor:
                 inline=self._turns.small,
             )
             self._turns.resolve(outcomes)
+        await self._kept()
 
     def _options(self, first: int, most: int) -> list[dict[str, Any]]:
         return [group.to_options() for group in islice(self._session.groups, first, first + most)]
@@ -259,6 +271,8 @@ class Actor:
         self._turns.check_open()
         self._session.check(head.name, head.incarnation)
         contribution = self._session.contribution(head)
+        if self._keeper is not None:
+            self._keeper.journal_(contribution)
         watch = self.plan.nonfinite != "allow"
         return PushIntake(contribution, body_bytes, self._shared_memories.gradients_in(head, contribution), watch=watch)
 
@@ -314,7 +328,9 @@ class Actor:
     async def _write(
         self, name: WriteName, work: Callable[[], Outcomes], *, inline: bool, coming: Callable[[], int] = int
     ) -> Answer:
-        asked = time.perf_counter()
+        asked, kept_s, keeper = time.perf_counter(), 0.0, self._keeper
+        if keeper is not None:
+            kept_s = await keeper.room()
         async with self._turns:
             began = time.perf_counter()
             self._turns.check_open()
@@ -332,6 +348,9 @@ class Actor:
             assert future is not None
             outcome = await future
         ended = time.perf_counter()
+        if keeper is not None:
+            keeper.written()
+            kept_s += await keeper.kept()
         if isinstance(outcome.result, FarstepError):
             raise copy(outcome.result)  # each of those who wait raises its own
         times = {
@@ -339,6 +358,8 @@ class Actor:
             "barrier": max(0.0, ended - began - outcome.kernel_s),
             "kernel": outcome.kernel_s,
         }
+        if keeper is not None:
+            times["journal"] = kept_s
         return Answer(outcome.result, outcome.duplicate, times)
 
     # -- the end ----------------------------------------------------------------------------------------------------
@@ -347,10 +368,23 @@ class Actor:
         """Answer every push that waits, and every one that would from now on, because the server is about to end."""
         await self._turns.interrupt()
 
+    async def end(self) -> None:
+        """End the session with its server: what is to be kept of it is kept."""
+        if self._keeper is not None:
+            await self._keeper.close()
+        await self.close()
+
     async def close(self) -> None:
         """End the session; those who wait are told so."""
         async with self._turns:
+            if self._keeper is not None:
+                self._keeper.stop()
             self._turns.close()
             self.reads.close()
             self._shared_memories.clear()
             self._share.note(0)
+
+
+async def _kept_at_once() -> float:
+    """Wait for nothing: the session is kept in memory only."""
+    return 0.0

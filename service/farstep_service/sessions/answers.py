@@ -123,6 +123,9 @@ class Intake(ABC):
     def arrived(self, received: int) -> None:  # noqa: B027  # most intakes do nothing before the whole payload has arrived
         """Record the number of payload bytes that have arrived."""
 
+    def complete(self, digest: bytes) -> None:  # noqa: B027  # most intakes are not written down as they came
+        """Record the xxh3_128 of the whole payload, which has arrived."""
+
 
 class View(ABC):
     """Contents of one version, which do not change until they are released.

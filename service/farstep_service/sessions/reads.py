@@ -6,7 +6,7 @@ version when it is made, and is shared by all readers of that version.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from typing import Final, final
@@ -106,11 +106,15 @@ class Reads:
         turns: who may call it.
         executor: converts large versions.
         versions: the number of versions that readers of one kind may hold; see `farstep_service.sessions.readers`.
+        kept: returns when the disk has what led to the present version, as far as the session asks for that.
     """
 
-    def __init__(self, session: Session, turns: Turns, executor: Executor, versions: int) -> None:
+    def __init__(
+        self, session: Session, turns: Turns, executor: Executor, versions: int, kept: Callable[[], Awaitable[object]]
+    ) -> None:
         self._session = session
         self._turns = turns
+        self._kept = kept
         self._views = Views(executor)
         self._versions = versions
         self._readers = Readers(self._read_bytes, self._make_room)
@@ -153,8 +157,10 @@ class Reads:
         kind: ReadKind = "pull" if write is None else "answer"
         if write is not None and since is None and codec is None and spent is None and self._turns.small:
             async with self._turns:
-                if (copied := self._copied(write)) is not None:
-                    return copied
+                copied = self._copied(write)
+            if copied is not None:
+                await self._kept()
+                return copied
 
         def take() -> tuple[Held, Sequence[int], ReadSlot] | None:
             self._turns.check_open()
@@ -181,6 +187,7 @@ class Reads:
             taken = await self._readers.wait(kind, take, give_back)
         held, chosen, slot = taken
         try:
+            await self._kept()
             return await self._views.of(held, codec, chosen, spent, slot.release)
         except BaseException:
             slot.release()
@@ -243,7 +250,9 @@ class Reads:
             )
             self._turns.resolve(outcomes)
             count = len(self._session.plan.layout.segments)
-            return CopiedView(contents, self._session.version, count, None if indices is None else to_ranges(indices))
+            view = CopiedView(contents, self._session.version, count, None if indices is None else to_ranges(indices))
+        await self._kept()
+        return view
 
     async def snapshot(self) -> Snapshot:
         """Copy all of the current version, with the options in force at it."""
@@ -253,4 +262,5 @@ class Reads:
                 self._session.snapshot, lambda unasked: self._turns.resolve(unasked[1]), inline=self._turns.small
             )
             self._turns.resolve(outcomes)
-            return snapshot
+        await self._kept()
+        return snapshot

@@ -17,15 +17,18 @@ from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
-from typing import Final
+from typing import Final, cast
 
 from farstep.errors import Busy, LimitExceeded, OptionsDiffer, SessionExists, UnknownSession
+from farstep.protocol.durability import NONE
 from farstep_service.kernels import Kernels
 from farstep_service.machine import resident_bytes, usable_bytes
-from farstep_service.plan import Plan
+from farstep_service.plan import KernelMode, Plan
 from farstep_service.session import Session
 from farstep_service.sessions import Actor, nbytes_beside
+from farstep_service.sessions.keeper import Keeper
 from farstep_service.sessions.memory_budget import UNBOUNDED, InFlight, MemoryBudget, SessionMemory
+from farstep_service.sessions.vault import Vault
 from farstep_service.settings import Settings
 from farstep_service.tensors import Snapshot
 
@@ -64,6 +67,8 @@ class Registry:
         self.budget = MemoryBudget(settings.max_bytes or default_bytes(settings.device))
         self._turn = asyncio.Lock()
         self._kernels: dict[str, Kernels] = {}
+        self._vault = Vault(settings, clock) if settings.data_dir else None
+        self._recovery: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -91,11 +96,42 @@ class Registry:
         """
         actor = self._actors.get(name)
         if actor is None:
+            self._check_present(name)
             raise UnknownSession(
                 f"There is no session {name!r:.80} here.",
-                remedy="Join it first; a server that restarted has forgotten its sessions.",
+                remedy="Join it first; a server that restarted has forgotten the sessions that it did not keep.",
             )
         return actor
+
+    def _check_present(self, name: str) -> None:
+        """Refuse what is asked of a session that is on the disk, and not back.
+
+        Raises:
+            Recovering, DamagedJournal: it is coming back, or cannot.
+        """
+        if self._vault is not None:
+            self._vault.check(name)
+
+    async def begin(self) -> None:
+        """Find the sessions that were kept, and begin to bring them back."""
+        vault = self._vault
+        if vault is not None:
+            await asyncio.to_thread(vault.look)
+            self._recovery = asyncio.get_running_loop().create_task(vault.recover(self._kernels_of, self._back))
+
+    def _back(self, session: Session, keeper: Keeper, now: float) -> None:
+        """Add a session that was recovered; its clock goes on where it stopped."""
+        ahead_s = now - self._clock()
+        self._add(session, keeper, lambda: self._clock() + ahead_s)
+
+    async def end(self) -> None:
+        """End all sessions in order: what is to be kept is kept."""
+        if self._recovery is not None:
+            self._recovery.cancel()
+            await asyncio.gather(self._recovery, return_exceptions=True)
+        await asyncio.gather(*(actor.end() for actor in self.actors))
+        if self._vault is not None:
+            await asyncio.to_thread(self._vault.close)
 
     async def place(self, plan: Plan, *, options: bool = True) -> tuple[Actor, bool]:
         """Return the session of the plan's name, created if it does not exist, and whether it was created.
@@ -121,8 +157,9 @@ class Registry:
                         field="name",
                     )
                 return actor, False
+            self._check_present(plan.name)
             self._check_room(plan)
-            return self._add(self._new_session(plan)), True
+            return await self._kept(self._new_session(plan)), True
 
     def check_free(self, plan: Plan) -> None:
         """Refuse a session that cannot be added.
@@ -131,6 +168,7 @@ class Registry:
             SessionExists: its name is taken.
             LimitExceeded, Busy: it is too large, or the server has no room for it.
         """
+        self._check_present(plan.name)
         if plan.name in self._actors:
             raise SessionExists(
                 f"There is a session {plan.name!r} here.",
@@ -153,26 +191,38 @@ class Registry:
         await asyncio.get_running_loop().run_in_executor(self._executor, session.restore, snapshot)
         async with self._turn:
             self.check_free(plan)  # another one may have been added meanwhile
-            return self._add(session)
+            return await self._kept(session)
 
-    def _add(self, session: Session) -> Actor:
-        actor = self._actors[session.plan.name] = self._new_actor(session)
+    async def _kept(self, session: Session) -> Actor:
+        """Add a new session, kept as its plan says.
+
+        Raises:
+            NotDurable: the disk has no room for it.
+        """
+        keeper = None
+        if self._vault is not None and session.plan.durability != NONE:
+            keeper = await self._vault.create(session)
+        return self._add(session, keeper, self._clock)
+
+    def _add(self, session: Session, keeper: Keeper | None, clock: Callable[[], float]) -> Actor:
+        share = SessionMemory(self.budget, self._check_growth)
+        share.note(session.held_bytes)
+        actor = Actor(session, self._executor, clock, share=share, versions=self._settings.held_versions, keeper=keeper)
+        self._actors[actor.name] = actor
         insort(self._names, actor.name)
         return actor
 
-    def _new_actor(self, session: Session) -> Actor:
-        versions = self._settings.held_versions
-        share = SessionMemory(self.budget, self._check_growth)
-        share.note(session.held_bytes)
-        return Actor(session, self._executor, self._clock, share=share, versions=versions)
-
     def _new_session(self, plan: Plan) -> Session:
-        kernels = self._kernels.get(plan.kernel)
-        if kernels is None:
-            kernels = self._kernels[plan.kernel] = Kernels(plan.kernel)
+        kernels = self._kernels_of(plan.kernel)
         if plan.durability is None:
             plan = replace(plan, durability=self._settings.default_durability)
         return Session(plan, incarnation=secrets.token_hex(16), kernels=kernels, device=self._settings.device)
+
+    def _kernels_of(self, mode: str) -> Kernels:
+        kernels = self._kernels.get(mode)
+        if kernels is None:
+            kernels = self._kernels[mode] = Kernels(cast(KernelMode, mode))
+        return kernels
 
     def _check_room(self, plan: Plan) -> None:
         """Refuse a session that is too large, or for which memory is short."""
@@ -210,10 +260,16 @@ class Registry:
             UnknownSession: there is none of that name.
         """
         async with self._turn:
+            vault = self._vault
+            if vault is not None and name not in self._actors and name in vault.absent:
+                await vault.remove(name)
+                return
             removed = [self.find(name)]
             del self._actors[name]
             del self._names[bisect_left(self._names, name)]
-        await removed[0].close()
+            await removed[0].close()
+            if vault is not None:
+                await vault.remove(name)
         # Freed in a thread: the session may have gigabytes and 100,000 objects.
         await asyncio.to_thread(removed.clear)
 

@@ -72,7 +72,8 @@ class SharedMemories:
         if head.wanted == "none":
             return None
         if head.wire_parameters is not None:
-            return contribution.half_precision() if head.wire_parameters == head.wire_gradients else None
+            overwritten = head.wire_parameters == head.wire_gradients and not contribution.journaled
+            return contribution.half_precision() if overwritten else None
         shared = self.delivering(head)
         return shared.parameters if shared is not None and shared.layout is contribution.layout else None
 

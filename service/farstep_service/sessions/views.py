@@ -66,6 +66,11 @@ class PushIntake(Intake):
     def views(self) -> Sequence[memoryview]:
         return self._views
 
+    def complete(self, digest: bytes) -> None:
+        payload = self.contribution.payload
+        if payload is not None:
+            payload.digest = digest
+
     def arrived(self, received: int) -> None:
         if self.contribution.watch is not None:
             self.contribution.watch.arrived(received)

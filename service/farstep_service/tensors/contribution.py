@@ -8,6 +8,8 @@ What came as bytes of a codec is decoded when all of it is there and the push is
 
 Gradients in shared memory are borrowed: their worker can write to them at any time. What is looked at and what a step
 then takes have to be the same bytes, so `secure_` copies them first, and only the copy is looked at.
+
+In a journal's memory they stay as they came: `payload` says where they are, and a step that changes them copies them.
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from farstep_service.layout import Layout, Segment
 from farstep_service.optimizers.rule import AnyMethod
 from farstep_service.store import Buffers, FlatBuffers, HalfPrecisionBuffers, decode_
 from farstep_service.tensors.finite import Watch, all_finite, copy_finite_
+from farstep_service.tensors.payload import Payload, Place, Reserve, Room, fill, padded
 
 WATCH_FROM_BYTES = 1 << 20
 """Bytes of gradients from which it pays to look at them while they arrive."""
@@ -67,6 +70,8 @@ class Contribution:
         reused: the memory is for the worker's next push as well, so nothing may keep it.
         copy: where the parameters of its step may be written as well, for the answer; None without such memory.
         copied: what the step that it became has written there.
+        payload: its bytes as they came, and where they are in a journal; None where no journal wants them.
+        journaled: they go to a journal, so they are secured even if no step looks at them.
 
     Raises:
         InvalidRequest: segment ranges that are not in order, a sparse row that names a segment without a gradient, or
@@ -112,6 +117,10 @@ class Contribution:
         self._finite = False
         self.copy: Buffers | None = None
         self.copied: Copied | None = None
+        self.payload: Payload | None = None
+        self.journaled = False
+        self._place: Place | None = None
+        self._room = Room()
         self.sparse: dict[int, tuple[Tensor, Tensor]] = {}
 
     def decode_(self) -> None:
@@ -128,13 +137,13 @@ class Contribution:
                 decoded = torch.empty(math.prod(shape), dtype=TORCH_DTYPES[segment.buffer], device="cpu")
                 self.codec.decode_(values, decoded)
                 self.sparse[index] = indices, decoded.view(shape)
-        self.buffers, self._encoded = buffers, None
+        self.buffers, self._encoded, self.borrowed = buffers, None, False
 
     def cloned(self) -> Contribution:
         """Return the same gradients in memory of their own."""
         twin = copy.copy(self)
-        twin.watch = twin.copy = twin.copied = twin._own = None
-        twin.borrowed = twin.reused = False
+        twin.watch = twin.copy = twin.copied = twin._own = twin.payload = twin._place = None
+        twin.borrowed = twin.reused = twin.journaled = False
         if self.buffers is not None:
             twin.buffers = FlatBuffers(self.buffers.layout, self.buffers.device, zero=False).copy_(self.buffers)
         twin.sparse = {index: (rows.clone(), values.clone()) for index, (rows, values) in self.sparse.items()}
@@ -175,20 +184,78 @@ class Contribution:
         """
         self.buffers, self.borrowed, self._own = buffers, True, own
 
+    def journal_(self, reserve: Reserve | None) -> None:
+        """Note that the gradients go to a journal, before there is memory for them.
+
+        Args:
+            reserve: returns memory of the journal, which they are received into; None to copy them there later.
+        """
+        self.journaled = True
+        if reserve is not None:
+            self._place, memory = reserve(self.room_bytes)
+            self._room = Room(memory)
+
+    def fill_again(self, payload: Payload | None, memory: memoryview) -> None:
+        """Take gradients from a journal, for a push that happens again.
+
+        Args:
+            payload: says how they lie there; None for no gradients.
+            memory: where they are; not to be changed.
+
+        Raises:
+            TensorMismatch: they have another size.
+        """
+        if payload is None or payload.packed:
+            self.journal_(None)
+            fill(self.allocate(), memory)
+        else:
+            if len(memory) < self.room_bytes:
+                raise TensorMismatch(f"A payload has {len(memory)} bytes, and {self.room_bytes} are announced.")
+            self._place, self._room, self.journaled = payload.place, Room(memory), True
+            self.allocate()
+        self.payload = payload
+        self.decode_()
+
+    @property
+    def room_bytes(self) -> int:
+        """Return the bytes of the memory that `allocate` takes."""
+        sizes = self._travelling.sizes.items()
+        dense = sum(padded(size * MEMORY_DTYPES[buffer].itemsize) for buffer, size in sizes)
+        return dense + sum(
+            padded(8 * each.dims * each.nnz) + padded(self._values_bytes(index, each))
+            for index, each in self._announced.items()
+        )
+
     def secure_(self) -> None:
         """Copy borrowed gradients to where their worker cannot write, and look for NaN and Inf in the copy."""
         theirs = self.buffers
-        if theirs is None or not self.borrowed:
+        if theirs is None or not self.borrowed or self.payload is not None:
             return
         began = time.perf_counter()
-        own = FlatBuffers(self.on_wire, zero=False) if self._own is None else self._own
+        own = self._memory(self.on_wire) if self._own is None or self.journaled else self._own
         finite = not self._announced
         for first, last in self.on_wire.spans(self.dense):
             source, into = theirs.span(first, last), own.span(first, last)
             if source is not None and into is not None:
                 finite = copy_finite_(into, source) and finite
         self.buffers, self.borrowed, self.reused, self._finite = own, False, own is self._own, finite
+        self._note_payload(memory_of(own, self.on_wire, self._order))
         self.check_s += time.perf_counter() - began
+
+    def _memory(self, layout: Layout) -> FlatBuffers:
+        """Take memory for dense gradients."""
+        room = self._room
+        if room.memory is None:
+            return FlatBuffers(layout, zero=False)
+        flat = {buffer: room.empty((size,), MEMORY_DTYPES[buffer]) for buffer, size in layout.sizes.items()}
+        return FlatBuffers(layout, flat=flat)
+
+    def _note_payload(self, pieces: Sequence[memoryview]) -> None:
+        """Note where the bytes are that came; a journal's memory is not to be changed."""
+        if self.journaled:
+            plain = self.is_whole and len(pieces) == 1
+            self.payload = Payload(pieces, place=self._place, memory=self._room.memory, plain=plain)
+            self.borrowed = self.borrowed or self._place is not None
 
     @property
     def known_finite(self) -> bool:
@@ -207,8 +274,13 @@ class Contribution:
 
     def allocate(self) -> list[memoryview]:
         """Take the memory and return it in the order of the wire."""
+        views = self._allocate()
+        self._note_payload(views)
+        return views
+
+    def _allocate(self) -> list[memoryview]:
         travelling = self._travelling
-        memory = FlatBuffers(travelling, zero=False)
+        memory = self._memory(travelling)
         if self.on_wire is travelling:
             self.buffers = memory
         else:
@@ -235,12 +307,12 @@ class Contribution:
 
     def _allocate_sparse(self, index: int) -> list[memoryview]:
         announced, segment = self._announced[index], self._travelling.segments[index]
-        indices = torch.empty(announced.dims, announced.nnz, dtype=torch.int64, device="cpu")
+        indices = self._room.empty((announced.dims, announced.nnz), torch.int64)
         dtype = MEMORY_DTYPES[segment.dtype]
         if segment.dtype == BYTES.name:
-            values = torch.empty(self._values_bytes(index, announced), dtype=dtype, device="cpu")
+            values = self._room.empty((self._values_bytes(index, announced),), dtype)
         else:
-            values = torch.empty(announced.nnz, *segment.shape[announced.dims :], dtype=dtype, device="cpu")
+            values = self._room.empty((announced.nnz, *segment.shape[announced.dims :]), dtype)
         self.sparse[index] = (indices, values)
         return [tensor_memory(indices), tensor_memory(values)]
 
@@ -259,7 +331,7 @@ class Contribution:
 
     def spent(self) -> FlatBuffers | None:
         """Return memory of dense gradients in 16 bits, which is free once they were widened into a step."""
-        return None if self.on_wire is self.layout else self.buffers
+        return None if self.on_wire is self.layout or self.journaled else self.buffers
 
     def check_indices(self) -> None:
         """Refuse sparse indices outside their segment.

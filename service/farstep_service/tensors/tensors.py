@@ -50,6 +50,7 @@ from farstep_service.tensors.closure_state import ClosureState
 from farstep_service.tensors.contents import Contents
 from farstep_service.tensors.contribution import Contribution, Copied, check_finite, nonfinite_in
 from farstep_service.tensors.kernel_state import KernelState
+from farstep_service.tensors.payload import Payload
 from farstep_service.tensors.reduction import ByContent, mean_evaluation, reduce_
 from farstep_service.tensors.snapshot import TensorsRecord
 from farstep_service.tensors.staleness import Bases, check_dense, compensate_, weigh_
@@ -101,8 +102,12 @@ class Tensors:
         self._contents: dict[WriteName, _Contents] = {}
         self._unfinished: _Unfinished | None = None
 
-    def record(self) -> TensorsRecord:
-        """Return all that there is, in memory of its own; no step is unfinished."""
+    def record(self, *, pushes: bool = True) -> TensorsRecord:
+        """Return all that there is, in memory of its own; no step is unfinished.
+
+        Args:
+            pushes: copy the gradients that wait, too; `waiting` says where a journal has them.
+        """
         state = self.state
         return TensorsRecord(
             state.plan,
@@ -110,7 +115,7 @@ class Tensors:
             state.snapshot() if state.initialised else None,
             self.steps.accumulated.cloned(),
             self._bases.cloned(),
-            {name: (each.head, each.contribution.cloned()) for name, each in self._pushes.items()},
+            {name: (each.head, each.contribution.cloned()) for name, each in self._pushes.items() if pushes},
             deepcopy(state.asked),
         )
 
@@ -128,6 +133,10 @@ class Tensors:
         for head, contribution in record.pushes.values():
             tensors.receive_push(head, contribution)
         return tensors
+
+    def waiting(self) -> list[tuple[PushHead, Payload | None]]:
+        """Return the pushes that wait, and what came with each."""
+        return [(each.head, each.contribution.payload) for each in self._pushes.values()]
 
     @property
     def waiting_bytes(self) -> int:
@@ -153,7 +162,7 @@ class Tensors:
         options(head.groups)  # refuses what is wrong with them
         contribution.decode_()
         contribution.check_indices()
-        if plan.looks_at_gradients:
+        if plan.looks_at_gradients or contribution.journaled:
             contribution.secure_()
         if plan.nonfinite == "refuse":
             check_finite(contribution, head.name.worker, head.evaluation)
@@ -177,10 +186,23 @@ class Tensors:
         """Keep the parameters of a group until the session grows by them, and has that plan."""
         self._contents[name] = _Contents(parameters, plan=plan)
 
+    def payload(self, name: WriteName) -> Payload | None:
+        """Return the bytes that came with a write which is not decided about; None where no journal wants them."""
+        if (push := self._pushes.get(name)) is not None:
+            return push.contribution.payload
+        if (arrived := self._contents.get(name)) is not None:
+            return Payload(arrived.contents.memory())
+        return None
+
     def release(self, name: WriteName) -> None:
         """Let go of what arrived under a name, which is decided about."""
         self._pushes.pop(name, None)
         self._contents.pop(name, None)
+
+    def forget_workers(self) -> None:
+        """Let go of what is there for workers: pushes that wait, and versions that are kept."""
+        self._pushes.clear()
+        self._bases = Bases()
 
     # -- instructions -----------------------------------------------------------------------------------------------
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import final
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
 
 import torch
 from torch import Tensor
 
+from farstep.protocol.memory import MEMORY_DTYPES
 from farstep_service.layout import Layout
 from farstep_service.store import FlatBuffers, Gradients, pieces
 from farstep_service.tensors.policies.gradients import Workspace
 
 Sparse = Mapping[int, tuple[Tensor, Tensor]]
 """By segment, the indices and values of a gradient."""
+Take = Callable[[Sequence[int], torch.dtype], Tensor]
 
 
 @final
@@ -44,6 +46,36 @@ class Accumulated:
             copied._total = FlatBuffers(self._total.layout, self._total.device, zero=False).copy_(self._total)
         copied._sparse = {index: (rows.clone(), values.clone()) for index, (rows, values) in self._sparse.items()}
         return copied
+
+    def to_document(self) -> tuple[dict[str, Any], list[Tensor]]:
+        """Return what it is as plain values, and its tensors; see `from_document`."""
+        total = {} if self._total is None else self._total.flat
+        said = {
+            "count": self.count,
+            "workers": [*self.workers],
+            "groups": None if self._total is None else self._total.layout.groups,
+            "present": sorted(self._present),
+            "sparse": [[i, rows.shape[0], rows.shape[1], str(v.dtype)[6:]] for i, (rows, v) in self._sparse.items()],
+        }
+        return said, [*total.values(), *(each for pair in self._sparse.values() for each in pair)]
+
+    @classmethod
+    def from_document(cls, said: Mapping[str, Any], layout: Layout, take: Take) -> Accumulated:
+        """Return what `to_document` described.
+
+        Args:
+            layout: the session's.
+            take: returns the memory of one tensor after the other, of a shape and dtype.
+        """
+        own = cls()
+        own.count, own.workers, own._present = said["count"], tuple(said["workers"]), set(said["present"])
+        if said["groups"] is not None:
+            own._total = taken(layout_of(layout, said["groups"]), take)
+        for index, dims, count, dtype in said["sparse"]:
+            rows = take((dims, count), torch.int64)
+            values = take((count, *layout.segments[index].shape[dims:]), getattr(torch, dtype))
+            own._sparse[index] = rows, values
+        return own
 
     @property
     def nbytes(self) -> int:
@@ -105,6 +137,18 @@ class Accumulated:
             before = range(len(self._total.layout.segments))
             self._total = FlatBuffers(layout, self._total.device, zero=False).copy_(self._total, before)
         return self._total
+
+
+def layout_of(layout: Layout, groups: int) -> Layout:
+    """Return a layout as it was with so many param groups."""
+    return layout if layout.groups == groups else layout.first(groups)
+
+
+def taken(layout: Layout, take: Take) -> FlatBuffers:
+    """Return buffers whose memory is taken tensor by tensor."""
+    return FlatBuffers(
+        layout, flat={buffer: take((size,), MEMORY_DTYPES[buffer]) for buffer, size in layout.sizes.items()}
+    )
 
 
 def _joined(ones: Sparse, others: Sparse) -> dict[int, tuple[Tensor, Tensor]]:

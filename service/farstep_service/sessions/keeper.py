@@ -1,0 +1,370 @@
+"""Keep one session on the disk: when a write may be acknowledged, and when a snapshot is due.
+
+    none        nothing
+    snapshot    a snapshot after so many steps or seconds                    an answer waits for nothing
+    journal     os: events are in the kernel's memory before they happen     an answer waits for nothing
+                group, always: an answer, and every reader, waits until the disk has what led to it
+
+A snapshot is a copy that is made in a turn; its files are written while steps go on. It begins a segment of the
+journal, and the segments that only older snapshots need go when it is complete.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar, final
+
+from farstep.errors import FarstepError
+from farstep.protocol.durability import Durability, Journal, Snapshot
+from farstep_service.coordinator.written import write_down
+from farstep_service.durability import journal as journals
+from farstep_service.durability.recorder import DIRECT_BYTES, Recorder, not_durable
+from farstep_service.durability.snapshots import KEPT, Position, Saved, forget_snapshots, write_snapshot
+from farstep_service.durability.storage import Storage
+from farstep_service.failpoints import reached
+from farstep_service.plan import Plan
+from farstep_service.session import Session
+from farstep_service.sessions.turns import Turns
+from farstep_service.tensors.contribution import Contribution
+
+log = logging.getLogger("farstep.durability")
+
+SMALLEST_SEGMENT: Final = 256 << 10
+LARGEST_SEGMENT: Final = 64 << 20
+ROTATE_BYTES: Final = 32 << 20
+"""A session's journal is at least so large before a snapshot takes its place."""
+STATES: Final = 4
+"""A session's journal is so many times its parameters and state before a snapshot takes its place."""
+RETRY_S: Final = 1.0
+"""Seconds between attempts to catch up with a journal that could not be written."""
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a session is kept.
+
+    Attributes:
+        storage: the files.
+        folder: the session's.
+        snapshots: the number of each snapshot, and the first segment of the journal that it needs; ascending.
+        last: the highest number that a snapshot had.
+    """
+
+    storage: Storage
+    folder: str
+    snapshots: list[tuple[int, int | None]]
+    last: int
+
+
+@final
+class Keeper:
+    """Keep one session.
+
+    Args:
+        session: the session; it is called within its turns only.
+        place: where to.
+        level: how.
+        executor: waits for the disk.
+        journal: what is written from now on; None for a level without one.
+        predecessors: incarnations of the session of which acknowledged steps were lost.
+        most_bytes: the largest size of a journal.
+        offset_s: what its clock is ahead of `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        place: Place,
+        level: Durability,
+        executor: Executor,
+        *,
+        journal: journals.Journal | None,
+        predecessors: tuple[str, ...] = (),
+        most_bytes: int,
+        clock: Callable[[], float],
+    ) -> None:
+        self.level = level
+        self.predecessors = predecessors
+        self._session, self._place, self._executor, self._clock = session, place, executor, clock
+        self._recorder = None if journal is None else Recorder(journal, session.payload)
+        session.journal = self._recorder
+        self._waits = isinstance(level, Journal) and level.sync != "os"
+        self._syncing: asyncio.Task[None] | None = None
+        self._snapshotting = asyncio.Lock()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turns: Turns | None = None
+        self._most_bytes = most_bytes
+        self._saved_version, self._saved_at, self._changed = session.version, clock(), False
+        self._tried_s = -RETRY_S
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self, turns: Turns) -> None:
+        """Begin to watch the session, whose turns these are."""
+        self._turns = turns
+        self._saved_version, self._saved_at = self._session.version, self._clock()
+
+    def journal_(self, contribution: Contribution) -> None:
+        """Let gradients that are about to arrive go to the journal: large ones are received there.
+
+        Raises:
+            NotDurable: the disk has no room for them.
+        """
+        recorder = self._recorder
+        if recorder is not None:
+            contribution.journal_(recorder.reserve if contribution.nbytes >= DIRECT_BYTES else None)
+
+    # -- acknowledging ----------------------------------------------------------------------------------------------
+
+    async def kept(self) -> float:
+        """Return when everything up to now is kept as the level says; and the seconds that took.
+
+        Raises:
+            NotDurable: the disk failed; what was done is not acknowledged, and may be asked for again.
+        """
+        recorder = self._recorder
+        if recorder is None:
+            return 0.0
+        if recorder.behind is not None:
+            raise not_durable(recorder.behind)
+        if not self._waits:
+            return 0.0
+        number, began = recorder.journal.number, time.perf_counter()
+        if recorder.journal.durable >= number:
+            return 0.0
+        if isinstance(self.level, Journal) and self.level.sync == "always":
+            await self._sync(number)
+            return time.perf_counter() - began
+        while recorder.journal.durable < number:
+            if recorder.behind is not None:
+                raise not_durable(recorder.behind)
+            if self._syncing is None or self._syncing.done():
+                self._syncing = asyncio.get_running_loop().create_task(self._sync(recorder.journal.number))
+            await asyncio.shield(self._syncing)
+        return time.perf_counter() - began
+
+    async def _sync(self, number: int) -> None:
+        recorder = self._recorder
+        assert recorder is not None
+        try:
+            await self._run(lambda: recorder.journal.sync(number))
+        except OSError as exc:
+            recorder.fall_behind(exc)
+            raise not_durable(exc) from exc
+        reached("session.synced")
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    # -- snapshots --------------------------------------------------------------------------------------------------
+
+    async def room(self) -> float:
+        """Return when the journal may grow: with a snapshot under way that does not keep up, when it is complete.
+
+        The seconds that took are returned.
+        """
+        recorder = self._recorder
+        if recorder is None:
+            return 0.0
+        if recorder.behind is not None:
+            await self._catch_up()
+            return 0.0
+        if recorder.journal.nbytes <= 3 * self._rotate_bytes() or not self._snapshotting.locked():
+            return 0.0
+        began = time.perf_counter()
+        async with self._snapshotting:
+            pass
+        return time.perf_counter() - began
+
+    def written(self) -> None:
+        """Note that a write has happened; begin a snapshot if one is due."""
+        if self._snapshotting.locked():
+            self._changed = True
+            return
+        if self._is_due():
+            self._begin_snapshot()
+        elif isinstance(self.level, Snapshot) and self.level.every_s is not None and self._timer is None:
+            delay_s = max(0.0, self._saved_at + self.level.every_s - self._clock())
+            self._timer = asyncio.get_running_loop().call_later(delay_s, self._begin_snapshot)
+
+    def _is_due(self) -> bool:
+        level = self.level
+        if isinstance(level, Snapshot):
+            steps, seconds = level.every_steps, level.every_s
+            return (steps is not None and self._session.version - self._saved_version >= steps) or (
+                seconds is not None and self._clock() - self._saved_at >= seconds
+            )
+        if self._recorder is None:
+            return False
+        grown = self._recorder.journal.since_rotation
+        return grown >= min(ROTATE_BYTES, self._most_bytes // 3) and grown >= self._rotate_bytes()
+
+    def _rotate_bytes(self) -> int:
+        return min(max(ROTATE_BYTES, STATES * self._session.held_bytes), self._most_bytes // 3)
+
+    def _begin_snapshot(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._snapshotting.locked() or self._turns is None or self._turns.closed:
+            return
+        task = asyncio.get_running_loop().create_task(self._snapshot_in_background())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _snapshot_in_background(self) -> None:
+        try:
+            await self.snapshot()
+        except OSError as exc:
+            log.error("session %s: a snapshot could not be written: %s", self._session.plan.name, exc)
+
+    async def snapshot(self, *, clean: bool = False) -> bool:
+        """Write a snapshot; return whether there was one to write.
+
+        Args:
+            clean: nothing happens to the session any more.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        turns, session = self._turns, self._session
+        assert turns is not None
+        async with self._snapshotting:
+            async with turns:
+                if turns.closed and not clean:
+                    return False
+                saved = await turns.run(lambda: self._saved(clean=clean), lambda _: None, inline=False)
+            if saved is None:
+                return False
+            version, at = saved.version, self._clock()
+            await self._run(lambda: self._write(saved))
+            self._saved_version, self._saved_at = version, at
+        if self._changed:
+            self._changed = False
+            if not clean and not turns.closed:
+                self.written()
+        log.debug("session %s: snapshot of version %d", session.plan.name, version)
+        return True
+
+    def _saved(self, *, clean: bool) -> Saved | None:
+        """Return what the session is, in memory of its own, and begin a segment of the journal."""
+        session, recorder = self._session, self._recorder
+        record = session.record(pushes=False)
+        if record.tensors.asked is not None:
+            if recorder is not None or not clean:
+                return None  # the next evaluation comes soon; the journal has what led here
+            record = replace(record, tensors=replace(record.tensors, asked=None))
+        position: Position | None = None
+        waiting: tuple[list[object], ...] = ()
+        if recorder is not None:
+            reached("session.rotate")
+            position = recorder.rotate()
+            waiting = tuple(
+                [write_down(head).hex(), [*payload.place], payload.packed, payload.digest.hex()]
+                for head, payload in session.waiting()
+                if payload is not None and payload.place is not None
+            )
+        return Saved(
+            incarnation=session.incarnation,
+            predecessors=self.predecessors,
+            coordinator=record.written,
+            tensors=record.tensors,
+            waiting=waiting,
+            now=self._clock(),
+            position=position,
+            clean=clean,
+        )
+
+    def _write(self, saved: Saved, *, only: bool = False) -> None:
+        """Write a snapshot, and let go of what is not needed any more.
+
+        Args:
+            only: it does not go with those before it.
+        """
+        place = self._place
+        place.last += 1
+        write_snapshot(place.storage, place.folder, place.last, saved)
+        waiting = [each[1][0] for each in saved.waiting]
+        first = None if saved.position is None else min([saved.position.segment, *waiting])
+        place.snapshots[:] = [*([] if only else place.snapshots), (place.last, first)][-KEPT:]
+        forget_snapshots(place.storage, place.folder, place.snapshots[0][0])
+        needed = [each for _, each in place.snapshots if each is not None]
+        if self._recorder is not None and needed and not only:
+            self._recorder.journal.forget(min(needed))
+
+    # -- a disk that failed -----------------------------------------------------------------------------------------
+
+    async def _catch_up(self) -> None:
+        """Let a snapshot and a new journal take the place of one that is behind.
+
+        Pushes that wait for others are taken back: what they brought may be lost.
+
+        Raises:
+            NotDurable: the disk still fails.
+        """
+        recorder, session, turns = self._recorder, self._session, self._turns
+        assert recorder is not None
+        assert turns is not None
+        async with self._snapshotting:
+            if recorder.behind is None:
+                return
+            if time.monotonic() - self._tried_s < RETRY_S:
+                raise not_durable(recorder.behind)
+            self._tried_s = time.monotonic()
+            async with turns:
+                session.journal = None  # what happens here is in the snapshot
+                try:
+                    turns.resolve(session.interrupt(self._clock()))
+                    await self._run(self._anew)
+                except OSError as exc:
+                    recorder.behind = exc
+                    raise not_durable(exc) from exc
+                finally:
+                    session.journal = recorder
+            log.warning("session %s: a snapshot took the place of its journal", session.plan.name)
+
+    def _anew(self) -> None:
+        """Let a snapshot of the present take the place of what the journal holds.
+
+        Raises:
+            OSError: the disk still fails.
+        """
+        recorder = self._recorder
+        assert recorder is not None
+        saved = self._saved(clean=False)
+        if saved is None or saved.position is None:
+            raise OSError(None, "the step that waits for an evaluation is in the journal only")
+        self._write(saved, only=True)
+        recorder.journal.forget(saved.position.segment)
+        recorder.behind = None
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Keep what is not in a snapshot yet, because the server ends."""
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            if not await self.snapshot(clean=True):
+                await self.kept()
+        except (OSError, FarstepError) as exc:
+            log.error("session %s: the last snapshot could not be written: %s", self._session.plan.name, exc)
+
+    def stop(self) -> None:
+        """Begin nothing any more: the session is over."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._session.journal = self._recorder = self._turns = None
+
+
+def segment_bytes(plan: Plan) -> int:
+    """Return the usual size of a segment: several pushes of a large session, and little for a small one."""
+    one = plan.layout.nbytes + (8 << 10)
+    return max(SMALLEST_SEGMENT, min(LARGEST_SEGMENT, 16 * one), 2 * one) // 4096 * 4096
