@@ -230,7 +230,8 @@ def farstep(
         python: options of the interpreter.
         loaded: whether its process is forked from one that has its modules.
     """
-    environment = {**os.environ, **(env or {})}
+    ours = {name: value for name, value in os.environ.items() if name != "COLUMNS"}  # of the terminal of the tests
+    environment = {**ours, **(env or {})}
     if loaded:
         return _answered(arguments, environment, answer)
     return subprocess.run(
