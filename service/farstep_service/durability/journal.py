@@ -45,6 +45,8 @@ from farstep_service.failpoints import reached
 Sync = Literal["os", "group", "always"]
 SEGMENT_BYTES: Final = 64 << 20
 """Bytes of a segment, unless a payload needs more."""
+BESIDE_BYTES: Final = 64 << 10
+"""Room in a larger one beside that payload: for the event that names it, and for its result."""
 SPARE_SEGMENTS: Final = 4
 """Segments that are kept to be used again, unless the caller says how many bytes."""
 NOTHING: Final = Recovered(0, NO_CHAIN)
@@ -267,7 +269,8 @@ class Journal:
 
     def _make_room(self, nbytes: int) -> None:
         if self._present.room < nbytes:
-            size = max(self._segment_bytes, FIRST + nbytes)
+            fits = FIRST + nbytes <= self._segment_bytes
+            size = self._segment_bytes if fits else FIRST + nbytes + min(BESIDE_BYTES, self._segment_bytes)
             self._present = self._begin(self._present.number + 1, size)
 
     def _begin(self, number: int, nbytes: int) -> Segment:

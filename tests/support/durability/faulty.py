@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ class FaultyStorage(Storage):
         at: which one, from 1; 0 for none.
 
     Attributes:
+        full: whether no more files can be made.
         operations: how many there were.
         hit: the name of the one that failed; empty while none has.
     """
@@ -27,6 +29,7 @@ class FaultyStorage(Storage):
     inner: PowerStorage
     error: int
     at: int
+    full: bool = False
     operations: int = 0
     hit: str = ""
 
@@ -36,6 +39,8 @@ class FaultyStorage(Storage):
 
     def create(self, name: str, nbytes: int) -> None:
         self._reach("create")
+        if self.full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         self.inner.create(name, nbytes)
 
     def map(self, name: str, *, writable: bool = True) -> memoryview:
