@@ -35,8 +35,8 @@ fast: $(INSTALLED) ## run the tests of pure rooms only, which start no process a
 promises: $(INSTALLED) ## write docs/promises.md: what is promised to users, and the tests that show it
 	$(BIN)/python -m tests.promises --write
 
-model: $(INSTALLED) ## try other, and 10,000, examples of the models: consistency modes, and whatever is done to an optimizer (EXAMPLES=100000)
-	MODEL_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest --timeout 0 tests/coordinator/test_network.py tests/session/test_replay.py tests/client/test_anything.py $(ARGS)
+model: $(INSTALLED) ## try other, and 10,000, examples of the models: consistency modes, journals, and whatever is done to an optimizer (EXAMPLES=100000)
+	MODEL_EXAMPLES=$(or $(EXAMPLES),10000) $(BIN)/python -m pytest --timeout 0 tests/coordinator/test_network.py tests/session/test_replay.py tests/durability/test_journal_model.py tests/client/test_anything.py $(ARGS)
 
 attack: $(INSTALLED) ## attack a server: damaged bodies, connections held in every state, kills and cuts (ARGS="bodies --seed 2", --write)
 	$(BIN)/python -m tests.attack $(ARGS)

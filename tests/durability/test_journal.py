@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -12,8 +13,9 @@ import pytest
 
 from farstep.errors import DamagedJournal
 from farstep_service.durability.journal import Journal, JournalReader, Recovered, Sync
-from farstep_service.durability.segments import NO_CHAIN, Place
+from farstep_service.durability.segments import FIRST, NO_CHAIN, Place, Segment
 from farstep_service.durability.storage import DiskStorage, Storage
+from tests.support.durability.faulty import FaultyStorage
 from tests.support.durability.power import PowerStorage
 
 FOLDER = "sessions/x"
@@ -143,6 +145,19 @@ def test_a_number_that_was_used_is_refused(tmp_path: Path) -> None:
     assert Journal(storage, FOLDER, "os", segment_bytes=SEGMENT).segment == 6
 
 
+def test_a_payload_is_not_taken_for_records() -> None:
+    """Bytes that a client makes up, a record of another journal among them, are no event and no sign of damage."""
+    storage = PowerStorage()
+    journal = Journal(storage, FOLDER, "group", segment_bytes=SEGMENT)
+    journal.sync(journal.append(b"one"))
+    forged = Segment(memoryview(bytearray(SEGMENT)), 1, NO_CHAIN)
+    forged.append(b"x" * 100, number=1000, durable=1000, chain=bytes(16))
+    _, memory = journal.reserve(1024)
+    memory[:] = forged.memory[FIRST : FIRST + 1024]
+    assert bodies(storage) == [b"one"]
+    assert bodies(storage.crash(random.Random(1))) == [b"one"]
+
+
 # -- syncing
 
 
@@ -182,6 +197,32 @@ def test_those_who_wait_share_a_call(sync: Sync, calls: int) -> None:
             each.result()
     assert storage.calls == calls
     assert journal.durable == 17
+
+
+def test_a_sync_that_failed_is_final() -> None:
+    """After it the journal takes nothing, until a snapshot has taken the place of what may not be on the disk."""
+    inner = PowerStorage()
+    storage = FaultyStorage(inner, errno.EIO, 0)
+    journal = Journal(storage, FOLDER, "group", segment_bytes=SEGMENT)
+    journal.forget(journal.rotate())
+    number = journal.append(b"one")
+    storage.at = storage.operations + 1
+    for attempt in (journal.sync, journal.sync):
+        with pytest.raises(OSError, match="Input/output error") as raised:
+            attempt(number)
+        assert raised.value is journal.failed
+    segment = journal.rotate()
+    for again in (lambda: journal.append(b"two"), lambda: journal.reserve(1), lambda: journal.sync(number)):
+        with pytest.raises(OSError, match="Input/output error"):
+            again()
+    journal.forget(segment - 1)
+    assert journal.failed is not None
+    journal.forget(segment)
+    assert journal.failed is None
+    for _ in range(5):  # the file that failed is not used again, as its next sync would fail as well
+        journal.sync(journal.append(b"two"))
+        journal.forget(journal.rotate())
+    assert journal.durable == journal.number == 6
 
 
 def test_appending_goes_on_while_the_disk_is_waited_for() -> None:

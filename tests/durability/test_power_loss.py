@@ -48,11 +48,11 @@ def test_what_was_acknowledged_survives_a_loss_of_power(sync: Sync) -> None:
 
 
 def test_it_survives_one_after_the_other() -> None:
-    """A session that goes on after a loss of power keeps its promises through the next one, and the one after that."""
-    for seed in range(SEED, SEED + 20):
+    """A session keeps its promises through losses of power and deaths of its process, one after the other."""
+    for seed in range(SEED, SEED + 40):
         life, storage, chance = lived(seed, "group")
         for _ in range(5):
-            storage = storage.crash(chance)
+            storage = storage if chance.random() < 0.5 else storage.crash(chance)
             life.observe, life.moment = storage.observe, lambda log=storage.log: len(log)  # type: ignore[misc]
             life.recover(storage)
             for _ in range(chance.randrange(8)):

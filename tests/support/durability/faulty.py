@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from farstep_service.durability.storage import Storage
-from tests.support.durability.power import PowerStorage
+from tests.support.durability.power import File, PowerStorage
 
 
 @dataclass(slots=True)
@@ -31,6 +31,7 @@ class FaultyStorage(Storage):
     at: int
     full: bool = False
     operations: int = 0
+    _failed: set[File] = field(default_factory=set)
     hit: str = ""
 
     @property
@@ -55,7 +56,10 @@ class FaultyStorage(Storage):
         return self.inner.write(name, pieces)
 
     def sync(self, name: str) -> None:
-        self._reach("sync", lambda: self.inner.lose(name))
+        file = self.inner.files.get(name)
+        if file in self._failed:
+            raise OSError(self.error, os.strerror(self.error))
+        self._reach("sync", lambda: self._lose(name))
         self.inner.sync(name)
 
     def sync_names(self, folder: str) -> None:
@@ -80,6 +84,10 @@ class FaultyStorage(Storage):
 
     def free_bytes(self) -> int:
         return self.inner.free_bytes()
+
+    def _lose(self, name: str) -> None:
+        self.inner.lose(name)
+        self._failed.add(self.inner.files[name])
 
     def _reach(self, what: str, failing: Callable[[], object] = lambda: None) -> None:
         self.operations += 1

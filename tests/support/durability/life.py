@@ -22,7 +22,9 @@ FOLDER = "sessions/x"
 MANIFEST = f"{FOLDER}/snapshot.json"
 SEGMENT_BYTES = 2048
 _BODY = struct.Struct("<QQQ16s")
-_NO_PLACE = (0, 0, 0)
+NO_PLACE = (0, 0, 0)
+Arriving = tuple[Place, memoryview, bytes]
+"""A payload of which half is there: its place, its memory, and what it will be."""
 
 
 def body_of(place: tuple[int, int, int], payload: bytes | memoryview, rest: bytes) -> bytes:
@@ -32,7 +34,7 @@ def body_of(place: tuple[int, int, int], payload: bytes | memoryview, rest: byte
 def holds(reader: JournalReader, event: Written) -> bool:
     """Return whether the payload of an event is what it was."""
     *place, digest = _BODY.unpack_from(event.body)
-    payload = reader.payload(Place(*place)) if tuple(place) != _NO_PLACE else b""
+    payload = reader.payload(Place(*place)) if tuple(place) != NO_PLACE else b""
     return xxhash.xxh3_128_digest(payload) == digest
 
 
@@ -59,7 +61,7 @@ class Life:
     acknowledged: list[tuple[int, int]] = field(default_factory=list)
     found: Recovered = field(default=Recovered(0, NO_CHAIN))
     journal: Journal = field(init=False)
-    _arriving: list[tuple[Place, memoryview, bytes]] = field(default_factory=list)
+    _arriving: list[Arriving] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._begin()
@@ -80,32 +82,40 @@ class Life:
 
     def event(self) -> None:
         """Append an event without a payload."""
-        self._append(body_of(_NO_PLACE, b"", self.chance.randbytes(self.chance.randrange(200))))
+        self.append(body_of(NO_PLACE, b"", self.chance.randbytes(self.chance.randrange(200))))
 
-    def push(self) -> None:
+    def push(self, nbytes: int = -1) -> None:
         """Append an event with a payload, and its result, for which room was asked."""
-        payload = self.chance.randbytes(self.chance.choice([1, 64, 100, 700, 700, 3000]))
+        payload = self.chance.randbytes(nbytes if nbytes >= 0 else self.chance.choice([1, 64, 100, 700, 700, 3000]))
         place, memory = self.journal.reserve(len(payload))
         memory[:] = payload
-        self._append(body_of(place, payload, b""), room=100)
-        self._append(body_of(_NO_PLACE, b"", self.chance.randbytes(100 - _BODY.size)))
+        self.append(body_of(place, payload, b""), room=100)
+        self.append(body_of(NO_PLACE, b"", self.chance.randbytes(100 - _BODY.size)))
 
     def arrive(self) -> None:
-        """Let a payload begin to arrive; or end, the place copied if its segment is gone, and append its event."""
+        """Let a payload begin to arrive, or end."""
         if len(self._arriving) < 2:
-            payload = self.chance.randbytes(self.chance.randrange(1, 500))
-            place, memory = self.journal.reserve(len(payload))
-            memory[: len(payload) // 2] = payload[: len(payload) // 2]
-            self._arriving.append((place, memory, payload))
-            return
-        place, memory, payload = self._arriving.pop(0)
+            self._arriving.append(self.begin_to_arrive(self.chance.randrange(1, 500)))
+        else:
+            self.end_to_arrive(self._arriving.pop(0))
+
+    def begin_to_arrive(self, nbytes: int) -> Arriving:
+        """Reserve room for a payload, and write half of it."""
+        payload = self.chance.randbytes(nbytes)
+        place, memory = self.journal.reserve(nbytes)
+        memory[: nbytes // 2] = payload[: nbytes // 2]
+        return place, memory, payload
+
+    def end_to_arrive(self, arriving: Arriving) -> None:
+        """Write the other half, copy it all if its segment is gone, and append its event."""
+        place, memory, payload = arriving
         half = len(payload) // 2
         memory[half:] = payload[half:]
         assert memory == payload  # nothing else has used its memory
         if place.segment < self.journal.first:
             place, memory = self.journal.reserve(len(payload))
             memory[:] = payload
-        self._append(body_of(place, payload, b"arrived"))
+        self.append(body_of(place, payload, b"arrived"))
 
     def acknowledge(self) -> None:
         """Sync as the level asks for it, and take note of what a client may now rely on."""
@@ -124,7 +134,7 @@ class Life:
         self.acknowledged.append((self.moment(), len(self.events)))
         self.journal.forget(segment)
 
-    def _append(self, body: bytes, room: int = 0) -> None:
+    def append(self, body: bytes, room: int = 0) -> None:
         self.observe()
         number = self.journal.append(body, room)
         self.events.append(body)
