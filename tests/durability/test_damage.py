@@ -50,6 +50,9 @@ def damaged_once(storage: PowerStorage, chance: random.Random, *, rebooted: bool
     return copy, what
 
 
+@pytest.mark.promise(
+    "A damaged journal is named with its file and offset, and nothing of it is lost silently.", area="durability"
+)
 @pytest.mark.timeout(0 if "DAMAGES" in os.environ else 60)
 @pytest.mark.parametrize("rebooted", [False, True], ids=["the process died", "the machine was started again"])
 @pytest.mark.parametrize("sync", ["os", "group"])

@@ -55,6 +55,9 @@ class Sturdy:
                     self.life.snapshot()
 
 
+@pytest.mark.promise(
+    "A disk that is full or fails, at any operation, loses nothing that was acknowledged.", area="durability"
+)
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO], ids=["ENOSPC", "EIO"])
 def test_one_operation_fails(error: int) -> None:
     """Whichever operation fails, the caller hears of it, can go on, and loses nothing that was acknowledged."""

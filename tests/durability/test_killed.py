@@ -55,6 +55,9 @@ def is_there(root: Path, twin_root: Path, seed: int, appended: int) -> tuple[int
     return number, twin
 
 
+@pytest.mark.promise(
+    "A process killed with -9 leaves everything that it had written into a journal.", area="durability"
+)
 @pytest.mark.parametrize("seed", range(4))
 def test_nothing_that_was_appended_is_lost(tmp_path: Path, seed: int) -> None:
     """At the level `os`, a process killed while it appends leaves every event that it had appended."""
@@ -68,6 +71,9 @@ def test_nothing_that_was_appended_is_lost(tmp_path: Path, seed: int) -> None:
     is_there(root, tmp_path / "twin", seed, appended)
 
 
+@pytest.mark.promise(
+    "A process killed with -9 leaves everything that it had written into a journal.", area="durability"
+)
 @pytest.mark.parametrize("visit", [1, 4])
 @pytest.mark.parametrize("place", PLACES)
 def test_it_is_killed_at_every_place(tmp_path: Path, place: str, visit: int) -> None:

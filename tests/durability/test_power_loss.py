@@ -28,6 +28,10 @@ def lived(seed: int, sync: Sync) -> tuple[Life, PowerStorage, random.Random]:
     return life, storage, chance
 
 
+@pytest.mark.promise(
+    "What was acknowledged after a sync survives a loss of power, whatever the disk made of the rest.",
+    area="durability",
+)
 @pytest.mark.timeout(0 if "CRASH_STATES" in os.environ else 60)
 @pytest.mark.parametrize("sync", ["os", "group"])
 def test_what_was_acknowledged_survives_a_loss_of_power(sync: Sync) -> None:
@@ -47,6 +51,10 @@ def test_what_was_acknowledged_survives_a_loss_of_power(sync: Sync) -> None:
     assert states == LIVES // 2 * 40
 
 
+@pytest.mark.promise(
+    "What was acknowledged after a sync survives a loss of power, whatever the disk made of the rest.",
+    area="durability",
+)
 def test_it_survives_one_after_the_other() -> None:
     """A session keeps its promises through losses of power and deaths of its process, one after the other."""
     for seed in range(SEED, SEED + 40):

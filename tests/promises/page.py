@@ -27,6 +27,7 @@ WIDTH = 140
 AREAS: Mapping[str, str] = {
     "bits of torch": "farstep trains as `torch.optim` does.",
     "exactly once": "Whatever the network and the processes do, a push counts once.",
+    "durability": "What survives the death of a server, and a loss of power.",
     "consistency modes": "How the gradients of several workers become steps, and what happens when workers die.",
     "reads": "What a worker sees of a session.",
     "bad input": "What is wrong is refused by name and changes nothing.",

@@ -152,7 +152,10 @@ class Journal:
         return len(self._spares) * self._segment_bytes
 
     def reserve(self, nbytes: int) -> tuple[Place, memoryview]:
-        """Return room for a payload, and where it is. Its memory stays what it is while anything refers to it.
+        """Return room for a payload, and where it is.
+
+        Its memory stays what it is while anything refers to it, a slice or a tensor. Do not `release()` it: a tensor
+        made of it would be left without memory.
 
         Raises:
             OSError: the disk has no room for it, or failed; nothing has changed.

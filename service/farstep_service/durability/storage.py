@@ -61,7 +61,11 @@ class Storage(ABC):
 
     @abstractmethod
     def unmap(self, memory: memoryview) -> bool:
-        """Release what `map` returned, and return whether nothing else refers to that memory, a slice or an array."""
+        """Release what `map` returned, and return whether nothing else refers to that memory: no slice of it.
+
+        A tensor counts if it was made of a slice. One made of the memory itself does not: torch refers to the
+        `memoryview` that it is given, which is released here.
+        """
 
     @abstractmethod
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> int:
