@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from farstep.errors import DamagedJournal
-from farstep_service.durability.journal import Journal, JournalReader, Recovered, Sync
+from farstep_service.durability.journal import Journal, Sync
+from farstep_service.durability.reading import JournalReader, Recovered
 from farstep_service.durability.segments import FIRST, NO_CHAIN, Place, Segment
 from farstep_service.durability.storage import DiskStorage, Storage
 from tests.support.durability.faulty import FaultyStorage

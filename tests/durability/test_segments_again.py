@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from farstep_service.durability.journal import Journal, JournalReader
+from farstep_service.durability.journal import Journal
+from farstep_service.durability.reading import JournalReader
 from farstep_service.durability.segments import NO_CHAIN
 from farstep_service.durability.storage import DiskStorage
 from tests.support.durability.faulty import FaultyStorage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 from array import array
@@ -43,8 +44,10 @@ def test_memory_of_a_file_is_the_file(storage: Storage) -> None:
     storage.sync("x/2")
     storage.sync_names("x")
     assert bytes(storage.map("x/2", writable=False)[:8]) == b"heretoo."
-    with pytest.raises(TypeError):
-        storage.map("x/2", writable=False)[:1] = b"x"
+    private = storage.map("x/2", writable=False)
+    private[:4] = b"gone"
+    assert bytes(private[:8]) == b"gonetoo."
+    assert bytes(storage.map("x/2")[:8]) == b"heretoo."
     assert storage.names("x") == ["2"]
 
 
@@ -89,18 +92,50 @@ def test_pieces_become_a_file(storage: Storage) -> None:
 
 
 def test_a_folder_goes_with_all_that_is_in_it(storage: Storage) -> None:
-    """A folder is removed whole, and its files can be made again."""
+    """A folder is renamed and removed whole, open files included, and its files can be made again."""
     for name in ("x/1", "x/y/2", "xy"):
         storage.create(name, 64)
         storage.sync(name)
-    storage.remove("x")
+    storage.rename("x", "z")
     assert storage.names("x") == []
+    assert storage.names("z") == ["1", "y"]
+    storage.sync("z/y/2")
+    storage.remove("z")
+    assert storage.names("z") == []
     assert storage.size("xy") == 64
     storage.create("x/1", 10)
     storage.sync("x/1")
 
 
 # -- of this machine
+
+
+def open_below(root: Path) -> int:
+    """Return how many descriptors of this process are of files below a directory."""
+    found = 0
+    for each in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            found += os.readlink(f"/proc/self/fd/{each}").startswith(str(root))
+    return found
+
+
+def test_no_descriptor_is_left_behind(tmp_path: Path) -> None:
+    """A file that is removed, alone or with its folder, under its first name or another, is closed."""
+    storage = DiskStorage(tmp_path)
+    storage.create("x/0", 64)
+    assert open_below(tmp_path) == 1
+    for name in ("x/1", "y/1", "y/2"):
+        storage.create(name, 64)
+        storage.sync(name)
+    assert open_below(tmp_path) == 4
+    storage.rename("x/1", "x/2")
+    storage.remove("x/2")
+    storage.rename("y", "z")
+    storage.sync("z/1")
+    storage.remove("z")
+    assert open_below(tmp_path) == 1
+    storage.close()
+    assert open_below(tmp_path) == 0
 
 
 @pytest.fixture

@@ -25,9 +25,7 @@ import threading
 from dataclasses import dataclass
 from typing import Final, Literal, final
 
-from farstep_service.durability.reading import JournalReader as JournalReader
-from farstep_service.durability.reading import Recovered as Recovered
-from farstep_service.durability.reading import name_of, segments_in
+from farstep_service.durability.reading import Recovered, name_of, segments_in
 from farstep_service.durability.segments import (
     ALIGN,
     FIRST,

@@ -27,11 +27,12 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Final, final
+from typing import Final, TypeVar, final
 
 DIRECTORY: Final = os.O_RDONLY | getattr(os, "O_DIRECTORY", 0)
 FILE_MODE: Final = 0o600
 DIRECTORY_MODE: Final = 0o700
+Of = TypeVar("Of")
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -93,7 +94,7 @@ class Storage(ABC):
 
     @abstractmethod
     def rename(self, old: str, new: str) -> None:
-        """Give a file another name; a file that has it is replaced."""
+        """Give a file, or a folder with all that is in it, another name; a file that has it is replaced."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
@@ -192,7 +193,8 @@ class DiskStorage(Storage):
         try:
             os.fdatasync(self._descriptor(name))
         except OSError as exc:
-            self._failed[name] = exc
+            with self._lock:
+                self._failed[name] = exc
             raise
 
     def sync_names(self, folder: str) -> None:
@@ -204,10 +206,8 @@ class DiskStorage(Storage):
         os.replace(self._path(old), path)
         self._close(new)
         with self._lock:
-            if (descriptor := self._open.pop(old, None)) is not None:
-                self._open[new] = descriptor
-            if (failed := self._failed.pop(old, None)) is not None:
-                self._failed[new] = failed
+            _rename_in(self._open, old, new)
+            _rename_in(self._failed, old, new)
 
     def remove(self, name: str) -> None:
         path = self._path(name)
@@ -289,6 +289,12 @@ def unmapped(memory: memoryview) -> bool:
     except BufferError:  # exported to another view, an array or a tensor
         return False
     return True
+
+
+def _rename_in(table: dict[str, Of], old: str, new: str) -> None:
+    """Move what a table has of a file, or of all files in a folder, to another name."""
+    for name in [name for name in table if name == old or name.startswith(f"{old}/")]:
+        table[new + name.removeprefix(old)] = table.pop(name)
 
 
 def _is_link(path: Path) -> bool:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 import xxhash
 
-from farstep_service.durability.journal import Journal, JournalReader, Recovered, Sync
+from farstep_service.durability.journal import Journal, Sync
+from farstep_service.durability.reading import JournalReader, Recovered
 from farstep_service.durability.segments import NO_CHAIN, Place, Written
 from farstep_service.durability.storage import Storage
 

@@ -118,7 +118,7 @@ class PowerStorage(Storage):
     def map(self, name: str, *, writable: bool = True) -> memoryview:
         self.observe()
         file = self._file(name)
-        return memoryview(file.memory if writable and file.memory is not None else file.seen)
+        return memoryview(file.memory if writable and file.memory is not None else bytearray(file.seen))
 
     def unmap(self, memory: memoryview) -> bool:
         self.observe()
@@ -151,8 +151,13 @@ class PowerStorage(Storage):
 
     def rename(self, old: str, new: str) -> None:
         self.observe()
-        self.log.append(Named(new, self._file(old), old))
-        self.files[new] = self.files.pop(old)
+        moved = [name for name in self.files if name == old or name.startswith(f"{old}/")]
+        if not moved:
+            raise FileNotFoundError(old)
+        for name in moved:
+            target = new + name.removeprefix(old)
+            self.log.append(Named(target, self.files[name], name))
+            self.files[target] = self.files.pop(name)
 
     def remove(self, name: str) -> None:
         self.observe()
