@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
+
 import httpx
 import pytest
 
-from farstep.errors import NonFinite, Unavailable
-from farstep.http_link.retry import LONGEST_WAIT_S, RetryPolicy
+from farstep.errors import NonFinite, NotDurable, Recovering, Unavailable
+from farstep.http_link.retry import LONGEST_ABSENT_S, LONGEST_WAIT_S, RetryPolicy
 
 
 class Clock:
@@ -72,3 +74,47 @@ def test_what_the_server_refused_is_not_repeated() -> None:
         trying.call("Pushing", "http://server", attempt)
     assert trying.attempts == 1
     assert not clock.waits
+
+
+def test_a_server_that_is_being_started_is_looked_for_often() -> None:
+    """A refused connection is tried again within a quarter of a second, however long it has been so."""
+    trying, clock = patience(30)
+
+    def attempt() -> str:
+        if clock.now < 20:
+            raise httpx.ConnectError("refused")
+        return "answer"
+
+    assert trying.call("Pushing", "http://server", attempt) == "answer"
+    assert max(clock.waits) <= LONGEST_ABSENT_S
+    assert clock.now <= 20 + LONGEST_ABSENT_S
+
+
+@pytest.mark.parametrize(("asked_s", "within_s"), [(0.3, 0.33), (0.0, 0.05), (600.0, 1.1)])
+def test_a_server_that_recovers_is_believed_for_a_second(asked_s: float, within_s: float) -> None:
+    """The pause is what the server says its recovery takes, but never longer than a second and its spread."""
+    trying, clock = patience(30)
+    recovering = Recovering("reading", retry_after_s=asked_s)
+    recovering.retry_after_s = asked_s
+
+    def attempt() -> str:
+        if clock.now < 5:
+            raise recovering
+        return "answer"
+
+    assert trying.call("Pushing", "http://server", attempt) == "answer"
+    assert min(asked_s, 1.0) <= max(clock.waits) <= within_s
+
+
+@pytest.mark.parametrize("error", [Recovering("The session is being read."), NotDurable("No space left.")])
+def test_what_the_last_answer_said_is_raised(error: Unavailable) -> None:
+    """When the patience ends, the error is of the class of the last answer, and says what the server said."""
+    trying, _ = patience(5)
+
+    def attempt() -> str:
+        raise error
+
+    with pytest.raises(type(error), match=re.escape(error.detail.rstrip("."))) as given_up:
+        trying.call("Pushing", "http://server", attempt)
+    assert given_up.value.side == "client"
+    assert trying.attempts > 1

@@ -229,6 +229,9 @@ def error_of(answer: Answer, server: str, path: str, *, sent_bytes: int = 0) -> 
         error = _of_proxy(answer.status, text, server, path, sent_bytes)
     if isinstance(error, Unavailable):
         error.retry_after_s = retry_after_s(answer.response().headers)
+        said = error.extra.get("retry_after_s")
+        if isinstance(said, (int, float)) and said >= 0:  # more exact than the header
+            error.retry_after_s = min(float(said), LONGEST_PAUSE_S)
     return error
 
 

@@ -1,6 +1,7 @@
 """How long and how often to try again: exponential backoff with jitter, up to a stated time.
 
-A server that says when it wants to be tried again (`Retry-After`) is not tried before, but once when the time is up.
+A server that says when it wants to be tried again (`Retry-After`) is not tried before, but once when the time is up. A
+server that is not there, or that recovers, is tried more often: a step that waits for it should not wait much longer.
 What trying again cannot mend is raised at once; `farstep.conversation` tells the two apart.
 
 Only calls that are safe to repeat are tried again: every write carries a name (worker, epoch, sequence), reads change
@@ -18,12 +19,16 @@ from typing import TypeVar
 import httpx
 
 from farstep.conversation.replies import why
-from farstep.errors import FarstepError, Unavailable
+from farstep.errors import FarstepError, Recovering, Unavailable
 
 Answer = TypeVar("Answer")
 
 FIRST_WAIT_S = 0.05
 LONGEST_WAIT_S = 2.0
+LONGEST_ABSENT_S = 0.25
+"""The longest pause where nothing accepts connections."""
+LONGEST_RECOVERY_S = 1.0
+"""The longest pause for a server that recovers a session, however long it says that this will take."""
 JITTER = (0.5, 1.0)
 SPREAD = (1.0, 1.1)
 """The same for a pause that the server asked for: it is not cut short, and not all come back at once."""
@@ -63,6 +68,10 @@ class RetryPolicy:
                 if left_s <= 0:
                     raise self._given_up(what, server, exc) from exc
                 asked_s = (exc.retry_after_s if isinstance(exc, Unavailable) else None) or 0.0
+                if isinstance(exc, Recovering):
+                    asked_s, pause_s = min(asked_s, LONGEST_RECOVERY_S), FIRST_WAIT_S
+                elif isinstance(exc, httpx.ConnectError):
+                    pause_s = min(pause_s, LONGEST_ABSENT_S)
             pause = max(asked_s, pause_s) * random.uniform(*(SPREAD if asked_s > pause_s else JITTER))
             self.wait(min(left_s, pause))  # so the last try comes when the time is up
             pause_s = min(2 * pause_s, LONGEST_WAIT_S)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import secrets
 import traceback
 from http import HTTPStatus
@@ -29,6 +30,7 @@ from farstep.errors import (
     NoSuchMethod,
     NoSuchRoute,
     OutOfMemory,
+    Recovering,
     Unauthorized,
     Unavailable,
 )
@@ -190,6 +192,10 @@ async def answer(error: FarstepError, send: Send) -> None:
     headers = [(b"content-type", PROBLEM), (b"content-length", str(len(body)).encode())]
     if isinstance(error, Busy | OutOfMemory):
         headers.append((b"retry-after", RETRY_AFTER_S))
+    if isinstance(error, Recovering):
+        after_s = error.extra.get("retry_after_s")
+        whole_s = math.ceil(after_s) if isinstance(after_s, (int, float)) and after_s > 0 else 1
+        headers.append((b"retry-after", str(whole_s).encode()))
     if isinstance(error, Unauthorized):
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
