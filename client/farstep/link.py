@@ -118,6 +118,11 @@ class Link(ABC):
 
     @property
     @abstractmethod
+    def durability(self) -> str:
+        """What is kept of the session on disk, as text; "" where a server of an older release does not say."""
+
+    @property
+    @abstractmethod
     def has_initial_state(self) -> bool:
         """Whether a parameter has state before its first step (Adagrad)."""
 

@@ -36,6 +36,7 @@ from farstep.protocol.unix import check_path, path_of_url
 from farstep.variables import warn_of_misspelt
 
 NonFinitePolicy = Literal["refuse", "skip", "allow"]
+OnRollback = Literal["raise", "accept"]
 KernelChoice = Literal["auto", "reference", "fused"]
 
 
@@ -69,6 +70,9 @@ class RemoteOptions(TypedDict, total=False):
     options: whose learning rate and other group options count where several workers share a session. "session": the
         session has one set, which a worker changes by changing its groups; a joining worker takes those in force into
         its groups. "push": this worker's own, for the steps of its own pushes. See `docs/workers.md`.
+    on_rollback: "raise" raises `StateRolledBack` where a server that died had kept only an older version of the
+        session. "accept" goes on from that version: `step()`, `pull()` and `heartbeat()` join again and take its
+        parameters; the gradient of that step is dropped, and `last_step.reason` is "rolled_back".
     timeout_s: seconds of retries before an error reports that the server does not answer.
     transport: the httpx transport for all requests, for proxies, certificates and tests; proxies of the environment are
         not used (docs/errors.md).
@@ -90,6 +94,7 @@ class RemoteOptions(TypedDict, total=False):
     wire: Wire | str | None
     overlap: bool
     options: OptionsMode | None
+    on_rollback: OnRollback
     timeout_s: float
     transport: httpx.BaseTransport | None
 
@@ -121,6 +126,7 @@ class WorkerSettings:
     counted_as: str | None = None
     options: OptionsMode | None = None
     durability: Durability | None = None
+    on_rollback: OnRollback = "raise"
 
 
 def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ) -> WorkerSettings:
@@ -146,6 +152,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
     kernel = options.get("kernel", "auto")
     nonfinite = options.get("nonfinite") or ("refuse" if server else "allow")
     timeout_s = options.get("timeout_s", 60.0)
+    on_rollback = options.get("on_rollback", "raise")
     if server is not None:
         _check_server(server)
     for name, value in (("session", own), ("session", session), ("worker", worker)):
@@ -155,6 +162,10 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         raise invalid_option(f"Invalid kernel: {kernel!r}. There are auto, reference and fused.", field="kernel")
     if nonfinite not in ("refuse", "skip", "allow"):
         raise invalid_option(f"Invalid nonfinite: {nonfinite!r}. There are refuse, skip and allow.", field="nonfinite")
+    if on_rollback not in ("raise", "accept"):
+        raise invalid_option(
+            f"Invalid on_rollback: {on_rollback!r:.80}. There are raise and accept.", field="on_rollback"
+        )
     if type(timeout_s) not in (int, float) or not 0 < timeout_s < float("inf"):
         raise invalid_option(f"Invalid timeout_s: {timeout_s!r}. Must be positive seconds.", field="timeout_s")
     said = options.get("wire")
@@ -193,6 +204,7 @@ def resolve(options: RemoteOptions, environment: Mapping[str, str] = os.environ)
         overlap=_flag(options.get("overlap"), environment.get("FARSTEP_OVERLAP")),
         counted_as=(worker or "") if session and own is None else None,
         durability=durability,
+        on_rollback=on_rollback,
     )
 
 
@@ -217,6 +229,7 @@ def options_of_copy(settings: WorkerSettings) -> RemoteOptions:
         "server": settings.server,
         "consistency": settings.consistency.for_one(),
         "durability": settings.durability,
+        "on_rollback": settings.on_rollback,
         "nonfinite": settings.nonfinite,
         "kernel": settings.kernel,
         "wire": settings.wire,

@@ -58,6 +58,10 @@ class NoLink(Link):
         return self._version
 
     @property
+    def durability(self) -> str:
+        return "none"
+
+    @property
     def consistency(self) -> Consistency:
         return self._consistency
 

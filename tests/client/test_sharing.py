@@ -2,24 +2,45 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
 import farstep
-from farstep.errors import NonFinite, SessionLost, Unavailable
+from farstep.conversation import Conversation
+from farstep.conversation.conversation import MSGPACK
+from farstep.errors import (
+    Busy,
+    FarstepError,
+    InvalidOption,
+    InvalidRequest,
+    NonFinite,
+    Recovering,
+    SessionLost,
+    Unavailable,
+)
+from farstep.http_link.buffers import Sharing
+from farstep.http_link.retry import RetryPolicy
+from farstep.http_link.writer import Writer
 from farstep.optim import Adagrad, RemoteOptimizer
+from farstep.protocol import Decoder, encode
+from farstep.protocol.memory import tensor_memory
+from farstep.protocol.messages import PushHead, SharedPush, WriteName
 from farstep.protocol.unix import path_of_url
 from farstep.settings import RemoteOptions
 from tests.parity.cases import STEPPED
+from tests.support.client.refusing import problem
 from tests.support.client.twins import Twins, check_parameters, drawn
 from tests.support.faults import faulty
 from tests.support.forks import in_a_fork
@@ -280,6 +301,161 @@ def test_a_fork_leaves_the_memory_to_its_parent(local: RunningServer) -> None:
     twins.step(drawn(2, SHAPES))
     assert path_of(twins.ours) == SHARED
     twins.check()
+
+
+# -- a server that does not know the memory ---------------------------------------------------------------------------
+
+
+def forget(server: RunningServer, optimizer: RemoteOptimizer) -> None:
+    """Have a server unmap a worker's memory, and remember its writes: as one does that was started again."""
+    talk = Conversation(server.unix, None)
+    path = f"/v1/sessions/{optimizer.session}/workers/{optimizer.worker}"
+    epoch = talk.control("GET", path)["epoch"]
+    with pytest.raises(InvalidOption):
+        talk.control("PUT", f"{path}/memory", {"epoch": epoch, "key": "0" * 32, "pid": os.getpid(), "fd": 2**31 - 1})
+    talk.close()
+
+
+def test_memory_that_a_server_has_forgotten_is_offered_again(local: RunningServer) -> None:
+    """The step succeeds through the same memory, and so do the later ones."""
+    twins = twins_at(local.unix)
+    twins.step(drawn(1, SHAPES))
+    areas = mappings(local)
+    for seed in range(2, 5):
+        forget(local, twins.ours)
+        assert mappings(local) == areas - 1
+        twins.step(drawn(seed, SHAPES))
+        assert (path_of(twins.ours), mappings(local)) == (SHARED, areas)
+        check_parameters(twins.here, twins.there)
+    assert twins.ours.version == 4
+    twins.check()
+    twins.ours.close()
+
+
+@pytest.mark.parametrize("way", ["request", "response"])
+def test_a_push_in_memory_that_a_server_has_forgotten_is_applied_once(local: RunningServer, way: str) -> None:
+    """Applied or not before the connection broke, the repeated push is the same one, and counts once."""
+    with faulty(path_of_url(local.unix) or "") as network:
+        twins = twins_at(network.url, timeout_s=1.0)
+        twins.step(drawn(1, SHAPES))
+        if way == "request":
+            network.down = True
+        else:
+            network.cut_response(after=0, then_down=True)
+        twins.give(drawn(2, SHAPES))
+        with pytest.raises(Unavailable):
+            twins.ours.step()
+        twins.theirs.step()
+        forget(local, twins.ours)
+        network.down = False
+        twins.ours.step()
+        report = twins.ours.last_step
+        assert report is not None
+        assert (report.applied, report.version, twins.ours.version) == (True, 2, 2)
+        assert report.duplicate is (way == "response")
+        check_parameters(twins.here, twins.there)
+        for seed in (3, 4):
+            twins.step(drawn(seed, SHAPES))
+        assert path_of(twins.ours) == SHARED
+        twins.check()
+        twins.ours.close()
+
+
+SHARED_PUSH = SharedPush("0123456789abcdef0123456789abcdef", 7)
+
+
+def writer_to(answer: Callable[[httpx.Request], httpx.Response]) -> Writer:
+    """Return a worker's writes in its first epoch, to a server that answers so."""
+    server = Conversation("http://box", None, transport=httpx.MockTransport(answer))
+    writer = Writer(server, "s", "w0", retry=RetryPolicy(0.0), barrier_s=0.0)
+    writer.join(1, "a" * 32)
+    return writer
+
+
+def test_gradients_are_sent_where_a_server_does_not_take_the_memory_again() -> None:
+    """The push that named memory is repeated at once with its gradients, and with no other name or content."""
+    received: list[tuple[dict[str, Any], bytes]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        gradients = bytearray(12)
+        decoder = Decoder(lambda header: [memoryview(gradients)] if "area" not in header else [])
+        decoder.feed(request.read())
+        received.append((decoder.header, bytes(gradients)))
+        if "area" in decoder.header:
+            return problem(InvalidRequest("Worker 'w0' shares no such memory.", field="area"))
+        reply = {"v": 1, "incarnation": "a" * 32, "version": 1, "receipt": {}, "duplicate": False, "segments": []}
+        return httpx.Response(200, headers={"content-type": MSGPACK}, content=b"".join(encode(reply, [])))
+
+    def head(name: WriteName, incarnation: str) -> PushHead:
+        return PushHead(name, incarnation, 0, "all", 0, shared=SHARED_PUSH)
+
+    writer, asked = writer_to(answer), list[str]()
+
+    def refused(key: str) -> bool:
+        asked.append(key)
+        return False
+
+    writer.share_again = refused
+    payload = tensor_memory(torch.arange(3.0))
+    writer.push(head, [payload], lambda _: [])
+    (first, _), (second, gradients) = received
+    assert asked == [SHARED_PUSH.key]
+    assert {key: first[key] for key in ("area", "fill", "deliver")} == {"area": asked[0], "fill": 7, "deliver": True}
+    assert second == {key: value for key, value in first.items() if key not in ("area", "fill", "deliver")}
+    assert gradients == bytes(payload)
+    assert writer.names.last == 1
+
+
+def test_another_fault_of_a_push_is_not_taken_for_forgotten_memory() -> None:
+    """A refusal that names another field is raised, and nothing is offered again."""
+    writer = writer_to(lambda _: problem(InvalidRequest("The header has a key too many.", field="header")))
+    writer.share_again = lambda key: pytest.fail(f"{key} was offered again")
+    with pytest.raises(InvalidRequest, match="a key too many"):
+        writer.push(lambda name, life: PushHead(name, life, 0, "all", 0, shared=SHARED_PUSH), [], lambda _: [])
+
+
+@pytest.mark.parametrize(
+    ("error", "for_good"),
+    [
+        (Recovering("The session is being read.", retry_after_s=1.5), False),
+        (Unavailable("The server is stopping."), False),
+        (Busy("The server has no room."), True),
+        (InvalidOption("The memory cannot be shared."), True),
+    ],
+)
+def test_a_server_that_recovers_does_not_refuse_memory_for_good(error: FarstepError, for_good: bool) -> None:
+    """Memory that cannot be taken at the moment is offered with a later push, other memory never again."""
+    answers = [problem(error), httpx.Response(204), httpx.Response(204)]
+    server = Conversation("http://box", None, transport=httpx.MockTransport(lambda _: answers.pop(0)))
+    sharing = Sharing(server, "/v1/sessions/s/workers/w0", possible=True)
+    parameters = drawn(0, SHAPES)
+    assert not sharing.offer(1, parameters)
+    assert sharing.possible is not for_good
+    assert sharing.offer(1, parameters) is not for_good
+    assert (sharing.memory is None) is for_good
+
+
+def test_memory_that_was_given_up_is_known_until_its_push_is_settled() -> None:
+    """A push that got no answer may name it still; after that nothing is offered under its key."""
+    asked: list[dict[str, Any]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(json.loads(request.read()))
+        return httpx.Response(204)
+
+    sharing = Sharing(Conversation("http://box", None, transport=httpx.MockTransport(answer)), "/w", possible=True)
+    assert sharing.offer(3, drawn(0, SHAPES))
+    key = asked[0]["key"]
+    assert not sharing.offer_again("0" * 32)
+    sharing.give_up()
+    assert sharing.memory is None
+    assert sharing.offer_again(key)
+    assert asked == [asked[0]] * 2
+    os.fstat(asked[0]["fd"])
+    sharing.settled()
+    assert not sharing.offer_again(key)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(asked[0]["fd"])
 
 
 # -- where there is none ---------------------------------------------------------------------------------------------

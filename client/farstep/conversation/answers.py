@@ -53,6 +53,7 @@ class Joined:
         has_initial_state: a parameter has state before its first step.
         groups: the options in force, None from an older server.
         placement: the servers of its parameters.
+        durability: what the server keeps of the session, as text; "" from an older server.
     """
 
     incarnation: str
@@ -64,6 +65,7 @@ class Joined:
     has_initial_state: bool
     groups: list[Mapping[str, Any]] | None
     placement: tuple[Shard, ...]
+    durability: str
 
     @classmethod
     def of(cls, document: object) -> Self:
@@ -86,7 +88,16 @@ class Joined:
             reply.flag("eager"),
             reply.mappings("groups") if "groups" in reply else None,
             tuple(_shard(each) for each in reply.mappings("placement")),
+            _durability(cast("Mapping[str, Any]", document)),
         )
+
+
+def _durability(values: Mapping[str, Any]) -> str:
+    """Return what an answer says that the server keeps of the session."""
+    durability = values.get("durability", "")
+    if type(durability) is not str or len(durability) > LONGEST_TEXT:
+        raise invalid_answer(f"The answer names the durability {durability!r:.80}.", "durability")
+    return durability
 
 
 def _shard(document: Mapping[str, Any]) -> Shard:
@@ -168,7 +179,7 @@ class Reply:
                 spent[key] = ReplyReader(spent, "The times of the reply").number(key)
         durability = header.get("durability", "")
         if type(durability) is not str or len(durability) > LONGEST_TEXT:
-            raise invalid_answer(f"The reply names the durability {durability!r:.80}.", "durability")
+            durability = _durability(header)
         return cls(
             reply.integer("version"),
             checked_receipt(reply.mapping("receipt")),

@@ -8,6 +8,8 @@ The worker's side of shared memory: when there is any, and when it must not be u
     offered      at a push that can use it, over a unix socket: the server maps it, or refuses, and bodies are used
     filled       gradients are copied in before a push is first sent, and stay until it is answered
     given up     as soon as a push was not answered at its first try: a late answer to that try may still write to it
+    offered again    as it is, to a server that was started again and does not know it: the push that names it is the
+                 same then, and so is what it names. Memory that was given up is left alone until that push is settled
 
 So the bytes that a push names never change under the server, and the parameters of an answer never change under the
 worker. What follows moves in bodies until everything is clear; then a new area is offered.
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 from farstep.conversation import Conversation
-from farstep.errors import FarstepError
+from farstep.errors import Busy, FarstepError, OutOfMemory, Unavailable
 from farstep.protocol.codecs import FULL, Codec, Wire
 from farstep.protocol.dtypes import DTYPES
 from farstep.protocol.memory import TORCH_DTYPES, wire_dtype
@@ -66,6 +68,8 @@ class Sharing:
         self.possible = possible and SUPPORTED
         self._process = this.process
         self._made: OwnedSharedMemory | None = None
+        self._left: OwnedSharedMemory | None = None  # given up, and named by a push whose outcome may be unknown
+        self._epoch = 0
         self._gradients: list[Tensor] = []
         self._fills = 0
 
@@ -92,17 +96,33 @@ class Sharing:
             self._without(str(exc))
             return False
         try:
+            if not self._offered(made, epoch):
+                return False
+        except (Unavailable, httpx.TransportError):
+            return False  # the push that follows finds out what is the matter
+        self._made, self._left, self._process, self._epoch = made, None, this.process, epoch
+        self._gradients = _placed(parameters, made.memory)
+        return True
+
+    def offer_again(self, key: str) -> bool:
+        """Offer the memory of that key again, to a server that does not know it; return whether the server takes it.
+
+        Raises:
+            Unavailable, httpx.TransportError: the server does not answer now.
+        """
+        known = [each for each in (self._made, self._left) if each is not None and each.key == key]
+        return bool(known) and self._process is this.process and self._offered(known[0], self._epoch)
+
+    def _offered(self, made: OwnedSharedMemory, epoch: int) -> bool:
+        """Offer memory; return whether the server takes it. If not, none is offered any more."""
+        try:
             offer = {"epoch": epoch, "key": made.key, "pid": os.getpid(), "fd": made.fd}
             self._server.control("PUT", self._path, offer)
         except FarstepError as exc:
+            if isinstance(exc, Unavailable) and not isinstance(exc, (Busy, OutOfMemory)):
+                raise
             self._without(exc.detail)
             return False
-        except httpx.TransportError:
-            return False  # the push that follows finds out what is the matter
-        finally:
-            made.close()
-        self._made, self._process = made, this.process
-        self._gradients = _placed(parameters, made.memory)
         return True
 
     def fill(self, present: Sequence[int], gradients: Sequence[Tensor | None]) -> SharedPush | None:
@@ -117,7 +137,11 @@ class Sharing:
 
     def give_up(self) -> None:
         """Never touch the memory in use again."""
-        self._made, self._gradients = None, []
+        self._made, self._left, self._gradients = None, self._made, []
+
+    def settled(self) -> None:
+        """Take note that every push that named memory given up has an outcome."""
+        self._left = None
 
     def _without(self, why: str) -> None:
         self.possible = False

@@ -1,19 +1,22 @@
 """Where one worker stands in its session: what the session is, and the version of it that is here.
 
 A session that was created anew is another one, and so is one that has grown by a param group which this worker does not
-know: what they answer is refused before any of it reaches a parameter.
+know: what they answer is refused before any of it reaches a parameter. So is one that went back to an older version
+than this worker has seen: a server that rolled a session back says so, and a version that is too low shows it as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, final
 
+import httpx
+
 from farstep.conversation.answers import Joined
 from farstep.conversation.replies import invalid_answer
-from farstep.errors import SessionLost, UnknownSession
+from farstep.errors import FarstepError, SessionLost, StateRolledBack, UnknownSession
 from farstep.http_link.writer import Writer
 from farstep.link import Options, Parameter, SessionSpec
 from farstep.protocol import from_ranges
@@ -38,15 +41,28 @@ class JoinedSession:
         fields: the optimizer's state fields; none before the session was joined.
         has_initial_state: whether a parameter has state before its first step.
         version: the version of the parameters that are here.
+        seen: the latest version that this life of the session has shown this worker.
+        durability: what the server keeps of the session, as text.
     """
 
     def __init__(self, spec: SessionSpec, settings: WorkerSettings, writer: Writer) -> None:
         self.spec = spec
         self.fields: Mapping[str, FieldKind] = {}
         self.has_initial_state = False
-        self.version = 0
+        self.seen = self._version = 0
+        self.durability = ""
         self._settings = settings
         self._writer = writer
+
+    @property
+    def version(self) -> int:
+        """The version of the parameters that are here."""
+        return self._version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self._version = version
+        self.seen = max(self.seen, version)
 
     @property
     def options(self) -> OptionsMode:
@@ -62,6 +78,8 @@ class JoinedSession:
         """Begin a new epoch of the worker, with what the server said when it joined."""
         self.fields = joined.fields
         self.has_initial_state = joined.has_initial_state
+        self.durability = joined.durability
+        self.seen = 0
         self._writer.join(joined.epoch, joined.incarnation)
 
     def grow_(self, options: Options, parameters: Sequence[Parameter]) -> None:
@@ -87,10 +105,25 @@ class JoinedSession:
 
         Raises:
             SessionLost, Fenced: it is another session, or has more of them.
+            StateRolledBack: it is older than what this worker has seen.
         """
         if header.get("incarnation") != self._writer.incarnation:
             raise self._lost("was created anew at")
+        self.check_version(header["version"])
         self.arriving(header, count)
+
+    def check_version(self, version: int, seen: int | None = None) -> None:
+        """Refuse a version that is older than one this life of the session has shown.
+
+        Args:
+            version: of an answer.
+            seen: the latest one when the request was sent; by default the latest one of all.
+
+        Raises:
+            StateRolledBack: it is.
+        """
+        if version < (self.seen if seen is None else seen):
+            raise self.rolled_back(version)
 
     def arriving(self, header: Mapping[str, Any], count: int, *, whole: bool = False) -> list[int] | None:
         """Return which parameters an answer holds, None for all that are here, which are so many.
@@ -117,15 +150,45 @@ class JoinedSession:
 
     @contextmanager
     def there(self) -> Iterator[None]:
-        """Tell in the worker's words that the session is gone.
+        """Tell in the worker's words that the session is gone, or went back.
 
         Raises:
-            SessionLost: it is.
+            SessionLost, StateRolledBack: it is, or did.
         """
         try:
             yield
-        except UnknownSession as exc:
-            raise self.gone() from exc
+        except (UnknownSession, SessionLost, StateRolledBack) as exc:
+            if (explained := self.explained(exc)) is exc:
+                raise
+            raise explained from exc
+
+    def explained(self, error: FarstepError) -> FarstepError:
+        """Return an error of the server in the worker's words; other errors as they are."""
+        match error:
+            case UnknownSession():
+                return self.gone()
+            case StateRolledBack(side="server"):
+                now = error.extra.get("version")
+                return self.rolled_back(now if type(now) is int else None)
+            case SessionLost(side="client"):  # an answer to a read, which names no life of the session
+                with suppress(httpx.TransportError):
+                    if (told := self._writer.other_life()) is not None:
+                        return self.explained(told)
+        return error
+
+    def rolled_back(self, now: int | None) -> StateRolledBack:
+        """Return the error for a session that went back to the version `now`, None if that is not known."""
+        where = "an older version" if now is None else f"version {now}"
+        return StateRolledBack(
+            f"Session {self.spec.name!r} at {self._writer.server} went back to {where}, and worker "
+            f"{self._settings.worker!r} had seen version {self.seen}: the server died, and what its disk has of the "
+            "session is older.",
+            remedy="The steps between are lost. rejoin() goes on from the session's parameters, and "
+            "on_rollback='accept' does that by itself; a session with durability=farstep.Journal() loses none.",
+            side="client",
+            version=now,
+            seen=self.seen,
+        )
 
     def gone(self) -> SessionLost:
         """Return the error for a session that the server does not know any more, in the worker's words."""

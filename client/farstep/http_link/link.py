@@ -74,6 +74,7 @@ class HttpLink(Link):
         sharing = Sharing(self._server, self._writer.worker_path, possible=own_socket and not settings.wire)
         self._buffers = WorkerBuffers(parameters, settings.wire, sharing)
         self._writer.settle = self._buffers.settle
+        self._writer.share_again = self._buffers.sharing.offer_again
         self._overlapping = Overlapping()
         self._joined_options: list[Options] | None = None
         self._asked = False  # to join, whatever the answer was
@@ -97,6 +98,10 @@ class HttpLink(Link):
     @property
     def version(self) -> int:
         return self._joined.version
+
+    @property
+    def durability(self) -> str:
+        return self._joined.durability
 
     @property
     def fields(self) -> Mapping[str, FieldKind]:
@@ -262,9 +267,12 @@ class HttpLink(Link):
             answer = self._server.control("PUT", path, document, within_s=WITHIN_S if once else None)
             return Heartbeat.of(answer)
 
+        seen = self._joined.seen  # now: an answer to another thread may show a later one before this one is read
         with self._joined.there():
             what = f"Renewing the lease of worker {self._settings.worker!r} in session {self._joined.spec.name!r}"
-            return retry.call(what, self._server.server, attempt)
+            heartbeat = retry.call(what, self._server.server, attempt)
+            self._joined.check_version(heartbeat.version, seen)
+            return heartbeat
 
     # -- the mode ---------------------------------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from farstep.conversation.answers import Reply
 from farstep.conversation.replies import invalid_answer
-from farstep.errors import ReceiptExpired, UnknownSession
+from farstep.errors import ReceiptExpired, StateRolledBack, UnknownSession
 from farstep.http_link.buffers import WorkerBuffers
 from farstep.http_link.joined import JoinedSession
 from farstep.http_link.reader import Putting
@@ -279,12 +279,14 @@ class Pushing:
             nonlocal arrived, reply
             buffers.receiver.undo_()  # what an earlier try has brought
             reply = Reply.of(header, self._writer.incarnation)
+            if not reply.duplicate:
+                self._joined.check_version(reply.version)
             arrived = self._joined.arriving(header, len(buffers.parameters), whole=whole)
             if reply.delivered:
                 if not shared:
                     raise invalid_answer("The reply names shared memory, and the push did not.", "delivered")
                 return []
-            if self._writer.attempts > 1:
+            if self._writer.attempts > 1 or not buffers.sharing.possible:
                 buffers.share_no_more_()
             if arrived is None and len(present) == len(buffers.parameters):
                 return buffers.receiver.landing()
@@ -304,9 +306,11 @@ class Pushing:
             if self._writer.names.unsure or self._writer.attempts > 1:
                 buffers.share_no_more_()
             buffers.receiver.give_up_(lost=shared)
-            if isinstance(exc, UnknownSession):
-                raise self._joined.gone() from exc
+            if isinstance(exc, (UnknownSession, StateRolledBack)):
+                raise self._joined.explained(exc) from exc
             raise
+        buffers.sharing.settled()
+        shared = shared and buffers.sharing.possible
         if arrived is None and len(present) < len(buffers.parameters):
             # What has no gradient, and is as it was, is not touched.
             arrived = sorted({*present, *buffers.receiver.edited(buffers.addresses)})

@@ -81,6 +81,11 @@ class Names:
         before = self.unanswered
         return before is not None and "group" in before.header and before.sequence <= self._committed
 
+    @property
+    def last(self) -> int:
+        """Return the sequence of the last write that was acknowledged in this epoch; 0 before the first one."""
+        return self._committed
+
     def next(self) -> WriteName:
         """Return the name of the next new write."""
         return WriteName(self.worker, self.epoch, self._committed + 1)

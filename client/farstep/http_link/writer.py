@@ -6,12 +6,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from contextlib import suppress
+from functools import partial
+from typing import Any, Final
 from urllib.parse import quote
+
+import httpx
 
 from farstep.conversation import Arrived, BuffersFor, Conversation, Received
 from farstep.conversation.answers import Page, Reply
-from farstep.errors import Fenced, IdempotencyMismatch, Truncated, Unavailable
+from farstep.errors import (
+    FarstepError,
+    Fenced,
+    IdempotencyMismatch,
+    InvalidRequest,
+    SequenceGap,
+    StateRolledBack,
+    Truncated,
+    Unavailable,
+)
+from farstep.heartbeat import WITHIN_S
 from farstep.http_link.retry import RetryPolicy
 from farstep.http_link.sequence import Names, Unanswered
 from farstep.overlap import BROKEN, Overlapped
@@ -20,6 +34,8 @@ from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep.transport import Answer, this
 from farstep.transport.pieces import Payload
 
+MEMORY: Final = frozenset({"area", "fill", "deliver"})
+"""Header keys of a push whose gradients are in shared memory."""
 MakeHead = Callable[[WriteName, str], PushHead | PutHead | AppendHead]
 """Given a name and the session's incarnation, return the header of a write."""
 
@@ -38,6 +54,8 @@ class Writer:
         names: what has been written.
         incarnation: the life of the session that was joined.
         shard: the conversation with the server that has the session's tensors.
+        share_again: given the key of shared memory that the server does not know, offers it again; returns whether the
+            server takes it.
         settle: told of an unanswered write that turns out to have been applied; returns whether the payload of the next
             one has to be made again.
     """
@@ -48,6 +66,7 @@ class Writer:
         self.names = Names(worker)
         self.incarnation = ""
         self.settle: Callable[[Unanswered], bool] = lambda _: False
+        self.share_again: Callable[[str], bool] = lambda _: False
         self._server = self.shard = server
         self._session = session
         self._retry = retry
@@ -162,7 +181,17 @@ class Writer:
                 if self._retry.attempts > 1:  # an answer to the first try may still come where it was told to
                     header = {key: value for key, value in header.items() if key != "deliver"}
                 body: Payload = () if "area" in header else payload
-                return self.shard.data(method, path, header, body, buffers_for, arrived=arrived, wait_s=self._barrier_s)
+                send = partial(self.shard.data, method, path, arrived=arrived, wait_s=self._barrier_s)
+                try:
+                    return send(header, body, buffers_for)
+                except InvalidRequest as exc:
+                    if exc.field != "area" or exc.side != "server" or "area" not in header:
+                        raise
+                    # The server was started again. What the write is called, and what it says, stays the same.
+                    if self.share_again(header["area"]):
+                        return send(header, body, buffers_for)
+                    header = {key: value for key, value in header.items() if key not in MEMORY}
+                    return send(header, payload, buffers_for)
 
             try:
                 received = self._retry.call(f"{doing} session {self._session!r}", self._server.server, attempt)
@@ -171,10 +200,46 @@ class Writer:
                     raise
             except BaseException as exc:
                 self.names.failed(header, payload, exc)
+                if self._went_back(exc):
+                    raise StateRolledBack(f"The session knows nothing of {self._last}.", side="server") from exc
                 raise
             else:
                 self.names.committed(header["seq"])
                 return received
+
+    @property
+    def _last(self) -> str:
+        return f"write {self.names.last} of epoch {self.names.epoch} of worker {self.names.worker!r}"
+
+    def _went_back(self, error: BaseException) -> bool:
+        """Return whether a refusal shows that the session has forgotten a write that it acknowledged, or this epoch.
+
+        No server does that without a word, unless its disk was exchanged for an older copy. One that has no epoch of a
+        worker at all was not heard of it for long.
+        """
+        match error:
+            case SequenceGap(side="server", extra={"expected": int(expected)}):
+                return expected <= self.names.last
+            case Fenced(side="server"):
+                with suppress(FarstepError, httpx.TransportError):
+                    page = Page.of(self._server.control("GET", self.worker_path))
+                    return page.incarnation == self.incarnation and 0 < page.epoch < self.names.epoch
+        return False
+
+    def other_life(self) -> StateRolledBack | None:
+        """Return what the server says of the life of the session that was joined; None if it was not rolled back.
+
+        Raises:
+            httpx.TransportError: no answer came.
+        """
+        try:
+            document = {"epoch": self.names.epoch, "incarnation": self.incarnation}
+            self._server.control("PUT", f"{self.worker_path}/lease", document, within_s=WITHIN_S)
+        except StateRolledBack as exc:
+            return exc
+        except FarstepError:
+            pass
+        return None
 
     def _check_mine(self) -> None:
         """Refuse a second process under one name: of two equal writes one would pass for a repetition."""
@@ -219,6 +284,8 @@ class Writer:
             return header, False  # which the server will refuse, in the right words
         if before is not None and repeated:
             return before.header, False
+        if page.sequence < self.names.last:
+            raise StateRolledBack(f"The session knows nothing of {self._last}.", side="server")
         self.names.learn(page.sequence)
         settled = before is not None and self.names.earlier == "applied" and self.settle(before)
         return head(self.names.next(), self.incarnation).to_header(), settled

@@ -23,7 +23,7 @@ import torch
 from torch._compile import _disable_dynamo
 from torch.optim.optimizer import ParamsT
 
-from farstep.errors import FarstepError, InvalidOption, TensorMismatch, invalid_option
+from farstep.errors import FarstepError, InvalidOption, StateRolledBack, TensorMismatch, invalid_option
 from farstep.optim.chosen import chosen_of
 from farstep.optim.membership import Membership
 from farstep.optim.namesakes import explaining_namesake, numbered_session
@@ -112,6 +112,7 @@ class RemoteOptimizer(WithViews):
             RuntimeError: torch's own, for gradients that torch's class of the same name does not take.
             FarstepError: the session refused the step, or `Unavailable`: no answer came within `timeout_s`. The
                 parameters are unchanged, and the step may be tried again.
+            StateRolledBack: the session went back to an older version, and `on_rollback` is "raise".
         """
         member = self._member()
         member.check_training("step()")
@@ -122,12 +123,14 @@ class RemoteOptimizer(WithViews):
                 loss = closure()
             member = self._member()
         with member.writing(), scaling_of(vars(self)) as scaling:
-            self._settle(member)
-            check_types(self.torch_class, self.param_groups)
             try:
+                self._settle(member)
+                check_types(self.torch_class, self.param_groups)
                 with explaining_namesake(member.settings, member):
                     member.prepare()
                     self.last_step = member.push(self._options(), scaling)
+            except StateRolledBack as back:
+                self.last_step = self._accepted(member, back)
             except (InvalidOption, TensorMismatch) as refused_there:
                 if (error := refusal(self.torch_class, self.defaults, self.param_groups)) is not None:
                     raise error from refused_there

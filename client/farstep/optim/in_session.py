@@ -18,7 +18,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
-from farstep.errors import FarstepError
+from farstep.errors import FarstepError, StateRolledBack
 from farstep.heartbeat import Heartbeat, beating
 from farstep.http_link import HttpLink
 from farstep.link import Link, SessionSpec, Start
@@ -94,6 +94,11 @@ class InSession(torch.optim.Optimizer):
         """The session's consistency mode, as this worker learned it with its last step."""
         return self._membership.link.consistency
 
+    @property
+    def durability(self) -> str:
+        """What the session's server keeps on its disk, as text: `none`, `journal:os`, `snapshot:every_s=60`..."""
+        return self._membership.link.durability
+
     def set_consistency(self, mode: Consistency) -> None:
         """Switch the session to another consistency mode, for all its workers.
 
@@ -127,9 +132,15 @@ class InSession(torch.optim.Optimizer):
         Raises:
             Fenced: another process has this worker's name, or another worker took its place; `rejoin()` comes back.
             SessionLost: the session is gone.
+            StateRolledBack: the session went back to an older version, and `on_rollback` is "raise".
             Unavailable: no answer came within `timeout_s`.
         """
-        return self._joined().link.heartbeat()
+        member = self._joined()
+        try:
+            return member.link.heartbeat()
+        except StateRolledBack as exc:
+            self.last_step = self._accepted(member, exc)
+            return member.link.heartbeat()
 
     @contextmanager
     def keep_alive(self) -> Iterator[None]:
@@ -145,11 +156,15 @@ class InSession(torch.optim.Optimizer):
         member = self._member()
         member.check_training("pull()")
         with member.writing(), explaining_namesake(member.settings, member):
-            self._settle(member)
-            return member.pull()
+            try:
+                self._settle(member)
+                return member.pull()
+            except StateRolledBack as exc:
+                self.last_step = self._accepted(member, exc)
+                return self.version
 
     def rejoin(self, state_dict: dict[str, Any] | None = None, *, version: int | None = None) -> bool:
-        """Join the session again after `SessionLost` or `Fenced`; return whether it had to be created.
+        """Join the session again after `SessionLost`, `StateRolledBack` or `Fenced`; return whether it was created.
 
         An existing session is joined, and its parameters replace this worker's. A lost one is created from this
         worker's parameters, with the optimizer state of `state_dict` and at `version` (default: the version held).
@@ -323,6 +338,23 @@ class InSession(torch.optim.Optimizer):
         self.last_step = before["last_step"]
         self._membership.scaler = member.scaler
         member.close()
+
+    def _accepted(self, member: Membership, error: StateRolledBack) -> StepReport:
+        """Join a session again that went back, take its parameters, and return the report of what was dropped.
+
+        Raises:
+            StateRolledBack: `on_rollback` is "raise", or the parameters have the values of a view at the moment.
+        """
+        if member.settings.on_rollback != "accept" or member.shown:
+            raise error
+        self.rejoin()
+        return StepReport(
+            version=self.version,
+            applied=False,
+            reason="rolled_back",
+            detail=error.detail,
+            durability=self.durability,
+        )
 
     def _settle(self, member: Membership) -> None:
         """Send what differs in a mapping that replaced the state."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from farstep.errors import StateRolledBack
 from farstep.optim.base import RemoteOptimizer
 from farstep.optim.namesakes import explaining_namesake
 from farstep.optim.options import check_parameters, check_types
@@ -87,9 +88,12 @@ class LBFGS(RemoteOptimizer):
         member = self._member()
         check_types(self.torch_class, self.param_groups)
         with member.writing(), explaining_namesake(member.settings, member):
-            self._settle(member)
-            member.prepare()
-            return member.push(self._options(), evaluation=evaluation)
+            try:
+                self._settle(member)
+                member.prepare()
+                return member.push(self._options(), evaluation=evaluation)
+            except StateRolledBack as exc:
+                return self._accepted(member, exc)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add the constructor's group, the only one.

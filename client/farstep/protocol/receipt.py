@@ -25,6 +25,9 @@ nonfinite      the gradients hold NaN or Inf, by themselves or once summed, and 
 Ran = Literal["reference", "fused", "mixed"]
 """The kernel that ran a step; `mixed` if the fused kernel failed midway and the reference kernel finished it."""
 
+Outcome = Reason | Literal["rolled_back"]
+"""The same for a worker, whose push a session that went back to an older version has never seen."""
+
 _NOBODY = Names()
 FEW = 8
 """Names that are packed faster than they are found packed."""
@@ -115,9 +118,10 @@ class StepReport:
         version: the session's version after it.
         staleness: steps between the version the gradient was computed on and the one it was applied to.
         applied: whether the parameters changed by it.
-        reason: why they did not: `skipped` by a worker whose gradients overflowed, `late`, `stale`, `accumulated` or
-            `nonfinite`; "" if they did. After a `late` or `stale` one (see `farstep.Sync` and `farstep.Bounded`) the
-            parameters are the session's present ones, and training goes on from there.
+        reason: why they did not: `skipped` by a worker whose gradients overflowed, `late`, `stale`, `accumulated`,
+            `nonfinite`, or `rolled_back`, where the session went back and that is accepted; "" if they did. After a
+            `late` or `stale` one (see `farstep.Sync` and `farstep.Bounded`) the parameters are the session's present
+            ones, and training goes on from there.
         detail: the same as a sentence, which names the worker and the tensor where there is one.
         facts: what the session's policies say of the step's gradients, by name; `grad_norm` is one of them.
         disagreement: where the workers of the step named different options, and which were used, as a sentence; ""
@@ -153,7 +157,7 @@ class StepReport:
     divisor: int = 1
     kernel: str = ""
     again: bool = False
-    reason: Reason = ""
+    reason: Outcome = ""
     detail: str = ""
     weight: float = 1.0
     facts: Mapping[str, float] = field(default_factory=dict)

@@ -14,8 +14,9 @@ import mmap
 import os
 import secrets
 import sys
+import weakref
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Self, final
 
 import torch
@@ -70,17 +71,21 @@ class SharedMemory:
 
 
 @final
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True, eq=False)
 class OwnedSharedMemory:
-    """Shared memory that this process created; the server finds it by `key` and `fd`, until `close`."""
+    """Shared memory that this process created; a server finds it by `key` and `fd`, until it is closed or gone."""
 
     memory: SharedMemory
     key: str
     fd: int
+    _closing: weakref.finalize[[int], OwnedSharedMemory] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_closing", weakref.finalize(self, os.close, self.fd))
 
     def close(self) -> None:
-        """Close the descriptor."""
-        os.close(self.fd)
+        """Close the descriptor, so that no server finds the memory any more."""
+        self._closing()
 
 
 def make(sizes: Sizes) -> OwnedSharedMemory:
@@ -99,10 +104,11 @@ def make(sizes: Sizes) -> OwnedSharedMemory:
         nbytes = nbytes_of(sizes)
         os.posix_fallocate(fd, 0, nbytes)
         fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
-        return OwnedSharedMemory(SharedMemory.over(mmap.mmap(fd, nbytes), sizes), key, fd)
+        memory = SharedMemory.over(mmap.mmap(fd, nbytes), sizes)
     except BaseException:
         os.close(fd)
         raise
+    return OwnedSharedMemory(memory, key, fd)
 
 
 def _room(name: str, size: int) -> int:

@@ -89,6 +89,10 @@ class EmbeddedLink(Link):
         return self._state.version
 
     @property
+    def durability(self) -> str:
+        return self._plan.level
+
+    @property
     def fields(self) -> Mapping[str, FieldKind]:
         return self._fields
 
