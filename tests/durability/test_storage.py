@@ -70,14 +70,20 @@ def test_memory_stays_when_its_file_goes(storage: Storage) -> None:
     "reference",
     [lambda each: each[3:9], lambda each: torch.frombuffer(each[:], dtype=torch.uint8)[5:], lambda each: None],
 )
-def test_memory_that_is_let_go_of(storage: Storage, reference: Callable[[memoryview], object]) -> None:
-    """The storage knows whether a slice or a tensor still refers to memory that was let go of."""
+def test_memory_is_used_again_only_alone(storage: Storage, reference: Callable[[memoryview], object]) -> None:
+    """The storage knows whether a slice or a tensor still refers to memory that is to be used again."""
     storage.create("x", 64)
     memory = storage.map("x")
+    memory[:4] = b"same"
     held = reference(memory)
-    assert storage.unmap(memory) is (held is None)
+    again = storage.reuse(memory)
     with pytest.raises(ValueError, match="released"):
         memory[0]
+    assert (again is None) is (held is not None)
+    if again is not None:
+        assert bytes(again[:4]) == b"same"
+        again[:4] = b"file"
+        assert bytes(storage.map("x")[:4]) == b"file"
 
 
 def test_pieces_become_a_file(storage: Storage) -> None:

@@ -78,7 +78,8 @@ class Journal:
         after: what was found of it, if it was there before.
         segment: the number of the first segment that is written, behind those that are there; None: the next one.
         segment_bytes: the usual size of one; a multiple of 64 is made of it.
-        spare_bytes: how many bytes of segments are kept at most to be used again; None: four of the usual size.
+        spare_bytes: how many bytes of segments are kept at most to be used again; None: what was let go of last, or
+            four of the usual size if that is more. So a session that goes on as before makes no new files.
 
     Attributes:
         sync_policy: `sync`.
@@ -113,6 +114,7 @@ class Journal:
         self._folder = folder
         self._boot = boot_name(storage.boot)
         self._segment_bytes = padded(max(segment_bytes, FIRST + 2 * ALIGN))
+        self._most_spare_bytes = spare_bytes
         self._spare_bytes = SPARE_SEGMENTS * self._segment_bytes if spare_bytes is None else spare_bytes
         self._kept_free = 0  # bytes at the end of the segment that only `append` may use
         self._writing = threading.Lock()  # taken inside `_syncing`, if both are
@@ -121,7 +123,7 @@ class Journal:
             number: _Kept(name, storage.size(name), None) for number, name in segments_in(storage, folder)
         }
         self._unsynced = [each.name for each in self._segments.values()]
-        self._spares: list[str] = []
+        self._spares: list[tuple[str, memoryview | None]] = []
         last = max(self._segments, default=0)
         if segment is not None and segment <= last:
             raise ValueError(f"Segment {last} is there, so the next one cannot be {segment}.")
@@ -239,6 +241,9 @@ class Journal:
             with self._writing:
                 old = {number: each for number, each in self._segments.items() if number < segment}
                 old.pop(self._present.number, None)
+                if self._most_spare_bytes is None:
+                    let_go = sum(each.nbytes for each in old.values())
+                    self._spare_bytes = max(SPARE_SEGMENTS * self._segment_bytes, let_go)
             for number, each in old.items():
                 spare = self._let_go(number, each)
                 with self._writing:
@@ -252,15 +257,16 @@ class Journal:
                     self.failed = None
         reached("journal.forget.after")
 
-    def _let_go(self, number: int, kept: _Kept) -> list[str]:
-        """Remove a segment's file, or keep it under another name, which is returned."""
+    def _let_go(self, number: int, kept: _Kept) -> list[tuple[str, memoryview | None]]:
+        """Remove a segment's file, or keep it under another name, which is returned with its memory."""
         written, kept.written = kept.written, None
-        alone = written is not None and self._storage.unmap(written.memory)
-        usual = kept.nbytes == self._segment_bytes and self.spare_nbytes + kept.nbytes <= self._spare_bytes
-        if alone and usual and self.failed is None:
-            spare = f"{self._folder}/{number:08}{SPARE}"
-            self._storage.rename(kept.name, spare)
-            return [spare]
+        wanted = kept.nbytes == self._segment_bytes and self.spare_nbytes + kept.nbytes <= self._spare_bytes
+        if wanted and written is not None and self.failed is None:
+            memory = self._storage.reuse(written.memory)
+            if memory is not None:
+                spare = f"{self._folder}/{number:08}{SPARE}"
+                self._storage.rename(kept.name, spare)
+                return [(spare, memory)]
         self._storage.remove(kept.name)
         return []
 
@@ -282,13 +288,15 @@ class Journal:
         """
         name = name_of(self._folder, number)
         usual = nbytes == self._segment_bytes
-        file = self._spares.pop() if usual and self._spares else f"{self._folder}/{number:08}{NEW}"
+        new = f"{self._folder}/{number:08}{NEW}"
+        file, memory = self._spares.pop() if usual and self._spares else (new, None)
         try:
-            if file.endswith(NEW):
+            if file == new:
                 self._storage.create(file, nbytes)
                 self._storage.sync(file)
             reached("journal.begin.created")
-            segment = Segment(self._storage.map(file), number, self.chain, self._boot)
+            memory = self._storage.map(file) if memory is None else memory
+            segment = Segment(memory, number, self.chain, self._boot)
             reached("journal.begin.mapped")
             self._storage.rename(file, name)
             self._storage.sync_names(self._folder)
@@ -310,6 +318,6 @@ class Journal:
                 continue
             has_room = self.spare_nbytes + self._segment_bytes <= self._spare_bytes
             if each.endswith(SPARE) and has_room and self._storage.size(name) == self._segment_bytes:
-                self._spares.append(name)
+                self._spares.append((name, None))
             else:
                 self._storage.remove(name)

@@ -2,7 +2,7 @@
 
     create(name, nbytes)   a new file of zeros, whose blocks are taken from the disk: writing to it cannot fail for room
     map(name)              its bytes as memory; what is written there survives the process, and a power loss once synced
-    unmap(memory)          let go of that memory
+    reuse(memory)          that memory again, if nothing else refers to it
     write(name, pieces)    a new file, whole
     sync(name)             what the file holds, and its size, are on the disk when this returns
     sync_names(folder)     which files there are, under which names, is on the disk when this returns
@@ -61,8 +61,8 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def unmap(self, memory: memoryview) -> bool:
-        """Release what `map` returned, and return whether nothing else refers to that memory: no slice of it.
+    def reuse(self, memory: memoryview) -> memoryview | None:
+        """Release what `map` returned; return it anew if nothing else refers to that memory: no slice of it.
 
         A tensor counts if it was made of a slice. One made of the memory itself does not: torch refers to the
         `memoryview` that it is given, which is released here.
@@ -162,8 +162,16 @@ class DiskStorage(Storage):
         finally:
             os.close(descriptor)
 
-    def unmap(self, memory: memoryview) -> bool:
-        return unmapped(memory)
+    def reuse(self, memory: memoryview) -> memoryview | None:
+        mapping = memory.obj
+        memory.release()
+        if not isinstance(mapping, mmap.mmap):  # an empty file
+            return memoryview(b"")
+        try:
+            mapping.resize(len(mapping))  # changes nothing, and fails if another view, an array or a tensor is there
+        except (BufferError, SystemError):  # SystemError: this system cannot resize
+            return None
+        return memoryview(mapping)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> int:
         path = self._path(name)
@@ -276,19 +284,6 @@ class DiskStorage(Storage):
             descriptor = self._open.pop(name, None)
         if descriptor is not None:
             os.close(descriptor)
-
-
-def unmapped(memory: memoryview) -> bool:
-    """Release the memory of a `mmap`, and return whether that was the last of what refers to it."""
-    mapping = memory.obj
-    memory.release()
-    if not isinstance(mapping, mmap.mmap):  # an empty file
-        return True
-    try:
-        mapping.close()
-    except BufferError:  # exported to another view, an array or a tensor
-        return False
-    return True
 
 
 def _rename_in(table: dict[str, Of], old: str, new: str) -> None:

@@ -48,8 +48,8 @@ class FaultyStorage(Storage):
         self._reach("map")
         return self.inner.map(name, writable=writable)
 
-    def unmap(self, memory: memoryview) -> bool:
-        return self.inner.unmap(memory)
+    def reuse(self, memory: memoryview) -> memoryview | None:
+        return self.inner.reuse(memory)
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> int:
         self._reach("write")

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from farstep_service.durability.storage import Storage, unmapped
+from farstep_service.durability.storage import Storage
 
 SECTOR = 512
 REORDERED = 3
@@ -120,15 +120,19 @@ class PowerStorage(Storage):
         file = self._file(name)
         return memoryview(file.memory if writable and file.memory is not None else bytearray(file.seen))
 
-    def unmap(self, memory: memoryview) -> bool:
+    def reuse(self, memory: memoryview) -> memoryview | None:
         self.observe()
         mapping = memory.obj
-        if not unmapped(memory):
-            return False
-        for file in self._alive:  # the file itself goes on; only this use of it has ended
-            if file.memory is mapping:
-                file.memory = File.of(file.seen).memory
-        return True
+        memory.release()
+        if not isinstance(mapping, mmap.mmap):
+            return memoryview(b"")
+        (file,) = (each for each in self._alive if each.memory is mapping)
+        try:
+            mapping.close()
+        except BufferError:
+            return None
+        file.memory = File.of(file.seen).memory
+        return self.map(next(name for name, each in self.files.items() if each is file))
 
     def write(self, name: str, pieces: Iterable[bytes | memoryview]) -> int:
         self.observe()
