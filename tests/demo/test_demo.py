@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
@@ -53,6 +54,24 @@ def test_the_demo_meets_its_targets():
     assert result["steps"] == Training().steps
     assert min(result["steps_per_s"], result["mb_per_s"]) > 0
     assert 0 < result["seconds"] < 120
+
+
+@pytest.mark.promise(
+    "`farstep demo --chaos` kills its server in the middle, and ends with the bits of a run without the kill.",
+    area="durability",
+)
+def test_the_demo_survives_its_server():
+    """The server is killed with SIGKILL once; no worker joins again, no bit of a parameter differs, nothing is left."""
+    with processes() as started, tempfile.TemporaryDirectory() as place:
+        environment = environment_of(os.environ) | {"TMPDIR": place}
+        started.start("demo", [*DEMO, "--chaos", "--json", "--epochs", "12"], environment)
+        lines, exited = until_the_end(events_of(started))
+        assert exited.code == 0, failure_of(exited)
+        assert [name for name in os.listdir(place) if name.startswith("farstep-demo-")] == []
+    result = json.loads(lines[0])
+    assert (result["ok"], result["server_kills"], result["rejoins"]) == (True, 1, 0)
+    assert result["max_parameter_difference"] == 0
+    assert result["seconds"] < 120
 
 
 @pytest.mark.parametrize("victim", ["worker-01", SERVER])

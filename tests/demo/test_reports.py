@@ -63,6 +63,15 @@ def test_the_result_is_one_json_line_with_its_figures():
     }
 
 
+def test_a_result_of_chaos_says_what_was_survived():
+    """Only a demo whose server was killed, and that met every target, says that every bit is there."""
+    survived = replace(RESULT, server_kills=1)
+    assert json.loads(survived.to_json()) == {**json.loads(RESULT.to_json()), "server_kills": 1, "rejoins": 0}
+    assert "every bit is that of a run without the kill" in str(survived)
+    assert "every bit" not in str(RESULT)
+    assert "every bit" not in str(replace(survived, rejoins=1))
+
+
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
@@ -70,6 +79,9 @@ def test_the_result_is_one_json_line_with_its_figures():
         ({"accuracy_local": 0.9699}, "the local test accuracy is 96.99%, not at least 97%"),
         ({"max_parameter_difference": 0.5}, "the parameters differ by 0.5, not at most 1e-06"),
         ({"max_parameter_difference": float("nan")}, "the parameters differ by nan, not at most 1e-06"),
+        ({"server_kills": 0}, "the training ended before the server could be killed; take more --epochs"),
+        ({"server_kills": 1, "rejoins": 2}, "workers had to join again 2 times: the session was gone"),
+        ({"server_kills": 1, "max_parameter_difference": 1e-9}, "the parameters differ by 1e-09, where no bit may"),
     ],
 )
 def test_a_missed_target_is_named(changes: dict, complaint: str):

@@ -103,10 +103,15 @@ def demo(
         typer.Option(metavar="N", min=1, help="Passes over the data; enough to learn the digits by default."),
     ] = None,
     optimizer: Annotated[str, typer.Option(metavar="NAME", help="The optimizer.")] = "Adagrad",
+    chaos: Annotated[
+        bool, typer.Option("--chaos", help="Kill the server in the middle with SIGKILL, and start it again.")
+    ] = False,
 ) -> None:
     """Train on handwritten digits with the optimizer in a server process, and compare with torch.optim."""
     with reporting(json_output):
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
         from farstep_service.demo import run
 
-        raise typer.Exit(run(json_output=json_output, workers=workers, epochs=epochs, optimizer=optimizer))
+        raise typer.Exit(
+            run(json_output=json_output, workers=workers, epochs=epochs, optimizer=optimizer, disturbed=chaos)
+        )

@@ -5,6 +5,7 @@ The processes are children of the demo, started and watched as those of `farstep
     the server prints its address    the workers start
     a worker prints a report         the display shows it
     a worker exits                   it has finished; the run ends when all have
+    the server exits, of chaos       it is started again on its directory, and the workers go on
     anything else exits              the run fails, with the last line that the process wrote to its standard error
 """
 
@@ -18,9 +19,11 @@ from typing import final
 from torch import nn
 
 from farstep.errors import FarstepError
+from farstep_service.demo.chaos import Chaos
 from farstep_service.demo.digits import build_model, fingerprint_of
 from farstep_service.demo.display import Display
 from farstep_service.demo.reports import Pace, Report
+from farstep_service.demo.trainer import GONE
 from farstep_service.demo.training import SESSION, Training, remote_optimizer, worker_name
 from farstep_service.launch.children import Children, Event, LineWritten, ProcessExited
 from farstep_service.launch.own_server import SERVER, address_of
@@ -46,10 +49,12 @@ class RemoteRun:
         display: shows processes and reports.
         environment: variables of the workers, beside those that lead to the session.
         silence_s: how long all processes together may be silent.
+        chaos: kills the server and starts it again; None to leave it alone.
 
     Attributes:
         url: the server's address, "" until it listens.
         last: the last report of each worker, by name.
+        rejoins: how often a worker found its session gone and joined again.
     """
 
     def __init__(
@@ -60,14 +65,17 @@ class RemoteRun:
         environment: Mapping[str, str],
         *,
         silence_s: float = SILENCE_S,
+        chaos: Chaos | None = None,
     ) -> None:
         self.url = ""
         self.last: dict[str, Report] = {}
+        self.rejoins = 0
         self._processes = processes
         self._training = training
         self._display = display
         self._environment = environment
         self._silence_s = silence_s
+        self._chaos = chaos
         self._left = {worker_name(index) for index in range(training.workers)}
 
     def to_the_end(self) -> None:
@@ -136,9 +144,11 @@ class RemoteRun:
         if process != SERVER:
             report = Report.from_line(line.decode(errors="replace"))
             if report is not None:
-                self.last[process] = report
-                self._display.remote(report, Pace.of(self.last.values()))
-        elif not self.url:
+                self._take_report(process, report)
+        elif self.url:
+            _, pid = address_of(line)
+            self._display.say(f"{SERVER} is process {pid} now, and the workers go on")
+        else:
             self.url, pid = address_of(line)
             train, test, optimizer = len(self._training.train), len(self._training.test), self._training.optimizer
             self._display.say(f"{train} digits to train on, {test} to test with, {optimizer}")
@@ -146,8 +156,19 @@ class RemoteRun:
             for name, number in self.start_workers().items():
                 self._display.say(f"{name} is process {number}")
 
+    def _take_report(self, worker: str, report: Report) -> None:
+        self.last[worker] = report
+        self.rejoins += report.note.startswith(GONE)
+        self._display.remote(report, Pace.of(self.last.values()))
+        if self._chaos is not None and self._chaos.strike(report):
+            self._display.say(f"{SERVER} is killed with SIGKILL at version {report.version} of {report.steps}")
+
     def _take_exit(self, exited: ProcessExited) -> None:
         name = exited.process
+        if name == SERVER and self._chaos is not None and self._chaos.take_exit(exited):
+            self._display.say(f"{SERVER} {in_words(exited.code)}; it is started again on the same directory")
+            self._chaos.start(self.url)
+            return
         if name not in self._left or exited.code or name not in self.last or not self.last[name].fingerprint:
             raise failure_of(exited)
         self._left.remove(name)

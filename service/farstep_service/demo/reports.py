@@ -101,6 +101,8 @@ class Result:
         steps_per_s, mb_per_s: pace of the remote run, without starting processes; megabytes of 10⁶ bytes, all workers.
         seconds: duration of the whole demo.
         kernel: the kernels that ran on the server.
+        server_kills: how often the server was killed in the middle of the training; None for a demo without chaos.
+        rejoins: how often a worker had to join again because its session was gone.
     """
 
     accuracy_remote: float
@@ -113,6 +115,8 @@ class Result:
     seconds: float
     optimizer: str
     kernel: str
+    server_kills: int | None = None
+    rejoins: int = 0
 
     @property
     def missed(self) -> list[str]:
@@ -123,6 +127,13 @@ class Result:
                 missed.append(f"the {name} test accuracy is {accuracy:.2%}, not at least {ACCURACY_WANTED:.0%}")
         if not self.max_parameter_difference <= TOLERANCE:
             missed.append(f"the parameters differ by {self.max_parameter_difference:g}, not at most {TOLERANCE:g}")
+        if self.server_kills is not None:
+            if not self.server_kills:
+                missed.append("the training ended before the server could be killed; take more --epochs")
+            if self.rejoins:
+                missed.append(f"workers had to join again {self.rejoins} times: the session was gone")
+            if self.max_parameter_difference:
+                missed.append(f"the parameters differ by {self.max_parameter_difference:g}, where no bit may")
         return missed
 
     @property
@@ -131,8 +142,11 @@ class Result:
         return not self.missed
 
     def to_json(self) -> str:
-        """Return the result as one line of JSON."""
-        return json.dumps({**asdict(self), "ok": self.ok})
+        """Return the result as one line of JSON; what chaos adds is there with chaos only."""
+        figures = asdict(self)
+        if self.server_kills is None:
+            del figures["server_kills"], figures["rejoins"]
+        return json.dumps({**figures, "ok": self.ok})
 
     def __str__(self) -> str:
         pace = f"{self.steps} steps, {self.steps_per_s:.0f} steps/s, {self.mb_per_s:.0f} MB/s, {self.kernel} kernel"
@@ -142,6 +156,15 @@ class Result:
             f"{there:{width}}  test accuracy {self.accuracy_remote:.2%}  {pace}",
             f"{here:{width}}  test accuracy {self.accuracy_local:.2%}",
             f"largest parameter difference {self.max_parameter_difference:g}, {self.seconds:.0f} s in all",
+            *self._survived(),
             *(f"MISSED: {each}" for each in self.missed),
         ]
         return "\n".join(lines)
+
+    def _survived(self) -> list[str]:
+        if not self.server_kills or self.missed:
+            return []
+        return [
+            "the server was killed with SIGKILL in the middle and started again on its directory: no step was lost,",
+            "none was applied twice, and every bit is that of a run without the kill",
+        ]

@@ -15,10 +15,11 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from farstep_service.demo.chaos import Chaos, data_directory
 from farstep_service.demo.reports import Pace, Result
 from farstep_service.launch.children import Children, children
 from farstep_service.launch.own_server import SERVER, command_on_loopback
@@ -34,7 +35,14 @@ KEPT = frozenset({"FARSTEP_KERNEL_CACHE"})
 """The user's settings that the demo's processes take over: the demo's server is not the user's."""
 
 
-def run(*, json_output: bool = False, workers: int = 2, epochs: int | None = None, optimizer: str = "Adagrad") -> int:
+def run(
+    *,
+    json_output: bool = False,
+    workers: int = 2,
+    epochs: int | None = None,
+    optimizer: str = "Adagrad",
+    disturbed: bool = False,
+) -> int:
     """Run the demo and return its exit code: 0 when every target was met, 1 when not.
 
     Args:
@@ -42,30 +50,38 @@ def run(*, json_output: bool = False, workers: int = 2, epochs: int | None = Non
         workers: how many worker processes train.
         epochs: passes over the data; None for as many as the target needs.
         optimizer: a name of `farstep_service.demo.training.OPTIONS`.
+        disturbed: kill the server in the middle of the training, and start it again.
 
     Raises:
         FarstepError: a process ended too early, an option is invalid, or scikit-learn is missing. No process is left.
     """
     began = time.monotonic()
-    with processes() as started:
-        started.start(SERVER, command_on_loopback(), environment_of(os.environ))
+    environment = environment_of(os.environ)
+    with ExitStack() as stack:
+        directory = stack.enter_context(data_directory()) if disturbed else ""
+        started = stack.enter_context(processes())
+        chaos = Chaos(started, directory, environment) if directory else None
+        if chaos is None:
+            started.start(SERVER, command_on_loopback(), environment)
+        else:
+            chaos.start()
         # What follows imports torch, while the server does.
         from farstep_service.demo.display import display
         from farstep_service.demo.training import EPOCHS, Training
 
         training = Training(workers=workers, epochs=EPOCHS if epochs is None else epochs, optimizer=optimizer)
         with display(silent=json_output) as shown:
-            result = _compare(started, training, shown, began)
+            result = _compare(started, training, shown, began, chaos)
     print(result.to_json() if json_output else result, flush=True)
     return 0 if result.ok else 1
 
 
-def _compare(started: Children, training: Training, shown: Display, began: float) -> Result:
+def _compare(started: Children, training: Training, shown: Display, began: float, chaos: Chaos | None = None) -> Result:
     from farstep_service.demo.digits import accuracy_of, largest_difference
     from farstep_service.demo.remote import RemoteRun
     from farstep_service.demo.training import train_locally
 
-    run = RemoteRun(started, training, shown, environment_of(os.environ))
+    run = RemoteRun(started, training, shown, environment_of(os.environ), chaos=chaos)
     run.to_the_end()
     remote = run.fetch()
     started.stop(SERVER, within_s=STOP_S)
@@ -82,6 +98,8 @@ def _compare(started: Children, training: Training, shown: Display, began: float
         seconds=round(time.monotonic() - began, 1),
         optimizer=training.optimizer,
         kernel="+".join(sorted({kernel for report in run.last.values() for kernel in report.kernels})),
+        server_kills=None if chaos is None else chaos.kills,
+        rejoins=run.rejoins,
     )
 
 

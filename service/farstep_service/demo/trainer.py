@@ -28,6 +28,8 @@ from farstep_service.demo.training import Training
 GIVE_UP_S = 300.0
 """How long a worker retries without a step."""
 REPORT_EVERY_S = 0.2
+GONE = "the session was gone"
+"""How the note of a worker begins that had to join again."""
 
 
 class Joined(Protocol):
@@ -186,4 +188,4 @@ class Trainer:
             self._model.load_state_dict(saved.parameters)
             created = self._optimizer.rejoin(saved.optimizer, version=saved.version)
         self._losses.clear()
-        self._say(note="the session was gone; " + ("created it anew" if created else "joined it again"))
+        self._say(note=f"{GONE}; " + ("created it anew" if created else "joined it again"))
