@@ -75,22 +75,25 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log
 
-# /tmp is the only place the user needs to write to apart from the kernels, so it is also the home.
+# /tmp is the only place the user needs to write to apart from the kernels and the sessions, so it is also the home.
 RUN groupadd --gid 10001 farstep \
     && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin farstep \
-    && install --directory --owner=farstep --group=farstep --mode=0700 /opt/farstep/kernels
+    && install --directory --owner=farstep --group=farstep --mode=0700 /opt/farstep/kernels /var/lib/farstep
 
 COPY --from=builder /opt/farstep/venv /opt/farstep/venv
 
 # PASSIVE: threads of a step that wait for each other must not spin; on two busy cores a step is 50 times slower then.
 ENV PATH=/opt/farstep/venv/bin:$PATH \
     FARSTEP_KERNEL_CACHE=/opt/farstep/kernels \
+    FARSTEP_SERVE_DATA_DIR=/var/lib/farstep \
     OMP_WAIT_POLICY=PASSIVE \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 
 USER 10001:10001
 WORKDIR /tmp
+# Sessions outlive the server's process, and the container if a volume with a name is mounted here.
+VOLUME /var/lib/farstep
 EXPOSE 7171
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --start-interval=2s --retries=3 \
     CMD ["farstep", "healthcheck"]

@@ -112,6 +112,15 @@ def test_the_kernels_outlive_the_container(compose: dict[str, Any], services: Se
         assert f"FARSTEP_KERNEL_CACHE={place}" in dockerfile
 
 
+def test_the_sessions_outlive_the_container(compose: dict[str, Any], services: Services, dockerfile: str):
+    """A server's data directory is a volume with a name, of its own, at the place where the image keeps sessions."""
+    volumes = [each.split(":") for name in ("server", "server-gpu") for each in services[name]["volumes"]]
+    names = [name for name, place in volumes if place == "/var/lib/farstep"]
+    assert "FARSTEP_SERVE_DATA_DIR=/var/lib/farstep" in dockerfile
+    assert set(names) <= set(compose["volumes"])
+    assert len(set(names)) == 2
+
+
 def test_compose_renders_the_plain_file(root: Path):
     """`docker compose config` accepts the file and shows the three services."""
     assert set(render(root)) == {"server", *WORKERS}

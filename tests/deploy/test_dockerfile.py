@@ -43,6 +43,13 @@ def test_the_entry_point_and_the_command_take_signals_themselves(dockerfile: str
     assert last(dockerfile, "CMD") == '["serve", "--host", "0.0.0.0"]'
 
 
+def test_the_data_directory_is_the_users_and_a_volume(dockerfile: str):
+    """Sessions are kept in a volume even if none is mounted, and only the server's user may read them."""
+    place = last(dockerfile, "VOLUME")
+    assert f"FARSTEP_SERVE_DATA_DIR={place}" in dockerfile
+    assert re.search(rf"install --directory --owner=farstep --group=farstep --mode=0700 .*{place}$", dockerfile, re.M)
+
+
 @pytest.mark.parametrize(
     "label", ["title", "description", "licenses", "version", "revision", "created", "source", "documentation"]
 )
