@@ -16,7 +16,7 @@ INSTALLED := $(VENV)/.installed-$(or $(VERSION),without-python)
 WITH_DOCS := $(VENV)/.docs-$(or $(VERSION),without-python)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test fast promises model attack parity lint format bench docs clean
+.PHONY: help install demo test fast promises model attack torture parity lint format bench docs clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -40,6 +40,9 @@ model: $(INSTALLED) ## try other, and 10,000, examples of the models: consistenc
 
 attack: $(INSTALLED) ## attack a server: damaged bodies, connections held in every state, kills and cuts (ARGS="bodies --seed 2", --write)
 	$(BIN)/python -m tests.attack $(ARGS)
+
+torture: $(INSTALLED) ## kill servers 1,000 times, and at each step of writing down: nothing lost (ARGS="kills --seed 2", --write)
+	$(BIN)/python -m tests.robustness $(ARGS)
 
 parity: $(INSTALLED) ## compare every option of every optimizer with torch.optim (ARGS="--write" puts it into docs/)
 	$(BIN)/python -m tests.parity $(ARGS)

@@ -46,7 +46,7 @@ def test_no_test_module_is_anothers_helper():
 
 SUPPORT = "support"
 """Where helpers are, in the folders of those that they help."""
-TOOLS = {"attack", "benchmarks", "parity", "promises"}
+TOOLS = {"attack", "benchmarks", "parity", "promises", "robustness"}
 """Programs that `make` runs, each with its tests beside it."""
 MODELS = {"codecs", "coordinator", "policies", "session"}
 """Folders whose tests compare with a model or a table that stands beside them."""
