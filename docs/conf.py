@@ -19,10 +19,11 @@ NAVIGATION: dict[str, list[str]] = {
         "docs/policies",
         "docs/overlap",
         "docs/sessions",
+        "docs/durability",
         "docs/errors",
     ],
     "Measure": ["docs/bench", "docs/benchmarks", "docs/training_speed", "docs/parity"],
-    "Trust": ["docs/promises", "SECURITY", "docs/limits", "docs/attack"],
+    "Trust": ["docs/promises", "SECURITY", "docs/limits", "docs/attack", "docs/torture"],
     "Build": ["client/farstep/protocol/PROTOCOL", "CONTRIBUTING", "service/README", "client/README", "CHANGELOG"],
 }
 """The sidebar: captions, and the pages below them, without their `.md`."""
