@@ -3,8 +3,8 @@
     FARSTEP_FAILPOINT=journal.append.written       the process ends when it first comes there
     FARSTEP_FAILPOINT=journal.append.written:3     when it comes there for the third time
 
-The variable is read when this module is imported. Without it, a call of `reached` costs a comparison. Nothing is
-flushed and no handler runs (`os._exit`), and the exit status is that of a process killed with -9.
+The variable is read when the process first comes to a place. Without it, a call of `reached` costs a comparison.
+Nothing is flushed and no handler runs (`os._exit`), and the exit status is that of a process killed with -9.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Mapping
+from functools import cache
 from typing import Final, Literal, final, get_args
 
 VARIABLE: Final = "FARSTEP_FAILPOINT"
@@ -83,10 +84,14 @@ class Failpoint:
             return not self._left
 
 
-_FAILPOINT: Final = Failpoint.of(os.environ)
+@cache
+def _failpoint() -> Failpoint:
+    """Return that of this process; read late, since a process may be forked from one with another environment."""
+    return Failpoint.of(os.environ)
 
 
 def reached(name: Name) -> None:
     """End the process if this is the place and the visit that its environment names."""
-    if name == _FAILPOINT.name and _FAILPOINT.visit():
+    failpoint = _failpoint()
+    if name == failpoint.name and failpoint.visit():
         os._exit(KILLED)
