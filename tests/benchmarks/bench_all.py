@@ -37,6 +37,7 @@ PARTS = (
     "embedded",
     "bookkeeping",
     "stragglers",
+    "durability",
 )
 """In the order of the table; each is `tests/benchmarks/bench_<part>.py`."""
 APART = ("control", "crowd", "modes", "policies", "transport")

@@ -51,9 +51,9 @@ class DataDirectory:
         except OSError as exc:
             raise _refused(f"{path} cannot be used ({exc.strerror})", "Give a directory that can be written.") from exc
         self.storage = DiskStorage(self.path)
-        for name in self.storage.names(SESSIONS):
-            if name.endswith(REMOVED):
-                self.storage.remove(f"{SESSIONS}/{name}")
+        for folder in self.folders():
+            if folder.endswith(REMOVED) or self._was_never_there(folder):
+                self.storage.remove(folder)
 
     def folders(self) -> list[str]:
         """Return the folders of its sessions."""
@@ -75,6 +75,11 @@ class DataDirectory:
         """Give the directory up."""
         self.storage.close()
         os.close(self._lock)
+
+    def _was_never_there(self, folder: str) -> bool:
+        """Return whether a process ended while it made a session, of which the first manifest comes last."""
+        names = [name.partition(".") for name in self.storage.names(folder)]
+        return all(int(stem) == 1 and ending != "json" for stem, _, ending in names if stem.isdecimal())
 
     def _check(self) -> None:
         """Refuse a directory with anything in it that is not ours."""

@@ -80,6 +80,7 @@ class Journal:
         segment_bytes: the usual size of one; a multiple of 64 is made of it.
         spare_bytes: how many bytes of segments are kept at most to be used again; None: what was let go of last, or
             four of the usual size if that is more. So a session that goes on as before makes no new files.
+        lazily: make the first segment when there is something to write.
 
     Attributes:
         sync_policy: `sync`.
@@ -103,6 +104,7 @@ class Journal:
         segment: int | None = None,
         segment_bytes: int = SEGMENT_BYTES,
         spare_bytes: int | None = None,
+        lazily: bool = False,
     ) -> None:
         self.sync_policy: Sync = sync
         self.number, self.chain = after.number, after.chain
@@ -128,17 +130,20 @@ class Journal:
         if segment is not None and segment <= last:
             raise ValueError(f"Segment {last} is there, so the next one cannot be {segment}.")
         self._adopt_spares()
-        self._present = self._begin(last + 1 if segment is None else segment, self._segment_bytes)
+        self._following = last + 1 if segment is None else segment
+        self._present: Segment | None = None
+        if not lazily:
+            self._begin(self._segment_bytes)
 
     @property
     def segment(self) -> int:
         """Return the number of the segment that is written."""
-        return self._present.number
+        return self._following if self._present is None else self._present.number
 
     @property
     def first(self) -> int:
         """Return the number of the first segment that is kept; a payload in an older one has to be copied."""
-        return min(self._segments)
+        return min(self._segments, default=self._following)
 
     @property
     def nbytes(self) -> int:
@@ -162,9 +167,9 @@ class Journal:
         """
         with self._writing:
             self._raise_failed()
-            self._make_room(record_bytes(nbytes) + self._kept_free)
+            present = self._with_room(record_bytes(nbytes) + self._kept_free)
             self.since_rotation += record_bytes(nbytes)
-            return self._present.reserve(nbytes)
+            return present.reserve(nbytes)
 
     def append(self, body: bytes, room: int = 0) -> int:
         """Write an event and return its number.
@@ -179,11 +184,11 @@ class Journal:
         kept_free = record_bytes(room) if room else 0
         with self._writing:
             self._raise_failed()
-            self._make_room(record_bytes(len(body)) + kept_free)
+            present = self._with_room(record_bytes(len(body)) + kept_free)
             number = self.number + 1
             chain = chained(self.chain, number, body)
             reached("journal.append.before")
-            self._present.append(body, number, self.durable, chain)
+            present.append(body, number, self.durable, chain)
             self.since_rotation += record_bytes(len(body))
             self.number, self.chain, self._kept_free = number, chain, kept_free
             reached("journal.append.after")
@@ -210,12 +215,14 @@ class Journal:
                     self._storage.sync(name)
             except OSError as exc:
                 with self._writing:
-                    self.failed, self._failed_before = exc, self._present.number + 1
+                    self.failed, self._failed_before = exc, self._following
                 raise
             with self._writing:
-                del self._unsynced[: len(names) - 1]  # the last one was the present one
+                present = self._present
+                del self._unsynced[: len(names) - (present is not None)]  # the last one was the present one
                 self.durable = max(self.durable, upto)
-                self._present.mark(self.durable)
+                if present is not None:
+                    present.mark(self.durable)
             reached("journal.sync.after")
 
     def rotate(self) -> int:
@@ -226,9 +233,9 @@ class Journal:
         """
         reached("journal.rotate")
         with self._writing:
-            self._present = self._begin(self._present.number + 1, self._segment_bytes)
+            begun = self._begin(self._segment_bytes)
             self.since_rotation = 0
-            return self._present.number
+            return begun.number
 
     def forget(self, segment: int) -> None:
         """Let go of the segments before one, at most of those before the present one.
@@ -240,7 +247,7 @@ class Journal:
         with self._syncing:
             with self._writing:
                 old = {number: each for number, each in self._segments.items() if number < segment}
-                old.pop(self._present.number, None)
+                old.pop(self.segment, None)
                 if self._most_spare_bytes is None:
                     let_go = sum(each.nbytes for each in old.values())
                     self._spare_bytes = max(SPARE_SEGMENTS * self._segment_bytes, let_go)
@@ -274,18 +281,22 @@ class Journal:
         if self.failed is not None:
             raise self.failed.with_traceback(None)
 
-    def _make_room(self, nbytes: int) -> None:
-        if self._present.room < nbytes:
+    def _with_room(self, nbytes: int) -> Segment:
+        """Return the segment that is written, which has room for so much; begin one where it has not."""
+        present = self._present
+        if present is None or present.room < nbytes:
             fits = FIRST + nbytes <= self._segment_bytes
             size = self._segment_bytes if fits else FIRST + nbytes + min(BESIDE_BYTES, self._segment_bytes)
-            self._present = self._begin(self._present.number + 1, size)
+            present = self._begin(size)
+        return present
 
-    def _begin(self, number: int, nbytes: int) -> Segment:
-        """Make a segment: its size, head and name, in this order, so that one with a name has the others.
+    def _begin(self, nbytes: int) -> Segment:
+        """Make the next segment: its size, head and name, in this order, so that one with a name has the others.
 
         Raises:
             OSError: it could not be made; nothing has changed.
         """
+        number = self._following
         name = name_of(self._folder, number)
         usual = nbytes == self._segment_bytes
         new = f"{self._folder}/{number:08}{NEW}"
@@ -308,6 +319,7 @@ class Journal:
         reached("journal.begin.named")
         self._segments[number] = _Kept(name, nbytes, segment)
         self._unsynced.append(name)
+        self._present, self._following = segment, number + 1
         return segment
 
     def _adopt_spares(self) -> None:

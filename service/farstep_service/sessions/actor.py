@@ -383,6 +383,8 @@ class Actor:
             self.reads.close()
             self._shared_memories.clear()
             self._share.note(0)
+        if self._keeper is not None:
+            await self._keeper.ended()
 
 
 async def _kept_at_once() -> float:

@@ -27,19 +27,13 @@ from farstep_service.durability.recorder import DIRECT_BYTES, Recorder, not_dura
 from farstep_service.durability.snapshots import KEPT, Position, Saved, forget_snapshots, write_snapshot
 from farstep_service.durability.storage import Storage
 from farstep_service.failpoints import reached
-from farstep_service.plan import Plan
 from farstep_service.session import Session
+from farstep_service.sessions.journal_size import WINDOWS, rotate_bytes
 from farstep_service.sessions.turns import Turns
 from farstep_service.tensors.contribution import Contribution
 
 log = logging.getLogger("farstep.durability")
 
-SMALLEST_SEGMENT: Final = 256 << 10
-LARGEST_SEGMENT: Final = 64 << 20
-ROTATE_BYTES: Final = 32 << 20
-"""A session's journal is at least so large before a snapshot takes its place."""
-STATES: Final = 4
-"""A session's journal is so many times its parameters and state before a snapshot takes its place."""
 RETRY_S: Final = 1.0
 """Seconds between attempts to catch up with a journal that could not be written."""
 
@@ -101,13 +95,14 @@ class Keeper:
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns: Turns | None = None
         self._most_bytes = most_bytes
+        self._sized, self._rotated_at = session.plan, rotate_bytes(session.plan, most_bytes)
         self._saved_version, self._saved_at, self._changed = session.version, clock(), False
         self._tried_s = -RETRY_S
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, turns: Turns) -> None:
         """Begin to watch the session, whose turns these are."""
-        self._turns = turns
+        self._turns, self._clock = turns, turns.clock
         self._saved_version, self._saved_at = self._session.version, self._clock()
 
     def journal_(self, contribution: Contribution) -> None:
@@ -175,7 +170,7 @@ class Keeper:
         if recorder.behind is not None:
             await self._catch_up()
             return 0.0
-        if recorder.journal.nbytes <= 3 * self._rotate_bytes() or not self._snapshotting.locked():
+        if recorder.journal.nbytes <= (WINDOWS + 1) * self._rotate_bytes or not self._snapshotting.locked():
             return 0.0
         began = time.perf_counter()
         async with self._snapshotting:
@@ -200,13 +195,13 @@ class Keeper:
             return (steps is not None and self._session.version - self._saved_version >= steps) or (
                 seconds is not None and self._clock() - self._saved_at >= seconds
             )
-        if self._recorder is None:
-            return False
-        grown = self._recorder.journal.since_rotation
-        return grown >= min(ROTATE_BYTES, self._most_bytes // 3) and grown >= self._rotate_bytes()
+        return self._recorder is not None and self._recorder.journal.since_rotation >= self._rotate_bytes
 
+    @property
     def _rotate_bytes(self) -> int:
-        return min(max(ROTATE_BYTES, STATES * self._session.held_bytes), self._most_bytes // 3)
+        if self._sized is not (plan := self._session.plan):
+            self._sized, self._rotated_at = plan, rotate_bytes(plan, self._most_bytes)
+        return self._rotated_at
 
     def _begin_snapshot(self) -> None:
         if self._timer is not None:
@@ -288,6 +283,8 @@ class Keeper:
             only: it does not go with those before it.
         """
         place = self._place
+        if saved.waiting and self._recorder is not None and saved.position is not None:
+            self._recorder.journal.sync(saved.position.number)  # the manifest names what waiting pushes brought
         place.last += 1
         write_snapshot(place.storage, place.folder, place.last, saved)
         waiting = [each[1][0] for each in saved.waiting]
@@ -356,15 +353,14 @@ class Keeper:
         except (OSError, FarstepError) as exc:
             log.error("session %s: the last snapshot could not be written: %s", self._session.plan.name, exc)
 
+    async def ended(self) -> None:
+        """Return when nothing is written any more, after `stop`."""
+        async with self._snapshotting:
+            pass
+
     def stop(self) -> None:
         """Begin nothing any more: the session is over."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         self._session.journal = self._recorder = self._turns = None
-
-
-def segment_bytes(plan: Plan) -> int:
-    """Return the usual size of a segment: several pushes of a large session, and little for a small one."""
-    one = plan.layout.nbytes + (8 << 10)
-    return max(SMALLEST_SEGMENT, min(LARGEST_SEGMENT, 16 * one), 2 * one) // 4096 * 4096

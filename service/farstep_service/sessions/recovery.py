@@ -28,7 +28,8 @@ from farstep_service.durability.snapshots import KEPT, Manifest, Saved, damaged_
 from farstep_service.durability.storage import Storage
 from farstep_service.kernels import Kernels
 from farstep_service.session import Session, SessionRecord
-from farstep_service.sessions.keeper import Place, segment_bytes
+from farstep_service.sessions.journal_size import begin_journal
+from farstep_service.sessions.keeper import Place
 from farstep_service.tensors.payload import Payload
 
 log = logging.getLogger("farstep.durability")
@@ -138,14 +139,8 @@ def recover(
             raise damaged_file(f"{folder}, segment {at[0]}", f"the gradients of a push that waits, at byte {at[1]}")
         _arrive(session, read_back(bytes.fromhex(head)), payload, reader)
     assert isinstance(level, Journal)
-    journal = journals.Journal(
-        storage,
-        folder,
-        level.sync,
-        after=found,
-        segment=max(found.segment, position.segment),
-        segment_bytes=segment_bytes(plan),
-    )
+    following = max(found.segment, position.segment)
+    journal = begin_journal(storage, folder, level.sync, plan, after=found, segment=following)
     now = saved.now
     for each in happened:
         now = each.now

@@ -28,7 +28,8 @@ from farstep_service.durability.snapshots import Position, Saved, write_snapshot
 from farstep_service.failpoints import reached
 from farstep_service.kernels import Kernels
 from farstep_service.session import Session
-from farstep_service.sessions.keeper import Keeper, Place, segment_bytes
+from farstep_service.sessions.journal_size import begin_journal
+from farstep_service.sessions.keeper import Keeper, Place
 from farstep_service.sessions.recovery import Progress, Recovered, newest, recover
 from farstep_service.settings import Settings
 
@@ -168,7 +169,7 @@ class Vault:
         record = session.record(pushes=False)
         try:
             if isinstance(level, Journal):
-                journal = journals.Journal(storage, folder, level.sync, segment_bytes=segment_bytes(session.plan))
+                journal = begin_journal(storage, folder, level.sync, session.plan)
                 position = Position(0, NO_CHAIN, journal.segment)
             reached("session.create.before")
             saved = Saved(
