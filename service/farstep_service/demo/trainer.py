@@ -4,7 +4,7 @@ the server's answer        its meaning                                    the wo
 a receipt                  the step is committed                          goes on
 barrier_timeout            a worker was missing; nothing was applied      pulls, and takes the step again
 unavailable                no answer; the step may have been committed    pulls, and goes on where the session is
-session_lost               the server restarted                           rejoins with its last checkpoint
+session_lost               a server without a data directory restarted    rejoins with its last checkpoint
 fenced, and any other      another process took its name, or an error     raises the error
                            that waiting does not repair
 """

@@ -4,9 +4,10 @@
     FARSTEP_WORKER   this worker's name, ending in its number  FARSTEP_TOKEN     the server's token, if it asks for one
 
 A worker's step is the session's version, and its batch is a pure function of that number. So a worker that joins late,
-or again, continues at the session's version. Sessions live in the server's memory: when the server restarts, each
-worker still has its last checkpoint, and the first one to come back recreates the session from it; the others join.
-From there all take the same steps again, and the training ends as it would have without the restart.
+or again, continues at the session's version. A server with a data directory may be killed and started again: its
+sessions come back. One without takes them along; then each worker still has its last checkpoint, and the first one to
+come back recreates the session from it; the others join. From there all take the same steps again, and the training
+ends as it would have without the restart.
 """
 
 from __future__ import annotations
