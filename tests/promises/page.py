@@ -46,8 +46,8 @@ AREAS: Mapping[str, str] = {
 GAPS: Sequence[tuple[str, str]] = (
     (
         "Not promised: a disk that lies.",
-        "A loss of power is tried on a storage in memory that keeps what was synced and may lose or tear the rest. A disk "
-        "that says it has kept what it has not, and one that is gone, are outside of it: copy snapshots elsewhere.",
+        "A loss of power is tried on a storage in memory that keeps what was synced and may lose or tear the rest. A "
+        "disk that says it has kept what it has not, and one that is gone, are outside of it: copy snapshots elsewhere.",
     ),
     (
         "No test: monotonic reads.",
@@ -68,8 +68,8 @@ GAPS: Sequence[tuple[str, str]] = (
     ),
     (
         "Outside `make test`: long runs.",
-        "Attacks of ten minutes (`make attack`), 1,000 kills of servers (`make torture`) and 10,000 examples of the models "
-        "(`make model`) run before a release; a day under random faults has not been tried.",
+        "Attacks of ten minutes (`make attack`), 1,000 kills of servers (`make torture`) and 10,000 examples of the "
+        "models (`make model`) run before a release; a day under random faults has not been tried.",
     ),
 )
 """What a reader might expect to find above and does not."""
