@@ -47,7 +47,7 @@ GAPS: Sequence[tuple[str, str]] = (
     (
         "Not promised: a disk that lies.",
         "A loss of power is tried on a storage in memory that keeps what was synced and may lose or tear the rest. A "
-        "disk that says it has kept what it has not, and one that is gone, are outside of it: copy snapshots elsewhere.",
+        "disk that says it has kept what it has not, or that is gone, is outside of it: copy snapshots elsewhere.",
     ),
     (
         "No test: monotonic reads.",

@@ -1,13 +1,19 @@
 """The same over TLS: certificates are checked as the user configures it, and no byte is lost."""
 
+import gc
+import select
+import socket
 import ssl
+import struct
 from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import httpx
 import pytest
 import trustme
 
 from farstep.transport import BufferedBody, SocketTransport, body_of
+from farstep.transport.pool import Origin
 from tests.support.transport.bodies import PIECE_LISTS, noise, received
 from tests.support.transport.scripted import PATIENCE_S, Peer, Stage
 from tests.support.transport.scripts import push, refuse, refuse_and_read_on
@@ -139,3 +145,23 @@ def test_a_harmless_request_is_sent_again_over_tls(
     server = stage(hang_up, answer, context=serving)
     secure_client.get(server.url)
     assert secure_client.get(server.url).content == b"second"
+
+
+def test_a_server_that_is_gone_before_it_is_greeted_leaves_no_socket_open() -> None:
+    """Whoever asks whether a plain address speaks TLS just as the server dies is told no, and nothing stays open."""
+    dialled: list[socket.socket] = []
+
+    def dial(_: Origin, within_s: float | None) -> socket.socket:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            sock = socket.create_connection(listener.getsockname(), within_s)
+            theirs, _ = listener.accept()
+            theirs.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # it resets
+            theirs.close()
+        assert select.select([sock], [], [], PATIENCE_S)[0]
+        dialled.append(sock)
+        return sock
+
+    with closing(SocketTransport(dial=dial)) as transport:
+        assert not transport.speaks_tls(httpx.URL("http://127.0.0.1:9"), PATIENCE_S)
+    gc.collect()  # where a socket that is still open would be warned about
+    assert [each.fileno() for each in dialled] == [-1]

@@ -28,7 +28,7 @@ import ssl
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, final
@@ -52,6 +52,7 @@ Resolve = Callable[..., Sequence[tuple[int, int, int, str, Any]]]
 Message = Callable[[], Iterable[Iterable[memoryview]]]
 """Gives the bytes of a request, head and body, in lists of buffers that are sent together."""
 
+_GREETING_BYTES: Final = 16_384
 _SHORTEST_S: Final = 0.001  # a timeout of 0 would make the socket non-blocking
 _KEEPALIVE_S: Final = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 
@@ -158,16 +159,26 @@ class SocketTransport(httpx.BaseTransport):
             return False
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE  # nothing is said over it
-        try:
-            sock.settimeout(within_s)
-            context.wrap_socket(sock).close()
-            return True
-        except ssl.SSLError as exc:
-            return "ALERT" in (exc.reason or "")
-        except OSError:
-            return False
-        finally:
-            sock.close()
+        heard, said = ssl.MemoryBIO(), ssl.MemoryBIO()  # a socket that is wrapped stays open where that fails
+        greeting = context.wrap_bio(heard, said)
+        with sock:
+            try:
+                sock.settimeout(within_s)
+                while True:
+                    whole = False
+                    with suppress(ssl.SSLWantReadError):
+                        greeting.do_handshake()
+                        whole = True
+                    sock.sendall(said.read())
+                    if whole:
+                        return True
+                    if not (answer := sock.recv(_GREETING_BYTES)):
+                        return False
+                    heard.write(answer)
+            except ssl.SSLError as exc:
+                return "ALERT" in (exc.reason or "")
+            except OSError:
+                return False
 
     def close(self) -> None:
         """Close every connection; a thread that is using one gets an error."""
