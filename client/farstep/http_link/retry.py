@@ -28,7 +28,7 @@ LONGEST_WAIT_S = 2.0
 LONGEST_ABSENT_S = 0.25
 """The longest pause where nothing accepts connections."""
 LONGEST_RECOVERY_S = 1.0
-"""The longest pause for a server that recovers a session, however long it says that this will take."""
+"""The longest pause for a server that recovers a session; it is shorter at first, and never longer than it says."""
 JITTER = (0.5, 1.0)
 SPREAD = (1.0, 1.1)
 """The same for a pause that the server asked for: it is not cut short, and not all come back at once."""
@@ -57,7 +57,7 @@ class RetryPolicy:
             Unavailable: the time is up; whether the server acted on the last try is unknown.
         """
         give_up = self.clock() + self.timeout_s
-        pause_s = FIRST_WAIT_S
+        pause_s, recovers = FIRST_WAIT_S, False
         self.attempts = 0
         while True:
             self.attempts += 1
@@ -68,8 +68,11 @@ class RetryPolicy:
                 if left_s <= 0:
                     raise self._given_up(what, server, exc) from exc
                 asked_s = (exc.retry_after_s if isinstance(exc, Unavailable) else None) or 0.0
-                if isinstance(exc, Recovering):
-                    asked_s, pause_s = min(asked_s, LONGEST_RECOVERY_S), FIRST_WAIT_S
+                if isinstance(exc, Recovering):  # what it says is an estimate, and it may be ready much earlier
+                    pause_s = min(
+                        pause_s if recovers else FIRST_WAIT_S, asked_s or LONGEST_RECOVERY_S, LONGEST_RECOVERY_S
+                    )
+                    asked_s, recovers = 0.0, True
                 elif isinstance(exc, httpx.ConnectError):
                     pause_s = min(pause_s, LONGEST_ABSENT_S)
             pause = max(asked_s, pause_s) * random.uniform(*(SPREAD if asked_s > pause_s else JITTER))
