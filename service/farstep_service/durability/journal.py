@@ -124,7 +124,8 @@ class Journal:
         self._segments = {
             number: _Kept(name, storage.size(name), None) for number, name in segments_in(storage, folder)
         }
-        self._unsynced = [each.name for each in self._segments.values()]
+        # Files that were written since they were last synced, each with the event that was the last to say so.
+        self._unsynced = {each.name: 0 for each in self._segments.values()}
         self._spares: list[tuple[str, memoryview | None]] = []
         last = max(self._segments, default=0)
         if segment is not None and segment <= last:
@@ -171,21 +172,28 @@ class Journal:
             self.since_rotation += record_bytes(nbytes)
             return present.reserve(nbytes)
 
-    def append(self, body: bytes, room: int = 0) -> int:
+    def append(self, body: bytes, room: int = 0, *, payload: Place | None = None) -> int:
         """Write an event and return its number.
 
         Args:
             body: what it is.
             room: bytes of the next event's body, for which there will be room whatever is reserved meanwhile.
+            payload: what `body` names. It may be in an older segment, which was synced while it was still arriving;
+                then the next sync includes that segment again.
 
         Raises:
             OSError: the disk has no room for it, or failed; nothing has changed.
+            ValueError: the segment of the payload is forgotten.
         """
         kept_free = record_bytes(room) if room else 0
         with self._writing:
             self._raise_failed()
+            if payload is not None and payload.segment not in self._segments:
+                raise ValueError(f"Segment {payload.segment} is forgotten, so that no event can name a payload in it.")
             present = self._with_room(record_bytes(len(body)) + kept_free)
             number = self.number + 1
+            if payload is not None and payload.segment != present.number:
+                self._unsynced[self._segments[payload.segment].name] = number
             chain = chained(self.chain, number, body)
             reached("journal.append.before")
             present.append(body, number, self.durable, chain)
@@ -208,21 +216,23 @@ class Journal:
                 return
             with self._writing:
                 self._raise_failed()
-                upto, names = self.number, [*self._unsynced]
+                upto, unsynced = self.number, dict(self._unsynced)
+                written = name_of(self._folder, self.segment)
             reached("journal.sync.before")
             try:
-                for name in names:
+                for name in unsynced:
                     self._storage.sync(name)
             except OSError as exc:
                 with self._writing:
                     self.failed, self._failed_before = exc, self._following
                 raise
             with self._writing:
-                present = self._present
-                del self._unsynced[: len(names) - (present is not None)]  # the last one was the present one
+                for name, said in unsynced.items():
+                    if name != written and self._unsynced[name] == said:
+                        del self._unsynced[name]
                 self.durable = max(self.durable, upto)
-                if present is not None:
-                    present.mark(self.durable)
+                if self._present is not None:
+                    self._present.mark(self.durable)
             reached("journal.sync.after")
 
     def rotate(self) -> int:
@@ -255,7 +265,7 @@ class Journal:
                 spare = self._let_go(number, each)
                 with self._writing:
                     del self._segments[number]
-                    self._unsynced = [name for name in self._unsynced if name != each.name]
+                    self._unsynced.pop(each.name, None)
                     self._spares += spare
             if old:
                 self._storage.sync_names(self._folder)
@@ -318,7 +328,7 @@ class Journal:
             raise
         reached("journal.begin.named")
         self._segments[number] = _Kept(name, nbytes, segment)
-        self._unsynced.append(name)
+        self._unsynced[name] = 0
         self._present, self._following = segment, number + 1
         return segment
 

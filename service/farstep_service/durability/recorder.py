@@ -89,7 +89,8 @@ class Recorder:
         try:
             place = self._placed(happened)
             body = msgpack.packb([EVENT, now, write_down(happened), place])
-            self.journal.append(body, room=len(body) + RESULT_BYTES)
+            payload = None if place is None else Place(*place[:3])
+            self.journal.append(body, room=len(body) + RESULT_BYTES, payload=payload)
         except OSError as exc:
             raise not_durable(exc) from exc
 

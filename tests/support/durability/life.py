@@ -90,7 +90,7 @@ class Life:
         payload = self.chance.randbytes(nbytes if nbytes >= 0 else self.chance.choice([1, 64, 100, 700, 700, 3000]))
         place, memory = self.journal.reserve(len(payload))
         memory[:] = payload
-        self.append(body_of(place, payload, b""), room=100)
+        self.append(body_of(place, payload, b""), room=100, payload=place)
         self.append(body_of(NO_PLACE, b"", self.chance.randbytes(100 - _BODY.size)))
 
     def arrive(self) -> None:
@@ -113,10 +113,10 @@ class Life:
         half = len(payload) // 2
         memory[half:] = payload[half:]
         assert memory == payload  # nothing else has used its memory
-        if place.segment < self.journal.first:
+        if place.segment < position(self.storage)[2]:
             place, memory = self.journal.reserve(len(payload))
             memory[:] = payload
-        self.append(body_of(place, payload, b"arrived"))
+        self.append(body_of(place, payload, b"arrived"), payload=place)
 
     def acknowledge(self) -> None:
         """Sync as the level asks for it, and take note of what a client may now rely on."""
@@ -135,9 +135,9 @@ class Life:
         self.acknowledged.append((self.moment(), len(self.events)))
         self.journal.forget(segment)
 
-    def append(self, body: bytes, room: int = 0) -> None:
+    def append(self, body: bytes, room: int = 0, payload: Place | None = None) -> None:
         self.observe()
-        number = self.journal.append(body, room)
+        number = self.journal.append(body, room, payload=payload)
         self.events.append(body)
         self.observe()
         assert number == len(self.events)
