@@ -162,6 +162,48 @@ def test_a_payload_is_not_taken_for_records() -> None:
 # -- syncing
 
 
+def test_a_payload_that_arrives_late_is_synced() -> None:
+    """A payload may arrive when its segment was synced long ago; the event that names it is acknowledged whole."""
+    storage = PowerStorage()
+    journal = Journal(storage, FOLDER, "group", segment_bytes=SEGMENT)
+    place, memory = journal.reserve(1000)
+    for _ in range(2):
+        journal.rotate()
+        journal.sync(journal.append(b"meanwhile"))
+    memory[:] = b"late" * 250
+    journal.sync(journal.append(b"event", payload=place))
+    for seed in range(20):
+        reader = JournalReader(storage.crash(random.Random(seed)), FOLDER, 0, NO_CHAIN, 1)
+        assert len([*reader.events()]) == 3
+        assert bytes(reader.payload(place)) == b"late" * 250
+
+
+def test_an_event_cannot_name_what_is_forgotten() -> None:
+    """The place of a payload whose segment is gone is refused, and nothing is written."""
+    journal = Journal(PowerStorage(), FOLDER, "os", segment_bytes=SEGMENT)
+    place, _ = journal.reserve(1000)
+    journal.forget(journal.rotate())
+    with pytest.raises(ValueError, match="Segment 1 is forgotten"):
+        journal.append(b"event", payload=place)
+    assert journal.number == 0
+
+
+def test_a_journal_that_begins_lazily_makes_no_file_before_it_is_written() -> None:
+    """What was found is synced, forgotten and read without a new segment; the first event begins one."""
+    storage = PowerStorage()
+    Journal(storage, FOLDER, "group", segment_bytes=SEGMENT).append(b"one")
+    reader = JournalReader(storage, FOLDER, 0, NO_CHAIN, 1)
+    assert len([*reader.events()]) == 1
+    journal = Journal(storage, FOLDER, "group", after=reader.found, segment_bytes=SEGMENT, lazily=True)
+    assert (journal.first, journal.segment) == (1, 2)
+    journal.sync(1)
+    assert journal.durable == 1
+    assert storage.names(FOLDER) == ["00000001.journal"]
+    journal.append(b"two")
+    assert storage.names(FOLDER) == ["00000001.journal", "00000002.journal"]
+    assert bodies(storage) == [b"one", b"two"]
+
+
 @dataclass(slots=True)
 class GatedStorage(PowerStorage):
     """A storage on which every sync waits for a gate, but those of new files.

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
 from farstep_service.durability.journal import Sync
-from tests.support.durability.life import NO_PLACE, Arriving, Life, body_of
+from farstep_service.durability.reading import name_of
+from tests.support.durability.life import FOLDER, NO_PLACE, Arriving, Life, body_of
 from tests.support.durability.power import PowerStorage
 
 EXAMPLES = int(os.environ.get("MODEL_EXAMPLES", "60"))
@@ -78,7 +79,9 @@ class JournalModel(RuleBasedStateMachine):
     @invariant()
     def what_is_written_can_be_read(self) -> None:
         number, found = self.life.read(self.storage)
-        assert (number, found.dropped, found.lost) == (len(self.life.events), None, 0)
+        assert number == len(self.life.events)
+        if name_of(FOLDER, self.life.journal.segment) in self.storage.files:  # else a torn end is not superseded yet
+            assert (found.dropped, found.lost) == (None, 0)
         assert found.chain == self.life.journal.chain
         assert self.life.journal.first <= self.life.journal.segment
 

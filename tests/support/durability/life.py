@@ -68,7 +68,10 @@ class Life:
         self._begin()
 
     def _begin(self) -> None:
-        self.journal = Journal(self.storage, FOLDER, self.sync, after=self.found, segment_bytes=SEGMENT_BYTES)
+        lazily = self.chance.random() < 0.5
+        self.journal = Journal(
+            self.storage, FOLDER, self.sync, after=self.found, segment_bytes=SEGMENT_BYTES, lazily=lazily
+        )
         self.journal.forget(position(self.storage)[2])
 
     # -- what it does
