@@ -36,7 +36,7 @@ from farstep_service.optimizers.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.plan import Plan
 from farstep_service.session import Session
 from farstep_service.sessions.actor import Actor
-from farstep_service.sessions.recovery import Progress, recover
+from farstep_service.sessions.recovery import Progress, Recovered, recover
 from farstep_service.sessions.vault import Vault
 from farstep_service.settings import Settings
 from tests.support.durability.power import PowerStorage
@@ -283,12 +283,40 @@ def end_process(life: Life, *, seed: int) -> Losses:
     """Let the process end after each operation of a life, and compare what comes back."""
     rng, losses = random.Random(seed), Losses()
     for cut in range(life.began_at, _now(life.storage) + 1):
-        disk = life.storage.crash(_Everything(), cut)
-        disk._boot = life.storage.boot
+        disk = _left_behind(life, cut)
         _try(life, disk, cut, rng, losses)
         if len(losses.wrong) == ENOUGH:
             break
     return losses
+
+
+def damage_gradients(life: Life) -> Session:
+    """Flip a bit of the gradients of the last push where the disk has them, and return the session that comes back.
+
+    Raises:
+        DamagedJournal: the damage was noticed.
+    """
+    disk, sent = _left_behind(life, None), life.sent[-1]
+    gradients = bytearray(2 * 4 * ELEMENTS)  # of both tensors, which arrive in one piece
+    _fill([gradients], _seed(sent.head))
+    for file in disk.files.values():
+        if file.memory is not None and (at := file.memory.find(gradients)) >= 0:
+            file.memory[at] ^= 1
+            return _recovered(life, disk).session
+    raise AssertionError("the disk does not have the gradients")
+
+
+def _left_behind(life: Life, cut: int | None) -> PowerStorage:
+    """Return the disk of a process that ended after so many operations; None: after all."""
+    disk = life.storage.crash(_Everything(), cut)
+    disk._boot = life.storage.boot
+    return disk
+
+
+def _recovered(life: Life, disk: PowerStorage) -> Recovered:
+    (folder,) = disk.names("sessions")
+    kernels = cast(Any, (lambda _: Improving(2 * STEPS)) if life.improving else Kernels)
+    return recover(disk, f"sessions/{folder}", Progress(0.0), kernels=kernels, device="cpu")
 
 
 def _try(life: Life, disk: PowerStorage, cut: int, rng: random.Random, losses: Losses) -> None:
@@ -300,9 +328,7 @@ def _try(life: Life, disk: PowerStorage, cut: int, rng: random.Random, losses: L
 
 
 def _recover(life: Life, disk: PowerStorage, cut: int, rng: random.Random, losses: Losses) -> None:
-    (folder,) = disk.names("sessions")
-    kernels = cast(Any, (lambda _: Improving(2 * STEPS)) if life.improving else Kernels)
-    recovered = recover(disk, f"sessions/{folder}", Progress(0.0), kernels=kernels, device="cpu")
+    recovered = _recovered(life, disk)
     session = recovered.session
     if session.initialised and _bits(session) != life.bits.get(session.version):
         raise AssertionError(f"it came back at version {session.version} with bits that it never had")
