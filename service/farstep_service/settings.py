@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from dataclasses import dataclass
+from typing import Literal
 
 from farstep.errors import InvalidOption
 from farstep.protocol.durability import NONE, Durability, Journal, to_text
@@ -14,6 +15,7 @@ DEFAULT_PORT = 7171
 GIB = 2**30
 ANY_HOST = "*"
 HELD_VERSIONS = 2
+Replay = Literal["recorded", "reference"]
 MAX_JOURNAL_BYTES = 8 * GIB
 
 _HOST_NAME = re.compile(r"(?:\*\.)?[a-z0-9_](?:[a-z0-9._-]{0,251}[a-z0-9_])?")
@@ -42,6 +44,7 @@ class Settings:
         data_dir: the directory that sessions are kept in; "" for none.
         durability: what is kept of sessions that name no level; None for the default, see `default_durability`.
         max_journal_bytes: the largest journal of one session; a snapshot is taken before it is reached.
+        replay: which kernels take the steps of a journal again: those that are `recorded`, or the `reference` one.
     """
 
     host: str = DEFAULT_HOST
@@ -61,6 +64,7 @@ class Settings:
     data_dir: str = ""
     durability: Durability | None = None
     max_journal_bytes: int = MAX_JOURNAL_BYTES
+    replay: Replay = "recorded"
 
     def __post_init__(self) -> None:
         for token in self.tokens:

@@ -1,6 +1,6 @@
 """Pure decisions about one session: who takes part, which writes are new, and when pushes become a step."""
 
-from farstep_service.coordinator.checks import CoordinatorState
+from farstep_service.coordinator.checks import CoordinatorState, rolled_back
 from farstep_service.coordinator.coordinator import Coordinator
 from farstep_service.coordinator.events import (
     Append,
@@ -74,4 +74,5 @@ __all__ = [
     "Write",
     "Written",
     "agreed",
+    "rolled_back",
 ]

@@ -218,17 +218,21 @@ class Checks:
 
     def _other_life(self, worker: str, incarnation: str) -> FarstepError:
         if incarnation in self._state.predecessors:
-            version = self._state.version
-            return StateRolledBack(
-                f"Session {self._state.session!r} was rolled back to version {version}: the server ended before the "
-                "steps after it were kept.",
-                remedy="Call rejoin() to go on from there, or create the optimizer with on_rollback='accept'.",
-                field="incarnation",
-                version=version,
-            )
+            return rolled_back(self._state.session, self._state.version)
         return SessionLost(
             f"Session {self._state.session!r} was created anew since worker {worker!r} joined it.",
             remedy="Call rejoin() to take on what it holds now, which is another training's unless it was imported "
             "from a file.",
             field="incarnation",
         )
+
+
+def rolled_back(session: str, version: int) -> StateRolledBack:
+    """Return what workers of an earlier life of a session are told."""
+    return StateRolledBack(
+        f"Session {session!r} was rolled back to version {version}: the server ended before the steps after it were "
+        "kept, or they were undone.",
+        remedy="Call rejoin() to go on from there, or create the optimizer with on_rollback='accept'.",
+        field="incarnation",
+        version=version,
+    )

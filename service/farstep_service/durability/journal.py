@@ -235,15 +235,25 @@ class Journal:
                     self._present.mark(self.durable)
             reached("journal.sync.after")
 
-    def rotate(self) -> int:
+    def rotate(self, chain: bytes | None = None) -> int:
         """Begin a segment and return its number; also after a sync that failed.
+
+        Args:
+            chain: what its events are chained to; None for the last event. With another one, no reader comes to them
+                from the events before.
 
         Raises:
             OSError: the disk has no room for it; the present one goes on.
         """
         reached("journal.rotate")
         with self._writing:
-            begun = self._begin(self._segment_bytes)
+            before = self.chain
+            try:
+                self.chain = before if chain is None else chain
+                begun = self._begin(self._segment_bytes)
+            except OSError:
+                self.chain = before
+                raise
             self.since_rotation = 0
             return begun.number
 

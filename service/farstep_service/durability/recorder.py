@@ -1,9 +1,10 @@
 """What a session writes into its journal: each event with what came with it, and each result.
 
-    [EVENT, now, event, [segment, offset, nbytes, packed, digest] or None]       before it happens
-    [RESULT, now, result]                                                        when it is there
+    [EVENT, now, at, event, [segment, offset, nbytes, packed, digest] or None]       before it happens
+    [RESULT, now, result]                                                            when it is there
 
-in msgpack; events and results are written as `coordinator.written` does. An event that cannot be written down does not
+in msgpack; events and results are written as `coordinator.written` does. `now` is the session's clock, which replay
+goes by; `at` is the time of day, for people who read its history. An event that cannot be written down does not
 happen. There is room for the result of an event before it happens; where there is none after all, or where a sync
 failed, the session is ahead of its journal, and nothing of it is acknowledged until a snapshot has caught up.
 """
@@ -11,8 +12,9 @@ failed, the session is ahead of its journal, and nothing of it is acknowledged u
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 import msgpack
@@ -48,12 +50,18 @@ class Happened:
         now: when, in seconds of the session's clock.
         payload: where the bytes are that came with it; None for none.
         results: what came of it.
+        at: the time of day, in seconds since 1970; of a result that came later, that of the event before it.
+        chain: the journal's chain after it.
+        chains: the same after each of its results.
     """
 
     event: Event | Result
     now: float
     payload: Payload | None
     results: list[Result]
+    at: float = 0.0
+    chain: bytes = b""
+    chains: list[bytes] = field(default_factory=list)
 
 
 @final
@@ -63,16 +71,23 @@ class Recorder:
     Args:
         journal: where to.
         payload: returns what came with a write.
+        time_of_day: seconds since 1970.
 
     Attributes:
         journal: as above.
         behind: why the journal is not what the session is; None while it is.
     """
 
-    def __init__(self, journal: Journal, payload: Callable[[WriteName], Payload | None]) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        payload: Callable[[WriteName], Payload | None],
+        time_of_day: Callable[[], float] = time.time,
+    ) -> None:
         self.journal = journal
         self.behind: OSError | None = None
         self._payload = payload
+        self._time_of_day = time_of_day
         self._rotated = 0  # a snapshot needs no segment before this one
 
     def __call__(self, happened: Event | Result, now: float) -> None:
@@ -88,7 +103,7 @@ class Recorder:
             raise not_durable(self.behind)
         try:
             place = self._placed(happened)
-            body = msgpack.packb([EVENT, now, write_down(happened), place])
+            body = msgpack.packb([EVENT, now, self._time_of_day(), write_down(happened), place])
             payload = None if place is None else Place(*place[:3])
             self.journal.append(body, room=len(body) + RESULT_BYTES, payload=payload)
         except OSError as exc:
@@ -159,30 +174,44 @@ class Recorder:
         return Position(self.journal.number, self.journal.chain, self._rotated)
 
 
-def read_events(reader: JournalReader) -> Iterator[Happened]:
+def read_events(reader: JournalReader, *, upto: int | None = None, check: bool = True) -> Iterator[Happened]:
     """Go through what was written down, each event with its results.
 
     A result that follows an unfinished one is an event of its own: what finished it.
 
+    Args:
+        reader: of the journal.
+        upto: the number of the last record to read, of a journal that goes on being written; None for its end.
+        check: whether the payloads are to be looked at, too.
+
     Raises:
         DamagedJournal: see `JournalReader.events`.
     """
+    if upto is not None and reader.found.number >= upto:
+        return
 
     def holds(written: WrittenRecord) -> bool:
-        _, _, _, *place = msgpack.unpackb(written.body)
-        payload = _payload_at(place[0] if place else None)
+        kind, *rest = msgpack.unpackb(written.body)
+        payload = _payload_at(rest[3]) if kind == EVENT else None
         return payload is None or is_whole(payload, reader)
 
     last: Happened | None = None
-    for each in reader.events(holds):
-        kind, now, written, *place = msgpack.unpackb(each.body)
-        what = read_back(written)
-        if kind == RESULT and last is not None and not _unfinished(last):
-            last.results.append(what)
-            continue
-        if last is not None:
-            yield last
-        last = Happened(what, now, _payload_at(place[0] if place else None), [])
+    for each in reader.events(holds) if check else reader.events():
+        kind, now, *rest = msgpack.unpackb(each.body)
+        if kind == EVENT:
+            if last is not None:
+                yield last
+            at, written, place = rest
+            last = Happened(read_back(written), now, _payload_at(place), [], at, each.chain)
+        elif last is not None and not _unfinished(last):
+            last.results.append(read_back(rest[0]))
+            last.chains.append(each.chain)
+        else:
+            if last is not None:
+                yield last
+            last = Happened(read_back(rest[0]), now, None, [], 0.0 if last is None else last.at, each.chain)
+        if upto is not None and each.number >= upto:
+            break
     if last is not None:
         yield last
 

@@ -217,6 +217,11 @@ class Manifest:
         position = self.position
         return None if position is None else min([position.segment, *(each[1][0] for each in self.said["waiting"])])
 
+    @property
+    def has_contents(self) -> bool:
+        """Return whether the first contents had arrived."""
+        return f"{self.number:08}{CONTENTS}" in self.said["files"]
+
     def plan(self) -> Plan:
         """Return what the session is."""
         return replace(plan_in(self.said["session"]), durability=from_document(self.said["durability"]))

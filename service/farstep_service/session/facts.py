@@ -9,7 +9,9 @@ from farstep.protocol.messages import PushHead, WriteName
 from farstep_service.coordinator import Coordinator
 from farstep_service.plan import Plan
 from farstep_service.session.state_machine import Journal, StateMachine
+from farstep_service.store import Buffers
 from farstep_service.tensors import Tensors
+from farstep_service.tensors.contribution import Contribution
 from farstep_service.tensors.payload import Payload
 
 
@@ -42,6 +44,14 @@ class SessionFacts:
     def waiting(self) -> list[tuple[PushHead, Payload | None]]:
         """Return the pushes that wait, and what came with each."""
         return self._tensors.waiting()
+
+    def gradients(self, name: WriteName) -> Contribution | None:
+        """Return what a push brought that is not decided about; not to be changed."""
+        return self._tensors.gradients(name)
+
+    def present(self) -> Buffers:
+        """Return the memory of the present parameters, to be copied before anything else happens."""
+        return self._state.parameters()
 
     @property
     def plan(self) -> Plan:

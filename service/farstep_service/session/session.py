@@ -12,7 +12,7 @@ time comes in with the call. A request that is refused leaves no trace: no seque
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import final
@@ -79,22 +79,44 @@ class Session(SessionFacts):
         """Return all that the session is; see `StateMachine.record`."""
         return self._machine.record(pushes=pushes)
 
-    def replay(self, event: Event | Result, now: float, results: Sequence[Result]) -> Outcomes:
-        """Let an event of a journal happen again; see `StateMachine.replay`."""
-        return self._machine.replay(event, now, results)
+    def replay(
+        self,
+        event: Event | Result,
+        now: float,
+        results: Sequence[Result],
+        until: Callable[[int], bool] | None = None,
+        *,
+        reference: bool = False,
+    ) -> Outcomes:
+        """Let an event of a journal happen again; see `StateMachine.replay`.
 
-    def begin_anew(self, incarnation: str, predecessors: tuple[str, ...]) -> None:
-        """Go on as another life of the session, since acknowledged steps were lost.
+        Args:
+            until: ends the replay, in the middle of an event if need be; see `StateMachine`.
+            reference: with the reference kernel, whatever ran then.
+        """
+        machine = self._machine
+        machine.until, machine.reference = until, reference
+        try:
+            return machine.replay(event, now, results)
+        finally:
+            machine.until, machine.reference = None, False
+
+    def begin_anew(self, incarnation: str, predecessors: tuple[str, ...], *, name: str | None = None) -> None:
+        """Go on as another life of the session: acknowledged steps were lost or undone, or this is a fork.
 
         No worker of a life before is a member of it, and no push of one waits.
 
         Args:
             incarnation: the name of this life.
             predecessors: those of the lives before it, whose workers are told that the state was rolled back.
+            name: the session's name from now on; None for the one it has.
         """
         before = self._coordinator.state
+        if name is not None:
+            self._state.plan = replace(self._state.plan, name=name)
+        self._state.ask_again(None)
         state = CoordinatorState(
-            before.session,
+            before.session if name is None else name,
             incarnation,
             before.consistency,
             before.switched,

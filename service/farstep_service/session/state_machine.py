@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import final
 
-from farstep.errors import FarstepError, InternalError
+from farstep.errors import FarstepError, InternalError, Unavailable
 from farstep.protocol.messages import WriteName
 from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator import (
@@ -71,6 +71,9 @@ class StateMachine:
     Attributes:
         now: the time of the last event.
         late: outcomes of writes that were decided about on the occasion of something else, until they are told.
+        until: asked in a replay with the version before each instruction that has a result; one that it returns True
+            for is not carried out, and ends the replay.
+        reference: a replay runs the reference kernel, whatever ran before.
     """
 
     def __init__(self, coordinator: Coordinator, tensors: Tensors, journal: Journal | None = None) -> None:
@@ -79,6 +82,8 @@ class StateMachine:
         self.now = 0.0
         self.late: Outcomes = {}
         self.journal = journal
+        self.until: Callable[[int], bool] | None = None
+        self.reference = False
 
     def happen(
         self,
@@ -111,6 +116,8 @@ class StateMachine:
                     is_receipt = isinstance(instruction.result, Receipt)
                     outcomes[instruction.name] = Outcome(instruction.result, kernel_s=kernel_s if is_receipt else 0.0)
                 elif isinstance(instruction, TakeStep | LeaveOut | Write | Grow):
+                    if self.until is not None and self.until(coordinator.version):
+                        return outcomes
                     happening = self._carried_out(instruction, now, again)
                     kernel_s = tensors.kernel_s
                 else:
@@ -149,7 +156,7 @@ class StateMachine:
             if before.unfinished and isinstance(instruction, TakeStep):
                 self.tensors.postpone(instruction)
             return before
-        return _same(self.tensors.carry_out(instruction, rerun=_how(before)), before)
+        return self._same(self.tensors.carry_out(instruction, rerun=self._how(before)), before)
 
     def finish(self) -> Outcomes:
         """Finish a step whose kernel failed midway, if there is one, before anything else happens.
@@ -191,20 +198,38 @@ class StateMachine:
             InternalError: something else came of it now.
         """
         if isinstance(event, StepTaken | NoStep):
-            event = _same(self.tensors.finish(rerun=_how(event)), event)
+            event = self._same(self.tensors.finish(rerun=self._how(event)), event)
         return self.happen(event, now, again=[*results])
 
+    def _how(self, before: Result) -> Rerun | None:
+        if not isinstance(before, StepTaken):
+            return None
+        return Rerun("reference") if self.reference else Rerun(before.kernel, before.switched)
 
-def _how(before: Result) -> Rerun | None:
-    return Rerun(before.kernel, before.switched) if isinstance(before, StepTaken) else None
+    def _same(self, result: Result, before: Result) -> Result:
+        """Return the result of a replay, which is that of the first time; but for its bits with another kernel.
+
+        Raises:
+            Unavailable: the kernel that ran cannot run here.
+            InternalError: it is another one.
+        """
+        if isinstance(result, Failed) and isinstance(result.error, Unavailable) and isinstance(before, StepTaken):
+            raise Unavailable(
+                f"Session {self.tensors.state.plan.name!r} took step {before.version} with the {before.kernel} kernel, "
+                f"which cannot run here: {result.error.detail}",
+                remedy=f"{result.error.remedy or 'Recover it where that kernel runs.'} Or start the server with "
+                "`--replay reference`: the reference kernel takes the steps again, with bits that may differ, and "
+                "workers are told that the state was rolled back.",
+                field="kernel",
+            )
+        alike = self.reference and isinstance(result, StepTaken) and isinstance(before, StepTaken)
+        if result != before and not (alike and _counts_alike(result, before)):
+            raise InternalError(f"A replay led to {result}, and the first time to {before}.")
+        return result
 
 
-def _same(result: Result, before: Result) -> Result:
-    """Return the result of a replay, which is that of the first time.
-
-    Raises:
-        InternalError: it is another one.
-    """
-    if result != before:
-        raise InternalError(f"A replay led to {result}, and the first time to {before}.")
-    return result
+def _counts_alike(result: Result, before: Result) -> bool:
+    """Return whether two steps are the same but for their numbers."""
+    assert isinstance(result, StepTaken)
+    assert isinstance(before, StepTaken)
+    return (result.version, result.contributors, result.again) == (before.version, before.contributors, before.again)

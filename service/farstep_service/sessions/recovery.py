@@ -19,12 +19,24 @@ from farstep.errors import DamagedJournal, FarstepError
 from farstep.protocol.durability import NONE, Durability, Journal
 from farstep.protocol.growth import AppendHead
 from farstep.protocol.messages import PushHead, PutHead
-from farstep_service.coordinator import Append, Push, Put
+from farstep_service.coordinator import Append, Push, Put, StepTaken
 from farstep_service.coordinator.written import read_back
 from farstep_service.durability import journal as journals
 from farstep_service.durability.reading import JournalReader
-from farstep_service.durability.recorder import Happened, is_whole, memory_of_payload, read_events
-from farstep_service.durability.snapshots import KEPT, Manifest, Saved, damaged_file, numbers_in
+from farstep_service.durability.recorder import Happened, is_whole, memory_of_payload, not_durable, read_events
+from farstep_service.durability.snapshots import (
+    CONTENTS,
+    KEPT,
+    MANIFEST,
+    STATE,
+    Manifest,
+    Position,
+    Saved,
+    damaged_file,
+    forget_snapshots,
+    numbers_in,
+    write_snapshot,
+)
 from farstep_service.durability.storage import Storage
 from farstep_service.kernels import Kernels
 from farstep_service.session import Session, SessionRecord
@@ -34,6 +46,7 @@ from farstep_service.tensors.payload import Payload
 
 log = logging.getLogger("farstep.durability")
 
+MOST_PREDECESSORS: Final = 64
 USED: Final = ".used"
 """The end of the name of what says that a session went on after its last snapshot in order."""
 
@@ -104,6 +117,7 @@ def recover(
     *,
     kernels: Callable[[str], Kernels],
     device: str,
+    reference: bool = False,
 ) -> Recovered:
     """Bring a session back.
 
@@ -112,44 +126,72 @@ def recover(
         progress: is kept up to date.
         kernels: returns the kernels of a mode.
         device: where its tensors are to live.
+        reference: steps are taken again with the reference kernel, whatever ran then; another incarnation goes on with
+            the bits that this gives.
 
     Raises:
         DamagedJournal: what it was cannot be read; nothing has changed on the disk.
+        NotDurable: another incarnation goes on, and cannot be written down.
         FarstepError: a kernel that ran is not available here.
     """
     manifest, saved = _newest_that_holds(storage, folder)
-    plan = saved.tensors.plan
-    level = plan.durability or NONE
-    record = SessionRecord(saved.coordinator, saved.tensors)
-    session = Session(plan, incarnation=saved.incarnation, kernels=kernels(plan.kernel), device=device, record=record)
+    level = saved.tensors.plan.durability or NONE
+    session = begun(saved, kernels, device)
+    plan = session.plan
     numbers = numbers_in(storage, folder)
     place = Place(storage, folder, [], numbers[-1])
     position = manifest.position
     if position is None:
-        return _without_journal(storage, session, place, level, saved, manifest)
+        return _without_journal(session, place, level, saved, manifest)
     reader = JournalReader(storage, folder, position.number, position.chain, manifest.first_segment or 0)
     happened = list(read_events(reader))
     found = reader.found
     if found.dropped is not None:
         log.warning("session %s: the torn end of %s at byte %d was dropped", plan.name, *found.dropped)
     progress.events = len(happened)
-    for head, at, packed, digest in saved.waiting:
-        payload = Payload((), bytes.fromhex(digest), tuple(at), packed)
-        if not is_whole(payload, reader):
-            raise damaged_file(f"{folder}, segment {at[0]}", f"the gradients of a push that waits, at byte {at[1]}")
-        _arrive(session, read_back(bytes.fromhex(head)), payload, reader)
+    let_wait(session, saved, reader)
     assert isinstance(level, Journal)
     following = max(found.segment, position.segment)
     journal = begin_journal(storage, folder, level.sync, plan, after=found, segment=following)
-    now = saved.now
+    now, differs = saved.now, reference and any(map(ran_other_than_reference, happened))
     for each in happened:
         now = each.now
-        _again(session, each, reader)
+        again(session, each, reader, reference=differs)
         progress.done += 1
     place.snapshots[:] = _kept(storage, folder, numbers)
+    recovered = Recovered(session, place, level, journal, saved.predecessors, now)
     lost = level.sync == "os" and found.rebooted and not (saved.clean and not happened)
-    predecessors = _begin_anew(session, saved.predecessors) if lost else saved.predecessors
-    return Recovered(session, place, level, journal, predecessors, now)
+    return begin_anew(recovered) if lost or differs else recovered
+
+
+def begun(saved: Saved, kernels: Callable[[str], Kernels], device: str) -> Session:
+    """Return the session of a snapshot, without the pushes that waited.
+
+    Raises:
+        FarstepError: its kernel is not available here.
+    """
+    plan, record = saved.tensors.plan, SessionRecord(saved.coordinator, saved.tensors)
+    return Session(plan, incarnation=saved.incarnation, kernels=kernels(plan.kernel), device=device, record=record)
+
+
+def let_wait(session: Session, saved: Saved, reader: JournalReader) -> None:
+    """Let the pushes arrive again that waited when a snapshot was made.
+
+    Raises:
+        DamagedJournal: the gradients of one are not what they were.
+    """
+    for head, at, packed, digest in saved.waiting:
+        payload = Payload((), bytes.fromhex(digest), tuple(at), packed)
+        if not is_whole(payload, reader):
+            raise damaged_file(f"segment {at[0]}", f"the gradients of a push that waits, at byte {at[1]}")
+        _arrive(session, read_back(bytes.fromhex(head)), payload, reader)
+
+
+def ran_other_than_reference(happened: Happened) -> bool:
+    """Return whether a step of an event ran another kernel than the reference one."""
+    return any(
+        isinstance(each, StepTaken) and each.kernel != "reference" for each in (happened.event, *happened.results)
+    )
 
 
 def _newest_that_holds(storage: Storage, folder: str) -> tuple[Manifest, Saved]:
@@ -169,35 +211,104 @@ def _newest_that_holds(storage: Storage, folder: str) -> tuple[Manifest, Saved]:
     raise error or DamagedJournal(f"{folder} has no snapshot.", field=folder)
 
 
-def _without_journal(
-    storage: Storage, session: Session, place: Place, level: Durability, saved: Saved, manifest: Manifest
-) -> Recovered:
+def _without_journal(session: Session, place: Place, level: Durability, saved: Saved, manifest: Manifest) -> Recovered:
     """Return a session that goes on at a snapshot; unless that was its end, what came after it is lost."""
-    used = f"{place.folder}/{manifest.number:08}{USED}"
-    clean = saved.clean and f"{manifest.number:08}{USED}" not in storage.names(place.folder)
-    predecessors = saved.predecessors if clean else _begin_anew(session, saved.predecessors)
-    if clean:
-        storage.write(used, [b"farstep"])
-        storage.sync(used)
-        storage.sync_names(place.folder)
+    storage, used = place.storage, f"{place.folder}/{manifest.number:08}{USED}"
     place.snapshots[:] = [(number, None) for number in numbers_in(storage, place.folder)][-KEPT:]
-    return Recovered(session, place, level, None, predecessors, saved.now)
+    recovered = Recovered(session, place, level, None, saved.predecessors, saved.now)
+    if not saved.clean or f"{manifest.number:08}{USED}" in storage.names(place.folder):
+        return begin_anew(recovered)
+    storage.write(used, [b"farstep"])
+    storage.sync(used)
+    storage.sync_names(place.folder)
+    return recovered
 
 
-def _begin_anew(session: Session, predecessors: tuple[str, ...]) -> tuple[str, ...]:
-    """Give a session another incarnation, of which the one before knows that it was rolled back."""
-    known = (*predecessors, session.incarnation)[-64:]
+def begin_anew(recovered: Recovered) -> Recovered:
+    """Give a session another incarnation, of which the one before knows that it was rolled back.
+
+    Raises:
+        NotDurable: it cannot be written down.
+    """
+    session = recovered.session
+    known = (*recovered.predecessors, session.incarnation)[-MOST_PREDECESSORS:]
     session.begin_anew(secrets.token_hex(16), known)
     log.warning("session %s: rolled back to version %d", session.plan.name, session.version)
-    return known
+    anew = replace(recovered, predecessors=known)
+    try:
+        write_anew(anew)
+    except OSError as exc:
+        raise not_durable(exc) from exc
+    return anew
 
 
-def _again(session: Session, happened: Happened, reader: JournalReader) -> None:
-    """Let an event happen again, with what came with it."""
+def write_anew(recovered: Recovered) -> None:
+    """Let a snapshot of what a session is now, and a fresh journal, take the place of all that was kept of it.
+
+    What was there before counts until the snapshot is complete, and never again from then on: no chain leads from the
+    events before to those that follow.
+
+    Raises:
+        OSError: the disk has no room for it, or failed; then nothing has changed, unless the disk does not even let go
+            of what was not finished.
+    """
+    session, place, journal = recovered.session, recovered.place, recovered.journal
+    storage, folder, position, chain = place.storage, place.folder, None, b""
+    place.last += 1
+    try:
+        if journal is not None:
+            chain = journal.chain
+            fresh = secrets.token_bytes(len(chain))
+            position = Position(journal.number, fresh, journal.rotate(fresh))
+        record = session.record(pushes=False)
+        write_snapshot(
+            storage,
+            folder,
+            place.last,
+            Saved(
+                incarnation=session.incarnation,
+                predecessors=recovered.predecessors,
+                coordinator=record.written,
+                tensors=record.tensors,
+                now=recovered.now,
+                position=position,
+            ),
+        )
+    except OSError:
+        for suffix in (MANIFEST, STATE, CONTENTS):
+            storage.remove(f"{folder}/{place.last:08}{suffix}")
+        storage.sync_names(folder)
+        if journal is not None:
+            journal.rotate(chain)
+        raise
+    place.snapshots[:] = [(place.last, None if position is None else position.segment)]
+    forget_snapshots(storage, folder, place.last)
+    if journal is not None and position is not None:
+        journal.forget(position.segment)
+
+
+def again(
+    session: Session,
+    happened: Happened,
+    reader: JournalReader,
+    until: Callable[[int], bool] | None = None,
+    *,
+    reference: bool = False,
+) -> None:
+    """Let an event happen again, with what came with it; see `Session.replay`."""
+    arrive(session, happened, reader)
+    session.replay(happened.event, happened.now, happened.results, until, reference=reference)
+
+
+def arrive(session: Session, happened: Happened, reader: JournalReader) -> None:
+    """Let arrive what came with an event, before it happens again.
+
+    Raises:
+        DamagedJournal: it does not fit to the session.
+    """
     event = happened.event
     if isinstance(event, Push | Put) or (isinstance(event, Append) and not event.there):
         _arrive(session, event.head, happened.payload, reader)
-    session.replay(event, happened.now, happened.results)
 
 
 def _arrive(

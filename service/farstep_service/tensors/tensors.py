@@ -194,6 +194,11 @@ class Tensors:
             return Payload(arrived.contents.memory())
         return None
 
+    def gradients(self, name: WriteName) -> Contribution | None:
+        """Return the gradients that came with a push which is not decided about."""
+        push = self._pushes.get(name)
+        return None if push is None else push.contribution
+
     def release(self, name: WriteName) -> None:
         """Let go of what arrived under a name, which is decided about."""
         self._pushes.pop(name, None)
