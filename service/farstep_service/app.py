@@ -20,7 +20,15 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from farstep_service.routes import Edge, control_router, data_routes, error_of, page_of, session_file_routes
+from farstep_service.routes import (
+    Edge,
+    control_router,
+    data_routes,
+    error_of,
+    history_router,
+    page_of,
+    session_file_routes,
+)
 from farstep_service.routes.auth import AllowedHosts, Tokens
 from farstep_service.routes.problems import PROBLEM, problem_of
 from farstep_service.sessions.coroutines import in_task
@@ -85,6 +93,7 @@ def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotoni
         redoc_url=None,
     )
     app.include_router(control_router(registry, settings))
+    app.include_router(history_router(registry))
     data = [*data_routes(registry, settings), *session_file_routes(registry, settings)]
     app.router.routes.extend(data)
 

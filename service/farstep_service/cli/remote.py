@@ -69,8 +69,12 @@ Token = Annotated[
 
 
 @contextmanager
-def open_conversation(server: str, token: str | None) -> Iterator[Conversation]:
+def open_conversation(server: str, token: str | None, read_timeout_s: float = READ_TIMEOUT_S) -> Iterator[Conversation]:
     """Open a conversation with a server and close it; translate errors of the transport.
+
+    Args:
+        server, token: where, and with what.
+        read_timeout_s: how long the server may be silent.
 
     Raises:
         InvalidOption: the URL is invalid.
@@ -88,7 +92,7 @@ def open_conversation(server: str, token: str | None) -> Iterator[Conversation]:
     conversation = None
     try:
         server = resolve({"server": server}, environment={}).server or server
-        conversation = Conversation(server, token and token.strip(), read_timeout_s=READ_TIMEOUT_S)
+        conversation = Conversation(server, token and token.strip(), read_timeout_s=read_timeout_s)
         yield conversation
     except FarstepError:
         raise

@@ -45,6 +45,13 @@ class LogLevel(StrEnum):
     error = "error"
 
 
+class ReplayKernel(StrEnum):
+    """The kernels that take the steps of a journal again."""
+
+    recorded = "recorded"
+    reference = "reference"
+
+
 OPTIONS: list[str] = []
 """The options of `serve` that also have a variable."""
 VARIABLES = "FARSTEP_SERVE_"
@@ -118,6 +125,10 @@ def serve(
     max_journal_gib: Annotated[
         float, option("--max-journal-gib", "Largest journal of one session.", metavar="GIB")
     ] = DEFAULTS.max_journal_bytes / GIB,
+    replay: Annotated[
+        ReplayKernel,
+        option("--replay", "Kernels that take journaled steps again; reference where the recorded ones cannot run."),
+    ] = ReplayKernel.recorded,
     log_level: Annotated[LogLevel, option("--log-level", "Level of the log on the standard error.")] = LogLevel.info,
     json_output: JsonOutput = False,
 ) -> None:
@@ -146,6 +157,7 @@ def serve(
             data_dir=data_dir,
             durability=level_of(durability),
             max_journal_bytes=bytes_of(max_journal_gib, "max_journal_gib"),
+            replay=replay.value,
         )
         from farstep_service.server import run
 

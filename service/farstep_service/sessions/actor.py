@@ -43,6 +43,7 @@ class Actor:
         keeper: keeps it on the disk; None for memory only.
 
     Attributes:
+        keeper: as above.
         reads: how its versions are read.
     """
 
@@ -57,7 +58,7 @@ class Actor:
     ) -> None:
         self.name = session.plan.name
         self.incarnation = session.incarnation
-        self._keeper = keeper
+        self.keeper = keeper
         self._session = session
         self._share = share or SessionMemory()
         self._turns = Turns(session, executor, clock)
@@ -271,8 +272,8 @@ class Actor:
         self._turns.check_open()
         self._session.check(head.name, head.incarnation)
         contribution = self._session.contribution(head)
-        if self._keeper is not None:
-            self._keeper.journal_(contribution)
+        if self.keeper is not None:
+            self.keeper.journal_(contribution)
         watch = self.plan.nonfinite != "allow"
         return PushIntake(contribution, body_bytes, self._shared_memories.gradients_in(head, contribution), watch=watch)
 
@@ -328,7 +329,7 @@ class Actor:
     async def _write(
         self, name: WriteName, work: Callable[[], Outcomes], *, inline: bool, coming: Callable[[], int] = int
     ) -> Answer:
-        asked, kept_s, keeper = time.perf_counter(), 0.0, self._keeper
+        asked, kept_s, keeper = time.perf_counter(), 0.0, self.keeper
         if keeper is not None:
             kept_s = await keeper.room()
         async with self._turns:
@@ -370,21 +371,36 @@ class Actor:
 
     async def end(self) -> None:
         """End the session with its server: what is to be kept of it is kept."""
-        if self._keeper is not None:
-            await self._keeper.close()
+        if self.keeper is not None:
+            await self.keeper.close()
         await self.close()
 
     async def close(self) -> None:
         """End the session; those who wait are told so."""
         async with self._turns:
-            if self._keeper is not None:
-                self._keeper.stop()
-            self._turns.close()
-            self.reads.close()
-            self._shared_memories.clear()
-            self._share.note(0)
-        if self._keeper is not None:
-            await self._keeper.ended()
+            self._over()
+        if self.keeper is not None:
+            await self.keeper.ended()
+
+    async def give_way(self, work: Callable[[], None], error: Callable[[], FarstepError]) -> None:
+        """End this life of the session once another one is written down; those who wait get an error.
+
+        Raises:
+            NotDurable: the disk failed; then this life goes on.
+        """
+        async with self._turns:
+            self._turns.check_open()
+            assert self.keeper is not None
+            await self.keeper.give_way(work)
+            self._over(error)
+
+    def _over(self, error: Callable[[], FarstepError] | None = None) -> None:
+        if self.keeper is not None:
+            self.keeper.stop()
+        self._turns.close(error)
+        self.reads.close()
+        self._shared_memories.clear()
+        self._share.note(0)
 
 
 async def _kept_at_once() -> float:

@@ -14,8 +14,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Executor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar, final
 
@@ -69,7 +70,10 @@ class Keeper:
         journal: what is written from now on; None for a level without one.
         predecessors: incarnations of the session of which acknowledged steps were lost.
         most_bytes: the largest size of a journal.
-        offset_s: what its clock is ahead of `time.monotonic`.
+        clock: the session's.
+
+    Attributes:
+        level, place, predecessors: as above.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Keeper:
     ) -> None:
         self.level = level
         self.predecessors = predecessors
+        self.place = place
         self._session, self._place, self._executor, self._clock = session, place, executor, clock
         self._recorder = None if journal is None else Recorder(journal, session.payload)
         session.journal = self._recorder
@@ -340,6 +345,48 @@ class Keeper:
         self._write(saved, only=True)
         recorder.journal.forget(saved.position.segment)
         recorder.behind = None
+
+    # -- history ----------------------------------------------------------------------------------------------------
+
+    @property
+    def journal(self) -> journals.Journal | None:
+        """Return what is written; None for a level without a journal.
+
+        Raises:
+            NotDurable: it is not what the session is.
+        """
+        if self._recorder is None:
+            return None
+        if self._recorder.behind is not None:
+            raise not_durable(self._recorder.behind)
+        return self._recorder.journal
+
+    @asynccontextmanager
+    async def standing(self) -> AsyncIterator[None]:
+        """Hold what is kept as it is: no snapshot is written, and no segment of the journal goes."""
+        async with self._snapshotting:
+            yield
+        if self._changed and self._turns is not None and not self._turns.closed:
+            self._changed = False
+            self.written()
+
+    async def give_way(self, work: Callable[[], None]) -> None:
+        """Let something else take the place of what is kept; the session is over then.
+
+        Args:
+            work: does it.
+
+        Raises:
+            NotDurable: the disk failed; then this session goes on.
+        """
+        recorder = self._recorder
+        chain = b"" if recorder is None else recorder.journal.chain
+        try:
+            await self._run(work)
+        except OSError as exc:
+            if recorder is not None and recorder.journal.chain != chain:
+                recorder.fall_behind(exc)
+            raise not_durable(exc) from exc
 
     # -- the end ----------------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ from farstep.protocol import to_ranges
 from farstep.protocol.codecs import codec_named
 from farstep.protocol.messages import WriteName
 from farstep_service.layout import Layout
-from farstep_service.session import Session
+from farstep_service.session import Session, SessionRecord
 from farstep_service.sessions.answers import Intake, Reader, View
 from farstep_service.sessions.readers import Outgoing, Readers, ReadersPage, ReadKind, ReadSlot
 from farstep_service.sessions.turns import Turns
@@ -253,6 +253,16 @@ class Reads:
             view = CopiedView(contents, self._session.version, count, None if indices is None else to_ranges(indices))
         await self._kept()
         return view
+
+    async def record(self) -> SessionRecord:
+        """Copy all that the session is, without the gradients that wait."""
+        async with self._turns:
+            self._turns.check_open()
+            record = await self._turns.run(
+                lambda: self._session.record(pushes=False), lambda _: None, inline=self._turns.small
+            )
+        await self._kept()
+        return record
 
     async def snapshot(self) -> Snapshot:
         """Copy all of the current version, with the options in force at it."""

@@ -24,10 +24,12 @@ from farstep.protocol.durability import NONE
 from farstep_service.kernels import Kernels
 from farstep_service.machine import resident_bytes, usable_bytes
 from farstep_service.plan import KernelMode, Plan
-from farstep_service.session import Session
+from farstep_service.session import Session, SessionRecord
 from farstep_service.sessions import Actor, nbytes_beside
+from farstep_service.sessions.archive import Archive
 from farstep_service.sessions.keeper import Keeper
 from farstep_service.sessions.memory_budget import UNBOUNDED, InFlight, MemoryBudget, SessionMemory
+from farstep_service.sessions.recovery import Recovered
 from farstep_service.sessions.vault import Vault
 from farstep_service.settings import Settings
 from farstep_service.tensors import Snapshot
@@ -56,6 +58,7 @@ class Registry:
 
     Attributes:
         budget: the memory that they and requests to them take.
+        archive: their history.
     """
 
     def __init__(self, settings: Settings, executor: Executor, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -68,6 +71,8 @@ class Registry:
         self._turn = asyncio.Lock()
         self._kernels: dict[str, Kernels] = {}
         self._vault = Vault(settings, clock) if settings.data_dir else None
+        disk = executor if self._vault is None else self._vault.executor
+        self.archive = Archive(disk, self._kernels_of, settings.device, clock)
         self._recovery: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -193,6 +198,54 @@ class Registry:
             self.check_free(plan)  # another one may have been added meanwhile
             return await self._kept(session)
 
+    async def fork(self, name: str, new: str, version: int | None) -> Actor:
+        """Add a session that begins with what another one is, or was at a version, and has a future of its own.
+
+        Raises:
+            UnknownSession, SessionExists, LimitExceeded, Busy: see `find` and `check_free`.
+            InvalidOption: that version is not kept.
+        """
+        actor = self.find(name)
+        plan = replace(actor.plan, name=new)
+        self.check_free(plan)
+        if version is None:
+            record = await actor.reads.record()
+            session = await asyncio.get_running_loop().run_in_executor(self._executor, self._session_of, record)
+        else:
+            session = await self.archive.at(actor, version)
+        session.begin_anew(secrets.token_hex(16), (), name=new)
+        async with self._turn:
+            self.check_free(plan)
+            return await self._kept(session)
+
+    def _session_of(self, record: SessionRecord) -> Session:
+        plan = record.tensors.plan
+        return Session(
+            plan,
+            incarnation=secrets.token_hex(16),
+            kernels=self._kernels_of(plan.kernel),
+            device=self._settings.device,
+            record=record,
+        )
+
+    async def roll_back(self, name: str, version: int) -> Actor:
+        """Let a session go on at an earlier version, as another life of it.
+
+        Raises:
+            UnknownSession: there is none of that name.
+            InvalidOption: that version is not kept.
+            NotDurable: the disk failed; nothing has changed.
+        """
+        actor = self.find(name)
+        self.budget.check(actor.plan.layout.nbytes)
+
+        def switch(session: Session, recovered: Recovered) -> Actor:
+            assert self._vault is not None
+            self._forget(name)
+            return self._add(session, self._vault.keeper_of(recovered), self._clock)
+
+        return await self.archive.go_back(actor, version, switch, self._turn)
+
     async def _kept(self, session: Session) -> Actor:
         """Add a new session, kept as its plan says.
 
@@ -265,13 +318,16 @@ class Registry:
                 await vault.remove(name)
                 return
             removed = [self.find(name)]
-            del self._actors[name]
-            del self._names[bisect_left(self._names, name)]
+            self._forget(name)
             await removed[0].close()
             if vault is not None:
                 await vault.remove(name)
         # Freed in a thread: the session may have gigabytes and 100,000 objects.
         await asyncio.to_thread(removed.clear)
+
+    def _forget(self, name: str) -> None:
+        del self._actors[name]
+        del self._names[bisect_left(self._names, name)]
 
     def in_flight(self) -> InFlight:
         """Account for the memory of one request until it is answered; see `MemoryBudget.in_flight`."""

@@ -168,6 +168,7 @@ class Turns:
         self.closed = False
         self.leaving = False
         self.settled: Callable[[], None] = _nothing
+        self._over: Callable[[], FarstepError] | None = None
         self.clock = clock
         self._session = session
         self._executor = executor
@@ -201,14 +202,16 @@ class Turns:
         """Refuse work after the session was removed.
 
         Raises:
-            SessionLost: the session was removed.
+            SessionLost, StateRolledBack: the session was removed, or goes on as another life of it.
         """
         if self.closed:
             raise self.gone()
 
-    def gone(self) -> SessionLost:
-        """Return the error for a session that was removed."""
+    def gone(self) -> FarstepError:
+        """Return the error for a session that is over."""
         name = self._session.plan.name
+        if self._over is not None:
+            return self._over()
         return SessionLost(f"Session {name!r} was removed.", remedy="Join again to create a new one.")
 
     async def run(self, work: Callable[[], Result], abandoned: Callable[[Result], None], *, inline: bool) -> Result:
@@ -245,9 +248,13 @@ class Turns:
             if not self.closed:
                 self.resolve({})
 
-    def close(self) -> None:
-        """End the session, within the caller's turn; waiting writes get an error."""
-        self.closed = True
+    def close(self, error: Callable[[], FarstepError] | None = None) -> None:
+        """End the session, within the caller's turn; waiting writes get an error.
+
+        Args:
+            error: returns it; None for that of a session that was removed.
+        """
+        self.closed, self._over = True, error
         self.settled = _nothing
         self._timer.cancel()
         self._waiting.end(self.gone)

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from copy import copy
 from dataclasses import dataclass, field
 from typing import Final, TypeVar, final
@@ -77,6 +77,11 @@ class Vault:
         self.absent: dict[str, Absent] = {}
         self._folders: dict[str, str] = {}
 
+    @property
+    def executor(self) -> Executor:
+        """Return what waits for the disk."""
+        return self._disk
+
     def look(self) -> None:
         """Find out which sessions there are."""
         for folder in self.directory.folders():
@@ -125,9 +130,10 @@ class Vault:
                             absent.progress,
                             kernels=kernels,
                             device=self._settings.device,
+                            reference=self._settings.replay == "reference",
                         ),
                     )
-                    keeper, clock_now = self._keeper_of(recovered), recovered.now
+                    keeper, clock_now = self.keeper_of(recovered), recovered.now
                     self._folders[name] = absent.folder
                     back(recovered.session, keeper, clock_now)
                     del self.absent[name]
@@ -159,7 +165,7 @@ class Vault:
         except OSError as exc:
             raise not_durable(exc) from exc
         self._folders[session.plan.name] = recovered.place.folder
-        return self._keeper_of(recovered)
+        return self.keeper_of(recovered)
 
     def _created(self, session: Session) -> Recovered:
         level, storage, folder = session.plan.durability, self._storage, self.directory.new_folder()
@@ -189,7 +195,8 @@ class Vault:
         first = None if position is None else position.segment
         return Recovered(session, Place(storage, folder, [(1, first)], 1), level, journal, (), saved.now)
 
-    def _keeper_of(self, recovered: Recovered) -> Keeper:
+    def keeper_of(self, recovered: Recovered) -> Keeper:
+        """Return what keeps a session from now on."""
         return Keeper(
             recovered.session,
             recovered.place,
