@@ -28,7 +28,9 @@ LONGEST_WAIT_S = 2.0
 LONGEST_ABSENT_S = 0.25
 """The longest pause where nothing accepts connections."""
 LONGEST_RECOVERY_S = 1.0
-"""The longest pause for a server that recovers a session; it is shorter at first, and never longer than it says."""
+"""The longest pause for a server that recovers a session; never longer than it says that this will take."""
+RECOVERY_TRIES = 8
+"""Until then, a pause is this part of the time that the recovery has taken so far."""
 JITTER = (0.5, 1.0)
 SPREAD = (1.0, 1.1)
 """The same for a pause that the server asked for: it is not cut short, and not all come back at once."""
@@ -57,7 +59,8 @@ class RetryPolicy:
             Unavailable: the time is up; whether the server acted on the last try is unknown.
         """
         give_up = self.clock() + self.timeout_s
-        pause_s, recovers = FIRST_WAIT_S, False
+        pause_s = FIRST_WAIT_S
+        recovers_since: float | None = None
         self.attempts = 0
         while True:
             self.attempts += 1
@@ -69,10 +72,9 @@ class RetryPolicy:
                     raise self._given_up(what, server, exc) from exc
                 asked_s = (exc.retry_after_s if isinstance(exc, Unavailable) else None) or 0.0
                 if isinstance(exc, Recovering):  # what it says is an estimate, and it may be ready much earlier
-                    pause_s = min(
-                        pause_s if recovers else FIRST_WAIT_S, asked_s or LONGEST_RECOVERY_S, LONGEST_RECOVERY_S
-                    )
-                    asked_s, recovers = 0.0, True
+                    recovers_since = self.clock() if recovers_since is None else recovers_since
+                    pause_s = max(FIRST_WAIT_S, (self.clock() - recovers_since) / RECOVERY_TRIES)
+                    asked_s, pause_s = 0.0, min(pause_s, asked_s or pause_s, LONGEST_RECOVERY_S)
                 elif isinstance(exc, httpx.ConnectError):
                     pause_s = min(pause_s, LONGEST_ABSENT_S)
             pause = max(asked_s, pause_s) * random.uniform(*(SPREAD if asked_s > pause_s else JITTER))
