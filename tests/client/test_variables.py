@@ -39,7 +39,13 @@ def test_an_optimizer_warns_of_a_misspelt_variable(name: str, near: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("name", "argument"), [("FARSTEP_KERNEL", "kernel"), ("FARSTEP_TIMEOUT_S", "timeout_s"), ("FARSTEP_URL", "server")]
+    ("name", "argument"),
+    [
+        ("FARSTEP_KERNEL", "kernel"),
+        ("FARSTEP_TIMEOUT_S", "timeout_s"),
+        ("FARSTEP_URL", "server"),
+        ("FARSTEP_DURABILITY", "durability"),
+    ],
 )
 def test_an_argument_that_is_no_variable_is_named(name: str, argument: str) -> None:
     """A variable that would be read if there were one leads to the argument that does what it seems to ask for."""
