@@ -70,9 +70,10 @@ class RemoteOptions(TypedDict, total=False):
     options: whose learning rate and other group options count where several workers share a session. "session": the
         session has one set, which a worker changes by changing its groups; a joining worker takes those in force into
         its groups. "push": this worker's own, for the steps of its own pushes. See `docs/workers.md`.
-    on_rollback: "raise" raises `StateRolledBack` where a server that died had kept only an older version of the
-        session. "accept" goes on from that version: `step()`, `pull()` and `heartbeat()` join again and take its
-        parameters; the gradient of that step is dropped, and `last_step.reason` is "rolled_back".
+    on_rollback: "raise" raises `StateRolledBack` where the session went back to an older version, because its server
+        died and had kept nothing later, or because someone rolled it back. "accept" goes on from that version:
+        `step()`, `pull()` and `heartbeat()` join again and take its parameters; the gradient of that step is dropped,
+        and `last_step.reason` is "rolled_back".
     timeout_s: seconds of retries before an error reports that the server does not answer.
     transport: the httpx transport for all requests, for proxies, certificates and tests; proxies of the environment are
         not used (docs/errors.md).

@@ -329,6 +329,31 @@ def test_every_worker_is_told_of_a_rollback(server: RunningServer) -> None:
     other.close()
 
 
+@pytest.mark.parametrize("on_rollback", ["raise", "accept"])
+def test_a_session_that_someone_rolls_back_tells_its_workers(on_rollback: Any, server: RunningServer) -> None:
+    """A rollback that was asked for is announced like one that a dead server caused, while the server goes on."""
+    p = torch.nn.Parameter(torch.full((4,), 10.0))
+    place: RemoteOptions = {"server": server.url, "session": "undone", "on_rollback": on_rollback}
+    optimizer = SGD([p], lr=1.0, **place)
+    for _ in range(4):
+        step(optimizer)
+    talk = Conversation(server.url, None)
+    talk.control("POST", "/v1/sessions/undone/rollback", {"version": 1})
+    talk.close()
+    if on_rollback == "raise":
+        with pytest.raises(StateRolledBack, match=r"went back to version 1, .* had seen version 4.*they were undone"):
+            step(optimizer)
+        assert values(optimizer) == [6.0] * 4
+        optimizer.rejoin()
+    else:
+        step(optimizer)
+        assert report_of(optimizer).reason == "rolled_back"
+    assert (optimizer.version, values(optimizer)) == (1, [9.0] * 4)
+    step(optimizer)
+    assert (optimizer.version, values(optimizer)) == (2, [8.0] * 4)
+    optimizer.close()
+
+
 def test_a_journaled_session_is_never_rolled_back(server: RunningServer) -> None:
     """The same kill leaves a session with a journal where it was."""
     optimizer = rolled_back(server, farstep.Journal())

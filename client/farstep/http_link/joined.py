@@ -181,10 +181,10 @@ class JoinedSession:
         where = "an older version" if now is None else f"version {now}"
         return StateRolledBack(
             f"Session {self.spec.name!r} at {self._writer.server} went back to {where}, and worker "
-            f"{self._settings.worker!r} had seen version {self.seen}: the server died, and what its disk has of the "
-            "session is older.",
-            remedy="The steps between are lost. rejoin() goes on from the session's parameters, and "
-            "on_rollback='accept' does that by itself; a session with durability=farstep.Journal() loses none.",
+            f"{self._settings.worker!r} had seen version {self.seen}: the server ended before the steps between were "
+            "kept, or they were undone.",
+            remedy="rejoin() goes on from the session's parameters, and on_rollback='accept' does that by itself; a "
+            "session with durability=farstep.Journal() loses no acknowledged step when its server ends.",
             side="client",
             version=now,
             seen=self.seen,
