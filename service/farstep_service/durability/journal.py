@@ -21,6 +21,7 @@ may be arriving into it, or a step reading it. Then its file goes, and its memor
 from __future__ import annotations
 
 import contextlib
+import errno
 import threading
 from dataclasses import dataclass
 from typing import Final, Literal, final
@@ -250,7 +251,7 @@ class Journal:
             before = self.chain
             try:
                 self.chain = before if chain is None else chain
-                begun = self._begin(self._segment_bytes)
+                begun = self._begun_with_little_room()
             except OSError:
                 self.chain = before
                 raise
@@ -309,6 +310,15 @@ class Journal:
             size = self._segment_bytes if fits else FIRST + nbytes + min(BESIDE_BYTES, self._segment_bytes)
             present = self._begin(size)
         return present
+
+    def _begun_with_little_room(self) -> Segment:
+        """Begin a segment, a small one on a full disk: what fills it may be what the caller is about to forget."""
+        try:
+            return self._begin(self._segment_bytes)
+        except OSError as exc:
+            if exc.errno != errno.ENOSPC or self._segment_bytes <= BESIDE_BYTES:
+                raise
+            return self._begin(BESIDE_BYTES)
 
     def _begin(self, nbytes: int) -> Segment:
         """Make the next segment: its size, head and name, in this order, so that one with a name has the others.

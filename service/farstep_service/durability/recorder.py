@@ -76,6 +76,7 @@ class Recorder:
     Attributes:
         journal: as above.
         behind: why the journal is not what the session is; None while it is.
+        refused: the last event was not written down, as the disk had no room.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Recorder:
     ) -> None:
         self.journal = journal
         self.behind: OSError | None = None
+        self.refused = False
         self._payload = payload
         self._time_of_day = time_of_day
         self._rotated = 0  # a snapshot needs no segment before this one
@@ -106,7 +108,9 @@ class Recorder:
             body = msgpack.packb([EVENT, now, self._time_of_day(), write_down(happened), place])
             payload = None if place is None else Place(*place[:3])
             self.journal.append(body, room=len(body) + RESULT_BYTES, payload=payload)
+            self.refused = False
         except OSError as exc:
+            self.refused = True
             raise not_durable(exc) from exc
 
     def _result(self, result: Result, now: float) -> None:
@@ -161,6 +165,7 @@ class Recorder:
         try:
             place, memory = self.journal.reserve(nbytes)
         except OSError as exc:
+            self.refused = True
             raise not_durable(exc) from exc
         return tuple(place), memory  # type: ignore[return-value]  # three numbers
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Final, TypeVar, final
+from typing import Any, Final, TypeVar, final
 
-from farstep.errors import FarstepError
+from farstep.errors import FarstepError, NotDurable
 from farstep.protocol.durability import Durability, Journal, Snapshot
 from farstep_service.coordinator.written import write_down
 from farstep_service.durability import journal as journals
@@ -29,7 +29,7 @@ from farstep_service.durability.snapshots import KEPT, Position, Saved, forget_s
 from farstep_service.durability.storage import Storage
 from farstep_service.failpoints import reached
 from farstep_service.session import Session
-from farstep_service.sessions.journal_size import WINDOWS, rotate_bytes
+from farstep_service.sessions.journal_size import WINDOWS, rotate_bytes, segment_bytes
 from farstep_service.sessions.turns import Turns
 from farstep_service.tensors.contribution import Contribution
 
@@ -103,6 +103,7 @@ class Keeper:
         self._sized, self._rotated_at = session.plan, rotate_bytes(session.plan, most_bytes)
         self._saved_version, self._saved_at, self._changed = session.version, clock(), False
         self._tried_s = -RETRY_S
+        self._looked_at = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, turns: Turns) -> None:
@@ -117,8 +118,13 @@ class Keeper:
             NotDurable: the disk has no room for them.
         """
         recorder = self._recorder
-        if recorder is not None:
+        if recorder is None:
+            return
+        try:
             contribution.journal_(recorder.reserve if contribution.nbytes >= DIRECT_BYTES else None)
+        except NotDurable:
+            self._mend(recorder)
+            raise
 
     # -- acknowledging ----------------------------------------------------------------------------------------------
 
@@ -175,6 +181,8 @@ class Keeper:
         if recorder.behind is not None:
             await self._catch_up()
             return 0.0
+        if recorder.refused:
+            self._mend(recorder)
         if recorder.journal.nbytes <= (WINDOWS + 1) * self._rotate_bytes or not self._snapshotting.locked():
             return 0.0
         began = time.perf_counter()
@@ -200,7 +208,43 @@ class Keeper:
             return (steps is not None and self._session.version - self._saved_version >= steps) or (
                 seconds is not None and self._clock() - self._saved_at >= seconds
             )
-        return self._recorder is not None and self._recorder.journal.since_rotation >= self._rotate_bytes
+        recorder = self._recorder
+        if recorder is None:
+            return False
+        grown = recorder.journal.since_rotation
+        return grown >= self._rotate_bytes or (grown >= self._looked_at and self._is_short(grown))
+
+    def _is_short(self, grown: int) -> bool:
+        """Return whether the disk is nearly full; it is looked at once for each segment that is written."""
+        segment = segment_bytes(self._session.plan)
+        self._looked_at = grown + segment
+        return grown >= segment and self._has_little_room()
+
+    def _has_little_room(self) -> bool:
+        """Return whether the disk has no room for two more segments and snapshots."""
+        needed = 2 * (segment_bytes(self._session.plan) + self._session.held_bytes)
+        return self._place.storage.free_bytes() < needed
+
+    def _mend(self, recorder: Recorder) -> None:
+        """Let a snapshot take the place of a journal that fills the disk, or cannot be written."""
+        if recorder.behind is not None:
+            self._begin(self._catch_up())
+        elif time.monotonic() - self._tried_s >= RETRY_S:
+            self._tried_s = time.monotonic()
+            self._begin_snapshot()
+
+    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+        """Begin something in the background."""
+
+        async def done() -> None:
+            try:
+                await work
+            except (OSError, NotDurable) as exc:
+                log.error("session %s: a snapshot could not be written: %s", self._session.plan.name, exc)
+
+        task = asyncio.get_running_loop().create_task(done())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     @property
     def _rotate_bytes(self) -> int:
@@ -214,15 +258,11 @@ class Keeper:
             self._timer = None
         if self._snapshotting.locked() or self._turns is None or self._turns.closed:
             return
-        task = asyncio.get_running_loop().create_task(self._snapshot_in_background())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._begin(self._snapshot_if_sound())
 
-    async def _snapshot_in_background(self) -> None:
-        try:
+    async def _snapshot_if_sound(self) -> None:
+        if self._recorder is None or self._recorder.behind is None:
             await self.snapshot()
-        except OSError as exc:
-            log.error("session %s: a snapshot could not be written: %s", self._session.plan.name, exc)
 
     async def snapshot(self, *, clean: bool = False) -> bool:
         """Write a snapshot; return whether there was one to write.
@@ -265,6 +305,7 @@ class Keeper:
         if recorder is not None:
             reached("session.rotate")
             position = recorder.rotate()
+            self._looked_at = 0
             waiting = tuple(
                 [write_down(head).hex(), [*payload.place], payload.packed, payload.digest.hex()]
                 for head, payload in session.waiting()
@@ -292,12 +333,13 @@ class Keeper:
             self._recorder.journal.sync(saved.position.number)  # the manifest names what waiting pushes brought
         place.last += 1
         write_snapshot(place.storage, place.folder, place.last, saved)
+        only = only or self._has_little_room()  # the one before makes room for the next
         waiting = [each[1][0] for each in saved.waiting]
         first = None if saved.position is None else min([saved.position.segment, *waiting])
         place.snapshots[:] = [*([] if only else place.snapshots), (place.last, first)][-KEPT:]
         forget_snapshots(place.storage, place.folder, place.snapshots[0][0])
         needed = [each for _, each in place.snapshots if each is not None]
-        if self._recorder is not None and needed and not only:
+        if self._recorder is not None and needed:
             self._recorder.journal.forget(min(needed))
 
     # -- a disk that failed -----------------------------------------------------------------------------------------
@@ -343,7 +385,6 @@ class Keeper:
         if saved is None or saved.position is None:
             raise OSError(None, "the step that waits for an evaluation is in the journal only")
         self._write(saved, only=True)
-        recorder.journal.forget(saved.position.segment)
         recorder.behind = None
 
     # -- history ----------------------------------------------------------------------------------------------------
