@@ -129,10 +129,10 @@ class History:
         session, reader = self.before(version, kernels, device)
         if reader is not None:
             for each in read_events(reader, upto=self.upto):
-                if reached(session, version):
+                if is_past(session, version):
                     break
                 again(session, each, reader, lambda now: session.initialised and now >= version)
-        if not reached(session, version) or session.version != version:
+        if not is_past(session, version) or session.version != version:
             raise self.not_kept(version)
         return session
 
@@ -183,7 +183,7 @@ class History:
         )
 
 
-def reached(session: Session, version: int) -> bool:
+def is_past(session: Session, version: int) -> bool:
     """Return whether a session is at a version, or beyond it."""
     return session.initialised and session.version >= version
 

@@ -22,7 +22,7 @@ from farstep_service.durability.reading import JournalReader
 from farstep_service.durability.recorder import Happened, read_events
 from farstep_service.kernels import Kernels
 from farstep_service.session import Outcomes, Session
-from farstep_service.sessions.history import History, reached
+from farstep_service.sessions.history import History, is_past
 from farstep_service.sessions.recovery import arrive
 from farstep_service.store import Buffers, FlatBuffers
 from farstep_service.tensors.contribution import Contribution
@@ -95,7 +95,7 @@ def replay(history: History, first: int, last: int, kernels: Callable[[str], Ker
         raise history.no_journal()
     scratch = _Scratch(session, first - 1, last)
     for each in read_events(reader, upto=history.upto):
-        if reached(session, last):
+        if is_past(session, last):
             break
         scratch.happen(each, reader)
     if session.version != last or first not in scratch.changes:
@@ -151,7 +151,7 @@ class _Scratch:
 
     def _until(self, version: int) -> bool:
         self._look()
-        return reached(self._session, self._last)
+        return is_past(self._session, self._last)
 
     def _look(self) -> None:
         """Note how far the parameters have moved, if there is another version."""
@@ -166,7 +166,7 @@ class _Scratch:
 
     def _parameters(self) -> FlatBuffers | None:
         """Return a copy of the parameters, None before the first version that is looked at."""
-        if not reached(self._session, self._first):
+        if not is_past(self._session, self._first):
             return None
         buffers = self._session.present()
         return FlatBuffers(buffers.layout, zero=False).copy_(buffers)
