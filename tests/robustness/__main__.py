@@ -27,7 +27,7 @@ from farstep.settings import RemoteOptions
 from farstep_service.failpoints import NAMES
 from tests.benchmarks.hardware import hardware
 from tests.robustness.failpoints import SMALL, Campaign
-from tests.robustness.kills import MODES, attack
+from tests.robustness.kills import MODES, ROTATING, attack
 from tests.robustness.power import live, lose_power
 from tests.robustness.twins import CASES, Steps, disturbed, train
 from tests.support.service.servers import RunningServer, running_server
@@ -90,7 +90,10 @@ def _kills(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     pairs = [(mode, level) for mode in MODES for level in LEVELS]
     for index, (mode, level) in enumerate(pairs):
         kills = options.kills * (index + 1) // len(pairs) - options.kills * index // len(pairs)
-        with tempfile.TemporaryDirectory() as place, running_server("--data-dir", place, loaded=True) as server:
+        with (
+            tempfile.TemporaryDirectory() as place,
+            running_server("--data-dir", place, *ROTATING, loaded=True) as server,
+        ):
             result = attack(server, seed=options.seed + index, kills=kills, mode=mode, remote=LEVELS[level])
             log = server.log
         table.append(

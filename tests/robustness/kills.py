@@ -26,6 +26,8 @@ from tests.support.service.raw import RawClient, tensors_of
 from tests.support.service.servers import RunningServer
 
 SESSION: Final = "ledger"
+ROTATING: Final = ("--max-journal-gib", "1e-3")
+"""Options of a server that lets a snapshot take the place of a journal of 350 KiB, so that it is killed within some."""
 LONGEST_S: Final = 0.1
 """How long the server lives at most, once every worker has been told of a step."""
 AT_ONCE: Final = 0.15

@@ -9,7 +9,7 @@ import pytest
 
 import farstep
 from farstep.settings import RemoteOptions
-from tests.robustness.kills import attack
+from tests.robustness.kills import ROTATING, attack
 from tests.robustness.twins import CASES, Steps, disturbed, train
 from tests.support.service.servers import RunningServer, running_server
 
@@ -19,10 +19,19 @@ LEVELS: dict[str, RemoteOptions] = {
 }
 
 
+WAYS: dict[str, tuple[str, RemoteOptions]] = {
+    "shared memory": ("unix", {}),
+    "overlap": ("url", {"overlap": True}),
+    "16 bits": ("url", {"wire": "bf16"}),
+}
+"""How gradients and parameters travel: which address of a server, and options."""
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     """Yield a server on a directory of its own, which the tests kill one after the other."""
-    with running_server("--data-dir", str(tmp_path_factory.mktemp("data")), loaded=True) as running:
+    place = tmp_path_factory.mktemp("d")
+    with running_server("--data-dir", str(place / "data"), "--unix", str(place / "s"), loaded=True) as running:
         yield running
 
 
@@ -34,7 +43,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
 @pytest.mark.parametrize(("mode", "level", "kills"), [("async", "os", 13), ("sync", "group", 12)])
 def test_nothing_is_lost_and_nothing_is_doubled(mode: str, level: str, kills: int, tmp_path: Path) -> None:
     """Four worker processes step through 25 kills of their server; each step that one was told of counts once."""
-    with running_server("--data-dir", str(tmp_path / "data"), loaded=True) as server:
+    with running_server("--data-dir", str(tmp_path / "data"), *ROTATING, loaded=True) as server:
         result = attack(server, seed=17, kills=kills, mode=mode, remote=LEVELS[level])
         assert not result.broken, (result, server.log[-4000:])
     assert result.server_kills == kills
@@ -58,3 +67,15 @@ def test_a_training_ends_with_the_same_bits(name: str, server: RunningServer) ->
 def case_number(name: str) -> int:
     """Return the place of a training among all of them."""
     return list(CASES).index(name)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_whatever_way_the_gradients_travel(way: str, server: RunningServer) -> None:
+    """Through shared memory, during the backward pass and in 16 bits, a training with two kills has the same bits."""
+    address, options = WAYS[way]
+    case, session = CASES["large Adam"], way.replace(" ", "-")
+    remote: RemoteOptions = {**LEVELS["os"], **options}
+    url = getattr(server, address)
+    calm = train(url, f"{session}.calm", case, remote, Steps())
+    ended = disturbed(server, session, case, remote, times=2, seed=len(way), url=url)
+    assert [one.differences(other) for one, other in zip(calm, ended, strict=True)] == [[], []]

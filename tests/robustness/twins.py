@@ -29,6 +29,7 @@ from tests.support.client.twins import drawn, ours, parameters
 from tests.support.service.servers import RunningServer
 
 SHAPES: Final = ((5, 3), (3,), (), (17,))
+LARGE: Final = ((300, 200), (7,))
 STEPS: Final = 96
 """Pushes of each worker."""
 SILENT_S: Final = 90.0
@@ -49,6 +50,7 @@ class Case:
         policy: the session's.
         make: what makes the rounds.
         steps: pushes of each worker.
+        shapes: of the parameters; large gradients are received straight into the journal.
     """
 
     optimizer: str
@@ -58,6 +60,7 @@ class Case:
     policy: RemoteOptions = field(default_factory=lambda: POLICY)
     make: rounds.Open = rounds.local_sgd
     steps: int = STEPS
+    shapes: Sequence[Sequence[int]] = SHAPES
 
 
 PAIR: Final = Sync(workers=2, deadline_s=60.0)
@@ -69,6 +72,7 @@ CASES: Final[dict[str, Case]] = {
     "LocalSGD": Case("", PAIR, 2, policy={"clip_norm": 5.0, "ema": 0.9}),
     "DiLoCo": Case("", PAIR, 2, policy={"ema": 0.9}, make=rounds.diloco),
     "sync Adagrad": Case("Adagrad", Sync(workers="live", deadline_s=60.0), 2, {"lr": 0.1}),
+    "large Adam": Case("Adam", PAIR, 2, {"lr": 0.05}, steps=48, shapes=LARGE),
     "sync SGD": Case("SGD", PAIR, 2, {"lr": 0.05, "momentum": 0.9, "nesterov": True}),
 }
 """The trainings by name."""
@@ -139,13 +143,13 @@ def train(url: str, session: str, case: Case, remote: RemoteOptions, steps: Step
 
 
 def _steps(case: Case, place: RemoteOptions, number: int, begun: threading.Barrier, steps: Steps) -> Ended:
-    own = parameters(drawn(0, SHAPES))
+    own = parameters(drawn(0, case.shapes))
     optimizer = ours(case.optimizer)(own, foreach=False, worker=f"w{number}", **{**case.options, **place})
     scheduler = ExponentialLR(optimizer, FACTOR)
     told = _Told(optimizer, steps)
     begun.wait(SILENT_S)  # with workers="live", the first step is to wait for all
     for step in range(case.steps):
-        for p, gradient in zip(own, drawn(1000 * number + step + 1, SHAPES), strict=True):
+        for p, gradient in zip(own, drawn(1000 * number + step + 1, case.shapes), strict=True):
             p.grad = gradient
         optimizer.step()
         scheduler.step()
@@ -205,6 +209,7 @@ def disturbed(
     times: int,
     seed: int,
     end: Callable[[RunningServer], object] = RunningServer.kill,
+    url: str = "",
 ) -> list[Ended]:
     """Train as `train` does, while the server is ended so many times, and started again.
 
@@ -213,6 +218,7 @@ def disturbed(
         times: how often.
         seed: decides when.
         end: ends the server; it returns when there is no such process any more.
+        url: where the workers reach it, if not at its TCP port.
 
     Raises:
         AssertionError: the training was over before the last end, or makes no progress.
@@ -220,7 +226,7 @@ def disturbed(
     rng, steps, pushes = random.Random(seed), Steps(), case.steps * case.workers
     places = sorted(rng.sample(range(1, pushes * 3 // 4), times))
     with ThreadPoolExecutor(1) as threads:
-        training = threads.submit(train, server.url, session, case, remote, steps)
+        training = threads.submit(train, url or server.url, session, case, remote, steps)
         for place in places:
             assert steps.reach(place, SILENT_S), "no step for too long"
             steps.reach(pushes, rng.uniform(0, AFTER_S))
