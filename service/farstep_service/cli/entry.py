@@ -63,6 +63,7 @@ def program() -> typer.Typer:
 
     from farstep import __version__
     from farstep_service.cli.bench import bench
+    from farstep_service.cli.fsck import fsck
     from farstep_service.cli.health import healthcheck, status
     from farstep_service.cli.history import fork, log, replay, rollback
     from farstep_service.cli.launch import SETTINGS, demo, launch
@@ -94,7 +95,7 @@ def program() -> typer.Typer:
     for verb in (serve, demo, status, healthcheck, warmup, bench):
         verbs.command()(verb)
     verbs.command(context_settings=SETTINGS)(launch)
-    for of_a_session in (log, rollback, fork, replay):
+    for of_a_session in (log, rollback, fork, replay, fsck):
         sessions.command()(of_a_session)
     verbs.add_typer(sessions, name="sessions")
     return verbs

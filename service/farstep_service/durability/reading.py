@@ -193,6 +193,7 @@ class JournalReader:
         storage, folder: as of a `Journal`.
         number, chain: of the last event before the point.
         segment: the first segment to read; the events that follow the point begin in it or in a later one.
+        before: segments from this one on are not read; None for all.
 
     Attributes:
         found: what was found, once `events` has come to its end.
@@ -201,11 +202,15 @@ class JournalReader:
         DamagedJournal: a segment is no segment, or was cut off.
     """
 
-    def __init__(self, storage: Storage, folder: str, number: int, chain: bytes, segment: int) -> None:
+    def __init__(
+        self, storage: Storage, folder: str, number: int, chain: bytes, segment: int, before: int | None = None
+    ) -> None:
         boot = boot_name(storage.boot)
         there = [*segments_in(storage, folder)]
         self._readings = [
-            Reading(storage.map(name, writable=False), name, each, boot) for each, name in there if each >= segment
+            Reading(storage.map(name, writable=False), name, each, boot)
+            for each, name in there
+            if each >= segment and (before is None or each < before)
         ]
         begun = [each for each in self._readings if each.begun]
         self.found = Recovered(

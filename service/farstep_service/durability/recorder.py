@@ -19,7 +19,7 @@ from typing import Any, Final, final
 
 import msgpack
 
-from farstep.errors import NotDurable
+from farstep.errors import DamagedJournal, NotDurable
 from farstep.protocol.messages import WriteName
 from farstep_service.coordinator import Append, Event, Failed, NoStep, Push, Put, Result, StepTaken, Written
 from farstep_service.coordinator.written import read_back, write_down
@@ -201,22 +201,27 @@ def read_events(reader: JournalReader, *, upto: int | None = None, check: bool =
         return payload is None or is_whole(payload, reader)
 
     last: Happened | None = None
-    for each in reader.events(holds) if check else reader.events():
-        kind, now, *rest = msgpack.unpackb(each.body)
-        if kind == EVENT:
-            if last is not None:
-                yield last
-            at, written, place = rest
-            last = Happened(read_back(written), now, _payload_at(place), [], at, each.chain)
-        elif last is not None and not _unfinished(last):
-            last.results.append(read_back(rest[0]))
-            last.chains.append(each.chain)
-        else:
-            if last is not None:
-                yield last
-            last = Happened(read_back(rest[0]), now, None, [], 0.0 if last is None else last.at, each.chain)
-        if upto is not None and each.number >= upto:
-            break
+    try:
+        for each in reader.events(holds) if check else reader.events():
+            kind, now, *rest = msgpack.unpackb(each.body)
+            if kind == EVENT:
+                if last is not None:
+                    yield last
+                at, written, place = rest
+                last = Happened(read_back(written), now, _payload_at(place), [], at, each.chain)
+            elif last is not None and not _unfinished(last):
+                last.results.append(read_back(rest[0]))
+                last.chains.append(each.chain)
+            else:
+                if last is not None:
+                    yield last
+                last = Happened(read_back(rest[0]), now, None, [], 0.0 if last is None else last.at, each.chain)
+            if upto is not None and each.number >= upto:
+                break
+    except DamagedJournal:
+        if last is not None:  # it holds
+            yield last
+        raise
     if last is not None:
         yield last
 

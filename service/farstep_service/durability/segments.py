@@ -179,4 +179,5 @@ def damaged(name: str, offset: int, what: str) -> DamagedJournal:
         f"{name} is damaged at byte {offset}: {what}.",
         remedy="`farstep sessions fsck` says what can be saved.",
         field=name,
+        byte=offset,
     )

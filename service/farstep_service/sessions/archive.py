@@ -25,7 +25,7 @@ from farstep_service.session import Session
 from farstep_service.sessions.actor import Actor
 from farstep_service.sessions.history import WITH_A_JOURNAL, History, Line
 from farstep_service.sessions.keeper import Keeper, Place
-from farstep_service.sessions.recovery import MOST_PREDECESSORS, Recovered, write_anew
+from farstep_service.sessions.recovery import Recovered, known_after, write_anew
 from farstep_service.sessions.scratch import Replayed, replay
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ class Archive:
         session = await self.at(actor, version)
         async with turn, _history(actor) as history:
             keeper = kept_by(actor)
-            known = (*keeper.predecessors, actor.incarnation)[-MOST_PREDECESSORS:]
+            known = known_after(keeper.predecessors, actor.incarnation)
             session.begin_anew(secrets.token_hex(16), known)
             before = keeper.place
             place = Place(before.storage, before.folder, [*before.snapshots], before.last)

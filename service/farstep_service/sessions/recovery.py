@@ -231,7 +231,7 @@ def begin_anew(recovered: Recovered) -> Recovered:
         NotDurable: it cannot be written down.
     """
     session = recovered.session
-    known = (*recovered.predecessors, session.incarnation)[-MOST_PREDECESSORS:]
+    known = known_after(recovered.predecessors, session.incarnation)
     session.begin_anew(secrets.token_hex(16), known)
     log.warning("session %s: rolled back to version %d", session.plan.name, session.version)
     anew = replace(recovered, predecessors=known)
@@ -242,11 +242,20 @@ def begin_anew(recovered: Recovered) -> Recovered:
     return anew
 
 
-def write_anew(recovered: Recovered) -> None:
+def known_after(predecessors: tuple[str, ...], incarnation: str) -> tuple[str, ...]:
+    """Return the incarnations that the next life of a session knows as those before it."""
+    return (*predecessors, incarnation)[-MOST_PREDECESSORS:]
+
+
+def write_anew(recovered: Recovered, *, forget: bool = True) -> None:
     """Let a snapshot of what a session is now, and a fresh journal, take the place of all that was kept of it.
 
     What was there before counts until the snapshot is complete, and never again from then on: no chain leads from the
     events before to those that follow.
+
+    Args:
+        recovered: the session, and where it is kept.
+        forget: remove what was there before.
 
     Raises:
         OSError: the disk has no room for it, or failed; then nothing has changed, unless the disk does not even let go
@@ -282,6 +291,8 @@ def write_anew(recovered: Recovered) -> None:
             journal.rotate(chain)
         raise
     place.snapshots[:] = [(place.last, None if position is None else position.segment)]
+    if not forget:
+        return
     forget_snapshots(storage, folder, place.last)
     if journal is not None and position is not None:
         journal.forget(position.segment)
