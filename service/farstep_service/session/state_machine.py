@@ -213,15 +213,9 @@ class StateMachine:
             Unavailable: the kernel that ran cannot run here.
             InternalError: it is another one.
         """
-        if isinstance(result, Failed) and isinstance(result.error, Unavailable) and isinstance(before, StepTaken):
-            raise Unavailable(
-                f"Session {self.tensors.state.plan.name!r} took step {before.version} with the {before.kernel} kernel, "
-                f"which cannot run here: {result.error.detail}",
-                remedy=f"{result.error.remedy or 'Recover it where that kernel runs.'} Or start the server with "
-                "`--replay reference`: the reference kernel takes the steps again, with bits that may differ, and "
-                "workers are told that the state was rolled back.",
-                field="kernel",
-            )
+        if isinstance(result, Failed) and isinstance(result.error, Unavailable) and not isinstance(before, Failed):
+            took = f"took step {before.version} with the {before.kernel}" if isinstance(before, StepTaken) else "has a"
+            raise cannot_run(self.tensors.state.plan.name, f"{took} kernel", result.error)
         alike = self.reference and isinstance(result, StepTaken) and isinstance(before, StepTaken)
         if result != before and not (alike and _counts_alike(result, before)):
             raise InternalError(f"A replay led to {result}, and the first time to {before}.")
@@ -233,3 +227,14 @@ def _counts_alike(result: Result, before: Result) -> bool:
     assert isinstance(result, StepTaken)
     assert isinstance(before, StepTaken)
     return (result.version, result.contributors, result.again) == (before.version, before.contributors, before.again)
+
+
+def cannot_run(session: str, what: str, why: FarstepError) -> Unavailable:
+    """Return the error for a session that cannot come back, since a kernel cannot run here."""
+    return Unavailable(
+        f"Session {session!r} {what}, which cannot run here: {why.detail}",
+        remedy=f"{why.remedy or 'Recover it where that kernel runs.'} Or start the server with `--replay reference`: "
+        "the reference kernel takes the steps again, with bits that may differ, and workers are told that the state "
+        "was rolled back.",
+        field="kernel",
+    )

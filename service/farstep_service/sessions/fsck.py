@@ -184,7 +184,8 @@ class Patient:
         if self._base is None:
             raise DamagedJournal(f"Nothing of {folder} can be saved: it has no snapshot that holds.", field=folder)
         manifest, saved = self._base
-        session, position, now = begun(saved, kernels, device), manifest.position, saved.now
+        session = begun(saved, kernels, device, reference=reference)
+        position, now = manifest.position, saved.now
         level = session.plan.durability
         assert level is not None
         journal, lost = None, report.lost

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Final
 
-from farstep.errors import DamagedJournal, FarstepError
+from farstep.errors import DamagedJournal, FarstepError, Unavailable
 from farstep.protocol.durability import NONE, Durability, Journal
 from farstep.protocol.growth import AppendHead
 from farstep.protocol.messages import PushHead, PutHead
@@ -39,7 +39,7 @@ from farstep_service.durability.snapshots import (
 )
 from farstep_service.durability.storage import Storage
 from farstep_service.kernels import Kernels
-from farstep_service.session import Session, SessionRecord
+from farstep_service.session import Session, SessionRecord, cannot_run
 from farstep_service.sessions.journal_size import begin_journal
 from farstep_service.sessions.keeper import Place
 from farstep_service.tensors.payload import Payload
@@ -136,7 +136,7 @@ def recover(
     """
     manifest, saved = _newest_that_holds(storage, folder)
     level = saved.tensors.plan.durability or NONE
-    session = begun(saved, kernels, device)
+    session = begun(saved, kernels, device, reference=reference)
     plan = session.plan
     numbers = numbers_in(storage, folder)
     place = Place(storage, folder, [], numbers[-1])
@@ -164,14 +164,22 @@ def recover(
     return begin_anew(recovered) if lost or differs else recovered
 
 
-def begun(saved: Saved, kernels: Callable[[str], Kernels], device: str) -> Session:
+def begun(saved: Saved, kernels: Callable[[str], Kernels], device: str, *, reference: bool = False) -> Session:
     """Return the session of a snapshot, without the pushes that waited.
 
+    Args:
+        saved, kernels, device: what it is, and what it runs on.
+        reference: where it insists on a kernel that is not available here, it runs the reference one until it is.
+
     Raises:
-        FarstepError: its kernel is not available here.
+        Unavailable: it insists on a kernel that is not available here.
     """
     plan, record = saved.tensors.plan, SessionRecord(saved.coordinator, saved.tensors)
-    return Session(plan, incarnation=saved.incarnation, kernels=kernels(plan.kernel), device=device, record=record)
+    mode = "auto" if reference and plan.kernel == "fused" else plan.kernel
+    try:
+        return Session(plan, incarnation=saved.incarnation, kernels=kernels(mode), device=device, record=record)
+    except Unavailable as exc:
+        raise cannot_run(plan.name, f"runs on the {plan.kernel} kernel only", exc) from exc
 
 
 def let_wait(session: Session, saved: Saved, reader: JournalReader) -> None:
