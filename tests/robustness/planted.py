@@ -200,7 +200,7 @@ def take_any_payload() -> None:
 
 
 def go_back_without_a_word() -> None:
-    _put(recovery, "_begin_anew", lambda session, predecessors: predecessors)
+    _put(recovery, "begin_anew", lambda recovered: recovered)
 
 
 def count_an_outage_as_time() -> None:
