@@ -203,6 +203,10 @@ def go_back_without_a_word() -> None:
     _put(recovery, "begin_anew", lambda recovered: recovered)
 
 
+def keep_another_life_in_memory_only() -> None:
+    _put(recovery, "write_anew", lambda recovered: None)
+
+
 def count_an_outage_as_time() -> None:
     whole = registry.Registry._add
 
@@ -232,6 +236,7 @@ BUGS: Final[Mapping[str, Bug]] = {
         ),
         Bug(take_any_payload, f"{POWER}::test_gradients_that_are_damaged_are_not_applied"),
         Bug(go_back_without_a_word, f"{SAID}[snapshot]"),
+        Bug(keep_another_life_in_memory_only, f"{SAID}[os]"),
         Bug(
             count_an_outage_as_time,
             "tests/robustness/test_clock.py::test_a_lease_goes_on_where_it_stopped[killed]",

@@ -333,7 +333,9 @@ def _recover(life: Life, disk: PowerStorage, cut: int, rng: random.Random, losse
     if session.initialised and _bits(session) != life.bits.get(session.version):
         raise AssertionError(f"it came back at version {session.version} with bits that it never had")
     if session.incarnation != life.sent[0].head.incarnation:
-        _check_announced(life, session, losses)
+        _check_announced(life, session)
+        _check_again(life, disk, session)
+        losses.rolled_back += 1
         return
     told = [each for each in life.sent if each.receipt and each.told_at <= cut]
     losses.told += len(told)
@@ -352,15 +354,26 @@ def _recover(life: Life, disk: PowerStorage, cut: int, rng: random.Random, losse
         raise AssertionError(f"the training ends at version {session.version} with other bits")
 
 
-def _check_announced(life: Life, session: Session, losses: Losses) -> None:
+def _check_announced(life: Life, session: Session) -> None:
     """See that a session that went back says so to its workers, which only a level that may lose steps does."""
     if isinstance(life.level, Journal) and life.level.sync != "os":
         raise AssertionError("it came back as another one, although nothing may be lost")
     try:
         session.check(life.sent[-1].head.name, life.sent[-1].head.incarnation)
     except StateRolledBack:
-        losses.rolled_back += 1
         return
     except FarstepError as error:
         raise AssertionError(f"a worker is told {error.code} of a session that went back") from error
     raise AssertionError("a write to a session that went back is taken")
+
+
+def _check_again(life: Life, disk: PowerStorage, session: Session) -> None:
+    """See that a session that went back, and whose process dies before anything happens, still says so."""
+    died = disk.crash(_Everything())
+    died._boot = disk.boot
+    again = _recovered(life, died).session
+    if again.version != session.version:
+        raise AssertionError(f"it came back at version {session.version}, and then at {again.version}")
+    if isinstance(life.level, Journal) and again.incarnation != session.incarnation:
+        raise AssertionError("it came back as a third one, although nothing had happened")
+    _check_announced(life, again)
