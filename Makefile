@@ -81,7 +81,7 @@ $(INSTALLED): pyproject.toml deploy/constraints.txt
 	@rm -f $(VENV)/.installed-*
 	@found=$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); \
 	if [ "$$found" != "$(VERSION)" ]; then $(PYTHON) -m venv --clear $(VENV); fi
-	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[service,demo,dev,integrations]'
+	$(BIN)/python -m pip install --quiet --constraint deploy/constraints.txt --editable '.[service,archive,demo,dev,integrations]'
 	@touch $@
 
 # The site's tool is for this target alone, so nothing else waits for it.

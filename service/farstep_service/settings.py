@@ -45,6 +45,7 @@ class Settings:
         durability: what is kept of sessions that name no level; None for the default, see `default_durability`.
         max_journal_bytes: the largest journal of one session; a snapshot is taken before it is reached.
         replay: which kernels take the steps of a journal again: those that are `recorded`, or the `reference` one.
+        archive: the URL of a store to which snapshots and closed segments are copied; "" for none.
     """
 
     host: str = DEFAULT_HOST
@@ -65,6 +66,7 @@ class Settings:
     durability: Durability | None = None
     max_journal_bytes: int = MAX_JOURNAL_BYTES
     replay: Replay = "recorded"
+    archive: str = ""
 
     def __post_init__(self) -> None:
         for token in self.tokens:
@@ -92,6 +94,12 @@ class Settings:
                 field="host",
             )
         self.check_durability(self.durability)
+        if self.archive and not self.data_dir:
+            raise InvalidOption(
+                "This server has no data directory, so there is nothing to copy to an archive.",
+                remedy="Start it with `farstep serve --data-dir DIR --archive URL`.",
+                field="archive",
+            )
 
     @property
     def default_durability(self) -> Durability:

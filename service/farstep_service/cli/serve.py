@@ -129,6 +129,14 @@ def serve(
         ReplayKernel,
         option("--replay", "Kernels that take journaled steps again; reference where the recorded ones cannot run."),
     ] = ReplayKernel.recorded,
+    archive: Annotated[
+        str,
+        option(
+            "--archive",
+            "Copy what the data directory keeps to a store elsewhere: s3://BUCKET/PATH, gs://, az://, file:///FOLDER.",
+            metavar="URL",
+        ),
+    ] = DEFAULTS.archive,
     log_level: Annotated[LogLevel, option("--log-level", "Level of the log on the standard error.")] = LogLevel.info,
     json_output: JsonOutput = False,
 ) -> None:
@@ -158,6 +166,7 @@ def serve(
             durability=level_of(durability),
             max_journal_bytes=bytes_of(max_journal_gib, "max_journal_gib"),
             replay=replay.value,
+            archive=archive.strip(),
         )
         from farstep_service.server import run
 
@@ -178,6 +187,7 @@ def serve(
                         "durable": bool(settings.data_dir),
                         "data_dir": settings.data_dir,
                         "durability": to_text(settings.default_durability),
+                        "archive": settings.archive,
                         "version": __version__,
                         "pid": os.getpid(),
                     }
@@ -333,6 +343,7 @@ def data_line(settings: Settings) -> str:
     if not settings.data_dir:
         return "memory only: sessions end with the server"
     level = settings.default_durability
+    copied = f"; copied to {settings.archive}" if settings.archive else ""
     if level == NONE:
-        return f"{settings.data_dir}, for sessions that ask for it; others end with the server"
-    return f"{settings.data_dir}, {to_text(level)} for sessions that name no level"
+        return f"{settings.data_dir}, for sessions that ask for it; others end with the server{copied}"
+    return f"{settings.data_dir}, {to_text(level)} for sessions that name no level{copied}"

@@ -12,12 +12,14 @@ import typer
 
 from farstep.errors import invalid_option
 from farstep.protocol.consistency import MODES
+from farstep_service.cli.archive import restore_session
 from farstep_service.cli.output import JsonOutput, print_facts, print_json, print_table, reporting, size
 from farstep_service.cli.remote import Server, Token, document_of, open_conversation, session_of, sessions_of
 
 sessions = typer.Typer(
-    help="List, show, remove, switch, export and import the sessions of a server.", no_args_is_help=True
+    help="List, show, remove, switch, export, import and restore the sessions of a server.", no_args_is_help=True
 )
+sessions.command("restore")(restore_session)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="The session's name.")]
 
@@ -54,6 +56,7 @@ def show_session(name: Name, server: Server, token: Token = None, json_output: J
             "consistency": ", ".join(f"{key} {value}" for key, value in found["consistency"].items()),
             "nonfinite": found["nonfinite"],
             **({"durability": level} if (level := found.get("durability")) else {}),
+            **({"archived": f"version {copied}"} if (copied := found.get("archived_version")) is not None else {}),
             **({"policy": options_of(policy)} if (policy := found.get("policy")) else {}),
             "incarnation": found["incarnation"],
             **{f"group {number}": options_of(group) for number, group in enumerate(found["groups"])},

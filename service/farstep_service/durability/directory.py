@@ -24,6 +24,8 @@ MARKER: Final = "farstep.json"
 LOCK: Final = "owner.lock"
 SESSIONS: Final = "sessions"
 REMOVED: Final = ".removed"
+NEW: Final = ".new"
+"""The end of the name of a folder that is not complete yet."""
 
 
 @final
@@ -51,13 +53,14 @@ class DataDirectory:
         except OSError as exc:
             raise _refused(f"{path} cannot be used ({exc.strerror})", "Give a directory that can be written.") from exc
         self.storage = DiskStorage(self.path)
-        for folder in self.folders():
-            if folder.endswith(REMOVED) or self._was_never_there(folder):
+        for name in self.storage.names(SESSIONS):
+            folder = f"{SESSIONS}/{name}"
+            if name.endswith((REMOVED, NEW)) or self._was_never_there(folder):
                 self.storage.remove(folder)
 
     def folders(self) -> list[str]:
-        """Return the folders of its sessions."""
-        return [f"{SESSIONS}/{name}" for name in self.storage.names(SESSIONS)]
+        """Return the folders of its sessions, those that are complete."""
+        return [f"{SESSIONS}/{name}" for name in self.storage.names(SESSIONS) if not name.endswith((REMOVED, NEW))]
 
     def new_folder(self) -> str:
         """Return a name for the folder of a new session."""

@@ -77,6 +77,7 @@ class Recorder:
         journal: as above.
         behind: why the journal is not what the session is; None while it is.
         refused: the last event was not written down, as the disk had no room.
+        late: called with each segment to which an event of a later one refers, before that event is written.
     """
 
     def __init__(
@@ -88,6 +89,7 @@ class Recorder:
         self.journal = journal
         self.behind: OSError | None = None
         self.refused = False
+        self.late: Callable[[int], None] = lambda _: None
         self._payload = payload
         self._time_of_day = time_of_day
         self._rotated = 0  # a snapshot needs no segment before this one
@@ -142,6 +144,8 @@ class Recorder:
             payload.digest = payload.digest or digest_of(payload.pieces)
         payload.pieces, payload.memory = (), None
         assert payload.place is not None
+        if payload.place[0] < self.journal.segment:
+            self.late(payload.place[0])
         return [*payload.place, payload.packed, payload.digest]
 
     def _copy(self, payload: Payload) -> None:

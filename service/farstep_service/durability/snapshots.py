@@ -160,9 +160,9 @@ def write_snapshot(storage: Storage, folder: str, number: int, saved: Saved) -> 
         "waiting": [*saved.waiting],
         "session": describe(record.plan, record.groups, saved.version, shapes),
     }
-    text = json.dumps(manifest, ensure_ascii=False, separators=(",", ":")).encode()
+    text = text_of(manifest)
     reached("snapshot.manifest")
-    writer.put(stem + MANIFEST, [text, b"\n", xxhash.xxh3_128_hexdigest(text).encode(), b"\n"])
+    writer.put(stem + MANIFEST, [text])
 
 
 def _state_of(record: TensorsRecord) -> tuple[dict[str, Any], list[Tensor]]:
@@ -192,16 +192,7 @@ class Manifest:
     def __init__(self, storage: Storage, folder: str, number: int) -> None:
         self._storage, self._folder, self.number = storage, folder, number
         name = f"{folder}/{number:08}{MANIFEST}"
-        text, _, rest = bytes(storage.map(name, writable=False)).partition(b"\n")
-        if rest != xxhash.xxh3_128_hexdigest(text).encode() + b"\n":
-            raise damaged_file(name, "its checksum is another one")
-        self.said: dict[str, Any] = json.loads(text)
-        if self.said["format"] > FORMAT:
-            raise DamagedJournal(
-                f"{name} has the format {self.said['format']}, and this release reads up to {FORMAT}.",
-                remedy="Use the release that wrote it, or a newer one.",
-                field=name,
-            )
+        self.said: dict[str, Any] = said_in(bytes(storage.map(name, writable=False)), name)
 
     @property
     def position(self) -> Position | None:
@@ -214,8 +205,7 @@ class Manifest:
     @property
     def first_segment(self) -> int | None:
         """Return the first segment of the journal that this snapshot needs."""
-        position = self.position
-        return None if position is None else min([position.segment, *(each[1][0] for each in self.said["waiting"])])
+        return first_segment_in(self.said)
 
     @property
     def has_contents(self) -> bool:
@@ -308,6 +298,40 @@ def copy_(into: memoryview, source: memoryview) -> None:
         into[:] = source
         return
     torch.frombuffer(into, dtype=torch.uint8).copy_(torch.frombuffer(source, dtype=torch.uint8))
+
+
+def said_in(text: bytes, name: str) -> dict[str, Any]:
+    """Return what the text of a manifest says.
+
+    Args:
+        name: of its file, for errors.
+
+    Raises:
+        DamagedJournal: it is damaged, or of a newer format.
+    """
+    first, _, rest = text.partition(b"\n")
+    if rest != xxhash.xxh3_128_hexdigest(first).encode() + b"\n":
+        raise damaged_file(name, "its checksum is another one")
+    said: dict[str, Any] = json.loads(first)
+    if said["format"] > FORMAT:
+        raise DamagedJournal(
+            f"{name} has the format {said['format']}, and this release reads up to {FORMAT}.",
+            remedy="Use the release that wrote it, or a newer one.",
+            field=name,
+        )
+    return said
+
+
+def text_of(said: dict[str, Any]) -> bytes:
+    """Return the text of a manifest that says this."""
+    text = json.dumps(said, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"%b\n%b\n" % (text, xxhash.xxh3_128_hexdigest(text).encode())
+
+
+def first_segment_in(said: dict[str, Any]) -> int | None:
+    """Return the first segment of the journal that a snapshot needs; None without a journal."""
+    journal = said["journal"]
+    return None if journal is None else min([journal["segment"], *(each[1][0] for each in said["waiting"])])
 
 
 def numbers_in(storage: Storage, folder: str) -> list[int]:

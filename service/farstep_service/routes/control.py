@@ -128,8 +128,9 @@ class RenewedDocument(BaseModel):
 class SessionView(BaseModel):
     """The present state of a session, with the first of its param groups and workers, and their numbers.
 
-    `bytes`: its memory. `readers`: the number of readers of parameters, state or files, of those that wait and that
-    were cut off; the bytes that they hold, and their limit.
+    `archived_version`: that of the newest snapshot in the server's archive. `bytes`: its memory. `readers`: the number
+    of readers of parameters, state or files, of those that wait and that were cut off; the bytes that they hold, and
+    their limit.
     """
 
     name: str
@@ -144,6 +145,7 @@ class SessionView(BaseModel):
     kernel: str
     policy: dict[str, Any]
     durability: str
+    archived_version: int | None
     parameters: int
     segments: int
     bytes: dict[str, int]
@@ -196,6 +198,7 @@ async def view_of(actor: Actor, most: int) -> SessionView:
         kernel=plan.kernel,
         policy=plan.policies.to_options(),
         durability=plan.level,
+        archived_version=actor.archived_version,
         parameters=plan.layout.elements,
         segments=len(plan.layout.segments),
         bytes=summary.bytes,

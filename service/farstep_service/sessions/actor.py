@@ -369,6 +369,11 @@ class Actor:
         """Answer every push that waits, and every one that would from now on, because the server is about to end."""
         await self._turns.interrupt()
 
+    @property
+    def archived_version(self) -> int | None:
+        """Return the version of the newest snapshot that is in the server's archive; None for none."""
+        return None if self.keeper is None else self.keeper.archived_version
+
     async def end(self) -> None:
         """End the session with its server: what is to be kept of it is kept."""
         if self.keeper is not None:

@@ -24,6 +24,7 @@ from farstep.errors import FarstepError, NotDurable
 from farstep.protocol.durability import Durability, Journal, Snapshot
 from farstep_service.coordinator.written import write_down
 from farstep_service.durability import journal as journals
+from farstep_service.durability.archive import SessionArchive
 from farstep_service.durability.recorder import DIRECT_BYTES, Recorder, not_durable
 from farstep_service.durability.snapshots import KEPT, Position, Saved, forget_snapshots, write_snapshot
 from farstep_service.durability.storage import Storage
@@ -71,6 +72,7 @@ class Keeper:
         predecessors: incarnations of the session of which acknowledged steps were lost.
         most_bytes: the largest size of a journal.
         clock: the session's.
+        archive: the copy of the session in a store elsewhere; None for none.
 
     Attributes:
         level, place, predecessors: as above.
@@ -87,13 +89,17 @@ class Keeper:
         predecessors: tuple[str, ...] = (),
         most_bytes: int,
         clock: Callable[[], float],
+        archive: SessionArchive | None = None,
     ) -> None:
         self.level = level
+        self._archive = archive
         self.predecessors = predecessors
         self.place = place
         self._session, self._place, self._executor, self._clock = session, place, executor, clock
         self._recorder = None if journal is None else Recorder(journal, session.payload)
         session.journal = self._recorder
+        if self._recorder is not None and archive is not None:
+            self._recorder.late = archive.late.append
         self._waits = isinstance(level, Journal) and level.sync != "os"
         self._syncing: asyncio.Task[None] | None = None
         self._snapshotting = asyncio.Lock()
@@ -110,6 +116,13 @@ class Keeper:
         """Begin to watch the session, whose turns these are."""
         self._turns, self._clock = turns, turns.clock
         self._saved_version, self._saved_at = self._session.version, self._clock()
+        if self._archive is not None:
+            self._archive.want()  # what the server before did not come to
+
+    @property
+    def archived_version(self) -> int | None:
+        """Return the version of the newest snapshot in the archive; None for none."""
+        return None if self._archive is None else self._archive.version
 
     def journal_(self, contribution: Contribution) -> None:
         """Let gradients that are about to arrive go to the journal: large ones are received there.
@@ -192,6 +205,8 @@ class Keeper:
 
     def written(self) -> None:
         """Note that a write has happened; begin a snapshot if one is due."""
+        if self._archive is not None:
+            self._archive.written()
         if self._snapshotting.locked():
             self._changed = True
             return
@@ -341,6 +356,8 @@ class Keeper:
         needed = [each for _, each in place.snapshots if each is not None]
         if self._recorder is not None and needed:
             self._recorder.journal.forget(min(needed))
+        if self._archive is not None:
+            self._archive.want()
 
     # -- a disk that failed -----------------------------------------------------------------------------------------
 

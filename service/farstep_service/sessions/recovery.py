@@ -161,6 +161,7 @@ def recover(
     place.snapshots[:] = _kept(storage, folder, numbers)
     recovered = Recovered(session, place, level, journal, saved.predecessors, now)
     lost = level.sync == "os" and found.rebooted and not (saved.clean and not happened)
+    lost |= manifest.said.get("restored", False)  # from an archive, which may not have the last steps
     return begin_anew(recovered) if lost or differs else recovered
 
 
@@ -240,7 +241,7 @@ def begin_anew(recovered: Recovered) -> Recovered:
     """
     session = recovered.session
     known = known_after(recovered.predecessors, session.incarnation)
-    session.begin_anew(secrets.token_hex(16), known)
+    session.begin_anew(secrets.token_hex(16), known, name=session.plan.name)  # an archived one may have another name
     log.warning("session %s: rolled back to version %d", session.plan.name, session.version)
     anew = replace(recovered, predecessors=known)
     try:

@@ -21,7 +21,9 @@ from typing import Final, TypeVar, final
 from farstep.errors import FarstepError, InternalError, Recovering
 from farstep.protocol.durability import Journal
 from farstep_service.durability import journal as journals
+from farstep_service.durability.archive import Archiver, SessionArchive
 from farstep_service.durability.directory import DataDirectory
+from farstep_service.durability.objects import open_objects
 from farstep_service.durability.recorder import not_durable
 from farstep_service.durability.segments import NO_CHAIN
 from farstep_service.durability.snapshots import Position, Saved, write_snapshot
@@ -61,18 +63,20 @@ class Vault:
     """Keep the sessions of one server.
 
     Args:
-        settings: the data directory, and the bounds of journals.
+        settings: the data directory, where copies of it go, and the bounds of journals.
         clock: monotonic seconds.
 
     Raises:
-        InvalidOption: the directory cannot be used; see `DataDirectory`.
+        InvalidOption: the directory cannot be used, or the archive not; see `DataDirectory` and `open_objects`.
     """
 
     def __init__(self, settings: Settings, clock: Callable[[], float]) -> None:
         self._settings = settings
         self._clock = clock
+        self._archiver = Archiver(open_objects(settings.archive)) if settings.archive else None
         self.directory = DataDirectory(settings.data_dir, f"the farstep server with process id {os.getpid()}")
         self._storage = self.directory.storage
+        self._archives: dict[str, SessionArchive] = {}
         self._disk = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="farstep-disk")
         self.absent: dict[str, Absent] = {}
         self._folders: dict[str, str] = {}
@@ -197,6 +201,11 @@ class Vault:
 
     def keeper_of(self, recovered: Recovered) -> Keeper:
         """Return what keeps a session from now on."""
+        archive, journal, place = None, recovered.journal, recovered.place
+        if self._archiver is not None:
+            segment = None if journal is None else lambda: journal.segment
+            archive = self._archiver.session(place.storage, place.folder, recovered.session.plan.name, segment)
+            self._archives[place.folder] = archive
         return Keeper(
             recovered.session,
             recovered.place,
@@ -206,10 +215,11 @@ class Vault:
             predecessors=recovered.predecessors,
             most_bytes=self._settings.max_journal_bytes,
             clock=self._clock,
+            archive=archive,
         )
 
     async def remove(self, name: str) -> None:
-        """Remove the files of a session, also of one that cannot be recovered.
+        """Remove the files of a session, also of one that cannot be recovered; its copy in an archive stays.
 
         Raises:
             Recovering: it is coming back; it can be removed then.
@@ -219,6 +229,8 @@ class Vault:
             self.check(name)
         folder = absent.folder if absent is not None else self._folders.pop(name, None)
         if folder is not None:
+            if (archive := self._archives.pop(folder, None)) is not None:
+                archive.stop()
             await self._run(lambda: self.directory.remove(folder))
             self.absent.pop(name, None)
 
@@ -228,4 +240,6 @@ class Vault:
     def close(self) -> None:
         """Give the directory up."""
         self._disk.shutdown(wait=True)
+        if self._archiver is not None:
+            self._archiver.close()
         self.directory.close()
