@@ -25,7 +25,7 @@ from farstep_service.durability.journal import Journal
 from farstep_service.durability.recorder import Recorder
 from farstep_service.durability.storage import Storage
 from farstep_service.session import Session
-from farstep_service.sessions import keeper, recovery, registry
+from farstep_service.sessions import place, recovery, registry
 from farstep_service.sessions.keeper import Keeper
 from tests.support.durability.power import PowerStorage
 
@@ -162,18 +162,17 @@ def remove_old_snapshots_before_the_new_one() -> None:
         snapshots.forget_snapshots(storage, folder, number)
         snapshots.write_snapshot(storage, folder, number, saved)
 
-    _put(keeper, "write_snapshot", write)
+    _put(place, "write_snapshot", write)
 
 
 def let_the_journal_go_before_the_snapshot_is_there() -> None:
-    whole = Keeper._write
+    whole = place.Place.write
 
-    def write(self: Keeper, saved: Any, *, only: bool = False) -> None:
-        assert self._recorder is not None
-        self._recorder.journal.forget(saved.position.segment)
-        whole(self, saved, only=only)
+    def write(self: place.Place, saved: Any, journal: Any, *, only: bool = False) -> None:
+        journal.forget(saved.position.segment)
+        whole(self, saved, journal, only=only)
 
-    _put(Keeper, "_write", write)
+    _put(place.Place, "write", write)
 
 
 # -- how it is read --------------------------------------------------------------------------------------------------

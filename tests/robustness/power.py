@@ -198,7 +198,7 @@ async def _live(life: Life, directory: str) -> Life:
         life.bits[session.version] = _bits(session)
     life.ended = _options(session)
     await asyncio.gather(*keeper._tasks)
-    assert keeper._place.last > 3, "there were no snapshots in this life"
+    assert keeper.place.last > 3, "there were no snapshots in this life"
     return life
 
 

@@ -89,6 +89,7 @@ class Journal:
         durable: the last event that is known to be on the disk. What was found at the start counts after the first
             sync, which includes it: a process that died may have left it in the kernel's memory.
         since_rotation: how many bytes were taken since `rotate`.
+        rotated: the last event before that.
         failed: the error of the sync that failed; None while there is none, or when its segments are forgotten.
 
     Raises:
@@ -111,6 +112,7 @@ class Journal:
         self.number, self.chain = after.number, after.chain
         self.durable = 0
         self.since_rotation = 0
+        self.rotated = after.number
         self.failed: OSError | None = None
         self._failed_before = 0
         self._storage = storage
@@ -255,8 +257,14 @@ class Journal:
             except OSError:
                 self.chain = before
                 raise
-            self.since_rotation = 0
+            self.since_rotation, self.rotated = 0, self.number
             return begun.number
+
+    def go_on(self, number: int, segment: int) -> None:
+        """Note where the last rotation of an earlier process was: the last event before it, and its segment."""
+        with self._writing:
+            self.rotated = number
+            self.since_rotation = sum(each.nbytes for at, each in self._segments.items() if at >= segment)
 
     def forget(self, segment: int) -> None:
         """Let go of the segments before one, at most of those before the present one.

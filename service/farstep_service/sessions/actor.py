@@ -5,12 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import suppress
 from copy import copy
-from itertools import islice
 from typing import Any, Final, cast, final
 
-from farstep.errors import FarstepError, Fenced, OptionsDiffer, StepInterrupted
+from farstep.errors import FarstepError, Fenced, OptionsDiffer
 from farstep.protocol.consistency import Consistency
 from farstep.protocol.growth import AppendHead
 from farstep.protocol.hyper import Hyper
@@ -20,6 +18,7 @@ from farstep_service.session import Outcomes, Session
 from farstep_service.sessions.answers import Answer, Intake, Joined, Renewed, Summary, View, WorkerPage
 from farstep_service.sessions.keeper import Keeper
 from farstep_service.sessions.memory_budget import SessionMemory
+from farstep_service.sessions.pages import Pages
 from farstep_service.sessions.reads import Reads
 from farstep_service.sessions.shared_memory import SharedMemories, SharedMemoryHandle, not_shared
 from farstep_service.sessions.turns import Turns
@@ -64,6 +63,7 @@ class Actor:
         self._turns = Turns(session, executor, clock)
         self._kept = _kept_at_once if keeper is None else keeper.kept
         self.reads = Reads(session, self._turns, executor, versions, self._kept)
+        self._pages = Pages(session, clock)
         self._shared_memories = SharedMemories()
         self._turns.settled = self._note_held
         if keeper is not None:
@@ -138,40 +138,32 @@ class Actor:
             session, now = self._session, self._turns.clock()
             lapsed, live = session.renew(worker, epoch, incarnation, now)
             self._turns.resolve({})
-            return Renewed(lapsed, session.lease_s(worker, now), live, session.version, session.plan.consistency)
+            lease_s, version = session.lease_s(worker, now), session.version
+            renewed = Renewed(lapsed, lease_s, live, version, session.plan.consistency)
+        await self._kept()  # a version is told when it cannot be lost any more
+        return renewed
 
     async def worker(self, worker: str) -> WorkerPage:
         """Say where a worker stands."""
         async with self._turns:
-            return self._page(worker)
+            page = self._pages.worker(worker)
+        await self._kept()  # a write is said to be committed when it cannot be lost any more
+        return page
 
     async def workers(self, after: str, most: int) -> dict[str, WorkerPage]:
         """Say where the first `most` workers stand whose names come after one."""
         async with self._turns:
-            return self._pages(after, most)
+            return self._pages.workers(after, most)
 
     async def groups(self, first: int, most: int) -> list[dict[str, Any]]:
         """Return the options of `most` param groups from one on."""
         async with self._turns:
-            return self._options(first, most)
+            return self._pages.options(first, most)
 
     async def summary(self, most: int = 0) -> Summary:
         """Describe the session as it is now, with the first `most` of its groups and workers."""
         async with self._turns:
-            session = self._session
-            groups, workers = self._options(0, most), self._pages("", most)
-            nbytes = session.nbytes()
-            nbytes["versions"] += self.reads.nbytes
-            return Summary(
-                version=session.version,
-                initialised=session.initialised,
-                groups=groups,
-                group_count=len(session.groups),
-                workers=workers,
-                worker_count=session.worker_count,
-                bytes=nbytes,
-                readers=self.reads.page,
-            )
+            return self._pages.summary(most, self.reads)
 
     async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> None:
         """Change options of param groups."""
@@ -202,17 +194,6 @@ class Actor:
             )
             self._turns.resolve(outcomes)
         await self._kept()
-
-    def _options(self, first: int, most: int) -> list[dict[str, Any]]:
-        return [group.to_options() for group in islice(self._session.groups, first, first + most)]
-
-    def _pages(self, after: str, most: int) -> dict[str, WorkerPage]:
-        with suppress(StepInterrupted):  # a session whose step cannot be finished is still there to be seen
-            return {name: self._page(name) for name in self._session.workers_after(after, most)}
-        return {}
-
-    def _page(self, worker: str) -> WorkerPage:
-        return WorkerPage(*self._session.position(worker), lease_s=self._session.lease_s(worker, self._turns.clock()))
 
     # -- shared memory ----------------------------------------------------------------------------------------------
 

@@ -24,7 +24,8 @@ from farstep_service.kernels import Kernels
 from farstep_service.session import Session
 from farstep_service.sessions.actor import Actor
 from farstep_service.sessions.history import WITH_A_JOURNAL, History, Line
-from farstep_service.sessions.keeper import Keeper, Place
+from farstep_service.sessions.keeper import Keeper
+from farstep_service.sessions.place import Place
 from farstep_service.sessions.recovery import Recovered, known_after, write_anew
 from farstep_service.sessions.scratch import Replayed, replay
 

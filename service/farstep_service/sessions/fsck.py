@@ -26,7 +26,7 @@ from farstep_service.durability.snapshots import CONTENTS, MANIFEST, STATE, Mani
 from farstep_service.durability.storage import Storage
 from farstep_service.kernels import Kernels
 from farstep_service.sessions.journal_size import begin_journal
-from farstep_service.sessions.keeper import Place
+from farstep_service.sessions.place import Place
 from farstep_service.sessions.recovery import Recovered as Session
 from farstep_service.sessions.recovery import (
     again,

@@ -17,20 +17,20 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Final, TypeVar, final
 
 from farstep.errors import FarstepError, NotDurable
-from farstep.protocol.durability import Durability, Journal, Snapshot
+from farstep.protocol.durability import Durability, Journal
 from farstep_service.coordinator.written import write_down
 from farstep_service.durability import journal as journals
 from farstep_service.durability.archive import SessionArchive
 from farstep_service.durability.recorder import DIRECT_BYTES, Recorder, not_durable
-from farstep_service.durability.snapshots import KEPT, Position, Saved, forget_snapshots, write_snapshot
-from farstep_service.durability.storage import Storage
+from farstep_service.durability.snapshots import Position, Saved
 from farstep_service.failpoints import reached
 from farstep_service.session import Session
-from farstep_service.sessions.journal_size import WINDOWS, rotate_bytes, segment_bytes
+from farstep_service.sessions.due import Due
+from farstep_service.sessions.place import Place
 from farstep_service.sessions.turns import Turns
 from farstep_service.tensors.contribution import Contribution
 
@@ -40,23 +40,6 @@ RETRY_S: Final = 1.0
 """Seconds between attempts to catch up with a journal that could not be written."""
 
 T = TypeVar("T")
-
-
-@dataclass(slots=True)
-class Place:
-    """Where a session is kept.
-
-    Attributes:
-        storage: the files.
-        folder: the session's.
-        snapshots: the number of each snapshot, and the first segment of the journal that it needs; ascending.
-        last: the highest number that a snapshot had.
-    """
-
-    storage: Storage
-    folder: str
-    snapshots: list[tuple[int, int | None]]
-    last: int
 
 
 @final
@@ -95,7 +78,7 @@ class Keeper:
         self._archive = archive
         self.predecessors = predecessors
         self.place = place
-        self._session, self._place, self._executor, self._clock = session, place, executor, clock
+        self._session, self._executor, self._clock = session, executor, clock
         self._recorder = None if journal is None else Recorder(journal, session.payload)
         session.journal = self._recorder
         if self._recorder is not None and archive is not None:
@@ -105,17 +88,15 @@ class Keeper:
         self._snapshotting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns: Turns | None = None
-        self._most_bytes = most_bytes
-        self._sized, self._rotated_at = session.plan, rotate_bytes(session.plan, most_bytes)
-        self._saved_version, self._saved_at, self._changed = session.version, clock(), False
+        self._due = Due(session, level, place.storage, most_bytes)
+        self._changed = False
         self._tried_s = -RETRY_S
-        self._looked_at = 0
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, turns: Turns) -> None:
         """Begin to watch the session, whose turns these are."""
         self._turns, self._clock = turns, turns.clock
-        self._saved_version, self._saved_at = self._session.version, self._clock()
+        self._due.saved(self._session.version, self._clock())
         if self._archive is not None:
             self._archive.want()  # what the server before did not come to
 
@@ -142,7 +123,7 @@ class Keeper:
     # -- acknowledging ----------------------------------------------------------------------------------------------
 
     async def kept(self) -> float:
-        """Return when everything up to now is kept as the level says; and the seconds that took.
+        """Wait until everything up to now is kept as the level says; return the seconds that took.
 
         Raises:
             NotDurable: the disk failed; what was done is not acknowledged, and may be asked for again.
@@ -184,10 +165,7 @@ class Keeper:
     # -- snapshots --------------------------------------------------------------------------------------------------
 
     async def room(self) -> float:
-        """Return when the journal may grow: with a snapshot under way that does not keep up, when it is complete.
-
-        The seconds that took are returned.
-        """
+        """Wait for a snapshot that does not keep up, so that the journal may grow; return the seconds that took."""
         recorder = self._recorder
         if recorder is None:
             return 0.0
@@ -196,7 +174,7 @@ class Keeper:
             return 0.0
         if recorder.refused:
             self._mend(recorder)
-        if recorder.journal.nbytes <= (WINDOWS + 1) * self._rotate_bytes or not self._snapshotting.locked():
+        if not self._snapshotting.locked() or recorder.journal.nbytes <= self._due.most_bytes():
             return 0.0
         began = time.perf_counter()
         async with self._snapshotting:
@@ -210,35 +188,17 @@ class Keeper:
         if self._snapshotting.locked():
             self._changed = True
             return
-        if self._is_due():
+        left_s = self._due.left_s(self._clock(), None if self._recorder is None else self._recorder.journal)
+        if left_s == 0:
             self._begin_snapshot()
-        elif isinstance(self.level, Snapshot) and self.level.every_s is not None and self._timer is None:
-            delay_s = max(0.0, self._saved_at + self.level.every_s - self._clock())
-            self._timer = asyncio.get_running_loop().call_later(delay_s, self._begin_snapshot)
+        elif left_s is not None and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(left_s, self._begin_snapshot)
 
-    def _is_due(self) -> bool:
-        level = self.level
-        if isinstance(level, Snapshot):
-            steps, seconds = level.every_steps, level.every_s
-            return (steps is not None and self._session.version - self._saved_version >= steps) or (
-                seconds is not None and self._clock() - self._saved_at >= seconds
-            )
-        recorder = self._recorder
-        if recorder is None:
-            return False
-        grown = recorder.journal.since_rotation
-        return grown >= self._rotate_bytes or (grown >= self._looked_at and self._is_short(grown))
-
-    def _is_short(self, grown: int) -> bool:
-        """Return whether the disk is nearly full; it is looked at once for each segment that is written."""
-        segment = segment_bytes(self._session.plan)
-        self._looked_at = grown + segment
-        return grown >= segment and self._has_little_room()
-
-    def _has_little_room(self) -> bool:
-        """Return whether the disk has no room for two more segments and snapshots."""
-        needed = 2 * (segment_bytes(self._session.plan) + self._session.held_bytes)
-        return self._place.storage.free_bytes() < needed
+    def _go_on(self) -> None:
+        """Look at what was written while nothing could be begun."""
+        if self._changed and self._turns is not None and not self._turns.closed:
+            self._changed = False
+            self.written()
 
     def _mend(self, recorder: Recorder) -> None:
         """Let a snapshot take the place of a journal that fills the disk, or cannot be written."""
@@ -248,7 +208,7 @@ class Keeper:
             self._tried_s = time.monotonic()
             self._begin_snapshot()
 
-    def _begin(self, work: Coroutine[Any, Any, None]) -> None:
+    def _begin(self, work: Coroutine[Any, Any, object]) -> None:
         """Begin something in the background."""
 
         async def done() -> None:
@@ -261,23 +221,13 @@ class Keeper:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    @property
-    def _rotate_bytes(self) -> int:
-        if self._sized is not (plan := self._session.plan):
-            self._sized, self._rotated_at = plan, rotate_bytes(plan, self._most_bytes)
-        return self._rotated_at
-
     def _begin_snapshot(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._snapshotting.locked() or self._turns is None or self._turns.closed:
-            return
-        self._begin(self._snapshot_if_sound())
-
-    async def _snapshot_if_sound(self) -> None:
-        if self._recorder is None or self._recorder.behind is None:
-            await self.snapshot()
+        is_behind = self._recorder is not None and self._recorder.behind is not None
+        if not is_behind and not self._snapshotting.locked() and self._turns is not None and not self._turns.closed:
+            self._begin(self.snapshot())
 
     async def snapshot(self, *, clean: bool = False) -> bool:
         """Write a snapshot; return whether there was one to write.
@@ -299,11 +249,9 @@ class Keeper:
                 return False
             version, at = saved.version, self._clock()
             await self._run(lambda: self._write(saved))
-            self._saved_version, self._saved_at = version, at
-        if self._changed:
-            self._changed = False
-            if not clean and not turns.closed:
-                self.written()
+            self._due.saved(version, at)
+        if not clean:
+            self._go_on()
         log.debug("session %s: snapshot of version %d", session.plan.name, version)
         return True
 
@@ -320,7 +268,6 @@ class Keeper:
         if recorder is not None:
             reached("session.rotate")
             position = recorder.rotate()
-            self._looked_at = 0
             waiting = tuple(
                 [write_down(head).hex(), [*payload.place], payload.packed, payload.digest.hex()]
                 for head, payload in session.waiting()
@@ -338,24 +285,8 @@ class Keeper:
         )
 
     def _write(self, saved: Saved, *, only: bool = False) -> None:
-        """Write a snapshot, and let go of what is not needed any more.
-
-        Args:
-            only: it does not go with those before it.
-        """
-        place = self._place
-        if saved.waiting and self._recorder is not None and saved.position is not None:
-            self._recorder.journal.sync(saved.position.number)  # the manifest names what waiting pushes brought
-        place.last += 1
-        write_snapshot(place.storage, place.folder, place.last, saved)
-        only = only or self._has_little_room()  # the one before makes room for the next
-        waiting = [each[1][0] for each in saved.waiting]
-        first = None if saved.position is None else min([saved.position.segment, *waiting])
-        place.snapshots[:] = [*([] if only else place.snapshots), (place.last, first)][-KEPT:]
-        forget_snapshots(place.storage, place.folder, place.snapshots[0][0])
-        needed = [each for _, each in place.snapshots if each is not None]
-        if self._recorder is not None and needed:
-            self._recorder.journal.forget(min(needed))
+        journal = None if self._recorder is None else self._recorder.journal
+        self.place.write(saved, journal, only=only or self._due.has_little_room())  # that makes room for the next
         if self._archive is not None:
             self._archive.want()
 
@@ -396,13 +327,12 @@ class Keeper:
         Raises:
             OSError: the disk still fails.
         """
-        recorder = self._recorder
-        assert recorder is not None
+        assert self._recorder is not None
         saved = self._saved(clean=False)
         if saved is None or saved.position is None:
             raise OSError(None, "the step that waits for an evaluation is in the journal only")
         self._write(saved, only=True)
-        recorder.behind = None
+        self._recorder.behind = None
 
     # -- history ----------------------------------------------------------------------------------------------------
 
@@ -424,9 +354,7 @@ class Keeper:
         """Hold what is kept as it is: no snapshot is written, and no segment of the journal goes."""
         async with self._snapshotting:
             yield
-        if self._changed and self._turns is not None and not self._turns.closed:
-            self._changed = False
-            self.written()
+        self._go_on()
 
     async def give_way(self, work: Callable[[], None]) -> None:
         """Let something else take the place of what is kept; the session is over then.

@@ -41,7 +41,7 @@ from farstep_service.durability.storage import Storage
 from farstep_service.kernels import Kernels
 from farstep_service.session import Session, SessionRecord, cannot_run
 from farstep_service.sessions.journal_size import begin_journal
-from farstep_service.sessions.keeper import Place
+from farstep_service.sessions.place import Place
 from farstep_service.tensors.payload import Payload
 
 log = logging.getLogger("farstep.durability")
@@ -153,6 +153,7 @@ def recover(
     assert isinstance(level, Journal)
     following = max(found.segment, position.segment)
     journal = begin_journal(storage, folder, level.sync, plan, after=found, segment=following)
+    journal.go_on(position.number, position.segment)
     now, differs = saved.now, reference and any(map(ran_other_than_reference, happened))
     for each in happened:
         now = each.now

@@ -31,7 +31,8 @@ from farstep_service.failpoints import reached
 from farstep_service.kernels import Kernels
 from farstep_service.session import Session
 from farstep_service.sessions.journal_size import begin_journal
-from farstep_service.sessions.keeper import Keeper, Place
+from farstep_service.sessions.keeper import Keeper
+from farstep_service.sessions.place import Place
 from farstep_service.sessions.recovery import Progress, Recovered, newest, recover
 from farstep_service.settings import Settings
 
