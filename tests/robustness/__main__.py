@@ -5,12 +5,13 @@ twins        SIGKILL within trainings of every mode, compared bit for bit with t
 failpoints   an end at each named place of the code, many times each
 restarts     SIGTERM within trainings: no step fails
 power        losses of power in the life of a session, on a storage that has what was synced
-files        power losses, failing disks and damaged bytes below the journal: `tests/durability`, for longer
+files        power losses, failing disks and damaged bytes below the journal: tests of `tests/durability`
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
@@ -44,6 +45,7 @@ POWER_LEVELS: tuple[Durability, ...] = (
     farstep.Journal(sync="os"),
     farstep.Snapshot(every_steps=2),
 )
+FILES = tuple(f"tests/durability/test_{name}.py" for name in ("power_loss", "disk_errors", "damage"))
 Part = Callable[[argparse.Namespace], tuple[list[str], list[str]]]
 
 
@@ -64,6 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no such part: {', '.join(sorted(unknown))}")
     torch.set_num_threads(1)
+    logging.getLogger("farstep").setLevel(logging.ERROR)  # each rollback is a warning
     lines, broken = [f"Seed {options.seed}; {hardware()}.", ""], []
     for part in options.parts or PARTS:
         began = time.monotonic()
@@ -190,7 +193,7 @@ def _power(options: argparse.Namespace) -> tuple[list[str], list[str]]:
 def _files(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     counts = {"CRASH_STATES": str(options.states), "DAMAGES": str(options.damages)}
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "tests/durability"],
+        [sys.executable, "-m", "pytest", "-q", *FILES],
         cwd=ROOT,
         env={**os.environ, **counts},
         capture_output=True,
@@ -199,7 +202,7 @@ def _files(options: argparse.Namespace) -> tuple[list[str], list[str]]:
     )
     last = done.stdout.strip().splitlines()[-1]
     table = [
-        "| losses of power of a journal | damaged files | `tests/durability` |",
+        "| losses of power of a journal | damaged files | tests |",
         "|---|---|---|",
         f"| {options.states:,} | {options.damages:,} | {last} |",
     ]
