@@ -26,7 +26,7 @@ from farstep_service.durability.directory import DataDirectory
 from farstep_service.durability.objects import open_objects
 from farstep_service.durability.recorder import not_durable
 from farstep_service.durability.segments import NO_CHAIN
-from farstep_service.durability.snapshots import Position, Saved, write_snapshot
+from farstep_service.durability.snapshots import Position, Saved, damaged_file, write_snapshot
 from farstep_service.failpoints import reached
 from farstep_service.kernels import Kernels
 from farstep_service.session import Session
@@ -145,6 +145,10 @@ class Vault:
                 except FarstepError as exc:
                     log.error("session %s is not there: %s", name, exc)
                     absent.error = exc
+                except OSError as exc:
+                    log.error("session %s is not there: %s", name, exc)
+                    file = f"{absent.folder}/{os.path.basename(exc.filename or '')}"
+                    absent.error = damaged_file(file, f"it cannot be read or written ({exc.strerror})")
                 except Exception as exc:
                     log.error("session %s is not there", name, exc_info=exc)
                     absent.error = InternalError(
