@@ -10,7 +10,7 @@ import pytest
 
 import farstep
 from farstep.protocol.durability import to_document
-from tests.history.test_history import SHAPES, came_back, equal, lines_of, trained
+from tests.support.service.histories import SHAPES, came_back, equal, lines_of, trained
 from tests.support.service.raw import RawClient, gradient
 from tests.support.service.servers import farstep as run_farstep
 from tests.support.service.servers import running_server

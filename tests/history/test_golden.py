@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.history.test_history import came_back
 from tests.support.durability.golden import AFTER, BEFORE, DIRECTORY, OPTIONS, PARAMETERS, WRITTEN, push, state_of
+from tests.support.service.histories import came_back
 from tests.support.service.raw import RawClient, RawWorker
 from tests.support.service.servers import running_server
 

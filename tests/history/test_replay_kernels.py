@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.history.test_history import came_back
+from tests.support.service.histories import came_back
 from tests.support.service.raw import RawClient, gradient
 from tests.support.service.servers import running_server
 

@@ -127,7 +127,7 @@ def history_router(registry: Registry) -> APIRouter:
     async def log(name: NamePath, after: VersionBefore | None = None, limit: LogLimit = LOG_PAGE) -> Response:
         """List the versions of a session after one, as far back as its journal goes."""
         first = -1 if after is None else after
-        found = await registry.archive.log(registry.find(name), first, limit + 1)
+        found = await registry.histories.log(registry.find(name), first, limit + 1)
         body = json.dumps([finite(asdict(line)) for line in found[:limit]]).encode()
         more = len(found) > limit
         return page_answer(body, found[limit - 1].version if more else "", limit, more=more)
@@ -139,7 +139,7 @@ def history_router(registry: Registry) -> APIRouter:
         last: Annotated[VersionQuery, Query(alias="to")],
     ) -> Response:
         """Let versions of a session happen again, beside it, and describe the gradients that made them."""
-        found = await registry.archive.replayed(registry.find(name), first, last)
+        found = await registry.histories.replayed(registry.find(name), first, last)
         return Response(json.dumps([document_of(each) for each in found]), media_type="application/json")
 
     @router.post("/v1/sessions/{name}/rollback", tags=["history"])

@@ -26,7 +26,7 @@ from farstep_service.machine import resident_bytes, usable_bytes
 from farstep_service.plan import KernelMode, Plan
 from farstep_service.session import Session, SessionRecord
 from farstep_service.sessions import Actor, nbytes_beside
-from farstep_service.sessions.archive import Archive
+from farstep_service.sessions.histories import Histories
 from farstep_service.sessions.keeper import Keeper
 from farstep_service.sessions.memory_budget import UNBOUNDED, InFlight, MemoryBudget, SessionMemory
 from farstep_service.sessions.recovery import Recovered
@@ -58,7 +58,7 @@ class Registry:
 
     Attributes:
         budget: the memory that they and requests to them take.
-        archive: their history.
+        histories: what is kept of their histories.
     """
 
     def __init__(self, settings: Settings, executor: Executor, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -72,7 +72,7 @@ class Registry:
         self._kernels: dict[str, Kernels] = {}
         self._vault = Vault(settings, clock) if settings.data_dir else None
         disk = executor if self._vault is None else self._vault.executor
-        self.archive = Archive(disk, self._kernels_of, settings.device, clock)
+        self.histories = Histories(disk, self._kernels_of, settings.device, clock)
         self._recovery: asyncio.Task[None] | None = None
 
     def __len__(self) -> int:
@@ -212,7 +212,7 @@ class Registry:
             record = await actor.reads.record()
             session = await asyncio.get_running_loop().run_in_executor(self._executor, self._session_of, record)
         else:
-            session = await self.archive.at(actor, version)
+            session = await self.histories.at(actor, version)
         session.begin_anew(secrets.token_hex(16), (), name=new)
         async with self._turn:
             self.check_free(plan)
@@ -244,7 +244,7 @@ class Registry:
             self._forget(name)
             return self._add(session, self._vault.keeper_of(recovered), self._clock)
 
-        return await self.archive.go_back(actor, version, switch, self._turn)
+        return await self.histories.go_back(actor, version, switch, self._turn)
 
     async def _kept(self, session: Session) -> Actor:
         """Add a new session, kept as its plan says.

@@ -210,6 +210,8 @@ class Vault:
         if self._archiver is not None:
             segment = None if journal is None else lambda: journal.segment
             archive = self._archiver.session(place.storage, place.folder, recovered.session.plan.name, segment)
+            if (before := self._archives.get(place.folder)) is not None:
+                before.stop()  # of the life before this one
             self._archives[place.folder] = archive
         return Keeper(
             recovered.session,

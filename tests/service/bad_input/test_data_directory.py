@@ -13,7 +13,7 @@ import torch
 
 import farstep
 from farstep.protocol.durability import to_document
-from tests.history.test_history import came_back, equal, trained
+from tests.support.service.histories import came_back, equal, trained
 from tests.support.service.raw import RawClient, gradient
 from tests.support.service.servers import READY_WITHIN_S, running_server
 from tests.support.service.servers import farstep as run_farstep

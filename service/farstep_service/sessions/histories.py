@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 @final
-class Archive:
+class Histories:
     """The history of the sessions of one server.
 
     Args:
