@@ -51,7 +51,7 @@ def look_at(path: Path, *, save: bool, reference: bool, device: str) -> list[Rep
     """
     from farstep_service.durability.directory import MARKER, DataDirectory
     from farstep_service.kernels import Kernels
-    from farstep_service.sessions.fsck import Patient
+    from farstep_service.sessions.fsck import Examination
 
     if not (path / MARKER).is_file():
         raise InvalidOption(
@@ -70,10 +70,10 @@ def look_at(path: Path, *, save: bool, reference: bool, device: str) -> list[Rep
     try:
         found = []
         for folder in data.folders():
-            patient = Patient(data.storage, folder)
-            if save and not patient.report.whole and patient.report.version is not None:
-                patient.save(of, device, reference=reference)
-            found.append(patient.report)
+            examined = Examination(data.storage, folder)
+            if save and not examined.report.whole and examined.report.version is not None:
+                examined.save(of, device, reference=reference)
+            found.append(examined.report)
         return found
     finally:
         data.close()

@@ -85,7 +85,7 @@ class Report:
 
 
 @final
-class Patient:
+class Examination:
     """The files of one session.
 
     Args:

@@ -1,6 +1,6 @@
 """The sessions of a server that are kept in its data directory.
 
-open      the directory is ours, and nobody else's; which sessions there are
+open      the directory is ours alone; which sessions there are
 create    a session that is kept from its beginning
 recover   one after the other comes back, while those that are back already serve
 remove    a session and its files
@@ -94,6 +94,9 @@ class Vault:
                 name = newest(self._storage, folder).said["name"]
             except (FarstepError, OSError) as exc:
                 log.error("%s cannot be read, and is left alone: %s", folder, exc)
+                continue
+            if (other := self.absent.get(name)) is not None:
+                log.error("%s holds another session %r than %s, and is left alone", folder, name, other.folder)
                 continue
             self.absent[name] = Absent(folder)
         if self.absent:
