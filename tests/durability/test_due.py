@@ -9,9 +9,9 @@ import pytest
 import farstep
 from farstep_service.durability.journal import Journal
 from farstep_service.durability.storage import DiskStorage
+from farstep_service.keeping.due import MOST_EVENTS, Due
+from farstep_service.keeping.journal_size import ROTATE_BYTES, WINDOWS, rotate_bytes, segment_bytes
 from farstep_service.session import Session
-from farstep_service.sessions.due import MOST_EVENTS, Due
-from farstep_service.sessions.journal_size import ROTATE_BYTES, WINDOWS, rotate_bytes, segment_bytes
 from tests.session.writers import begun, new_session, values
 
 FOLDER = "sessions/x"

@@ -24,8 +24,9 @@ from farstep_service.durability import reading, recorder, snapshots
 from farstep_service.durability.journal import Journal
 from farstep_service.durability.recorder import Recorder
 from farstep_service.durability.storage import Storage
+from farstep_service.keeping import place, recovery
 from farstep_service.session import Session
-from farstep_service.sessions import place, recovery, registry
+from farstep_service.sessions import registry
 from farstep_service.sessions.keeper import Keeper
 from tests.support.durability.power import PowerStorage
 

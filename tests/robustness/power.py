@@ -27,6 +27,7 @@ from farstep.protocol.durability import Durability, Journal, to_document
 from farstep.protocol.memory import tensor_memory
 from farstep.protocol.messages import PushHead, PutHead, WriteName
 from farstep.protocol.receipt import Receipt
+from farstep_service.keeping.recovery import Progress, Recovered, recover
 from farstep_service.kernels import Kernels
 from farstep_service.kernels.kernel import Call, Kernel, KernelSource
 from farstep_service.kernels.kernel import Progress as StepProgress
@@ -36,7 +37,6 @@ from farstep_service.optimizers.rule import AnyRule, KernelName, KernelSignature
 from farstep_service.plan import Plan
 from farstep_service.session import Session
 from farstep_service.sessions.actor import Actor
-from farstep_service.sessions.recovery import Progress, Recovered, recover
 from farstep_service.sessions.vault import Vault
 from farstep_service.settings import Settings
 from tests.support.durability.power import PowerStorage

@@ -20,8 +20,8 @@ from farstep_service.durability.directory import DataDirectory
 from farstep_service.durability.objects import FolderObjects, Objects
 from farstep_service.durability.reading import segments_in
 from farstep_service.durability.restoring import Restored, archived_in, restore
+from farstep_service.keeping.recovery import Progress, recover
 from farstep_service.kernels import Kernels
-from farstep_service.sessions.recovery import Progress, recover
 from tests.robustness.archiving import OFTEN, Faulty, Training, archived, files_below, view
 from tests.support.service.servers import farstep as run_farstep
 from tests.support.service.servers import running_server

@@ -14,8 +14,8 @@ from farstep_service.cli.output import FAILED, JsonOutput, print_json, reporting
 from farstep_service.cli.serve import ReplayKernel
 
 if TYPE_CHECKING:
+    from farstep_service.keeping.fsck import Report
     from farstep_service.kernels import Kernels
-    from farstep_service.sessions.fsck import Report
 
 
 def fsck(
@@ -50,8 +50,8 @@ def look_at(path: Path, *, save: bool, reference: bool, device: str) -> list[Rep
         InvalidOption: it is no data directory, or a server owns it.
     """
     from farstep_service.durability.directory import MARKER, DataDirectory
+    from farstep_service.keeping.fsck import Examination
     from farstep_service.kernels import Kernels
-    from farstep_service.sessions.fsck import Examination
 
     if not (path / MARKER).is_file():
         raise InvalidOption(

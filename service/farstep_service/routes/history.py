@@ -16,12 +16,12 @@ from typing import Annotated, Any, Final
 from fastapi import APIRouter, Query, Response
 from pydantic import BaseModel, Field
 
+from farstep_service.keeping.scratch import Replayed
 from farstep_service.routes.control import PROBLEMS, page_answer
 from farstep_service.routes.documents import Digits, Document, Name, NamePath
 from farstep_service.routes.reading import DocumentRoute
 from farstep_service.sessions import Actor
 from farstep_service.sessions.registry import Registry
-from farstep_service.sessions.scratch import Replayed
 
 LOG_PAGE: Final = 1000
 """The most versions of a page."""

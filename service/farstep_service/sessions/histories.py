@@ -20,14 +20,14 @@ from typing import TypeVar, final
 
 from farstep.errors import InvalidOption
 from farstep_service.coordinator import rolled_back
+from farstep_service.keeping.history import WITH_A_JOURNAL, History, Line
+from farstep_service.keeping.place import Place
+from farstep_service.keeping.recovery import Recovered, known_after, write_anew
+from farstep_service.keeping.scratch import Replayed, replay
 from farstep_service.kernels import Kernels
 from farstep_service.session import Session
 from farstep_service.sessions.actor import Actor
-from farstep_service.sessions.history import WITH_A_JOURNAL, History, Line
 from farstep_service.sessions.keeper import Keeper
-from farstep_service.sessions.place import Place
-from farstep_service.sessions.recovery import Recovered, known_after, write_anew
-from farstep_service.sessions.scratch import Replayed, replay
 
 T = TypeVar("T")
 

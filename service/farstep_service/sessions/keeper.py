@@ -28,9 +28,9 @@ from farstep_service.durability.archive import SessionArchive
 from farstep_service.durability.recorder import DIRECT_BYTES, Recorder, not_durable
 from farstep_service.durability.snapshots import Position, Saved
 from farstep_service.failpoints import reached
+from farstep_service.keeping.due import Due
+from farstep_service.keeping.place import Place
 from farstep_service.session import Session
-from farstep_service.sessions.due import Due
-from farstep_service.sessions.place import Place
 from farstep_service.sessions.turns import Turns
 from farstep_service.tensors.contribution import Contribution
 

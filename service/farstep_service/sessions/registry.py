@@ -21,6 +21,7 @@ from typing import Final, cast
 
 from farstep.errors import Busy, LimitExceeded, OptionsDiffer, SessionExists, UnknownSession
 from farstep.protocol.durability import NONE
+from farstep_service.keeping.recovery import Recovered
 from farstep_service.kernels import Kernels
 from farstep_service.machine import resident_bytes, usable_bytes
 from farstep_service.plan import KernelMode, Plan
@@ -29,7 +30,6 @@ from farstep_service.sessions import Actor, nbytes_beside
 from farstep_service.sessions.histories import Histories
 from farstep_service.sessions.keeper import Keeper
 from farstep_service.sessions.memory_budget import UNBOUNDED, InFlight, MemoryBudget, SessionMemory
-from farstep_service.sessions.recovery import Recovered
 from farstep_service.sessions.vault import Vault
 from farstep_service.settings import Settings
 from farstep_service.tensors import Snapshot

@@ -28,12 +28,12 @@ from farstep_service.durability.recorder import not_durable
 from farstep_service.durability.segments import NO_CHAIN
 from farstep_service.durability.snapshots import Position, Saved, damaged_file, write_snapshot
 from farstep_service.failpoints import reached
+from farstep_service.keeping.journal_size import begin_journal
+from farstep_service.keeping.place import Place
+from farstep_service.keeping.recovery import Progress, Recovered, newest, recover
 from farstep_service.kernels import Kernels
 from farstep_service.session import Session
-from farstep_service.sessions.journal_size import begin_journal
 from farstep_service.sessions.keeper import Keeper
-from farstep_service.sessions.place import Place
-from farstep_service.sessions.recovery import Progress, Recovered, newest, recover
 from farstep_service.settings import Settings
 
 log = logging.getLogger("farstep.durability")

@@ -20,10 +20,10 @@ from farstep.protocol.receipt import Receipt
 from farstep_service.coordinator import Push
 from farstep_service.durability.reading import JournalReader
 from farstep_service.durability.recorder import Happened, read_events
+from farstep_service.keeping.history import History, is_past
+from farstep_service.keeping.recovery import arrive
 from farstep_service.kernels import Kernels
 from farstep_service.session import Outcomes, Session
-from farstep_service.sessions.history import History, is_past
-from farstep_service.sessions.recovery import arrive
 from farstep_service.store import Buffers, FlatBuffers
 from farstep_service.tensors.contribution import Contribution
 

@@ -11,8 +11,8 @@ from typing import Final, final
 from farstep.protocol.durability import Durability, Snapshot
 from farstep_service.durability.journal import Journal
 from farstep_service.durability.storage import Storage
+from farstep_service.keeping.journal_size import WINDOWS, rotate_bytes, segment_bytes
 from farstep_service.session import Session
-from farstep_service.sessions.journal_size import WINDOWS, rotate_bytes, segment_bytes
 
 MOST_EVENTS: Final = 8192
 """Events and results after which a snapshot is due: a restart reads several thousand again in a second."""

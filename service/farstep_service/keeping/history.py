@@ -21,9 +21,9 @@ from farstep_service.durability.reading import JournalReader
 from farstep_service.durability.recorder import Happened, read_events
 from farstep_service.durability.snapshots import Manifest
 from farstep_service.durability.storage import Storage
+from farstep_service.keeping.recovery import again, begun, let_wait
 from farstep_service.kernels import Kernels
 from farstep_service.session import Session
-from farstep_service.sessions.recovery import again, begun, let_wait
 
 Kind = Literal["step", "contents", "group"]
 WITH_A_JOURNAL: Final = "Create it with durability=farstep.Journal(), on a server with a --data-dir."

@@ -24,11 +24,10 @@ from farstep_service.durability.reading import JournalReader, Recovered
 from farstep_service.durability.recorder import Happened, read_events
 from farstep_service.durability.snapshots import CONTENTS, MANIFEST, STATE, Manifest, Saved, numbers_in
 from farstep_service.durability.storage import Storage
-from farstep_service.kernels import Kernels
-from farstep_service.sessions.journal_size import begin_journal
-from farstep_service.sessions.place import Place
-from farstep_service.sessions.recovery import Recovered as Session
-from farstep_service.sessions.recovery import (
+from farstep_service.keeping.journal_size import begin_journal
+from farstep_service.keeping.place import Place
+from farstep_service.keeping.recovery import Recovered as Session
+from farstep_service.keeping.recovery import (
     again,
     begun,
     known_after,
@@ -36,6 +35,7 @@ from farstep_service.sessions.recovery import (
     ran_other_than_reference,
     write_anew,
 )
+from farstep_service.kernels import Kernels
 
 DAMAGED: Final = "damaged-"
 

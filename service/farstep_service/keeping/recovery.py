@@ -38,10 +38,10 @@ from farstep_service.durability.snapshots import (
     write_snapshot,
 )
 from farstep_service.durability.storage import Storage
+from farstep_service.keeping.journal_size import begin_journal
+from farstep_service.keeping.place import Place
 from farstep_service.kernels import Kernels
 from farstep_service.session import Session, SessionRecord, cannot_run
-from farstep_service.sessions.journal_size import begin_journal
-from farstep_service.sessions.place import Place
 from farstep_service.tensors.payload import Payload
 
 log = logging.getLogger("farstep.durability")
