@@ -23,7 +23,14 @@ from farstep_service.coordinator import Append, Push, Put, StepTaken
 from farstep_service.coordinator.written import read_back
 from farstep_service.durability import journal as journals
 from farstep_service.durability.reading import JournalReader
-from farstep_service.durability.recorder import Happened, is_whole, memory_of_payload, not_durable, read_events
+from farstep_service.durability.recorder import (
+    Happened,
+    Recorder,
+    is_whole,
+    memory_of_payload,
+    not_durable,
+    read_events,
+)
 from farstep_service.durability.snapshots import (
     CONTENTS,
     KEPT,
@@ -155,10 +162,14 @@ def recover(
     journal = begin_journal(storage, folder, level.sync, plan, after=found, segment=following)
     journal.go_on(position.number, position.segment)
     now, differs = saved.now, reference and any(map(ran_other_than_reference, happened))
+    recorder = session.journal = Recorder(journal, session.payload)  # for the result that the last event did not get
     for each in happened:
         now = each.now
         again(session, each, reader, reference=differs)
         progress.done += 1
+    session.journal = None
+    if recorder.behind is not None:
+        raise not_durable(recorder.behind)
     place.snapshots[:] = _kept(storage, folder, numbers)
     recovered = Recovered(session, place, level, journal, saved.predecessors, now)
     lost = level.sync == "os" and found.rebooted and not (saved.clean and not happened)
