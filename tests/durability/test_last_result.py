@@ -60,8 +60,8 @@ def journaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the gradients of every push go to the journal, as the host of a session does."""
     whole = Session.contribution
 
-    def contribution(session: Session, head: PushHead) -> Contribution:
-        made = whole(session, head)
+    def contribution(session: Session, head: PushHead, *, checked: bool = False) -> Contribution:
+        made = whole(session, head, checked=checked)
         made.journal_(None)
         return made
 

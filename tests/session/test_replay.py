@@ -130,9 +130,9 @@ class Replayed(RuleBasedStateMachine):
             return
         arrived: Contribution | bytes | None = None
         if isinstance(happened, Push):
-            arrived = self.session._tensors._pushes[happened.head.name].contribution.cloned()
-        elif isinstance(happened, Put | Append) and happened.head.name in self.session._tensors._contents:
-            arrived = b"".join(self.session._tensors._contents[happened.head.name].contents.memory())
+            arrived = self.session._tensors.arrived.pushes[happened.head.name].contribution.cloned()
+        elif isinstance(happened, Put | Append) and happened.head.name in self.session._tensors.arrived.contents:
+            arrived = b"".join(self.session._tensors.arrived.contents[happened.head.name].contents.memory())
         self.journal.append(Entry(written, now, arrived=arrived))
 
     def take(self, outcomes: Outcomes) -> None:
@@ -252,13 +252,13 @@ def receive(session: Session, event: Event, arrived: Contribution | bytes | None
     """Give a session what arrived with an event."""
     if isinstance(event, Push):
         assert isinstance(arrived, Contribution)
-        session._tensors.receive_push(event.head, arrived.cloned())
+        session._tensors.arrived.receive_push(event.head, arrived.cloned())
     elif isinstance(event, Put):
-        session._tensors.receive_contents(event.head, filled(session.intake(event.head), arrived))
+        session._tensors.arrived.receive_contents(event.head, filled(session.intake(event.head), arrived))
     elif isinstance(event, Append) and not event.there:
         plan = grown(session.plan, event.head, known=len(session.plan.groups), in_force=session.groups)
         contents = filled(room_for(session.plan, event.head), arrived)
-        session._tensors.receive_group(event.head.name, contents, plan)
+        session._tensors.arrived.receive_group(event.head.name, contents, plan)
 
 
 def filled(contents: Contents, arrived: object) -> Contents:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, final
 
 import msgpack
 
 from farstep.errors import DamagedJournal, NotDurable
-from farstep.protocol.messages import WriteName
+from farstep.protocol.messages import PushHead, WriteName
 from farstep_service.coordinator import Append, Event, Failed, NoStep, Push, Put, Result, StepTaken, Written
 from farstep_service.coordinator.written import read_back, write_down
 from farstep_service.durability.journal import Journal
@@ -259,6 +259,23 @@ def memory_of_payload(payload: Payload | None, reader: JournalReader) -> memoryv
         return memoryview(b"")
     segment, offset, nbytes = place_of(payload)
     return reader.payload(Place(segment, offset, nbytes if payload.packed else padded(nbytes)))
+
+
+def waiting_push(head: PushHead, payload: Payload | None) -> list[Any]:
+    """Return a push that waits as plain values, with the place of its gradients if it has any; see `read_waiting`."""
+    place = None if payload is None or payload.place is None else [*payload.place, payload.packed, payload.digest.hex()]
+    return [write_down(head).hex(), place]
+
+
+def read_waiting(waiting: Iterable[Any]) -> Iterator[tuple[PushHead, Payload | None]]:
+    """Yield the pushes that `waiting_push` described."""
+    for head, place in waiting:
+        push = read_back(bytes.fromhex(head))
+        if place is None:
+            yield push, None
+        else:
+            *at, packed, digest = place
+            yield push, Payload((), bytes.fromhex(digest), tuple(at), packed)
 
 
 def not_durable(exc: OSError) -> NotDurable:

@@ -331,7 +331,12 @@ def text_of(said: dict[str, Any]) -> bytes:
 def first_segment_in(said: dict[str, Any]) -> int | None:
     """Return the first segment of the journal that a snapshot needs; None without a journal."""
     journal = said["journal"]
-    return None if journal is None else min([journal["segment"], *(each[1][0] for each in said["waiting"])])
+    return None if journal is None else first_segment(journal["segment"], said["waiting"])
+
+
+def first_segment(segment: int, waiting: Sequence[Any]) -> int:
+    """Return the first segment that is needed from one on, and by pushes that wait (`recorder.waiting_push`)."""
+    return min([segment, *(int(place[0]) for _, place in waiting if place is not None)])
 
 
 def numbers_in(storage: Storage, folder: str) -> list[int]:

@@ -16,9 +16,8 @@ from typing import Final, Literal, final
 from farstep.errors import DamagedJournal, InvalidOption
 from farstep.protocol.policies import GRAD_NORM
 from farstep_service.coordinator import Append, Event, Push, Put, Result, StepTaken, Written
-from farstep_service.coordinator.written import read_back
 from farstep_service.durability.reading import JournalReader
-from farstep_service.durability.recorder import Happened, read_events
+from farstep_service.durability.recorder import Happened, read_events, read_waiting
 from farstep_service.durability.snapshots import Manifest
 from farstep_service.durability.storage import Storage
 from farstep_service.keeping.recovery import again, begun, let_wait
@@ -194,8 +193,7 @@ def _begins(manifest: Manifest, version: int) -> bool:
 
 def _waiting_in(manifest: Manifest) -> Iterator[tuple[str, int]]:
     """Yield the pushes that waited when a snapshot was made: their worker, and what they were computed on."""
-    for head, *_ in manifest.said["waiting"]:
-        push = read_back(bytes.fromhex(head))
+    for push, _ in read_waiting(manifest.said["waiting"]):
         yield push.name.worker, push.base
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from farstep_service.durability.journal import Journal
-from farstep_service.durability.snapshots import KEPT, Saved, forget_snapshots, write_snapshot
+from farstep_service.durability.snapshots import KEPT, Saved, first_segment, forget_snapshots, write_snapshot
 from farstep_service.durability.storage import Storage
 
 
@@ -39,8 +39,7 @@ class Place:
             journal.sync(saved.position.number)  # the manifest names what waiting pushes brought
         self.last += 1
         write_snapshot(self.storage, self.folder, self.last, saved)
-        waiting = [each[1][0] for each in saved.waiting]
-        first = None if saved.position is None else min([saved.position.segment, *waiting])
+        first = None if saved.position is None else first_segment(saved.position.segment, saved.waiting)
         self.snapshots[:] = [*([] if only else self.snapshots), (self.last, first)][-KEPT:]
         forget_snapshots(self.storage, self.folder, self.snapshots[0][0])
         needed = [each for _, each in self.snapshots if each is not None]

@@ -20,7 +20,6 @@ from farstep.protocol.durability import NONE, Durability, Journal
 from farstep.protocol.growth import AppendHead
 from farstep.protocol.messages import PushHead, PutHead
 from farstep_service.coordinator import Append, Push, Put, StepTaken
-from farstep_service.coordinator.written import read_back
 from farstep_service.durability import journal as journals
 from farstep_service.durability.reading import JournalReader
 from farstep_service.durability.recorder import (
@@ -29,7 +28,9 @@ from farstep_service.durability.recorder import (
     is_whole,
     memory_of_payload,
     not_durable,
+    place_of,
     read_events,
+    read_waiting,
 )
 from farstep_service.durability.snapshots import (
     CONTENTS,
@@ -161,10 +162,11 @@ def recover(
     following = max(found.segment, position.segment)
     journal = begin_journal(storage, folder, level.sync, plan, after=found, segment=following)
     journal.go_on(position.number, position.segment)
+    session.note_time(saved.now)
     now, differs = saved.now, reference and any(map(ran_other_than_reference, happened))
     recorder = session.journal = Recorder(journal, session.payload)  # for the result that the last event did not get
     for each in happened:
-        now = each.now
+        now = max(now, each.now)
         again(session, each, reader, reference=differs)
         progress.done += 1
     session.journal = None
@@ -172,7 +174,8 @@ def recover(
         raise not_durable(recorder.behind)
     place.snapshots[:] = _kept(storage, folder, numbers)
     recovered = Recovered(session, place, level, journal, saved.predecessors, now)
-    lost = level.sync == "os" and found.rebooted and not (saved.clean and not happened)
+    went_on = bool(happened) or found.segment > position.segment + 1  # a server that was started again begins a segment
+    lost = level.sync == "os" and found.rebooted and (went_on or not saved.clean)
     lost |= manifest.said.get("restored", False)  # from an archive, which may not have the last steps
     return begin_anew(recovered) if lost or differs else recovered
 
@@ -201,11 +204,11 @@ def let_wait(session: Session, saved: Saved, reader: JournalReader) -> None:
     Raises:
         DamagedJournal: the gradients of one are not what they were.
     """
-    for head, at, packed, digest in saved.waiting:
-        payload = Payload((), bytes.fromhex(digest), tuple(at), packed)
-        if not is_whole(payload, reader):
-            raise damaged_file(f"segment {at[0]}", f"the gradients of a push that waits, at byte {at[1]}")
-        _arrive(session, read_back(bytes.fromhex(head)), payload, reader)
+    for head, payload in read_waiting(saved.waiting):
+        if payload is not None and not is_whole(payload, reader):
+            segment, offset, _ = place_of(payload)
+            raise damaged_file(f"segment {segment}", f"the gradients of a push that waits, at byte {offset}")
+        _arrive(session, head, payload, reader)
 
 
 def ran_other_than_reference(happened: Happened) -> bool:

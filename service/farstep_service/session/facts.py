@@ -37,17 +37,25 @@ class SessionFacts:
     def journal(self, journal: Journal | None) -> None:
         self._machine.journal = journal
 
+    def note_time(self, now: float) -> None:
+        """Note the time at which the session goes on; its clock never goes back."""
+        self._machine.now = max(self._machine.now, now)
+
+    def give_up(self) -> None:
+        """Give up the step that waits for an evaluation of its objective."""
+        self._state.ask_again(None)
+
     def payload(self, name: WriteName) -> Payload | None:
         """Return the bytes that came with a write which is not decided about."""
-        return self._tensors.payload(name)
+        return self._tensors.arrived.payload(name)
 
     def waiting(self) -> list[tuple[PushHead, Payload | None]]:
         """Return the pushes that wait, and what came with each."""
-        return self._tensors.waiting()
+        return self._tensors.arrived.waiting()
 
     def gradients(self, name: WriteName) -> Contribution | None:
         """Return what a push brought that is not decided about; not to be changed."""
-        return self._tensors.gradients(name)
+        return self._tensors.arrived.gradients(name)
 
     def present(self) -> Buffers:
         """Return the memory of the present parameters, to be copied before anything else happens."""

@@ -139,17 +139,16 @@ class Session(SessionFacts):
             TensorMismatch: they have another size than the head says.
         """
         if isinstance(head, PushHead):
-            contribution = self.contribution(head)
+            contribution = self.contribution(head, checked=True)
             contribution.fill_again(payload, memory)
-            self._tensors.receive_push(head, contribution)
+            self._tensors.arrived.receive_push(head, contribution)
         elif isinstance(head, PutHead):
             contents = self.intake(head)
             fill(contents.allocate(), memory)
-            self._tensors.receive_contents(head, contents)
+            self._tensors.arrived.receive_contents(head, contents)
         else:
-            contents = self.addition(head)
-            fill(contents.allocate(), memory)
-            self._tensors.receive_group(head.name, contents, self._plan_with(head))
+            fill((contents := self.addition(head)).allocate(), memory)
+            self._tensors.arrived.receive_group(head.name, contents, self._plan_with(head))
 
     def position(self, worker: str) -> tuple[int, int, bool]:
         """Return a worker's epoch (0: none), its last committed sequence, and whether a push of it waits."""
@@ -249,12 +248,17 @@ class Session(SessionFacts):
         """Refuse what can be refused before the body is read; see `Coordinator.check_write`."""
         self._coordinator.check_write(name, incarnation)
 
-    def contribution(self, head: PushHead) -> Contribution:
-        """Return memory for a push's gradients; see `Contribution` and `SessionState` for what they refuse."""
+    def contribution(self, head: PushHead, *, checked: bool = False) -> Contribution:
+        """Return memory for a push's gradients; see `Contribution` and `SessionState` for what they refuse.
+
+        Args:
+            checked: it was admitted before; options may have changed since.
+        """
         state = self._state
         state.check_evaluation(head.evaluation)
         layout, rule = self._layout(self._coordinator.roster.groups_at(head.name)), state.plan.rule
-        return Contribution(layout, head.segments, head.sparse, rule, state.groups, head.wire_gradients, head.order)
+        groups = None if checked else state.groups
+        return Contribution(layout, head.segments, head.sparse, rule, groups, head.wire_gradients, head.order)
 
     def push(self, head: PushHead, contribution: Contribution, fingerprint: str, now: float) -> Outcomes:
         """Take a complete push in and return every outcome it decides; none under its own name means that it waits.
@@ -273,7 +277,7 @@ class Session(SessionFacts):
         if coordinator.holds(head.name, fingerprint):
             return outcomes
         nonfinite = self._tensors.check_push(head, contribution)
-        self._tensors.receive_push(head, contribution)
+        self._tensors.arrived.receive_push(head, contribution)
         decided = self._machine.happen(events.Push(head, fingerprint, nonfinite), now)
         return outcomes | decided if outcomes else decided
 
@@ -301,7 +305,7 @@ class Session(SessionFacts):
         if (receipt := self._coordinator.admit(head.name, head.incarnation, fingerprint)) is not None:
             return outcomes | self._again(head.name, receipt, now)
         self._coordinator.check_nothing_waits(head.name)
-        self._tensors.receive_contents(head, contents)
+        self._tensors.arrived.receive_contents(head, contents)
         return outcomes | self._machine.happen(events.Put(head, fingerprint), now, raising=head.name)
 
     # -- growing ----------------------------------------------------------------------------------------------------
@@ -339,7 +343,7 @@ class Session(SessionFacts):
         plan = self._plan_with(head)
         there = plan is self.plan
         if not there:
-            self._tensors.receive_group(head.name, arrived, plan)
+            self._tensors.arrived.receive_group(head.name, arrived, plan)
         return outcomes | self._machine.happen(events.Append(head, fingerprint, there), now, raising=head.name)
 
     def _plan_with(self, head: AppendHead) -> Plan:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from copy import copy
-from typing import Any, Final, cast, final
+from typing import Any, Final, TypeVar, cast, final
 
-from farstep.errors import FarstepError, Fenced, OptionsDiffer
+from farstep.errors import FarstepError, Fenced, NotDurable, OptionsDiffer
 from farstep.protocol.consistency import Consistency
 from farstep.protocol.growth import AppendHead
 from farstep.protocol.hyper import Hyper
@@ -24,6 +25,8 @@ from farstep_service.sessions.shared_memory import SharedMemories, SharedMemoryH
 from farstep_service.sessions.turns import Turns
 from farstep_service.sessions.views import ContentsIntake, EncodedView, HeldView, PushIntake
 from farstep_service.settings import HELD_VERSIONS
+
+T = TypeVar("T")
 
 INLINE_GROUPS: Final = 100
 """Param groups whose options are changed on the event loop; more take more than a millisecond."""
@@ -138,8 +141,7 @@ class Actor:
             session, now = self._session, self._turns.clock()
             lapsed, live = session.renew(worker, epoch, incarnation, now)
             self._turns.resolve({})
-            lease_s, version = session.lease_s(worker, now), session.version
-            renewed = Renewed(lapsed, lease_s, live, version, session.plan.consistency)
+            renewed = Renewed(lapsed, session.lease_s(worker, now), live, session.version, session.plan.consistency)
         await self._kept()  # a version is told when it cannot be lost any more
         return renewed
 
@@ -152,18 +154,23 @@ class Actor:
 
     async def workers(self, after: str, most: int) -> dict[str, WorkerPage]:
         """Say where the first `most` workers stand whose names come after one."""
-        async with self._turns:
-            return self._pages.workers(after, most)
+        return await self._look(lambda: self._pages.workers(after, most))
 
     async def groups(self, first: int, most: int) -> list[dict[str, Any]]:
         """Return the options of `most` param groups from one on."""
-        async with self._turns:
-            return self._pages.options(first, most)
+        return await self._look(lambda: self._pages.options(first, most))
 
     async def summary(self, most: int = 0) -> Summary:
         """Describe the session as it is now, with the first `most` of its groups and workers."""
+        return await self._look(lambda: self._pages.summary(most, self.reads))
+
+    async def _look(self, look: Callable[[], T]) -> T:
+        """Return what there is to see when it is kept; of a session whose disk failed, without that."""
         async with self._turns:
-            return self._pages.summary(most, self.reads)
+            found = look()
+        with suppress(NotDurable):
+            await self._kept()
+        return found
 
     async def set_groups(self, changes: Mapping[int, Mapping[str, Any]]) -> None:
         """Change options of param groups."""
@@ -262,10 +269,9 @@ class Actor:
         """Take a complete push in and wait for what becomes of it."""
         contribution = cast(PushIntake, intake).contribution
         contribution.copy = self._shared_memories.copy_of(head, contribution)
+        session, clock = self._session, self._turns.clock
         answer = await self._write(
-            head.name,
-            lambda: self._session.push(head, contribution, fingerprint, self._turns.clock()),
-            inline=self._turns.small,
+            head.name, lambda: session.push(head, contribution, fingerprint, clock()), inline=self._turns.small
         )
         check_s = contribution.check_s
         answer.times.update(check=check_s, barrier=max(0.0, answer.times["barrier"] - check_s))

@@ -22,10 +22,9 @@ from typing import Any, Final, TypeVar, final
 
 from farstep.errors import FarstepError, NotDurable
 from farstep.protocol.durability import Durability, Journal
-from farstep_service.coordinator.written import write_down
 from farstep_service.durability import journal as journals
 from farstep_service.durability.archive import SessionArchive
-from farstep_service.durability.recorder import DIRECT_BYTES, Recorder, not_durable
+from farstep_service.durability.recorder import DIRECT_BYTES, Recorder, not_durable, waiting_push
 from farstep_service.durability.snapshots import Position, Saved
 from farstep_service.failpoints import reached
 from farstep_service.keeping.due import Due
@@ -116,6 +115,7 @@ class Keeper:
             return
         try:
             contribution.journal_(recorder.reserve if contribution.nbytes >= DIRECT_BYTES else None)
+            self.written()  # also for a push that is cut off, or refused
         except NotDurable:
             self._mend(recorder)
             raise
@@ -133,6 +133,7 @@ class Keeper:
             return 0.0
         if recorder.behind is not None:
             raise not_durable(recorder.behind)
+        self.written()  # every event counts, not only those of writes
         if not self._waits:
             return 0.0
         number, began = recorder.journal.number, time.perf_counter()
@@ -214,7 +215,7 @@ class Keeper:
         async def done() -> None:
             try:
                 await work
-            except (OSError, NotDurable) as exc:
+            except (OSError, FarstepError) as exc:
                 log.error("session %s: a snapshot could not be written: %s", self._session.plan.name, exc)
 
         task = asyncio.get_running_loop().create_task(done())
@@ -264,15 +265,11 @@ class Keeper:
                 return None  # the next evaluation comes soon; the journal has what led here
             record = replace(record, tensors=replace(record.tensors, asked=None))
         position: Position | None = None
-        waiting: tuple[list[object], ...] = ()
+        waiting: tuple[list[Any], ...] = ()
         if recorder is not None:
             reached("session.rotate")
             position = recorder.rotate()
-            waiting = tuple(
-                [write_down(head).hex(), [*payload.place], payload.packed, payload.digest.hex()]
-                for head, payload in session.waiting()
-                if payload is not None and payload.place is not None
-            )
+            waiting = tuple(waiting_push(head, payload) for head, payload in session.waiting())
         return Saved(
             incarnation=session.incarnation,
             predecessors=self.predecessors,
@@ -329,8 +326,10 @@ class Keeper:
         """
         assert self._recorder is not None
         saved = self._saved(clean=False)
-        if saved is None or saved.position is None:
-            raise OSError(None, "the step that waits for an evaluation is in the journal only")
+        if saved is None:
+            self._session.give_up()  # its worker takes the step again
+            saved = self._saved(clean=False)
+        assert saved is not None
         self._write(saved, only=True)
         self._recorder.behind = None
 

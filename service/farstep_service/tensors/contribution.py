@@ -23,17 +23,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from farstep.errors import InvalidRequest, NonFinite, TensorMismatch
+from farstep.errors import InvalidRequest, TensorMismatch
 from farstep.protocol import DTYPES, from_ranges
-from farstep.protocol.codecs import FULL, codec_named
+from farstep.protocol.codecs import codec_named
 from farstep.protocol.dtypes import BYTES
 from farstep.protocol.hyper import Hyper
 from farstep.protocol.memory import MEMORY_DTYPES, TORCH_DTYPES, tensor_memory
-from farstep.protocol.messages import Evaluation, Sparse
+from farstep.protocol.messages import Sparse
 from farstep_service.layout import Layout, Segment
 from farstep_service.optimizers.rule import AnyMethod
 from farstep_service.store import Buffers, FlatBuffers, HalfPrecisionBuffers, decode_
-from farstep_service.tensors.finite import Watch, all_finite, copy_finite_
+from farstep_service.tensors.finite import Watch, copy_finite_
 from farstep_service.tensors.payload import Payload, Place, Reserve, Room, fill, padded
 
 WATCH_FROM_BYTES = 1 << 20
@@ -55,7 +55,7 @@ class Contribution:
         layout: the session's.
         ranges: which segments have a gradient; None for all.
         sparse: which of them are sparse.
-        rule, groups: say where a sparse gradient is accepted.
+        rule, groups: say where a sparse gradient is accepted; no groups if that was asked before.
         codec: the name of the codec in which they come; None for as they are.
         order: the segments in the order in which they come; None for ascending.
 
@@ -85,7 +85,7 @@ class Contribution:
         ranges: list[int] | None,
         sparse: Sequence[Sparse],
         rule: AnyMethod,
-        groups: Sequence[Hyper],
+        groups: Sequence[Hyper] | None,
         codec: str | None = None,
         order: Sequence[int] | None = None,
     ) -> None:
@@ -103,7 +103,8 @@ class Contribution:
             raise InvalidRequest(
                 "Header key 'sparse' names a segment twice, or one without a gradient.", field="sparse"
             )
-        rule.check_gradients(layout, groups, self.dense, self._announced)
+        if groups is not None:
+            rule.check_gradients(layout, groups, self.dense, self._announced)
         for each in sparse:
             _check_shape(layout.segments[each.segment], each)
         self.nbytes = self._travelling.nbytes if self.is_whole else sum(self._size(index) for index in self.indices)
@@ -383,66 +384,3 @@ def _check_shape(segment: Segment, announced: Sparse) -> None:
             f"The sparse gradient of {segment.name!r} has {announced.dims} sparse dimensions of {len(segment.shape)}.",
             field=segment.name,
         )
-
-
-def first_nonfinite(contribution: Contribution) -> int | None:
-    """Return the first segment whose gradient holds NaN or Inf, None if all are finite.
-
-    What was looked at while it arrived or was copied, and found to be finite, is not looked at again.
-    """
-    buffers = contribution.buffers
-    if buffers is None or contribution.known_finite:
-        return None
-    if contribution.is_whole and len(buffers.flat) == 1:
-        (whole,) = buffers.flat.values()
-        if whole.nbytes == contribution.on_wire.nbytes and all_finite(whole):
-            return None
-    dense = contribution.dense
-    for first, last in contribution.on_wire.spans(dense):
-        span = buffers.span(first, last)
-        if span is None or all_finite(span):
-            continue
-        for index in range(first, last):
-            own = buffers.span(index, index + 1)
-            if own is not None and not all_finite(own):
-                return index
-    for index, (_, values) in contribution.sparse.items():
-        if not all_finite(torch.view_as_real(values) if values.is_complex() else values):
-            return index
-    return None
-
-
-def check_finite(contribution: Contribution, worker: str, evaluation: Evaluation | None = None) -> None:
-    """Refuse a loss or a gradient that is, or holds, NaN or Inf.
-
-    Raises:
-        NonFinite: naming the first one, and the worker that sent it.
-    """
-    if evaluation is not None and not math.isfinite(evaluation.loss):
-        raise NonFinite(
-            f"The loss from worker {worker!r} is {evaluation.loss}; the push was refused.",
-            remedy="Lower the learning rate; nonfinite='allow' would take such a loss.",
-            field="loss",
-        )
-    name, what = nonfinite_in(contribution, worker)
-    if what:
-        raise NonFinite(
-            f"{what}; the push was refused.",
-            remedy="Skip the step or lower the loss scale; nonfinite='allow' would take such gradients.",
-            field=name,
-        )
-
-
-def nonfinite_in(contribution: Contribution, worker: str) -> tuple[str, str]:
-    """Return the first parameter whose gradient holds NaN or Inf, and the same as a sentence without its stop.
-
-    Both are "" if all gradients are finite. Notes in the contribution how long it took.
-    """
-    began = time.perf_counter()
-    index = first_nonfinite(contribution)
-    contribution.check_s += time.perf_counter() - began
-    if index is None:
-        return "", ""
-    name = contribution.layout.segments[index].name
-    came = "" if contribution.codec is FULL else f", as it came in {contribution.codec.name}"
-    return name, f"The gradient of {name!r} from worker {worker!r} holds NaN or Inf{came}"

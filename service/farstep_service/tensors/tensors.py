@@ -19,8 +19,8 @@ from typing import final
 
 import torch
 
-from farstep.errors import FarstepError, InternalError, InvalidOption
-from farstep.protocol.messages import PushHead, PutHead, WriteName
+from farstep.errors import FarstepError, InternalError
+from farstep.protocol.messages import PushHead, WriteName
 from farstep_service.coordinator import (
     NOTHING_NAMED,
     Agreed,
@@ -42,16 +42,15 @@ from farstep_service.coordinator import (
     agreed,
 )
 from farstep_service.kernels.kernel import KernelSource, Rerun
-from farstep_service.machine import out_of_memory
 from farstep_service.optimizers.rule import Rule
 from farstep_service.plan import Plan
 from farstep_service.store import Held
+from farstep_service.tensors.arrived import Arrived, ArrivedContents, ArrivedPush
 from farstep_service.tensors.closure_state import ClosureState
-from farstep_service.tensors.contents import Contents
-from farstep_service.tensors.contribution import Contribution, Copied, check_finite, nonfinite_in
+from farstep_service.tensors.contribution import Contribution, Copied
 from farstep_service.tensors.kernel_state import KernelState
-from farstep_service.tensors.payload import Payload
 from farstep_service.tensors.reduction import ByContent, mean_evaluation, reduce_
+from farstep_service.tensors.refusing import check_finite, nonfinite_in, told
 from farstep_service.tensors.snapshot import TensorsRecord
 from farstep_service.tensors.staleness import Bases, check_dense, compensate_, weigh_
 from farstep_service.tensors.state import SessionState
@@ -61,24 +60,9 @@ log = logging.getLogger("farstep.session")
 
 
 @dataclass(slots=True)
-class _Push:
-    head: PushHead
-    contribution: Contribution
-
-
-@dataclass(slots=True)
-class _Contents:
-    """What is to replace contents, or to be added: then with the plan that the session has afterwards."""
-
-    contents: Contents
-    head: PutHead | None = None
-    plan: Plan | None = None
-
-
-@dataclass(slots=True)
 class _Unfinished:
     step: TakeStep
-    pushes: list[_Push]
+    pushes: list[ArrivedPush]
     agreed: Agreed = field(default_factory=Agreed)
 
 
@@ -90,6 +74,7 @@ class Tensors:
         state: what steps change.
 
     Attributes:
+        arrived: what came with writes that are not decided about.
         kernel_s: seconds that the kernel of the last step took.
     """
 
@@ -98,8 +83,7 @@ class Tensors:
         self.kernel_s = 0.0
         self.steps = Steps(state)
         self._bases = Bases()
-        self._pushes: dict[WriteName, _Push] = {}
-        self._contents: dict[WriteName, _Contents] = {}
+        self.arrived = Arrived()
         self._unfinished: _Unfinished | None = None
 
     def record(self, *, pushes: bool = True) -> TensorsRecord:
@@ -115,7 +99,7 @@ class Tensors:
             state.snapshot() if state.initialised else None,
             self.steps.accumulated.cloned(),
             self._bases.cloned(),
-            {name: (each.head, each.contribution.cloned()) for name, each in self._pushes.items() if pushes},
+            {name: (each.head, each.contribution.cloned()) for name, each in self.arrived.pushes.items() if pushes},
             deepcopy(state.asked),
         )
 
@@ -131,17 +115,13 @@ class Tensors:
         tensors.steps = Steps(state, record.accumulated)
         tensors._bases = Bases(record.bases)
         for head, contribution in record.pushes.values():
-            tensors.receive_push(head, contribution)
+            tensors.arrived.receive_push(head, contribution)
         return tensors
-
-    def waiting(self) -> list[tuple[PushHead, Payload | None]]:
-        """Return the pushes that wait, and what came with each."""
-        return [(each.head, each.contribution.payload) for each in self._pushes.values()]
 
     @property
     def waiting_bytes(self) -> int:
         """Return the memory of the gradients that wait, for others or for the step they are accumulated for."""
-        return sum(each.contribution.nbytes for each in self._pushes.values()) + self.steps.nbytes
+        return sum(each.contribution.nbytes for each in self.arrived.pushes.values()) + self.steps.nbytes
 
     @property
     def kept_bytes(self) -> int:
@@ -172,42 +152,14 @@ class Tensors:
             check_dense(contribution, head.name.worker)
         return nonfinite
 
-    # -- what arrives -----------------------------------------------------------------------------------------------
-
-    def receive_push(self, head: PushHead, contribution: Contribution) -> None:
-        """Keep gradients until their push is decided about."""
-        self._pushes[head.name] = _Push(head, contribution)
-
-    def receive_contents(self, head: PutHead, contents: Contents) -> None:
-        """Keep contents until they are written."""
-        self._contents[head.name] = _Contents(contents, head=head)
-
-    def receive_group(self, name: WriteName, parameters: Contents, plan: Plan) -> None:
-        """Keep the parameters of a group until the session grows by them, and has that plan."""
-        self._contents[name] = _Contents(parameters, plan=plan)
-
-    def payload(self, name: WriteName) -> Payload | None:
-        """Return the bytes that came with a write which is not decided about; None where no journal wants them."""
-        if (push := self._pushes.get(name)) is not None:
-            return push.contribution.payload
-        if (arrived := self._contents.get(name)) is not None:
-            return Payload(arrived.contents.memory())
-        return None
-
-    def gradients(self, name: WriteName) -> Contribution | None:
-        """Return the gradients that came with a push which is not decided about."""
-        push = self._pushes.get(name)
-        return None if push is None else push.contribution
+    def forget_workers(self) -> None:
+        """Let go of what is there for workers: pushes that wait, and versions that are kept."""
+        self.arrived.pushes.clear()
+        self._bases = Bases()
 
     def release(self, name: WriteName) -> None:
         """Let go of what arrived under a name, which is decided about."""
-        self._pushes.pop(name, None)
-        self._contents.pop(name, None)
-
-    def forget_workers(self) -> None:
-        """Let go of what is there for workers: pushes that wait, and versions that are kept."""
-        self._pushes.clear()
-        self._bases = Bases()
+        self.arrived.release(name)
 
     # -- instructions -----------------------------------------------------------------------------------------------
 
@@ -232,14 +184,14 @@ class Tensors:
         """
         match instruction:
             case TakeStep():
-                pushes = [self._pushes[name] for name in instruction.pushes]
+                pushes = [self.arrived.pushes[name] for name in instruction.pushes]
                 return self._step(instruction, pushes, rerun)
             case LeaveOut():
-                return self._leave_out([self._pushes[name] for name in instruction.pushes])
+                return self._leave_out([self.arrived.pushes[name] for name in instruction.pushes])
             case Write():
-                return self._write(self._contents[instruction.name])
+                return self._write(self.arrived.contents[instruction.name])
             case Grow():
-                return self._grow(self._contents[instruction.name])
+                return self._grow(self.arrived.contents[instruction.name])
 
     @property
     def pending(self) -> bool:
@@ -248,7 +200,7 @@ class Tensors:
 
     def postpone(self, step: TakeStep) -> None:
         """Leave a step to `finish`, for a replay of one that was interrupted."""
-        self._unfinished = _Unfinished(step, [self._pushes[name] for name in step.pushes])
+        self._unfinished = _Unfinished(step, [self.arrived.pushes[name] for name in step.pushes])
 
     def finish(self, *, rerun: Rerun | None = None) -> Result:
         """Complete the step whose kernel failed midway.
@@ -262,9 +214,12 @@ class Tensors:
         unfinished = self._unfinished
         if unfinished is None:
             raise InternalError("No step is unfinished.")
-        if rerun is not None:
+        if rerun is not None or not self.state.pending:  # after a recovery, the step is taken from its beginning
             self._unfinished = None
-            return self._step(unfinished.step, unfinished.pushes, rerun)
+            result = self._step(unfinished.step, unfinished.pushes, rerun)
+            if isinstance(result, Failed) and result.unfinished:
+                raise result.error
+            return result
         taken = self.steps.finish(unfinished.agreed.disagreement)
         self._unfinished = None
         if taken is None:
@@ -275,7 +230,7 @@ class Tensors:
 
     # -- steps ------------------------------------------------------------------------------------------------------
 
-    def _step(self, step: TakeStep, pushes: list[_Push], rerun: Rerun | None) -> Result:
+    def _step(self, step: TakeStep, pushes: list[ArrivedPush], rerun: Rerun | None) -> Result:
         began = time.perf_counter()
         weights = step.weights
         if step.unnamed > 1:
@@ -312,15 +267,15 @@ class Tensors:
         self._note_copied(pushes, taken)
         return taken
 
-    def _note_copied(self, pushes: Sequence[_Push], taken: StepTaken) -> None:
+    def _note_copied(self, pushes: Sequence[ArrivedPush], taken: StepTaken) -> None:
         """Tell the contributions of a step which parameters it has written where their answers are made."""
         if copied := self.steps.copied:
             for push in pushes:
                 push.contribution.copied = Copied(taken.version, copied)
 
     def _ordered(
-        self, pushes: list[_Push], weights: Sequence[float], unnamed: int
-    ) -> tuple[list[_Push], tuple[float, ...]]:
+        self, pushes: list[ArrivedPush], weights: Sequence[float], unnamed: int
+    ) -> tuple[list[ArrivedPush], tuple[float, ...]]:
         """Return pushes in the order of their sum, which is the same in every run, and their weights.
 
         Names that are drawn at random are of no use for it: their workers follow in the order of what they bring.
@@ -340,11 +295,11 @@ class Tensors:
             (*weights[:first], *(weight for _, weight in others)),
         )
 
-    def _alone(self, pushes: Sequence[_Push]) -> bool:
+    def _alone(self, pushes: Sequence[ArrivedPush]) -> bool:
         """Return whether one push is a step, whose learning rate can make up for its staleness."""
         return len(pushes) == 1 and self.state.plan.policies.rounds == 1
 
-    def _make_up(self, pushes: Sequence[_Push], weights: Sequence[float], compensation: float) -> bool:
+    def _make_up(self, pushes: Sequence[ArrivedPush], weights: Sequence[float], compensation: float) -> bool:
         """Change gradients as the mode makes up for their staleness; return whether any was changed."""
         if not self._alone(pushes):
             for push, weight in zip(pushes, weights, strict=True):
@@ -361,7 +316,7 @@ class Tensors:
                     compensate_(push.contribution, now.buffers, base.buffers, compensation)
         return True
 
-    def _leave_out(self, pushes: list[_Push]) -> Result:
+    def _leave_out(self, pushes: list[ArrivedPush]) -> Result:
         """Put options into force that came with pushes, since their workers are told that they arrived."""
         options, self.kernel_s = agreed([push.head for push in pushes]), 0.0
         try:
@@ -373,7 +328,7 @@ class Tensors:
 
     # -- contents ---------------------------------------------------------------------------------------------------
 
-    def _write(self, arrived: _Contents) -> Result:
+    def _write(self, arrived: ArrivedContents) -> Result:
         assert arrived.head is not None
         self.kernel_s = 0.0
         try:
@@ -382,7 +337,7 @@ class Tensors:
             return Failed(error)
         return Written(receipt.base, receipt.version, receipt.applied)
 
-    def _grow(self, arrived: _Contents) -> Result:
+    def _grow(self, arrived: ArrivedContents) -> Result:
         assert arrived.plan is not None
         base, self.kernel_s = self.state.version, 0.0
         try:
@@ -405,22 +360,3 @@ def state_of(plan: Plan, *, kernels: KernelSource, device: torch.device) -> Sess
     if isinstance(plan.rule, Rule):
         return KernelState(plan, plan.rule, kernels=kernels, device=device)
     return ClosureState(plan, device=device)
-
-
-def told(exc: Exception, what: str) -> FarstepError:
-    """Return what the workers of a write that failed before it changed anything are told.
-
-    Args:
-        what: the write, as the beginning of a sentence.
-    """
-    if isinstance(exc, FarstepError):
-        return exc
-    if isinstance(exc, ArithmeticError):
-        return InvalidOption(f"There is no step with these options: {exc}.", remedy="Correct the group options.")
-    log.error("%s could not begin", what.lower(), exc_info=exc)
-    if short := out_of_memory(exc, f"{what} was not begun: it"):
-        return short
-    return InternalError(
-        f"{what} could not begin ({type(exc).__name__}); nothing has changed.",
-        remedy="Report it with the server's log.",
-    )
