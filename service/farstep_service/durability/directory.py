@@ -49,7 +49,11 @@ class DataDirectory:
             self.path.mkdir(mode=DIRECTORY_MODE, parents=True, exist_ok=True)
             self._check()
             self._lock = self._locked(owner)
-            self._mark()
+            try:
+                self._mark()
+            except OSError:
+                os.close(self._lock)
+                raise
         except OSError as exc:
             raise _refused(f"{path} cannot be used ({exc.strerror})", "Give a directory that can be written.") from exc
         self.storage = DiskStorage(self.path)
@@ -89,7 +93,10 @@ class DataDirectory:
         names = {each.name: each for each in os.scandir(self.path)}
         marker = names.get(MARKER)
         if marker is None:
-            foreign = sorted(names.keys() - {LOCK, "lost+found"})
+            begun = {f"{MARKER}.part"}  # of a start that did not come to its end
+            if SESSIONS in names and not names[SESSIONS].is_symlink() and not os.listdir(names[SESSIONS]):
+                begun.add(SESSIONS)
+            foreign = sorted(names.keys() - {LOCK, "lost+found"} - begun)
             if foreign:
                 raise _refused(
                     f"{self.path} is not a data directory of farstep, and holds {foreign[0]!r:.80}",

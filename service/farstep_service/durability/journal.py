@@ -250,6 +250,9 @@ class Journal:
         """
         reached("journal.rotate")
         with self._writing:
+            present = self._present
+            if present is not None and present.is_empty and chain is None and self.failed is None:
+                return present.number  # the snapshot for which it was begun could not be written
             before = self.chain
             try:
                 self.chain = before if chain is None else chain

@@ -136,6 +136,11 @@ class Segment:
         """Return the bytes that are left for records."""
         return len(self.memory) - self.end
 
+    @property
+    def is_empty(self) -> bool:
+        """Return whether nothing has been written, and no room was reserved."""
+        return self.end == FIRST
+
     def reserve(self, nbytes: int) -> tuple[Place, memoryview]:
         """Return room for a payload, and where it is; its contents are undefined until they are written."""
         self._put_head(EXTENT, nbytes, self.end, 0, NO_CHAIN)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, final
 
@@ -133,6 +134,17 @@ def write_snapshot(storage: Storage, folder: str, number: int, saved: Saved) -> 
     Raises:
         OSError: it could not be written; those before it are still there.
     """
+    try:
+        _write(storage, folder, number, saved)
+    except OSError:
+        for suffix in (MANIFEST, STATE, CONTENTS):
+            for name in (f"{number:08}{suffix}", f"{number:08}{suffix}{PART}"):
+                with suppress(OSError):
+                    storage.remove(f"{folder}/{name}")
+        raise
+
+
+def _write(storage: Storage, folder: str, number: int, saved: Saved) -> None:
     record, stem = saved.tensors, f"{number:08}"
     writer = _Writer(storage, folder)
     snapshot = record.snapshot

@@ -134,6 +134,7 @@ class DiskStorage(Storage):
         self._lock = threading.Lock()  # of the two tables, not of the files
         self._open: dict[str, int] = {}
         self._failed: dict[str, OSError] = {}
+        self._once: set[str] = set()  # files that are synced once, and not open any more then
 
     @property
     def boot(self) -> bytes:
@@ -193,6 +194,7 @@ class DiskStorage(Storage):
             raise
         self._close(name)
         self._keep(name, descriptor)
+        self._once.add(name)
         return written
 
     def sync(self, name: str) -> None:
@@ -204,6 +206,9 @@ class DiskStorage(Storage):
             with self._lock:
                 self._failed[name] = exc
             raise
+        if name in self._once:
+            self._once.discard(name)
+            self._close(name)
 
     def sync_names(self, folder: str) -> None:
         _sync_directory(self._path(folder))

@@ -15,7 +15,7 @@ from farstep_service.durability.storage import Storage
 from farstep_service.plan import Plan
 
 SMALLEST_SEGMENT: Final = 1 << 20
-LARGEST_SEGMENT: Final = 64 << 20
+LARGEST_SEGMENT: Final = 16 << 20
 SMALL_PUSHES: Final = 64
 """Pushes of a small session that go into one segment: to begin one takes the disk a moment."""
 PUSHES: Final = 4

@@ -7,7 +7,7 @@ import gc
 import re
 import sys
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from farstep.errors import InvalidOption, Unavailable
 from farstep_service.machine import usable_cpus
@@ -66,6 +66,16 @@ def take_turns() -> None:
     Kernels run no Python.
     """
     sys.setswitchinterval(TURN_S)
+
+
+def open_many_files() -> None:
+    """Take as many file descriptors as this process may have: each session on the disk has some open."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with suppress(OSError, ValueError):  # some systems say more than they allow
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from farstep_service.server.process import (
     keep_freed_memory,
     kernels_at_hand,
     loaded_for_good,
+    open_many_files,
     take_turns,
     tune_,
 )
@@ -96,6 +97,8 @@ def run(settings: Settings, announce: Callable[[Listening], None], *, log_level:
         tune_(os.environ, settings.threads)
         keep_freed_memory()
         take_turns()
+        if settings.data_dir:
+            open_many_files()
 
         with loaded_for_good():
             check_device(settings.device)

@@ -16,20 +16,21 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
-from typing import Any, Final, TypeVar, final
+from typing import Any, Final, final
 
 from farstep.errors import FarstepError, NotDurable
-from farstep.protocol.durability import Durability, Journal
+from farstep.protocol.durability import Durability
 from farstep_service.durability import journal as journals
 from farstep_service.durability.archive import SessionArchive
-from farstep_service.durability.recorder import DIRECT_BYTES, Recorder, not_durable, waiting_push
+from farstep_service.durability.recorder import Recorder, not_durable, waiting_push
 from farstep_service.durability.snapshots import Position, Saved
 from farstep_service.failpoints import reached
 from farstep_service.keeping.due import Due
 from farstep_service.keeping.place import Place
 from farstep_service.session import Session
+from farstep_service.sessions.acknowledging import Acknowledging
 from farstep_service.sessions.turns import Turns
 from farstep_service.tensors.contribution import Contribution
 
@@ -38,11 +39,9 @@ log = logging.getLogger("farstep.durability")
 RETRY_S: Final = 1.0
 """Seconds between attempts to catch up with a journal that could not be written."""
 
-T = TypeVar("T")
-
 
 @final
-class Keeper:
+class Keeper(Acknowledging):
     """Keep one session.
 
     Args:
@@ -73,23 +72,21 @@ class Keeper:
         clock: Callable[[], float],
         archive: SessionArchive | None = None,
     ) -> None:
-        self.level = level
+        super().__init__(session, level, executor, journal)
         self._archive = archive
         self.predecessors = predecessors
         self.place = place
-        self._session, self._executor, self._clock = session, executor, clock
-        self._recorder = None if journal is None else Recorder(journal, session.payload)
-        session.journal = self._recorder
+        self._clock = clock
         if self._recorder is not None and archive is not None:
             self._recorder.late = archive.late.append
-        self._waits = isinstance(level, Journal) and level.sync != "os"
-        self._syncing: asyncio.Task[None] | None = None
         self._snapshotting = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
         self._turns: Turns | None = None
         self._due = Due(session, level, place.storage, most_bytes)
         self._changed = False
         self._tried_s = -RETRY_S
+        self._failed: Exception | None = None  # the last snapshot
+        self._mending = False
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self, turns: Turns) -> None:
@@ -104,65 +101,6 @@ class Keeper:
         """Return the version of the newest snapshot in the archive; None for none."""
         return None if self._archive is None else self._archive.version
 
-    def journal_(self, contribution: Contribution) -> None:
-        """Let gradients that are about to arrive go to the journal: large ones are received there.
-
-        Raises:
-            NotDurable: the disk has no room for them.
-        """
-        recorder = self._recorder
-        if recorder is None:
-            return
-        try:
-            contribution.journal_(recorder.reserve if contribution.nbytes >= DIRECT_BYTES else None)
-            self.written()  # also for a push that is cut off, or refused
-        except NotDurable:
-            self._mend(recorder)
-            raise
-
-    # -- acknowledging ----------------------------------------------------------------------------------------------
-
-    async def kept(self) -> float:
-        """Wait until everything up to now is kept as the level says; return the seconds that took.
-
-        Raises:
-            NotDurable: the disk failed; what was done is not acknowledged, and may be asked for again.
-        """
-        recorder = self._recorder
-        if recorder is None:
-            return 0.0
-        if recorder.behind is not None:
-            raise not_durable(recorder.behind)
-        self.written()  # every event counts, not only those of writes
-        if not self._waits:
-            return 0.0
-        number, began = recorder.journal.number, time.perf_counter()
-        if recorder.journal.durable >= number:
-            return 0.0
-        if isinstance(self.level, Journal) and self.level.sync == "always":
-            await self._sync(number)
-            return time.perf_counter() - began
-        while recorder.journal.durable < number:
-            if recorder.behind is not None:
-                raise not_durable(recorder.behind)
-            if self._syncing is None or self._syncing.done():
-                self._syncing = asyncio.get_running_loop().create_task(self._sync(recorder.journal.number))
-            await asyncio.shield(self._syncing)
-        return time.perf_counter() - began
-
-    async def _sync(self, number: int) -> None:
-        recorder = self._recorder
-        assert recorder is not None
-        try:
-            await self._run(lambda: recorder.journal.sync(number))
-        except OSError as exc:
-            recorder.fall_behind(exc)
-            raise not_durable(exc) from exc
-        reached("session.synced")
-
-    async def _run(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
-
     # -- snapshots --------------------------------------------------------------------------------------------------
 
     async def room(self) -> float:
@@ -174,13 +112,29 @@ class Keeper:
             await self._catch_up()
             return 0.0
         if recorder.refused:
-            self._mend(recorder)
+            self.mend(recorder)
+        self._check_bound(recorder)
         if not self._snapshotting.locked() or recorder.journal.nbytes <= self._due.most_bytes():
             return 0.0
         began = time.perf_counter()
         async with self._snapshotting:
             pass
         return time.perf_counter() - began
+
+    def journal_(self, contribution: Contribution) -> None:
+        if self._recorder is not None:
+            self._check_bound(self._recorder)
+        super().journal_(contribution)
+
+    def _check_bound(self, recorder: Recorder) -> None:
+        """Refuse that the journal grows beyond its bound while no snapshot can be written.
+
+        Raises:
+            NotDurable: it would.
+        """
+        if isinstance(self._failed, OSError) and recorder.journal.nbytes > self._due.most_bytes():
+            self.mend(recorder)
+            raise not_durable(self._failed)
 
     def written(self) -> None:
         """Note that a write has happened; begin a snapshot if one is due."""
@@ -201,13 +155,23 @@ class Keeper:
             self._changed = False
             self.written()
 
-    def _mend(self, recorder: Recorder) -> None:
-        """Let a snapshot take the place of a journal that fills the disk, or cannot be written."""
-        if recorder.behind is not None:
-            self._begin(self._catch_up())
-        elif time.monotonic() - self._tried_s >= RETRY_S:
-            self._tried_s = time.monotonic()
+    def mend(self, recorder: Recorder) -> None:
+        """Let a snapshot take the place of a journal that fills the disk or cannot be written; try until it does."""
+        if recorder.behind is None:
             self._begin_snapshot()
+        elif not self._mending:
+            self._mending = True
+            self._begin(self._mend(recorder))
+
+    async def _mend(self, recorder: Recorder) -> None:
+        try:
+            while recorder.behind is not None and recorder is self._recorder:
+                with suppress(NotDurable):
+                    await self._catch_up()
+                    return
+                await asyncio.sleep(RETRY_S)
+        finally:
+            self._mending = False
 
     def _begin(self, work: Coroutine[Any, Any, object]) -> None:
         """Begin something in the background."""
@@ -216,6 +180,7 @@ class Keeper:
             try:
                 await work
             except (OSError, FarstepError) as exc:
+                self._failed, self._tried_s = exc, time.monotonic()
                 log.error("session %s: a snapshot could not be written: %s", self._session.plan.name, exc)
 
         task = asyncio.get_running_loop().create_task(done())
@@ -226,8 +191,10 @@ class Keeper:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        just_failed = self._failed is not None and time.monotonic() - self._tried_s < RETRY_S
         is_behind = self._recorder is not None and self._recorder.behind is not None
-        if not is_behind and not self._snapshotting.locked() and self._turns is not None and not self._turns.closed:
+        is_open = self._turns is not None and not self._turns.closed
+        if is_open and not just_failed and not is_behind and not self._snapshotting.locked():
             self._begin(self.snapshot())
 
     async def snapshot(self, *, clean: bool = False) -> bool:
@@ -251,6 +218,7 @@ class Keeper:
             version, at = saved.version, self._clock()
             await self._run(lambda: self._write(saved))
             self._due.saved(version, at)
+            self._failed = None
         if not clean:
             self._go_on()
         log.debug("session %s: snapshot of version %d", session.plan.name, version)

@@ -69,6 +69,7 @@ class Registry:
         self._names: list[str] = []  # of all, ascending
         self.budget = MemoryBudget(settings.max_bytes or default_bytes(settings.device))
         self._turn = asyncio.Lock()
+        self._leaving: dict[str, asyncio.Event] = {}  # by their names, until their files are gone
         self._kernels: dict[str, Kernels] = {}
         self._vault = Vault(settings, clock) if settings.data_dir else None
         disk = executor if self._vault is None else self._vault.executor
@@ -132,7 +133,8 @@ class Registry:
     async def end(self) -> None:
         """End all sessions in order: what is to be kept is kept."""
         if self._recovery is not None:
-            self._recovery.cancel()
+            assert self._vault is not None
+            self._vault.end()
             await asyncio.gather(self._recovery, return_exceptions=True)
         await asyncio.gather(*(actor.end() for actor in self.actors))
         if self._vault is not None:
@@ -149,6 +151,8 @@ class Registry:
             OptionsDiffer: the session exists with another plan; the error names the difference.
             LimitExceeded, Busy: the session is too large, or the server has no room for it.
         """
+        while (leaving := self._leaving.get(plan.name)) is not None:
+            await leaving.wait()
         async with self._turn:
             actor = self._actors.get(plan.name)
             if actor is not None:
@@ -174,7 +178,7 @@ class Registry:
             LimitExceeded, Busy: it is too large, or the server has no room for it.
         """
         self._check_present(plan.name)
-        if plan.name in self._actors:
+        if plan.name in self._actors or plan.name in self._leaving:
             raise SessionExists(
                 f"There is a session {plan.name!r} here.",
                 remedy="Give the new one another name, or remove the one that is here.",
@@ -319,9 +323,14 @@ class Registry:
                 return
             removed = [self.find(name)]
             self._forget(name)
+            gone = self._leaving[name] = asyncio.Event()
+        try:  # others are created and joined meanwhile: its files may be in use for a while
             await removed[0].close()
             if vault is not None:
                 await vault.remove(name)
+        finally:
+            del self._leaving[name]
+            gone.set()
         # Freed in a thread: the session may have gigabytes and 100,000 objects.
         await asyncio.to_thread(removed.clear)
 

@@ -81,6 +81,7 @@ class Vault:
         self._disk = ThreadPoolExecutor(DISK_THREADS, thread_name_prefix="farstep-disk")
         self.absent: dict[str, Absent] = {}
         self._folders: dict[str, str] = {}
+        self._ending = False
 
     @property
     def executor(self) -> Executor:
@@ -128,6 +129,8 @@ class Vault:
 
         async def one(name: str, absent: Absent) -> None:
             async with waiting:
+                if self._ending:
+                    return
                 absent.progress.began = time.monotonic()
                 try:
                     recovered = await asyncio.get_running_loop().run_in_executor(
@@ -246,6 +249,10 @@ class Vault:
 
     async def _run(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._disk, work)
+
+    def end(self) -> None:
+        """Bring no further session back; those that are on their way come, and end in order."""
+        self._ending = True
 
     def close(self) -> None:
         """Give the directory up."""
