@@ -51,15 +51,16 @@ class Host:
     Args:
         directory: its data directory.
         now: what its clock says; the test moves it.
+        settings: further ones of the server.
 
     Attributes:
         now: as above.
     """
 
-    def __init__(self, directory: Path, now: float = 1000.0) -> None:
+    def __init__(self, directory: Path, now: float = 1000.0, **settings: Any) -> None:
         self.now = now
         self._threads = ThreadPoolExecutor(2)
-        self._registry = Registry(Settings(data_dir=str(directory)), self._threads, clock=lambda: self.now)
+        self._registry = Registry(Settings(data_dir=str(directory), **settings), self._threads, clock=lambda: self.now)
 
     async def session(self, plan: Plan) -> Actor:
         """Return the session of a plan: the one that is there, or a new one."""
