@@ -62,7 +62,7 @@ class Service:
 
     async def interrupt(self) -> None:
         """Answer every push that waits for others, so that the server can stop."""
-        await asyncio.gather(*(actor.interrupt() for actor in self._registry.actors))
+        await asyncio.gather(*(actor.interrupt() for actor in self._registry.actors), return_exceptions=True)
 
 
 def create_app(settings: Settings, *, clock: Callable[[], float] = time.monotonic) -> Service:

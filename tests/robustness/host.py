@@ -64,11 +64,16 @@ class Host:
 
     async def session(self, plan: Plan) -> Actor:
         """Return the session of a plan: the one that is there, or a new one."""
-        await self._registry.begin()
-        assert self._registry._recovery is not None
+        if self._registry._recovery is None:
+            await self._registry.begin()
+            assert self._registry._recovery is not None
         await self._registry._recovery
         actor, _ = await self._registry.place(plan)
         return actor
+
+    async def remove(self, name: str) -> None:
+        """Remove a session."""
+        await self._registry.remove(name)
 
     async def end(self) -> None:
         """End in order."""

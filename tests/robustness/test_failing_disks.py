@@ -108,3 +108,27 @@ def test_a_session_is_there_again_without_another_push(tmp_path: Path, monkeypat
         host.die()
 
     asyncio.run(live())
+
+
+def test_a_name_stays_taken_while_its_files_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A removal that the disk refuses can be asked for again, and no second session takes the name meanwhile."""
+    plan = plan_of()
+
+    def failing(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    async def live() -> None:
+        host = Host(tmp_path)
+        await host.session(plan)
+        with monkeypatch.context() as broken:
+            broken.setattr(DiskStorage, "rename", failing)
+            with pytest.raises(NotDurable):
+                await host.remove("s")
+            with pytest.raises(NotDurable):
+                await host.session(plan)
+        assert len(list(tmp_path.glob("sessions/*"))) == 1
+        await host.remove("s")
+        assert not list(tmp_path.glob("sessions/*"))
+        host.die()
+
+    asyncio.run(live())

@@ -11,10 +11,11 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Executor
 from contextlib import suppress
+from copy import copy
 from itertools import chain
 from typing import Any, Final, TypeVar, final
 
-from farstep.errors import FarstepError, SessionLost
+from farstep.errors import FarstepError, NotDurable, SessionLost
 from farstep.protocol.messages import WriteName
 from farstep_service.plan import Plan
 from farstep_service.session import Outcome, Outcomes, Session
@@ -230,7 +231,11 @@ class Turns:
         if self._waiting:
             self._waiting.resolve(outcomes)
         if self.leaving:
-            self._waiting.resolve(self._session.interrupt(self.clock()))
+            try:
+                self._waiting.resolve(self._session.interrupt(self.clock()))
+            except NotDurable as exc:  # what is not written down has not happened; the answers say so
+                error = exc
+                self._waiting.end(lambda: copy(error))
         if (deadline := self._session.deadline) is not None or self._timer.is_set:
             self._timer.set(deadline, self._tick)
 

@@ -236,6 +236,7 @@ class Vault:
 
         Raises:
             Recovering: it is coming back; it can be removed then.
+            NotDurable: the disk failed; it can be removed again.
         """
         absent = self.absent.get(name)
         if absent is not None and absent.error is None:
@@ -244,7 +245,12 @@ class Vault:
         if folder is not None:
             if (archive := self._archives.pop(folder, None)) is not None:
                 archive.stop()
-            await self._run(lambda: self.directory.remove(folder))
+            try:
+                await self._run(lambda: self.directory.remove(folder))
+            except OSError as exc:
+                error = not_durable(exc)
+                self.absent[name] = Absent(folder, error=error)  # its name stays taken, and it can be removed again
+                raise error from exc
             self.absent.pop(name, None)
 
     async def _run(self, work: Callable[[], T]) -> T:
