@@ -225,3 +225,22 @@ def test_heartbeats_alone_lead_to_a_snapshot(tmp_path: Path) -> None:
         host.die()
 
     asyncio.run(live())
+
+
+def test_an_option_beyond_64_bits_is_written_down(tmp_path: Path) -> None:
+    """A number of any size that torch takes as an option is there again after a death."""
+    plan = plan_of()
+
+    async def live() -> None:
+        host = Host(tmp_path)
+        actor = await host.session(plan)
+        await begun(host, actor, "w0")
+        await actor.set_groups({0: {"lr": 10**25}})
+        (options,) = actor.options
+        host.die()
+        host = Host(tmp_path)
+        actor = await host.session(plan)
+        assert [*actor.options] == [options]
+        host.die()
+
+    asyncio.run(live())

@@ -27,6 +27,8 @@ from farstep_service.coordinator.modes import decisions
 from farstep_service.coordinator.modes.table import MODES
 
 KIND: Final = "kind"
+BITS: Final = 63
+"""Of integers that msgpack has."""
 RECORDS: Final[dict[str, type[Any]]] = {
     kind.__name__: kind
     for kind in (
@@ -73,6 +75,8 @@ def read_back(written: bytes) -> Any:
 
 def _plain(value: Any) -> Any:
     """Return a value as msgpack has it: containers as [sign, ...], records as maps."""
+    if type(value) is int and value.bit_length() > BITS:
+        return ["i", str(value)]  # an option may be any number
     if value is None or isinstance(value, (bool, int, float, str, bytes)):
         return value
     for kind, (types, form, _) in OF_THE_WIRE.items():
@@ -103,5 +107,7 @@ def _value(plain: Any) -> Any:
             return OrderedDict(pairs) if sign == "o" else dict(pairs)
         case "t":
             return tuple(values)
+        case "i":
+            return int(values[0])
         case _:
             return values

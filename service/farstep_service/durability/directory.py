@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import stat
+import time
 from pathlib import Path
 from typing import Final, final
 
@@ -24,6 +25,8 @@ MARKER: Final = "farstep.json"
 LOCK: Final = "owner.lock"
 SESSIONS: Final = "sessions"
 REMOVED: Final = ".removed"
+TRIES: Final = 10
+TRY_EVERY_S: Final = 0.1
 NEW: Final = ".new"
 """The end of the name of a folder that is not complete yet."""
 
@@ -121,9 +124,7 @@ class DataDirectory:
 
     def _locked(self, owner: str) -> int:
         lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, FILE_MODE)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not _taken(lock):
             there = os.read(lock, 200).decode(errors="replace").strip() or "another server"
             os.close(lock)
             raise _refused(f"{self.path} is owned by {there}", "Stop that server, or give another directory.") from None
@@ -146,6 +147,18 @@ class DataDirectory:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _taken(lock: int) -> bool:
+    """Take a lock and return whether it was free; one whose owner is just ending is waited for."""
+    for left in reversed(range(TRIES)):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if left:
+                time.sleep(TRY_EVERY_S)
+    return False
 
 
 def _refused(what: str, remedy: str) -> InvalidOption:

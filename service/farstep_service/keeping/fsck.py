@@ -32,6 +32,7 @@ from farstep_service.keeping.recovery import (
     begun,
     known_after,
     let_wait,
+    may_miss,
     ran_other_than_reference,
     write_anew,
 )
@@ -101,7 +102,7 @@ class Examination:
         self._base: tuple[Manifest, Saved] | None = None
         self._before: int | None = None  # the first segment that is no segment
         self._happened: list[Happened] = []
-        self._rebooted = False
+        self._found: Recovered | None = None
         self._look()
 
     def _look(self) -> None:
@@ -135,8 +136,9 @@ class Examination:
 
     def _may_miss(self, level: Durability, saved: Saved) -> bool:
         """Return whether a loss of power may have taken events without a trace."""
-        unsynced = isinstance(level, Journal) and level.sync == "os" and self._rebooted
-        return unsynced and not (saved.clean and not self._happened)
+        if not isinstance(level, Journal) or level.sync != "os" or self._found is None or saved.position is None:
+            return False
+        return may_miss(saved, saved.position, self._found, happened=bool(self._happened))
 
     def _read(self, manifest: Manifest, saved: Saved) -> Iterator[Happened]:
         """Go through the events behind a snapshot that hold."""
@@ -153,7 +155,7 @@ class Examination:
                 self._note(exc)
                 break
             yield happened
-        self._rebooted = reader.found.rebooted
+        self._found = reader.found
 
     def _note(self, exc: Exception) -> None:
         """Note damage behind the snapshot: what comes after it is lost."""

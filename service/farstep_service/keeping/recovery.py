@@ -22,6 +22,7 @@ from farstep.protocol.messages import PushHead, PutHead
 from farstep_service.coordinator import Append, Push, Put, StepTaken
 from farstep_service.durability import journal as journals
 from farstep_service.durability.reading import JournalReader
+from farstep_service.durability.reading import Recovered as FoundOfJournal
 from farstep_service.durability.recorder import (
     Happened,
     Recorder,
@@ -174,10 +175,18 @@ def recover(
         raise not_durable(recorder.behind)
     place.snapshots[:] = _kept(storage, folder, numbers)
     recovered = Recovered(session, place, level, journal, saved.predecessors, now)
-    went_on = bool(happened) or found.segment > position.segment + 1  # a server that was started again begins a segment
-    lost = level.sync == "os" and found.rebooted and (went_on or not saved.clean)
+    lost = level.sync == "os" and may_miss(saved, position, found, happened=bool(happened))
     lost |= manifest.said.get("restored", False)  # from an archive, which may not have the last steps
     return begin_anew(recovered) if lost or differs else recovered
+
+
+def may_miss(saved: Saved, position: Position, found: FoundOfJournal, *, happened: bool) -> bool:
+    """Return whether a loss of power may have taken events that were not synced, without a trace.
+
+    A session that ended in order misses nothing, unless a server went on with it: that begins a segment first.
+    """
+    went_on = happened or found.segment > position.segment + 1
+    return found.rebooted and (went_on or not saved.clean)
 
 
 def begun(saved: Saved, kernels: Callable[[str], Kernels], device: str, *, reference: bool = False) -> Session:

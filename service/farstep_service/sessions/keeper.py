@@ -181,6 +181,8 @@ class Keeper(Acknowledging):
                 await work
             except (OSError, FarstepError) as exc:
                 self._failed, self._tried_s = exc, time.monotonic()
+                if self._timer is None and self._turns is not None:
+                    self._timer = asyncio.get_running_loop().call_later(RETRY_S, self._begin_snapshot)
                 log.error("session %s: a snapshot could not be written: %s", self._session.plan.name, exc)
 
         task = asyncio.get_running_loop().create_task(done())
