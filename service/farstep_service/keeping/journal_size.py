@@ -14,9 +14,9 @@ from farstep_service.durability.reading import Recovered
 from farstep_service.durability.storage import Storage
 from farstep_service.plan import Plan
 
-SMALLEST_SEGMENT: Final = 1 << 20
+SMALLEST_SEGMENT: Final = 256 << 10
 LARGEST_SEGMENT: Final = 16 << 20
-SMALL_PUSHES: Final = 64
+SMALL_PUSHES: Final = 16
 """Pushes of a small session that go into one segment: to begin one takes the disk a moment."""
 PUSHES: Final = 4
 """Pushes of a large session that go into one segment, if that is not too large."""
@@ -64,7 +64,8 @@ def segment_bytes(plan: Plan) -> int:
     """Return the usual size of a segment: several pushes, and little for a small session."""
     one = plan.layout.nbytes + (8 << 10)
     several = one * max(1, min(PUSHES, LARGEST_OF_PUSHES // one)) + SMALLEST_SEGMENT
-    return max(SMALLEST_SEGMENT, min(LARGEST_SEGMENT, SMALL_PUSHES * one), several)
+    is_large = SMALL_PUSHES * one > LARGEST_SEGMENT
+    return several if is_large else max(SMALLEST_SEGMENT, SMALL_PUSHES * one)
 
 
 def rotate_bytes(plan: Plan, most_bytes: int) -> int:
