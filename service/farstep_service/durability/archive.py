@@ -63,7 +63,7 @@ class SessionArchive:
     Attributes:
         name: as above.
         version: that of the newest snapshot in the store; None while none is known to be there.
-        late: segments that an event of a later one refers to; to be appended by whoever writes it.
+        late: segments that an event of a later one refers to; the writer of that event appends them.
     """
 
     def __init__(

@@ -27,6 +27,7 @@ SESSIONS: Final = "sessions"
 REMOVED: Final = ".removed"
 TRIES: Final = 10
 TRY_EVERY_S: Final = 0.1
+"""A server that was killed holds its lock for a moment longer: as long as children that it was starting."""
 NEW: Final = ".new"
 """The end of the name of a folder that is not complete yet."""
 
@@ -37,7 +38,7 @@ class DataDirectory:
 
     Args:
         path: the directory; made if it is not there.
-        owner: what another server that wants it is told.
+        owner: how the refusal of another server names this one.
 
     Attributes:
         storage: its files.

@@ -121,8 +121,8 @@ class Storage(ABC):
 class DiskStorage(Storage):
     """Files of this machine. Any thread may use it, each file one thread at a time but for `sync`.
 
-    A symbolic link below the directory is not followed: whoever may write there would choose what the server reads and
-    overwrites.
+    A symbolic link below the directory is not followed: anyone who may write there could choose what the server reads
+    and overwrites.
 
     Args:
         root: the directory, which is there.

@@ -3,7 +3,7 @@
 manifest ──► snapshot ──► session ──► replay of the journal, event by event, through the calls that live ones take
                               │
                               └── the same incarnation if nothing that was acknowledged can be lost, otherwise another
-                                  one that names it: a write from before is told that the state was rolled back
+                                  one that names it: a write from before is answered with `rolled_back`
 """
 
 from __future__ import annotations

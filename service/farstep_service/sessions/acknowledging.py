@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 class Acknowledging(ABC):
-    """Let gradients arrive in the journal of a session, and wait for the disk before anything is told.
+    """Let gradients arrive in the journal of a session, and wait for the disk before it is answered.
 
     Args:
         session: the session.

@@ -142,7 +142,7 @@ class Actor:
             lapsed, live = session.renew(worker, epoch, incarnation, now)
             self._turns.resolve({})
             renewed = Renewed(lapsed, session.lease_s(worker, now), live, session.version, session.plan.consistency)
-        await self._kept()  # a version is told when it cannot be lost any more
+        await self._kept()  # report a version only when it cannot be lost any more
         return renewed
 
     async def worker(self, worker: str) -> WorkerPage:
@@ -165,7 +165,7 @@ class Actor:
         return await self._look(lambda: self._pages.summary(most, self.reads))
 
     async def _look(self, look: Callable[[], T]) -> T:
-        """Return what there is to see when it is kept; of a session whose disk failed, without that."""
+        """Return what `look` finds once it is kept; of a session whose disk failed, without waiting."""
         async with self._turns:
             found = look()
         with suppress(NotDurable):

@@ -86,7 +86,7 @@ class Histories:
             actor: of the session; it is over then.
             version: to go back to.
             switch: takes the session that goes on, and what is kept of it, in the same turn.
-            turn: held meanwhile; nobody removes the session then.
+            turn: held meanwhile, so that the session is not removed.
 
         Raises:
             InvalidOption: that version is not kept.
